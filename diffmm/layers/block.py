@@ -1,0 +1,80 @@
+"""The transformer block."""
+
+import torch
+from torch import Tensor, nn
+
+from diffmm.layers.cache import KVCache
+from diffmm.layers.norm import LayerNorm, RMSNorm
+from diffmm.layers.rope import Rotation
+from diffmm.ops import AttentionMask
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to its input.
+
+        x = x + attention(norm(x));  x = x + feed_forward(norm(x))
+
+    Args:
+        attention: any of the layers in `diffmm.layers.attention`.
+        feed_forward: `[B, N, dim]` to `[B, N, dim]`.
+        norms: the two norms, for attention and for feed-forward.
+        dim: width.
+        dropout: rate on each branch's output.
+        drop_path: rate at which a sample skips a branch (stochastic depth, Huang et al. 2016).
+        layer_scale: start of a learned factor a channel on each branch (Touvron et al. 2021), or
+            None for no such factor.
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        feed_forward: nn.Module,
+        norms: tuple[RMSNorm | LayerNorm, RMSNorm | LayerNorm],
+        *,
+        dim: int,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.attention_norm, self.feed_forward_norm = norms
+        self.attention = attention
+        self.feed_forward = feed_forward
+        self.attention_branch = Branch(dim, dropout, drop_path, layer_scale)
+        self.feed_forward_branch = Branch(dim, dropout, drop_path, layer_scale)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: AttentionMask,
+        rope: Rotation | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """`[B, N, dim]` to `[B, N, dim]`."""
+        attended = self.attention(self.attention_norm(x), mask=mask, rope=rope, cache=cache)
+        x = x + self.attention_branch(attended)
+        return x + self.feed_forward_branch(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class Branch(nn.Module):
+    """What happens to a branch's output before it is added: scale, dropout, stochastic depth."""
+
+    def __init__(
+        self, dim: int, dropout: float, drop_path: float, layer_scale: float | None
+    ) -> None:
+        super().__init__()
+        self.scale = (
+            nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale is not None else None
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.scale is not None:
+            x = x * self.scale
+        x = self.dropout(x)
+        if self.training and self.drop_path > 0.0:
+            keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(1.0 - self.drop_path)
+            x = x * keep / (1.0 - self.drop_path)
+        return x

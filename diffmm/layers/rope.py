@@ -1,0 +1,59 @@
+"""Rotary position embedding (Su et al. 2021), over one axis or several."""
+
+import torch
+from torch import Tensor, nn
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines, each `[N, D/2]` or `[B, N, D/2]`."""
+
+
+class RotaryEmbedding(nn.Module):
+    """Positions to rotations: the pair of dims `(2j, 2j + 1)` turns by `position * base^(-2j/D)`.
+
+    With several axes the pairs are shared out evenly: the first `D / num_axes` dims turn with the
+    first coordinate, the next with the second. A position of zero is no rotation at all, which is
+    where tokens without a place (class, registers) stand.
+
+    Args:
+        head_dim: `D`, even for each axis.
+        base: the slowest pair turns once in about `2π * base` positions.
+        num_axes: 1 for text, 2 for images and spectrograms.
+
+    Raises:
+        ValueError: if `D` is not a multiple of `2 * num_axes`.
+    """
+
+    inv_freq: Tensor
+
+    def __init__(self, head_dim: int, base: float = 10000.0, num_axes: int = 1) -> None:
+        super().__init__()
+        if head_dim % (2 * num_axes):
+            raise ValueError(
+                f"rotary embedding over {num_axes} axes needs a head_dim that is a multiple of "
+                f"{2 * num_axes}, got {head_dim}"
+            )
+        axis_dim = head_dim // num_axes
+        exponents = torch.arange(0, axis_dim, 2, dtype=torch.float64) / axis_dim
+        self.num_axes = num_axes
+        self.register_buffer("inv_freq", (base**-exponents).float(), persistent=False)
+
+    def forward(self, positions: Tensor) -> Rotation:
+        """`positions` is `[N]` or `[B, N]`, with a last axis of `num_axes` where there are several.
+
+        Always in float32: at position 10,000 a bfloat16 angle is off by whole turns.
+        """
+        if self.num_axes == 1:
+            positions = positions.unsqueeze(-1)
+        angles = positions.float().unsqueeze(-1) * self.inv_freq.float()  # [..., N, axes, D/2/axes]
+        angles = angles.flatten(-2)
+        return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn `x`, `[B, N, ..., D]`, by its tokens' rotation; dims are paired as `(2j, 2j + 1)`."""
+    cos, sin = (
+        part.reshape(*part.shape[:-1], *[1] * (x.ndim - 3), part.shape[-1]) for part in rotation
+    )
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return turned.flatten(-2).to(x.dtype)

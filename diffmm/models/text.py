@@ -1,0 +1,101 @@
+"""The text model: a decoder, or with another mask an encoder."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from diffmm.layers.cache import KVCache
+from diffmm.models.backbone import INIT_STD, Backbone, BackboneConfig
+from diffmm.ops import AttentionMask
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Everything that decides a text model.
+
+    Attributes:
+        vocab_size: number of token ids.
+        max_length: most tokens of a sequence.
+        backbone: its blocks; `rope` should be `"1d"`, the one source of positions here.
+        causal: a decoder, which sees the past alone, or an encoder, which sees all.
+        tie_embeddings: whether the output projection is the embedding's transpose.
+
+    Raises:
+        ValueError: naming the field and the value.
+    """
+
+    vocab_size: int
+    max_length: int
+    backbone: BackboneConfig
+    causal: bool = True
+    tie_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.backbone.rope != "1d":
+            raise ValueError(
+                f"a text model takes its positions from rope '1d', got {self.backbone.rope!r}"
+            )
+
+
+class TextModel(nn.Module):
+    """Token ids to logits over the vocabulary."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.backbone.dim)
+        self.backbone = Backbone(config.backbone)
+        self.head = nn.Linear(config.backbone.dim, config.vocab_size, bias=False)
+        for module in (self.embedding, self.head):
+            nn.init.trunc_normal_(module.weight, std=INIT_STD)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        mask: AttentionMask | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits `[B, N, vocab_size]` of `tokens`, `[B, N]` ids. See `forward_features`."""
+        features = self.forward_features(tokens, mask=mask, positions=positions, cache=cache)
+        return self.head(features)
+
+    def forward_features(
+        self,
+        tokens: Tensor,
+        *,
+        mask: AttentionMask | None = None,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Features `[B, N, dim]`, after the final norm.
+
+        Args:
+            tokens: `[B, N]` ids.
+            mask: what each token sees; causal or full, as the config says, by default.
+            positions: `[N]` or `[B, N]`; 0, 1, 2, ... by default, after what the cache holds.
+            cache: keys and values of earlier tokens, to which these are added.
+
+        Raises:
+            ValueError: if the sequence, with what the cache holds, is longer than `max_length`.
+        """
+        length = tokens.shape[1] + (cache.length if cache is not None else 0)
+        if length > self.config.max_length:
+            raise ValueError(
+                f"a sequence of {length} tokens is longer than max_length="
+                f"{self.config.max_length}: cut it, or make max_length larger"
+            )
+        if mask is None:
+            mask = AttentionMask(causal=self.config.causal)
+        return self.backbone(self.embedding(tokens), mask=mask, positions=positions, cache=cache)
+
+    def new_cache(self, batch: int, max_length: int | None = None) -> KVCache:
+        """An empty cache for `batch` sequences of up to `max_length` tokens (the model's own
+        `max_length` by default)."""
+        return self.backbone.new_cache(batch, max_length or self.config.max_length)

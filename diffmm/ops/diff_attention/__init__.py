@@ -1,0 +1,76 @@
+"""Differential attention: one function, several backends, one truth."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffmm.ops.checks import check_backend, check_qkv
+from diffmm.ops.diff_attention.reference import reference
+from diffmm.ops.diff_attention.sdpa import sdpa
+from diffmm.ops.mask import AttentionMask
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {"reference": reference, "sdpa": sdpa}
+
+
+def diff_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor | float,
+    *,
+    mask: AttentionMask,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The difference of two softmax maps times the values (Ye et al. 2025, eq. 1):
+
+        (A1 - lam * A2) V,   Ai = softmax(scale * Qi Kiᵀ + mask)
+
+    What both maps share, the noise, cancels. `lam` is not bounded: at 0 this is softmax attention
+    of the first component, at 1 the rows of the difference sum to zero.
+
+    Args:
+        q: `[B, N, H, 2, D]`, the two components' queries side by side: raw head `2i + c` of a
+            projection is component `c` of differential head `i`.
+        k: `[B, M, G, C, D]`. `C = 2`: a key for each component (v1). `C = 1`: one key that both
+            share (v2, and v1 with shared keys). `G` divides `H`; head `i` reads group
+            `i // (H // G)`.
+        v: `[B, M, G, E]`, any `E`: v1 uses `2D`, v2 uses `D`.
+        lam: broadcasts to `[B, N, H]`; a scalar in v1, one a token and head in v2. Kept in float32
+            (float64 for float64 inputs), for in bfloat16 it would be off by 1e-3.
+        mask: what each query sees. `N != M` is decoding: the queries are the last `N` positions.
+        scale: multiplies the scores before the softmax, `D ** -0.5` by default (never `2D`,
+            whatever the width of the values).
+        backend: `"reference"` (materialises the maps, any device), `"sdpa"` (torch's fused softmax
+            attention), or `"auto"`, which is `"sdpa"` on every device, dtype and shape.
+
+    Returns:
+        `[B, N, H, E]` in q's dtype. Gradients go to q, k, v and lam. A row that sees no key is
+        zero, and so are its gradients, on every backend.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit, or a backend unknown by name.
+    """
+    if q.ndim != 5 or q.shape[3] != 2:
+        raise ValueError(f"q must be [B, N, H, 2, D], got shape {tuple(q.shape)}")
+    if k.ndim != 5 or k.shape[3] not in (1, 2):
+        raise ValueError(f"k must be [B, M, G, C, D] with C of 1 or 2, got shape {tuple(k.shape)}")
+    check_qkv(q, k, v, mask)
+    lam = _as_map(lam, q)
+    backend = check_backend(backend, BACKENDS, auto="sdpa")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return BACKENDS[backend](q, k, v, lam, mask=mask, scale=scale)
+
+
+def _as_map(lam: Tensor | float, q: Tensor) -> Tensor:
+    """`lam` as `[B, N, H]` in float32, or float64 where q is."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lam = torch.as_tensor(lam, dtype=dtype, device=q.device)
+    shape = q.shape[:3]
+    try:
+        return lam.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"lam of shape {tuple(lam.shape)} does not broadcast to [B, N, H] = {tuple(shape)}"
+        ) from None

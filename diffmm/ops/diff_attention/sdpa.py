@@ -1,0 +1,21 @@
+"""Differential attention by torch's fused softmax attention."""
+
+import torch
+from torch import Tensor
+
+from diffmm.ops.mask import AttentionMask
+from diffmm.ops.softmax_attention.sdpa import sdpa as softmax_sdpa
+
+
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *, mask: AttentionMask, scale: float
+) -> Tensor:
+    """`A1 V - lam * A2 V`, the two components as heads of one softmax attention.
+
+    Shapes as in `diffmm.ops.diff_attention`, with `lam` already `[B, N, H]`.
+    """
+    q = q.transpose(2, 3).flatten(2, 3)  # [B, N, 2H, D], component is the slow head index
+    k = k.expand(-1, -1, -1, 2, -1).transpose(2, 3).flatten(2, 3)  # [B, M, 2G, D]
+    v = torch.cat([v, v], dim=2)  # [B, M, 2G, E]
+    out1, out2 = softmax_sdpa(q, k, v, mask=mask, scale=scale).chunk(2, dim=2)
+    return out1 - lam.unsqueeze(-1).to(out1.dtype) * out2

@@ -1,0 +1,125 @@
+"""The one mask type: what each query may attend to."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """Which keys each query sees. Every restriction given must hold; with none, all is seen.
+
+    With `N` queries and `M` keys the queries are the **last** `N` positions: query `n` stands at
+    position `n + M - N` (bottom-right alignment, which is what decoding with a cache needs).
+
+    Args:
+        causal: a query sees no key after its own position.
+        window: a query sees itself and the `window - 1` keys before it, and as many after it
+            where the mask is not causal. At least 1.
+        prefix_lengths: `[B]` integers; keys before this position are seen by every query, so that
+            the mask is bidirectional over the prefix and causal after it. Needs `causal`.
+        document_ids: `[B, M]` integers; a query sees only keys of its own document.
+        key_padding: `[B, M]` booleans, true where a key is real.
+
+    Raises:
+        ValueError: for a window below 1, a prefix without `causal`, or a tensor of another shape
+            or dtype than the above.
+    """
+
+    causal: bool = False
+    window: int | None = None
+    prefix_lengths: Tensor | None = None
+    document_ids: Tensor | None = None
+    key_padding: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1 (the query itself), got {self.window}")
+        if self.prefix_lengths is not None and not self.causal:
+            raise ValueError(
+                "prefix_lengths needs causal=True: without it every key is seen already"
+            )
+        for name, tensor, num_dims in (
+            ("prefix_lengths", self.prefix_lengths, 1),
+            ("document_ids", self.document_ids, 2),
+            ("key_padding", self.key_padding, 2),
+        ):
+            if tensor is None:
+                continue
+            if tensor.ndim != num_dims:
+                wanted = "[B]" if num_dims == 1 else "[B, M]"
+                raise ValueError(f"{name} must be {wanted}, got shape {tuple(tensor.shape)}")
+            if (tensor.dtype == torch.bool) != (name == "key_padding") or (
+                tensor.is_floating_point()
+            ):
+                wanted = "booleans" if name == "key_padding" else "integers"
+                raise ValueError(f"{name} must hold {wanted}, got {tensor.dtype}")
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether the mask differs between the samples of a batch."""
+        return any(
+            tensor is not None
+            for tensor in (self.prefix_lengths, self.document_ids, self.key_padding)
+        )
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every query sees every key."""
+        return not (self.causal or self.window is not None or self.per_sample)
+
+    def check(self, batch: int, num_keys: int) -> None:
+        """Refuse tensors that do not belong to `batch` samples of `num_keys` keys.
+
+        Raises:
+            ValueError: naming the tensor and both shapes.
+        """
+        for name in ("prefix_lengths", "document_ids", "key_padding"):
+            tensor = getattr(self, name)
+            wanted = (batch,) if name == "prefix_lengths" else (batch, num_keys)
+            if tensor is not None and tuple(tensor.shape) != wanted:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}, but the keys need {wanted}"
+                )
+
+    def to_bool(
+        self, num_queries: int, num_keys: int, device: torch.device | str | None = None
+    ) -> Tensor:
+        """The truth: `[1 or B, 1, N, M]` booleans, true where the query sees the key.
+
+        Args:
+            num_queries: `N`.
+            num_keys: `M`.
+            device: where to build it; that of the mask's own tensors by default.
+
+        Raises:
+            ValueError: for `document_ids` with more queries than keys: the first queries would
+                stand before every key and belong to no document.
+        """
+        if self.document_ids is not None and num_queries > num_keys:
+            raise ValueError(
+                f"document_ids needs a key for every query, got {num_queries} queries "
+                f"and {num_keys} keys"
+            )
+        for tensor in (self.prefix_lengths, self.document_ids, self.key_padding):
+            if device is None and tensor is not None:
+                device = tensor.device
+        key = torch.arange(num_keys, device=device)
+        query = torch.arange(num_queries, device=device)[:, None] + (num_keys - num_queries)
+
+        visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)[None, None]
+        if self.causal:
+            past = (key <= query)[None, None]
+            if self.prefix_lengths is not None:
+                past = past | (key < self.prefix_lengths[:, None])[:, None, None, :]
+            visible = visible & past
+        if self.window is not None:
+            visible = visible & ((query - key).abs() < self.window)
+        if self.document_ids is not None:
+            documents = self.document_ids
+            same = documents[:, num_keys - num_queries :, None] == documents[:, None, :]
+            visible = visible & same[:, None]
+        if self.key_padding is not None:
+            visible = visible & self.key_padding[:, None, None, :]
+        return visible

@@ -1,0 +1,42 @@
+"""Softmax attention as it is written down: every map is materialised."""
+
+import torch
+from torch import Tensor
+
+from diffmm.ops.mask import AttentionMask
+
+
+def attention_map(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """`softmax(scale * q kᵀ)` over the visible keys; all zeros where a query sees none.
+
+    Args:
+        q: `[..., N, D]`.
+        k: `[..., M, D]`.
+        visible: booleans that broadcast to `[..., N, M]`.
+        scale: multiplies the scores before the softmax.
+    """
+    scores = scale * (q @ k.transpose(-2, -1))
+    # The lowest finite number and not -inf: a row of -inf has a NaN softmax and NaN gradients.
+    weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(dim=-1)
+    return weights.masked_fill(~visible, 0.0)
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, scale: float, upcast: bool = True
+) -> Tensor:
+    """`softmax(scale * Q Kᵀ + mask) V`, shapes as in `diffmm.ops.softmax_attention`.
+
+    With `upcast`, low-precision inputs are computed in float32: the truth that fast paths are held
+    against. Without it, in their own precision: the error a fast path is allowed to make.
+    """
+    dtype = q.dtype
+    if upcast and dtype in (torch.float16, torch.bfloat16):
+        q, k, v = q.float(), k.float(), v.float()
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    heads_per_group = q.shape[2] // k.shape[2]
+
+    q = q.transpose(1, 2)  # [B, H, N, D]
+    k = k.transpose(1, 2).repeat_interleave(heads_per_group, dim=1)  # [B, H, M, D]
+    v = v.transpose(1, 2).repeat_interleave(heads_per_group, dim=1)  # [B, H, M, E]
+    visible = mask.to_bool(num_queries, num_keys, q.device)
+    return (attention_map(q, k, visible, scale) @ v).transpose(1, 2).to(dtype)

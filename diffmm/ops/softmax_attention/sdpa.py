@@ -1,0 +1,37 @@
+"""Softmax attention by torch's fused `scaled_dot_product_attention`."""
+
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from diffmm.ops.mask import AttentionMask
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, scale: float) -> Tensor:
+    """The same result as `reference`, by whichever fused kernel torch picks for the device.
+
+    Full and causal masks go to the kernels as such and cost no memory. Every other mask becomes
+    `[1 or B, 1, N, M]` booleans. Rows that see nothing are computed as if they saw everything and
+    then replaced by zeros: torch's kernels do not agree on what such a row gives, and this way
+    neither the row nor its gradient depends on the kernel.
+    """
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    heads_per_group = q.shape[2] // k.shape[2]
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    # torch aligns its causal mask to the top left, so it is ours only for square scores.
+    only_causal = mask.causal and mask.window is None and not mask.per_sample
+    if mask.is_full or (only_causal and num_queries in (1, num_keys)):
+        is_causal = only_causal and num_queries > 1
+        out = scaled_dot_product_attention(
+            q, k, v, is_causal=is_causal, scale=scale, enable_gqa=heads_per_group > 1
+        )
+        return out.transpose(1, 2)
+
+    # Kernels that take a mask do not take grouped keys.
+    if heads_per_group > 1:
+        k = k.repeat_interleave(heads_per_group, dim=1)
+        v = v.repeat_interleave(heads_per_group, dim=1)
+    visible = mask.to_bool(num_queries, num_keys, q.device)
+    sees_nothing = ~visible.any(dim=-1, keepdim=True)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=visible | sees_nothing, scale=scale)
+    return out.masked_fill(sees_nothing, 0.0).transpose(1, 2)
