@@ -1,0 +1,95 @@
+"""A model's architecture as plain data, which travels with its weights."""
+
+import dataclasses
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from torch import nn
+
+from diffmm.checks import check_choice, did_you_mean
+from diffmm.models.text import TextModel
+
+MODELS: dict[str, type[nn.Module]] = {
+    f"diffmm.models.{model.__name__}": model for model in (TextModel,)
+}
+"""What a description may name. A file cannot make the library import anything else."""
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What `build` needs to make this model again, in dicts, lists, numbers and strings.
+
+    Returns:
+        `{"class_path": "diffmm.models.TextModel", "config": {...}}`.
+
+    Raises:
+        ValueError: for a model that is none of `diffmm.models`.
+    """
+    model = unwrap(model)
+    class_path = f"diffmm.models.{type(model).__name__}"
+    if MODELS.get(class_path) is not type(model):
+        raise ValueError(
+            f"{type(model).__name__} is none of {', '.join(MODELS)}: it has no description"
+        )
+    config: Any = model.config
+    return {"class_path": class_path, "config": _plain(dataclasses.asdict(config))}
+
+
+def build(description: dict[str, Any]) -> nn.Module:
+    """The model that `describe` described, with new weights.
+
+    Raises:
+        ValueError: for a class that is none of `diffmm.models`, and for fields or values that its
+            config does not take.
+    """
+    if not isinstance(description, dict) or set(description) != {"class_path", "config"}:
+        raise ValueError(f"a description has a class_path and a config, got {description!r:.200}")
+    check_choice("class_path", description["class_path"], MODELS)
+    model_class = MODELS[description["class_path"]]
+    return model_class(configured(_config_class(model_class), description["config"]))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` returns."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _config_class(model_class: type[nn.Module]) -> type:
+    return get_type_hints(model_class.__init__)["config"]
+
+
+def _plain(value: Any) -> Any:
+    """Tuples become lists, as JSON would have it."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def configured(config_class: Any, values: Any) -> Any:
+    """A config of `config_class` from plain values, with the configs nested in it."""
+    hints = get_type_hints(config_class)
+    if not isinstance(values, dict):
+        raise ValueError(f"{config_class.__name__} needs its fields by name, got {values!r:.200}")
+    for name in values:
+        if name not in hints:
+            raise ValueError(
+                f"{config_class.__name__} has no field {name!r}{did_you_mean(name, hints)}"
+            )
+    typed = {name: _typed(hints[name], value) for name, value in values.items()}
+    try:
+        return config_class(**typed)
+    except TypeError as error:
+        raise ValueError(f"{config_class.__name__} cannot be made: {error}") from error
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """A plain value as its field's type has it: nested configs, and tuples where JSON has lists."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    configs = [option for option in options if dataclasses.is_dataclass(option)]
+    if configs and isinstance(value, dict):
+        # A description has every field, so the names tell the configs of a union apart.
+        names = [{field.name for field in dataclasses.fields(config)} for config in configs]
+        matching = [c for c, fields in zip(configs, names, strict=True) if fields == set(value)]
+        return configured((matching or configs)[0], value)
+    if isinstance(value, list) and any(get_origin(option) is tuple for option in options):
+        return tuple(value)
+    return value
