@@ -246,15 +246,17 @@ class Backbone(nn.Module):
         return self.norm(x), intermediates
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
-        """An empty cache for this backbone, on its device and in its dtype."""
-        attentions = [block.attention for block in self.blocks]
+        """An empty cache for this backbone, on its device and in the dtype it computes in."""
+        attentions: list[Any] = [block.attention for block in self.blocks]
         weight = attentions[0].q_proj.weight
+        kind = weight.device.type
+        autocast = torch.is_autocast_enabled(kind)
         return KVCache(
             [attention.k_shape for attention in attentions],
             [attention.v_shape for attention in attentions],
             batch=batch,
             max_length=max_length,
-            dtype=weight.dtype,
+            dtype=torch.get_autocast_dtype(kind) if autocast else weight.dtype,
             device=weight.device,
         )
 

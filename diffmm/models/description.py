@@ -2,12 +2,14 @@
 
 import dataclasses
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
 from diffmm.checks import check_choice, did_you_mean
 from diffmm.models.text import TextModel
+
+Model = TypeVar("Model", bound=nn.Module)
 
 MODELS: dict[str, type[nn.Module]] = {
     f"diffmm.models.{model.__name__}": model for model in (TextModel,)
@@ -48,7 +50,7 @@ def build(description: dict[str, Any]) -> nn.Module:
     return model_class(configured(_config_class(model_class), description["config"]))
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Model) -> Model:
     """The model inside what `torch.compile` returns."""
     return getattr(model, "_orig_mod", model)
 
