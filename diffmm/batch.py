@@ -56,6 +56,6 @@ class AudioBatch(TypedDict):
 
 def encoder_inputs(batch: ImageBatch | AudioBatch) -> tuple[Tensor, ...]:
     """The positional arguments of an encoder's `forward` for this batch."""
-    if "images" in batch:
-        return (batch["images"],)
-    return batch["waveforms"], batch["num_samples"]
+    if "waveforms" in batch:
+        return batch["waveforms"], batch["num_samples"]
+    return (batch["images"],)

@@ -21,9 +21,14 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, scale: float) 
     # torch aligns its causal mask to the top left, so it is ours only for square scores.
     only_causal = mask.causal and mask.window is None and not mask.per_sample
     if mask.is_full or (only_causal and num_queries in (1, num_keys)):
-        is_causal = only_causal and num_queries > 1
         out = scaled_dot_product_attention(
-            q, k, v, is_causal=is_causal, scale=scale, enable_gqa=heads_per_group > 1
+            q,
+            k,
+            v,
+            scale=scale,
+            # Compiled with dynamic shapes these are symbolic, and torch wants plain booleans.
+            is_causal=bool(only_causal and num_queries > 1),
+            enable_gqa=bool(heads_per_group > 1),
         )
         return out.transpose(1, 2)
 
