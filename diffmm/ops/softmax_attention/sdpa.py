@@ -18,22 +18,25 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, scale: float) 
     heads_per_group = q.shape[2] // k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    # torch aligns its causal mask to the top left, so it is ours only for square scores.
-    only_causal = mask.causal and mask.window is None and not mask.per_sample
-    if mask.is_full or (only_causal and num_queries in (1, num_keys)):
+    # Plain booleans by way of `if`: compiled with dynamic shapes, a comparison is symbolic, and
+    # torch's function refuses it.
+    is_full, is_causal, is_grouped = mask.is_full, False, False
+    if mask.causal and mask.window is None and not mask.per_sample:
+        if num_queries == 1:
+            is_full = True
+        elif num_queries == num_keys:  # torch aligns to the top left, so only square is ours
+            is_causal = True
+    if heads_per_group > 1:
+        is_grouped = True
+
+    if is_full or is_causal:
         out = scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            scale=scale,
-            # Compiled with dynamic shapes these are symbolic, and torch wants plain booleans.
-            is_causal=bool(only_causal and num_queries > 1),
-            enable_gqa=bool(heads_per_group > 1),
+            q, k, v, is_causal=is_causal, scale=scale, enable_gqa=is_grouped
         )
         return out.transpose(1, 2)
 
     # Kernels that take a mask do not take grouped keys.
-    if heads_per_group > 1:
+    if is_grouped:
         k = k.repeat_interleave(heads_per_group, dim=1)
         v = v.repeat_interleave(heads_per_group, dim=1)
     visible = mask.to_bool(num_queries, num_keys, q.device)
