@@ -4,7 +4,7 @@ Batches are plain dictionaries of tensors, so that any collate function, pinned 
 strategy can carry them. `B` is the number of samples, `N` the number of tokens.
 """
 
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, final
 
 from torch import Tensor
 
@@ -30,6 +30,7 @@ class TextBatch(TypedDict):
     """`[B]` int64, the sample's number in its dataset."""
 
 
+@final
 class ImageBatch(TypedDict):
     """Images and their classes."""
 
@@ -41,6 +42,7 @@ class ImageBatch(TypedDict):
     """`[B]` int64, the sample's number in its dataset."""
 
 
+@final
 class AudioBatch(TypedDict):
     """Sounds and their classes."""
 
