@@ -90,8 +90,7 @@ class Task(LightningModule):
         raise NotImplementedError
 
     def check_batch(self, batch: Any) -> None:
-        """Refuse a batch, still on the CPU, that does not fit the model."""
-        raise NotImplementedError
+        """Refuse a batch, still on the CPU, that does not fit the model; takes any by default."""
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> dict[str, Tensor]:
         """The task's predictions for a batch, with the samples' `index`."""
