@@ -132,7 +132,7 @@ def test_streaming_gives_the_whole_text_in_whole_characters(name: str, data: st.
     tokenizer = ALL[name]
     text = data.draw(st.text("théé日 🎉,", max_size=20))
     ids = tokenizer.encode(text)
-    # What an untrained model writes. (byte_fallback's library decodes a run of bytes all or nothing,
+    # What an untrained model writes. (For byte_fallback the library decodes a run of bytes whole,
     # so that a late bad byte would change a character already given out.)
     if name != "byte_fallback" and data.draw(st.booleans()):
         ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=20))
