@@ -55,10 +55,26 @@ def value_halves(
     return outs[0] - lam.unsqueeze(-1).to(outs[0].dtype) * outs[1]
 
 
+def padded(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *, mask: AttentionMask, scale: float
+) -> Tensor:
+    """One call, queries and keys padded with zeros to the width of the values: equal head dims."""
+    pad = (0, v.shape[-1] - q.shape[-1])
+    return one_call(
+        torch.nn.functional.pad(q, pad),
+        torch.nn.functional.pad(k, pad),
+        v,
+        lam,
+        mask=mask,
+        scale=scale,
+    )
+
+
 COMPOSITIONS: dict[str, Op] = {
     "one call": one_call,
     "two calls": two_calls,
     "value halves": value_halves,
+    "padded": padded,
 }
 
 

@@ -1,7 +1,7 @@
 """Softmax attention by torch's fused `scaled_dot_product_attention`."""
 
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from diffmm.ops.mask import AttentionMask
 
@@ -17,6 +17,10 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, scale: float) 
     num_queries, num_keys = q.shape[1], k.shape[1]
     heads_per_group = q.shape[2] // k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if q.device.type == "cpu" and v.shape[-1] > q.shape[-1]:
+        # torch's fused CPU kernel takes equal head dims only; zeros change no score.
+        wider = (0, v.shape[-1] - q.shape[-1])
+        q, k = pad(q, wider), pad(k, wider)
 
     # Plain booleans by way of `if`: compiled with dynamic shapes, a comparison is symbolic, and
     # torch's function refuses it.
