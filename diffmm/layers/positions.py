@@ -37,11 +37,16 @@ def resample(positions: Tensor, grid: Grid) -> Tensor:
     """
     if tuple(positions.shape[:-1]) == grid:
         return positions
-    if len(grid) == 1:
-        return resample(positions.unsqueeze(1), (*grid, 1)).squeeze(1)
-    plane = positions.float().permute(2, 0, 1).unsqueeze(0)
-    plane = interpolate(plane, size=grid, mode="bicubic", antialias=True)
-    return plane.squeeze(0).permute(1, 2, 0).to(positions.dtype).contiguous()
+    resampled = positions.float()
+    # One axis at a time, as a row: the filter is separable, and torch 2.11 gets an image wrong that
+    # it makes one pixel wide.
+    for axis, size in enumerate(grid):
+        rows = resampled.movedim(axis, -1)
+        row = interpolate(
+            rows.reshape(1, -1, 1, rows.shape[-1]), (1, size), mode="bicubic", antialias=True
+        )
+        resampled = row.reshape(*rows.shape[:-1], size).movedim(-1, axis)
+    return resampled.to(positions.dtype).contiguous()
 
 
 def coordinates(

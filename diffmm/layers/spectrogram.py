@@ -168,9 +168,15 @@ def _mel_transform(**arguments: int) -> nn.Module:
     """torchaudio's transform. Its buffers follow from the config, so no checkpoint holds them."""
     from torchaudio.transforms import MelSpectrogram  # a model of text or images needs none of it
 
-    # It looks at the filters' values, which a tensor on the meta device has not.
-    with torch.device("cpu"):
-        mel = MelSpectrogram(**arguments)
+    # It looks at the filters' values, which a tensor on the meta device has not, and makes them in
+    # the default dtype, which may be half.
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            mel = MelSpectrogram(**arguments)
+    finally:
+        torch.set_default_dtype(default)
     for module in mel.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             module.register_buffer(name, buffer, persistent=False)

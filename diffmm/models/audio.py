@@ -28,7 +28,8 @@ class AudioConfig(EncoderConfig):
         num_mels: mel bands of the spectrogram.
         window_seconds: length of its window.
         hop_seconds: from one of its frames to the next.
-        log_mel_mean: of its values over the training set, for normalization.
+        log_mel_mean: of its values over the training set, for normalization; by default that of
+            AudioSet, as AST has it.
         log_mel_std: likewise their standard deviation.
         stem: `"patch"`, two-dimensional patches as in AST, with 2-D rotary positions; or
             `"frame"`, a token every few frames as in Whisper, with 1-D ones.
@@ -46,8 +47,8 @@ class AudioConfig(EncoderConfig):
     num_mels: int = 128
     window_seconds: float = 0.025
     hop_seconds: float = 0.010
-    log_mel_mean: float = 0.0
-    log_mel_std: float = 1.0
+    log_mel_mean: float = -4.27
+    log_mel_std: float = 4.57
     stem: Literal["patch", "frame"] = "patch"
     patch_size: int | tuple[int, int] | None = None
     patch_stride: int | tuple[int, int] | None = None

@@ -7,12 +7,16 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from torch import nn
 
 from diffmm.checks import check_choice, did_you_mean
+from diffmm.models.audio import AudioModel
+from diffmm.models.image import ImageModel
+from diffmm.models.masked_autoencoder import MaskedAutoencoder
 from diffmm.models.text import TextModel
 
 Model = TypeVar("Model", bound=nn.Module)
 
 MODELS: dict[str, type[nn.Module]] = {
-    f"diffmm.models.{model.__name__}": model for model in (TextModel,)
+    f"diffmm.models.{model.__name__}": model
+    for model in (TextModel, ImageModel, AudioModel, MaskedAutoencoder)
 }
 """What a description may name. A file cannot make the library import anything else."""
 

@@ -213,11 +213,6 @@ class Encoder(nn.Module):
         head = _make_head(self.num_features, num_classes)
         self.head = head.to(device=weight.device, dtype=weight.dtype).train(self.training)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that are embeddings of a place or a role (a word of timm's)."""
-        names = {"class_token", "registers", "positions.grid", "positions.prefix"}
-        return names & {name for name, _ in self.named_parameters()}
-
     def resample_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """`weights` with their learned positions brought to this model's grid.
 
