@@ -71,7 +71,6 @@ class Task(LightningModule):
             for backbone in backbones:
                 backbone.activation_checkpointing = True
         self.frozen = freeze(model, self.finetune)
-        self.train()
         # Lightning moves a module's metrics to its device, and leaves them out of checkpoints.
         self.metrics = nn.ModuleDict(
             {stage: nn.ModuleDict(self.make_metrics()) for stage in ("val", "test")}
@@ -97,10 +96,17 @@ class Task(LightningModule):
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and self.finetune.weights is not None and not self.trainer.ckpt_path:
-            load_weights(self.model, self.finetune.weights, skip_head=self.finetune.new_head)
         if self.compile_model:
             self.model.compile()
+
+    def on_fit_start(self) -> None:
+        # Not earlier: only now is it known whether the trainer has restored a run.
+        if self.finetune.weights is not None and self.trainer.ckpt_path is None:
+            load_weights(self.model, self.finetune.weights, skip_head=self.finetune.new_head)
+
+    def on_train_start(self) -> None:
+        # Not earlier: Lightning warns of modules that are in evaluation mode before this.
+        self.train()
 
     def train(self, mode: bool = True) -> "Task":
         super().train(mode)
