@@ -1,0 +1,111 @@
+"""LightningCLI, set up the house's way: for one recipe, whose overrides are merged already.
+
+An override reaches everything that refers to it, since references are resolved last (the parser
+mode `omegaconf+`). No checkpoint changes a setting behind the recipe's back.
+"""
+
+from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
+
+from diffmm.cli.errors import BadInput, told
+from diffmm.cli.mistakes import find_mistakes
+from diffmm.cli.references import unused_variables
+from diffmm.cli.runs import save_config
+
+REFUSALS = (
+    ValueError,
+    FileNotFoundError,
+    ArgumentError,
+    OmegaConfBaseException,
+    MisconfigurationException,
+)
+"""How the library, the parser and Lightning refuse what a user gave them."""
+
+
+class SettingsCLI(LightningCLI):
+    """Lightning's settings, and the keys of a recipe that are not Lightning's."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--vars", type=dict, default={}, help="values to refer to: ${vars.name}")
+        parser.add_argument("--run_dir", type=str, default=None, help="where the run is kept")
+
+
+class RecipeCLI(SettingsCLI):
+    """The model, the data and the trainer of a recipe.
+
+    Args:
+        values: of the recipe (see `diffmm.cli.settings.load`), with its `run_dir`.
+
+    Raises:
+        BadInput: with every mistake in them.
+    """
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+        unused = unused_variables(values)
+        try:
+            if unused:
+                raise ValueError(*unused)
+            super().__init__(**parser_settings(), args=[])
+        except REFUSALS as error:
+            raise BadInput(*(find_mistakes(values).mistakes or [told(error)])) from error
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_string(yaml.safe_dump(self.values, sort_keys=False))
+
+
+def print_settings() -> None:
+    """Print all settings that a recipe can have."""
+    with suppress(SystemExit):
+        SettingsCLI(**parser_settings(), args=["--help"])
+
+
+class ConfigSaver(Callback):
+    """Saves what a run was started with, as soon as nothing has refused it."""
+
+    def __init__(self, run_dir: Path, comment: str, values: dict[str, Any]) -> None:
+        self.run_dir = run_dir
+        self.comment = comment
+        self.values = values
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            save_config(self.run_dir, self.comment, self.values)
+
+
+def parser_settings() -> dict[str, Any]:
+    """Arguments of `LightningCLI`."""
+    jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    return {
+        "model_class": LightningModule,
+        "datamodule_class": LightningDataModule,
+        "subclass_mode_model": True,
+        "subclass_mode_data": True,
+        "run": False,
+        "parser_kwargs": {"parser_mode": "omegaconf+", "exit_on_error": False},
+        # A run saves its recipe unresolved (see `diffmm.cli.runs`).
+        "save_config_callback": None,
+        "load_from_checkpoint_support": False,
+        "auto_configure_optimizers": False,
+    }
+
+
+@contextmanager
+def refusing_before_training(cli: RecipeCLI) -> Iterator[None]:
+    """What is refused before the first step is bad input; a failure in training is a failure."""
+    try:
+        yield
+    except REFUSALS as error:
+        if cli.trainer.global_step > 0:
+            raise
+        raise BadInput(told(error)) from error
