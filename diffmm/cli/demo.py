@@ -5,7 +5,6 @@ import contextlib
 import json
 import platform
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence

@@ -42,15 +42,14 @@ def repeated_word(tokens: Tensor) -> tuple[Tensor, int] | None:
     text = "".join(chr(token) if token < 256 else "\0" for token in tokens.tolist())
     seen: dict[str, int] = {}
     for word in WORD.finditer(text):
-        before = seen.get(word[0])
+        before, end = seen.get(word[0], -1), word.start() + 3
         seen[word[0]] = word.start()
-        end = word.start() + 3
         start = max(0, end - LONGEST_TEXT)
-        start = text.find("\n", start, end) + 1 if start else 0
-        if before is not None and before >= start and PRINTABLE.fullmatch(text[start:end]):
-            # Far enough apart for a look to be worth its while.
-            if word.start() - before > 40:
-                return tokens[start:end], ord(text[end])
+        start = text.find("\n", start, end) + 1 if start else 0  # a whole line to begin with
+        # Far enough apart for a look to be worth its while.
+        is_apart = start <= before < word.start() - 40
+        if is_apart and PRINTABLE.fullmatch(text[start:end]):
+            return tokens[start:end], ord(text[end])
     return None
 
 
