@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffmm.analysis.attention_maps import LayerMaps, attention_maps, evaluating
 from diffmm.layers.stem import PatchStem
@@ -121,18 +121,23 @@ def sound_exhibit(
         view = _encoder_view(model, (waveform[None],), grid, class_names)
         maps = {name: np.atleast_2d(weights.T) for name, weights in view.maps.items()}
         views[attention] = View(maps, view.lam, view.answer, view.probability)
-        seen = model.stem.fill(spectrogram)[0, 0].T if isinstance(model.stem, PatchStem) else None
-        rate = model.config.sample_rate_hz
-    bands = spectrogram[0] if seen is None else seen
-    return SoundExhibit(
-        class_names[label], views, unit_range(bands.numpy()), waveform.shape[0] / rate
-    )
+        seconds = waveform.shape[0] / model.config.sample_rate_hz
+    seen = unit_range(_seen(model.stem, spectrogram[0]).numpy())
+    return SoundExhibit(class_names[label], views, seen, seconds)
 
 
 def unit_range(values: Array) -> Array:
     """`values` brought to [0, 1]."""
     low, high = values.min(), values.max()
     return (values - low) / max(high - low, 1e-12)
+
+
+def _seen(stem: nn.Module, spectrogram: Tensor) -> Tensor:
+    """`[bands, frames]` as the stem's patches cover it."""
+    if not isinstance(stem, PatchStem):
+        return spectrogram
+    top = (stem.num_bands - 1) * stem.stride[1] + stem.patch_size[1]
+    return stem.fill(spectrogram[None])[0, 0].T[:top]
 
 
 def _encoder_view(

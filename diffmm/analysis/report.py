@@ -170,7 +170,7 @@ def _picture(
     shape = f"--shape:{pixels.shape[1]}/{pixels.shape[0]}"
     ink = _ink(pixels)
     original = _tile("input", [("ink" if pixels.ndim == 2 else "", ink)], shape)
-    groups = [_group("", title or exhibit.truth, original)]
+    groups = [_group("", escape(title or exhibit.truth), original)]
     for attention, view in exhibit.views.items():
         strongest = _strongest(view)
         tiles = "".join(
