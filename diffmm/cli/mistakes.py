@@ -14,16 +14,12 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from torch import nn
 
 from diffmm.checks import did_you_mean
+from diffmm.cli.agreement import disagreements
 from diffmm.cli.errors import told
 from diffmm.cli.references import UNKNOWN, resolve, unused_variables
 from diffmm.cli.settings import CLASS_KEYS
-
-BUILT = (nn.Module, LightningDataModule)
-"""Classes to build. Others (callbacks, loggers) may act when made, and are looked at only."""
-
 
 class Parameter(NamedTuple):
     hint: Any
@@ -48,6 +44,8 @@ def find_mistakes(values: dict[str, Any]) -> Findings:
     finder.arguments(resolved.get("trainer") or {}, Trainer, "trainer")
     model = finder.check(resolved.get("model", {}), LightningModule, "model")
     data = finder.check(resolved.get("data", {}), LightningDataModule, "data")
+    if isinstance(model, LightningModule) and isinstance(data, LightningDataModule):
+        mistakes += disagreements(model, data)
     return Findings(
         list(dict.fromkeys(mistakes)),
         model if isinstance(model, LightningModule) else None,
@@ -126,7 +124,8 @@ class _Finder:
             self.mistakes.append(f"{path}.class_path must name a {expected}, got {class_path!r}")
             return UNKNOWN
         arguments = self.arguments(node.get("init_args") or {}, cls, f"{path}.init_args")
-        if arguments is UNKNOWN or not inspect.isclass(cls) or not issubclass(cls, BUILT):
+        # What the trainer holds (loggers, strategies) may act when made: it is looked at only.
+        if arguments is UNKNOWN or path.startswith("trainer"):
             return UNKNOWN
         return self.build(cls, {**arguments, **(node.get("dict_kwargs") or {})}, path)
 
@@ -219,7 +218,11 @@ def _has_unknown(value: Any) -> bool:
 def _parameters(cls: Any) -> dict[str, Parameter]:
     """The arguments a class takes, with their types; `Any` for those it hands to its parents."""
     function = cls.__init__ if inspect.isclass(cls) else cls
-    hints = get_type_hints(function)
+    try:
+        hints = get_type_hints(function)
+    except NameError:
+        # Annotated with names that are imported for type checkers only.
+        hints = {}
     signature = inspect.signature(function).parameters.values()
     found = {
         p.name: Parameter(hints.get(p.name, Any), p.default is p.empty)

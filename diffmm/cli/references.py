@@ -46,10 +46,11 @@ def resolve(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def unused_variables(values: dict[str, Any]) -> list[str]:
     """A line for each variable that nothing refers to, and that therefore changes nothing."""
     text = " ".join(value for _, value in walk(values) if isinstance(value, str))
+    used = sorted(set(re.findall(r"\$\{vars\.(\w+)", text)))
     return [
-        f"vars.{name} changes nothing: nothing refers to ${{vars.{name}}}"
+        f"vars.{name} changes nothing: nothing refers to it{did_you_mean(name, used)}"
         for name in values.get("vars") or {}
-        if not re.search(rf"\$\{{vars\.{re.escape(name)}[.\[}}]", text)
+        if name not in used
     ]
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from diffmm.checks import did_you_mean
 from diffmm.cli.errors import BadInput
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
@@ -49,17 +48,12 @@ def load(recipes: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, An
             a key; a number picks from a list, and `key+` adds to one.
 
     Raises:
-        BadInput: for a file that is not a mapping in YAML, an override without a value, or one of
-            a variable that no recipe has.
+        BadInput: for a file that is not a mapping in YAML, or an override without a value.
     """
     values: dict[str, Any] = {}
     for recipe in recipes:
         values = merge(values, load_file(recipe))
-    known = set(values.get("vars") or {})
     for key, value in parse_overrides(overrides):
-        name = key.removeprefix("vars.").split(".")[0]
-        if key.startswith("vars.") and name not in known:
-            raise BadInput(f"the recipe has no variable vars.{name}{did_you_mean(name, known)}")
         override(values, key, value)
     return values
 

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
+from diffmm.cli.agreement import disagreements
 from diffmm.cli.errors import BadInput, told
 from diffmm.cli.mistakes import find_mistakes
 from diffmm.cli.references import unused_variables
@@ -45,20 +46,32 @@ class RecipeCLI(SettingsCLI):
 
     Args:
         values: of the recipe (see `diffmm.cli.settings.load`), with its `run_dir`.
+        build: make them; otherwise the values are parsed and no more.
 
     Raises:
-        BadInput: with every mistake in them.
+        BadInput: with every mistake in the values.
     """
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    def __init__(self, values: dict[str, Any], *, build: bool = True) -> None:
         self.values = values
-        unused = unused_variables(values)
+        self.build = build
+        mistakes = unused_variables(values)
         try:
-            if unused:
-                raise ValueError(*unused)
-            super().__init__(**parser_settings(), args=[])
+            if not mistakes:
+                super().__init__(**parser_settings(), args=[])
+                mistakes = disagreements(self.model, self.datamodule) if build else []
         except REFUSALS as error:
             raise BadInput(*(find_mistakes(values).mistakes or [told(error)])) from error
+        if mistakes:
+            raise BadInput(*(find_mistakes(values).mistakes or mistakes))
+
+    def _set_seed(self) -> None:
+        if self.build:
+            super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        if self.build:
+            super().instantiate_classes()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_string(yaml.safe_dump(self.values, sort_keys=False))
