@@ -69,6 +69,19 @@ def test_a_tone_is_one_line_and_a_harmonic_tone_is_several():
         assert lines == list(range(1, expected + 1))
 
 
+def test_a_bell_has_the_partials_of_a_bar_and_the_high_ones_die_first():
+    waveform = synthesize("bell", 500.0)
+    freqs_hz, power = spectrum(waveform)
+    _, late_power = spectrum(np.r_[np.zeros(3200, np.float32), waveform[3200:]])
+    fade = []
+    for partial in (500.0, 500.0 * 2.756, 500.0 * 5.404):
+        near = np.abs(freqs_hz - partial) < 20
+        outside = (np.abs(freqs_hz - partial) > 100) & (np.abs(freqs_hz - partial) < 200)
+        assert power[near].max() > 20 * power[outside].max()
+        fade.append(late_power[near].sum() / power[near].sum())
+    assert fade == sorted(fade, reverse=True)
+
+
 @pytest.mark.parametrize(("name", "direction"), [("chirp_up", 1), ("chirp_down", -1), ("tone", 0)])
 def test_chirps_move_and_pass_their_pitch_halfway(name, direction):
     for seed in range(5):
