@@ -5,7 +5,7 @@ from typing import Any
 
 def disagreements(model: Any, data: Any) -> list[str]:
     """What the model and the data of a recipe say differently of the same thing."""
-    config = getattr(getattr(model, "model", None), "config", None)
+    config: Any = getattr(getattr(model, "model", None), "config", None)
     config = getattr(config, "encoder", config)
     found = []
     length, longest = getattr(data, "sequence_length", None), getattr(config, "max_length", None)
@@ -29,9 +29,7 @@ def disagreements(model: Any, data: Any) -> list[str]:
         found.append(f"the model's tokenizer is {names[0]!r}, but the data's is {names[1]!r}")
     causal, objective = getattr(config, "causal", None), getattr(data, "objective", None)
     if causal is not None and objective is not None and causal != (objective == "causal"):
-        found.append(
-            f"data.init_args.objective={objective!r}, but the model's causal is {causal}"
-        )
+        found.append(f"data.init_args.objective={objective!r}, but the model's causal is {causal}")
     return found
 
 

@@ -11,9 +11,9 @@ from diffmm.cli.settings import load
 DESCRIPTION = """Build a recipe's model without memory or data, print its size, and tell every
 mistake in the recipe. Exits with 2 if there is one."""
 
-EPILOG = """Memory is what a training step takes on each device: weights, gradients and AdamW's moments
-are exact; activations are what autograd keeps in an eager step, of which compiled steps take less.
-Take the sum as right to about 25 %."""
+EPILOG = """Memory is what a training step takes on each device: weights, gradients and AdamW's
+moments are exact; activations are what autograd keeps in an eager step, of which compiled steps
+take less. Take the sum as right to about 25 %."""
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
@@ -65,11 +65,12 @@ def report(task: Any, data: Any, values: dict[str, Any]) -> dict[str, str]:
     shapes = fake_shapes(task, data)
     if shapes is not None:
         lines["step"] = step_size(trainer, data, shapes)
+        is_sharded = "fsdp" in str(trainer.get("strategy")).lower()
         memory = estimate_memory(
             task,
             shapes,
             precision=str(trainer.get("precision") or "32-true"),
-            num_shards=num_devices(trainer) if "fsdp" in str(trainer.get("strategy")).lower() else 1,
+            num_shards=num_devices(trainer) if is_sharded else 1,
         )
         parts = ("weights", "gradients", "optimizer", "activations")
         split = ", ".join(f"{name} {gib(getattr(memory, name))}" for name in parts)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffmm.cli.errors import BadInput
 from diffmm.cli.recipes import find_recipe, header
-from diffmm.cli.runs import find_run, new_run, nothing_half_written, same_run, save_config
+from diffmm.cli.runs import find_run, new_run, nothing_half_written, same_run
 from diffmm.cli.settings import load, override
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 AUTO = "auto"
 
 EPILOG = (
-    "Everything else is a setting of the recipe: --vars.attention softmax, --trainer.max_steps 100, "
-    "--model.init_args.optimizer.weight_decay 0. All of them, from Lightning and the library:"
+    "Everything else is a setting of the recipe: --vars.attention softmax, --trainer.max_steps "
+    "100, --model.init_args.optimizer.weight_decay 0. All of them, from Lightning and the library:"
 )
 
 

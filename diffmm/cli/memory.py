@@ -73,9 +73,7 @@ def saved_bytes(task: LightningModule, batch: dict[str, Any], precision: str) ->
         if precision in HALF_PRECISIONS:
             task.to(torch.bfloat16)
         task.trainer = _plain_trainer()
-        tensors = {
-            name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in batch.items()
-        }
+        tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in batch.items()}
         meter = _Meter(task)
         with meter, torch.autocast("cpu", torch.bfloat16, enabled="mixed" in precision):
             task.training_loss(tensors, 0)  # type: ignore[operator]

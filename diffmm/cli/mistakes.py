@@ -21,6 +21,7 @@ from diffmm.cli.errors import told
 from diffmm.cli.references import UNKNOWN, resolve, unused_variables
 from diffmm.cli.settings import CLASS_KEYS
 
+
 class Parameter(NamedTuple):
     hint: Any
     required: bool

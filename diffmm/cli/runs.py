@@ -83,7 +83,8 @@ def latest_checkpoint(run: Path) -> Path | None:
 def same_run(recipe: str, values: dict[str, Any]) -> Path | None:
     """The latest run of a recipe that has just these values, and a checkpoint."""
     runs = [path.parent for path in (RUNS / run_name(recipe)).glob(f"*/{CONFIG_NAME}")]
-    same = [run for run in runs if latest_checkpoint(run) and load_file(run / CONFIG_NAME) == values]
+    started = [run for run in runs if latest_checkpoint(run) is not None]
+    same = [run for run in started if load_file(run / CONFIG_NAME) == values]
     return max(same, key=lambda run: (run / CONFIG_NAME).stat().st_mtime_ns, default=None)
 
 

@@ -37,7 +37,7 @@ class SettingsCLI(LightningCLI):
     """Lightning's settings, and the keys of a recipe that are not Lightning's."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--vars", type=dict, default={}, help="values to refer to: ${vars.name}")
+        parser.add_argument("--vars", type=dict, default={}, help="to refer to: ${vars.name}")
         parser.add_argument("--run_dir", type=str, default=None, help="where the run is kept")
 
 
