@@ -158,7 +158,7 @@ def test_augmentation_leaves_padding_silent() -> None:
     # 13 frames alone: the end of the second patch is silence there, and must be here.
     alone_frames = model.spectrogram.num_frames(1000)
     assert alone_frames % 8
-    torch.testing.assert_close(padded[:1, :2], alone[:, :2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(padded[:1, :4], alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("stem", ["patch", "frame"])
@@ -193,12 +193,10 @@ def test_rope_takes_any_length() -> None:
         assert model(torch.randn(1, num_samples)).isfinite().all()
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @torch.no_grad()
 def test_compiled() -> None:
     model = AudioModel(config("frame", backbone={"depth": 1})).eval()
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, backend="aot_eager")
     for num_samples in (4000, 6000):
         clips, lengths = torch.randn(2, num_samples), torch.tensor([3000, num_samples])
         torch.testing.assert_close(
