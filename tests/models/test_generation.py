@@ -64,6 +64,18 @@ def test_left_padded_prompts_go_on_as_they_would_alone(attention):
     assert not torch.equal(together, ignored), "padding made no difference: a blind test"
 
 
+def test_positions_count_real_tokens():
+    # Rotary positions are relative, so outputs would not show it; long prompts' precision would.
+    model = make_model()
+    seen = []
+    model.backbone.rope.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    key_padding = torch.tensor([[False, False, True, True], [True] * 4])
+    tokens = torch.randint(0, 40, (2, 4))
+    generate(model, tokens, max_new_tokens=3, key_padding=key_padding)
+    positions = torch.cat(seen, dim=1)
+    assert positions.tolist() == [[0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
+
+
 def test_stream_gives_each_step_at_once_and_generate_gives_them_all():
     model = make_model()
     tokens = torch.randint(0, 40, (2, 5))
@@ -167,7 +179,7 @@ def test_generated_tokens_can_be_trained_on():
     model = make_model()
     tokens = torch.randint(0, 40, (1, 4))
     new = generate(model, tokens, max_new_tokens=4)
-    model.train()(torch.cat([tokens, new], dim=1)).sum().backward()
+    model.train()(new).sum().backward()
     assert model.embedding.weight.grad is not None
     assert torch.is_grad_enabled()
 
