@@ -255,3 +255,14 @@ def test_config_refuses(
 def test_noise_of_another_shape() -> None:
     with pytest.raises(ValueError, match=r"noise has shape \(2, 9\), but there are 16 patches"):
         autoencoder(image_config())(torch.randn(2, 3, 16, 16), noise=torch.rand(2, 9))
+
+
+@pytest.mark.parametrize("percent", [10, 29, 57, 60, 70, 80, 90])
+def test_counts_are_exact_at_every_length(percent: int) -> None:
+    """Binary fractions must not hide one patch less in one clip than in another."""
+    model = autoencoder(image_config(), mask_ratio=percent / 100)
+    lengths = torch.arange(1, 1025)
+    padding = torch.arange(1024) < lengths[:, None]
+    _, num_visible = model._order(torch.rand(1024, 1024), padding)
+    exact = [max(1, n - n * percent // 100) for n in lengths.tolist()]
+    assert num_visible.flatten().tolist() == exact
