@@ -178,8 +178,8 @@ def test_generation_fills_max_length_to_the_last_token():
 def test_generated_tokens_can_be_trained_on():
     model = make_model()
     tokens = torch.randint(0, 40, (1, 4))
-    new = generate(model, tokens, max_new_tokens=4)
-    model.train()(new).sum().backward()
+    new = next(stream(model, tokens, max_new_tokens=4))
+    model.train()(new[:, None]).sum().backward()
     assert model.embedding.weight.grad is not None
     assert torch.is_grad_enabled()
 
