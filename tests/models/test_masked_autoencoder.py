@@ -266,3 +266,13 @@ def test_counts_are_exact_at_every_length(percent: int) -> None:
     _, num_visible = model._order(torch.rand(1024, 1024), padding)
     exact = [max(1, n - n * percent // 100) for n in lengths.tolist()]
     assert num_visible.flatten().tolist() == exact
+
+
+def test_counts_agree_where_binary_fractions_do_not() -> None:
+    """`100 * 0.29` is just below 29: one patch more would be seen and yet be predicted."""
+    model = autoencoder(image_config(image_size=20, patch_size=2), mask_ratio=0.29)
+    images = torch.randn(1, 3, 20, 20, requires_grad=True)
+    _, prediction, mask = model(images)
+    assert mask.sum() == 29
+    (seen,) = torch.autograd.grad(prediction.square().sum(), images)
+    assert (model.encoder.patchify(seen)[mask] == 0).all()
