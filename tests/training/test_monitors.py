@@ -73,7 +73,9 @@ def test_values_can_be_clipped(make, fit):
     task = make.task("image")
     settings = {"gradient_clip_val": 1e-4, "gradient_clip_algorithm": "value"}
     trainer = fit(task, [make.batch("image")], **settings)
-    assert max(p.grad.abs().max() for p in task.model.parameters()) <= 1e-4
+    gradients = torch.cat([p.grad.flatten().abs() for p in task.model.parameters()])
+    assert gradients.max() == pytest.approx(1e-4)
+    assert (gradients == gradients.max()).float().mean() > 0.1
     assert trainer.callback_metrics["train/grad_norm"] > 1e-3
 
 

@@ -181,6 +181,20 @@ def test_bits_per_byte_are_exact_whatever_the_batches(make, fit):
         assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / 96, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_each_validation_starts_afresh(name, make, fit, tmp_path):
+    task, batch = make.task(name), make.batch(name)
+    fit(task, [batch], [batch, batch], max_steps=6, limit_train_batches=2)
+    metrics = task.make_metrics()
+    with torch.no_grad():
+        task.eval()
+        batch = task.on_before_batch_transfer(batch, 0)
+        task.update_metrics(batch, metrics)
+    losses = logged(tmp_path)["val/loss"]
+    assert len(losses) == 3
+    assert losses[-1] == pytest.approx(metrics["loss"].compute().item(), rel=1e-5)
+
+
 def test_packed_documents_and_padding_reach_the_attention(make):
     task, batch = make.task("causal_lm", "diff_v2"), make.batch("causal_lm")
     task.eval()
