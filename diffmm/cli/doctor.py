@@ -164,9 +164,7 @@ def import_findings(needed: Sequence[str], python: Callable[[str], Outcome]) -> 
         alone = python(f"import {module}")
         if not alone.works:
             return [
-                Finding(
-                    "imports", f"{module} does not import", _last_line(alone.output), (text,)
-                )
+                Finding("imports", f"{module} does not import", _last_line(alone.output), (text,))
             ]
     return [
         Finding(

@@ -6,10 +6,12 @@
 * **Activations**: the task's own training loss is computed on tensors without memory
   (`FakeTensorMode`), under the recipe's autocast, and what autograd would keep for the backward
   pass is added up, each storage once. Under activation checkpointing a block keeps its input, and
-  only the largest block keeps more for a while. This is what an eager step keeps on the CPU. On a
-  GPU the fused attention keeps about the same; `compile: true` keeps less (it recomputes what is
-  cheap); transient buffers, fragmentation and the CUDA context come on top. Take the sum as right
-  to about 25 %.
+  only the largest block keeps more for a while. The gradient of the largest kept tensor (the
+  logits, in a language model) comes on top, in float32 and in half precision: 1.5 times its size.
+
+Against the peak of eager steps on an H100, bf16-mixed (models of eight shipped recipes, 4 to 43
+GiB), the sum was 0.93 to 1.07 of it. `compile: true` took 16 % and 26 % less than the sum (it
+recomputes what is cheap). The CUDA context and fragmentation are not counted.
 """
 
 import logging
@@ -106,6 +108,7 @@ class _Meter(torch.autograd.graph.saved_tensors_hooks):
         self._weights = {p.untyped_storage()._cdata for p in task.parameters()}
         self._seen: dict[int, Tensor] = {}
         self._outside = 0
+        self._largest = 0
         self._inputs = 0
         self._blocks: list[int] = []
         self._inside = False
@@ -118,7 +121,8 @@ class _Meter(torch.autograd.graph.saved_tensors_hooks):
     @property
     def total(self) -> int:
         """Bytes kept at the worst moment of the backward pass."""
-        return self._outside + self._inputs + max(self._blocks, default=0)
+        kept = self._outside + self._inputs + max(self._blocks, default=0)
+        return kept + 3 * self._largest // 2
 
     def _watch(self, block: nn.Module, is_recomputed: bool) -> None:
         if not is_recomputed:
@@ -139,6 +143,7 @@ class _Meter(torch.autograd.graph.saved_tensors_hooks):
         storage = tensor.untyped_storage()
         if storage._cdata not in self._weights and storage._cdata not in self._seen:
             self._seen[storage._cdata] = tensor  # kept alive, so that its number stays its own
+            self._largest = max(self._largest, storage.nbytes())
             if self._inside:
                 self._blocks[-1] += storage.nbytes()
             else:
