@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmm.cli.errors import BadInput, refusing
-from diffmm.cli.fit import print_help
+from diffmm.cli.fit import print_help, wants_help
 from diffmm.cli.recipes import find_recipe
 from diffmm.cli.settings import load, merge
 
@@ -18,8 +18,8 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     """Measure or predict, and print or write the result."""
     parser = make_parser(verb)
     options, overrides = parser.parse_known_args(arguments)
-    if options.help:
-        return print_help(parser)
+    if wants_help(options, overrides):
+        return print_help(parser, options, overrides)
     for name in ("config", "weights"):
         if getattr(options, name) is None:
             raise BadInput(f"diffmm {verb} needs --{name} {name.upper()}")

@@ -27,8 +27,8 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     """Train, in a new run or (`--resume`) in one that was interrupted."""
     parser = make_parser(verb)
     options, overrides = parser.parse_known_args(arguments)
-    if options.help:
-        return print_help(parser)
+    if wants_help(options, overrides):
+        return print_help(parser, options, overrides)
     refuse_ckpt_path(verb, overrides)
     recipe = (options.config or [None])[-1]
     if verb == "fit" and options.resume not in (None, AUTO):
@@ -91,13 +91,21 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
     return parser
 
 
-def print_help(parser: argparse.ArgumentParser) -> int:
-    """The help of a verb, then that of all settings."""
+def wants_help(options: argparse.Namespace, overrides: Sequence[str]) -> bool:
+    """Whether help is asked for: of the verb, or of a class (`--model.help CLASS`)."""
+    return options.help or any(key.partition("=")[0].endswith(".help") for key in overrides)
+
+
+def print_help(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, overrides: Sequence[str]
+) -> int:
+    """The help of a verb and of all settings, or of a class."""
     from diffmm.cli.trainer import print_settings
 
-    parser.print_help()
-    print()
-    print_settings()
+    if options.help:
+        parser.print_help()
+        print()
+    print_settings(["--help"] if options.help else overrides)
     return 0
 
 
@@ -147,7 +155,9 @@ def train(
         command_for_processes(run_dir, checkpoint),
         refusing_before_training(cli),
     ):
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint)
+        cli.trainer.fit(
+            cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True
+        )
     if cli.trainer.is_global_zero:
         print(f"run: {run_dir}")
 

@@ -124,7 +124,7 @@ def override(values: dict[str, Any], key: str, value: Any) -> None:
         if last.isdigit():
             node[_position(node, last, key)] = value
             return
-        node = node[-1] if node else {}
+        node = _added_last(node, key)
     if _is_class(node) and last not in CLASS_KEYS:
         node = node.setdefault("init_args", {})
     if adds:
@@ -140,14 +140,9 @@ def override(values: dict[str, Any], key: str, value: Any) -> None:
 def _inside(node: Any, part: str, key: str) -> Any:
     """The node below `node`, made if it is not there or is no node."""
     if isinstance(node, list):
-        if part.isdigit():
-            at: Any = _position(node, part, key)
-        elif not node:
-            raise BadInput(f"--{key}: the list is empty, there is nothing to set in it")
-        else:
-            # As in jsonargparse: the one that was added last.
-            node[-1] = node[-1] if isinstance(node[-1], dict) else {"class_path": node[-1]}
-            return _inside(node[-1], part, key)
+        if not part.isdigit():
+            return _inside(_added_last(node, key), part, key)
+        at: Any = _position(node, part, key)
     else:
         if _is_class(node) and part not in CLASS_KEYS:
             node = node.setdefault("init_args", {})
@@ -157,6 +152,15 @@ def _inside(node: Any, part: str, key: str) -> Any:
         is_class_name = isinstance(child, str) and "${" not in child
         child = node[at] = {"class_path": child} if is_class_name else {}
     return child
+
+
+def _added_last(node: list[Any], key: str) -> dict[str, Any]:
+    """The item of a list that a key without a number means."""
+    if not node:
+        raise BadInput(f"--{key}: the list is empty, there is nothing to set in it")
+    if not isinstance(node[-1], dict):
+        node[-1] = {"class_path": node[-1]}
+    return node[-1]
 
 
 def _position(node: list[Any], part: str, key: str) -> int:

@@ -4,8 +4,10 @@ An override reaches everything that refers to it, since references are resolved 
 mode `omegaconf+`). No checkpoint changes a setting behind the recipe's back.
 """
 
+import logging
+import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,12 +35,25 @@ REFUSALS = (
 """How the library, the parser and Lightning refuse what a user gave them."""
 
 
+NOISE = (
+    # Lightning calls its parser by an older name, and torch's pytrees by an older class.
+    r"\s*(By default only one Jsonargparse|``instantiate_classes``)",
+    ".*LeafSpec",
+    # Which is just what is meant.
+    "You have overridden `on_before_batch_transfer` in `LightningModule`",
+)
+"""Warnings about the stack that nobody who trains a recipe can do anything about."""
+
+
 class SettingsCLI(LightningCLI):
     """Lightning's settings, and the keys of a recipe that are not Lightning's."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--vars", type=dict, default={}, help="to refer to: ${vars.name}")
         parser.add_argument("--run_dir", type=str, default=None, help="where the run is kept")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
 
 
 class RecipeCLI(SettingsCLI):
@@ -55,7 +70,10 @@ class RecipeCLI(SettingsCLI):
     def __init__(self, values: dict[str, Any], *, build: bool = True) -> None:
         self.values = values
         self.build = build
+        silence_noise()
         mistakes = unused_variables(values)
+        # Lightning would go on without data.
+        mistakes += [f"{part} is missing" for part in ("model", "data") if not values.get(part)]
         try:
             if not mistakes:
                 super().__init__(**parser_settings(), args=[])
@@ -77,10 +95,14 @@ class RecipeCLI(SettingsCLI):
         self.config = parser.parse_string(yaml.safe_dump(self.values, sort_keys=False))
 
 
-def print_settings() -> None:
-    """Print all settings that a recipe can have."""
-    with suppress(SystemExit):
-        SettingsCLI(**parser_settings(), args=["--help"])
+def print_settings(arguments: Sequence[str]) -> None:
+    """Print all settings that a recipe can have (`--help`), or those of a class
+    (`--model.help diffmm.training.CausalLM`)."""
+    try:
+        with suppress(SystemExit):
+            SettingsCLI(**parser_settings(), args=list(arguments))
+    except ArgumentError as error:
+        raise BadInput(told(error)) from error
 
 
 class ConfigSaver(Callback):
@@ -111,6 +133,17 @@ def parser_settings() -> dict[str, Any]:
         "load_from_checkpoint_support": False,
         "auto_configure_optimizers": False,
     }
+
+
+def silence_noise() -> None:
+    """Leave `NOISE`, and Lightning's advertisement of a logger, out of what a run says."""
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
 
 
 @contextmanager
