@@ -80,11 +80,12 @@ class LogMelSpectrogram(nn.Module):
         """`ceil(num_samples / hop)`."""
         return (num_samples + self.hop_samples - 1) // self.hop_samples
 
-    @torch.compiler.disable
     def forward(
         self, waveforms: Tensor, num_samples: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Args:
+        """Never compiled: inductor has no complex numbers.
+
+        Args:
             waveforms: `[B, S]`, mono, in [-1, 1].
             num_samples: `[B]` integers, how many of a clip's samples are real (taken between 1
                 and `S`); all by default. What comes after them has no influence.
@@ -96,6 +97,12 @@ class LogMelSpectrogram(nn.Module):
         Raises:
             ValueError: for tensors of another shape, or without samples.
         """
+        # Not a decorator: that would import Dynamo, and with it Triton, when a model is imported.
+        return torch.compiler.disable(self._compute)(waveforms, num_samples)
+
+    def _compute(
+        self, waveforms: Tensor, num_samples: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         check_waveforms(waveforms, num_samples)
         num_frames = None
         if num_samples is not None:
