@@ -70,12 +70,15 @@ def estimate_memory(
 
 def saved_bytes(task: LightningModule, batch: dict[str, Any], precision: str) -> int:
     """What autograd keeps of one training loss, in bytes."""
+    floating = torch.bfloat16 if precision in HALF_PRECISIONS else torch.float32
+    task.to(floating)
     with FakeTensorMode(allow_non_fake_inputs=True):
         task.to_empty(device="cpu")
-        if precision in HALF_PRECISIONS:
-            task.to(torch.bfloat16)
         task.trainer = _plain_trainer()
-        tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in batch.items()}
+        tensors = {
+            name: torch.zeros(shape, dtype=floating if dtype.is_floating_point else dtype)
+            for name, (shape, dtype) in batch.items()
+        }
         meter = _Meter(task)
         with meter, torch.autocast("cpu", torch.bfloat16, enabled="mixed" in precision):
             task.training_loss(tensors, 0)  # type: ignore[operator]

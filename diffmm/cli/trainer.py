@@ -39,6 +39,8 @@ NOISE = (
     # Lightning calls its parser by an older name, and torch's pytrees by an older class.
     r"\s*(By default only one Jsonargparse|``instantiate_classes``)",
     ".*LeafSpec",
+    # A run that goes on has its directory already; a new one gets a new one.
+    "Checkpoint directory .* exists and is not empty",
     # Which is just what is meant.
     "You have overridden `on_before_batch_transfer` in `LightningModule`",
 )

@@ -98,6 +98,7 @@ def text_changes(tmp_path: Path) -> dict[str, Any]:
             "class_path": "datamodules.text.TextFolder",
             "init_args": {"path": str(folder)},
         },
+        "data.validation_fraction": 0.3,
         "data.batch_size": 2,
         "vars.sequence_length": 32,
         "model.model.config.backbone.depth": 2,

@@ -1,0 +1,108 @@
+"""`diffmm check` and its estimate of memory."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from diffmm.cli.memory import HALF_PRECISIONS, estimate_memory, fake_shapes
+from diffmm.cli.mistakes import find_mistakes
+from diffmm.cli.recipes import find_recipe
+from diffmm.cli.settings import load
+
+TINY = ("text/stdlib_tiny", "image/digits_tiny", "audio/sound_events_multilabel_tiny")
+
+
+def findings(name, *overrides):
+    found = find_mistakes({**load([find_recipe(name)], overrides), "run_dir": "runs"})
+    assert not found.mistakes
+    return found
+
+
+def estimate(name, *overrides, precision="32-true", **settings):
+    found = findings(name, *overrides)
+    shapes = fake_shapes(found.model, found.data)
+    return estimate_memory(found.model, shapes, precision=precision, **settings)
+
+
+def test_reports_size_step_and_memory(run):
+    result = run("check", "text/stdlib_tiny", "--trainer.accumulate_grad_batches", "3")
+    assert result.code == 0, result.err
+    lines = dict(line.split(maxsplit=1) for line in result.out.splitlines())
+    model = findings("text/stdlib_tiny").model.model
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert lines["model"] == "TextModel under CausalLM"
+    assert lines["attention"].startswith("diff_v1, 4 layers of")
+    assert lines["parameters"].startswith(f"{count:,} (")
+    assert f"{model.embedding.weight.numel():,} in the embedding" in lines["parameters"]
+    assert lines["step"] == "96 samples, 12,288 tokens (32 a batch x 3 batches)"
+    assert lines["memory"].startswith("about ")
+    assert not Path("runs").exists()
+
+
+def test_counts_the_devices_and_what_is_frozen(run):
+    result = run(
+        "check",
+        "image/digits_tiny",
+        *("--trainer.devices", "4", "--trainer.num_nodes", "2"),
+        *("--model.finetune.freeze", "all_but_head"),
+    )
+    lines = dict(line.split(maxsplit=1) for line in result.out.splitlines())
+    assert lines["step"] == "512 samples (64 a batch x 8 devices)"
+    head = findings("image/digits_tiny").model.model.head
+    assert lines["trained"] == f"{sum(p.numel() for p in head.parameters()):,}"
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_states_are_exact(name):
+    task = findings(name).model
+    size = sum(parameter.numel() for parameter in task.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in task.buffers())
+    memory = estimate(name)
+    assert memory.weights == 4 * size + buffers
+    assert memory.gradients == 4 * size
+    assert memory.optimizer == 8 * size
+    assert memory.total == memory.activations + 16 * size + buffers
+    for precision in HALF_PRECISIONS:
+        assert estimate(name, precision=precision).optimizer == 4 * size
+    assert estimate(name, num_shards=4).gradients == size
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_activations_are_what_a_real_step_keeps(name, monkeypatch):
+    found = findings(name)
+    shapes = fake_shapes(found.model, found.data)
+    expected = estimate_memory(found.model, shapes, precision="32-true").activations
+
+    task = findings(name).model.to_empty(device="cpu")
+    for parameter in task.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    for buffer in task.buffers():
+        if buffer.is_floating_point():
+            buffer.fill_(0.1)
+    monkeypatch.setattr("diffmm.training.language.mean_over_processes", lambda task, count: count)
+    batch = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+    weights = {parameter.data_ptr() for parameter in task.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept.setdefault(storage.data_ptr(), tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        task.training_loss(batch, 0)
+    sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+    assert sum(sizes) + 1.5 * max(sizes) == pytest.approx(expected, rel=0.02)
+
+
+def test_activations_grow_with_the_batch_and_shrink_by_recomputing_and_half_precision():
+    full = estimate("text/stdlib_tiny").activations
+    double = estimate("text/stdlib_tiny", "--data.batch_size", "64").activations
+    assert double == pytest.approx(2 * full, rel=0.05)
+    half = estimate("text/stdlib_tiny", precision="bf16-mixed").activations
+    assert 0.4 * full < half < 0.9 * full
+    recomputed = estimate("text/stdlib_tiny", "--model.activation_checkpointing", "true")
+    assert recomputed.activations < 0.6 * full

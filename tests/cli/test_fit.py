@@ -1,0 +1,236 @@
+"""`diffmm fit` and `diffmm finetune`: runs, what they keep, and how they go on."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from diffmm.cli.fit import command_for_processes
+from diffmm.cli.recipes import find_recipe
+from diffmm.cli.runs import new_run
+from diffmm.cli.settings import load
+from diffmm.cli.trainer import RecipeCLI
+from diffmm.training import Classification
+
+EVERY_STEP = {
+    "trainer.callbacks.0.monitor": None,
+    "trainer.callbacks.0.every_n_train_steps": 1,
+    "trainer.callbacks.0.save_top_k": -1,
+    "trainer.max_steps": 4,
+}
+"""Four steps, and a checkpoint after each."""
+
+
+def built(name, *overrides):
+    return RecipeCLI({**load([find_recipe(name)], overrides), "run_dir": "runs"})
+
+
+@pytest.mark.parametrize("attention", ["softmax", "diff_v2"])
+def test_overrides_reach_all_that_refers_to_them(attention):
+    cli = built(
+        "image/digits_mae_tiny",
+        f"--vars.attention={attention}",
+        *("--vars.learning_rate", "1e-5", "--vars.steps", "77", "--vars.seed", "5"),
+    )
+    config = cli.model.model.config
+    assert config.encoder.backbone.attention == attention
+    assert config.decoder.attention == attention
+    assert cli.model.optimizer_config.learning_rate == 1e-5
+    assert cli.model.schedule_config.total_steps == cli.trainer.max_steps == 77
+    assert cli.model.seed == cli.datamodule.seed == 5
+    assert os.environ["PL_GLOBAL_SEED"] == "5"
+
+
+def test_an_override_of_a_reference_leaves_the_others():
+    cli = built("image/digits_tiny", "--model.schedule.total_steps", "500")
+    assert cli.model.schedule_config.total_steps == 500
+    assert cli.trainer.max_steps != 500
+
+
+def test_a_run_keeps_its_config_checkpoints_and_logs(run, recipe):
+    result = run("fit", "--config", recipe(), "--name", "first", "--vars.attention", "diff_v2")
+    assert result.code == 0
+    directory = Path("runs/recipe/first")
+    assert f"run: {directory}" in result.out
+    config = yaml.safe_load((directory / "config.yaml").read_text())
+    assert config["vars"]["attention"] == "diff_v2"
+    backbone = config["model"]["init_args"]["model"]["init_args"]["config"]["backbone"]
+    assert backbone["attention"] == "${vars.attention}"
+    assert (directory / "checkpoints" / "last.ckpt").is_file()
+    assert list((directory / "tensorboard").glob("events*"))
+    with (directory / "csv" / "version_0" / "metrics.csv").open() as file:
+        logged = list(csv.DictReader(file))
+    for name in ("train/loss", "train/learning_rate", "train/grad_norm", "lambda/layer_00"):
+        assert any(row[name] for row in logged), name
+    assert sorted(os.listdir(directory)) == ["checkpoints", "config.yaml", "csv", "tensorboard"]
+
+
+def test_a_shipped_recipe_keeps_its_header_and_its_name(run):
+    quick = ("--trainer.fast_dev_run", "true")
+    assert run("fit", "--config", "image/digits_tiny", "--name", "first", *quick).code == 0
+    text = Path("runs/image/digits_tiny/first/config.yaml").read_text()
+    header = find_recipe("image/digits_tiny").read_text().split("\n\n")[0]
+    assert text.startswith(header)
+
+
+def test_a_saved_config_is_a_recipe_of_the_same_run(run, recipe):
+    run("fit", "--config", recipe(), "--name", "first")
+    saved = "runs/recipe/first/config.yaml"
+    assert run("fit", "--config", saved, "--name", "again").code == 0
+    assert Path("runs/recipe/again/config.yaml").read_text() == Path(saved).read_text()
+    weights = [
+        torch.load(f"runs/recipe/{name}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("first", "again")
+    ]
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
+
+
+def test_no_secret_of_the_environment_is_written(run, recipe, monkeypatch):
+    secret = "987654321"
+    monkeypatch.setenv("DIFFMM_TEST_SECRET", secret)
+    path = recipe(**{"data.seed": "${oc.env:DIFFMM_TEST_SECRET}"})
+    assert run("fit", "--config", path, "--name", "first").code == 0
+    files = [file for file in Path("runs").rglob("*") if file.is_file()]
+    assert len(files) > 3
+    for file in files:
+        assert secret.encode() not in file.read_bytes(), file
+
+
+def test_runs_are_told_apart_by_time_or_name(run, tmp_path):
+    monday = new_run("text/stdlib_tiny", None, None)
+    assert monday.parent == Path("runs/text/stdlib_tiny")
+    monday.mkdir(parents=True)
+    # Perhaps in the same second.
+    assert new_run("text/stdlib_tiny", None, None) != monday
+    assert new_run("folder/mine.yaml", "a", None) == Path("runs/mine/a")
+    assert new_run("runs/image/mine/2026/config.yaml", "a", None) == Path("runs/mine/a")
+    assert new_run("text/stdlib_tiny", "a", str(tmp_path / "b")) == tmp_path / "b"
+
+
+def test_a_run_is_never_started_twice(run, recipe):
+    assert run("fit", "--config", recipe(), "--name", "first").code == 0
+    before = sorted(Path("runs").rglob("*"))
+    result = run("fit", "--config", recipe(), "--name", "first")
+    assert result.code == 2
+    assert result.mistakes == [
+        "runs/recipe/first holds a run already: choose another name, or go on with it "
+        "(--resume runs/recipe/first)"
+    ]
+    assert sorted(Path("runs").rglob("*")) == before
+
+
+# A data loader that resumes in the middle of an epoch is not there yet.
+mid_epoch = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+
+
+def interrupted(run, recipe, name="first"):
+    """A run of four steps that stopped after two."""
+    path = recipe(**EVERY_STEP)
+    assert run("fit", "--config", path, "--name", name).code == 0
+    directory = Path("runs/recipe") / name
+    for checkpoint in (directory / "checkpoints").glob("*.ckpt"):
+        if "step=2" not in checkpoint.name:
+            checkpoint.unlink()
+    assert len(list((directory / "checkpoints").iterdir())) == 1
+    return path, directory
+
+
+def steps_of(directory):
+    return torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+
+
+@mid_epoch
+def test_resume_goes_on_with_the_same_run(run, recipe):
+    _, directory = interrupted(run, recipe)
+    config = (directory / "config.yaml").read_text()
+    result = run("fit", "--resume", directory)
+    assert result.code == 0, result.err
+    assert os.listdir("runs/recipe") == ["first"]
+    assert steps_of(directory) == 4
+    assert (directory / "config.yaml").read_text() == config
+    # The log of the first part is still there.
+    with (directory / "csv" / "version_1" / "metrics.csv").open() as file:
+        assert {int(row["step"]) for row in csv.DictReader(file)} == {2, 3}
+    assert (directory / "csv" / "version_0" / "metrics.csv").is_file()
+
+
+@mid_epoch
+def test_resume_auto_goes_on_with_a_run_of_just_these_settings_or_starts_one(run, recipe):
+    path, directory = interrupted(run, recipe)
+    command = ("fit", "--config", path, "--resume", "auto")
+    assert run(*command).code == 0
+    assert steps_of(directory) == 4
+    assert os.listdir("runs/recipe") == ["first"]
+    assert run(*command, "--vars.learning_rate", "0.5", "--name", "other").code == 0
+    assert sorted(os.listdir("runs/recipe")) == ["first", "other"]
+
+
+def test_resume_refuses_a_checkpoint_of_another_model(run, recipe):
+    _, directory = interrupted(run, recipe)
+    config = directory / "config.yaml"
+    config.write_text(config.read_text().replace("attention: diff_v1", "attention: softmax"))
+    before = sorted(Path("runs").rglob("*"))
+    result = run("fit", "--resume", directory)
+    assert result.code == 2
+    assert "of another architecture: attention 'diff_v1', needed 'softmax'" in result.mistakes[0]
+    assert sorted(Path("runs").rglob("*")) == before
+
+
+def test_finetune_starts_a_new_run_from_weights(run, recipe):
+    path = recipe(**{"vars.learning_rate": 1e-2})
+    run("fit", "--config", path, "--name", "first")
+    checkpoint = Path("runs/recipe/first/checkpoints/last.ckpt").resolve()
+    still = ("--vars.learning_rate", "1e-12", "--vars.seed", "3")
+    command = ("finetune", "--config", path, "--weights", checkpoint, "--name", "second", *still)
+    assert run(*command).code == 0
+    first = torch.load(checkpoint, weights_only=True)["state_dict"]
+    second = torch.load("runs/recipe/second/checkpoints/last.ckpt", weights_only=True)
+    for name, tensor in second["state_dict"].items():
+        is_new = name.startswith("model.head.")
+        assert torch.allclose(tensor, first[name], atol=1e-6) != is_new, name
+    config = yaml.safe_load(Path("runs/recipe/second/config.yaml").read_text())
+    assert config["model"]["init_args"]["finetune"]["weights"] == str(checkpoint)
+
+
+def test_a_failure_in_training_is_a_failure_and_keeps_the_run(run, recipe, monkeypatch):
+    loss = Classification.training_loss
+
+    def fails(task, batch, batch_idx):
+        if task.global_step > 0:
+            raise ValueError("a bug")
+        return loss(task, batch, batch_idx)
+
+    monkeypatch.setattr(Classification, "training_loss", fails)
+    with pytest.raises(ValueError, match="a bug"):
+        run("fit", "--config", recipe(), "--name", "first")
+    assert Path("runs/recipe/first/config.yaml").is_file()
+
+
+def test_further_processes_share_the_run_directory(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["diffmm", "fit", "--config", "x"])
+    with command_for_processes(tmp_path, None):
+        assert sys.argv == ["diffmm", "fit", "--config", "x", "--run_dir", str(tmp_path)]
+    assert sys.argv == ["diffmm", "fit", "--config", "x"]
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_run(recipe, tmp_path):
+    path = recipe(**{"trainer.devices": 2, "trainer.strategy": "ddp"})
+    done = subprocess.run(
+        [sys.executable, "-m", "diffmm.cli", "fit", "--config", str(path)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (directory,) = (tmp_path / "runs" / "recipe").iterdir()
+    assert (directory / "config.yaml").is_file()
+    assert done.stdout.count("run: ") == 1

@@ -1,0 +1,78 @@
+"""`diffmm generate`."""
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffmm.models import BackboneConfig, ImageConfig, ImageModel
+from diffmm.models.generation import generate
+from diffmm.models.weights import load_model, save_model
+from diffmm.tokenizers import load_tokenizer
+
+
+@pytest.fixture
+def trained(run, recipe, text_changes):
+    """The directory of a short run of a text model."""
+    path = recipe("text/stdlib_tiny", **text_changes)
+    result = run("fit", "--config", path, "--name", "first")
+    assert result.code == 0, result.err
+    return Path("runs/recipe/first")
+
+
+def test_writes_what_the_model_generates(run, trained):
+    checkpoint = trained / "checkpoints" / "last.ckpt"
+    result = run("generate", checkpoint, "Text ", "--max-new-tokens", "12", "--temperature", "0")
+    assert result.code == 0, result.err
+    tokenizer = load_tokenizer("bytes")
+    ids = generate(
+        load_model(checkpoint),
+        torch.tensor([tokenizer.encode("Text ")]),
+        max_new_tokens=12,
+        temperature=0,
+        stop_ids=[tokenizer.eos_id],
+    )
+    assert result.out == tokenizer.decode(ids[0].tolist()) + "\n"
+
+
+def test_a_run_directory_and_exported_weights_serve_too(run, trained, tmp_path):
+    arguments = ("Text ", "--max-new-tokens", "8", "--seed", "3", "--top-k", "5", "--top-p", "0.9")
+    first = run("generate", trained, *arguments)
+    assert first.code == 0, first.err
+    assert run("generate", trained, *arguments).out == first.out
+    saved = save_model(load_model(trained / "checkpoints" / "last.ckpt"), tmp_path / "exported")
+    exported = run("generate", saved.parent, *arguments, "--tokenizer", "bytes")
+    assert exported.out == first.out
+    others = {run("generate", trained, *arguments[:3], "--seed", str(s)).out for s in range(5)}
+    assert len(others) > 1
+
+
+def test_the_prompt_may_come_from_stdin(run, trained, monkeypatch):
+    greedy = ("--max-new-tokens", "5", "--temperature", "0")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Text number"))
+    assert (
+        run("generate", trained, "-", *greedy).out
+        == run("generate", trained, "Text number", *greedy).out
+    )
+
+
+def test_mistakes(run, trained, tmp_path):
+    backbone = BackboneConfig(dim=32, depth=1, num_heads=4, rope="2d")
+    image = save_model(
+        ImageModel(ImageConfig(backbone=backbone, image_size=16)), tmp_path / "image"
+    )
+    text = save_model(load_model(trained / "checkpoints" / "last.ckpt"), tmp_path / "text")
+    for arguments, message in (
+        (("nowhere.ckpt", "a"), "there is no file of weights at nowhere.ckpt"),
+        ((image, "a"), f"{image} holds a ImageModel: only a text model writes text"),
+        ((text, "a"), f"{text} names no tokenizer: give it (--tokenizer bytes)"),
+        ((trained, ""), "the prompt is empty: give it a character at least"),
+        ((trained, "a", "--temperature", "-1"), "temperature must be 0 (greedy) or more, got -1.0"),
+        ((trained, "a", "--device", "cuda:99"), "there is no device 'cuda:99'"),
+        ((trained, "a", "--max-new-tokens", "999"), "a prompt of 1 tokens and max_new_tokens=999"),
+    ):
+        result = run("generate", *arguments)
+        assert result.code == 2
+        assert len(result.mistakes) == 1
+        assert result.mistakes[0].startswith(message), result.mistakes
