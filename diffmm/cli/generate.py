@@ -7,6 +7,8 @@ from pathlib import Path
 
 from diffmm.cli.errors import BadInput, refusing
 
+MAX_NEW_TOKENS = 200
+
 
 def run(verb: str, arguments: Sequence[str]) -> int:
     """Load the model and its tokenizer, and write the prompt's continuation to stdout."""
@@ -28,7 +30,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="a run directory, a checkpoint, or model.safetensors (or its folder)",
     )
     parser.add_argument("prompt", help="the text to continue; '-' reads it from stdin")
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="[200]")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"[{MAX_NEW_TOKENS}, or what the model's max_length leaves]",
+    )
     parser.add_argument(
         "--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest [0.8]"
     )
@@ -71,12 +78,15 @@ def generate(options: argparse.Namespace) -> None:
     ids = tokenizer.encode(prompt)
     if not ids:
         raise BadInput("the prompt is empty: give it a character at least")
+    max_new_tokens = options.max_new_tokens
+    if max_new_tokens is None:
+        max_new_tokens = max(1, min(MAX_NEW_TOKENS, model.config.max_length - len(ids)))
     device = find_device(options.device)
     model = model.to(device)
     steps = stream(
         model,
         torch.tensor([ids], device=device),
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
@@ -127,7 +137,7 @@ def find_device(name: str) -> str:
     import torch
 
     if name == "auto":
-        accelerator = torch.accelerator.current_accelerator()
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
         return str(accelerator) if accelerator is not None else "cpu"
     try:
         torch.empty(0, device=name)

@@ -33,10 +33,12 @@ def test_reports_size_step_and_memory(run):
     model = findings("text/stdlib_tiny").model.model
     count = sum(parameter.numel() for parameter in model.parameters())
     assert lines["model"] == "TextModel under CausalLM"
-    assert lines["attention"].startswith("diff_v1, 4 layers of")
+    assert lines["attention"].startswith("diff_v1, 3 layers of")
     assert lines["parameters"].startswith(f"{count:,} (")
     assert f"{model.embedding.weight.numel():,} in the embedding" in lines["parameters"]
-    assert lines["step"] == "96 samples, 12,288 tokens (32 a batch x 3 batches)"
+    size = findings("text/stdlib_tiny").data.batch_size
+    samples, tokens = f"{3 * size:,} samples", f"{3 * size * 128:,} tokens"
+    assert lines["step"] == f"{samples}, {tokens} ({size} a batch x 3 batches)"
     assert lines["memory"].startswith("about ")
     assert not Path("runs").exists()
 
@@ -100,7 +102,7 @@ def test_activations_are_what_a_real_step_keeps(name, monkeypatch):
 
 def test_activations_grow_with_the_batch_and_shrink_by_recomputing_and_half_precision():
     full = estimate("text/stdlib_tiny").activations
-    double = estimate("text/stdlib_tiny", "--data.batch_size", "64").activations
+    double = estimate("text/stdlib_tiny", "--data.batch_size", "16").activations
     assert double == pytest.approx(2 * full, rel=0.05)
     half = estimate("text/stdlib_tiny", precision="bf16-mixed").activations
     assert 0.4 * full < half < 0.9 * full
