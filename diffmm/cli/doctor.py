@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -58,6 +59,10 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         description="Versions of the stack against what diffmm needs, the GPU, what would break "
         "and the command that mends it. Exits with 1 if something is broken.",
     ).parse_args(arguments)
+    if importlib.util.find_spec("packaging") is None:
+        print("BROKEN packaging  missing, and nothing can be compared without it")
+        print(f"\nTo mend it:  {sys.executable} -m pip install packaging")
+        return 1
     findings = [
         Finding("python", f"{platform.python_version()} on {platform.machine()}"),
         *package_findings(requirements(), installed_version),

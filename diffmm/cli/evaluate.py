@@ -77,13 +77,10 @@ def evaluate(verb: str, values: dict[str, Any], weights: str, output: Path | Non
     from diffmm.cli.trainer import RecipeCLI, refusing_before_training
     from diffmm.models.weights import load_weights
 
-    callbacks = [
-        node
-        for node in values.get("trainer", {}).get("callbacks") or []
-        if "ModelCheckpoint" not in str(node)
-    ]
     quiet = merge(values, {**QUIET, "run_dir": "runs"})
-    quiet["trainer"]["callbacks"] = callbacks
+    callbacks = quiet["trainer"].get("callbacks")
+    if isinstance(callbacks, list):
+        quiet["trainer"]["callbacks"] = [c for c in callbacks if "ModelCheckpoint" not in str(c)]
     cli = RecipeCLI(quiet)
     task: Any = cli.model
     if not hasattr(task, "model"):
@@ -93,7 +90,18 @@ def evaluate(verb: str, values: dict[str, Any], weights: str, output: Path | Non
     with refusing_before_training(cli):
         results = getattr(cli.trainer, verb)(task, datamodule=cli.datamodule)
     if output is not None:
-        columns = {name: [batch[name] for batch in results] for name in results[0]}
-        torch.save({name: torch.cat(parts) for name, parts in columns.items()}, output)
+        torch.save(joined(results), output)
         print(output)
     return 0
+
+
+def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The predictions of all batches, one tensor each; a list where batches differ in length (as
+    those of padded clips do)."""
+    import torch
+
+    columns = {name: [batch[name].cpu() for batch in results] for name in results[0]}
+    return {
+        name: torch.cat(parts) if len({part.shape[1:] for part in parts}) == 1 else parts
+        for name, parts in columns.items()
+    }

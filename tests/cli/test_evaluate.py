@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffmm.cli.evaluate import joined
+
 
 @pytest.fixture
 def trained(run, recipe):
@@ -56,3 +58,13 @@ def test_predictions_are_a_dict_of_tensors(run, trained):
     result = run("predict", "--config", path, "--weights", weights)
     assert result.mistakes == ["predictions.pt exists already: choose another --output"]
     assert "runs" in os.listdir()
+
+
+def test_predictions_of_unequal_batches_stay_apart():
+    batches = [
+        {"index": torch.arange(2), "prediction": torch.zeros(2, 3)},
+        {"index": torch.arange(2, 3), "prediction": torch.zeros(1, 4)},
+    ]
+    predictions = joined(batches)
+    assert predictions["index"].tolist() == [0, 1, 2]
+    assert [part.shape for part in predictions["prediction"]] == [(2, 3), (1, 4)]
