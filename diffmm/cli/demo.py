@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 ATTENTIONS = ("softmax", "diff_v1", "diff_v2")
 SEED = 0
+NUM_THREADS = 2
 RESULTS_NAME = "results.json"
 REPORT_NAME = "report.html"
 
@@ -81,9 +82,13 @@ def demo(output: Path, *, max_steps: int | None = None) -> None:
     """
     start = time.monotonic()
     with replacing(output) as directory:
+        import torch
+
         from diffmm.analysis.report import render_report
         from diffmm.analysis.results import table
 
+        # More threads than cores that are free to run them make such small models much slower.
+        torch.set_num_threads(min(NUM_THREADS, torch.get_num_threads()))
         print(f"Nine small models, seed {SEED}, on the CPU: a few minutes in all.", flush=True)
         sections = [
             train_twins(modality, number * len(ATTENTIONS), directory, max_steps)
