@@ -43,6 +43,8 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     paths = [find_recipe(name) for name in options.config]
     values = load(paths, overrides)
     if verb == "finetune":
+        if options.weights is None:
+            raise BadInput("diffmm finetune needs --weights CKPT: what to start from")
         override(values, "model.finetune.weights", options.weights)
     if verb == "fit" and options.resume == AUTO:
         run_dir = same_run(recipe, values)
@@ -82,7 +84,6 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
     else:
         parser.add_argument(
             "--weights",
-            required=True,
             metavar="CKPT",
             help="start from these: a checkpoint, or model.safetensors (or its folder)",
         )

@@ -248,6 +248,9 @@ def test_ckpt_path_is_refused_where_it_would_mix_two_runs(run, recipe):
 
 def test_a_verb_needs_its_arguments(run):
     assert refused(run, "fit") == ["diffmm fit needs --config RECIPE (diffmm recipes lists them)"]
+    assert refused(run, "finetune", "--config", "image/digits_tiny") == [
+        "diffmm finetune needs --weights CKPT: what to start from"
+    ]
     assert refused(run, "test", "--config", "image/digits_tiny") == [
         "diffmm test needs --weights WEIGHTS"
     ]

@@ -64,8 +64,17 @@ def test_an_unknown_verb_is_told_with_the_nearest(capsys):
     )
 
 
-def test_fit_help_shows_its_options_and_all_settings(run):
-    result = run("fit", "--help")
+@pytest.mark.parametrize(
+    ("verb", "option"), [("fit", "--resume"), ("finetune", "--weights"), ("predict", "--output")]
+)
+def test_help_of_training_shows_its_options_and_all_settings(run, verb, option):
+    result = run(verb, "--help")
     assert result.code == 0
-    for text in ("--resume RUN", "--trainer.max_steps", "--vars", "--run_dir"):
+    for text in (option, "--trainer.max_steps", "--vars"):
         assert text in result.out
+
+
+def test_help_of_a_class_shows_its_arguments(run):
+    result = run("fit", "--model.help", "diffmm.training.CausalLM")
+    assert result.code == 0
+    assert "--model.init_args.optimizer" in result.out
