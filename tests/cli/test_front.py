@@ -77,4 +77,4 @@ def test_help_of_training_shows_its_options_and_all_settings(run, verb, option):
 def test_help_of_a_class_shows_its_arguments(run):
     result = run("fit", "--model.help", "diffmm.training.CausalLM")
     assert result.code == 0
-    assert "--model.init_args.optimizer" in result.out
+    assert "--model.optimizer.learning_rate" in result.out
