@@ -51,8 +51,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         if run_dir is not None:
             return resume(run_dir)
     run_dir = new_run(recipe, options.name, options.run_dir)
-    comment = paths[-1].read_text(encoding="utf-8")
-    train(run_dir, values, comment="".join(f"# {line}".rstrip() + "\n" for line in header(comment)))
+    train(run_dir, values, comment=header(paths[-1].read_text(encoding="utf-8")))
     return 0
 
 

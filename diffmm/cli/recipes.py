@@ -55,23 +55,23 @@ def find_recipe(recipe: str) -> Path:
     raise BadInput(f"there is no recipe {recipe!r}{hint} (diffmm recipes lists them)")
 
 
-def header(text: str) -> list[str]:
-    """The lines of a recipe's header, without their `#`."""
+def header(text: str) -> str:
+    """The comment at the top of a recipe."""
     block = re.match(r"(?:#.*\n)*", text)
     assert block is not None
-    return [line.removeprefix("#").strip() for line in block[0].splitlines()]
+    return block[0]
 
 
 def description(text: str) -> str:
     """The header's first line."""
-    return next(iter(header(text)), "")
+    return header(text).partition("\n")[0].removeprefix("#").strip()
 
 
 def fields(text: str) -> dict[str, str]:
     """The header's fields, their continuation lines joined."""
     found: dict[str, str] = {}
     current = None
-    for line in header(text)[1:]:
+    for line in (line.removeprefix("#").strip() for line in header(text).splitlines()[1:]):
         match = re.match(rf"({'|'.join(FIELDS)}): +(.*)", line)
         if match:
             current = match[1]
