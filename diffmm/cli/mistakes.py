@@ -30,7 +30,7 @@ class Parameter(NamedTuple):
 class Findings(NamedTuple):
     mistakes: list[str]
     model: LightningModule | None
-    """On the meta device; `None` if there is a mistake in it."""
+    """On the meta device; `None` if it could not be made."""
     data: LightningDataModule | None
 
 
@@ -45,7 +45,9 @@ def find_mistakes(values: dict[str, Any]) -> Findings:
     finder.arguments(resolved.get("trainer") or {}, Trainer, "trainer")
     model = finder.check(resolved.get("model", {}), LightningModule, "model")
     data = finder.check(resolved.get("data", {}), LightningDataModule, "data")
-    if isinstance(model, LightningModule) and isinstance(data, LightningDataModule):
+    is_whole = isinstance(model, LightningModule) and isinstance(data, LightningDataModule)
+    # A misspelt key leaves a default in its place, and that may disagree with anything.
+    if is_whole and not finder.has_unknown_keys:
         mistakes += disagreements(model, data)
     return Findings(
         list(dict.fromkeys(mistakes)),
@@ -59,6 +61,7 @@ class _Finder:
 
     def __init__(self, mistakes: list[str]) -> None:
         self.mistakes = mistakes
+        self.has_unknown_keys = False
 
     def check(self, value: Any, hint: Any, path: str) -> Any:
         """`value` as `hint` would have it, or `UNKNOWN` after a mistake."""
@@ -140,9 +143,10 @@ class _Finder:
         if not isinstance(values, dict):
             self.mistakes.append(f"{path} must hold keys and values, got {values!r}")
             return UNKNOWN
-        before = len(self.mistakes)
         parameters = _parameters(cls)
+        # Keys that nobody knows do not keep the rest from being looked at.
         self.check_keys(values, parameters, path)
+        before = len(self.mistakes)
         for name, parameter in parameters.items():
             if parameter.required and name not in values:
                 self.mistakes.append(f"{path}.{name} is missing: {cls.__name__} needs it")
@@ -169,6 +173,7 @@ class _Finder:
             if key not in known:
                 place = f"{path}.{key}" if path else str(key)
                 self.mistakes.append(f"unknown key {place}{did_you_mean(key, known)}")
+                self.has_unknown_keys = True
 
 
 TOP = ("seed_everything", "vars", "run_dir", "trainer", "model", "data")

@@ -108,3 +108,16 @@ def test_activations_grow_with_the_batch_and_shrink_by_recomputing_and_half_prec
     assert 0.4 * full < half < 0.9 * full
     recomputed = estimate("text/stdlib_tiny", "--model.activation_checkpointing", "true")
     assert recomputed.activations < 0.6 * full
+
+
+def test_a_misspelt_key_hides_no_other_mistake(run):
+    result = run(
+        "check",
+        "text/stdlib_tiny",
+        *("--trainer.max_stepps", "3", "--vars.attention", "diff_v3"),
+        *("--model.init_args.model.init_args.config.backbone.dimm", "3"),
+    )
+    assert result.code == 2
+    assert "unknown key trainer.max_stepps; did you mean 'max_steps'?" in result.err
+    assert "backbone.dimm; did you mean 'dim'?" in result.err
+    assert "attention must be one of 'softmax', 'diff_v1', 'diff_v2', got 'diff_v3'" in result.err
