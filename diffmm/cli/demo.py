@@ -87,7 +87,7 @@ def demo(output: Path, *, max_steps: int | None = None) -> None:
         from diffmm.analysis.report import render_report
         from diffmm.analysis.results import table
 
-        # Models so small gain little from a second thread, and lose fourfold where its core is busy.
+        # Models so small gain little from a second thread, and lose much where its core is busy.
         torch.set_num_threads(min(NUM_THREADS, torch.get_num_threads()))
         print(f"Nine small models, seed {SEED}, on the CPU: a few minutes in all.", flush=True)
         sections = [
