@@ -4,7 +4,7 @@ Batches are plain dictionaries of tensors, so that any collate function, pinned 
 strategy can carry them. `B` is the number of samples, `N` the number of tokens.
 """
 
-from typing import NotRequired, TypedDict
+from typing import NotRequired, TypedDict, final
 
 from torch import Tensor
 
@@ -30,6 +30,7 @@ class TextBatch(TypedDict):
     """`[B]` int64, the sample's number in its dataset."""
 
 
+@final
 class ImageBatch(TypedDict):
     """Images and their classes."""
 
@@ -41,6 +42,7 @@ class ImageBatch(TypedDict):
     """`[B]` int64, the sample's number in its dataset."""
 
 
+@final
 class AudioBatch(TypedDict):
     """Sounds and their classes."""
 
@@ -56,6 +58,6 @@ class AudioBatch(TypedDict):
 
 def encoder_inputs(batch: ImageBatch | AudioBatch) -> tuple[Tensor, ...]:
     """The positional arguments of an encoder's `forward` for this batch."""
-    if "images" in batch:
-        return (batch["images"],)
-    return batch["waveforms"], batch["num_samples"]
+    if "waveforms" in batch:
+        return batch["waveforms"], batch["num_samples"]
+    return (batch["images"],)

@@ -23,8 +23,6 @@ class RotaryEmbedding(nn.Module):
         ValueError: if `D` is not a multiple of `2 * num_axes`.
     """
 
-    inv_freq: Tensor
-
     def __init__(self, head_dim: int, base: float = 10000.0, num_axes: int = 1) -> None:
         super().__init__()
         if head_dim % (2 * num_axes):
@@ -32,19 +30,22 @@ class RotaryEmbedding(nn.Module):
                 f"rotary embedding over {num_axes} axes needs a head_dim that is a multiple of "
                 f"{2 * num_axes}, got {head_dim}"
             )
-        axis_dim = head_dim // num_axes
-        exponents = torch.arange(0, axis_dim, 2, dtype=torch.float64) / axis_dim
+        self.axis_dim = head_dim // num_axes
+        self.base = base
         self.num_axes = num_axes
-        self.register_buffer("inv_freq", (base**-exponents).float(), persistent=False)
 
     def forward(self, positions: Tensor) -> Rotation:
         """`positions` is `[N]` or `[B, N]`, with a last axis of `num_axes` where there are several.
 
-        Always in float32: at position 10,000 a bfloat16 angle is off by whole turns.
+        Always in float32: at position 10,000 a bfloat16 angle is off by whole turns. For the same
+        reason frequencies are no buffer, which would be cast with its module, but made here, in
+        float64 so that every device rounds to the same.
         """
+        steps = torch.arange(0, self.axis_dim, 2, device=positions.device, dtype=torch.float64)
+        frequencies = (self.base ** (-steps / self.axis_dim)).float()
         if self.num_axes == 1:
             positions = positions.unsqueeze(-1)
-        angles = positions.float().unsqueeze(-1) * self.inv_freq.float()  # [..., N, axes, D/2/axes]
+        angles = positions.float().unsqueeze(-1) * frequencies  # [..., N, axes, D/2/axes]
         angles = angles.flatten(-2)
         return angles.cos(), angles.sin()
 

@@ -1,11 +1,20 @@
 """The backbone and the models that wrap it."""
 
+from diffmm.models.audio import AudioConfig, AudioModel
 from diffmm.models.backbone import Backbone, BackboneConfig
+from diffmm.models.image import ImageConfig, ImageModel
+from diffmm.models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderConfig
 from diffmm.models.text import TextConfig, TextModel
 
 __all__ = [
+    "AudioConfig",
+    "AudioModel",
     "Backbone",
     "BackboneConfig",
+    "ImageConfig",
+    "ImageModel",
+    "MaskedAutoencoder",
+    "MaskedAutoencoderConfig",
     "TextConfig",
     "TextModel",
 ]

@@ -125,15 +125,16 @@ class BackboneConfig:
         if self.feed_forward_width is not None:
             return self.feed_forward_width
         num_matrices = FEED_FORWARDS[self.feed_forward].num_matrices
-        width = 8 * self.dim / num_matrices
+        # A multiple that tensor cores like, yet fine enough to keep the counts within 0.5%.
+        step = min(64, 1 << max(0, (self.dim // 32).bit_length() - 1))
+        width = max(1, round(8 * self.dim / num_matrices / step)) * step
         if self.attention == "diff_v2":
             head_dim, extra_heads = self.resolved_head_dim, self.num_heads
             extra = self.dim * extra_heads * head_dim + self.dim * self.num_heads
             extra += extra_heads * head_dim if self.qkv_bias else 0
-            width -= extra / (num_matrices * self.dim)
-        # A multiple that tensor cores like, yet fine enough to keep the counts within 0.5%.
-        step = min(64, 1 << max(0, (self.dim // 32).bit_length() - 1))
-        return max(step, round(width / step) * step)
+            # Taken off the rounded width, so that only one rounding parts the two models.
+            width = max(1, round((width - extra / (num_matrices * self.dim)) / step)) * step
+        return width
 
     def make_attention(self, layer_index: int) -> Attention:
         """The attention layer of one block."""
@@ -246,15 +247,17 @@ class Backbone(nn.Module):
         return self.norm(x), intermediates
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
-        """An empty cache for this backbone, on its device and in its dtype."""
-        attentions = [block.attention for block in self.blocks]
+        """An empty cache for this backbone, on its device and in the dtype it computes in."""
+        attentions: list[Any] = [block.attention for block in self.blocks]
         weight = attentions[0].q_proj.weight
+        kind = weight.device.type
+        autocast = torch.is_autocast_enabled(kind)
         return KVCache(
             [attention.k_shape for attention in attentions],
             [attention.v_shape for attention in attentions],
             batch=batch,
             max_length=max_length,
-            dtype=weight.dtype,
+            dtype=torch.get_autocast_dtype(kind) if autocast else weight.dtype,
             device=weight.device,
         )
 

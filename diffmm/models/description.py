@@ -2,15 +2,21 @@
 
 import dataclasses
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
 from diffmm.checks import check_choice, did_you_mean
+from diffmm.models.audio import AudioModel
+from diffmm.models.image import ImageModel
+from diffmm.models.masked_autoencoder import MaskedAutoencoder
 from diffmm.models.text import TextModel
 
+Model = TypeVar("Model", bound=nn.Module)
+
 MODELS: dict[str, type[nn.Module]] = {
-    f"diffmm.models.{model.__name__}": model for model in (TextModel,)
+    f"diffmm.models.{model.__name__}": model
+    for model in (TextModel, ImageModel, AudioModel, MaskedAutoencoder)
 }
 """What a description may name. A file cannot make the library import anything else."""
 
@@ -48,7 +54,7 @@ def build(description: dict[str, Any]) -> nn.Module:
     return model_class(configured(_config_class(model_class), description["config"]))
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Model) -> Model:
     """The model inside what `torch.compile` returns."""
     return getattr(model, "_orig_mod", model)
 

@@ -1,0 +1,25 @@
+"""Training: one Lightning module a task, and the optimizer, schedule and logging they share."""
+
+from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
+from diffmm.training.classification import Classification
+from diffmm.training.finetuning import FineTuneConfig
+from diffmm.training.language import CausalLM, MaskedLM
+from diffmm.training.masked_autoencoding import MaskedAutoencoding
+from diffmm.training.mixing import MixingConfig
+from diffmm.training.optimizer import OptimizerConfig
+from diffmm.training.schedule import ScheduleConfig
+from diffmm.training.task import Task
+
+__all__ = [
+    "CausalLM",
+    "Classification",
+    "FineTuneConfig",
+    "LambdaMonitor",
+    "MaskedAutoencoding",
+    "MaskedLM",
+    "MixingConfig",
+    "OptimizerConfig",
+    "ScheduleConfig",
+    "SpeedMonitor",
+    "Task",
+]

@@ -14,8 +14,14 @@ def sdpa(
 
     Shapes as in `diffmm.ops.diff_attention`, with `lam` already `[B, N, H]`.
     """
-    q = q.transpose(2, 3).flatten(2, 3)  # [B, N, 2H, D], component is the slow head index
-    k = k.expand(-1, -1, -1, 2, -1).transpose(2, 3).flatten(2, 3)  # [B, M, 2G, D]
-    v = torch.cat([v, v], dim=2)  # [B, M, 2G, E]
-    out1, out2 = softmax_sdpa(q, k, v, mask=mask, scale=scale).chunk(2, dim=2)
+    if k.shape[3] == 1:
+        # Raw head 2i + c already reads group i // (H // G): grouped keys with twice the queries.
+        heads = softmax_sdpa(q.flatten(2, 3), k.squeeze(3), v, mask=mask, scale=scale)
+        out1, out2 = heads.unflatten(2, (-1, 2)).unbind(3)
+    else:
+        # The component becomes the slow head index, so that its groups stay together.
+        q = q.transpose(2, 3).flatten(2, 3)  # [B, N, 2H, D]
+        k = k.transpose(2, 3).flatten(2, 3)  # [B, M, 2G, D]
+        v = torch.cat([v, v], dim=2)  # [B, M, 2G, E]
+        out1, out2 = softmax_sdpa(q, k, v, mask=mask, scale=scale).chunk(2, dim=2)
     return out1 - lam.unsqueeze(-1).to(out1.dtype) * out2

@@ -1,7 +1,7 @@
 """Softmax attention by torch's fused `scaled_dot_product_attention`."""
 
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from diffmm.ops.mask import AttentionMask
 
@@ -17,18 +17,30 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, scale: float) 
     num_queries, num_keys = q.shape[1], k.shape[1]
     heads_per_group = q.shape[2] // k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if q.device.type == "cpu" and v.shape[-1] > q.shape[-1]:
+        # torch's fused CPU kernel takes equal head dims only; zeros change no score.
+        wider = (0, v.shape[-1] - q.shape[-1])
+        q, k = pad(q, wider), pad(k, wider)
 
-    # torch aligns its causal mask to the top left, so it is ours only for square scores.
-    only_causal = mask.causal and mask.window is None and not mask.per_sample
-    if mask.is_full or (only_causal and num_queries in (1, num_keys)):
-        is_causal = only_causal and num_queries > 1
+    # Plain booleans by way of `if`: compiled with dynamic shapes, a comparison is symbolic, and
+    # torch's function refuses it.
+    is_full, is_causal, is_grouped = mask.is_full, False, False
+    if mask.causal and mask.window is None and not mask.per_sample:
+        if num_queries == 1:
+            is_full = True
+        elif num_queries == num_keys:  # torch aligns to the top left, so only square is ours
+            is_causal = True
+    if heads_per_group > 1:
+        is_grouped = True
+
+    if is_full or is_causal:
         out = scaled_dot_product_attention(
-            q, k, v, is_causal=is_causal, scale=scale, enable_gqa=heads_per_group > 1
+            q, k, v, is_causal=is_causal, scale=scale, enable_gqa=is_grouped
         )
         return out.transpose(1, 2)
 
     # Kernels that take a mask do not take grouped keys.
-    if heads_per_group > 1:
+    if is_grouped:
         k = k.repeat_interleave(heads_per_group, dim=1)
         v = v.repeat_interleave(heads_per_group, dim=1)
     visible = mask.to_bool(num_queries, num_keys, q.device)

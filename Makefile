@@ -1,0 +1,40 @@
+# Two commands: `make demo` trains the three attentions on text, images and sound; `make test`
+# checks everything. Both set up .venv first: with uv if it is there, with venv and pip if not.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test lint tests setup clean
+
+demo: setup
+	$(BIN)/diffmm demo
+
+test: lint tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+tests: setup
+	$(BIN)/python -m pytest
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"diffmm needs Python 3.11 or later, this is {v.major}.{v.minor}: make PYTHON=python3.11 ...")'
+	@if command -v uv >/dev/null 2>&1; then \
+		set -e; \
+		test -x $(BIN)/python || uv venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv; \
+		uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'; \
+	else \
+		set -e; \
+		test -x $(BIN)/python || $(PYTHON) -m venv .venv; \
+		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; \
+	fi
+	@touch $(STAMP)
+
+clean:
+	rm -rf .venv build dist runs

@@ -1,0 +1,1 @@
+"""Tables of speed and memory, each one command: `python -m benchmarks.NAME`."""

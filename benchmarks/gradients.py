@@ -1,0 +1,71 @@
+"""Gradients of whole compiled decoders in bfloat16 against eager float32, each parameter."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffmm.models import BackboneConfig, TextConfig, TextModel
+
+
+def make_decoder(
+    attention: str,
+    *,
+    head_dim: int,
+    causal: bool = True,
+    grouped: bool = False,
+    backend: str = "auto",
+    dim: int = 512,
+    depth: int = 3,
+    length: int = 1024,
+) -> TextModel:
+    """A decoder whose attention maps have something to say.
+
+    Queries and keys start six times larger than in training: at the usual start all maps are
+    nearly uniform, their difference is rounding, and lambda's gradient is nothing but noise.
+    """
+    num_heads = dim // head_dim
+    backbone = BackboneConfig(
+        dim=dim,
+        depth=depth,
+        num_heads=num_heads,
+        num_kv_heads=num_heads // 2 if grouped else None,
+        attention=attention,
+        rope="1d",
+        backend=backend,
+    )
+    torch.manual_seed(0)
+    model = TextModel(
+        TextConfig(vocab_size=512, max_length=length, causal=causal, backbone=backbone)
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                parameter.mul_(6.0)
+    return model
+
+
+def gradients(
+    model: TextModel, forward: Callable[[Tensor], Tensor], tokens: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Every parameter's gradient of one next-token loss, computed in `dtype` by autocast."""
+    model.zero_grad()
+    with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
+        logits = forward(tokens[:, :-1])
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """`|found - truth| / |truth|` of each parameter; a missing gradient is NaN."""
+    missing = {name: torch.nan for name in truth if name not in found}
+    return missing | {
+        name: ((found[name] - truth[name]).norm() / truth[name].norm()).item() for name in found
+    }
+
+
+def worst(errors: dict[str, float], *, lambdas: bool) -> float:
+    """The largest error among the lambda parameters, or among all others; NaN if one is NaN."""
+    chosen = [error for name, error in errors.items() if ("lambda" in name) == lambdas]
+    return torch.tensor([0.0, *chosen]).max().item()

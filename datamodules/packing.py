@@ -1,0 +1,106 @@
+"""Documents cut into windows of one length.
+
+A window of `sequence_length` has up to one token more than it, so that every token but the first
+has one before it to be predicted from.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+
+
+class Span(NamedTuple):
+    """The tokens `start` to `stop` of a document."""
+
+    document: int
+    start: int
+    stop: int
+
+
+class Window(NamedTuple):
+    """Up to `sequence_length + 1` tokens, and which document each belongs to."""
+
+    ids: Ids
+    document_ids: Ids
+
+
+class Cut(Protocol):
+    """How documents make windows."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, window: int) -> list[Span]: ...
+
+
+class PackedCut:
+    """All documents one after another, cut every `sequence_length` tokens.
+
+    Neighbours share a token: the last to be predicted in one is the first read in the next.
+    """
+
+    def __init__(self, lengths: Ids, sequence_length: int) -> None:
+        self._ends = np.cumsum(lengths)
+        self._lengths = lengths
+        self._total = int(lengths.sum())
+        self._sequence_length = sequence_length
+
+    def __len__(self) -> int:
+        return -(-max(self._total - 1, 0) // self._sequence_length)
+
+    def __getitem__(self, window: int) -> list[Span]:
+        start = window * self._sequence_length
+        stop = min(start + self._sequence_length + 1, self._total)
+        spans = []
+        document = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            end = int(self._ends[document])
+            begin = end - int(self._lengths[document])
+            spans.append(Span(document, start - begin, min(stop, end) - begin))
+            start = end
+            document += 1
+        return spans
+
+
+class PaddedCut:
+    """Each document for itself, cut where it is longer than `sequence_length`."""
+
+    def __init__(self, lengths: Ids, sequence_length: int) -> None:
+        self._num_windows = -(-(lengths - 1) // sequence_length)
+        self._ends = np.cumsum(self._num_windows)
+        self._lengths = lengths
+        self._sequence_length = sequence_length
+
+    def __len__(self) -> int:
+        return int(self._num_windows.sum())
+
+    def __getitem__(self, window: int) -> list[Span]:
+        document = int(np.searchsorted(self._ends, window, side="right"))
+        window -= int(self._ends[document] - self._num_windows[document])
+        start = window * self._sequence_length
+        stop = min(start + self._sequence_length + 1, int(self._lengths[document]))
+        return [Span(document, start, stop)]
+
+
+def packed_windows(documents: Iterable[Ids], sequence_length: int) -> Iterator[Window]:
+    """The windows of `PackedCut`, of documents that come one by one."""
+    ids, numbers = np.empty(0, np.int64), np.empty(0, np.int64)
+    for number, tokens in enumerate(documents):
+        ids = np.append(ids, tokens)
+        numbers = np.append(numbers, np.full(len(tokens), number))
+        while len(ids) > sequence_length:
+            yield Window(ids[: sequence_length + 1], numbers[: sequence_length + 1])
+            ids, numbers = ids[sequence_length:], numbers[sequence_length:]
+    if len(ids) > 1:
+        yield Window(ids, numbers)
+
+
+def padded_windows(documents: Iterable[Ids], sequence_length: int) -> Iterator[Window]:
+    """The windows of `PaddedCut`, of documents that come one by one."""
+    for tokens in documents:
+        for start in range(0, len(tokens) - 1, sequence_length):
+            ids = tokens[start : start + sequence_length + 1]
+            yield Window(ids, np.zeros(len(ids), np.int64))

@@ -1,0 +1,186 @@
+"""Which samples, in which order, with which random numbers: a function of (seed, epoch, index).
+
+A dataset draws all randomness of a sample (augmentation, crops, masking) from the run's seed, the
+epoch and the sample's number, never from a worker's state. So a changed number of workers changes
+nothing, and a resumed run draws what the unbroken one would have drawn. The epoch travels to the
+workers with every index, so that persistent workers know it too.
+"""
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, DistributedSampler
+
+Sample = TypeVar("Sample", covariant=True)
+
+
+SampleKey = tuple[int, int]
+"""What a sampler asks of a dataset: `(epoch, index)`."""
+
+
+def sample_rng(seed: int, *key: int) -> np.random.Generator:
+    """A NumPy generator for `(seed, *key)`, usually `(seed, epoch, index)`; none is negative.
+
+    Different keys give independent streams, keys of different lengths too.
+    """
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+
+
+def sample_generator(seed: int, *key: int) -> torch.Generator:
+    """A torch generator (CPU) for `(seed, *key)`, as `sample_rng`."""
+    return torch.Generator().manual_seed(_torch_seed(np.random.SeedSequence(seed, spawn_key=key)))
+
+
+@contextmanager
+def seeded(seed: int, *key: int) -> Iterator[None]:
+    """Seed the global generators of Python, NumPy and torch (CPU) for the body, then restore them.
+
+    For transforms that draw from global state, as torchvision's and timm's do.
+    """
+    sequence = np.random.SeedSequence(seed, spawn_key=key)
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        python_seed, numpy_seed = sequence.generate_state(2)
+        random.seed(int(python_seed))
+        np.random.seed(numpy_seed)
+        torch.default_generator.manual_seed(_torch_seed(sequence))
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def _torch_seed(sequence: np.random.SeedSequence) -> int:
+    # torch takes 64 bits; the top one is left out to stay clear of its signed range.
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class SeededDataset(Dataset[Sample], ABC):
+    """A dataset whose samples are a function of their epoch and index.
+
+    `dataset[epoch, index]` is what the samplers of this module ask for; `dataset[index]`
+    is the sample as in epoch 0.
+    """
+
+    def __getitem__(self, key: SampleKey | int) -> Sample:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a dataset of {len(self)}")
+        return self.sample(epoch, index)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def sample(self, epoch: int, index: int) -> Sample:
+        """Sample `index` as it is in `epoch`, drawing from `sample_rng(seed, epoch, index)`."""
+
+
+class EpochSampler(DistributedSampler[SampleKey]):
+    """Each process's share of every epoch, as `(epoch, index)`; the same number on every process.
+
+    Process `r` of `W` takes every `W`-th sample of the epoch's order, beginning with the `r`-th:
+    batch `k` of all processes together is batch `k` of one process with a batch `W` times as large.
+
+    A run that stopped within an epoch goes on where it was: `load_state_dict` takes the epoch and
+    the `position` in it, the number of samples consumed by all processes together (so the number
+    of processes may change). Only the training loop knows how much was consumed, since loaders
+    fetch ahead: it passes that number to `state_dict`. `set_epoch` with another epoch starts that
+    epoch at its beginning. The length is always that of a whole epoch.
+
+    It is a `DistributedSampler`, so that Lightning keeps it instead of inserting its own.
+
+    Args:
+        num_samples: how many the dataset has.
+        shuffle: a new order each epoch, drawn from `(seed, epoch)`; otherwise in order of index.
+        seed: of the order, at least 0.
+        rank, world_size: this process, and how many there are.
+        drop_last: what to do where `world_size` does not divide `num_samples`: leave out the last
+            samples of the order, or (false) begin the order again to fill up.
+
+    Raises:
+        ValueError: if no sample would be left for a process, or `rank` is not one of them.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+    ) -> None:
+        if num_samples < (world_size if drop_last else 1):
+            raise ValueError(f"{num_samples} samples cannot be shared among {world_size} processes")
+        super().__init__(
+            range(num_samples),  # type: ignore[arg-type]  # only its length is asked for
+            num_replicas=world_size,
+            rank=rank,
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=drop_last,
+        )
+        self._num_all_samples = num_samples
+        self._position = 0
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        order = np.arange(self._num_all_samples)
+        if self.shuffle:
+            order = sample_rng(self.seed, self.epoch).permutation(order)
+        order = np.resize(order, self.total_size)  # cuts, or begins again
+        for index in order[self._position + self.rank :: self.num_replicas]:
+            yield self.epoch, int(index)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of `epoch`, or stay at the position within it."""
+        if epoch != self.epoch:
+            self._position = 0
+        super().set_epoch(epoch)
+
+    def state_dict(self, position: int) -> dict[str, Any]:
+        """Where this epoch stands, after `position` samples of all processes together."""
+        return {"epoch": self.epoch, "position": position, "order": self._order()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Start the next iteration at the epoch and position of `state`.
+
+        Raises:
+            ValueError: if `state` is of another dataset, seed or order, or the number of processes
+                does not divide its position.
+        """
+        if state["order"] != self._order():
+            raise ValueError(
+                f"the order of samples was {state['order']} and is now {self._order()}: "
+                f"resume with the same data and seed"
+            )
+        if state["position"] % self.num_replicas:
+            raise ValueError(
+                f"{self.num_replicas} processes cannot share evenly what follows sample "
+                f"{state['position']}: resume with a number that divides it"
+            )
+        self.epoch, self._position = state["epoch"], state["position"]
+
+    def _order(self) -> dict[str, Any]:
+        return {"samples": self._num_all_samples, "seed": self.seed, "shuffle": self.shuffle}
+
+
+class EvaluationSampler(EpochSampler):
+    """Every sample in order, the same in every epoch.
+
+    On several processes the first samples are repeated where needed for equal shares (no collective
+    may wait for a process that has run out); on one process each sample comes exactly once.
+    """
+
+    def __init__(self, num_samples: int, *, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(num_samples, shuffle=False, rank=rank, world_size=world_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Evaluation does not depend on the epoch."""

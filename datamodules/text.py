@@ -1,0 +1,247 @@
+"""Text for language models."""
+
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch.utils.data import DataLoader
+
+from datamodules.loading import SeededDataModule
+from datamodules.text_sources import (
+    Corpus,
+    HuggingFaceText,
+    StandardLibrary,
+    TextFolder,
+    TextSource,
+    TokenFiles,
+)
+from datamodules.text_windows import Objective, Packing, StreamedWindows, TextWindows, WindowTask
+from datamodules.token_documents import TokenDocuments, read_token_files, write_token_file
+from diffmm.checks import check_choice
+from diffmm.tokenizers import Tokenizer, load_tokenizer
+
+__all__ = [
+    "HuggingFaceText",
+    "StandardLibrary",
+    "TextData",
+    "TextFolder",
+    "TokenFiles",
+    "write_token_file",
+]
+
+Split = Literal["training", "validation", "test"]
+_SPLITS_OF_STAGE: dict[str | None, tuple[Split, ...]] = {
+    "fit": ("training", "validation"),
+    "validate": ("validation",),
+    "test": ("test",),
+    "predict": (),
+    None: ("training", "validation", "test"),
+}
+
+
+class TextData(SeededDataModule):
+    """Documents as windows of tokens, for causal or masked language models (`TextBatch`).
+
+    Validation and test documents are held out of `source` by their keys (a file's name, a row's
+    text): the same ones for every seed, order and tokenizer. A split that has its own source takes
+    all of it, and nothing is held out for it.
+
+    Args:
+        source: what to train on; by default `StandardLibrary()`, which needs no network.
+        validation_source, test_source: sources of their own for these splits.
+        tokenizer: `bytes`, the path of a `tokenizer.json`, or a name on the Hugging Face hub.
+        vocab_size: the model's, if the tokenizer is to be checked against it.
+        sequence_length: tokens a sample.
+        packing: `packed` fills samples with one document after another; `padded` gives every
+            document (or part of one, where it is longer) a sample of its own, with `key_padding`.
+        document_mask: in packed samples, give `document_ids` and predict no token from another
+            document's.
+        objective: `causal` (the next token) or `masked` (BERT's).
+        mask_probability: the share of tokens to predict in masked training, in (0, 1).
+        validation_fraction, test_fraction: of the documents, in [0, 1); 0 makes no such split.
+        batch_size: samples a batch of one process.
+        num_workers: processes that load beside the training one.
+        seed: of the order and the masks.
+        cache_dir: keep the tokenized source in a file there and map it, for one that is slow to
+            tokenize or too large for memory; by default it is held in memory.
+
+    Raises:
+        ValueError: for an argument out of its range; (when set up) for a tokenizer that is larger
+            than `vocab_size` or lacks a special token, a split without a document, or a stream
+            that would never end.
+    """
+
+    def __init__(
+        self,
+        source: Corpus | None = None,
+        *,
+        validation_source: Corpus | None = None,
+        test_source: Corpus | None = None,
+        tokenizer: str = "bytes",
+        vocab_size: int | None = None,
+        sequence_length: int = 512,
+        packing: Packing = "packed",
+        document_mask: bool = True,
+        objective: Objective = "causal",
+        mask_probability: float = 0.15,
+        validation_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        check_choice("packing", packing, ("packed", "padded"))
+        check_choice("objective", objective, ("causal", "masked"))
+        if sequence_length < 1:
+            raise ValueError(f"sequence_length must be at least 1, got {sequence_length}")
+        if not 0 < mask_probability < 1:
+            raise ValueError(f"mask_probability must lie in (0, 1), got {mask_probability}")
+        if min(validation_fraction, test_fraction) < 0 or validation_fraction + test_fraction >= 1:
+            raise ValueError(
+                f"validation_fraction and test_fraction must not be negative, nor add up to 1 or "
+                f"more, got {validation_fraction} and {test_fraction}"
+            )
+        self.source: Corpus = source or StandardLibrary()
+        self.own_sources = {"validation": validation_source, "test": test_source}
+        self.tokenizer_name = tokenizer
+        self.vocab_size = vocab_size
+        self.sequence_length = sequence_length
+        self.packing: Packing = packing
+        self.document_mask = document_mask
+        self.objective: Objective = objective
+        self.mask_probability = mask_probability
+        self.validation_fraction = 0.0 if validation_source else validation_fraction
+        self.test_fraction = 0.0 if test_source else test_fraction
+        self.cache_dir = cache_dir
+        self._documents: dict[Corpus, TokenDocuments] = {}
+        for corpus in (self.source, validation_source, test_source):
+            if cache_dir is not None and _streams(corpus):
+                raise ValueError(f"cache_dir keeps tokenized text, but {corpus!r} is streamed")
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """What the text is encoded with."""
+        tokenizer = load_tokenizer(self.tokenizer_name)
+        if self.vocab_size is not None and tokenizer.vocab_size > self.vocab_size:
+            raise ValueError(
+                f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, more than the "
+                f"model's vocab_size of {self.vocab_size}"
+            )
+        return tokenizer
+
+    @cached_property
+    def _task(self) -> WindowTask:
+        return WindowTask(
+            self.tokenizer,
+            sequence_length=self.sequence_length,
+            objective=self.objective,
+            packing=self.packing,
+            document_mask=self.document_mask,
+            mask_probability=self.mask_probability,
+            seed=self.seed,
+        )
+
+    def prepare_data(self) -> None:
+        """Tokenize into `cache_dir`, in one process."""
+        for corpus in (self.source, *self.own_sources.values()):
+            if self.cache_dir is not None and isinstance(corpus, TextSource):
+                self._cached(corpus, self.cache_dir)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the documents of the stage's splits, or refuse them."""
+        for split in _SPLITS_OF_STAGE[stage]:
+            self._dataset(split)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Packed or padded windows of the training documents, shuffled."""
+        dataset = self._dataset("training")
+        assert dataset is not None
+        if isinstance(dataset, StreamedWindows):
+            self._check_horizon()
+        return self.training_loader(dataset, self._task.collate)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Windows of the validation documents, in order; no loader where there is no such split."""
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Windows of the test documents, in order; no loader where there is no such split."""
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: Split) -> DataLoader[Any] | list[DataLoader[Any]]:
+        dataset = self._dataset(split)
+        return [] if dataset is None else self.evaluation_loader(dataset, self._task.collate)
+
+    def _dataset(self, split: Split) -> TextWindows | StreamedWindows | None:
+        corpus, low, high = self._share(split)
+        if low == high:
+            return None
+        if isinstance(corpus, HuggingFaceText) and corpus.streaming:
+            return StreamedWindows(
+                corpus,
+                self._task,
+                low=low,
+                high=high,
+                endless=split == "training",
+                rank=self.rank,
+                world_size=self.world_size,
+            )
+        documents = self._load(corpus)
+        chosen = documents.held_out(low, high)
+        if not len(chosen):
+            advice = (
+                "give more documents (a separator splits files into several), other fractions, or "
+                "a validation_source and a test_source"
+            )
+            raise ValueError(
+                f"{corpus!r} has {len(documents)} documents with text, none of which falls in the "
+                f"{split} split: {advice}"
+            )
+        return TextWindows(chosen, self._task)
+
+    def _share(self, split: Split) -> tuple[Corpus, float, float]:
+        """A split's source, and which of its keys (as fractions of all keys) belong to it."""
+        if own := self.own_sources.get(split):
+            return own, 0.0, 1.0
+        validation_end = self.validation_fraction
+        test_end = validation_end + self.test_fraction
+        low, high = {
+            "validation": (0.0, validation_end),
+            "test": (validation_end, test_end),
+            "training": (test_end, 1.0),
+        }[split]
+        return self.source, low, high
+
+    def _load(self, corpus: Corpus) -> TokenDocuments:
+        if corpus not in self._documents:
+            if self.cache_dir is not None and isinstance(corpus, TextSource):
+                path = self._cached(corpus, self.cache_dir)
+                self._documents[corpus] = read_token_files([path], self.tokenizer)
+            else:
+                self._documents[corpus] = corpus.load(self.tokenizer)
+        return self._documents[corpus]
+
+    def _cached(self, source: TextSource, cache_dir: str) -> Path:
+        """The token file of a source, made now if it is not there."""
+        name = f"{type(source).__name__}-{source.fingerprint()}-{self.tokenizer.fingerprint}.bin"
+        path = Path(cache_dir, name)
+        with suppress(FileExistsError):
+            write_token_file(path, source.documents(), self.tokenizer)
+        return path
+
+    def _check_horizon(self) -> None:
+        """A stream is endless: a run on it needs to know when to stop, and when to validate."""
+        if self.trainer is None:
+            return
+        if self.trainer.max_steps < 0 and self.trainer.limit_train_batches == 1.0:
+            raise ValueError(
+                "a streamed source has no end: set trainer.max_steps, or "
+                "trainer.limit_train_batches for the length of an epoch"
+            )
+
+
+def _streams(corpus: Corpus | None) -> bool:
+    return isinstance(corpus, HuggingFaceText) and corpus.streaming

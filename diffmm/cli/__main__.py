@@ -1,0 +1,7 @@
+"""`python -m diffmm.cli`."""
+
+import sys
+
+from diffmm.cli import main
+
+sys.exit(main())

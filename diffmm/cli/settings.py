@@ -1,0 +1,175 @@
+"""A recipe with the overrides of a command line, as one tree of plain values.
+
+References (`${vars.attention}`, `${oc.env:TOKEN}`) are left as they are written: they are resolved
+when the tree is parsed, after all overrides, and never in what a run saves.
+"""
+
+import re
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffmm.checks import did_you_mean
+from diffmm.cli.errors import BadInput
+
+CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
+"""What stands in a node that says which class to make."""
+
+
+class Loader(yaml.SafeLoader):
+    """YAML with the floats of YAML 1.2 (`1e-3` is one), and without repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands here twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def load(recipes: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of one or more recipes, later ones over earlier ones, then the overrides.
+
+    Args:
+        recipes: YAML files.
+        overrides: `--key value` or `--key=value` with dotted keys. `init_args` may be left out of
+            a key; a number picks from a list, and `key+` adds to one.
+
+    Raises:
+        BadInput: for a file that is not a mapping in YAML, an override without a value, or one of
+            a variable that no recipe has.
+    """
+    values: dict[str, Any] = {}
+    for recipe in recipes:
+        values = merge(values, load_file(recipe))
+    known = set(values.get("vars") or {})
+    for key, value in parse_overrides(overrides):
+        name = key.removeprefix("vars.").split(".")[0]
+        if key.startswith("vars.") and name not in known:
+            raise BadInput(f"the recipe has no variable vars.{name}{did_you_mean(name, known)}")
+        override(values, key, value)
+    return values
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """The values of one YAML file.
+
+    Raises:
+        BadInput: naming the file, and the line if it is not YAML.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise BadInput(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise BadInput(f"{path} is no recipe: it holds no keys")
+    return values
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """Keys and values of `--key value` and `--key=value`.
+
+    Raises:
+        BadInput: for what is neither.
+    """
+    pairs = []
+    rest = list(arguments)
+    while rest:
+        key, equals, text = rest.pop(0).partition("=")
+        if not key.startswith("--") or len(key) < 3:
+            raise BadInput(f"expected --key value, got {key!r}")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise BadInput(f"{key} needs a value")
+            text = rest.pop(0)
+        try:
+            value = yaml.load(text, Loader)
+        except yaml.YAMLError:
+            value = text
+        pairs.append((key.removeprefix("--"), value))
+    return pairs
+
+
+def merge(below: Any, above: Any) -> Any:
+    """`above` over `below`: mappings key by key, but another class with its own arguments."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return deepcopy(above)
+    if "class_path" in above and above["class_path"] != below.get("class_path"):
+        return deepcopy(above)
+    merged = dict(below)
+    for key, value in above.items():
+        merged[key] = merge(below[key], value) if key in below else deepcopy(value)
+    return merged
+
+
+def override(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set one dotted key, in place.
+
+    Raises:
+        BadInput: if the key leads outside a list.
+    """
+    *parents, last = key.split(".")
+    node: Any = values
+    for part in parents:
+        node = _inside(node, part, key)
+    last, adds = last.removesuffix("+"), last.endswith("+")
+    if isinstance(node, list):
+        if last.isdigit():
+            node[_position(node, last, key)] = value
+            return
+        node = node[-1] if node else {}
+    if _is_class(node) and last not in CLASS_KEYS:
+        node = node.setdefault("init_args", {})
+    if adds:
+        present = node.get(last)
+        items = present if isinstance(present, list) else [] if present is None else [present]
+        node[last] = [*items, *(value if isinstance(value, list) else [value])]
+    elif _is_class(node.get(last)) and isinstance(value, str):
+        node[last] = {**node[last], "class_path": value}
+    else:
+        node[last] = value
+
+
+def _inside(node: Any, part: str, key: str) -> Any:
+    """The node below `node`, made if it is not there or is no node."""
+    if isinstance(node, list):
+        if part.isdigit():
+            at: Any = _position(node, part, key)
+        elif not node:
+            raise BadInput(f"--{key}: the list is empty, there is nothing to set in it")
+        else:
+            # As in jsonargparse: the one that was added last.
+            node[-1] = node[-1] if isinstance(node[-1], dict) else {"class_path": node[-1]}
+            return _inside(node[-1], part, key)
+    else:
+        if _is_class(node) and part not in CLASS_KEYS:
+            node = node.setdefault("init_args", {})
+        at = part
+    child = node[at] if isinstance(node, list) else node.get(at)
+    if not isinstance(child, dict | list):
+        is_class_name = isinstance(child, str) and "${" not in child
+        child = node[at] = {"class_path": child} if is_class_name else {}
+    return child
+
+
+def _position(node: list[Any], part: str, key: str) -> int:
+    if int(part) >= len(node):
+        raise BadInput(f"--{key}: the list has {len(node)} items, there is no item {part}")
+    return int(part)
+
+
+def _is_class(node: Any) -> bool:
+    return isinstance(node, dict) and "class_path" in node

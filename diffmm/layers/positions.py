@@ -1,0 +1,71 @@
+"""Where tokens stand on a grid: learned embeddings, and coordinates for rotary ones."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+Grid = tuple[int, ...]
+"""Tokens along each axis: rows and columns, time and frequency, or time alone."""
+
+
+class LearnedPositions(nn.Module):
+    """A learned vector for every place of a grid, and for every token in front of it.
+
+    Args:
+        grid: its size, over one axis or two.
+        dim: of the tokens.
+        num_prefix: tokens without a place in the grid (class, registers).
+    """
+
+    def __init__(self, grid: Grid, dim: int, num_prefix: int) -> None:
+        super().__init__()
+        self.grid = nn.Parameter(torch.zeros(*grid, dim))
+        self.prefix = nn.Parameter(torch.zeros(num_prefix, dim)) if num_prefix else None
+
+    def forward(self, num_tokens: int) -> Tensor:
+        """Those of the first `N` places, row by row: `[N, dim]`."""
+        return self.grid.flatten(0, -2)[:num_tokens]
+
+
+def resample(positions: Tensor, grid: Grid) -> Tensor:
+    """Learned positions `[*old_grid, dim]` for another grid: `[*grid, dim]`.
+
+    Bicubic with antialiasing, as timm's `resample_abs_pos_embed`; the same grid gives the same
+    tensor back.
+    """
+    if tuple(positions.shape[:-1]) == grid:
+        return positions
+    resampled = positions.float()
+    # One axis at a time, as a row: the filter is separable, and torch 2.11 gets an image wrong that
+    # it makes one pixel wide.
+    for axis, size in enumerate(grid):
+        rows = resampled.movedim(axis, -1)
+        row = interpolate(
+            rows.reshape(1, -1, 1, rows.shape[-1]), (1, size), mode="bicubic", antialias=True
+        )
+        resampled = row.reshape(*rows.shape[:-1], size).movedim(-1, axis)
+    return resampled.to(positions.dtype).contiguous()
+
+
+def coordinates(
+    grid: Grid, reference: Sequence[int] | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """Coordinates of a grid's places for rotary positions, from 1: 0 is for tokens without one.
+
+    With a `reference` grid they are those of the same places on that grid: the grid is stretched
+    over it, middle to middle, as EVA does for other image sizes (Fang et al. 2023).
+
+        coordinate_i = (i + 1/2) * reference / size + 1/2
+
+    Returns:
+        `[N, 2]` in float32, row by row, or `[N]` for a grid of one axis.
+    """
+    axes = [
+        (torch.arange(size, device=device, dtype=torch.float32) + 0.5) * (full / size) + 0.5
+        for size, full in zip(grid, reference or grid, strict=True)
+    ]
+    if len(axes) == 1:
+        return axes[0]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)

@@ -1,0 +1,260 @@
+"""The audio model: waveforms in, log-mel inside."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffmm.checks import check_choice
+from diffmm.layers.patch import as_size, patchify
+from diffmm.layers.positions import Grid, coordinates, resample
+from diffmm.layers.spectrogram import LogMelSpectrogram, check_waveforms, zero_beyond
+from diffmm.layers.stem import FrameStem, PatchStem
+from diffmm.models.backbone import init_weights
+from diffmm.models.encoder import Embedded, Encoder, EncoderConfig
+
+NO_PATCHES = "only patches that do not overlap can be told apart: use stem 'patch', no patch_stride"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioConfig(EncoderConfig):
+    """Everything that decides an audio model (and all of `EncoderConfig`).
+
+    Attributes:
+        sample_rate_hz: of the waveforms.
+        num_mels: mel bands of the spectrogram.
+        window_seconds: length of its window.
+        hop_seconds: from one of its frames to the next.
+        log_mel_mean: of its values over the training set, for normalization; by default that of
+            AudioSet, as AST has it.
+        log_mel_std: likewise their standard deviation.
+        stem: `"patch"`, two-dimensional patches as in AST, with 2-D rotary positions; or
+            `"frame"`, a token every few frames as in Whisper, with 1-D ones.
+        patch_size: side of a patch, or its frames and mel bands; 16 by default. Patch stem only.
+        patch_stride: from one patch to the next, the patch size by default. Patch stem only.
+        frame_strides: of the two convolutions, `(1, 2)` by default. Frame stem only.
+        clip_seconds: longest clip; longer ones are refused. Learned positions need it, to have a
+            place for every token; with rotary ones it may be left out.
+
+    Raises:
+        ValueError: naming the field and the value.
+    """
+
+    sample_rate_hz: int
+    num_mels: int = 128
+    window_seconds: float = 0.025
+    hop_seconds: float = 0.010
+    log_mel_mean: float = -4.27
+    log_mel_std: float = 4.57
+    stem: Literal["patch", "frame"] = "patch"
+    patch_size: int | tuple[int, int] | None = None
+    patch_stride: int | tuple[int, int] | None = None
+    frame_strides: tuple[int, int] | None = None
+    clip_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("stem", self.stem, ("patch", "frame"))
+        super().__post_init__()
+        for name, served in (
+            ("patch_size", "patch"),
+            ("patch_stride", "patch"),
+            ("frame_strides", "frame"),
+        ):
+            if getattr(self, name) is not None and self.stem != served:
+                raise ValueError(f"{name} means nothing to stem {self.stem!r}: leave it out")
+        if self.clip_seconds is not None and self.clip_seconds <= 0.0:
+            raise ValueError(f"clip_seconds must be positive, got {self.clip_seconds}")
+        if self.learned_positions and self.clip_seconds is None:
+            raise ValueError("learned_positions need clip_seconds, the longest clip they serve")
+        # Whatever the layers refuse, the config refuses.
+        with torch.device("meta"):
+            self.make_spectrogram()
+            self.make_stem()
+
+    @property
+    def rope_kind(self) -> Literal["1d", "2d"]:
+        return "2d" if self.stem == "patch" else "1d"
+
+    @property
+    def patch_shape(self) -> tuple[int, ...] | None:
+        """Frames, mel bands and channels of a patch; None where patches overlap, or are none."""
+        if self.stem == "frame":
+            return None
+        patch_size = as_size(self.patch_size or 16)
+        is_apart = self.patch_stride is None or as_size(self.patch_stride) == patch_size
+        return (*patch_size, 1) if is_apart else None
+
+    def samples_in(self, seconds: float) -> int:
+        """A length of time in samples, at least one."""
+        return max(1, round(seconds * self.sample_rate_hz))
+
+    def make_spectrogram(self) -> LogMelSpectrogram:
+        """The front end."""
+        return LogMelSpectrogram(
+            self.sample_rate_hz,
+            num_mels=self.num_mels,
+            window_seconds=self.window_seconds,
+            hop_seconds=self.hop_seconds,
+            mean=self.log_mel_mean,
+            std=self.log_mel_std,
+        )
+
+    def make_stem(self) -> PatchStem | FrameStem:
+        """The part between spectrogram and tokens."""
+        if self.stem == "frame":
+            return FrameStem(self.num_mels, self.backbone.dim, self.frame_strides or (1, 2))
+        patch_size = as_size(self.patch_size or 16)
+        stride = as_size(self.patch_stride) if self.patch_stride is not None else patch_size
+        return PatchStem(self.num_mels, self.backbone.dim, patch_size, stride)
+
+
+class AudioModel(Encoder):
+    """Waveforms to classes, in timm's words: log-mel spectrogram, stem, backbone, head.
+
+    A clip's features are the same alone and padded in a batch, given its `num_samples`: frames,
+    convolutions, attention and pooling all stop at its end. Patches are ordered by time, then by
+    frequency, so that padding comes last; rotary coordinates count from 1, time first.
+
+    Attributes:
+        augment: a module for normalized spectrograms `[B, num_mels, T]`, such as SpecAugment from
+            torchaudio's maskings, used in training mode only; none by default.
+    """
+
+    config: AudioConfig
+    augment: nn.Module | None
+
+    def __init__(self, config: AudioConfig) -> None:
+        spectrogram, stem = config.make_spectrogram(), config.make_stem()
+        grid = None
+        if config.clip_seconds is not None:
+            grid = stem.grid(spectrogram.num_frames(config.samples_in(config.clip_seconds)))
+        super().__init__(config, grid)
+        self.spectrogram, self.stem, self.augment = spectrogram, stem, None
+        self.stem.apply(init_weights)
+
+    def forward(self, waveforms: Tensor, num_samples: Tensor | None = None) -> Tensor:
+        """Logits `[B, num_classes]` (features without a head).
+
+        Args:
+            waveforms: `[B, S]`, mono, in [-1, 1], at the model's sample rate.
+            num_samples: `[B]` integers, how many of a clip's samples are real (taken between 1
+                and `S`); all by default.
+
+        Raises:
+            ValueError: for tensors of another shape, or clips longer than `clip_seconds`.
+        """
+        embedded = self.embed(waveforms, num_samples)
+        return self.forward_head(self.encode(embedded)[0], key_padding=embedded.key_padding)
+
+    def forward_features(self, waveforms: Tensor, num_samples: Tensor | None = None) -> Tensor:
+        """Features `[B, P + N, dim]` after the final norm, `P` special tokens first.
+
+        Which of the patches are real is what `key_padding` says, and what `forward_head` wants to
+        know of padded clips.
+        """
+        return self.encode(self.embed(waveforms, num_samples))[0]
+
+    def forward_intermediates(
+        self,
+        waveforms: Tensor,
+        num_samples: Tensor | None = None,
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        intermediates_only: bool = False,
+    ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
+        """Features after several blocks, `[B, N, dim]` each, of patches alone.
+
+        Args:
+            waveforms: as in `forward`.
+            num_samples: as in `forward`.
+            indices: which blocks: all by default, the last so many for an integer, or those of
+                these numbers (negative ones count from the end), in ascending order.
+            norm: whether the final norm is applied to each.
+            intermediates_only: leave out the final features.
+
+        Returns:
+            What `forward_features` gives, and the list of intermediates; or the list alone.
+
+        Raises:
+            ValueError: for a block that is not there.
+        """
+        features, taken = self._intermediates(self.embed(waveforms, num_samples), indices, norm)
+        return taken if intermediates_only else (features, taken)
+
+    def embed(self, waveforms: Tensor, num_samples: Tensor | None = None) -> Embedded:
+        """Waveforms to patch tokens, ordered by time, then by frequency."""
+        log_mel, num_frames = self._log_mel(waveforms, num_samples)
+        if self.augment is not None and self.training:
+            log_mel = self.augment(log_mel)
+            if num_frames is not None:
+                log_mel = zero_beyond(log_mel, num_frames)
+        grid = self.stem.grid(log_mel.shape[2])
+        tokens = self.stem(log_mel.to(self.backbone.norm.weight.dtype), num_frames)
+        if self.positions is not None:
+            tokens = tokens + self.positions(tokens.shape[1])
+        key_padding = self._key_padding(num_frames, grid) if num_frames is not None else None
+        return Embedded(tokens, coordinates(grid, device=tokens.device), key_padding)
+
+    def patchify(self, waveforms: Tensor, num_samples: Tensor | None = None) -> Tensor:
+        """The normalized log-mel values of each patch, `[B, N, frames * mel bands]`.
+
+        Raises:
+            ValueError: for a stem whose patches overlap, or that has none.
+        """
+        if not isinstance(self.stem, PatchStem) or self.config.patch_shape is None:
+            raise ValueError(NO_PATCHES)
+        log_mel, _ = self._log_mel(waveforms, num_samples)
+        return patchify(self.stem.fill(log_mel), self.stem.patch_size)
+
+    def num_patches(self, waveforms: Tensor, num_samples: Tensor | None = None) -> int:
+        """`N`, with padding."""
+        return math.prod(self._grid(waveforms.shape[1]))
+
+    def key_padding(self, waveforms: Tensor, num_samples: Tensor) -> Tensor:
+        """`[B, N]` booleans, true where a patch holds something of the clip."""
+        check_waveforms(waveforms, num_samples)
+        max_samples = waveforms.shape[1]
+        num_frames = self.spectrogram.num_frames(num_samples.clamp(1, max_samples))
+        return self._key_padding(num_frames, self._grid(max_samples))
+
+    def set_input_size(self, clip_seconds: float) -> None:
+        """Take clips of up to another length from now on.
+
+        For shorter ones learned positions are cut, for longer ones stretched (call this before
+        making an optimizer: they are a new parameter). Rotary coordinates stay as they are.
+
+        Raises:
+            ValueError: for a length that is not positive.
+        """
+        self.config = replace(self.config, clip_seconds=clip_seconds)
+        self._set_grid(self._grid(self.config.samples_in(clip_seconds)))
+
+    def _resample_positions(self, positions: Tensor, grid: Grid) -> Tensor:
+        return resample(positions[: grid[0]], grid)
+
+    def _grid(self, num_samples: int) -> Grid:
+        return self.stem.grid(self.spectrogram.num_frames(num_samples))
+
+    def _key_padding(self, num_frames: Tensor, grid: Grid) -> Tensor:
+        num_steps = self.stem.num_steps(num_frames).clamp(min=1)
+        real = torch.arange(grid[0], device=num_frames.device) < num_steps[:, None]
+        return real.repeat_interleave(math.prod(grid[1:]), dim=1)
+
+    def _log_mel(
+        self, waveforms: Tensor, num_samples: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The spectrogram and its frames, as `LogMelSpectrogram` gives them."""
+        seconds, longest = (
+            waveforms.shape[-1] / self.config.sample_rate_hz,
+            self.config.clip_seconds,
+        )
+        if longest is not None and waveforms.shape[-1] > self.config.samples_in(longest):
+            raise ValueError(
+                f"clips of {seconds:g} s are longer than clip_seconds={longest:g}: cut them, or "
+                f"call set_input_size({seconds:g})"
+            )
+        return self.spectrogram(waveforms, num_samples)

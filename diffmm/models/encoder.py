@@ -1,0 +1,267 @@
+"""What the image and the audio model share: special tokens, positions, pooling, head."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from diffmm.checks import check_choice
+from diffmm.layers.norm import widen
+from diffmm.layers.positions import Grid, LearnedPositions, resample
+from diffmm.models.backbone import INIT_STD, Backbone, BackboneConfig, init_weights
+from diffmm.ops import AttentionMask
+
+POOLS = ("cls", "mean")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """What the configs of image and audio models share.
+
+    Attributes:
+        backbone: its blocks, with rotary positions of the modality or none.
+        num_classes: outputs of the head; 0 means no head, and pooled features come out.
+        class_token: whether a learned token leads the sequence.
+        num_registers: learned tokens after it that nobody reads (Darcet et al. 2024).
+        pool: what the head reads: the class token, or the mean over patches alone.
+        learned_positions: a learned embedding for every place, beside or in place of rotary ones.
+
+    Raises:
+        ValueError: naming the field and the value.
+    """
+
+    backbone: BackboneConfig
+    num_classes: int = 0
+    class_token: bool = True
+    num_registers: int = 0
+    pool: Literal["cls", "mean"] = "cls"
+    learned_positions: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_classes", "num_registers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        check_choice("pool", self.pool, POOLS)
+        if self.pool == "cls" and not self.class_token:
+            raise ValueError("pool='cls' needs class_token=True: set it, or pool='mean'")
+        if self.backbone.rope not in ("none", self.rope_kind):
+            raise ValueError(
+                f"the tokens here have {self.rope_kind} positions, but the backbone's rope is "
+                f"{self.backbone.rope!r}: set it to {self.rope_kind!r} or 'none'"
+            )
+        if self.backbone.rope == "none" and not self.learned_positions:
+            raise ValueError(
+                f"tokens have no positions: set the backbone's rope to {self.rope_kind!r}, "
+                f"or learned_positions=True"
+            )
+
+    @property
+    def rope_kind(self) -> Literal["1d", "2d"]:
+        """The rotary positions that fit the tokens."""
+        return "2d"
+
+    @property
+    def patch_shape(self) -> tuple[int, ...] | None:
+        """What `Encoder.patchify` finds in a patch, channels last; None where it cannot."""
+        raise NotImplementedError
+
+
+class Embedded(NamedTuple):
+    """Patches as the backbone takes them, without special tokens."""
+
+    tokens: Tensor
+    """`[B, N, dim]`, learned positions added."""
+    positions: Tensor
+    """Rotary coordinates, `[N]` or `[B, N]`, with a last axis of 2 where they are 2-D. A backbone
+    without rope takes no notice."""
+    key_padding: Tensor | None
+    """`[B, N]` booleans, true where a patch is real; None where all are."""
+
+
+class Encoder(nn.Module):
+    """Patches to features to classes, in timm's words.
+
+    A model of a modality adds `embed`, `patchify` and `num_patches`, which take its inputs.
+
+    Args:
+        config: of the model.
+        max_grid: most tokens along each axis, None for any; learned positions need to know.
+    """
+
+    config: EncoderConfig
+
+    embed: Callable[..., Embedded]
+    """Inputs to patch tokens."""
+    patchify: Callable[..., Tensor]
+    """Inputs to what each patch holds, `[B, N, prod(patch_shape)]`, before any augmentation."""
+    num_patches: Callable[..., int]
+    """Inputs to `N`."""
+
+    def __init__(self, config: EncoderConfig, max_grid: Grid | None) -> None:
+        super().__init__()
+        self.config = config
+        self.max_grid = max_grid
+        dim, num_prefix = config.backbone.dim, self.num_prefix_tokens
+        self.class_token = nn.Parameter(torch.zeros(1, dim)) if config.class_token else None
+        self.registers = (
+            nn.Parameter(torch.zeros(config.num_registers, dim)) if config.num_registers else None
+        )
+        self.positions = None
+        if config.learned_positions:
+            assert max_grid is not None
+            self.positions = LearnedPositions(max_grid, dim, num_prefix)
+        self.backbone = Backbone(config.backbone)
+        self.head = _make_head(dim, config.num_classes)
+        learned = [self.class_token, self.registers]
+        if self.positions is not None:
+            learned += [self.positions.grid, self.positions.prefix]
+        for parameter in learned:
+            if parameter is not None:
+                nn.init.trunc_normal_(parameter, std=INIT_STD)
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the head, 0 without one."""
+        return self.config.num_classes
+
+    @property
+    def num_features(self) -> int:
+        """Width of the features."""
+        return self.config.backbone.dim
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens in front of the patches: class token and registers."""
+        return int(self.config.class_token) + self.config.num_registers
+
+    def encode(
+        self, embedded: Embedded, indices: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Run the backbone over special tokens and patches, or over some of the patches.
+
+        Special tokens stand at position 0 of every axis, where nothing is rotated.
+
+        Returns:
+            Features `[B, P + N, dim]` after the final norm, `P` special tokens first, and likewise
+            the outputs of the blocks in `indices`, before it.
+        """
+        parts: list[Tensor] = [
+            part for part in (self.class_token, self.registers) if part is not None
+        ]
+        if parts:
+            prefix = torch.cat(parts)
+            if self.positions is not None:
+                assert self.positions.prefix is not None
+                prefix = prefix + self.positions.prefix
+            embedded = self.with_prefix(embedded, prefix)
+        tokens, positions, key_padding = embedded
+        return self.backbone.forward_intermediates(
+            tokens, indices, mask=AttentionMask(key_padding=key_padding), positions=positions
+        )
+
+    def with_prefix(self, embedded: Embedded, prefix: Tensor) -> Embedded:
+        """Put special tokens, `[P, dim]` or `[B, P, dim]`, in front of patches."""
+        tokens, positions, key_padding = embedded
+        num_prefix = prefix.shape[-2]
+        tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        coordinate_axis = (0, 0) if self.config.rope_kind == "2d" else ()
+        positions = pad(positions, (*coordinate_axis, num_prefix, 0))
+        if key_padding is not None:
+            key_padding = pad(key_padding, (num_prefix, 0), value=True)
+        return Embedded(tokens, positions, key_padding)
+
+    def forward_head(
+        self, features: Tensor, pre_logits: bool = False, *, key_padding: Tensor | None = None
+    ) -> Tensor:
+        """Pool and classify.
+
+        Args:
+            features: `[B, P + N, dim]` from `forward_features`.
+            pre_logits: stop after pooling.
+            key_padding: `[B, N]`, which patches are real, for `pool="mean"`; all by default.
+
+        Returns:
+            `[B, num_classes]`, or `[B, dim]` without a head or with `pre_logits`.
+        """
+        if self.config.pool == "cls":
+            pooled = features[:, 0]
+        else:
+            patches = features[:, self.num_prefix_tokens :]
+            if key_padding is None:
+                pooled = patches.mean(dim=1)
+            else:
+                real = widen(patches).masked_fill(~key_padding[..., None], 0.0).sum(dim=1)
+                pooled = (real / key_padding.sum(dim=1, keepdim=True)).to(features.dtype)
+        return pooled if pre_logits else self.head(pooled)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head, with new weights.
+
+        Args:
+            num_classes: its outputs, 0 for none.
+            global_pool: `"cls"` or `"mean"`, unchanged by default.
+
+        Raises:
+            ValueError: as the config does.
+        """
+        changes: dict[str, Any] = {} if global_pool is None else {"pool": global_pool}
+        self.config = replace(self.config, num_classes=num_classes, **changes)
+        weight = self.backbone.norm.weight
+        head = _make_head(self.num_features, num_classes)
+        self.head = head.to(device=weight.device, dtype=weight.dtype).train(self.training)
+
+    def resample_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`weights` with their learned positions brought to this model's grid.
+
+        Where neither is learned, or the grids are the same, nothing changes.
+        """
+        name = "positions.grid"
+        if self.positions is None or name not in weights:
+            return weights
+        old, new = weights[name], self.positions.grid
+        if old.ndim != new.ndim or old.shape[-1] != new.shape[-1]:
+            return weights
+        return {**weights, name: self._resample_positions(old, tuple(new.shape[:-1]))}
+
+    def _resample_positions(self, positions: Tensor, grid: Grid) -> Tensor:
+        return resample(positions, grid)
+
+    def _set_grid(self, grid: Grid) -> None:
+        """Change `max_grid`, and with it learned positions."""
+        self.max_grid = grid
+        if self.positions is not None:
+            old = self.positions.grid
+            new = self._resample_positions(old.detach(), grid)
+            self.positions.grid = nn.Parameter(new, requires_grad=old.requires_grad)
+
+    def _take_indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        """The blocks that timm's `indices` name, in order."""
+        depth = self.config.backbone.depth
+        if indices is None:
+            return list(range(depth))
+        if isinstance(indices, int):
+            if not 1 <= indices <= depth:
+                raise ValueError(f"cannot take the last {indices} of {depth} blocks")
+            return list(range(depth - indices, depth))
+        for index in indices:
+            if not -depth <= index < depth:
+                raise ValueError(f"there is no block {index}: the backbone has {depth}")
+        return sorted({index % depth for index in indices})
+
+    def _intermediates(
+        self, embedded: Embedded, indices: int | Sequence[int] | None, norm: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Final features, and the patches' features after each block named."""
+        features, taken = self.encode(embedded, self._take_indices(indices))
+        if norm:
+            taken = [self.backbone.norm(x) for x in taken]
+        return features, [x[:, self.num_prefix_tokens :] for x in taken]
+
+
+def _make_head(dim: int, num_classes: int) -> nn.Module:
+    head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+    init_weights(head)
+    return head

@@ -1,0 +1,197 @@
+"""Continuing text with a decoder, token by token."""
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from diffmm.models.description import unwrap
+from diffmm.models.text import TextModel
+from diffmm.ops import AttentionMask
+
+
+def generate(
+    model: TextModel,
+    tokens: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Collection[int] = (),
+    pad_id: int | None = None,
+    key_padding: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """What the model writes after each prompt: `[B, T]` ids without the prompt.
+
+    `T` is `max_new_tokens`, or less if every row has stopped before. Arguments and errors as in
+    `stream`.
+    """
+    steps = stream(
+        model,
+        tokens,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop_ids=stop_ids,
+        pad_id=pad_id,
+        key_padding=key_padding,
+        generator=generator,
+    )
+    return torch.stack(list(steps), dim=1)
+
+
+def stream(
+    model: TextModel,
+    tokens: Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Collection[int] = (),
+    pad_id: int | None = None,
+    key_padding: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Tensor]:
+    """As `generate`, giving the `[B]` ids of each step as soon as they are there.
+
+    The prompt is read in one eager forward; then each step reads one token and the cache. Of a
+    compiled model only the step is compiled, once for all prompt lengths.
+
+    Args:
+        model: a decoder in evaluation mode, compiled or not.
+        tokens: `[B, N]` prompts.
+        max_new_tokens: most tokens to write after each, at least 1.
+        temperature: divides the logits; 0 takes the likeliest token always.
+        top_k: sample among the `k` likeliest tokens only.
+        top_p: sample among the likeliest tokens that together have at least this probability, in
+            (0, 1]; applied after `top_k`.
+        stop_ids: a row stops once it has written one of these.
+        pad_id: what a row that has stopped goes on with, the first of `stop_ids` by default.
+        key_padding: `[B, N]` booleans, true where a token is real: prompts of several lengths are
+            padded **on the left**, and each is continued as if it were alone.
+        generator: source of the random numbers, on the model's device.
+
+    Raises:
+        ValueError: for a model that is an encoder or in training mode, a number out of its range,
+            padding on the right, or prompts that leave too little of `max_length`.
+    """
+    inner = unwrap(model)
+    _check_model(inner)
+    _check_prompt(inner.config.max_length, tokens, key_padding, max_new_tokens)
+    _check_sampling(temperature, top_k, top_p)
+    if pad_id is None:
+        pad_id = next(iter(stop_ids), 0)
+    if key_padding is not None and bool(key_padding.all()):
+        key_padding = None
+
+    @torch.no_grad()
+    def steps() -> Iterator[Tensor]:
+        batch, num_tokens = tokens.shape
+        total = num_tokens + max_new_tokens
+        cache = inner.new_cache(batch, total)
+        stops = torch.tensor(list(stop_ids), device=tokens.device, dtype=tokens.dtype)
+        stopped = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
+        if key_padding is None:
+            real = None
+            positions = torch.arange(num_tokens, device=tokens.device)
+        else:
+            real = torch.cat([key_padding, key_padding.new_ones(batch, max_new_tokens)], dim=1)
+            positions = (key_padding.cumsum(dim=1) - 1).clamp(min=0)
+
+        def mask(length: int) -> AttentionMask:
+            return AttentionMask(
+                causal=True, key_padding=None if real is None else real[:, :length]
+            )
+
+        features = inner.forward_features(
+            tokens, mask=mask(num_tokens), positions=positions, cache=cache
+        )
+        logits = inner.head(features[:, -1])
+        for length in range(num_tokens + 1, total + 1):
+            new = sample(logits, temperature, top_k, top_p, generator).to(tokens.dtype)
+            new = torch.where(stopped, pad_id, new)
+            yield new
+            if len(stops):
+                stopped = stopped | torch.isin(new, stops)
+                if stopped.all():
+                    return
+            if length < total:
+                positions = positions[..., -1:] + 1
+                logits = model(new[:, None], mask=mask(length), positions=positions, cache=cache)
+                logits = logits[:, -1]
+
+    return steps()
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """`[B]` ids drawn from `logits`, `[B, V]`. Arguments as in `stream`."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    # Likeliest first, so that both cuts are prefixes.
+    num_kept = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
+    logits, ids = logits.float().topk(num_kept, dim=-1)
+    probabilities = (logits / temperature).softmax(dim=-1)
+    if top_p is not None:
+        before = probabilities.cumsum(dim=-1) - probabilities
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return ids.gather(-1, drawn).squeeze(-1)
+
+
+def _check_model(model: TextModel) -> None:
+    if not model.config.causal:
+        raise ValueError(
+            "this model is an encoder (causal=False): it sees what comes after a token, "
+            "so it cannot write what comes next"
+        )
+    if model.training:
+        raise ValueError("the model is in training mode: call model.eval() before generating")
+
+
+def _check_prompt(
+    max_length: int, tokens: Tensor, key_padding: Tensor | None, max_new_tokens: int
+) -> None:
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(
+            f"prompts must be [B, N] with a token at least, got shape {tuple(tokens.shape)}"
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if tokens.shape[1] + max_new_tokens > max_length:
+        raise ValueError(
+            f"a prompt of {tokens.shape[1]} tokens and max_new_tokens={max_new_tokens} are more "
+            f"than the model's max_length={max_length}: cut the prompt or ask for less"
+        )
+    if key_padding is None:
+        return
+    if key_padding.shape != tokens.shape or key_padding.dtype != torch.bool:
+        raise ValueError(
+            f"key_padding must be booleans of the prompts' shape {tuple(tokens.shape)}, "
+            f"got {key_padding.dtype} of shape {tuple(key_padding.shape)}"
+        )
+    falls = key_padding[:, :-1] & ~key_padding[:, 1:]
+    wrong = falls.any(dim=1) | ~key_padding[:, -1]
+    if wrong.any():
+        raise ValueError(
+            f"prompts must be padded on the left and end with a real token, "
+            f"but row {int(wrong.nonzero()[0, 0])} does not"
+        )
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")

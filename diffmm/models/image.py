@@ -1,0 +1,174 @@
+"""The image model: a vision transformer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from diffmm.checks import check_choice
+from diffmm.layers.patch import PatchEmbedding, Size, as_size, patchify
+from diffmm.layers.positions import coordinates
+from diffmm.models.backbone import init_weights
+from diffmm.models.encoder import Embedded, Encoder, EncoderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig(EncoderConfig):
+    """Everything that decides an image model (and all of `EncoderConfig`).
+
+    Attributes:
+        image_size: side of the images in pixels, or height and width; multiples of the patch.
+        patch_size: side of a patch, or height and width.
+        in_channels: `C`, 3 for colour.
+        rope_image_size: the image size whose patches rotary coordinates count; other sizes are
+            stretched over it. `image_size` by default; for a model trained at one size and used
+            at another it is the former, as `ImageModel.set_input_size` leaves it.
+
+    Raises:
+        ValueError: naming the field and the value.
+    """
+
+    image_size: int | tuple[int, int]
+    patch_size: int | tuple[int, int] = 16
+    in_channels: int = 3
+    rope_image_size: int | tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.in_channels < 1:
+            raise ValueError(f"in_channels must be at least 1, got {self.in_channels}")
+        if min(as_size(self.patch_size)) < 1:
+            raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
+        if self.rope_image_size is not None and self.backbone.rope == "none":
+            raise ValueError("rope_image_size means nothing to a backbone with rope 'none'")
+        self.grid_of("image_size")
+        self.grid_of("rope_image_size")
+
+    @property
+    def grid(self) -> Size:
+        """Rows and columns of patches."""
+        return self.grid_of("image_size")
+
+    @property
+    def patch_shape(self) -> tuple[int, ...]:
+        """Height, width and channels of a patch."""
+        return (*as_size(self.patch_size), self.in_channels)
+
+    def grid_of(self, name: str) -> Size:
+        """Rows and columns of patches in the image size of this name."""
+        value = getattr(self, name) or self.image_size
+        (height, width), (rows, columns) = as_size(value), as_size(self.patch_size)
+        if min(height, width) < 1 or height % rows or width % columns:
+            raise ValueError(
+                f"{name} {height}x{width} is not a multiple of patch_size {rows}x{columns}"
+            )
+        return height // rows, width // columns
+
+
+class ImageModel(Encoder):
+    """Images to classes (ViT, Dosovitskiy et al. 2021), in timm's words.
+
+    Rotary coordinates are 2-D, rows then columns, counted in patches from 1.
+    """
+
+    config: ImageConfig
+
+    def __init__(self, config: ImageConfig) -> None:
+        super().__init__(config, config.grid)
+        self.patch_embedding = PatchEmbedding(
+            config.in_channels, config.backbone.dim, as_size(config.patch_size)
+        )
+        self.patch_embedding.apply(init_weights)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits `[B, num_classes]` of `images`, `[B, C, H, W]` (features without a head).
+
+        Raises:
+            ValueError: for images of another size than the model's.
+        """
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Features `[B, P + N, dim]` after the final norm, `P` special tokens first."""
+        return self.encode(self.embed(images))[0]
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
+        """Features after several blocks, of patches alone, as timm's models give them.
+
+        Args:
+            images: `[B, C, H, W]`.
+            indices: which blocks: all by default, the last so many for an integer, or those of
+                these numbers (negative ones count from the end), in ascending order.
+            norm: whether the final norm is applied to each.
+            output_fmt: `"NCHW"` for `[B, dim, rows, columns]`, `"NLC"` for `[B, N, dim]`.
+            intermediates_only: leave out the final features.
+
+        Returns:
+            What `forward_features` gives, and the list of intermediates; or the list alone.
+
+        Raises:
+            ValueError: for a block that is not there, or another format.
+        """
+        check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
+        features, taken = self._intermediates(self.embed(images), indices, norm)
+        if output_fmt == "NCHW":
+            taken = [x.transpose(1, 2).unflatten(2, self.config.grid).contiguous() for x in taken]
+        return taken if intermediates_only else (features, taken)
+
+    def embed(self, images: Tensor) -> Embedded:
+        """`[B, C, H, W]` to patch tokens, row by row."""
+        self._check(images)
+        tokens = self.patch_embedding(images)
+        if self.positions is not None:
+            tokens = tokens + self.positions(tokens.shape[1])
+        reference = self.config.grid_of("rope_image_size")
+        positions = coordinates(self.config.grid, reference, images.device)
+        return Embedded(tokens, positions, key_padding=None)
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """The pixels of each patch, `[B, N, h * w * C]`."""
+        self._check(images)
+        return patchify(images, as_size(self.config.patch_size))
+
+    def num_patches(self, images: Tensor) -> int:
+        """`N`, the same for all images."""
+        rows, columns = self.config.grid
+        return rows * columns
+
+    def set_input_size(self, image_size: int | tuple[int, int]) -> None:
+        """Take images of another size from now on.
+
+        Learned positions are resampled (call this before making an optimizer: they are a new
+        parameter). Rotary coordinates are stretched over the grid that they were trained on, so
+        that a place in the image keeps its coordinates.
+
+        Raises:
+            ValueError: for a size that is no multiple of the patch.
+        """
+        trained = self.config.rope_image_size or self.config.image_size
+        rope_image_size = trained if self.backbone.rope is not None else None
+        self.config = replace(self.config, image_size=image_size, rope_image_size=rope_image_size)
+        self._set_grid(self.config.grid)
+
+    def _check(self, images: Tensor) -> None:
+        size = as_size(self.config.image_size)
+        if images.ndim != 4 or images.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"images must be [B, {self.config.in_channels}, H, W], "
+                f"got shape {tuple(images.shape)}"
+            )
+        if tuple(images.shape[2:]) != size:
+            raise ValueError(
+                f"images are {images.shape[2]}x{images.shape[3]}, but the model takes "
+                f"{size[0]}x{size[1]}: resize them, or call "
+                f"set_input_size(({images.shape[2]}, {images.shape[3]}))"
+            )

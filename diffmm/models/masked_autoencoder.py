@@ -1,0 +1,191 @@
+"""Masked autoencoding: an encoder learns by completing images or spectrograms."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffmm.layers.positions import LearnedPositions
+from diffmm.models.audio import NO_PATCHES, AudioConfig, AudioModel
+from diffmm.models.backbone import INIT_STD, Backbone, BackboneConfig, init_weights
+from diffmm.models.encoder import Embedded, Encoder
+from diffmm.models.image import ImageConfig, ImageModel
+from diffmm.ops import AttentionMask
+
+ROUNDING = 1e-3
+"""Added before rounding down: a product such as 0.7 * 10 may come out just below 7."""
+
+
+@dataclass(frozen=True)
+class MaskedAutoencoderConfig:
+    """Everything that decides a masked autoencoder.
+
+    Attributes:
+        encoder: the model to be trained, without a head (`num_classes=0`).
+        decoder: a light backbone, thrown away after training. With rope `"none"` its positions
+            are learned.
+        mask_ratio: share of a sample's patches that are hidden, in (0, 1); 0.75 for images, 0.8
+            for sound.
+        normalize_targets: whether the values of each patch are predicted relative to their own
+            mean and standard deviation.
+
+    Raises:
+        ValueError: naming the field and the value.
+    """
+
+    encoder: ImageConfig | AudioConfig
+    decoder: BackboneConfig
+    mask_ratio: float = 0.75
+    normalize_targets: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.mask_ratio < 1.0:
+            raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}")
+        if self.encoder.num_classes:
+            raise ValueError(
+                f"a masked autoencoder has no classes: set the encoder's num_classes to 0, "
+                f"got {self.encoder.num_classes}"
+            )
+        if self.encoder.patch_shape is None:
+            raise ValueError(NO_PATCHES)
+        if self.decoder.rope not in ("none", "2d"):
+            raise ValueError(
+                f"the decoder's rope must be 'none' or '2d', got {self.decoder.rope!r}"
+            )
+        if self.decoder.rope == "none" and getattr(self.encoder, "clip_seconds", 1.0) is None:
+            raise ValueError(
+                "the decoder's learned positions need the encoder's clip_seconds: "
+                "give it, or set the decoder's rope to '2d'"
+            )
+
+
+class MaskedPrediction(NamedTuple):
+    """What a masked autoencoder makes of a batch."""
+
+    loss: Tensor
+    """Mean squared error over the values of hidden patches, a scalar in float32."""
+    prediction: Tensor
+    """`[B, N, P]`, the values of every patch (relative to its mean and deviation)."""
+    mask: Tensor
+    """`[B, N]` booleans, true where a patch was hidden, and so is part of the loss."""
+
+
+class MaskedAutoencoder(nn.Module):
+    """Hide most patches, encode the rest, predict the hidden ones (MAE, He et al. 2022;
+    Audio-MAE, Huang et al. 2022).
+
+    The encoder sees the visible patches alone; a mask token stands for each hidden one in the
+    decoder. Of `n` patches `floor(mask_ratio * n)` are hidden, never all of them; of a padded clip
+    `n` counts the real ones, and padding is neither seen nor predicted.
+
+    Attributes:
+        encoder: an `ImageModel` or `AudioModel`; its `state_dict` is what fine-tuning starts from.
+    """
+
+    encoder: Encoder
+
+    def __init__(self, config: MaskedAutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        if isinstance(config.encoder, ImageConfig):
+            self.encoder = ImageModel(config.encoder)
+        else:
+            self.encoder = AudioModel(config.encoder)
+        assert config.encoder.patch_shape is not None
+        dim = config.decoder.dim
+        self.decoder_embedding = nn.Linear(self.encoder.num_features, dim)
+        self.mask_token = nn.Parameter(torch.zeros(dim))
+        self.positions = None
+        if config.decoder.rope == "none":
+            assert self.encoder.max_grid is not None
+            self.positions = LearnedPositions(self.encoder.max_grid, dim, num_prefix=0)
+            nn.init.trunc_normal_(self.positions.grid, std=INIT_STD)
+        self.decoder = Backbone(config.decoder)
+        self.decoder_head = nn.Linear(dim, math.prod(config.encoder.patch_shape))
+        for module in (self.decoder_embedding, self.decoder_head):
+            init_weights(module)
+        nn.init.trunc_normal_(self.mask_token, std=INIT_STD)
+
+    def forward(self, *inputs: Tensor, noise: Tensor | None = None) -> MaskedPrediction:
+        """Args:
+            inputs: of the encoder: images, or waveforms and perhaps `num_samples`.
+            noise: `[B, N]` in [0, 1): in each sample the patches with the least stay visible. From
+                torch's default generator by default. `encoder.num_patches(*inputs)` is `N`.
+
+        Raises:
+            ValueError: for noise of another shape, and as the encoder does.
+        """
+        embedded = self.encoder.embed(*inputs)
+        batch, num_patches, _ = embedded.tokens.shape
+        if noise is None:
+            noise = torch.rand(batch, num_patches, device=embedded.tokens.device)
+        if tuple(noise.shape) != (batch, num_patches):
+            raise ValueError(
+                f"noise has shape {tuple(noise.shape)}, but there are {num_patches} patches in "
+                f"each of {batch} samples"
+            )
+        order, num_visible = self._order(noise, embedded.key_padding)
+        is_visible = order.argsort(dim=1) < num_visible
+        mask = ~is_visible
+        if embedded.key_padding is not None:
+            mask = mask & embedded.key_padding
+        features = self._encode(embedded, order, num_visible)
+        prediction = self._decode(features, embedded, order, is_visible)
+        errors = (prediction.float() - self.targets(*inputs)).square().mean(dim=-1)
+        # A batch of one-patch clips has nothing to predict: no loss, rather than none defined.
+        loss = (errors * mask).sum() / mask.sum().clamp(min=1)
+        return MaskedPrediction(loss, prediction, mask)
+
+    def targets(self, *inputs: Tensor) -> Tensor:
+        """What is to be predicted, `[B, N, P]` in float32. Inputs as in `forward`."""
+        patches = self.encoder.patchify(*inputs).float()
+        if not self.config.normalize_targets:
+            return patches
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=0)
+        return (patches - mean) * torch.rsqrt(variance + 1e-6)
+
+    def _order(self, noise: Tensor, key_padding: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Each sample's patches from the first visible to the last hidden one, padding after that,
+        and how many of them are visible: `[B, N]` and `[B, 1]`."""
+        if key_padding is None:
+            num_patches = torch.full_like(noise[:, :1], noise.shape[1])
+        else:
+            noise = noise.masked_fill(~key_padding, math.inf)
+            num_patches = key_padding.sum(dim=1, keepdim=True)
+        num_hidden = (num_patches * self.config.mask_ratio + ROUNDING).floor()
+        return noise.argsort(dim=1, stable=True), (num_patches - num_hidden).clamp(min=1)
+
+    def _encode(self, embedded: Embedded, order: Tensor, num_visible: Tensor) -> Tensor:
+        """The features `[B, P + K, dim]` of special tokens and the visible patches, `K` of them in
+        a sample without padding."""
+        tokens, positions, key_padding = embedded
+        num_patches = tokens.shape[1]
+        num_kept = max(1, num_patches - int(num_patches * self.config.mask_ratio + ROUNDING))
+        kept = order[:, :num_kept]
+        if key_padding is not None:
+            key_padding = torch.arange(num_kept, device=kept.device) < num_visible
+        visible = Embedded(_gather(tokens, kept), positions[kept], key_padding)
+        return self.encoder.encode(visible)[0]
+
+    def _decode(
+        self, features: Tensor, embedded: Embedded, order: Tensor, is_visible: Tensor
+    ) -> Tensor:
+        """Features of the visible patches to the values of all, `[B, N, P]`."""
+        num_prefix = self.encoder.num_prefix_tokens
+        prefix, kept = self.decoder_embedding(features).tensor_split([num_prefix], dim=1)
+        rank = order.argsort(dim=1).clamp(max=kept.shape[1] - 1)
+        tokens = torch.where(is_visible[..., None], _gather(kept, rank), self.mask_token)
+        if self.positions is not None:
+            tokens = tokens + self.positions(tokens.shape[1])
+        full = Embedded(tokens, embedded.positions, embedded.key_padding)
+        tokens, positions, key_padding = self.encoder.with_prefix(full, prefix)
+        mask = AttentionMask(key_padding=key_padding)
+        decoded = self.decoder(tokens, mask=mask, positions=positions)
+        return self.decoder_head(decoded[:, num_prefix:])
+
+
+def _gather(tokens: Tensor, index: Tensor) -> Tensor:
+    """`tokens[b, index[b]]` for every sample."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -1,0 +1,135 @@
+"""What is worth a curve: lambda of every layer, and the speed of training."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from diffmm.layers.attention import DiffAttentionV1, DiffAttentionV2
+
+
+class LambdaMonitor(Callback):
+    """Logs `lambda/layer_00`, ...: the mean of each differential layer's lambda.
+
+    In v1 that is the layer's one lambda; in v2 the mean over the heads and tokens of the batch's
+    first sample. It is measured at logging steps, by one more forward pass of that sample without
+    gradients, eager and in evaluation mode. So training itself carries no hooks (which compiled and
+    recomputed blocks could not have), draws the same random numbers with and without this
+    callback, and does not slow down.
+
+    Layers of a second backbone (the decoder of a masked autoencoder) are not logged.
+    """
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if not is_logging_step(trainer):
+            return
+        layers = differential_layers(pl_module)
+        if not layers:
+            return
+        sample = {name: tensor[:1] for name, tensor in batch.items()}
+        with trainer.precision_plugin.forward_context():
+            means = mean_lambdas(pl_module, layers, sample)
+        for index, mean in means.items():
+            pl_module.log(f"lambda/layer_{index:02d}", mean)
+
+
+def differential_layers(module: nn.Module) -> dict[int, nn.Module]:
+    """The differential attention layers of a module's first backbone, by layer index."""
+    layers: dict[int, nn.Module] = {}
+    for layer in module.modules():
+        if isinstance(layer, DiffAttentionV1 | DiffAttentionV2):
+            layers.setdefault(layer.layer_index, layer)
+    return layers
+
+
+def mean_lambdas(
+    task: LightningModule, layers: dict[int, nn.Module], batch: dict[str, Tensor]
+) -> dict[int, Tensor]:
+    """The mean lambda of each layer while `task` predicts `batch`."""
+    means: dict[int, Tensor] = {}
+
+    def watch(index: int) -> Any:
+        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            means[index] = layer.lam(args[0]).mean()  # type: ignore[operator]
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(i)) for i, layer in layers.items()]
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), evaluating(task):
+            task.predict_step(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return means
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every part then has the mode it had."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+class SpeedMonitor(Callback):
+    """Logs `train/samples_per_second`, and for text `train/tokens_per_second`: over all processes,
+    between two logging steps, without the time that validation took."""
+
+    def __init__(self) -> None:
+        self._start = 0.0
+        self._paused_at = 0.0
+        self._num_samples = 0
+        self._num_tokens = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._paused_at = time.monotonic()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start += time.monotonic() - self._paused_at
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._num_samples += len(batch["index"])
+        self._num_tokens += batch["tokens"].numel() if "tokens" in batch else 0
+        if not is_logging_step(trainer):
+            return
+        rate = trainer.world_size / max(1e-9, time.monotonic() - self._start)
+        pl_module.log("train/samples_per_second", rate * self._num_samples)
+        if self._num_tokens:
+            pl_module.log("train/tokens_per_second", rate * self._num_tokens, prog_bar=True)
+        self._restart()
+
+    def _restart(self) -> None:
+        self._start = time.monotonic()
+        self._num_samples = self._num_tokens = 0
+
+
+def is_logging_step(trainer: Trainer) -> bool:
+    """Whether the trainer writes to its loggers after this batch."""
+    # Lightning's own learning rate monitor asks in this way, too: there is no public one.
+    return trainer._logger_connector.should_update_logs

@@ -1,0 +1,150 @@
+"""Classification of images and sounds, with one label a sample or several."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision
+
+from diffmm.batch import AudioBatch, ImageBatch, encoder_inputs
+from diffmm.training.finetuning import FineTuneConfig
+from diffmm.training.metrics import RatioOfSums
+from diffmm.training.mixing import MixingConfig, mix
+from diffmm.training.optimizer import OptimizerConfig
+from diffmm.training.schedule import ScheduleConfig
+from diffmm.training.task import Task, check_range
+
+TOP_K = 5
+
+
+class Classification(Task):
+    """Cross-entropy over classes, or for `multi_label` a binary one for each class.
+
+    Logs, besides what every task logs, `val/loss` (without smoothing and mixing) and
+    `val/accuracy`, with more than five classes also `val/accuracy_top5`; for `multi_label`,
+    `val/mean_average_precision`, a mean over classes.
+
+    Args:
+        model: an image or audio model with `num_classes`, of this library or of timm.
+        optimizer, schedule, finetune, compile, activation_checkpointing: as in `Task`.
+        multi_label: labels are `[B, num_classes]` zeros and ones in place of `[B]` classes.
+        label_smoothing: share of a target that is spread evenly over all classes (Szegedy et al.
+            2016), or for `multi_label` over present and absent; in [0, 1).
+        mixing: mixup and cutmix of training batches; none by default.
+        augment: for the spectrograms of an audio model in training, such as
+            `torchaudio.transforms.SpecAugment`; none by default.
+        seed: of the mixing.
+
+    Raises:
+        ValueError: for a model without classes, or a spectrogram augmentation for a model that has
+            no place for it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        *,
+        multi_label: bool = False,
+        label_smoothing: float = 0.0,
+        mixing: MixingConfig | None = None,
+        augment: nn.Module | None = None,
+        seed: int = 0,
+        finetune: FineTuneConfig | None = None,
+        compile: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        self.num_classes: int = getattr(model, "num_classes", 0)
+        if self.num_classes < 1:
+            raise ValueError(
+                f"classification needs classes, and {type(model).__name__} has num_classes="
+                f"{self.num_classes}: set it in the model's config"
+            )
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        if augment is not None and not hasattr(model, "augment"):
+            raise ValueError(f"augment is for audio models, and got {type(model).__name__}")
+        self.multi_label = multi_label
+        super().__init__(
+            model,
+            optimizer,
+            schedule,
+            finetune=finetune,
+            compile=compile,
+            activation_checkpointing=activation_checkpointing,
+        )
+        if augment is not None:
+            model.augment = augment
+        self.label_smoothing = label_smoothing
+        self.mixing = mixing
+        self.seed = seed
+
+    def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """The loss of each sample, `[B]`, for labels or for `[B, num_classes]` soft targets."""
+        logits = logits.float()
+        if not self.multi_label:
+            return cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
+        smooth = targets * (1.0 - label_smoothing) + 0.5 * label_smoothing
+        return binary_cross_entropy_with_logits(logits, smooth, reduction="none").mean(dim=1)
+
+    def training_loss(self, batch: ImageBatch | AudioBatch, batch_idx: int) -> Tensor:
+        targets = batch["labels"]
+        if self.mixing is not None:
+            batch, targets = self._mixed(batch, batch_idx)
+        logits = self.model(*encoder_inputs(batch))
+        return self.loss(logits, targets, self.label_smoothing).mean()
+
+    def make_metrics(self) -> dict[str, Metric]:
+        metrics: dict[str, Metric] = {"loss": RatioOfSums()}
+        if self.multi_label:
+            metrics["mean_average_precision"] = MultilabelAveragePrecision(self.num_classes)
+            return metrics
+        metrics["accuracy"] = MulticlassAccuracy(self.num_classes, average="micro")
+        if self.num_classes > TOP_K:
+            metrics[f"accuracy_top{TOP_K}"] = MulticlassAccuracy(
+                self.num_classes, top_k=TOP_K, average="micro"
+            )
+        return metrics
+
+    def update_metrics(self, batch: ImageBatch | AudioBatch, metrics: dict[str, Metric]) -> None:
+        logits, labels = self.model(*encoder_inputs(batch)).float(), batch["labels"]
+        metrics["loss"].update(self.loss(logits, labels).sum(), len(labels))
+        for name in metrics.keys() - {"loss"}:
+            metrics[name].update(logits, labels.long())
+
+    def predict_step(self, batch: ImageBatch | AudioBatch, batch_idx: int = 0) -> dict[str, Tensor]:
+        """Probabilities `[B, num_classes]`, which add up to 1 unless `multi_label`."""
+        logits = self.model(*encoder_inputs(batch)).float()
+        probabilities = logits.sigmoid() if self.multi_label else logits.softmax(dim=1)
+        return {"index": batch["index"], "probabilities": probabilities}
+
+    def check_batch(self, batch: ImageBatch | AudioBatch) -> None:
+        labels = batch["labels"]
+        size = len(batch["index"])
+        wanted = (size, self.num_classes) if self.multi_label else (size,)
+        if tuple(labels.shape) != wanted:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}, but with multi_label="
+                f"{self.multi_label} and {self.num_classes} classes they must be {wanted}"
+            )
+        if not self.multi_label:
+            check_range("label", labels, self.num_classes, of="classes")
+
+    def _mixed(
+        self, batch: ImageBatch | AudioBatch, batch_idx: int
+    ) -> tuple[ImageBatch | AudioBatch, Tensor]:
+        """A batch of mixtures, and their soft targets."""
+        assert self.mixing is not None
+        name = "images" if "images" in batch else "waveforms"
+        key = (self.seed, self.current_epoch, batch_idx, self.global_rank)
+        mixed: dict[str, Any] = dict(batch)
+        mixed[name], weights = mix(mixed[name], self.mixing, key=key)
+        if "num_samples" in batch:
+            # A mixture is as long as the longer of its two.
+            mixed["num_samples"] = torch.maximum(batch["num_samples"], batch["num_samples"].flip(0))
+        labels = batch["labels"]
+        targets = labels if self.multi_label else one_hot(labels, self.num_classes)
+        return cast(ImageBatch | AudioBatch, mixed), weights.float() @ targets.float()

@@ -1,0 +1,80 @@
+"""Starting from weights, and training only a part of the model."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class FineTuneConfig:
+    """How a run starts from weights, and what it then leaves as it is.
+
+    Attributes:
+        weights: a checkpoint or a file of weights (`diffmm.models.weights.load_weights`), read
+            when fitting starts, but not when a run is resumed; none by default.
+        new_head: leave the model's own, newly drawn head in place of the file's.
+        freeze: how many of the first blocks keep their weights, and with any of them whatever
+            stands before the blocks; `"all_but_head"` is a linear probe. Frozen modules stay in
+            evaluation mode, without dropout and stochastic depth.
+
+    Raises:
+        ValueError: naming the field and the value.
+    """
+
+    weights: str | None = None
+    new_head: bool = True
+    freeze: int | Literal["all_but_head"] = 0
+
+    def __post_init__(self) -> None:
+        if self.freeze != "all_but_head" and (
+            not isinstance(self.freeze, int) or isinstance(self.freeze, bool) or self.freeze < 0
+        ):
+            raise ValueError(
+                f"freeze must be a number of blocks or 'all_but_head', got {self.freeze!r}"
+            )
+
+
+def freeze(model: nn.Module, config: FineTuneConfig) -> list[nn.Module]:
+    """Take the gradients from what `config` freezes.
+
+    Args:
+        model: a text, image or audio model, with `model.backbone` and `model.head`.
+        config: says what to freeze.
+
+    Returns:
+        The frozen modules, which are to be kept in evaluation mode.
+
+    Raises:
+        ValueError: if the model has no backbone or head, fewer blocks, or ties its head to what
+            would be frozen.
+    """
+    if config.freeze == 0:
+        return []
+    backbone, head = getattr(model, "backbone", None), getattr(model, "head", None)
+    if not isinstance(backbone, nn.Module) or not isinstance(head, nn.Module):
+        raise ValueError(
+            f"freeze={config.freeze!r} needs a model with a backbone and a head, and "
+            f"{type(model).__name__} lacks one of them"
+        )
+    blocks: list[nn.Module] = list(backbone.blocks)  # type: ignore[arg-type]
+    if config.freeze == "all_but_head":
+        trainable = [head]
+    elif config.freeze <= len(blocks):
+        trainable = [head, backbone.norm, *blocks[config.freeze :]]  # type: ignore[list-item]
+    else:
+        raise ValueError(
+            f"freeze={config.freeze} blocks, but {type(model).__name__} has {len(blocks)}"
+        )
+    kept = {id(p) for module in trainable for p in module.parameters()}
+    inside = {id(m) for module in trainable for m in module.modules()}
+    outside = [m for m in model.modules() if not any(id(part) in inside for part in m.modules())]
+    if any(id(parameter) in kept for module in outside for parameter in module.parameters()):
+        raise ValueError(
+            f"freeze={config.freeze!r} would freeze the embedding, but {type(model).__name__} ties "
+            f"its head to it: build it with tie_embeddings=False"
+        )
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
+    return outside

@@ -1,0 +1,104 @@
+"""Masked autoencoding of images and sounds."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from diffmm.batch import AudioBatch, ImageBatch, encoder_inputs
+from diffmm.models.masked_autoencoder import MaskedAutoencoder, MaskedPrediction
+from diffmm.training.finetuning import FineTuneConfig
+from diffmm.training.metrics import RatioOfSums
+from diffmm.training.optimizer import OptimizerConfig
+from diffmm.training.schedule import ScheduleConfig
+from diffmm.training.task import Task, mean_over_processes
+
+NOISE = "mask_noise"
+"""Where a batch carries the noise that decides which patches are hidden, `[B, N]` in [0, 1)."""
+
+
+class MaskedAutoencoding(Task):
+    """Squared error over hidden patches (He et al. 2022), a mean over all of them in all processes.
+
+    Which patches of a sample are hidden is drawn from the seed, the epoch and the sample's index,
+    so that it depends on neither batches nor processes and a resumed run hides the same; in
+    evaluation the same ones every time. Logs, besides what every task logs, `val/loss`.
+
+    Args:
+        model: a masked autoencoder.
+        optimizer, schedule, finetune, compile, activation_checkpointing: as in `Task`.
+        seed: of the masks.
+    """
+
+    model: MaskedAutoencoder
+
+    def __init__(
+        self,
+        model: MaskedAutoencoder,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        *,
+        seed: int = 0,
+        finetune: FineTuneConfig | None = None,
+        compile: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            optimizer,
+            schedule,
+            finetune=finetune,
+            compile=compile,
+            activation_checkpointing=activation_checkpointing,
+        )
+        self.seed = seed
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        epoch = self.current_epoch if self.trainer.training else None
+        num_patches = self.model.encoder.num_patches(*encoder_inputs(batch))
+        noise = mask_noise(batch["index"], num_patches, seed=self.seed, epoch=epoch)
+        return {**batch, NOISE: noise}
+
+    def predicted(self, batch: ImageBatch | AudioBatch) -> MaskedPrediction:
+        """What the model makes of a batch."""
+        return self.model(*encoder_inputs(batch), noise=batch.get(NOISE))
+
+    def training_loss(self, batch: ImageBatch | AudioBatch, batch_idx: int) -> Tensor:
+        loss, _, mask = self.predicted(batch)
+        count = mask.sum().float()
+        return loss * count / mean_over_processes(self, count).clamp(min=1.0)
+
+    def make_metrics(self) -> dict[str, Metric]:
+        return {"loss": RatioOfSums()}
+
+    def update_metrics(self, batch: ImageBatch | AudioBatch, metrics: dict[str, Metric]) -> None:
+        loss, _, mask = self.predicted(batch)
+        metrics["loss"].update(loss * mask.sum(), mask.sum())
+
+    def predict_step(self, batch: ImageBatch | AudioBatch, batch_idx: int = 0) -> dict[str, Tensor]:
+        """The prediction of every patch, `[B, N, P]`, and which were hidden, `[B, N]`."""
+        _, prediction, mask = self.predicted(batch)
+        return {"index": batch["index"], "prediction": prediction, "mask": mask}
+
+
+def mask_noise(index: Tensor, num_patches: int, *, seed: int, epoch: int | None) -> Tensor:
+    """Noise for the patches of each sample, a function of `(seed, epoch, index)` alone.
+
+    Args:
+        index: `[B]`, the samples' numbers in their dataset.
+        num_patches: `N`.
+        seed: of the run.
+        epoch: from 0, or None for the one draw of evaluation.
+
+    Returns:
+        `[B, N]` float32 in [0, 1), on the CPU.
+    """
+    stream = 0 if epoch is None else epoch + 1
+    noise = torch.empty(len(index), num_patches)
+    for row, sample in zip(noise, index.tolist(), strict=True):
+        sequence = np.random.SeedSequence([seed, stream, sample])
+        state = int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+        row.uniform_(generator=torch.Generator().manual_seed(state))
+    return noise

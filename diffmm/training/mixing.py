@@ -1,0 +1,93 @@
+"""Mixup and cutmix by timm, for images and sounds, with one label a sample or several."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from timm.data.mixup import Mixup
+from torch import Tensor
+
+from diffmm.checks import check_choice
+
+
+@dataclass(frozen=True)
+class MixingConfig:
+    """How samples of a batch are mixed, each with its mirror in the batch.
+
+    Attributes:
+        mixup_alpha: of the Beta distribution of mixup's weight (Zhang et al. 2018); 0 for no mixup.
+        cutmix_alpha: likewise of cutmix's area (Yun et al. 2019); images only.
+        probability: that a batch (or, with other modes, a sample) is mixed at all.
+        switch_probability: that it is cutmix, where both are on.
+        mode: one weight a `"batch"`, a `"pair"` of samples, or a sample (`"elem"`).
+
+    Raises:
+        ValueError: naming the field and the value.
+    """
+
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    probability: float = 1.0
+    switch_probability: float = 0.5
+    mode: Literal["batch", "pair", "elem"] = "batch"
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, ("batch", "pair", "elem"))
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            if getattr(self, name) < 0.0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not self.mixup_alpha and not self.cutmix_alpha:
+            raise ValueError(
+                "mixing needs mixup_alpha or cutmix_alpha above 0: set one, or drop it"
+            )
+        for name in ("probability", "switch_probability"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+
+
+def mix(inputs: Tensor, config: MixingConfig, *, key: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Mix the samples of a batch.
+
+    Args:
+        inputs: `[B, C, H, W]` images or `[B, S]` waveforms; not changed.
+        config: says how.
+        key: non-negative integers that decide the draw, so that a resumed run draws the same.
+
+    Returns:
+        The mixed inputs, and `[B, B]` weights: row `i` says how much of each sample is in mixture
+        `i`, so that `weights @ targets` are the targets of the mixtures.
+
+    Raises:
+        ValueError: for an odd batch, and for cutmix of anything but images.
+    """
+    size = inputs.shape[0]
+    if size % 2:
+        raise ValueError(f"mixing pairs the samples of a batch, so it must be even, got {size}")
+    if config.cutmix_alpha and inputs.ndim != 4:
+        raise ValueError("cutmix is for images: set cutmix_alpha to 0 and use mixup")
+    mixup = Mixup(
+        mixup_alpha=config.mixup_alpha,
+        cutmix_alpha=config.cutmix_alpha,
+        prob=config.probability,
+        switch_prob=config.switch_probability,
+        mode=config.mode,
+        label_smoothing=0.0,
+        num_classes=size,
+    )
+    # With each sample as its own class, timm's soft targets are the weights of the samples.
+    with numpy_seeded(key):
+        return mixup(inputs.clone(), torch.arange(size, device=inputs.device))
+
+
+@contextmanager
+def numpy_seeded(key: tuple[int, ...]) -> Iterator[None]:
+    """NumPy's global generator, from which timm draws, seeded for a while."""
+    state = np.random.get_state()
+    np.random.seed(np.random.SeedSequence(key).generate_state(8))
+    try:
+        yield
+    finally:
+        np.random.set_state(state)

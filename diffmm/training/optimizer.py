@@ -1,0 +1,139 @@
+"""AdamW over parameter groups: what decays, what has its own learning rate."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+DECAYING = (nn.Linear, nn.Conv1d, nn.Conv2d)
+"""Modules whose `weight` takes weight decay."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019) and its parameter groups.
+
+    Attributes:
+        learning_rate: the peak, which the schedule scales.
+        weight_decay: of the weights of linear and convolution layers, and of nothing else: not of
+            norms, biases, embeddings (tied to the head or not), positions, class, register and
+            mask tokens, logit scales, layer scales, lambda vectors or v2's `lambda_proj`.
+        betas: decay rates of the two moment estimates, each in [0, 1).
+        eps: added to the square root of the second moment.
+        lambda_learning_rate: peak for the parameters of lambda (`lambda_*`); `learning_rate` by
+            default.
+        layer_decay: factor on the learning rate from each layer to the one below, in (0, 1] (Clark
+            et al. 2020; Bao et al. 2022). Of `depth` blocks, block `i` learns at
+            `layer_decay ** (depth - i)` times the peak, whatever stands before the blocks (so an
+            embedding that is tied to the head, too) at `layer_decay ** (depth + 1)`, and final norm
+            and head at the peak itself.
+
+    Raises:
+        ValueError: naming the field and the value.
+    """
+
+    learning_rate: float
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    lambda_learning_rate: float | None = None
+    layer_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "lambda_learning_rate", "eps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0.0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.weight_decay < 0.0:
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:
+            raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
+
+
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, *, allow_fused: bool = True
+) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups(model, config)`.
+
+    Args:
+        model: whose trainable parameters it takes.
+        config: its settings.
+        allow_fused: whether it may be the fused kernel where all parameters are on a CUDA device.
+            A gradient scaler (float16) cannot clip gradients under the fused kernel.
+    """
+    groups = parameter_groups(model, config)
+    fused = allow_fused and all(p.is_cuda for group in groups for p in group["params"])
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        fused=fused or None,
+    )
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The trainable parameters of `model`, grouped by weight decay and learning rate.
+
+    Returns:
+        One dict a group for a torch optimizer: `params`, `lr`, `weight_decay`, and a `name` for the
+        reader (`"decay"`, `"no_decay"` or `"lambda"`, with `"/layer_03"` under `layer_decay`).
+
+    Raises:
+        ValueError: if nothing is trainable, or if `layer_decay` is asked of a model without blocks
+            in `model.backbone`.
+    """
+    decaying = set(_decaying(model))
+    num_blocks = 0 if config.layer_decay is None else _num_blocks(model)
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_lambda = "lambda_" in name
+        kind = "lambda" if is_lambda else "decay" if name in decaying else "no_decay"
+        rate = config.learning_rate
+        if is_lambda and config.lambda_learning_rate is not None:
+            rate = config.lambda_learning_rate
+        if config.layer_decay is not None:
+            layer = layer_of(name, num_blocks)
+            rate *= config.layer_decay ** (num_blocks + 1 - layer)
+            kind = f"{kind}/layer_{layer:02d}"
+        weight_decay = config.weight_decay if kind.startswith("decay") else 0.0
+        group = {"params": [], "lr": rate, "weight_decay": weight_decay, "name": kind}
+        groups.setdefault(kind, group)["params"].append(parameter)
+    if not groups:
+        raise ValueError(f"{type(model).__name__} has no trainable parameter: all are frozen")
+    return list(groups.values())
+
+
+def layer_of(name: str, num_blocks: int) -> int:
+    """The layer that a parameter belongs to, counted from the input: 0 before the blocks, `i + 1`
+    for block `i`, `num_blocks + 1` after them."""
+    block = re.match(r"backbone\.blocks\.(\d+)\.", name)
+    if block:
+        return int(block[1]) + 1
+    return num_blocks + 1 if name.startswith(("backbone.norm.", "head.")) else 0
+
+
+def _num_blocks(model: nn.Module) -> int:
+    blocks = getattr(getattr(model, "backbone", None), "blocks", None)
+    if not isinstance(blocks, nn.ModuleList):
+        raise ValueError(
+            f"layer_decay needs a model with blocks in model.backbone, and "
+            f"{type(model).__name__} has none: drop layer_decay"
+        )
+    return len(blocks)
+
+
+def _decaying(model: nn.Module) -> Iterator[str]:
+    """Names of the parameters that decay, as `named_parameters` has them."""
+    tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for prefix, module in model.named_modules():
+        if isinstance(module, DECAYING) and id(module.weight) not in tied:
+            yield f"{prefix}.weight" if prefix else "weight"

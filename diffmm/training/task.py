@@ -1,0 +1,219 @@
+"""What the training tasks share: optimizer, fine-tuning, compilation, checkpoints and logging.
+
+Every task logs under the same names:
+
+| name | what, and when |
+|---|---|
+| `train/loss` | the mean over all processes, at every logging step |
+| `train/learning_rate` | the peak times the schedule's factor, at every logging step |
+| `train/grad_norm` | of all gradients, before clipping, at every logging step |
+| `train/samples_per_second`, `train/tokens_per_second` | over all processes, since the last one |
+| `lambda/layer_00`, ... | mean lambda of each differential layer, at every logging step |
+| `val/loss`, ... | the task's metrics (see there), once a validation; `test/loss`, ... likewise |
+"""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from diffmm.models.backbone import Backbone
+from diffmm.models.description import MODELS, describe, unwrap
+from diffmm.models.weights import load_weights
+from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor, is_logging_step
+from diffmm.training.finetuning import FineTuneConfig, freeze
+from diffmm.training.optimizer import OptimizerConfig, make_optimizer
+from diffmm.training.schedule import ScheduleConfig, make_scheduler
+
+
+class Task(LightningModule):
+    """A model and how it is trained; a subclass says what its loss and its metrics are.
+
+    Args:
+        model: what is trained.
+        optimizer: AdamW's settings.
+        schedule: of the learning rate, with its horizon.
+        finetune: weights to start from, and what to freeze.
+        compile: run the model under `torch.compile`. Names of weights do not change.
+        activation_checkpointing: recompute each block in the backward pass, for memory.
+
+    Raises:
+        ValueError: if activation checkpointing or freezing is asked of a model that has no part
+            for it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        *,
+        finetune: FineTuneConfig | None = None,
+        compile: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optimizer_config = optimizer
+        self.schedule_config = schedule
+        self.finetune = finetune or FineTuneConfig()
+        self.compile_model = compile
+        if activation_checkpointing:
+            backbones = [module for module in model.modules() if isinstance(module, Backbone)]
+            if not backbones:
+                raise ValueError(
+                    f"activation_checkpointing=True needs a Backbone, and {type(model).__name__} "
+                    f"has none"
+                )
+            for backbone in backbones:
+                backbone.activation_checkpointing = True
+        self.frozen = freeze(model, self.finetune)
+        # Lightning moves a module's metrics to its device, and leaves them out of checkpoints.
+        self.metrics = nn.ModuleDict(
+            {stage: nn.ModuleDict(self.make_metrics()) for stage in ("val", "test")}
+        )
+
+    def training_loss(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss to descend on, a scalar."""
+        raise NotImplementedError
+
+    def make_metrics(self) -> dict[str, Metric]:
+        """Metrics of one evaluation, by name."""
+        raise NotImplementedError
+
+    def update_metrics(self, batch: Any, metrics: dict[str, Metric]) -> None:
+        """Add a batch to `metrics`, made by `make_metrics`."""
+        raise NotImplementedError
+
+    def check_batch(self, batch: Any) -> None:
+        """Refuse a batch, still on the CPU, that does not fit the model; takes any by default."""
+
+    def predict_step(self, batch: Any, batch_idx: int = 0) -> dict[str, Tensor]:
+        """The task's predictions for a batch, with the samples' `index`."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        if self.compile_model:
+            self.model.compile()
+
+    def on_fit_start(self) -> None:
+        # Not earlier: only now is it known whether the trainer has restored a run.
+        if self.finetune.weights is not None and self.trainer.ckpt_path is None:
+            load_weights(self.model, self.finetune.weights, skip_head=self.finetune.new_head)
+
+    def on_train_start(self) -> None:
+        # Not earlier: Lightning warns of modules that are in evaluation mode before this.
+        self.train()
+
+    def train(self, mode: bool = True) -> "Task":
+        super().train(mode)
+        for module in self.frozen:
+            module.training = False
+        return self
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        # Here the batch is still on the CPU: looking at its values makes no GPU wait.
+        self.check_batch(batch)
+        return batch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.training_loss(batch, batch_idx)
+        factor = self.schedule_config.factor(self.global_step)
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
+        self.log("train/learning_rate", self.optimizer_config.learning_rate * factor)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says, and log the norm that clipping needs anyway."""
+        if not gradient_clip_val and not is_logging_step(self.trainer):
+            return
+        parameters = list(self.trainer.precision_plugin.main_params(optimizer))
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = make_optimizer(
+            self.model, self.optimizer_config, allow_fused=self.trainer.precision != "16-mixed"
+        )
+        scheduler = make_scheduler(optimizer, self.schedule_config)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Lambda and speed are logged without a recipe asking for it."""
+        defaults = (LambdaMonitor(), SpeedMonitor())
+        given = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return [callback for callback in defaults if type(callback) not in given]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint says which model its weights belong to."""
+        if type(unwrap(self.model)) in MODELS.values():
+            checkpoint["model"] = describe(self.model)
+
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        self.update_metrics(batch, dict(self.metrics[stage].items()))  # type: ignore[operator]
+
+    def _log_metrics(self, stage: str) -> None:
+        for name, metric in self.metrics[stage].items():  # type: ignore[operator]
+            self.log(f"{stage}/{name}", metric.compute(), prog_bar=True, sync_dist=True)
+            metric.reset()
+
+
+def mean_over_processes(task: LightningModule, value: Tensor) -> Tensor:
+    """The mean of `value` over the processes of the run."""
+    return task.trainer.strategy.reduce(value.clone(), reduce_op="mean")
+
+
+def check_range(
+    name: str, values: Tensor, count: int, *, of: str, ignore: int | None = None
+) -> None:
+    """Refuse integers outside `[0, count)`.
+
+    Looks at values on the CPU only: elsewhere it would have to wait for them.
+
+    Args:
+        name: what a value is called.
+        values: of any shape.
+        count: how many there are.
+        of: what `count` counts, for the message.
+        ignore: a value that is allowed besides.
+
+    Raises:
+        ValueError: naming the value and the count.
+    """
+    if values.device.type != "cpu":
+        return
+    wrong = (values < 0) | (values >= count)
+    if ignore is not None:
+        wrong &= values != ignore
+    if wrong.any():
+        raise ValueError(
+            f"{name} {values[wrong][0].item()} is outside the model's {count} {of}, "
+            f"0 to {count - 1}: give the model more, or mend the data"
+        )

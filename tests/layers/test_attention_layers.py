@@ -1,0 +1,190 @@
+"""The three attention layers, by what must hold of them."""
+
+import math
+
+import pytest
+import torch
+
+from diffmm.layers import ATTENTIONS, DiffAttentionV1, DiffAttentionV2, RotaryEmbedding
+from diffmm.layers import SoftmaxAttention as Softmax
+from diffmm.layers.attention import lambda_init_at
+from diffmm.ops import AttentionMask
+from diffmm.ops.diff_attention import BACKENDS
+
+DIM = 64
+CAUSAL = AttentionMask(causal=True)
+
+
+def num_parameters(layer: torch.nn.Module) -> int:
+    return sum(p.numel() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("kind", list(ATTENTIONS))
+@pytest.mark.parametrize("num_kv_heads", [None, 2])
+def test_every_parameter_has_a_finite_gradient(kind, num_kv_heads):
+    layer = ATTENTIONS[kind](
+        DIM, num_heads=4, num_kv_heads=num_kv_heads, qkv_bias=True, out_bias=True, qk_norm=True
+    )
+    rope = RotaryEmbedding(layer.head_dim)(torch.arange(7))
+    out = layer(torch.randn(2, 7, DIM), mask=CAUSAL, rope=rope)
+    assert out.shape == (2, 7, DIM)
+    out.square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any() or name == "k_proj.bias", name
+
+
+def test_head_counts_are_those_of_the_softmax_model():
+    shapes = {
+        kind: (layer.q_shape, layer.k_shape, layer.v_shape, layer.out_proj.in_features)
+        for kind, attention in ATTENTIONS.items()
+        for layer in [attention(DIM, num_heads=8, num_kv_heads=4)]
+    }
+    assert shapes == {
+        "softmax": ((8, 8), (4, 8), (4, 8), 64),
+        "diff_v1": ((4, 2, 8), (2, 2, 8), (2, 16), 64),
+        "diff_v2": ((8, 2, 8), (4, 1, 8), (4, 8), 64),
+    }
+
+
+def test_v1_has_the_parameters_of_softmax_and_its_lambdas():
+    softmax, v1 = Softmax(DIM, num_heads=4), DiffAttentionV1(DIM, num_heads=4)
+    assert num_parameters(v1) == num_parameters(softmax) + 4 * 16 + 2 * 16
+
+
+@pytest.mark.parametrize("kind", list(ATTENTIONS))
+def test_backends_share_one_state_dict_and_agree(kind):
+    layers = [ATTENTIONS[kind](DIM, num_heads=4, num_kv_heads=2, backend=b) for b in BACKENDS]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(2, 9, DIM)
+    torch.testing.assert_close(layers[1](x, mask=CAUSAL), layers[0](x, mask=CAUSAL))
+
+
+def test_lambda_of_v1_is_equation_2():
+    layer = DiffAttentionV1(DIM, num_heads=4, layer_index=3)
+    dots = [
+        sum(
+            a * b
+            for a, b in zip(
+                getattr(layer, f"lambda_q{i}").tolist(),
+                getattr(layer, f"lambda_k{i}").tolist(),
+                strict=True,
+            )
+        )
+        for i in (1, 2)
+    ]
+    start = 0.8 - 0.6 * math.exp(-0.9)
+    assert layer.lambda_init == pytest.approx(start)
+    expected = math.exp(dots[0]) - math.exp(dots[1]) + start
+    assert layer.lam(torch.empty(0)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_lambda_init_grows_with_depth():
+    assert lambda_init_at(0) == pytest.approx(0.2)
+    assert lambda_init_at(100) == pytest.approx(0.8)
+    assert DiffAttentionV1(DIM, num_heads=4, layer_index=5, lambda_init=0.5).lambda_init == 0.5
+
+
+def test_lambda_vectors_stay_float32_to_the_bit_in_half_precision():
+    layer = DiffAttentionV1(DIM, num_heads=4)
+    before = layer.lam(torch.empty(0)).item()
+    layer.bfloat16()
+    assert layer.q_proj.weight.dtype == torch.bfloat16
+    assert layer.lambda_q1.dtype == torch.float32
+    assert layer.lam(torch.empty(0)).item() == before
+    out = layer(torch.randn(1, 5, DIM, dtype=torch.bfloat16), mask=CAUSAL)
+    assert out.dtype == torch.bfloat16
+    assert layer.double().lambda_q1.dtype == torch.float64
+
+
+def test_lambda_of_v2_is_a_sigmoid_a_token_and_head():
+    layer = DiffAttentionV2(DIM, num_heads=4)
+    x = torch.randn(2, 5, DIM)
+    lam = layer.lam(x)
+    assert lam.shape == (2, 5, 4)
+    torch.testing.assert_close(lam, layer.lambda_proj(x).sigmoid())
+    assert layer.bfloat16().lam(x.bfloat16()).dtype == torch.float32
+
+
+def test_v2_without_second_map_is_softmax_attention():
+    v2, softmax = DiffAttentionV2(DIM, num_heads=4), Softmax(DIM, num_heads=4)
+    with torch.no_grad():
+        first = v2.q_proj.weight.view(4, 2, 16, DIM)[:, 0].reshape(DIM, DIM)
+        softmax.q_proj.weight.copy_(first)
+        for name in ("k_proj", "v_proj", "out_proj"):
+            getattr(softmax, name).weight.copy_(getattr(v2, name).weight)
+    v2.sign = 0.0
+    x = torch.randn(2, 6, DIM)
+    torch.testing.assert_close(v2(x, mask=CAUSAL), softmax(x, mask=CAUSAL))
+
+
+@pytest.mark.parametrize("share", ["q", "k"])
+def test_sharing_makes_components_equal(share):
+    layer = DiffAttentionV1(DIM, num_heads=4, share=share)
+    full = DiffAttentionV1(DIM, num_heads=4)
+    assert num_parameters(layer) == num_parameters(full) - DIM * DIM // 2
+    projection = f"{share}_proj.weight"
+    state = layer.state_dict()
+    rows = state[projection].view(2, 1, 16, DIM).expand(2, 2, 16, DIM).reshape(DIM, DIM)
+    full.load_state_dict(state | {projection: rows})
+    x = torch.randn(2, 6, DIM)
+    torch.testing.assert_close(layer(x, mask=CAUSAL), full(x, mask=CAUSAL))
+
+
+def test_without_headwise_norm_heads_come_out_as_they_are():
+    layer = DiffAttentionV1(DIM, num_heads=4, headwise_norm=False)
+    assert not [name for name, _ in layer.named_parameters() if "norm" in name]
+    x = torch.randn(1, 1, DIM)
+    value = layer.v_proj(x)  # one token attends to itself alone: both maps are 1
+    expected = layer.out_proj((1 - layer.lam(x)) * value)
+    torch.testing.assert_close(layer(x, mask=CAUSAL), expected)
+
+
+@pytest.mark.parametrize("attention", [DiffAttentionV1, DiffAttentionV2])
+def test_addition_flips_lambda(attention):
+    subtract, add = attention(DIM, num_heads=4), attention(DIM, num_heads=4, combine="add")
+    add.load_state_dict(subtract.state_dict())
+    x = torch.randn(1, 5, DIM)
+    torch.testing.assert_close(add.lam(x), -subtract.lam(x))
+    assert not torch.allclose(add(x, mask=CAUSAL), subtract(x, mask=CAUSAL))
+
+
+def test_cosine_logits_ignore_the_length_of_queries_and_keys():
+    layer = Softmax(DIM, num_heads=4, cosine=True)
+    x = torch.randn(2, 6, DIM)
+    before = layer(x, mask=CAUSAL)
+    with torch.no_grad():
+        layer.q_proj.weight.mul_(7.0)
+        layer.k_proj.weight.mul_(0.1)
+    torch.testing.assert_close(layer(x, mask=CAUSAL), before)
+    with torch.no_grad():
+        layer.q_norm.logit_scale.fill_(100.0)
+    q = layer.q_norm(layer.q_proj(x).unflatten(-1, layer.q_shape))
+    torch.testing.assert_close(q.norm(dim=-1), torch.full((2, 6, 4), 100.0))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Softmax(DIM, num_heads=5), "num_heads must divide dim, got 5 heads for dim 64"),
+        (lambda: Softmax(DIM, num_heads=4, num_kv_heads=3), "got 3 and 4"),
+        (lambda: Softmax(DIM, num_heads=4, cosine=True, qk_norm=True), "drop qk_norm"),
+        (
+            lambda: DiffAttentionV1(60, num_heads=5),
+            "diff_v1 pairs its heads, so num_heads must be even, got 5",
+        ),
+        (
+            lambda: DiffAttentionV1(DIM, num_heads=4, num_kv_heads=1),
+            "num_kv_heads must be even, got 1",
+        ),
+        (lambda: DiffAttentionV1(DIM, num_heads=4, share="v"), "share must be one of .* got 'v'"),
+        (
+            lambda: DiffAttentionV2(DIM, num_heads=4, combine="substract"),
+            "got 'substract'; did you mean 'subtract'",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -1,0 +1,91 @@
+"""Rotary positions, norms and the cache."""
+
+import pytest
+import torch
+
+from diffmm.layers import KVCache, LayerNorm, RMSNorm, RotaryEmbedding, apply_rope
+
+
+def test_rotation_is_complex_multiplication():
+    rope = RotaryEmbedding(8, base=100.0)
+    positions = torch.tensor([0.0, 3.0, 10.0])
+    x = torch.randn(2, 3, 4, 8, dtype=torch.float64)
+    turns = torch.polar(torch.ones(3, 4), positions[:, None] * 100.0 ** (-torch.arange(4) / 4))
+    expected = torch.view_as_real(torch.view_as_complex(x.view(2, 3, 4, 4, 2)) * turns[:, None])
+    found = apply_rope(x, rope(positions))
+    torch.testing.assert_close(found, expected.flatten(-2), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_axes", [1, 2])
+def test_scores_depend_on_differences_alone(num_axes):
+    rope = RotaryEmbedding(16, num_axes=num_axes)
+    q, k = torch.randn(1, 5, 2, 16), torch.randn(1, 5, 2, 16)
+    positions = torch.randint(0, 50, (5, 2) if num_axes == 2 else (5,)).float()
+
+    def scores(shift):
+        rotation = rope(positions + shift)
+        return torch.einsum("bnhd,bmhd->bhnm", apply_rope(q, rotation), apply_rope(k, rotation))
+
+    torch.testing.assert_close(scores(0), scores(23), atol=1e-4, rtol=1e-4)
+
+
+def test_position_zero_is_no_rotation():
+    x = torch.randn(1, 1, 2, 8)
+    torch.testing.assert_close(apply_rope(x, RotaryEmbedding(8)(torch.zeros(1))), x)
+
+
+def test_axes_turn_their_own_dims():
+    rope = RotaryEmbedding(8, num_axes=2)
+    x = torch.randn(1, 1, 1, 8)
+    turned = apply_rope(x, rope(torch.tensor([[5.0, 0.0]])))
+    assert not torch.allclose(turned[..., :4], x[..., :4])
+    torch.testing.assert_close(turned[..., 4:], x[..., 4:])
+
+
+def test_positions_a_sample_equal_positions_for_all():
+    x, rope = torch.randn(2, 5, 2, 8), RotaryEmbedding(8)
+    positions = torch.arange(5)
+    torch.testing.assert_close(
+        apply_rope(x, rope(positions.expand(2, 5))), apply_rope(x, rope(positions))
+    )
+
+
+def test_angles_are_exact_far_out_whatever_the_precision():
+    rope = RotaryEmbedding(8).bfloat16()
+    cos, _ = rope(torch.tensor([10_000]))
+    assert cos.dtype == torch.float32
+    assert cos[0, 0].item() == pytest.approx(torch.tensor(10_000.0).cos().item(), abs=1e-6)
+
+
+def test_odd_head_dims_are_refused():
+    with pytest.raises(ValueError, match="over 2 axes needs .* a multiple of 4, got 6"):
+        RotaryEmbedding(6, num_axes=2)
+
+
+def test_rms_norm_is_torchs():
+    ours, theirs = RMSNorm(8), torch.nn.RMSNorm(8, eps=1e-5)
+    torch.nn.init.normal_(ours.weight)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert not ours(torch.zeros(1, 8)).any()
+
+
+@pytest.mark.parametrize("norm", [RMSNorm(8), LayerNorm(8)])
+def test_norms_compute_in_float32(norm):
+    x = (torch.randn(4, 8) * 1e3).bfloat16()
+    assert norm(x).dtype == torch.bfloat16
+    torch.testing.assert_close(norm(x), norm(x.float()).bfloat16())
+
+
+def test_the_cache_grows_and_refuses_to_overflow():
+    cache = KVCache([(2, 4)], [(2, 3)], batch=1, max_length=5, dtype=torch.float32, device="cpu")
+    first, second = torch.randn(1, 3, 2, 4), torch.randn(1, 2, 2, 4)
+    values = torch.randn(1, 3, 2, 3)
+    cache.update(0, first, values)
+    cache.advance(3)
+    keys, _ = cache.update(0, second, values[:, :2])
+    torch.testing.assert_close(keys, torch.cat([first, second], dim=1))
+    cache.advance(2)
+    with pytest.raises(ValueError, match="the cache holds 5 tokens, but 6 are needed"):
+        cache.update(0, second[:, :1], values[:, :1])

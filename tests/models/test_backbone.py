@@ -1,0 +1,155 @@
+"""The backbone and its configuration."""
+
+import pytest
+import torch
+
+from diffmm.models import Backbone, BackboneConfig
+from diffmm.ops import AttentionMask
+
+ATTENTIONS = ("softmax", "diff_v1", "diff_v2")
+CAUSAL = AttentionMask(causal=True)
+
+
+def config(**changes) -> BackboneConfig:
+    return BackboneConfig(**{"dim": 32, "depth": 3, "num_heads": 4, "rope": "1d"} | changes)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_prefill_and_steps_equal_one_forward(attention):
+    backbone = Backbone(config(attention=attention, num_kv_heads=2))
+    x = torch.randn(2, 9, 32)
+    cache = backbone.new_cache(2, 9)
+    pieces = [backbone(piece, mask=CAUSAL, cache=cache) for piece in x.split([4, 3, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), backbone(x, mask=CAUSAL))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_activation_checkpointing_changes_no_gradient(attention):
+    backbone = Backbone(config(attention=attention))
+    x = torch.randn(2, 9, 32)
+    found = []
+    for backbone.activation_checkpointing in (False, True):
+        backbone.zero_grad()
+        backbone(x, mask=CAUSAL).square().sum().backward()
+        found.append([p.grad.clone() for p in backbone.parameters()])
+    for plain, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_intermediates_are_the_blocks_outputs():
+    backbone = Backbone(config())
+    x = torch.randn(1, 5, 32)
+    out, kept = backbone.forward_intermediates(x, (0, 2), mask=CAUSAL)
+    assert len(kept) == 2
+    torch.testing.assert_close(backbone.norm(kept[1]), out)
+    torch.testing.assert_close(
+        kept[0], backbone.blocks[0](x, mask=CAUSAL, rope=backbone.rope(torch.arange(5)))
+    )
+
+
+def test_layer_index_survives_a_dropped_layer():
+    backbone = Backbone(config(attention="diff_v1"))
+    starts = [block.attention.lambda_init for block in backbone.blocks]
+    del backbone.blocks[1]
+    assert [block.attention.lambda_init for block in backbone.blocks] == [starts[0], starts[2]]
+    assert starts[0] < starts[1] < starts[2]
+
+
+def test_drop_path_skips_whole_samples_in_training_alone():
+    backbone = Backbone(config(drop_path=0.5))
+    rates = [block.attention_branch.drop_path for block in backbone.blocks]
+    assert rates == [0.0, 0.25, 0.5]
+    branch = backbone.blocks[2].attention_branch
+    x = torch.ones(1000, 2, 3)
+    kept = branch(x).flatten(1)
+    assert set(kept.unique().tolist()) == {0.0, 2.0}
+    assert (kept == kept[:, :1]).all()
+    assert 400 < (kept[:, 0] > 0).sum() < 600
+    torch.testing.assert_close(branch.eval()(x), x)
+
+
+def test_layer_scale_starts_where_it_is_told():
+    backbone = Backbone(config(layer_scale=0.1))
+    scales = [p for name, p in backbone.named_parameters() if name.endswith("branch.scale")]
+    assert len(scales) == 6
+    assert all((scale == 0.1).all() for scale in scales)
+
+
+def test_residual_projections_start_smaller():
+    backbone = Backbone(config(dim=256, depth=8))
+    block = backbone.blocks[0]
+    assert block.attention.q_proj.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert block.attention.out_proj.weight.std().item() == pytest.approx(0.005, rel=0.05)
+    assert block.feed_forward.down_proj.weight.std().item() == pytest.approx(0.005, rel=0.05)
+
+
+@pytest.mark.parametrize("feed_forward", ["swiglu", "gelu"])
+@pytest.mark.parametrize(("dim", "num_heads"), [(64, 4), (192, 6), (512, 8), (768, 12), (2560, 20)])
+@pytest.mark.parametrize("num_kv_heads", [None, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_twins_have_equal_parameters(feed_forward, dim, num_heads, num_kv_heads, bias):
+    counts = {}
+    for attention in ATTENTIONS:
+        with torch.device("meta"):
+            backbone = Backbone(
+                config(
+                    dim=dim,
+                    depth=2,
+                    num_heads=num_heads,
+                    num_kv_heads=num_kv_heads,
+                    attention=attention,
+                    feed_forward=feed_forward,
+                    qkv_bias=bias,
+                    feed_forward_bias=bias,
+                )
+            )
+        counts[attention] = sum(p.numel() for p in backbone.parameters())
+    for attention in ATTENTIONS[1:]:
+        assert counts[attention] == pytest.approx(counts["softmax"], rel=0.005), counts
+
+
+def test_a_given_width_is_obeyed():
+    for attention in ATTENTIONS:
+        block = Backbone(config(attention=attention, feed_forward_width=50)).blocks[0]
+        assert block.feed_forward.up_proj.out_features == 50
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dim": 0}, "dim must be at least 1, got 0"),
+        ({"depth": -1}, "depth must be at least 1, got -1"),
+        ({"num_heads": 5}, "num_heads must divide dim, got 5 heads for dim 32"),
+        ({"num_heads": 1, "attention": "diff_v1"}, "num_heads must be even, got 1"),
+        ({"num_kv_heads": 3}, "num_kv_heads must divide num_heads, got 3 and 4"),
+        ({"attention": "diff_v3"}, "attention must be one of .* got 'diff_v3'; did you mean"),
+        ({"norm": "batchnorm"}, "norm must be one of 'rmsnorm', 'layernorm', got 'batchnorm'"),
+        ({"feed_forward": "relu"}, "feed_forward must be one of 'swiglu', 'gelu', got 'relu'"),
+        ({"rope": "3d"}, "rope must be one of .* got '3d'"),
+        ({"rope": "2d", "head_dim": 6}, "a multiple of 4, got 6"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"drop_path": -0.1}, r"drop_path must be in \[0, 1\), got -0.1"),
+        (
+            {"attention": "softmax", "share": "q"},
+            "share='q' means nothing to attention 'softmax': it is for diff_v1",
+        ),
+        (
+            {"attention": "diff_v2", "headwise_norm": False},
+            "headwise_norm=False means nothing to attention 'diff_v2'",
+        ),
+        (
+            {"attention": "diff_v1", "cosine_logits": True},
+            "cosine_logits=True means nothing to attention 'diff_v1': it is for softmax",
+        ),
+        ({"attention": "softmax", "combine": "add"}, "it is for diff_v1 and diff_v2"),
+    ],
+)
+def test_bad_configs_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_two_axes_need_positions():
+    backbone = Backbone(config(rope="2d"))
+    with pytest.raises(ValueError, match=r"2-D rope needs positions of shape \[N, 2\], got None"):
+        backbone(torch.randn(1, 4, 32), mask=AttentionMask())

@@ -1,0 +1,104 @@
+"""The mask type: what each query sees, said once more in plain loops."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffmm.ops import AttentionMask
+
+
+def sees(mask: AttentionMask, batch: int, query: int, key: int, num_queries: int, num_keys: int):
+    """Whether a query sees a key, by the words of the docstring."""
+    position = query + num_keys - num_queries
+    in_prefix = mask.prefix_lengths is not None and key < int(mask.prefix_lengths[batch])
+    if mask.causal and key > position and not in_prefix:
+        return False
+    if mask.window is not None and abs(position - key) >= mask.window:
+        return False
+    if mask.document_ids is not None:
+        documents = mask.document_ids[batch].tolist()
+        if documents[position] != documents[key]:
+            return False
+    return mask.key_padding is None or bool(mask.key_padding[batch, key])
+
+
+@st.composite
+def masks(draw):
+    batch, num_keys = draw(st.integers(1, 3)), draw(st.integers(1, 12))
+    num_queries = draw(st.integers(1, num_keys))
+    causal = draw(st.booleans())
+
+    def rows(element):
+        row = st.lists(element, min_size=num_keys, max_size=num_keys)
+        return torch.tensor(draw(st.lists(row, min_size=batch, max_size=batch)))
+
+    prefix = st.lists(st.integers(0, num_keys), min_size=batch, max_size=batch)
+    return (
+        AttentionMask(
+            causal=causal,
+            window=draw(st.none() | st.integers(1, num_keys)),
+            prefix_lengths=torch.tensor(draw(prefix)) if causal and draw(st.booleans()) else None,
+            document_ids=rows(st.integers(0, 2)) if draw(st.booleans()) else None,
+            key_padding=rows(st.booleans()) if draw(st.booleans()) else None,
+        ),
+        batch,
+        num_queries,
+        num_keys,
+    )
+
+
+@given(masks())
+@settings(deadline=None, max_examples=150)
+def test_to_bool_is_what_the_words_say(case):
+    mask, batch, num_queries, num_keys = case
+    visible = mask.to_bool(num_queries, num_keys).expand(batch, 1, num_queries, num_keys)
+    for b, n, m in itertools.product(range(batch), range(num_queries), range(num_keys)):
+        assert visible[b, 0, n, m].item() == sees(mask, b, n, m, num_queries, num_keys), (b, n, m)
+
+
+def test_more_queries_than_keys_leaves_the_first_without_any():
+    assert AttentionMask(causal=True).to_bool(3, 2)[0, 0].tolist() == [
+        [False, False],
+        [True, False],
+        [True, True],
+    ]
+
+
+def test_properties():
+    assert AttentionMask().is_full
+    assert not AttentionMask(window=3).is_full
+    assert not AttentionMask(causal=True).per_sample
+    assert AttentionMask(key_padding=torch.ones(1, 2, dtype=torch.bool)).per_sample
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": 0}, "window must be at least 1 .* got 0"),
+        ({"prefix_lengths": torch.tensor([1])}, "prefix_lengths needs causal=True"),
+        (
+            {"causal": True, "prefix_lengths": torch.zeros(1, 2, dtype=torch.int64)},
+            r"prefix_lengths must be \[B\], got shape \(1, 2\)",
+        ),
+        (
+            {"document_ids": torch.zeros(2, 2)},
+            "document_ids must hold integers, got torch.float32",
+        ),
+        (
+            {"key_padding": torch.zeros(2, 2, dtype=torch.int64)},
+            "key_padding must hold booleans, got torch.int64",
+        ),
+    ],
+)
+def test_bad_masks_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionMask(**arguments)
+
+
+def test_documents_with_more_queries_than_keys_are_refused():
+    mask = AttentionMask(document_ids=torch.zeros(1, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="3 queries and 2 keys"):
+        mask.to_bool(3, 2)
