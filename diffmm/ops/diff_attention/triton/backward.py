@@ -32,7 +32,6 @@ from diffmm.ops.diff_attention.triton.tiles import (
     precision,
 )
 
-
 # What a kernel reads of every query: a row of `_ROWS` float32 vectors, a head at a time.
 _ROWS = tl.constexpr(5)
 _LSE1, _LSE2, _DELTA1, _DELTA2, _WEIGHT = (tl.constexpr(row) for row in range(5))

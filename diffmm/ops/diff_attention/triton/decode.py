@@ -157,7 +157,7 @@ def decode(
         scale * 1.4426950408889634,
         CAUSAL=mask.causal, C=C, D=D, E=E, BLOCK_R=block_r, BLOCK_M=block_m, BLOCK_D=block_d,
         BLOCK_E=block_e, BLOCK_N=block_n, PRECISION=precision(q.dtype),
-        num_warps=4 if block_r < 128 else 8, num_stages=2,
+        num_warps=4 if block_r < 128 else 8, num_stages=1 if q.element_size() == 4 else 2,
     )  # fmt: skip
     _join_kernel[(num_rows, B * G)](
         part, part_lse, lam, out, *lam.stride(), N, G, H // G, num_splits,

@@ -126,9 +126,9 @@ def _ranges_kernel(
     far = 9223372036854775807
     lowest, highest = far, -far
     if documents is not None:
-        ids = tl.load(documents + batch * M + own + own_shift, mask=real, other=0).to(tl.int64)
-        lowest = tl.min(tl.where(real, ids, far), 0)
-        highest = tl.max(tl.where(real, ids, -far), 0)
+        mine = tl.load(documents + batch * M + own + own_shift, mask=real, other=0).to(tl.int64)
+        lowest = tl.min(tl.where(real, mine, far), 0)
+        highest = tl.max(tl.where(real, mine, -far), 0)
     first, last = num_other, -1
     for start in range(0, num_other, CHUNK):
         other = start + tl.arange(0, CHUNK)
@@ -137,8 +137,8 @@ def _ranges_kernel(
             hit = hit & (tl.load(other_padding + batch * M + other, mask=hit, other=0) != 0)
         if documents is not None:
             place = documents + batch * M + other + other_shift
-            ids = tl.load(place, mask=hit, other=0).to(tl.int64)
-            hit = hit & (ids >= lowest) & (ids <= highest)
+            theirs = tl.load(place, mask=hit, other=0).to(tl.int64)
+            hit = hit & (theirs >= lowest) & (theirs <= highest)
         first = tl.minimum(first, tl.min(tl.where(hit, other, num_other), 0))
         last = tl.maximum(last, tl.max(tl.where(hit, other, -1), 0))
     if tl.max(real.to(tl.int32), 0) == 0:

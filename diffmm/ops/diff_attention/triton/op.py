@@ -4,6 +4,7 @@ import contextlib
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from diffmm.ops.diff_attention.triton.backward import backward
@@ -14,6 +15,8 @@ from diffmm.ops.diff_attention.triton.tiles import Tiles, describable, tiles_for
 from diffmm.ops.mask import AttentionMask
 
 MAX_HEAD_DIM, MAX_VALUE_DIM = 128, 256
+# Whether Triton's interpreter stands in for a GPU, which it decides when it is imported.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def triton_backend(
@@ -36,7 +39,7 @@ def triton_backend(
 
 def _refuse(q: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> None:
     D, E = q.shape[-1], v.shape[-1]
-    if not (q.is_cuda or _interpreted()):
+    if not (q.is_cuda or INTERPRETED):
         raise ValueError(f"backend 'triton' needs a CUDA device, but q is on {q.device}")
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"backend 'triton' takes bfloat16, float16 and float32, not {q.dtype}")
@@ -53,13 +56,6 @@ def _refuse(q: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> None:
             raise ValueError(
                 f"document_ids needs a key for every query, got {N} queries and {M} keys"
             )
-
-
-def _interpreted() -> bool:
-    """Whether Triton's interpreter stands in for a GPU, which it decides when it is imported."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 def _tiles(q: Tensor, v: Tensor) -> Tiles:
@@ -208,9 +204,7 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, lam, causal, window, prefix_lengths, document_ids, key_padding, scale, _ = inputs
     out, second, lse = output
-    ctx.save_for_backward(
-        q, k, v, lam, out, second, lse, prefix_lengths, document_ids, key_padding
-    )
+    ctx.save_for_backward(q, k, v, lam, out, second, lse, prefix_lengths, document_ids, key_padding)
     ctx.causal, ctx.window, ctx.scale = causal, window, scale
 
 

@@ -48,8 +48,9 @@ class Tiles:
 
 def tiles_for(dtype: torch.dtype, D: int, E: int, capability: tuple[int, int]) -> Tiles:
     """The tiles for head dim `D`, value dim `E` and a GPU's compute capability."""
-    if dtype == torch.float32:
-        return Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+    if dtype == torch.float32:  # No tensor cores: small tiles, or compiling takes minutes.
+        tile = Tile(16, 16, 4, 1)
+        return Tiles(tile, tile, tile)
     wide = pad(D) > 64 or pad(E) > 128
     if capability[0] != 9:  # Ampere and Ada: 99 KiB of shared memory on the smaller ones.
         if wide:
