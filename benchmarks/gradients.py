@@ -21,7 +21,7 @@ def make_decoder(
 ) -> TextModel:
     """A decoder whose attention maps have something to say.
 
-    Queries and keys start six times larger than in training: at the usual start all maps are
+    Queries and keys start three times larger than in training: at the usual start all maps are
     nearly uniform, their difference is rounding, and lambda's gradient is nothing but noise.
     """
     num_heads = dim // head_dim
@@ -41,7 +41,7 @@ def make_decoder(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight")):
-                parameter.mul_(6.0)
+                parameter.mul_(3.0)
     return model
 
 
@@ -58,11 +58,20 @@ def gradients(
 
 
 def relative_errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """`|found - truth| / |truth|` of each parameter; a missing gradient is NaN."""
-    missing = {name: torch.nan for name in truth if name not in found}
-    return missing | {
-        name: ((found[name] - truth[name]).norm() / truth[name].norm()).item() for name in found
-    }
+    """`|found - truth| / |truth|` of each parameter; a missing gradient is NaN.
+
+    Of lambda's parameters, relative to the largest gradient among them: one number a layer sums
+    over all tokens and heads, and where the sum happens to be near zero, so is its own norm.
+    """
+    largest = max([g.norm() for name, g in truth.items() if "lambda" in name], default=None)
+
+    def error(name: str) -> float:
+        if name not in found:
+            return torch.nan
+        size = largest if largest is not None and "lambda" in name else truth[name].norm()
+        return ((found[name] - truth[name]).norm() / size).item()
+
+    return {name: error(name) for name in truth}
 
 
 def worst(errors: dict[str, float], *, lambdas: bool) -> float:

@@ -137,11 +137,9 @@ def main() -> None:
     print("\nworst relative gradient error, lambda / others: eager bfloat16, two compiled runs")
     for head_dim, attention, causal, grouped in (
         (32, "diff_v1", True, False),
-        (32, "diff_v1", True, True),
-        (32, "diff_v1", False, False),
-        (32, "diff_v2", True, True),
-        (64, "diff_v1", True, False),
+        (64, "diff_v1", True, True),
         (128, "diff_v1", True, False),
+        (32, "diff_v2", True, True),
     ):
         for name, op in COMPOSITIONS.items():
             errors = gradient_errors(op, attention, head_dim, causal, grouped)

@@ -1,6 +1,7 @@
 """Batches of like length, so that little of them is padding."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,13 @@ class BucketSampler(EpochSampler):
         self.lengths = np.asarray(lengths)
         self.global_batch_size = batch_size * world_size
         self.pool_batches = pool_batches
+
+    def _order(self) -> dict[str, Any]:
+        return {
+            **super()._order(),
+            "global_batch_size": self.global_batch_size,
+            "pool_batches": self.pool_batches,
+        }
 
     def __iter__(self) -> Iterator[SampleKey]:
         order = self._bucketed()[: self.total_size]

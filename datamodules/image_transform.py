@@ -2,13 +2,30 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
+from diffmm.checks import check_choice
+
 Transform = Callable[[Image.Image], Tensor]
+
+CHOICES = {
+    "interpolation": ("bicubic", "bilinear", "lanczos", "hamming", "box", "nearest", "random"),
+    "crop_mode": ("center", "squash", "border"),
+    "train_crop_mode": ("rrc", "rkrc", "rkrr"),
+    "re_mode": ("const", "rand", "pixel"),
+}
+PROBABILITIES = (
+    "hflip",
+    "vflip",
+    "color_jitter_prob",
+    "grayscale_prob",
+    "gaussian_blur_prob",
+    "re_prob",
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +36,8 @@ class ImageTransform:
     interpolation, crop, mean and standard deviation are what `resolve_data_config` would choose.
 
     Attributes:
-        interpolation: `"bicubic"`, `"bilinear"`, `"nearest"` or (training only) `"random"`.
+        interpolation: `"bicubic"`, `"bilinear"`, `"lanczos"`, `"hamming"`, `"box"`, `"nearest"`,
+            or `"random"`: bilinear or bicubic for each training image, bicubic in evaluation.
         mean, std: of each channel in [0, 1]; one number serves all, and three are averaged for
             gray images.
         crop_pct: in evaluation, the part of the resized image's side that the crop keeps.
@@ -34,6 +52,9 @@ class ImageTransform:
         re_prob: the probability that a random rectangle is erased.
         re_mode: what it is filled with: `"const"`, `"rand"` (a color) or `"pixel"` (noise).
         re_count: how many rectangles at most.
+
+    Raises:
+        ValueError: for an unknown word, or a number out of its range.
     """
 
     interpolation: str | None = None
@@ -56,6 +77,24 @@ class ImageTransform:
     re_mode: Literal["const", "rand", "pixel"] | None = None
     re_count: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) is not None:
+                check_choice(name, value, choices)
+        for name in PROBABILITIES:
+            if (value := getattr(self, name)) is not None and not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} is a probability, in [0, 1], got {value}")
+        if self.crop_pct is not None and self.crop_pct <= 0.0:
+            raise ValueError(f"crop_pct must be above 0, got {self.crop_pct}")
+        for name in ("scale", "ratio"):
+            if (value := getattr(self, name)) is not None and not 0.0 < value[0] <= value[1]:
+                raise ValueError(f"{name} must be two rising numbers above 0, got {tuple(value)}")
+        if isinstance(self.color_jitter, tuple | list) and len(self.color_jitter) not in (3, 4):
+            raise ValueError(
+                f"color_jitter must be one number, or three or four (brightness, contrast, "
+                f"saturation, hue), got {tuple(self.color_jitter)}"
+            )
+
     def build(
         self, defaults: "ImageTransform", size: tuple[int, int], channels: int, *, training: bool
     ) -> Transform:
@@ -68,16 +107,25 @@ class ImageTransform:
             training: with augmentation, or resized and cropped as for evaluation.
 
         Raises:
-            ValueError: if there are more or fewer means than channels, or a word is unknown.
+            ValueError: if there are more or fewer means than channels, or timm knows no such
+                `auto_augment` policy, or has it for color images only.
         """
         settings = defaults.given() | self.given()
         for name in ("mean", "std"):
             if name in settings:
                 settings[name] = _per_channel(name, settings[name], channels)
         settings |= resolve_data_config({**settings, "input_size": (channels, *size)})
-        return create_transform(**settings, is_training=training)
+        if settings["interpolation"] == "random" and not training:
+            settings["interpolation"] = "bicubic"
+        policy = settings.get("auto_augment")
+        if channels == 1 and policy is not None and policy.startswith("augmix"):
+            raise ValueError(f"auto_augment {policy!r} needs color images: set channels to 3")
+        try:
+            return create_transform(**settings, is_training=training)
+        except AssertionError as error:
+            raise ValueError(f"auto_augment {policy!r} is no policy of timm's: {error}") from error
 
-    def given(self) -> dict:
+    def given(self) -> dict[str, Any]:
         """What is not left out."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 

@@ -17,7 +17,12 @@ from datamodules.text_sources import (
     TokenFiles,
 )
 from datamodules.text_windows import Objective, Packing, StreamedWindows, TextWindows, WindowTask
-from datamodules.token_documents import TokenDocuments, read_token_files, write_token_file
+from datamodules.token_documents import (
+    TokenDocuments,
+    is_finished,
+    read_token_files,
+    write_token_file,
+)
 from diffmm.checks import check_choice
 from diffmm.tokenizers import Tokenizer, load_tokenizer
 
@@ -228,8 +233,9 @@ class TextData(SeededDataModule):
         """The token file of a source, made now if it is not there."""
         name = f"{type(source).__name__}-{source.fingerprint()}-{self.tokenizer.fingerprint}.bin"
         path = Path(cache_dir, name)
-        with suppress(FileExistsError):
-            write_token_file(path, source.documents(), self.tokenizer)
+        if not is_finished(path):
+            with suppress(FileExistsError):  # another process may be faster
+                write_token_file(path, source.documents(), self.tokenizer)
         return path
 
     def _check_horizon(self) -> None:

@@ -87,11 +87,11 @@ class StandardLibrary(TextSource):
                 f"choose another source, such as TextFolder"
             )
         chosen, total = [], 0
-        for name in sorted(sizes, key=key_number):
-            total += sizes[name]
-            if total > self.max_bytes:
-                break
-            chosen.append(name)
+        # Not by the number that held-out splits are drawn by, or small samples would be one split.
+        for name in sorted(sizes, key=lambda name: key_number(f"sampled {name}")):
+            if total + sizes[name] <= self.max_bytes:
+                total += sizes[name]
+                chosen.append(name)
         for name in sorted(chosen):
             with python_source.open(root / name) as file:  # in the encoding that the file declares
                 yield Document(name, file.read())

@@ -102,7 +102,8 @@ class WindowTask:
             if self._document_mask:
                 targets[np.diff(window.document_ids) != 0] = IGNORE_INDEX
         else:
-            tokens, targets = self._masked(window.ids[:-1], sample_rng(self.seed, epoch, index))
+            rng = sample_rng(self.seed, epoch, index)
+            tokens, targets = self._masked(window.ids[:-1], self._mask_id, rng)
         num_bytes = self._byte_lengths[targets[targets != IGNORE_INDEX]].sum()
         if self.packing == "packed":
             # Only the last window of all is shorter. Its filling is a document of its own.
@@ -135,7 +136,7 @@ class WindowTask:
             index=torch.stack([sample["index"] for sample in samples]),
         )
 
-    def _masked(self, ids: Ids, rng: np.random.Generator) -> tuple[Ids, Ids]:
+    def _masked(self, ids: Ids, mask_id: int, rng: np.random.Generator) -> tuple[Ids, Ids]:
         tokens, targets = ids.copy(), np.full_like(ids, IGNORE_INDEX)
         candidates = np.flatnonzero(~self._special[ids])
         if len(candidates):
@@ -144,9 +145,9 @@ class WindowTask:
             targets[chosen] = ids[chosen]
             fate = rng.random(num_chosen)
             others = rng.choice(self._ordinary_ids, num_chosen)
-            tokens[chosen] = np.select(
-                [fate < 0.8, fate < 0.9], [self._mask_id, others], tokens[chosen]
-            )
+            tokens[chosen[fate < 0.8]] = mask_id
+            replaced = (fate >= 0.8) & (fate < 0.9)
+            tokens[chosen[replaced]] = others[replaced]
         return tokens, targets
 
 

@@ -148,7 +148,7 @@ def write_token_file(path: str | Path, documents: Iterable[Document], tokenizer:
     path = Path(path)
     if path.suffix != ".bin":
         raise ValueError(f"a token file ends in .bin, got {path}")
-    if _header_path(path).exists():
+    if is_finished(path):
         raise FileExistsError(f"token file {path} exists already: remove it or choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     dtype = token_dtype(tokenizer.vocab_size)
@@ -176,6 +176,11 @@ def write_token_file(path: str | Path, documents: Iterable[Document], tokenizer:
         for final in (path, _documents_path(path), _header_path(path)):
             os.replace(folder / final.name, final)
     return path
+
+
+def is_finished(path: Path) -> bool:
+    """Whether the token file `path` has been written, all of it."""
+    return _header_path(path).exists()
 
 
 def read_token_files(paths: Sequence[str | Path], tokenizer: Tokenizer) -> TokenDocuments:

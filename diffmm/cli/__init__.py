@@ -28,6 +28,7 @@ VERBS = {
     "generate": Verb("generate", "continue a prompt with a trained text model"),
     "check": Verb("check", "size and memory of a recipe, and every mistake in it"),
     "recipes": Verb("recipes", "list, show and copy the recipes that come along"),
+    "demo": Verb("demo", "train the three attentions on text, images and sound; write a report"),
     "doctor": Verb("doctor", "whether the installed packages and the GPU work together"),
 }
 

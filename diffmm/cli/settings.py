@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from diffmm.checks import did_you_mean
 from diffmm.cli.errors import BadInput
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
@@ -49,17 +48,12 @@ def load(recipes: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, An
             a key; a number picks from a list, and `key+` adds to one.
 
     Raises:
-        BadInput: for a file that is not a mapping in YAML, an override without a value, or one of
-            a variable that no recipe has.
+        BadInput: for a file that is not a mapping in YAML, or an override without a value.
     """
     values: dict[str, Any] = {}
     for recipe in recipes:
         values = merge(values, load_file(recipe))
-    known = set(values.get("vars") or {})
     for key, value in parse_overrides(overrides):
-        name = key.removeprefix("vars.").split(".")[0]
-        if key.startswith("vars.") and name not in known:
-            raise BadInput(f"the recipe has no variable vars.{name}{did_you_mean(name, known)}")
         override(values, key, value)
     return values
 
@@ -130,7 +124,7 @@ def override(values: dict[str, Any], key: str, value: Any) -> None:
         if last.isdigit():
             node[_position(node, last, key)] = value
             return
-        node = node[-1] if node else {}
+        node = _added_last(node, key)
     if _is_class(node) and last not in CLASS_KEYS:
         node = node.setdefault("init_args", {})
     if adds:
@@ -146,14 +140,9 @@ def override(values: dict[str, Any], key: str, value: Any) -> None:
 def _inside(node: Any, part: str, key: str) -> Any:
     """The node below `node`, made if it is not there or is no node."""
     if isinstance(node, list):
-        if part.isdigit():
-            at: Any = _position(node, part, key)
-        elif not node:
-            raise BadInput(f"--{key}: the list is empty, there is nothing to set in it")
-        else:
-            # As in jsonargparse: the one that was added last.
-            node[-1] = node[-1] if isinstance(node[-1], dict) else {"class_path": node[-1]}
-            return _inside(node[-1], part, key)
+        if not part.isdigit():
+            return _inside(_added_last(node, key), part, key)
+        at: Any = _position(node, part, key)
     else:
         if _is_class(node) and part not in CLASS_KEYS:
             node = node.setdefault("init_args", {})
@@ -163,6 +152,15 @@ def _inside(node: Any, part: str, key: str) -> Any:
         is_class_name = isinstance(child, str) and "${" not in child
         child = node[at] = {"class_path": child} if is_class_name else {}
     return child
+
+
+def _added_last(node: list[Any], key: str) -> dict[str, Any]:
+    """The item of a list that a key without a number means."""
+    if not node:
+        raise BadInput(f"--{key}: the list is empty, there is nothing to set in it")
+    if not isinstance(node[-1], dict):
+        node[-1] = {"class_path": node[-1]}
+    return node[-1]
 
 
 def _position(node: list[Any], part: str, key: str) -> int:

@@ -196,7 +196,7 @@ class DiffAttentionV1(Attention):
         self.sign = -1.0 if combine == "add" else 1.0
         self.lambda_init = lambda_init_at(self.layer_index) if lambda_init is None else lambda_init
         for name in self.LAMBDA_NAMES:
-            setattr(self, name, nn.Parameter(0.1 * torch.randn(self.head_dim)))
+            setattr(self, name, nn.Parameter(0.1 * widen(torch.randn(self.head_dim))))
         self.norm = RMSNorm(2 * self.head_dim, eps=1e-5) if headwise_norm else None
 
     def head_shapes(self) -> HeadShapes:

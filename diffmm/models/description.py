@@ -91,10 +91,14 @@ def _typed(hint: Any, value: Any) -> Any:
     """A plain value as its field's type has it: nested configs, and tuples where JSON has lists."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     configs = [option for option in options if dataclasses.is_dataclass(option)]
-    if configs and isinstance(value, dict):
+    if configs and not (value is None and type(None) in options):
         # A description has every field, so the names tell the configs of a union apart.
-        names = [{field.name for field in dataclasses.fields(config)} for config in configs]
-        matching = [c for c, fields in zip(configs, names, strict=True) if fields == set(value)]
+        matching = [
+            config
+            for config in configs
+            if isinstance(value, dict)
+            and {field.name for field in dataclasses.fields(config)} == set(value)
+        ]
         return configured((matching or configs)[0], value)
     if isinstance(value, list) and any(get_origin(option) is tuple for option in options):
         return tuple(value)

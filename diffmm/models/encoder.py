@@ -230,9 +230,9 @@ class Encoder(nn.Module):
         return resample(positions, grid)
 
     def _set_grid(self, grid: Grid) -> None:
-        """Change `max_grid`, and with it learned positions."""
-        self.max_grid = grid
-        if self.positions is not None:
+        """Change `max_grid`, and with it learned positions, which are a new parameter then."""
+        old_grid, self.max_grid = self.max_grid, grid
+        if self.positions is not None and grid != old_grid:
             old = self.positions.grid
             new = self._resample_positions(old.detach(), grid)
             self.positions.grid = nn.Parameter(new, requires_grad=old.requires_grad)

@@ -161,7 +161,7 @@ def _read(file: Path) -> _Contents:
     try:
         # Mapped, so that the optimizer's state is not read.
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{file} is not a whole checkpoint of tensors and plain values: "
             f"{(str(error) or type(error).__name__).splitlines()[0]}"
@@ -230,7 +230,10 @@ def _check_meaning(model: nn.Module, description: dict[str, Any] | None, file: P
     source = source.get("encoder", source).get("backbone")
     if source is None or not hasattr(config, "backbone"):
         return
-    theirs, ours = _meaning(configured(BackboneConfig, source)), _meaning(config.backbone)
+    try:
+        theirs, ours = _meaning(configured(BackboneConfig, source)), _meaning(config.backbone)
+    except ValueError as error:
+        raise ValueError(f"{file} describes a model that cannot be built: {error}") from error
     differing = [
         f"{name} {theirs[name]!r}, needed {ours[name]!r}"
         for name in ours

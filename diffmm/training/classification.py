@@ -98,14 +98,19 @@ class Classification(Task):
         return self.loss(logits, targets, self.label_smoothing).mean()
 
     def make_metrics(self) -> dict[str, Metric]:
+        # Labels have been checked already, and on a GPU torchmetrics' own check would wait.
         metrics: dict[str, Metric] = {"loss": RatioOfSums()}
         if self.multi_label:
-            metrics["mean_average_precision"] = MultilabelAveragePrecision(self.num_classes)
+            metrics["mean_average_precision"] = MultilabelAveragePrecision(
+                self.num_classes, validate_args=False
+            )
             return metrics
-        metrics["accuracy"] = MulticlassAccuracy(self.num_classes, average="micro")
+        top_ks = {"accuracy": 1}
         if self.num_classes > TOP_K:
-            metrics[f"accuracy_top{TOP_K}"] = MulticlassAccuracy(
-                self.num_classes, top_k=TOP_K, average="micro"
+            top_ks[f"accuracy_top{TOP_K}"] = TOP_K
+        for name, top_k in top_ks.items():
+            metrics[name] = MulticlassAccuracy(
+                self.num_classes, top_k=top_k, average="micro", validate_args=False
             )
         return metrics
 
@@ -131,7 +136,7 @@ class Classification(Task):
                 f"{self.multi_label} and {self.num_classes} classes they must be {wanted}"
             )
         if not self.multi_label:
-            check_range("label", labels, self.num_classes, of="classes")
+            check_range("label", labels, self.num_classes, of="classes", index=batch["index"])
 
     def _mixed(
         self, batch: ImageBatch | AudioBatch, batch_idx: int

@@ -71,12 +71,13 @@ class LanguageTask(Task):
             key_padding=batch.get("key_padding"),
         )
         logits = self.model(batch["tokens"], mask=mask)
-        return cross_entropy(
-            logits.float().transpose(1, 2),
-            batch["targets"],
+        losses = cross_entropy(
+            logits.flatten(0, 1).float(),
+            batch["targets"].flatten(),
             ignore_index=IGNORE_INDEX,
             reduction="none",
         )
+        return losses.view_as(batch["targets"])
 
     def training_loss(self, batch: TextBatch, batch_idx: int) -> Tensor:
         # Every target weighs the same, whichever process has it: hence one count for all.
@@ -100,8 +101,11 @@ class LanguageTask(Task):
 
     def check_batch(self, batch: TextBatch) -> None:
         size = self.config.vocab_size
-        check_range("token", batch["tokens"], size, of="token ids")
-        check_range("target", batch["targets"], size, of="token ids", ignore=IGNORE_INDEX)
+        index = batch["index"]
+        check_range("token", batch["tokens"], size, of="token ids", index=index)
+        check_range(
+            "target", batch["targets"], size, of="token ids", index=index, ignore=IGNORE_INDEX
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -56,6 +56,7 @@ class MaskedAutoencoding(Task):
         self.seed = seed
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
         epoch = self.current_epoch if self.trainer.training else None
         num_patches = self.model.encoder.num_patches(*encoder_inputs(batch))
         noise = mask_noise(batch["index"], num_patches, seed=self.seed, epoch=epoch)

@@ -96,7 +96,7 @@ class Task(LightningModule):
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
-        if self.compile_model:
+        if self.compile_model and self.model._compiled_call_impl is None:
             self.model.compile()
 
     def on_fit_start(self) -> None:
@@ -191,7 +191,7 @@ def mean_over_processes(task: LightningModule, value: Tensor) -> Tensor:
 
 
 def check_range(
-    name: str, values: Tensor, count: int, *, of: str, ignore: int | None = None
+    name: str, values: Tensor, count: int, *, of: str, index: Tensor, ignore: int | None = None
 ) -> None:
     """Refuse integers outside `[0, count)`.
 
@@ -199,13 +199,14 @@ def check_range(
 
     Args:
         name: what a value is called.
-        values: of any shape.
+        values: `[B, ...]`.
         count: how many there are.
         of: what `count` counts, for the message.
+        index: `[B]`, the samples' numbers in their dataset.
         ignore: a value that is allowed besides.
 
     Raises:
-        ValueError: naming the value and the count.
+        ValueError: naming the value, its sample and the count.
     """
     if values.device.type != "cpu":
         return
@@ -213,7 +214,8 @@ def check_range(
     if ignore is not None:
         wrong &= values != ignore
     if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
         raise ValueError(
-            f"{name} {values[wrong][0].item()} is outside the model's {count} {of}, "
-            f"0 to {count - 1}: give the model more, or mend the data"
+            f"{name} {values[place].item()} of sample {index[place[0]].item()} is outside the "
+            f"model's {count} {of}, 0 to {count - 1}: give the model more, or mend the data"
         )

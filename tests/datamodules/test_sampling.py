@@ -1,6 +1,8 @@
 """Samplers share and shuffle; random numbers follow (seed, epoch, index) alone."""
 
 import random
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+import datamodules
 from datamodules.loading import SeededDataModule
 from datamodules.sampling import (
     EpochSampler,
@@ -204,3 +207,11 @@ def test_loader_arguments_are_checked() -> None:
     module = SeededDataModule(batch_size=8, num_workers=0, seed=0)
     with pytest.raises(ValueError, match=r"6 training samples do not fill.*batch_size is 8"):
         module.training_loader(Draws(6))
+
+
+def test_the_package_is_light_and_names_its_modules() -> None:
+    code = "import sys, datamodules; assert not {'torch', 'lightning'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert {"TextData", "ImageData", "AudioData"} <= set(dir(datamodules))
+    with pytest.raises(AttributeError, match="'datamodules' has no attribute 'VideoData'"):
+        _ = datamodules.VideoData

@@ -19,5 +19,9 @@ def test_compiled_gradients_are_as_exact_as_eager_ones(attention, grouped, head_
     eager = relative_errors(gradients(model, model, tokens, torch.bfloat16), truth)
     torch._dynamo.reset()
     compiled = gradients(model, torch.compile(model), tokens, torch.bfloat16)
+    # Lambda's few numbers are allowed what the worst of them needs. The wrong gradients that this
+    # looks for were off by 2, or NaN.
+    worst_lambda = max([error for name, error in eager.items() if "lambda" in name], default=0.0)
     for name, error in relative_errors(compiled, truth).items():
-        assert error <= 2 * eager[name] + 0.01, f"{name}: {error:.4f}, eager {eager[name]:.4f}"
+        allowed = 2 * (worst_lambda if "lambda" in name else eager[name]) + 0.02
+        assert error <= allowed, f"{name}: {error:.4f}, allowed {allowed:.4f}"

@@ -98,6 +98,16 @@ def test_lambda_vectors_stay_float32_to_the_bit_in_half_precision():
     assert layer.double().lambda_q1.dtype == torch.float64
 
 
+def test_lambda_vectors_are_float32_under_a_half_default():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = DiffAttentionV1(DIM, num_heads=4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.q_proj.weight.dtype == torch.bfloat16
+    assert layer.lambda_k2.dtype == torch.float32
+
+
 def test_lambda_of_v2_is_a_sigmoid_a_token_and_head():
     layer = DiffAttentionV2(DIM, num_heads=4)
     x = torch.randn(2, 5, DIM)

@@ -67,9 +67,13 @@ def test_lambda_learns_at_its_own_rate(attention, make):
 def test_tied_embeddings_are_embeddings(make):
     config = make.text().config
     model = TextModel(TextConfig(config.vocab_size, 32, config.backbone, tie_embeddings=True))
-    groups = by_name(model, OptimizerConfig(1e-3))
-    assert "head.weight" not in groups
-    assert groups["embedding.weight"]["weight_decay"] == 0.0
+    head_first = torch.nn.Module()
+    head_first.head, head_first.embedding = torch.nn.Linear(4, 9), torch.nn.Embedding(9, 4)
+    head_first.head.weight = head_first.embedding.weight
+    for tied, name in ((model, "embedding.weight"), (head_first, "head.weight")):
+        groups = by_name(tied, OptimizerConfig(1e-3))
+        assert len({"embedding.weight", "head.weight"} & groups.keys()) == 1
+        assert groups[name]["weight_decay"] == 0.0
 
 
 @pytest.mark.parametrize("kind", ["text", "image", "audio"])

@@ -1,0 +1,288 @@
+"""One self-contained HTML page about softmax attention and its differential twins.
+
+No script and nothing to load: charts are inline SVG, maps are PNGs inside the page, light and dark
+follow the reader's system.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+
+import numpy as np
+from PIL import Image
+
+from diffmm.analysis.charts import MARKERS, Line, line_chart
+from diffmm.analysis.exhibits import Exhibit, ImageExhibit, SoundExhibit, TextExhibit, View
+from diffmm.analysis.results import RunResult
+
+Array = np.ndarray
+
+NAMES = {"softmax": "softmax", "diff_v1": "diff v1", "diff_v2": "diff v2"}
+ATTEND, OPPOSE = (0x7C, 0x4D, 0xD6), (0x12, 0x94, 0x6A)
+"""Colours of positive and negative weights, also `--attend` and `--oppose` in the style sheet: of
+middle lightness, so that they stand out on white and on black."""
+
+EQUATIONS = {
+    "softmax": "<i>A V</i>, where <i>A</i> = softmax(<i>Q K</i>ᵀ / √<i>d</i>)",
+    "diff_v1": "(<i>A</i>₁ − <i>λ A</i>₂) <i>V</i>, half as many heads with values twice as wide, "
+    "one learned <i>λ</i> a layer, heads normalized",
+    "diff_v2": "(<i>A</i>₁ − <i>λ A</i>₂) <i>V</i>, twice the queries on the same keys, "
+    "a <i>λ</i> for every token and head",
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """What there is to show of one modality.
+
+    Attributes:
+        title: its heading.
+        task: in a sentence or two, what the models learn from what.
+        results: of its runs, in the order of the table.
+        exhibits: samples with attention maps.
+        maps_caption: whose attention the maps show.
+    """
+
+    title: str
+    task: str
+    results: Sequence[RunResult]
+    exhibits: Sequence[Exhibit]
+    maps_caption: str
+
+
+def render_report(sections: Sequence[Section], *, facts: str) -> str:
+    """The page.
+
+    Args:
+        sections: one a modality.
+        facts: versions and machine, for the last line.
+    """
+    runs = [run for section in sections for run in section.results]
+    millions = [run.num_parameters / 1e6 for run in runs]
+    style = files("diffmm.analysis").joinpath("report.css").read_text(encoding="utf-8")
+    links = "".join(f'<a href="#{_anchor(s)}">{escape(s.title)}</a>' for s in sections)
+    equations = "".join(
+        f'<dt class="key {kind}">{_swatch(kind)}{NAMES[kind]}</dt><dd>{equation}</dd>'
+        for kind, equation in EQUATIONS.items()
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>diffmm demo: softmax and differential attention</title>
+<style>
+{style}</style>
+</head>
+<body>
+<header>
+<h1>Softmax and differential attention, side by side</h1>
+<p class="lede">Twins with equal parameters, trained by the same recipe on the same data in the same
+order. Only the attention differs.</p>
+<dl class="equations">{equations}</dl>
+<div class="note"><p><strong>One seed, minutes of training, models of {min(millions):.2f} to
+{max(millions):.2f} million parameters.</strong> This page shows that everything runs and what the
+maps look like. It does not show which attention is better: with another seed, differences as small
+as these may vanish or change sign.</p></div>
+<nav><a href="#results">Results</a>{links}</nav>
+</header>
+<main>
+<h2 id="results">Results</h2>
+{_table(sections)}
+{"".join(_section(section) for section in sections)}
+</main>
+<footer class="quiet"><p>{escape(facts)}</p></footer>
+</body>
+</html>
+"""
+
+
+def _table(sections: Sequence[Section]) -> str:
+    bodies = []
+    for section in sections:
+        rows = "".join(
+            f'<tr><td class="name {run.attention}">{NAMES[run.attention]}</td>'
+            f"<td>{run.num_parameters:,}</td><td>{run.num_steps:,}</td><td>{run.loss:.4f}</td>"
+            f"<td>{run.metric_text}</td><td>{run.seconds:.1f}</td></tr>"
+            for run in section.results
+        )
+        metric = section.results[0].metric_name
+        heads = ("parameters", "steps", "loss", metric, "seconds")
+        bodies.append(
+            f'<tbody><tr><th scope="rowgroup">{escape(section.title)}</th>'
+            f"{''.join(f'<th>{head}</th>' for head in heads)}</tr>{rows}</tbody>"
+        )
+    return (
+        f'<div class="scroll"><table>{"".join(bodies)}</table></div>'
+        '<p class="quiet">Loss in nats and the measure beside it are of held-out data after the '
+        "last step. Seconds are of this machine, with data, validation and logging.</p>"
+    )
+
+
+def _section(section: Section) -> str:
+    charts = "".join(
+        f'<figure class="card">{chart}</figure>'
+        for chart in (
+            _chart(section, "train_curve", "Training loss", markers=False),
+            _chart(section, "val_curve", "Validation loss", markers=True),
+        )
+    )
+    return (
+        f'<section><h2 id="{_anchor(section)}">{escape(section.title)}</h2>'
+        f"<p>{escape(section.task)}</p>"
+        f'<div class="charts">{charts}</div>'
+        '<p class="quiet">Nats. The first tenth of the steps does not stretch the axis: lines may '
+        "enter from above. One seed a line.</p>"
+        "<h3>What the last layer attends to</h3>"
+        f'<p class="quiet">{escape(section.maps_caption)} Maps are means over heads, after '
+        "training. "
+        '<span style="white-space:nowrap">negative<span class="scale"></span>positive</span>; '
+        "strength is the square root of the weight, on one scale for the maps of a model and "
+        "sample, so that what the subtraction leaves can be compared with what it took.</p>"
+        f"{''.join(_exhibit(exhibit) for exhibit in section.exhibits)}</section>"
+    )
+
+
+def _chart(section: Section, curve: str, title: str, *, markers: bool) -> str:
+    lines = [
+        Line(run.attention, NAMES[run.attention], getattr(run, curve)) for run in section.results
+    ]
+    return line_chart(lines, title=title, x_label="step", markers=markers)
+
+
+def _exhibit(exhibit: Exhibit) -> str:
+    if isinstance(exhibit, TextExhibit):
+        return _text(exhibit)
+    if isinstance(exhibit, ImageExhibit):
+        return _picture(exhibit, exhibit.pixels, "square")
+    assert isinstance(exhibit, SoundExhibit)
+    title = f"{exhibit.truth}, {exhibit.clip_seconds:.1f} s"
+    return _picture(exhibit, exhibit.spectrogram[::-1], "wide", title=title, upward=True)
+
+
+def _picture(
+    exhibit: Exhibit, pixels: Array, size: str, *, title: str | None = None, upward: bool = False
+) -> str:
+    """A picture, and beside it every model's maps over it."""
+    shape = f"--shape:{pixels.shape[1]}/{pixels.shape[0]}"
+    ink = _ink(pixels)
+    original = _tile("input", [("ink" if pixels.ndim == 2 else "", ink)], shape)
+    groups = [_group("", escape(title or exhibit.truth), original)]
+    for attention, view in exhibit.views.items():
+        strongest = _strongest(view)
+        tiles = "".join(
+            _tile(
+                name,
+                [
+                    ("ink faint" if pixels.ndim == 2 else "faint", ink),
+                    ("", _heat(weights[::-1] if upward else weights, strongest)),
+                ],
+                shape,
+            )
+            for name, weights in view.maps.items()
+        )
+        groups.append(_group(attention, _says(attention, view), tiles))
+    return f'<div class="sample {size}">{"".join(groups)}</div>'
+
+
+def _text(exhibit: TextExhibit) -> str:
+    """For every model its maps between all tokens, and the text as the last token sees it."""
+    rows = []
+    for attention, view in exhibit.views.items():
+        # The first tokens have few to attend to: their large weights would hide all others.
+        strongest = _strongest(view, percentile=99.0)
+        tiles = "".join(
+            _tile(name, [("", _heat(weights, strongest))], "--shape:1")
+            for name, weights in view.maps.items()
+        )
+        *_, combined = view.maps.values()
+        strongest = float(np.abs(combined[-1]).max()) or 1.0
+        spans = [
+            f'<span class="{"n" if weight < 0 else "p"}" title="{weight:.3f}" '
+            f'style="--a:{90 * (abs(weight) / strongest) ** 0.5:.0f}">{_visible(piece)}</span>'
+            for piece, weight in zip(exhibit.pieces, combined[-1], strict=True)
+        ]
+        spans[-1] = spans[-1].replace('class="', 'class="query ', 1)
+        rows.append(
+            f'<div class="sample text">{_group(attention, _says(attention, view), tiles)}'
+            f"<pre>{''.join(spans)}</pre></div>"
+        )
+    return f"{''.join(rows)}<p class='quiet'>Next comes {_quoted(exhibit.truth)}.</p>"
+
+
+def _says(attention: str, view: View) -> str:
+    """A model's name, lambda and prediction, in a line."""
+    lam = "" if view.lam is None else f", λ = {view.lam:.2f}"
+    return (
+        f'{NAMES[attention]}{lam}<br><span class="quiet">says {_quoted(view.answer)}, '
+        f"{100.0 * view.probability:.0f}%</span>"
+    )
+
+
+def _group(attention: str, title: str, tiles: str) -> str:
+    return (
+        f'<div class="group {attention}"><strong>{title}</strong>'
+        f'<div class="tiles">{tiles}</div></div>'
+    )
+
+
+def _tile(caption: str, layers: Sequence[tuple[str, str]], shape: str) -> str:
+    """Pictures on top of each other, `(class, data address)` each."""
+    images = "".join(f'<img class="{kind}" alt="" src="{source}">' for kind, source in layers)
+    return (
+        f'<figure class="tile" style="{shape}"><div class="stack">{images}</div>'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _strongest(view: View, percentile: float = 100.0) -> float:
+    return max(float(np.percentile(np.abs(w), percentile)) for w in view.maps.values()) or 1.0
+
+
+def _heat(weights: Array, strongest: float) -> str:
+    """A map as a picture: opacity is the root of the weight, colour its sign."""
+    opacity = np.sqrt(np.clip(np.abs(weights) / strongest, 0.0, 1.0)) * 230.0
+    colour = np.where(weights[..., None] < 0, OPPOSE, ATTEND)
+    return _png(np.concatenate([colour, opacity[..., None]], axis=-1), "RGBA")
+
+
+def _ink(pixels: Array) -> str:
+    """A picture: grey values as opacity of black, which the style sheet inverts in the dark."""
+    if pixels.ndim == 3:
+        return _png(255.0 * pixels, "RGB")
+    return _png(np.stack([np.zeros_like(pixels), 255.0 * pixels], axis=-1), "LA")
+
+
+def _png(values: Array, mode: str) -> str:
+    """A PNG as a data address; `values` are `[H, W, C]` in [0, 255]."""
+    image = Image.fromarray(np.ascontiguousarray(values.round().astype(np.uint8)))
+    assert image.mode == mode
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _visible(piece: str) -> str:
+    """A token in writing; a line break is seen and breaks the line."""
+    return escape(piece).replace("\n", "⏎\n")
+
+
+def _quoted(piece: str) -> str:
+    words: Mapping[str, str] = {" ": "a space", "\n": "a line break", "\t": "a tab"}
+    return words.get(piece) or f"“{escape(piece)}”"
+
+
+def _swatch(kind: str) -> str:
+    """A piece of a line, as in the charts."""
+    return (
+        f'<svg viewBox="0 0 44 14" class="{kind}" aria-hidden="true"><g class="{kind}">'
+        f'<path class="line" d="M2 7H42"/>'
+        f'<path class="dot" transform="translate(22 7)" d="{MARKERS[kind]}"/></g></svg>'
+    )
+
+
+def _anchor(section: Section) -> str:
+    return section.results[0].modality

@@ -1,0 +1,38 @@
+"""What the model and the data of a recipe must say alike."""
+
+from typing import Any
+
+
+def disagreements(model: Any, data: Any) -> list[str]:
+    """What the model and the data of a recipe say differently of the same thing."""
+    config: Any = getattr(getattr(model, "model", None), "config", None)
+    config = getattr(config, "encoder", config)
+    found = []
+    length, longest = getattr(data, "sequence_length", None), getattr(config, "max_length", None)
+    if length and longest and length > longest:
+        found.append(
+            f"data.init_args.sequence_length={length} is longer than the model's positions allow: "
+            f"max_length={longest}"
+        )
+    for name in ("sample_rate_hz", "image_size"):
+        theirs, ours = getattr(data, name, None), getattr(config, name, None)
+        if theirs is not None and ours is not None and _pair(theirs) != _pair(ours):
+            found.append(f"data.init_args.{name}={theirs}, but the model's {name} is {ours}")
+    seconds, samples = getattr(config, "clip_seconds", None), getattr(data, "clip_samples", None)
+    if seconds and samples and samples > config.samples_in(seconds):
+        found.append(
+            f"data.init_args.clip_seconds={samples / data.sample_rate_hz:g} is longer than the "
+            f"model's clip_seconds={seconds:g}"
+        )
+    names = getattr(model, "tokenizer", None), getattr(data, "tokenizer_name", None)
+    if None not in names and names[0] != names[1]:
+        found.append(f"the model's tokenizer is {names[0]!r}, but the data's is {names[1]!r}")
+    causal, objective = getattr(config, "causal", None), getattr(data, "objective", None)
+    if causal is not None and objective is not None and causal != (objective == "causal"):
+        found.append(f"data.init_args.objective={objective!r}, but the model's causal is {causal}")
+    return found
+
+
+def _pair(size: Any) -> Any:
+    """Height and width, where one number stands for both."""
+    return (size, size) if isinstance(size, int) else tuple(size)

@@ -1,0 +1,106 @@
+"""`diffmm check`: what a recipe is, and what is wrong with it, before anything is spent."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from diffmm.cli.errors import BadInput
+from diffmm.cli.recipes import find_recipe
+from diffmm.cli.settings import load
+
+DESCRIPTION = """Build a recipe's model without memory or data, print its size, and tell every
+mistake in the recipe. Exits with 2 if there is one."""
+
+EPILOG = """Memory is what a training step takes on each device: weights, gradients and AdamW's
+moments are exact; activations are what autograd keeps in an eager step, and the largest gradient.
+On an H100 the sum was right to 7 %; compiled steps took 16 to 26 % less."""
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Report on a recipe."""
+    parser = argparse.ArgumentParser(
+        prog="diffmm check", allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG
+    )
+    parser.add_argument("recipe", help="a recipe's file or name")
+    options, overrides = parser.parse_known_args(arguments)
+    values = {**load([find_recipe(options.recipe)], overrides), "run_dir": "runs"}
+
+    from diffmm.cli.mistakes import find_mistakes
+    from diffmm.cli.trainer import RecipeCLI
+
+    findings = find_mistakes(values)
+    if findings.mistakes:
+        raise BadInput(*findings.mistakes)
+    # The recipe's own parser may be stricter.
+    RecipeCLI(values, build=False)
+    for name, text in report(findings.model, findings.data, values).items():
+        print(f"{name:<12} {text}")
+    return 0
+
+
+def report(task: Any, data: Any, values: dict[str, Any]) -> dict[str, str]:
+    """What a recipe's model and steps are, in words."""
+    from diffmm.cli.memory import estimate_memory, fake_shapes
+    from diffmm.cli.references import resolve
+
+    trainer = resolve(values)[0].get("trainer") or {}
+    model = getattr(task, "model", task)
+    lines = {"model": f"{type(model).__name__} under {type(task).__name__}"}
+    config = getattr(model, "config", None)
+    backbone = getattr(getattr(config, "encoder", config), "backbone", None)
+    if backbone is not None:
+        lines["attention"] = (
+            f"{backbone.attention}, {backbone.depth} layers of {backbone.num_heads} heads of "
+            f"{backbone.resolved_head_dim}, width {backbone.dim}, feed-forward "
+            f"{backbone.resolved_feed_forward_width}"
+        )
+    total = sum(p.numel() for p in model.parameters())
+    embedding = getattr(getattr(model, "embedding", None), "weight", None)
+    lines["parameters"] = f"{total:,} ({total / 1e6:,.1f} M)"
+    if embedding is not None:
+        lines["parameters"] += f", of which {embedding.numel():,} in the embedding"
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if trained < total:
+        lines["trained"] = f"{trained:,}"
+    shapes = fake_shapes(task, data)
+    if shapes is not None:
+        lines["step"] = step_size(trainer, data, shapes)
+        is_sharded = "fsdp" in str(trainer.get("strategy")).lower()
+        memory = estimate_memory(
+            task,
+            shapes,
+            precision=str(trainer.get("precision") or "32-true"),
+            num_shards=num_devices(trainer) if is_sharded else 1,
+        )
+        parts = ("weights", "gradients", "optimizer", "activations")
+        split = ", ".join(f"{name} {gib(getattr(memory, name))}" for name in parts)
+        lines["memory"] = f"about {gib(memory.total)} a device: {split}"
+    return lines
+
+
+def step_size(trainer: dict[str, Any], data: Any, shapes: dict[str, Any]) -> str:
+    """Samples, and tokens of a text, of one optimizer step."""
+    accumulated, known = trainer.get("accumulate_grad_batches") or 1, num_devices(trainer)
+    samples = data.batch_size * accumulated * known
+    text = f"{samples:,} samples"
+    if "tokens" in shapes:
+        text += f", {samples * shapes['tokens'][0][1]:,} tokens"
+    detail = f"{data.batch_size} a batch"
+    detail += f" x {accumulated} batches" if accumulated > 1 else ""
+    detail += f" x {known} devices" if known > 1 else ""
+    devices = trainer.get("devices", "auto")
+    if not isinstance(devices, int) or devices < 1:
+        detail += f", for each device (devices: {devices})"
+    return f"{text} ({detail})"
+
+
+def num_devices(trainer: dict[str, Any]) -> int:
+    """Of all nodes; one where the recipe leaves it to the machine."""
+    devices = trainer.get("devices", "auto")
+    known = devices if isinstance(devices, int) and devices > 0 else 1
+    return known * (trainer.get("num_nodes") or 1)
+
+
+def gib(num_bytes: int) -> str:
+    """Bytes in a unit that suits them."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,141 @@
+"""One run of the demo, as `diffmm fit` does it, watched by a line of progress."""
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from diffmm.analysis.results import Curve, RunResult
+from diffmm.cli.demo import Modality
+from diffmm.cli.trainer import ConfigSaver, RecipeCLI
+
+POINTS = 40
+"""Of a training curve."""
+
+
+class Run(NamedTuple):
+    model: Any
+    data: Any
+    result: RunResult
+
+
+def train(modality: Modality, values: dict[str, Any], run_dir: Path, progress: str) -> Run:
+    """Fit a recipe.
+
+    Args:
+        modality: of the recipe.
+        values: of the recipe, as `diffmm.cli.settings.load` gives them.
+        run_dir: where the run is kept, as any other.
+        progress: how the line on it begins.
+    """
+    attention = values["vars"]["attention"]
+    start = time.monotonic()
+    witness = Witness(f"{progress} {modality.name:<5}  {attention:<7}")
+    with quiet():
+        cli: Any = RecipeCLI({**_without_progress_bar(values), "run_dir": str(run_dir)})
+        cli.trainer.callbacks[:0] = [ConfigSaver(run_dir, "", values), witness]
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        if witness.validated_at != cli.trainer.global_step:
+            cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
+    metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    result = RunResult(
+        modality=modality.name,
+        attention=attention,
+        recipe=modality.recipe,
+        num_parameters=sum(p.numel() for p in cli.model.model.parameters()),
+        num_steps=cli.trainer.global_step,
+        loss=metrics["val/loss"],
+        metric_name=modality.metric_name,
+        metric=metrics[modality.metric],
+        seconds=time.monotonic() - start,
+        train_curve=means(witness.losses, POINTS),
+        val_curve=witness.val_curve,
+    )
+    told = f"{result.metric_text} {result.metric_name}"
+    witness.tell(f"loss {result.loss:.4f}  {told:<18}  {result.seconds:5.1f} s", last=True)
+    return Run(cli.model.model, cli.datamodule, result)
+
+
+class Witness(Callback):
+    """Keeps the losses of a run, and says how far it is, on one line that changes in a terminal.
+
+    Args:
+        label: how the line begins.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.losses: list[float] = []
+        self.val_curve: Curve = []
+        self.told_at = 0.0
+
+    @property
+    def validated_at(self) -> float | None:
+        """The step after which validation was last."""
+        return self.val_curve[-1][0] if self.val_curve else None
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self.losses.append(float(outputs["loss"]))
+        if time.monotonic() - self.told_at > 0.5:
+            step = f"{trainer.global_step}/{trainer.max_steps}"
+            self.tell(f"step {step:>9}  training loss {self.losses[-1]:.3f}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.val_curve.append(
+                (trainer.global_step, float(trainer.callback_metrics["val/loss"]))
+            )
+
+    def tell(self, text: str, *, last: bool = False) -> None:
+        """Show `text` after the label; where the output is no terminal, the last one alone."""
+        self.told_at = time.monotonic()
+        if sys.stdout.isatty():
+            print(f"\r\x1b[2K{self.label}  {text}", end="\n" if last else "", flush=True)
+        elif last:
+            print(f"{self.label}  {text}", flush=True)
+
+
+def means(losses: list[float], num_points: int) -> Curve:
+    """Losses of steps 1, 2, ... as means over about `num_points` spans, each at its last step."""
+    span = max(1, len(losses) // num_points)
+    return [
+        (float(end), sum(losses[end - span : end]) / span)
+        for end in range(span, len(losses) + 1, span)
+    ]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back Lightning's notes and hints on devices, workers and the like."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _without_progress_bar(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the bar that it shows in a terminal: the demo has a line of its own."""
+    trainer = values["trainer"]
+    callbacks = [c for c in trainer["callbacks"] if "ProgressBar" not in c["class_path"]]
+    own = {"enable_progress_bar": False, "enable_model_summary": False, "callbacks": callbacks}
+    return {**values, "trainer": {**trainer, **own}}

@@ -1,0 +1,99 @@
+"""`diffmm validate`, `test` and `predict`: weights against a recipe's data. No run is written."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffmm.cli.errors import BadInput, refusing
+from diffmm.cli.fit import print_help, wants_help
+from diffmm.cli.recipes import find_recipe
+from diffmm.cli.settings import load, merge
+
+QUIET = {"trainer": {"logger": False, "enable_checkpointing": False}}
+"""Evaluation writes nothing beside its result."""
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Measure or predict, and print or write the result."""
+    parser = make_parser(verb)
+    options, overrides = parser.parse_known_args(arguments)
+    if wants_help(options, overrides):
+        return print_help(parser, options, overrides)
+    for name in ("config", "weights"):
+        if getattr(options, name) is None:
+            raise BadInput(f"diffmm {verb} needs --{name} {name.upper()}")
+    output = Path(options.output) if verb == "predict" else None
+    if output is not None and output.exists():
+        raise BadInput(f"{output} exists already: choose another --output")
+    values = load([find_recipe(name) for name in options.config], overrides)
+    return evaluate(verb, values, options.weights, output)
+
+
+def make_parser(verb: str) -> argparse.ArgumentParser:
+    """The options that are not settings of the recipe."""
+    what = {
+        "validate": "Print the metrics of weights on a recipe's validation data.",
+        "test": "Print the metrics of weights on a recipe's test data.",
+        "predict": "Write what a model predicts for a recipe's data: a dict of tensors, for "
+        "torch.load.",
+    }
+    parser = argparse.ArgumentParser(
+        prog=f"diffmm {verb}",
+        add_help=False,
+        allow_abbrev=False,
+        description=what[verb],
+        epilog="Everything else is a setting of the recipe, as in `diffmm fit`:",
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="print this, and all settings")
+    parser.add_argument(
+        "-c",
+        "--config",
+        action="append",
+        metavar="RECIPE",
+        help="a recipe's file or name, or a run's config.yaml",
+    )
+    parser.add_argument(
+        "--weights",
+        "--ckpt_path",
+        metavar="CKPT",
+        help="a checkpoint, or model.safetensors (or its folder)",
+    )
+    if verb == "predict":
+        parser.add_argument(
+            "--output", metavar="FILE", default="predictions.pt", help="predictions.pt by default"
+        )
+    return parser
+
+
+def evaluate(verb: str, values: dict[str, Any], weights: str, output: Path | None) -> int:
+    """Run one of Lightning's evaluation loops over a recipe's data.
+
+    Raises:
+        BadInput: for mistakes in the recipe, and for weights of another architecture.
+    """
+    import torch
+
+    from diffmm.cli.trainer import RecipeCLI, refusing_before_training
+    from diffmm.models.weights import load_weights
+
+    callbacks = [
+        node
+        for node in values.get("trainer", {}).get("callbacks") or []
+        if "ModelCheckpoint" not in str(node)
+    ]
+    quiet = merge(values, {**QUIET, "run_dir": "runs"})
+    quiet["trainer"]["callbacks"] = callbacks
+    cli = RecipeCLI(quiet)
+    task: Any = cli.model
+    if not hasattr(task, "model"):
+        raise BadInput(f"{type(task).__name__} has no model to load weights into")
+    with refusing():
+        load_weights(task.model, weights)
+    with refusing_before_training(cli):
+        results = getattr(cli.trainer, verb)(task, datamodule=cli.datamodule)
+    if output is not None:
+        columns = {name: [batch[name] for batch in results] for name in results[0]}
+        torch.save({name: torch.cat(parts) for name, parts in columns.items()}, output)
+        print(output)
+    return 0

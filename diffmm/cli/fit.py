@@ -1,0 +1,195 @@
+"""`diffmm fit` and `diffmm finetune`: train a recipe in a run directory of its own."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffmm.cli.errors import BadInput
+from diffmm.cli.recipes import find_recipe, header
+from diffmm.cli.runs import find_run, new_run, nothing_half_written, same_run
+from diffmm.cli.settings import load, override
+
+if TYPE_CHECKING:
+    from diffmm.cli.trainer import RecipeCLI
+
+AUTO = "auto"
+
+EPILOG = (
+    "Everything else is a setting of the recipe: --vars.attention softmax, --trainer.max_steps "
+    "100, --model.init_args.optimizer.weight_decay 0. All of them, from Lightning and the library:"
+)
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Train, in a new run or (`--resume`) in one that was interrupted."""
+    parser = make_parser(verb)
+    options, overrides = parser.parse_known_args(arguments)
+    if wants_help(options, overrides):
+        return print_help(parser, options, overrides)
+    refuse_ckpt_path(verb, overrides)
+    recipe = (options.config or [None])[-1]
+    if verb == "fit" and options.resume not in (None, AUTO):
+        if recipe or overrides or options.name or options.run_dir:
+            raise BadInput(
+                "--resume goes on with a run as it was: it takes no recipe, name or other setting. "
+                "A new run from its weights is `diffmm finetune`"
+            )
+        return resume(Path(options.resume))
+    if recipe is None:
+        raise BadInput(f"diffmm {verb} needs --config RECIPE (diffmm recipes lists them)")
+    paths = [find_recipe(name) for name in options.config]
+    values = load(paths, overrides)
+    if verb == "finetune":
+        override(values, "model.finetune.weights", options.weights)
+    if verb == "fit" and options.resume == AUTO:
+        run_dir = same_run(recipe, values)
+        if run_dir is not None:
+            return resume(run_dir)
+    run_dir = new_run(recipe, options.name, options.run_dir)
+    comment = paths[-1].read_text(encoding="utf-8")
+    train(run_dir, values, comment="".join(f"# {line}".rstrip() + "\n" for line in header(comment)))
+    return 0
+
+
+def make_parser(verb: str) -> argparse.ArgumentParser:
+    """The options that are not settings of the recipe."""
+    parser = argparse.ArgumentParser(
+        prog=f"diffmm {verb}",
+        add_help=False,
+        allow_abbrev=False,
+        description="Train a recipe. A run is kept in runs/RECIPE/TIME: its config, checkpoints "
+        "and logs.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="print this, and all settings")
+    parser.add_argument(
+        "-c",
+        "--config",
+        action="append",
+        metavar="RECIPE",
+        help="a recipe's file or name; of several, later ones win",
+    )
+    if verb == "fit":
+        parser.add_argument(
+            "--resume",
+            metavar="RUN",
+            help="go on with the run in this directory from its last checkpoint; 'auto': with the "
+            "latest run of just these settings, or else start it",
+        )
+    else:
+        parser.add_argument(
+            "--weights",
+            required=True,
+            metavar="CKPT",
+            help="start from these: a checkpoint, or model.safetensors (or its folder)",
+        )
+    parser.add_argument("--name", help="of the run, in place of the time")
+    parser.add_argument("--run_dir", metavar="DIR", help="in place of runs/RECIPE/NAME")
+    return parser
+
+
+def wants_help(options: argparse.Namespace, overrides: Sequence[str]) -> bool:
+    """Whether help is asked for: of the verb, or of a class (`--model.help CLASS`)."""
+    return options.help or any(key.partition("=")[0].endswith(".help") for key in overrides)
+
+
+def print_help(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, overrides: Sequence[str]
+) -> int:
+    """The help of a verb and of all settings, or of a class."""
+    from diffmm.cli.trainer import print_settings
+
+    if options.help:
+        parser.print_help()
+        print()
+    print_settings(["--help"] if options.help else overrides)
+    return 0
+
+
+def refuse_ckpt_path(verb: str, overrides: Sequence[str]) -> None:
+    """Lightning's own option would start a run that is neither new nor resumed.
+
+    Raises:
+        BadInput: naming what to use.
+    """
+    if any(argument.partition("=")[0] == "--ckpt_path" for argument in overrides):
+        raise BadInput(
+            f"diffmm {verb} takes no --ckpt_path: a run goes on with `diffmm fit --resume RUN`, "
+            f"and a new one starts from weights with `diffmm finetune --weights CKPT`"
+        )
+
+
+def resume(run_dir: Path) -> int:
+    """Go on with a run, under its own config, from its last checkpoint."""
+    config, checkpoint = find_run(str(run_dir))
+    train(run_dir, load([config]), checkpoint=checkpoint)
+    return 0
+
+
+def train(
+    run_dir: Path, values: dict[str, Any], *, comment: str = "", checkpoint: Path | None = None
+) -> None:
+    """Fit a recipe in its run directory.
+
+    Args:
+        run_dir: of the run, new or not.
+        values: of the recipe, unresolved.
+        comment: heads the saved config.
+        checkpoint: where to go on; a new run without.
+
+    Raises:
+        BadInput: before the first step, leaving nothing behind.
+    """
+    from diffmm.cli.trainer import ConfigSaver, RecipeCLI, refusing_before_training
+
+    cli = RecipeCLI({**values, "run_dir": str(run_dir)})
+    check_weights(cli, checkpoint)
+    trainer: Any = cli.trainer
+    if checkpoint is None:
+        trainer.callbacks.insert(0, ConfigSaver(run_dir, comment, values))
+    with (
+        nothing_half_written(run_dir),
+        command_for_processes(run_dir, checkpoint),
+        refusing_before_training(cli),
+    ):
+        cli.trainer.fit(
+            cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True
+        )
+    if cli.trainer.is_global_zero:
+        print(f"run: {run_dir}")
+
+
+def check_weights(cli: "RecipeCLI", checkpoint: Path | None) -> None:
+    """Refuse a checkpoint that does not fit before anything is written.
+
+    Raises:
+        BadInput: naming the keys and shapes that differ.
+    """
+    from diffmm.cli.errors import refusing
+    from diffmm.models.weights import load_weights
+
+    weights = checkpoint
+    task: Any = cli.model
+    finetune = getattr(task, "finetune", None)
+    skip_head = False
+    if weights is None and finetune is not None and finetune.weights is not None:
+        weights, skip_head = Path(finetune.weights), finetune.new_head
+    if weights is not None and hasattr(task, "model"):
+        with refusing():
+            load_weights(task.model, weights, skip_head=skip_head)
+
+
+@contextmanager
+def command_for_processes(run_dir: Path, checkpoint: Path | None) -> Iterator[None]:
+    """Lightning starts its further processes by the command of this one: they shall not make up
+    a time and a run directory of their own."""
+    before = list(sys.argv)
+    if checkpoint is None and "--run_dir" not in before:
+        sys.argv += ["--run_dir", str(run_dir)]
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -1,0 +1,136 @@
+"""`diffmm generate`: continue a prompt with a trained text model, written as it comes."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffmm.cli.errors import BadInput, refusing
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Load the model and its tokenizer, and write the prompt's continuation to stdout."""
+    options = make_parser().parse_args(arguments)
+    with refusing():
+        generate(options)
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        prog="diffmm generate",
+        description="Continue a prompt with a trained text model; only the continuation is "
+        "printed, as it comes.",
+    )
+    parser.add_argument(
+        "checkpoint",
+        help="a run directory, a checkpoint, or model.safetensors (or its folder)",
+    )
+    parser.add_argument("prompt", help="the text to continue; '-' reads it from stdin")
+    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="[200]")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest [0.8]"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="among the K likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="among the likeliest of together P probability"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same [0]")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps [auto]")
+    parser.add_argument(
+        "--tokenizer", metavar="NAME", help="where the weights' file does not name one"
+    )
+    return parser
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Write the continuation.
+
+    Raises:
+        ValueError, FileNotFoundError, BadInput: naming the file or the option at fault.
+    """
+    import torch
+
+    from diffmm.models import TextModel
+    from diffmm.models.generation import stream
+    from diffmm.models.weights import load_model
+    from diffmm.tokenizers import StreamDecoder, load_tokenizer
+
+    path = find_weights(options.checkpoint)
+    model = load_model(path)
+    if not isinstance(model, TextModel):
+        raise BadInput(f"{path} holds a {type(model).__name__}: only a text model writes text")
+    tokenizer = load_tokenizer(options.tokenizer or tokenizer_name(path))
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise BadInput(
+            f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, the model of {path} "
+            f"knows {model.config.vocab_size}: give the one it was trained with (--tokenizer)"
+        )
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise BadInput("the prompt is empty: give it a character at least")
+    device = find_device(options.device)
+    model = model.to(device)
+    steps = stream(
+        model,
+        torch.tensor([ids], device=device),
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        stop_ids=[tokenizer.eos_id],
+        generator=torch.Generator(device).manual_seed(options.seed),
+    )
+    decoder = StreamDecoder(tokenizer)
+    for new in steps:
+        sys.stdout.write(decoder.feed(new.tolist()))
+        sys.stdout.flush()
+    sys.stdout.write(f"{decoder.flush()}\n")
+
+
+def find_weights(checkpoint: str) -> Path:
+    """A file of weights, or of a run directory its latest checkpoint.
+
+    Raises:
+        BadInput: for a run directory without one.
+    """
+    from diffmm.cli.runs import CONFIG_NAME, find_run
+
+    path = Path(checkpoint)
+    return find_run(checkpoint)[1] if (path / CONFIG_NAME).is_file() else path
+
+
+def tokenizer_name(path: Path) -> str:
+    """The tokenizer that a checkpoint names.
+
+    Raises:
+        BadInput: if it names none.
+    """
+    import torch
+
+    name = None
+    if path.suffix == ".ckpt":
+        name = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("tokenizer")
+    if name is None:
+        raise BadInput(f"{path} names no tokenizer: give it (--tokenizer bytes)")
+    return name
+
+
+def find_device(name: str) -> str:
+    """The device that is asked for; `auto` is the accelerator where there is one.
+
+    Raises:
+        BadInput: for one that is not there.
+    """
+    import torch
+
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator()
+        return str(accelerator) if accelerator is not None else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"there is no device {name!r}: {str(error).splitlines()[0]}") from error
+    return name

@@ -1,0 +1,186 @@
+"""How much memory a training step takes, without taking it.
+
+* **Weights, gradients, optimizer**: 4 bytes each for the weights and their gradients, 8 for AdamW's
+  two moments, in float32; 2, 2 and 4 under a `-true` 16-bit precision. Frozen weights have neither
+  gradients nor moments. Under FSDP all are spread over the devices. Exact.
+* **Activations**: the task's own training loss is computed on tensors without memory
+  (`FakeTensorMode`), under the recipe's autocast, and what autograd would keep for the backward
+  pass is added up, each storage once. Under activation checkpointing a block keeps its input, and
+  only the largest block keeps more for a while. The gradient of the largest kept tensor (the
+  logits, in a language model) comes on top, in float32 and in half precision: 1.5 times its size.
+
+Against the peak of eager steps on an H100, bf16-mixed (models of eight shipped recipes, 4 to 43
+GiB), the sum was 0.93 to 1.07 of it. `compile: true` took 16 % and 26 % less than the sum (it
+recomputes what is cheap). The CUDA context and fragmentation are not counted.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffmm.models import AudioConfig, ImageConfig, TextConfig
+from diffmm.models.backbone import Backbone
+from diffmm.training import MaskedAutoencoding
+
+HALF_PRECISIONS = ("bf16-true", "16-true")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a training step, for one device."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def estimate_memory(
+    task: LightningModule, batch: dict[str, Any], *, precision: str, num_shards: int = 1
+) -> Memory:
+    """The memory of one training step of `task` (see this module).
+
+    Args:
+        task: built on the meta device; its model is changed to a fake one.
+        batch: from `fake_shapes`: the shape and dtype of each tensor.
+        precision: the trainer's.
+        num_shards: over how many devices weights, gradients and moments are spread.
+    """
+    size = 2 if precision in HALF_PRECISIONS else 4
+    num_weights = sum(p.numel() for p in task.parameters())
+    num_trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    num_buffers = sum(b.numel() * b.element_size() for b in task.buffers())
+    return Memory(
+        weights=size * num_weights // num_shards + num_buffers,
+        gradients=size * num_trained // num_shards,
+        optimizer=2 * size * num_trained // num_shards,
+        activations=saved_bytes(task, batch, precision),
+    )
+
+
+def saved_bytes(task: LightningModule, batch: dict[str, Any], precision: str) -> int:
+    """What autograd keeps of one training loss, in bytes."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        task.to_empty(device="cpu")
+        if precision in HALF_PRECISIONS:
+            task.to(torch.bfloat16)
+        task.trainer = _plain_trainer()
+        tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in batch.items()}
+        meter = _Meter(task)
+        with meter, torch.autocast("cpu", torch.bfloat16, enabled="mixed" in precision):
+            task.training_loss(tensors, 0)  # type: ignore[operator]
+    return meter.total
+
+
+def _plain_trainer() -> Trainer:
+    """A trainer that a task can ask for its strategy, and that says nothing."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return Trainer(
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    finally:
+        logger.setLevel(level)
+
+
+class _Meter(torch.autograd.graph.saved_tensors_hooks):
+    """Adds up saved tensors, block by block."""
+
+    def __init__(self, task: LightningModule) -> None:
+        super().__init__(self._pack, lambda tensor: tensor)
+        self._weights = {p.untyped_storage()._cdata for p in task.parameters()}
+        self._seen: dict[int, Tensor] = {}
+        self._outside = 0
+        self._largest = 0
+        self._inputs = 0
+        self._blocks: list[int] = []
+        self._inside = False
+        for backbone in (m for m in task.modules() if isinstance(m, Backbone)):
+            for block in backbone.blocks:
+                self._watch(block, backbone.activation_checkpointing)
+            # Blocks are run as they are: what they keep is weighed here.
+            backbone.activation_checkpointing = False
+
+    @property
+    def total(self) -> int:
+        """Bytes kept at the worst moment of the backward pass."""
+        kept = self._outside + self._inputs + max(self._blocks, default=0)
+        return kept + 3 * self._largest // 2
+
+    def _watch(self, block: nn.Module, is_recomputed: bool) -> None:
+        if not is_recomputed:
+            return
+
+        def enter(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._inside = True
+            self._inputs += args[0].numel() * args[0].element_size()
+            self._blocks.append(0)
+
+        def leave(*_: Any) -> None:
+            self._inside = False
+
+        block.register_forward_pre_hook(enter)
+        block.register_forward_hook(leave)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._weights and storage._cdata not in self._seen:
+            self._seen[storage._cdata] = tensor  # kept alive, so that its number stays its own
+            self._largest = max(self._largest, storage.nbytes())
+            if self._inside:
+                self._blocks[-1] += storage.nbytes()
+            else:
+                self._outside += storage.nbytes()
+        return tensor
+
+
+def fake_shapes(task: Any, data: Any) -> dict[str, Any] | None:
+    """Shapes and dtypes of a training batch, or `None` for a model or data of another kind.
+
+    A clip whose length neither the data nor the model bounds counts as ten seconds.
+    """
+    config = getattr(getattr(task, "model", None), "config", None)
+    config = getattr(config, "encoder", config)
+    size = getattr(data, "batch_size", None)
+    if size is None:
+        return None
+    shapes: dict[str, Any] = {"index": ((size,), torch.int64)}
+    if isinstance(config, TextConfig):
+        length = getattr(data, "sequence_length", config.max_length)
+        shapes |= dict.fromkeys(("tokens", "targets"), ((size, length), torch.int64))
+        if getattr(data, "packing", None) == "packed" and data.document_mask:
+            shapes["document_ids"] = ((size, length), torch.int64)
+        return shapes
+    if isinstance(config, ImageConfig):
+        rows, columns = config.grid
+        height, width, channels = config.patch_shape
+        shapes["images"] = ((size, channels, rows * height, columns * width), torch.float32)
+    elif isinstance(config, AudioConfig):
+        seconds = 10.0 if config.clip_seconds is None else config.clip_seconds
+        length = getattr(data, "clip_samples", None) or config.samples_in(seconds)
+        shapes["waveforms"] = ((size, length), torch.float32)
+        shapes["num_samples"] = ((size,), torch.int64)
+    else:
+        return None
+    if not isinstance(task, MaskedAutoencoding):
+        multi_label = getattr(task, "multi_label", False)
+        labels = ((size, task.num_classes), torch.float32) if multi_label else None
+        shapes["labels"] = labels or ((size,), torch.int64)
+    return shapes

@@ -1,0 +1,78 @@
+"""References between settings: `${vars.attention}` and `${oc.env:TOKEN}`."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from diffmm.checks import did_you_mean
+
+REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.\[\]]*)\}")
+
+UNKNOWN = object()
+"""Stands for a value that cannot be told, because of a mistake that was told already."""
+
+
+def resolve(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """All references replaced by what they refer to, and a line for each that is broken.
+
+    A broken one is replaced by `UNKNOWN`.
+    """
+    tree = OmegaConf.create(values)
+    names = [".".join(map(str, path)) for path, _ in walk(values)]
+    mistakes = []
+
+    def resolved(value: Any, path: tuple[str | int, ...]) -> Any:
+        if isinstance(value, dict):
+            return {key: resolved(item, (*path, key)) for key, item in value.items()}
+        if isinstance(value, list):
+            return [resolved(item, (*path, index)) for index, item in enumerate(value)]
+        if not isinstance(value, str) or "${" not in value:
+            return value
+        try:
+            node: Any = tree
+            for part in path:
+                node = node[part]
+        except OmegaConfBaseException as error:
+            mistakes.append(_told(path, value, names, error))
+            return UNKNOWN
+        return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+
+    return resolved(values, ()), mistakes
+
+
+def unused_variables(values: dict[str, Any]) -> list[str]:
+    """A line for each variable that nothing refers to, and that therefore changes nothing."""
+    text = " ".join(value for _, value in walk(values) if isinstance(value, str))
+    used = sorted(set(re.findall(r"\$\{vars\.(\w+)", text)))
+    return [
+        f"vars.{name} changes nothing: nothing refers to it{did_you_mean(name, used)}"
+        for name in values.get("vars") or {}
+        if name not in used
+    ]
+
+
+def walk(
+    value: Any, path: tuple[str | int, ...] = ()
+) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Every node of a tree, with where it stands."""
+    if path:
+        yield path, value
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from walk(item, (*path, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from walk(item, (*path, index))
+
+
+def _told(
+    path: tuple[str | int, ...], value: str, names: list[str], error: OmegaConfBaseException
+) -> str:
+    place = ".".join(map(str, path))
+    for name in REFERENCE.findall(value):
+        if name not in names:
+            return f"{place} refers to {name}, which is not there{did_you_mean(name, names)}"
+    return f"{place}: {value} cannot be resolved: {str(error).splitlines()[0]}"

@@ -1,0 +1,157 @@
+"""LightningCLI, set up the house's way: for one recipe, whose overrides are merged already.
+
+An override reaches everything that refers to it, since references are resolved last (the parser
+mode `omegaconf+`). No checkpoint changes a setting behind the recipe's back.
+"""
+
+import logging
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
+
+from diffmm.cli.agreement import disagreements
+from diffmm.cli.errors import BadInput, told
+from diffmm.cli.mistakes import find_mistakes
+from diffmm.cli.references import unused_variables
+from diffmm.cli.runs import save_config
+
+REFUSALS = (
+    ValueError,
+    FileNotFoundError,
+    ArgumentError,
+    OmegaConfBaseException,
+    MisconfigurationException,
+)
+"""How the library, the parser and Lightning refuse what a user gave them."""
+
+
+NOISE = (
+    # Lightning calls its parser by an older name, and torch's pytrees by an older class.
+    r"\s*(By default only one Jsonargparse|``instantiate_classes``)",
+    ".*LeafSpec",
+    # Which is just what is meant.
+    "You have overridden `on_before_batch_transfer` in `LightningModule`",
+)
+"""Warnings about the stack that nobody who trains a recipe can do anything about."""
+
+
+class SettingsCLI(LightningCLI):
+    """Lightning's settings, and the keys of a recipe that are not Lightning's."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--vars", type=dict, default={}, help="to refer to: ${vars.name}")
+        parser.add_argument("--run_dir", type=str, default=None, help="where the run is kept")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+
+class RecipeCLI(SettingsCLI):
+    """The model, the data and the trainer of a recipe.
+
+    Args:
+        values: of the recipe (see `diffmm.cli.settings.load`), with its `run_dir`.
+        build: make them; otherwise the values are parsed and no more.
+
+    Raises:
+        BadInput: with every mistake in the values.
+    """
+
+    def __init__(self, values: dict[str, Any], *, build: bool = True) -> None:
+        self.values = values
+        self.build = build
+        silence_noise()
+        mistakes = unused_variables(values)
+        # Lightning would go on without data.
+        mistakes += [f"{part} is missing" for part in ("model", "data") if not values.get(part)]
+        try:
+            if not mistakes:
+                super().__init__(**parser_settings(), args=[])
+                mistakes = disagreements(self.model, self.datamodule) if build else []
+        except REFUSALS as error:
+            raise BadInput(*(find_mistakes(values).mistakes or [told(error)])) from error
+        if mistakes:
+            raise BadInput(*(find_mistakes(values).mistakes or mistakes))
+
+    def _set_seed(self) -> None:
+        if self.build:
+            super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        if self.build:
+            super().instantiate_classes()
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_string(yaml.safe_dump(self.values, sort_keys=False))
+
+
+def print_settings(arguments: Sequence[str]) -> None:
+    """Print all settings that a recipe can have (`--help`), or those of a class
+    (`--model.help diffmm.training.CausalLM`)."""
+    try:
+        with suppress(SystemExit):
+            SettingsCLI(**parser_settings(), args=list(arguments))
+    except ArgumentError as error:
+        raise BadInput(told(error)) from error
+
+
+class ConfigSaver(Callback):
+    """Saves what a run was started with, as soon as nothing has refused it."""
+
+    def __init__(self, run_dir: Path, comment: str, values: dict[str, Any]) -> None:
+        self.run_dir = run_dir
+        self.comment = comment
+        self.values = values
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            save_config(self.run_dir, self.comment, self.values)
+
+
+def parser_settings() -> dict[str, Any]:
+    """Arguments of `LightningCLI`."""
+    jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    return {
+        "model_class": LightningModule,
+        "datamodule_class": LightningDataModule,
+        "subclass_mode_model": True,
+        "subclass_mode_data": True,
+        "run": False,
+        "parser_kwargs": {"parser_mode": "omegaconf+", "exit_on_error": False},
+        # A run saves its recipe unresolved (see `diffmm.cli.runs`).
+        "save_config_callback": None,
+        "load_from_checkpoint_support": False,
+        "auto_configure_optimizers": False,
+    }
+
+
+def silence_noise() -> None:
+    """Leave `NOISE`, and Lightning's advertisement of a logger, out of what a run says."""
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
+
+
+@contextmanager
+def refusing_before_training(cli: RecipeCLI) -> Iterator[None]:
+    """What is refused before the first step is bad input; a failure in training is a failure."""
+    try:
+        yield
+    except REFUSALS as error:
+        if cli.trainer.global_step > 0:
+            raise
+        raise BadInput(told(error)) from error

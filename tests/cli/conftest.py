@@ -1,0 +1,104 @@
+"""Commands, run in this process and in a directory of their own."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch  # noqa: F401 (its log goes to the stderr it finds when imported)
+import pytest
+import yaml
+
+from diffmm.cli import main
+from diffmm.cli.recipes import find_recipe
+from diffmm.cli.settings import load, override
+
+IGNORED_WARNINGS = (
+    # Lightning 2.6 under torch 2.11.
+    "ignore:.*LeafSpec.*:FutureWarning",
+    # The tiny recipes load in the training process: workers would only cost time.
+    "ignore:.*does not have many workers.*",
+)
+
+QUICK = {
+    "trainer.max_steps": 2,
+    "trainer.val_check_interval": 2,
+    "trainer.limit_val_batches": 1,
+    "trainer.log_every_n_steps": 1,
+    "trainer.num_sanity_val_steps": 0,
+    "trainer.enable_model_summary": False,
+}
+"""Settings that make two steps of a tiny recipe."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            for warning in IGNORED_WARNINGS:
+                item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def mistakes(self) -> list[str]:
+        """The lines on stderr that tell a mistake."""
+        start = "diffmm: error: "
+        return [
+            line.removeprefix(start) for line in self.err.splitlines() if line.startswith(start)
+        ]
+
+
+Run = Callable[..., Result]
+Recipe = Callable[..., Path]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """`run("fit", "--config", ...)` in an empty directory, which it makes the current one."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+    def call(*arguments: str) -> Result:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    """`recipe("image/digits_tiny", **{"data.batch_size": 3})` writes a quick variant of a shipped
+    recipe; `None` removes a key."""
+
+    def write(name: str = "image/digits_tiny", quick: bool = True, **changes: Any) -> Path:
+        values = load([find_recipe(name)])
+        for key, value in {**(QUICK if quick else {}), **changes}.items():
+            override(values, key, value)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def text_changes(tmp_path: Path) -> dict[str, Any]:
+    """Changes that train a text recipe on two small files."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(f"Text number {number} of forty. " * 20)
+    return {
+        "data.source": {
+            "class_path": "datamodules.text.TextFolder",
+            "init_args": {"path": str(folder)},
+        },
+        "data.batch_size": 2,
+        "vars.sequence_length": 32,
+        "model.model.config.backbone.depth": 2,
+    }

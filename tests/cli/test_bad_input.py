@@ -1,0 +1,260 @@
+"""What a user gets wrong: one clear line each, exit code 2, and nothing left on the disk."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffmm.models import TextModel
+from diffmm.models.weights import load_model, save_model
+
+BACKBONE = "model.model.config.backbone"
+
+
+def refused(run, *arguments):
+    """The mistakes of a command that must be refused and leave nothing behind."""
+    result = run(*arguments)
+    assert result.code == 2, result.err
+    assert result.out == "" or arguments[0] != "check"
+    assert os.listdir(".") == []
+    return result.mistakes
+
+
+# What is wrong, and what is said. `fit` and `check` say the same.
+IMAGE = {
+    "an unknown key": (
+        {"trainer.max_stesp": 3},
+        "unknown key trainer.max_stesp; did you mean 'max_steps'?",
+    ),
+    "an unknown key on top": (
+        {"trianer": {"max_steps": 3}},
+        "unknown key trianer; did you mean 'trainer'?",
+    ),
+    "an unknown key in a config": (
+        {f"{BACKBONE}.num_haeds": 3},
+        "unknown key model.init_args.model.init_args.config.backbone.num_haeds; "
+        "did you mean 'num_heads'?",
+    ),
+    "an unknown key of a source": (
+        {"data.source.init_args.val_fractoin": 0.5},
+        "unknown key data.init_args.source.init_args.val_fractoin; did you mean 'val_fraction'?",
+    ),
+    "an unknown class": (
+        {"model.model.class_path": "diffmm.models.ImageModle"},
+        "model.init_args.model.class_path: diffmm.models has no ImageModle; "
+        "did you mean 'ImageModel'?",
+    ),
+    "an unknown module": (
+        {"data.class_path": "datamodule.ImageData"},
+        "data.class_path: there is no module 'datamodule' (for 'datamodule.ImageData')",
+    ),
+    "a class of another kind": (
+        {"data": {"class_path": "diffmm.models.ImageModel"}},
+        "data.class_path must name a LightningDataModule, got 'diffmm.models.ImageModel'",
+    ),
+    "text for a number": (
+        {"trainer.max_steps": "many"},
+        "trainer.max_steps must be int, got 'many'",
+    ),
+    "a fraction for a number": (
+        {f"{BACKBONE}.depth": 2.5},
+        "model.init_args.model.init_args.config.backbone.depth must be int, got 2.5",
+    ),
+    "an unknown attention": (
+        {"vars.attention": "diff_v3"},
+        "model.init_args.model.init_args.config.backbone: attention must be one of 'softmax', "
+        "'diff_v1', 'diff_v2', got 'diff_v3'; did you mean 'diff_v2'?",
+    ),
+    "heads that cannot be paired": (
+        {f"{BACKBONE}.num_heads": 3, f"{BACKBONE}.head_dim": 16},
+        "model.init_args.model.init_args.config.backbone: diff_v1 pairs its heads, so "
+        "num_heads must be even, got 3",
+    ),
+    "a patch that does not divide the image": (
+        {"model.model.config.patch_size": 3},
+        "model.init_args.model.init_args.config: image_size 8x8 is not a multiple of patch_size "
+        "3x3",
+    ),
+    "data of another image size": (
+        {"data.image_size": 16},
+        "data.init_args.image_size=(16, 16), but the model's image_size is 8",
+    ),
+    "a number out of its range": (
+        {"model.optimizer.learning_rate": -1.0, "vars.learning_rate": None},
+        "model.init_args.optimizer: learning_rate must be positive, got -1.0",
+    ),
+    "a broken reference": (
+        {"model.optimizer.learning_rate": "${vars.learning_rat}"},
+        "model.init_args.optimizer.learning_rate refers to vars.learning_rat, which is not there; "
+        "did you mean 'vars.learning_rate'?",
+    ),
+    "a missing argument": (
+        {"model.schedule": {"kind": "linear"}},
+        "model.init_args.schedule.total_steps is missing: ScheduleConfig needs it",
+    ),
+    "a missing part": (
+        {"data": {}},
+        "data is missing: it needs a class_path and init_args",
+    ),
+    "no batch": (
+        {"data.batch_size": 0},
+        "data: batch_size must be at least 1, got 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", ["fit", "check"])
+@pytest.mark.parametrize("case", IMAGE)
+def test_mistakes_in_a_recipe(run, recipe, case, verb):
+    changes, message = IMAGE[case]
+    path = recipe(**changes)
+    command = ("fit", "--config", path) if verb == "fit" else ("check", path)
+    mistakes = refused(run, *command)
+    assert any(mistake.startswith(message) for mistake in mistakes), mistakes
+
+
+@pytest.mark.parametrize("verb", ["fit", "check"])
+def test_every_mistake_is_told_at_once(run, recipe, verb):
+    path = recipe(
+        **{
+            "trainer.max_stesp": 3,
+            "trainer.limit_val_batches": "some",
+            f"{BACKBONE}.num_heads": 3,
+            f"{BACKBONE}.head_dim": 16,
+            "model.optimizer.learning_rate": -1.0,
+            "data.bacth_size": 3,
+        }
+    )
+    command = ("fit", "--config", path) if verb == "fit" else ("check", path)
+    mistakes = refused(run, *command)
+    for part in ("max_stesp", "limit_val_batches", "num_heads", "learning_rate", "bacth_size"):
+        assert sum(part in mistake for mistake in mistakes) >= 1, part
+    assert all("\n" not in mistake for mistake in mistakes)
+
+
+def test_a_misspelt_override_of_a_variable_changes_nothing_silently(run, recipe):
+    assert refused(run, "fit", "--config", recipe(), "--vars.atention", "softmax") == [
+        "vars.atention changes nothing: nothing refers to it; did you mean 'attention'?"
+    ]
+
+
+def test_an_unknown_recipe_is_told_with_the_nearest(run):
+    for command in (("fit", "--config"), ("check",)):
+        assert refused(run, *command, "image/digits_tinny") == [
+            "there is no recipe 'image/digits_tinny'; did you mean 'image/digits_tiny'? "
+            "(diffmm recipes lists them)"
+        ]
+    assert refused(run, "fit", "--config", "mine.yaml") == ["there is no recipe file mine.yaml"]
+
+
+def test_a_sequence_longer_than_the_positions(run, recipe, text_changes):
+    path = recipe("text/stdlib_tiny", **text_changes, **{"model.model.config.max_length": 16})
+    message = (
+        "data.init_args.sequence_length=32 is longer than the model's positions allow: "
+        "max_length=16"
+    )
+    assert refused(run, "fit", "--config", path) == [message]
+    assert refused(run, "check", path) == [message]
+
+
+def test_a_model_and_data_that_disagree(run, recipe):
+    path = recipe("audio/sound_events_tiny", **{"data.sample_rate_hz": 16000})
+    assert "data.init_args.sample_rate_hz=16000, but the model's sample_rate_hz is 8000" in refused(
+        run, "check", path
+    )
+    path = recipe("audio/sound_events_tiny", **{"data.clip_seconds": 1.5})
+    assert refused(run, "check", path) == [
+        "data.init_args.clip_seconds=1.5 is longer than the model's clip_seconds=1"
+    ]
+    path = recipe("text/stdlib_tiny", **{"data.objective": "masked"})
+    assert refused(run, "check", path) == [
+        "data.init_args.objective='masked', but the model's causal is True"
+    ]
+    path = recipe("text/stdlib_tiny", **{"data.tokenizer": "gpt2"})
+    assert "the model's tokenizer is 'bytes', but the data's is 'gpt2'" in refused(
+        run, "check", path
+    )
+
+
+def test_an_empty_folder_leaves_no_run_behind(run, recipe, tmp_path):
+    (tmp_path / "empty").mkdir()
+    source = {"class_path": "datamodules.text.TextFolder"}
+    source["init_args"] = {"path": str(tmp_path / "empty")}
+    (mistake,) = refused(
+        run, "fit", "--config", recipe("text/stdlib_tiny", **{"data.source": source})
+    )
+    assert str(tmp_path / "empty") in mistake
+
+
+def test_labels_outside_the_classes_leave_no_run_behind(run, recipe):
+    path = recipe(**{"model.model.config.num_classes": 4})
+    (mistake,) = refused(run, "fit", "--config", path)
+    assert "is outside the model's 4 classes" in mistake
+
+
+def test_an_unreadable_image_is_named(run, recipe, tmp_path):
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            (folder / "broken.png").write_bytes(b"no image")
+    source = {"class_path": "datamodules.image_sources.ImageFolder"}
+    source["init_args"] = {s: str(tmp_path / "images" / s) for s in ("train", "val")}
+    changes = {"data.source": source, "data.channels": 1, "data.batch_size": 2}
+    changes["data.num_workers"] = 1
+    (mistake,) = refused(run, "fit", "--config", recipe(**changes))
+    assert "broken.png" in mistake
+    assert "Traceback" not in mistake
+
+
+def test_a_gpu_where_there_is_none(run, recipe):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    (mistake,) = refused(run, "fit", "--config", recipe(**{"trainer.accelerator": "gpu"}))
+    assert "gpu" in mistake.lower() or "cuda" in mistake.lower()
+
+
+@pytest.fixture
+def text_weights(tmp_path) -> Path:
+    """A text model in a file."""
+    from diffmm.models import BackboneConfig, TextConfig
+
+    backbone = BackboneConfig(dim=32, depth=1, num_heads=4, rope="1d")
+    path = save_model(TextModel(TextConfig(320, 16, backbone)), tmp_path / "text.safetensors")
+    assert isinstance(load_model(path), TextModel)
+    return path
+
+
+def test_weights_of_another_architecture(run, recipe, text_weights):
+    for verb in ("finetune", "test", "predict"):
+        (mistake,) = refused(run, verb, "--config", recipe(), "--weights", text_weights)
+        assert str(text_weights) in mistake
+        assert "of another architecture" in mistake or "does not fit" in mistake
+
+
+def test_weights_that_are_not_there(run, recipe):
+    for verb in ("finetune", "validate"):
+        (mistake,) = refused(run, verb, "--config", recipe(), "--weights", "no.ckpt")
+        assert mistake == "there is no file of weights at no.ckpt"
+
+
+def test_ckpt_path_is_refused_where_it_would_mix_two_runs(run, recipe):
+    for arguments in (("--ckpt_path", "x.ckpt"), ("--ckpt_path=x.ckpt",)):
+        (mistake,) = refused(run, "fit", "--config", recipe(), *arguments)
+        assert "diffmm fit --resume RUN" in mistake
+        assert "diffmm finetune --weights CKPT" in mistake
+
+
+def test_a_verb_needs_its_arguments(run):
+    assert refused(run, "fit") == ["diffmm fit needs --config RECIPE (diffmm recipes lists them)"]
+    assert refused(run, "test", "--config", "image/digits_tiny") == [
+        "diffmm test needs --weights WEIGHTS"
+    ]
+
+
+def test_resume_takes_a_run_as_it_was(run):
+    (mistake,) = refused(run, "fit", "--resume", "nowhere")
+    assert mistake.startswith("nowhere is no run directory: there is no nowhere/config.yaml")
+    (mistake,) = refused(run, "fit", "--resume", "nowhere", "--trainer.max_steps", "3")
+    assert mistake.startswith("--resume goes on with a run as it was")

@@ -1,0 +1,71 @@
+"""`diffmm` itself: which verb is called, and what that costs."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from diffmm import __version__
+from diffmm.cli import VERBS, main
+
+
+def test_help_lists_every_verb_and_imports_nothing_heavy():
+    code = (
+        "import sys; from diffmm.cli import main; main(['--help']); "
+        "heavy = {'torch', 'lightning', 'jsonargparse', 'numpy', 'yaml', 'omegaconf'}; "
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for verb in VERBS:
+        assert f"  {verb} " in done.stdout
+
+
+def test_help_answers_at_once():
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "diffmm.cli", "--help"], check=True, stdout=-3)
+        return time.perf_counter() - start
+
+    # The best of three: other tests may run beside this one.
+    assert min(seconds() for _ in range(3)) < 1.5
+
+
+@pytest.mark.parametrize("verb", ["recipes", "check", "doctor", "generate"])
+def test_small_verbs_print_their_help_without_torch(verb):
+    code = (
+        "import sys; from diffmm.cli import main\n"
+        f"try: main([{verb!r}, '--help'])\n"
+        "except SystemExit as done: assert not done.code\n"
+        "sys.exit('torch' if 'torch' in sys.modules else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: diffmm {verb}" in done.stdout
+
+
+def test_every_verb_has_a_module_that_runs_it():
+    import importlib
+
+    for verb in VERBS.values():
+        assert callable(importlib.import_module(f"diffmm.cli.{verb.module}").run)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"diffmm {__version__}\n"
+
+
+def test_an_unknown_verb_is_told_with_the_nearest(capsys):
+    assert main(["fti"]) == 2
+    assert capsys.readouterr().err == (
+        "diffmm: error: there is no command 'fti'; did you mean 'fit'? (diffmm --help)\n"
+    )
+
+
+def test_fit_help_shows_its_options_and_all_settings(run):
+    result = run("fit", "--help")
+    assert result.code == 0
+    for text in ("--resume RUN", "--trainer.max_steps", "--vars", "--run_dir"):
+        assert text in result.out

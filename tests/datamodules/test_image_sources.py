@@ -1,0 +1,175 @@
+"""Sources of images, on small trees in the formats they have on disk."""
+
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision import datasets
+
+from datamodules.image_sources import CIFAR10, CIFAR100, Digits, ImageFolder
+
+
+def test_digits_are_split_evenly_and_always_alike():
+    splits = Digits().splits()
+    assert splits.class_names == list("0123456789")
+    assert (len(splits.train.labels), len(splits.val.labels)) == (1438, 359)
+    counts = np.bincount([label for (label,) in splits.val.labels])
+    assert counts.min() >= 34
+    assert counts.max() <= 37
+    assert splits.train.read(0).size == (8, 8)
+    assert splits.train.read(0).mode == "L"
+    again = Digits().splits()
+    assert np.array_equal(splits.val.pixels, again.val.pixels)
+    unique = {image.tobytes() for image in (*splits.train.pixels, *splits.val.pixels)}
+    assert len(unique) > 1780, "no image is in both, but for the few that occur twice"
+    with pytest.raises(ValueError, match="between 0 and 1, got 0"):
+        Digits(val_fraction=0.0).splits()
+
+
+def cifar_images(number, num_images):
+    """`[N, 32, 32, 3]` uint8."""
+    return np.random.default_rng(number).integers(0, 256, (num_images, 32, 32, 3), np.uint8)
+
+
+def write_cifar(monkeypatch, dataset, root, names, labels_key, num_classes):
+    """The files of `dataset` with a few images, and their checksums as the expected ones."""
+    folder = root / dataset.base_folder
+    folder.mkdir(parents=True)
+
+    def write(file_name, content):
+        payload = pickle.dumps(content, protocol=2)
+        (folder / file_name).write_bytes(payload)
+        return hashlib.md5(payload).hexdigest()
+
+    lists = {}
+    for attribute in ("train_list", "test_list"):
+        lists[attribute] = []
+        for file_name, _ in getattr(dataset, attribute):
+            pixels = cifar_images(len(file_name) + sum(file_name.encode()), 20)
+            content = {
+                "batch_label": file_name,
+                "data": pixels.transpose(0, 3, 1, 2).reshape(20, 3072),
+                labels_key: [i % num_classes for i in range(20)],
+                "filenames": [f"{i}.png" for i in range(20)],
+            }
+            lists[attribute].append([file_name, write(file_name, content)])
+        monkeypatch.setattr(dataset, attribute, lists[attribute])
+    meta = {**dataset.meta, "md5": write(dataset.meta["filename"], {dataset.meta["key"]: names})}
+    monkeypatch.setattr(dataset, "meta", meta)
+    return folder
+
+
+def test_cifar10_as_torchvision_keeps_it(monkeypatch, tmp_path):
+    names = [f"thing {i}" for i in range(10)]
+    folder = write_cifar(monkeypatch, datasets.CIFAR10, tmp_path, names, "labels", 10)
+    source = CIFAR10(str(tmp_path), download=True)
+    source.prepare()  # it is there: nothing is fetched
+    splits = source.splits()
+    assert splits.class_names == names
+    assert [len(s.labels) for s in (splits.train, splits.val, splits.test)] == [100, 20, 20]
+    assert splits.val is splits.test
+    expected = cifar_images(len("data_batch_2") + sum(b"data_batch_2"), 20)
+    assert np.array_equal(np.asarray(splits.train.read(23)), expected[3])
+    assert splits.train.labels[23] == (3,)
+
+    held_out = CIFAR10(str(tmp_path), val_fraction=0.2).splits()
+    assert [len(s.labels) for s in (held_out.train, held_out.val, held_out.test)] == [80, 20, 20]
+    assert not np.array_equal(held_out.val.pixels, held_out.test.pixels)
+
+    (folder / "data_batch_3").write_bytes(b"half a download")
+    with pytest.raises(ValueError, match="cifar-10-batches-py is incomplete or corrupted: delete"):
+        source.splits()
+
+
+def test_cifar100_has_fine_labels(monkeypatch, tmp_path):
+    names = [f"thing {i}" for i in range(100)]
+    write_cifar(monkeypatch, datasets.CIFAR100, tmp_path, names, "fine_labels", 100)
+    splits = CIFAR100(str(tmp_path)).splits()
+    assert splits.class_names == names
+    assert [len(s.labels) for s in (splits.train, splits.test)] == [20, 20]
+    assert splits.train.labels[19] == (19,)
+
+
+def test_cifar_labels_outside_the_classes_are_named(monkeypatch, tmp_path):
+    write_cifar(monkeypatch, datasets.CIFAR10, tmp_path, ["a", "b", "c"], "labels", 10)
+    with pytest.raises(ValueError, match="image 3 of the train split has label 3, outside the 3"):
+        CIFAR10(str(tmp_path)).splits()
+
+
+def test_missing_cifar_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="cifar-10-batches-py: .* or download: true"):
+        CIFAR10(str(tmp_path)).splits()
+
+
+def write_image(path, color, size=(20, 16), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).convert(mode).save(path)
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    for split, count in (("train", 3), ("val", 2)):
+        for number, synset in enumerate(("n01440764", "n01443537")):
+            for i in range(count):
+                name = f"{synset}_{i}.JPEG" if split == "train" else f"ILSVRC2012_val_{i}.JPEG"
+                write_image(tmp_path / split / synset / name, (200 * number, 50 * i, 0))
+    # As in ImageNet: one file is a PNG by its content, one is CMYK.
+    png = tmp_path / "train" / "n01440764" / "n02105855_2933.JPEG"
+    write_image(png.with_suffix(".png"), (0, 0, 255), mode="RGBA")
+    png.with_suffix(".png").rename(png)
+    write_image(tmp_path / "train" / "n01443537" / "n01739381_1309.JPEG", (9, 9, 9), mode="CMYK")
+    (tmp_path / "train" / ".cache").mkdir()
+    return tmp_path
+
+
+def test_imagenet_folders(imagenet):
+    splits = ImageFolder(str(imagenet / "train"), str(imagenet / "val")).splits()
+    assert splits.class_names == ["n01440764", "n01443537"]
+    assert splits.train.labels == [(0,)] * 4 + [(1,)] * 4
+    assert splits.val.labels == splits.test.labels == [(0,)] * 2 + [(1,)] * 2
+    for index, (label,) in enumerate(splits.train.labels):
+        assert splits.train.paths[index].parent.name == splits.class_names[label]
+        assert splits.train.read(index).size == (20, 16)
+
+
+def test_folders_with_other_classes_are_refused(imagenet):
+    train, val = imagenet / "train", imagenet / "val"
+    write_image(val / "n99999999" / "a.png", 0)
+    with pytest.raises(ValueError, match=r"val has classes that .*train lacks: n99999999"):
+        ImageFolder(str(train), str(val)).splits()
+    (train / "n01443537").rename(train / "n99999999")
+    with pytest.raises(ValueError, match=r"val has classes that .*train lacks: n01443537"):
+        ImageFolder(str(train), str(val)).splits()
+    with pytest.raises(ValueError, match=r"train lacks classes that .*val has: n01443537"):
+        ImageFolder(str(val), str(train)).splits()
+
+
+def test_missing_and_empty_folders_are_named(imagenet):
+    train = str(imagenet / "train")
+    with pytest.raises(FileNotFoundError, match="no folder .*gone"):
+        ImageFolder(train, str(imagenet / "gone")).splits()
+    (imagenet / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty has no subfolders: each class needs one"):
+        ImageFolder(train, str(imagenet / "empty")).splits()
+    (imagenet / "train" / "n00000001").mkdir()
+    with pytest.raises(ValueError, match=r"train.n00000001 has no files of .jpg, .jpeg"):
+        ImageFolder(train, train).splits()
+
+
+def test_unreadable_images_are_named(imagenet):
+    folder = imagenet / "train" / "n01440764"
+    (folder / "a_text.png").write_text("no image")
+    content = (folder / "n01440764_0.JPEG").read_bytes()
+    (folder / "b_cut.jpg").write_bytes(content[: len(content) // 2])
+    write_image(folder / "c_whole.png", 1)
+    content = (folder / "c_whole.png").read_bytes()
+    (folder / "c_whole.png").write_bytes(content[: len(content) // 2])
+    images = ImageFolder(str(imagenet / "train"), str(imagenet / "val")).splits().train
+    for index, name in enumerate(("a_text.png", "b_cut.jpg", "c_whole.png")):
+        with pytest.raises(ValueError, match=rf"image {index} \(.*{name}\) cannot be decoded"):
+            images.read(index)
+    (folder / "a_text.png").unlink()
+    with pytest.raises(ValueError, match=r"image 0 \(.*a_text.png\) cannot be decoded: .*No such"):
+        images.read(0)

@@ -1,0 +1,289 @@
+"""Every source gives its documents, and names what it cannot read."""
+
+import json
+import pickle
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from datamodules.text_sources import HuggingFaceText, StandardLibrary, TextFolder, TokenFiles
+from datamodules.token_documents import (
+    Document,
+    TokenDocuments,
+    in_split,
+    key_number,
+    tokenize,
+    write_token_file,
+)
+from diffmm.tokenizers import Tokenizer, load_tokenizer
+
+BYTES = load_tokenizer("bytes")
+
+
+@pytest.fixture(autouse=True)
+def _own_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "texts"
+    (root / "deep").mkdir(parents=True)
+    (root / "b.txt").write_text("second")
+    (root / "a.txt").write_text("first — with é", encoding="utf-8")
+    (root / "deep" / "c.txt").write_text("third")
+    (root / "empty.txt").write_text("")
+    (root / "notes.md").write_text("# not text")
+    return root
+
+
+def texts_of(documents: TokenDocuments) -> list[str]:
+    return [
+        BYTES.decode(documents.read(number, 0, int(documents.lengths[number])))
+        for number in range(len(documents))
+    ]
+
+
+# ------------------------------------------------------------------ standard library
+
+
+def test_the_standard_library_is_real_text() -> None:
+    documents = list(StandardLibrary(max_bytes=300_000).documents())
+    names = [document.key for document in documents]
+    assert names == sorted(names)
+    assert 250_000 < sum(len(document.text.encode()) for document in documents) <= 300_000
+    assert all(name.endswith(".py") for name in names)
+    assert not any("test" in name.split("/") or "site-packages" in name for name in names)
+    assert names == [d.key for d in StandardLibrary(max_bytes=300_000).documents()]
+    assert len({name[0] for name in names}) > 5  # a sample of the whole
+
+
+def test_an_interpreter_without_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no source files in .*choose another source"):
+        list(StandardLibrary().documents())
+
+
+def test_max_bytes_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="max_bytes must be at least 1, got 0"):
+        StandardLibrary(max_bytes=0)
+
+
+# ------------------------------------------------------------------ folders
+
+
+def test_a_folder_of_texts(folder: Path) -> None:
+    assert list(TextFolder(str(folder)).documents()) == [
+        Document("a.txt", "first — with é"),
+        Document("b.txt", "second"),
+        Document("deep/c.txt", "third"),
+        Document("empty.txt", ""),
+    ]
+    assert [d.key for d in TextFolder(str(folder), "*.md").documents()] == ["notes.md"]
+    loaded = TextFolder(str(folder)).load(BYTES)
+    assert texts_of(loaded) == ["first — with é", "second", "third"]  # nothing of the empty one
+
+
+def test_files_are_split_where_asked(folder: Path) -> None:
+    (folder / "a.txt").write_text("one<|end|>two<|end|>")
+    source = TextFolder(str(folder), "a.txt", separator="<|end|>")
+    assert list(source.documents())[:2] == [Document("a.txt#0", "one"), Document("a.txt#1", "two")]
+    assert texts_of(source.load(BYTES)) == ["one", "two"]
+    with pytest.raises(ValueError, match="separator must not be empty"):
+        TextFolder(str(folder), separator="")
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="text folder .*nowhere is not there"):
+        TextFolder(str(folder / "nowhere")).load(BYTES)
+    with pytest.raises(FileNotFoundError, match=r"no file in .*texts matches '\*\.rst'"):
+        TextFolder(str(folder), "*.rst").load(BYTES)
+    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt is not utf-8 text .*give its encoding"):
+        TextFolder(str(folder)).load(BYTES)
+    latin = TextFolder(str(folder), "latin.txt", encoding="latin-1")
+    assert texts_of(latin.load(BYTES)) == ["é"]
+
+
+def test_fingerprints_follow_the_files(folder: Path) -> None:
+    source = TextFolder(str(folder))
+    before = source.fingerprint()
+    assert before == TextFolder(str(folder)).fingerprint()
+    assert before != TextFolder(str(folder), separator="\n").fingerprint()
+    (folder / "b.txt").write_text("second, changed")
+    assert source.fingerprint() != before
+
+
+# ------------------------------------------------------------------ Hugging Face datasets
+
+ROWS = [{"body": f"document {number}", "id": number} for number in range(7)]
+
+
+@pytest.fixture(params=["json", "parquet", "text"])
+def rows_file(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
+    kind = request.param
+    path = tmp_path / f"rows.{kind}"
+    if kind == "json":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    else:
+        path.write_text("".join(row["body"] + "\n" for row in ROWS))
+    column = "text" if kind == "text" else "body"
+    return {"name": kind, "data_files": str(path), "text_column": column}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_datasets_from_files(rows_file: dict[str, Any], streaming: bool) -> None:
+    source = HuggingFaceText(**rows_file, streaming=streaming)
+    assert [document.text for document in source.documents()] == [row["body"] for row in ROWS]
+
+
+def test_streams_are_shared_and_shuffled(tmp_path: Path) -> None:
+    for number in range(4):
+        rows = [{"text": f"{number}-{row}"} for row in range(5)]
+        (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = HuggingFaceText("json", data_files=str(tmp_path / "*.jsonl"), streaming=True)
+
+    def share(rank: int, epoch: int = 0, shuffle: bool = True) -> list[str]:
+        stream = source.stream(seed=0, epoch=epoch, rank=rank, world_size=2, shuffle=shuffle)
+        return [document.text for document in stream]
+
+    everything = {f"{number}-{row}" for number in range(4) for row in range(5)}
+    assert set(share(0)) | set(share(1)) == everything
+    assert not set(share(0)) & set(share(1))
+    assert share(0) == share(0)
+    assert share(0) != share(0, epoch=1)
+    assert share(0) != sorted(share(0))
+    assert share(0, shuffle=False) == sorted(share(0, shuffle=False))
+
+
+def test_rows_that_are_lines_are_joined(tmp_path: Path) -> None:
+    path = tmp_path / "wiki.parquet"
+    first = [" = One = \n", "", " text one\n", " = = Part = = \n", " more\n"]
+    second = [" = Two = \n", "x"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["", *first, *second]}), path)
+    source = HuggingFaceText("parquet", data_files=str(path), document_start=r" = [^=]")
+    assert texts_of(source.load(BYTES)) == ["".join(first), "".join(second)]
+
+
+def test_bad_datasets_are_named(tmp_path: Path, rows_file: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"no column 'prose', its columns are .*set text_column"):
+        HuggingFaceText(**{**rows_file, "text_column": "prose"}).load(BYTES)
+    with pytest.raises(ValueError, match=r"no column 'prose'"):
+        list(HuggingFaceText(**{**rows_file, "text_column": "prose"}, streaming=True).documents())
+    with pytest.raises(ValueError, match=r"cannot load HuggingFaceText\(name='json'.*missing"):
+        HuggingFaceText("json", data_files=str(tmp_path / "missing.json")).load(BYTES)
+    with pytest.raises(ValueError, match="shuffle_buffer must be at least 1, got 0"):
+        HuggingFaceText("json", shuffle_buffer=0)
+    with pytest.raises(ValueError, match=r"document_start '\(' is no regular expression"):
+        HuggingFaceText("json", document_start="(")
+    with pytest.raises(ValueError, match="document_start needs rows in order"):
+        HuggingFaceText("json", document_start="x", streaming=True)
+
+
+# ------------------------------------------------------------------ token files
+
+
+class Large(type(BYTES)):  # type: ignore[misc]
+    """Bytes with ids beyond 16 bits."""
+
+    vocab_size = 100_000
+    eos_id = 99_999
+    fingerprint = "large"
+    name = "large"
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, Large()], ids=["uint16", "uint32"])
+def test_token_files_hold_what_was_written(
+    tmp_path: Path, folder: Path, tokenizer: Tokenizer
+) -> None:
+    source = TextFolder(str(folder))
+    path = write_token_file(tmp_path / "out" / "a.bin", source.documents(), tokenizer)
+    header = json.loads(path.with_suffix(".json").read_text())
+    assert header["dtype"] == ("uint16" if tokenizer is BYTES else "uint32")
+    assert header["num_documents"] == 3
+    assert sorted(p.name for p in path.parent.iterdir()) == ["a.bin", "a.documents.npy", "a.json"]
+    loaded, direct = TokenFiles([str(path)]).load(tokenizer), source.load(tokenizer)
+    assert texts_of(loaded) == texts_of(direct)
+    assert loaded.keys.tolist() == direct.keys.tolist()
+    assert loaded.read(0, 0, int(loaded.lengths[0]))[-1] == tokenizer.eos_id
+
+
+def test_several_token_files_are_one_corpus(tmp_path: Path) -> None:
+    paths = []
+    for number in range(3):
+        documents = [Document(f"{number}{part}", f"text {number}{part}") for part in "abc"]
+        paths.append(str(write_token_file(tmp_path / f"{number}.bin", documents, BYTES)))
+    corpus = TokenFiles(paths).load(BYTES)
+    expected = [f"text {number}{part}" for number in range(3) for part in "abc"]
+    assert texts_of(corpus) == expected
+    chosen = corpus.held_out(0.3, 0.9)
+    assert 0 < len(chosen) < 9
+    assert set(texts_of(chosen)) < set(expected)
+    # A worker that is not forked gets the files, not their content.
+    data = pickle.dumps(corpus)
+    assert texts_of(pickle.loads(data)) == expected
+    assert b"text" not in data
+
+
+def test_token_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    path = write_token_file(tmp_path / "a.bin", [Document("x", "some text")], BYTES)
+    with pytest.raises(ValueError, match=r"a\.bin was made with tokenizer 'bytes' \(259 tokens\)"):
+        TokenFiles([str(path)]).load(Large())
+    with pytest.raises(FileExistsError, match=r"a\.bin exists already"):
+        write_token_file(path, [], BYTES)
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ValueError, match=r"a\.bin has 9 tokens, its header says 10"):
+        TokenFiles([str(path)]).load(BYTES)
+    header = path.with_suffix(".json")
+    header.write_text(header.read_text().replace('"format": 1', '"format": 9'))
+    with pytest.raises(ValueError, match=r"a\.json has format 9, this version reads 1"):
+        TokenFiles([str(path)]).load(BYTES)
+    header.unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.bin needs .*a\.json, which is not there"):
+        TokenFiles([str(path)]).load(BYTES)
+    with pytest.raises(ValueError, match="at least one path"):
+        TokenFiles([])
+    with pytest.raises(ValueError, match=r"ends in \.bin, got .*a\.tokens"):
+        write_token_file(tmp_path / "a.tokens", [], BYTES)
+
+
+def test_a_token_file_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def broken() -> Any:
+        yield from (Document(str(number), "text") for number in range(100))
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        write_token_file(tmp_path / "a.bin", broken(), BYTES)
+    with pytest.raises(ValueError, match="no text to write"):
+        write_token_file(tmp_path / "a.bin", [Document("x", "")], BYTES)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------ splits
+
+
+def test_keys_are_the_same_everywhere() -> None:
+    assert key_number("os.py") == 711829667462946289
+    numbers = np.array([key_number(str(number)) for number in range(2000)], np.uint64)
+    assert in_split(numbers, 0.1, 0.3).mean() == pytest.approx(0.2, abs=0.03)
+    parts = [in_split(numbers, *bounds) for bounds in ((0, 0.1), (0.1, 0.3), (0.3, 1))]
+    assert (np.sum(parts, axis=0) == 1).all()
+    assert in_split(np.array([2**64 - 1], np.uint64), 0.3, 1.0).all()
+
+
+def test_documents_without_text_are_left_out() -> None:
+    named = [Document("a", "x"), Document("b", ""), Document("c", "y")]
+    assert [document.tokens.tolist() for document in tokenize(named, BYTES)] == [
+        [ord("x"), 256],
+        [ord("y"), 256],
+    ]
