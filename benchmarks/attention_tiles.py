@@ -15,7 +15,6 @@ import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -55,7 +54,6 @@ class Problem:
         count = {
             "forward": score + 2 * value,
             "key": 2 * score + 2 * value,
-            "key+query": 3 * score + 2 * value,
             "query": 2 * score + value,
         }[kernel]
         pairs = self.batch * self.heads * self.length**2 / (2 if self.causal else 1)
@@ -75,11 +73,7 @@ PROBLEMS = [
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel, the problems' widths and mask it is compiled for, and its tile.
-
-    `mode` is how the keys' kernel treats the gradient of q: not at all, by atomic additions, or by
-    the copy engine.
-    """
+    """A kernel, the problems' widths and mask it is compiled for, and its tile."""
 
     kernel: str
     D: int
@@ -87,12 +81,11 @@ class Candidate:
     C: int
     causal: bool
     tile: Tile
-    mode: str = ""
 
     def label(self) -> str:
         tile = self.tile
         name = f"n{tile.block_n} m{tile.block_m} w{tile.num_warps} s{tile.num_stages}"
-        return f"{name}{' split' if tile.split else ''} {self.mode}".strip()
+        return f"{name}{' split' if tile.split else ''}"
 
 
 def candidates() -> list[Candidate]:
@@ -140,10 +133,7 @@ def candidates() -> list[Candidate]:
             found += [
                 Candidate("forward", D, E, C, causal, Tile(*tile, split=split)) for tile in tiles
             ]
-        found += [
-            Candidate("key", D, E, C, causal, Tile(*tile), mode)
-            for tile, mode in product(keys, ("", "atomic", "engine"))
-        ]
+        found += [Candidate("key", D, E, C, causal, Tile(*tile)) for tile in keys]
         found += [Candidate("query", D, E, C, causal, Tile(*tile)) for tile in queries]
     return found
 
@@ -164,7 +154,6 @@ class Inputs:
         assert second is not None
         self.out, self.second = out, second
         self.rows, self.lam_grad = query_rows(self.grad, self.out, self.second, self.lam, self.lse)
-        self.query_sum = torch.zeros(self.q.shape, device="cuda")
 
     def forward(self, tile: Tile) -> tuple[Tensor, Tensor | None, Tensor]:
         return forward(
@@ -179,13 +168,7 @@ class Inputs:
             return out, second, lse
         if candidate.kernel == "query":
             return (query_gradient(*shared, tile=candidate.tile),)
-        query_sum = self.query_sum if candidate.mode else None
-        return key_gradients(
-            *shared,
-            query_sum=query_sum,
-            tile=candidate.tile,
-            by_engine=candidate.mode == "engine",
-        )
+        return key_gradients(*shared, tile=candidate.tile)
 
 
 @dataclass(frozen=True)
@@ -210,7 +193,6 @@ class Truth:
 
 def error_of(candidate: Candidate, truth: Truth) -> float:
     """The largest relative error of what a candidate computes; NaN if anything is."""
-    truth.inputs.query_sum.zero_()
     # What the allocator hands out next holds NaN wherever a kernel forgets to write.
     poison = torch.full((64 << 20,), torch.nan, device="cuda", dtype=torch.bfloat16)
     del poison
@@ -222,7 +204,6 @@ def error_of(candidate: Candidate, truth: Truth) -> float:
         pairs += [(results[0], truth.dq)]
     else:
         pairs += [(results[0], truth.dk), (results[1], truth.dv)]
-        pairs += [(truth.inputs.query_sum, truth.dq)] if candidate.mode else []
     errors = [(got.double() - want).norm() / want.norm() for got, want in pairs]
     return torch.stack(errors).max().item()
 
@@ -338,18 +319,14 @@ def measure(
         if (candidate.D, candidate.E, candidate.C, candidate.causal) != widths:
             continue
         ms = time_of(candidate)
-        kernel = "key+query" if candidate.mode else candidate.kernel
-        times.setdefault(kernel, []).append((ms, candidate.label()))
+        times.setdefault(candidate.kernel, []).append((ms, candidate.label()))
         table.append({"problem": problem.name, **asdict(candidate), "ms": ms, **check})
     rows = median_ms(
         lambda: query_rows(inputs.grad, inputs.out, inputs.second, inputs.lam, inputs.lse)
     )
-    cast = median_ms(
-        lambda: (torch.zeros_like(inputs.query_sum), inputs.query_sum.to(inputs.q.dtype))
-    )
     print(
         f"\n{problem.name}: cuDNN softmax {base_forward:.3f} + {base_backward:.3f} ms, "
-        f"rows {rows:.3f} ms, zeros and cast {cast:.3f} ms"
+        f"rows {rows:.3f} ms"
     )
     best = {}
     for kernel, found in times.items():
@@ -359,13 +336,13 @@ def measure(
             rate = problem.flops(kernel) / ms * 1e-9
             print(f"  {kernel:10} {ms:7.3f} ms {rate:5.0f} TF/s  {label}")
     nothing = float("inf")
-    apart = best.get("key", nothing) + best.get("query", nothing) + rows
-    fused = best.get("key+query", nothing) + rows + cast
-    first, both = best.get("forward", nothing), base_forward + base_backward
+    first, second = best.get("forward", nothing), rows
+    for kernel in ("key", "query"):
+        second += best.get(kernel, nothing)
+    both = base_forward + base_backward
     return (
         f"{problem.name:16} softmax {both:7.2f} ms  forward x{first / base_forward:.2f}  "
-        f"backward apart x{apart / base_backward:.2f} fused x{fused / base_backward:.2f}  "
-        f"both x{(first + min(apart, fused)) / both:.2f}"
+        f"backward x{second / base_backward:.2f}  both x{(first + second) / both:.2f}"
     )
 
 

@@ -6,12 +6,11 @@
 need one product each where two softmax attentions need two. `delta1 = dO·O + lam delta2`.
 
 A program of the key kernel holds a tile of keys and walks along the queries of every head of its
-group, so that nothing is summed across programs. The gradient of the queries is either added up by
-that kernel in float32 as it goes, in an order that differs between runs, or computed by a kernel of
-its own, which repeats the scores and is deterministic.
+group; a program of the query kernel holds a tile of queries and walks along the keys. Scores and dP
+are computed twice for it, but nothing is summed across programs: gradients are the same bits in
+every run, and one kernel for both, which adds up dQ in memory, was slower (docs/lab_notes.md).
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,6 +25,7 @@ from diffmm.ops.diff_attention.triton.tiles import (
     MAX_BLOCK,
     UNSPECIALIZED,
     Tile,
+    Tiles,
     describable,
     describe,
     pad,
@@ -68,10 +68,10 @@ def _rows_kernel(
 
 @triton.jit
 def _key_step(
-    q_desc, g_desc, dq_desc, dq, k1, k2, v, rows, dk1, dk2, dv, batch, head, n0, keys, N, M, P, H,
-    scale, window, prefix, documents, padding,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    q_desc, g_desc, k1, k2, v, rows, dk1, dk2, dv, batch, head, n0, keys, N, M, P, scale,
+    window, prefix, documents, padding,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries into the gradients of a tile of keys. Tiles of scores are `[M, N]`."""
     n = n0 + tl.arange(0, BLOCK_N)
@@ -98,26 +98,12 @@ def _key_step(
         dk2 = tl.dot(ds2, q2, dk2, input_precision=PRECISION)
     else:
         dk1 = tl.dot(ds2, q2, dk1, input_precision=PRECISION)
-    rate = scale * 0.6931471805599453
-    if dq_desc is not None:
-        dq1 = tl.dot(ds1.T, k1, input_precision=PRECISION) * rate
-        dq_desc.atomic_add([batch, n0, head, 0, 0], dq1.reshape(1, BLOCK_N, 1, 1, BLOCK_D))
-        dq2 = tl.dot(ds2.T, k2, input_precision=PRECISION) * rate
-        dq_desc.atomic_add([batch, n0, head, 1, 0], dq2.reshape(1, BLOCK_N, 1, 1, BLOCK_D))
-    if dq is not None:
-        d = tl.arange(0, BLOCK_D)
-        mask = (n < N)[:, None] & (d[None, :] < D)
-        places = dq + n[:, None] * (2 * H * D) + d[None, :]
-        dq1 = tl.dot(ds1.T, k1, input_precision=PRECISION) * rate
-        tl.atomic_add(places, dq1, mask=mask, sem="relaxed")
-        dq2 = tl.dot(ds2.T, k2, input_precision=PRECISION) * rate
-        tl.atomic_add(places + D, dq2, mask=mask, sem="relaxed")
     return dk1, dk2, dv
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _key_kernel(
-    q_desc, g_desc, dq_desc, k, v, rows, dq, dk, dv, window, prefix, documents, padding, ranges,
+    q_desc, g_desc, k, v, rows, dk, dv, window, prefix, documents, padding, ranges,
     k_b, k_m, k_g, k_c, v_b, v_m, v_g, N, M, P, H, heads_per_group, scale,
     CAUSAL: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -158,25 +144,22 @@ def _key_kernel(
     num_right = tl.cdiv(tl.maximum(high - full_high, 0), BLOCK_N)
     for head in range(group * heads_per_group, (group + 1) * heads_per_group):
         head_rows = rows + (batch64 * H + head) * _ROWS * P
-        head_dq = dq
-        if dq is not None:
-            head_dq = dq + (batch64 * N * H + head) * 2 * D
         for step in range(0, num_left + num_right):
             left, right = low + step * BLOCK_N, full_high + (step - num_left) * BLOCK_N
             n0 = tl.where(step < num_left, left, right)
             dk1, dk2, dv_tile = _key_step(
-                q_desc, g_desc, dq_desc, head_dq, k1, k2, v_tile, head_rows, dk1, dk2, dv_tile,
-                batch, head, n0, keys, N, M, P, H, scale,
+                q_desc, g_desc, k1, k2, v_tile, head_rows, dk1, dk2, dv_tile,
+                batch, head, n0, keys, N, M, P, scale,
                 window, prefix, documents, padding,
-                CAUSAL, True, C, D, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
+                CAUSAL, True, C, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
             )  # fmt: skip
         if ranges is None:
             for n0 in range(full_low, full_high, BLOCK_N):
                 dk1, dk2, dv_tile = _key_step(
-                    q_desc, g_desc, dq_desc, head_dq, k1, k2, v_tile, head_rows, dk1, dk2, dv_tile,
-                    batch, head, n0, keys, N, M, P, H, scale,
+                    q_desc, g_desc, k1, k2, v_tile, head_rows, dk1, dk2, dv_tile,
+                    batch, head, n0, keys, N, M, P, scale,
                     window, prefix, documents, padding,
-                    CAUSAL, False, C, D, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
+                    CAUSAL, False, C, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
                 )  # fmt: skip
 
     rate = scale * 0.6931471805599453
@@ -302,18 +285,15 @@ def query_rows(
 
 def key_gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, mask: KernelMask, scale: float,
-    *, query_sum: Tensor | None, tile: Tile, by_engine: bool = False,
+    *, tile: Tile,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of k and v. `query_sum`, float32 zeros like q, receives q's if it is given:
-    by atomic additions, or by Hopper's copy engine."""
+    """The gradients of k and v."""
     (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     block_d, block_e = pad(D), pad(E)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    q_block = [1, tile.block_n, 1, 1, block_d]
-    dq_desc = describe(query_sum, q_block) if query_sum is not None and by_engine else None
     _key_kernel[(triton.cdiv(M, tile.block_m), B * G)](
-        describe(q, q_block), describe(grad, [1, tile.block_n, 1, block_e]), dq_desc, k, v, rows,
-        None if by_engine else query_sum, dk, dv,
+        describe(q, [1, tile.block_n, 1, 1, block_d]),
+        describe(grad, [1, tile.block_n, 1, block_e]), k, v, rows, dk, dv,
         mask.window, mask.prefix, mask.documents, mask.padding,
         mask.query_ranges(B, N, M, tile.block_m),
         *k.stride()[:4], *v.stride()[:3], N, M, rows.shape[-1], H, H // G,
@@ -329,7 +309,7 @@ def query_gradient(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, mask: KernelMask, scale: float,
     *, tile: Tile,
 ) -> Tensor:  # fmt: skip
-    """The gradient of q, by a kernel of its own."""
+    """The gradient of q."""
     (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     block_d, block_e = pad(D), pad(E)
     dq = q.new_empty(q.shape)
@@ -349,19 +329,11 @@ def query_gradient(
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lam: Tensor, out: Tensor, second: Tensor,
-    lse: Tensor, mask: KernelMask, scale: float, *, key_tile: Tile, query_tile: Tile | None,
-    by_engine: bool = False,
+    lse: Tensor, mask: KernelMask, scale: float, *, tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k, v and lam; with no `query_tile` the keys' kernel adds up q's."""
+    """The gradients of q, k, v and lam."""
     grad = describable(grad)
     rows, lam_grad = query_rows(grad, out, second, lam, lse)
-    if query_tile is not None:
-        dk, dv = key_gradients(grad, q, k, v, rows, mask, scale, query_sum=None, tile=key_tile)
-        dq = query_gradient(grad, q, k, v, rows, mask, scale, tile=query_tile)
-        return dq, dk, dv, lam_grad
-    query_sum = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    dk, dv = key_gradients(
-        grad, q, k, v, rows, mask, scale,
-        query_sum=query_sum, tile=key_tile, by_engine=by_engine,
-    )  # fmt: skip
-    return query_sum.to(q.dtype), dk, dv, lam_grad
+    dk, dv = key_gradients(grad, q, k, v, rows, mask, scale, tile=tiles.key_grad)
+    dq = query_gradient(grad, q, k, v, rows, mask, scale, tile=tiles.query_grad)
+    return dq, dk, dv, lam_grad

@@ -159,7 +159,6 @@ def _attend_backward(
     document_ids: Tensor | None,
     key_padding: Tensor | None,
     scale: float,
-    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v and of lam as `[B, N, H]`."""
     B, N, H, M = *q.shape[:3], k.shape[1]
@@ -170,12 +169,8 @@ def _attend_backward(
         )  # fmt: skip
     mask = _kernel_mask(causal, window, prefix_lengths, document_ids, key_padding, M)
     q, k, v = describable(q), describable(k), describable(v)
-    tiles = _tiles(q, v)
     with _on(q):
-        return backward(
-            grad, q, k, v, lam, out, second, lse, mask, scale,
-            key_tile=tiles.key_grad, query_tile=tiles.query_grad,
-        )  # fmt: skip
+        return backward(grad, q, k, v, lam, out, second, lse, mask, scale, tiles=_tiles(q, v))
 
 
 @_attend_backward.register_fake
@@ -194,7 +189,6 @@ def _(
     document_ids: Tensor | None,
     key_padding: Tensor | None,
     scale: float,
-    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lam.new_empty(lam.shape)
@@ -212,7 +206,7 @@ def _differentiate(ctx: Any, grad: Tensor, _second: Any, _lse: Any) -> tuple[Any
     q, k, v, lam, out, second, lse, prefix_lengths, document_ids, key_padding = ctx.saved_tensors
     grads = _attend_backward(
         grad, q, k, v, lam, out, second, lse, ctx.causal, ctx.window, prefix_lengths,
-        document_ids, key_padding, ctx.scale, torch.are_deterministic_algorithms_enabled(),
+        document_ids, key_padding, ctx.scale,
     )  # fmt: skip
     return *grads, None, None, None, None, None, None, None
 
