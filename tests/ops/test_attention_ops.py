@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from diffmm.ops import AttentionMask, diff_attention, softmax_attention
-from diffmm.ops.diff_attention import BACKENDS
 from diffmm.ops.diff_attention.reference import reference
 
 BATCH, HEADS, GROUPS, DIM = 2, 4, 2, 8
@@ -93,7 +92,7 @@ def results(op, inputs):
     ("num_components", "width"), [(2, 2 * DIM), (1, DIM), (1, 2 * DIM), (2, 5)]
 )
 @pytest.mark.parametrize("lengths", [(9, 9), (3, 9), (1, 9)])
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_equals_the_equation(backend, lengths, num_components, width, name):
     inputs = make_inputs(*lengths, num_components=num_components, width=width)
     mask = make_masks(lengths[1])[name]
@@ -118,14 +117,14 @@ def test_backends_agree_in_all_gradients(lam, lengths, num_components, width, na
 def test_more_queries_than_keys():
     inputs = make_inputs(5, 3)
     mask = AttentionMask(causal=True)
-    for backend in BACKENDS:
+    for backend in ("reference", "sdpa"):
         found = results(lambda *x, b=backend: diff_attention(*x, mask=mask, backend=b), inputs)
         assert not found["out"][:, :2].any()
         assert not found["q"][:, :2].any()
         torch.testing.assert_close(found["out"], by_hand(*inputs, mask))
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_gradients_by_finite_differences(backend):
     inputs = make_inputs(3, 4)
     mask = make_masks(4)["everything"]
@@ -143,7 +142,7 @@ def test_error_is_at_most_twice_that_of_plain_low_precision(name, dtype):
     plain = {"mask": mask, "scale": DIM**-0.5, "upcast": False}
     truth = results(lambda *x: reference(*x, **plain), exact)
     low = results(lambda *x: reference(*x, **plain), inputs)
-    for backend in BACKENDS:
+    for backend in ("reference", "sdpa"):
         found = results(lambda *x, b=backend: diff_attention(*x, mask=mask, backend=b), inputs)
         assert found["out"].dtype == dtype
         for what in truth:
@@ -153,7 +152,7 @@ def test_error_is_at_most_twice_that_of_plain_low_precision(name, dtype):
             assert error <= 2 * allowed + floor, f"{backend} {what}: {error:.1e}, {allowed:.1e}"
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_lam_zero_is_softmax_attention(backend):
     q, k, v, _ = make_inputs()
     mask = AttentionMask(causal=True)
@@ -163,7 +162,7 @@ def test_lam_zero_is_softmax_attention(backend):
     )
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_equal_components_and_lam_one_cancel(backend):
     q, k, v, _ = make_inputs(num_components=1)
     q = q[..., :1, :].expand(-1, -1, -1, 2, -1)
@@ -171,7 +170,7 @@ def test_equal_components_and_lam_one_cancel(backend):
     torch.testing.assert_close(out, torch.zeros_like(out), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_the_future_has_no_gradient(backend):
     inputs = make_inputs()
     out = diff_attention(*inputs, mask=AttentionMask(causal=True), backend=backend)
@@ -182,7 +181,7 @@ def test_the_future_has_no_gradient(backend):
     assert grad_v[:, :5].any()
 
 
-@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_rows_that_see_nothing_are_zero_and_spoil_nothing(backend):
     inputs = make_inputs()
     padding = torch.ones(BATCH, 9, dtype=torch.bool)

@@ -10,7 +10,23 @@ from diffmm.ops.diff_attention.reference import reference
 from diffmm.ops.diff_attention.sdpa import sdpa
 from diffmm.ops.mask import AttentionMask
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {"reference": reference, "sdpa": sdpa}
+
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *, mask: AttentionMask, scale: float
+) -> Tensor:
+    """The fused kernels; Triton is imported at the first call."""
+    try:
+        from diffmm.ops.diff_attention.triton import triton_backend
+    except ImportError as error:
+        raise ValueError(f"backend 'triton' needs the package triton: {error}") from None
+    return triton_backend(q, k, v, lam, mask=mask, scale=scale)
+
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference,
+    "sdpa": sdpa,
+    "triton": _triton,
+}
 
 
 def diff_attention(
@@ -43,7 +59,8 @@ def diff_attention(
         scale: multiplies the scores before the softmax, `D ** -0.5` by default (never `2D`,
             whatever the width of the values).
         backend: `"reference"` (materialises the maps, any device), `"sdpa"` (torch's fused softmax
-            attention), or `"auto"`, which is `"sdpa"` on every device, dtype and shape.
+            attention), `"triton"` (own fused kernels; CUDA, D up to 128, E up to 256), or
+            `"auto"`, which is `"sdpa"` on every device, dtype and shape.
 
     Returns:
         `[B, N, H, E]` in q's dtype. Gradients go to q, k, v and lam. A row that sees no key is

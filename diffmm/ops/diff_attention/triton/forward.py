@@ -1,0 +1,183 @@
+"""The forward kernel: two online softmaxes over one walk along the keys.
+
+A program holds a tile of one head's queries. `COMPONENTS` says what it computes: `"both"` maps and
+their difference, with an accumulator each; or, where two accumulators of wide values do not fit
+the registers, the `"second"` map alone in a first launch and then the `"first"`, which subtracts.
+The arithmetic is the same: the two normalizers are known only at the end, so each map needs a value
+product of its own.
+
+Scores are kept in units of log2, so that every exponential is a plain `exp2`.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffmm.ops.diff_attention.triton.masking import KernelMask, key_bounds, visible
+from diffmm.ops.diff_attention.triton.tiles import (
+    UNSPECIALIZED,
+    Tile,
+    describe,
+    pad,
+    precision,
+)
+
+
+@triton.jit
+def _softmax_step(scores, values, acc, top, total, scale, seen, PRECISION: tl.constexpr):
+    """One tile of keys into an online softmax; `seen` is None where all of it is visible."""
+    if seen is not None:
+        scores = tl.where(seen, scores, -float("inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
+    # A row that has seen nothing yet stays at -inf, and its weights at exp2(-inf) = 0.
+    shift = tl.where(new_top == -float("inf"), 0.0, new_top) if seen is not None else new_top
+    weights = tl.exp2(scores * scale - shift[:, None])
+    shrink = tl.exp2(top - shift)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+    return acc, new_top, total
+
+
+@triton.jit
+def _finish(acc, top, total):
+    """The weighted mean and the log-sum-exp: zeros and +inf for a row that saw nothing."""
+    safe = tl.where(total == 0.0, 1.0, total)
+    lse = tl.where(total == 0.0, float("inf"), top + tl.log2(safe))
+    return acc / safe[:, None], lse
+
+
+@triton.jit
+def _step(
+    q1, q2, k_desc, v_desc, batch, group, m0, positions, M, scale,
+    acc1, top1, total1, acc2, top2, total2, window, prefix, documents, padding,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, COMPONENTS: tl.constexpr, C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    seen = None
+    if MASKED:
+        keys = m0 + tl.arange(0, BLOCK_M)
+        seen = visible(
+            positions[:, None], keys[None, :], M, window, prefix, documents, padding, CAUSAL
+        )
+    if COMPONENTS != "second":
+        k1 = k_desc.load([batch, m0, group, 0, 0]).reshape(BLOCK_M, BLOCK_D)
+        s1 = tl.dot(q1, k1.T, input_precision=PRECISION)
+    if COMPONENTS != "first":
+        if C == 2 or COMPONENTS == "second":
+            k2 = k_desc.load([batch, m0, group, C - 1, 0]).reshape(BLOCK_M, BLOCK_D)
+        else:
+            k2 = k1
+        s2 = tl.dot(q2, k2.T, input_precision=PRECISION)
+    v = v_desc.load([batch, m0, group, 0]).reshape(BLOCK_M, BLOCK_E)
+    if COMPONENTS != "second":
+        acc1, top1, total1 = _softmax_step(s1, v, acc1, top1, total1, scale, seen, PRECISION)
+    if COMPONENTS != "first":
+        acc2, top2, total2 = _softmax_step(s2, v, acc2, top2, total2, scale, seen, PRECISION)
+    return acc1, top1, total1, acc2, top2, total2
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _forward_kernel(
+    q, k_desc, v_desc, lam, out, second, lse, window, prefix, documents, padding, ranges,
+    q_b, q_n, q_h, q_c, lam_b, lam_n, lam_h, N, M, H, heads_per_group, scale,
+    CAUSAL: tl.constexpr, COMPONENTS: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, num_tiles = tl.program_id(0), tl.num_programs(0)
+    # Late causal tiles are the longest: they go first, so that short ones fill the end.
+    ranges_tile = num_tiles - 1 - tile if CAUSAL else tile
+    n0 = ranges_tile * BLOCK_N
+    batch, head = tl.program_id(1) // H, tl.program_id(1) % H
+    group = head // heads_per_group
+    batch64 = batch.to(tl.int64)
+    if prefix is not None:
+        prefix += batch
+    if documents is not None:
+        documents += batch64 * M
+    if padding is not None:
+        padding += batch64 * M
+    if ranges is not None:
+        ranges += (batch * num_tiles + ranges_tile) * 2
+
+    queries = n0 + tl.arange(0, BLOCK_N)
+    positions = queries + M - N
+    inside = queries < N
+    dims, widths = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    q += batch64 * q_b + head * q_h
+    q_rows = q + queries[:, None].to(tl.int64) * q_n + dims[None, :]
+    q_mask = inside[:, None] & (dims[None, :] < D)
+    q1 = tl.load(q_rows, mask=q_mask, other=0.0)
+    q2 = tl.load(q_rows + q_c, mask=q_mask, other=0.0)
+
+    acc1 = tl.zeros((BLOCK_N, BLOCK_E), tl.float32) if COMPONENTS != "second" else 0.0
+    top1 = tl.full((BLOCK_N,), -float("inf"), tl.float32) if COMPONENTS != "second" else 0.0
+    total1 = tl.zeros((BLOCK_N,), tl.float32) if COMPONENTS != "second" else 0.0
+    acc2 = tl.zeros((BLOCK_N, BLOCK_E), tl.float32) if COMPONENTS != "first" else 0.0
+    top2 = tl.full((BLOCK_N,), -float("inf"), tl.float32) if COMPONENTS != "first" else 0.0
+    total2 = tl.zeros((BLOCK_N,), tl.float32) if COMPONENTS != "first" else 0.0
+
+    low, full_low, full_high, high = key_bounds(
+        n0, N, M, window, prefix, ranges, CAUSAL, BLOCK_N, BLOCK_M
+    )
+    if ranges is None:
+        for m0 in range(full_low, full_high, BLOCK_M):
+            acc1, top1, total1, acc2, top2, total2 = _step(
+                q1, q2, k_desc, v_desc, batch, group, m0, positions, M, scale,
+                acc1, top1, total1, acc2, top2, total2, window, prefix, documents, padding,
+                CAUSAL, False, COMPONENTS, C, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
+            )  # fmt: skip
+    num_left = (full_low - low) // BLOCK_M
+    num_right = tl.cdiv(tl.maximum(high - full_high, 0), BLOCK_M)
+    for step in range(0, num_left + num_right):
+        left, right = low + step * BLOCK_M, full_high + (step - num_left) * BLOCK_M
+        m0 = tl.where(step < num_left, left, right)
+        acc1, top1, total1, acc2, top2, total2 = _step(
+            q1, q2, k_desc, v_desc, batch, group, m0, positions, M, scale,
+            acc1, top1, total1, acc2, top2, total2, window, prefix, documents, padding,
+            CAUSAL, True, COMPONENTS, C, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
+        )  # fmt: skip
+
+    o_rows = ((batch64 * N + queries[:, None]) * H + head) * E + widths[None, :]
+    o_mask = inside[:, None] & (widths[None, :] < E)
+    lse += (batch64 * H + head) * 2 * N + queries
+    if COMPONENTS == "first":
+        mean2 = tl.load(second + o_rows, mask=o_mask, other=0.0).to(tl.float32)
+    else:
+        mean2, lse2 = _finish(acc2, top2, total2)
+        tl.store(lse + N, lse2, mask=inside)
+        if second is not None:
+            tl.store(second + o_rows, mean2.to(second.dtype.element_ty), mask=o_mask)
+    if COMPONENTS != "second":
+        mean1, lse1 = _finish(acc1, top1, total1)
+        tl.store(lse, lse1, mask=inside)
+        lam_rows = lam + batch64 * lam_b + queries.to(tl.int64) * lam_n + head * lam_h
+        weight = tl.load(lam_rows, mask=inside, other=0.0)
+        mean = mean1 - weight[:, None] * mean2
+        tl.store(out + o_rows, mean.to(out.dtype.element_ty), mask=o_mask)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, mask: KernelMask, scale: float,
+    *, keep_second: bool, tile: Tile,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """`out [B, N, H, E]`, the second map's output alike if it is kept or needed, and both
+    log-sum-exps `[B, H, 2, N]` in units of log2; `scale` is positive."""
+    (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
+    block_d, block_e = pad(D), pad(E)
+    out = q.new_empty(B, N, H, E)
+    second = q.new_empty(B, N, H, E) if keep_second or tile.split else None
+    lse = lam.new_empty(B, H, 2, N)
+    ranges = mask.key_ranges(B, N, M, tile.block_n)
+    for components in ("second", "first") if tile.split else ("both",):
+        _forward_kernel[(triton.cdiv(N, tile.block_n), B * H)](
+            q, describe(k, [1, tile.block_m, 1, 1, block_d]),
+            describe(v, [1, tile.block_m, 1, block_e]), lam, out, second, lse,
+            mask.window, mask.prefix, mask.documents, mask.padding, ranges,
+            *q.stride()[:4], *lam.stride(), N, M, H, H // G, scale * 1.4426950408889634,
+            CAUSAL=mask.causal, COMPONENTS=components, C=C, D=D, E=E,
+            BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_D=block_d, BLOCK_E=block_e,
+            PRECISION=precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    return out, second, lse

@@ -1,0 +1,214 @@
+"""The kernels as torch operators: traceable by `torch.compile`, differentiable, inspectable."""
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from diffmm.ops.diff_attention.triton.backward import backward
+from diffmm.ops.diff_attention.triton.decode import decode, decodes
+from diffmm.ops.diff_attention.triton.forward import forward
+from diffmm.ops.diff_attention.triton.masking import KernelMask
+from diffmm.ops.diff_attention.triton.tiles import Tiles, describable, tiles_for
+from diffmm.ops.mask import AttentionMask
+
+MAX_HEAD_DIM, MAX_VALUE_DIM = 128, 256
+# Whether Triton's interpreter stands in for a GPU, which it decides when it is imported.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+def triton_backend(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *, mask: AttentionMask, scale: float
+) -> Tensor:
+    """Differential attention by the fused kernels; shapes as in `diffmm.ops.diff_attention`, with
+    `lam` already `[B, N, H]` in float32.
+
+    Raises:
+        ValueError: for a device, dtype, width or scale that the kernels do not serve, saying which.
+    """
+    _refuse(q, v, mask, scale)
+    for_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, lam))
+    out, _, _ = _attend(
+        q, k, v, lam, mask.causal, mask.window, mask.prefix_lengths, mask.document_ids,
+        mask.key_padding, scale, for_backward,
+    )  # fmt: skip
+    return out
+
+
+def _refuse(q: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> None:
+    D, E = q.shape[-1], v.shape[-1]
+    if not (q.is_cuda or INTERPRETED):
+        raise ValueError(f"backend 'triton' needs a CUDA device, but q is on {q.device}")
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"backend 'triton' takes bfloat16, float16 and float32, not {q.dtype}")
+    for name, width, most in (("head dim D", D, MAX_HEAD_DIM), ("value dim E", E, MAX_VALUE_DIM)):
+        if width % 8 or not 0 < width <= most:
+            raise ValueError(
+                f"backend 'triton' takes a {name} that is a multiple of 8 up to {most}, got {width}"
+            )
+    if not scale > 0:
+        raise ValueError(f"backend 'triton' needs a positive scale, got {scale}")
+    if mask.document_ids is not None:
+        N, M = q.shape[1], mask.document_ids.shape[1]
+        if N > M:
+            raise ValueError(
+                f"document_ids needs a key for every query, got {N} queries and {M} keys"
+            )
+
+
+def _tiles(q: Tensor, v: Tensor) -> Tiles:
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+    return tiles_for(q.dtype, q.shape[-1], v.shape[-1], capability)
+
+
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _num_programs(q: Tensor) -> int:
+    """Programs that fill the device twice."""
+    if not q.is_cuda:
+        return 4
+    return 2 * torch.cuda.get_device_properties(q.device).multi_processor_count
+
+
+def _kernel_mask(
+    causal: bool,
+    window: int | None,
+    prefix_lengths: Tensor | None,
+    document_ids: Tensor | None,
+    key_padding: Tensor | None,
+    num_keys: int,
+) -> KernelMask:
+    mask = AttentionMask(causal, window, prefix_lengths, document_ids, key_padding)
+    return KernelMask.of(mask, num_keys)
+
+
+@torch.library.custom_op("diffmm::diff_attention", mutates_args=())
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    causal: bool,
+    window: int | None,
+    prefix_lengths: Tensor | None,
+    document_ids: Tensor | None,
+    key_padding: Tensor | None,
+    scale: float,
+    for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output; for a backward pass also the second map's output and both log-sum-exps."""
+    (B, N, H, _, _), (_, M, G, _, _), E = q.shape, k.shape, v.shape[-1]
+    nothing = q.new_empty(0), lam.new_empty(0)
+    if B * N * H * M == 0:
+        zeros = q.new_zeros(B, N, H, E)
+        if not for_backward:
+            return zeros, *nothing
+        return zeros, q.new_zeros(B, N, H, E), lam.new_full((B, H, 2, N), torch.inf)
+    mask = _kernel_mask(causal, window, prefix_lengths, document_ids, key_padding, M)
+    q, k, v = describable(q), describable(k), describable(v)
+    with _on(q):
+        if not for_backward and decodes(N, H, G):
+            return decode(q, k, v, lam, mask, scale, num_programs=_num_programs(q)), *nothing
+        out, second, lse = forward(
+            q, k, v, lam, mask, scale, keep_second=for_backward, tile=_tiles(q, v).forward
+        )
+    if not for_backward:
+        return out, *nothing
+    assert second is not None
+    return out, second, lse
+
+
+@_attend.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    causal: bool,
+    window: int | None,
+    prefix_lengths: Tensor | None,
+    document_ids: Tensor | None,
+    key_padding: Tensor | None,
+    scale: float,
+    for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, N, H, E = *q.shape[:3], v.shape[-1]
+    out = q.new_empty(B, N, H, E)
+    if not for_backward:
+        return out, q.new_empty(0), lam.new_empty(0)
+    return out, q.new_empty(B, N, H, E), lam.new_empty(B, H, 2, N)
+
+
+@torch.library.custom_op("diffmm::diff_attention_backward", mutates_args=())
+def _attend_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    out: Tensor,
+    second: Tensor,
+    lse: Tensor,
+    causal: bool,
+    window: int | None,
+    prefix_lengths: Tensor | None,
+    document_ids: Tensor | None,
+    key_padding: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v and of lam as `[B, N, H]`."""
+    B, N, H, M = *q.shape[:3], k.shape[1]
+    if B * N * H * M == 0:
+        return (
+            q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape),
+            lam.new_zeros(lam.shape),
+        )  # fmt: skip
+    mask = _kernel_mask(causal, window, prefix_lengths, document_ids, key_padding, M)
+    q, k, v = describable(q), describable(k), describable(v)
+    with _on(q):
+        return backward(grad, q, k, v, lam, out, second, lse, mask, scale, tiles=_tiles(q, v))
+
+
+@_attend_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    out: Tensor,
+    second: Tensor,
+    lse: Tensor,
+    causal: bool,
+    window: int | None,
+    prefix_lengths: Tensor | None,
+    document_ids: Tensor | None,
+    key_padding: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lam.new_empty(lam.shape)
+    )  # fmt: skip
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, lam, causal, window, prefix_lengths, document_ids, key_padding, scale, _ = inputs
+    out, second, lse = output
+    ctx.save_for_backward(q, k, v, lam, out, second, lse, prefix_lengths, document_ids, key_padding)
+    ctx.causal, ctx.window, ctx.scale = causal, window, scale
+
+
+def _differentiate(ctx: Any, grad: Tensor, _second: Any, _lse: Any) -> tuple[Any, ...]:
+    q, k, v, lam, out, second, lse, prefix_lengths, document_ids, key_padding = ctx.saved_tensors
+    grads = _attend_backward(
+        grad, q, k, v, lam, out, second, lse, ctx.causal, ctx.window, prefix_lengths,
+        document_ids, key_padding, ctx.scale,
+    )  # fmt: skip
+    return *grads, None, None, None, None, None, None, None
+
+
+_attend.register_autograd(_differentiate, setup_context=_save)

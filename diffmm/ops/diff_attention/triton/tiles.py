@@ -1,0 +1,100 @@
+"""How the kernels cut their work: one rule for block sizes, and the descriptors of what they load.
+
+No autotuning: the same call is cut the same way on every machine of a kind, from its first step.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# Arguments whose value is not worth a kernel of its own.
+UNSPECIALIZED = ["N", "M", "H", "G", "heads_per_group", "window", "lam_b", "lam_n", "lam_h"]
+
+# No tile has more queries: arrays that hold whole tiles of them are padded to this.
+MAX_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of `block_n` queries by `block_m` keys.
+
+    Args:
+        block_n: queries in a tile.
+        block_m: keys in a tile.
+        num_warps: warps of a program.
+        num_stages: depth of the loads' pipeline.
+        split: forward only: compute the maps in two launches, for values too wide for two
+            accumulators.
+    """
+
+    block_n: int
+    block_m: int
+    num_warps: int
+    num_stages: int
+    split: bool = False
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of the three kernels that loop over a sequence."""
+
+    forward: Tile
+    key_grad: Tile
+    query_grad: Tile
+
+
+def tiles_for(dtype: torch.dtype, D: int, E: int, capability: tuple[int, int]) -> Tiles:
+    """The tiles for head dim `D`, value dim `E` and a GPU's compute capability."""
+    if dtype == torch.float32:  # No tensor cores: small tiles, or compiling takes minutes.
+        tile = Tile(16, 16, 4, 1)
+        return Tiles(tile, tile, tile)
+    wide = pad(D) > 64 or pad(E) > 128
+    if capability[0] != 9:  # Ampere and Ada: 99 KiB of shared memory on the smaller ones.
+        if wide:
+            return Tiles(Tile(64, 32, 4, 2, split=pad(E) > 128), Tile(32, 32, 4, 1),
+                         Tile(32, 32, 4, 1))  # fmt: skip
+        return Tiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1))
+    if pad(E) > 128:
+        return Tiles(Tile(128, 64, 8, 2, split=True), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1))
+    if wide:
+        return Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
+    return Tiles(Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
+
+
+def pad(width: int) -> int:
+    """The power of two, at least 16, that holds `width`: what a tile's sides must be."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products multiply: in full where inputs are float32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def describable(tensor: Tensor) -> Tensor:
+    """`tensor` itself if Hopper's copy engine can address it, else a contiguous copy."""
+    item = tensor.element_size()
+    strides = [
+        stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
+    ]
+    fits = (
+        tensor.data_ptr() % 16 == 0
+        and (tensor.shape[-1] == 1 or tensor.stride(-1) == 1)
+        and all(stride > 0 for stride in strides)
+        and all(stride * item % 16 == 0 for stride in strides[:-1])
+    )
+    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    """A descriptor that loads `block` and reads zeros past the ends of `tensor`."""
+    # The stride of a dimension of one is arbitrary; the engine still wants a multiple of 16 bytes.
+    width = tensor.shape[-1]
+    strides = [
+        stride if size > 1 else width
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides[:-1], 1], block)

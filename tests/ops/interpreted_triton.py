@@ -1,0 +1,234 @@
+"""Run by `test_triton_interpret.py` with TRITON_INTERPRET=1: kernels against float64 on the CPU."""
+
+import itertools
+
+import pytest
+import torch
+import triton.runtime.interpreter as interpreter
+
+from diffmm.ops import AttentionMask, diff_attention
+from diffmm.ops.diff_attention.reference import reference
+
+BATCH = 2
+
+
+@pytest.fixture(autouse=True)
+def _numpy_scalars(monkeypatch):
+    """Triton 3.6 turns one-element arrays into integers in a way that numpy 2.4 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """Every uninitialized allocation holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def masks(num_keys):
+    """Every field and combinations, with rows and tiles that see nothing."""
+    keys = torch.arange(num_keys)
+    prefix = torch.tensor([3, num_keys - 5])
+    packed = torch.stack([keys // 20, keys // 33])
+    shuffled = torch.randint(0, 3, (BATCH, num_keys))
+    padding = torch.stack([keys < num_keys - 25, keys >= 18])
+    holes = torch.rand(BATCH, num_keys) > 0.3
+    nothing = torch.zeros(BATCH, num_keys, dtype=torch.bool)
+    nothing[1, 2] = True
+    return {
+        "full": AttentionMask(),
+        "causal": AttentionMask(causal=True),
+        "window": AttentionMask(window=9),
+        "window of one": AttentionMask(window=1),
+        "causal window": AttentionMask(causal=True, window=21),
+        "prefix": AttentionMask(causal=True, prefix_lengths=prefix),
+        "prefix window": AttentionMask(causal=True, prefix_lengths=prefix, window=12),
+        "documents": AttentionMask(document_ids=packed),
+        "causal documents": AttentionMask(causal=True, document_ids=packed),
+        "shuffled documents": AttentionMask(document_ids=shuffled),
+        "padding": AttentionMask(key_padding=padding),
+        "causal holes": AttentionMask(causal=True, key_padding=holes),
+        "documents and padding": AttentionMask(document_ids=packed, key_padding=padding),
+        "everything": AttentionMask(True, 30, prefix, packed, padding),
+        "nothing": AttentionMask(key_padding=nothing),
+    }
+
+
+def make_inputs(N, M, H, G, C, D, E, dtype=torch.float32, lam_shape=None):
+    lam_shape = (BATCH, N, H) if lam_shape is None else lam_shape
+    shapes = (BATCH, N, H, 2, D), (BATCH, M, G, C, D), (BATCH, M, G, E)
+    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+    return [x.requires_grad_() for x in (*inputs, torch.randn(lam_shape))]
+
+
+def run(op, inputs):
+    out = op(*inputs)
+    grad = torch.linspace(-1, 1, out.numel()).to(out.dtype).view_as(out)
+    return dict(
+        zip(
+            ("out", "q", "k", "v", "lam"),
+            (out, *torch.autograd.grad(out, inputs, grad)),
+            strict=True,
+        )
+    )
+
+
+def check(inputs, mask, tolerance=2e-6):
+    def kernels(q, k, v, lam):
+        return diff_attention(q, k, v, lam, mask=mask, backend="triton")
+
+    def truth(q, k, v, lam):
+        return reference(q, k, v, lam.expand(q.shape[:3]), mask=mask, scale=q.shape[-1] ** -0.5)
+
+    found = run(kernels, inputs)
+    wanted = run(truth, [x.detach().double().requires_grad_() for x in inputs])
+    for what, want in wanted.items():
+        error, size = (found[what].double() - want).norm(), want.norm()
+        # A softmax over one key has no gradient; rounding is then all there is.
+        assert error < tolerance * (size + 10), f"{what}: {error:.1e} of {size:.1e}"
+
+
+NAMES = list(masks(70))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_mask(name):
+    C = 1 + NAMES.index(name) % 2
+    check(make_inputs(70, 70, 2, 1, C, 16, 32), masks(70)[name])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "window" not in name])
+def test_fewer_queries_than_keys(name):
+    C = 1 + NAMES.index(name) % 2
+    check(make_inputs(33, 70, 2, 2, C, 16, 16), masks(70)[name])
+
+
+@pytest.mark.parametrize("mask", [AttentionMask(causal=True), AttentionMask(window=7)])
+def test_more_queries_than_keys(mask):
+    check(make_inputs(40, 17, 2, 1, 2, 16, 32), mask)
+
+
+@pytest.mark.parametrize(("D", "E", "C"), [(32, 64, 2), (24, 48, 2), (40, 40, 1), (16, 136, 2)])
+def test_widths(D, E, C):
+    check(make_inputs(20, 20, 2, 1, C, D, E, lam_shape=()), AttentionMask(causal=True))
+
+
+def test_half_precision():
+    inputs = make_inputs(40, 40, 2, 1, 2, 16, 32, dtype=torch.float16)
+    check(inputs, AttentionMask(causal=True), tolerance=2e-3)
+
+
+@pytest.mark.parametrize("N", [1, 63, 65])
+def test_awkward_lengths(N):
+    check(make_inputs(N, N, 1, 1, 2, 16, 32), AttentionMask(causal=True))
+
+
+def test_strided_inputs():
+    q, *_, lam = make_inputs(20, 20, 2, 2, 2, 16, 32)
+    shared = q[..., :1, :].detach().requires_grad_()  # one query for both components
+    spread = torch.randn(BATCH, 20, 2, 4, 16).requires_grad_()
+    turned = torch.randn(BATCH, 2, 32, 20).requires_grad_()
+
+    def views(op):
+        def call(shared, spread, turned, lam):
+            q, v = shared.expand(-1, -1, -1, 2, -1), turned.permute(0, 3, 1, 2)
+            return op(q, spread[..., 0::2, :], v, lam)
+
+        return call
+
+    mask = AttentionMask(causal=True)
+    inputs = [shared, spread, turned, lam]
+    found = run(views(lambda *x: diff_attention(*x, mask=mask, backend="triton")), inputs)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    wanted = run(views(lambda *x: diff_attention(*x, mask=mask, backend="reference")), exact)
+    for what, want in wanted.items():
+        torch.testing.assert_close(found[what].double(), want, msg=what, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("C", [1, 2])
+def test_decoding(C, name):
+    mask = masks(70)[name]
+    for N, H, G in ((1, 1, 1), (3, 4, 2), (1, 8, 1)):
+        q, k, v, lam = (x.detach() for x in make_inputs(N, 70, H, G, C, 16, 32))
+        found = diff_attention(q, k, v, lam, mask=mask, backend="triton")
+        exact = (x.double() for x in (q, k, v, lam))
+        wanted = diff_attention(*exact, mask=mask, backend="reference")
+        torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_that_see_nothing_are_zero():
+    mask = masks(70)["nothing"]
+    inputs = make_inputs(70, 70, 2, 1, 2, 16, 32)
+    found = run(lambda *x: diff_attention(*x, mask=mask, backend="triton"), inputs)
+    for what, tensor in found.items():
+        assert (tensor[0] == 0).all(), what
+        assert (tensor[1] != 0).any() or what == "q", what
+
+
+@pytest.mark.parametrize(("N", "M"), [(0, 5), (5, 0)])
+def test_empty(N, M):
+    inputs = make_inputs(N, M, 2, 1, 2, 16, 32)
+    found = run(lambda *x: diff_attention(*x, mask=AttentionMask(), backend="triton"), inputs)
+    assert all((tensor == 0).all() for tensor in found.values())
+
+
+def test_operator_is_well_formed():
+    from diffmm.ops.diff_attention.triton.op import _attend
+
+    q, k, v, lam = make_inputs(5, 7, 2, 1, 2, 16, 32)
+    documents = torch.zeros(BATCH, 7, dtype=torch.long)
+    for for_backward, tensors in itertools.product(
+        (False, True), ((None, None), (documents, None))
+    ):
+        args = (q, k, v, lam, True, None, None, *tensors, 0.25, for_backward)
+        if not for_backward:
+            args = (*(x.detach() for x in args[:4]), *args[4:])
+        torch.library.opcheck(_attend, args, atol=1e-4, rtol=1e-3)
+
+
+def test_compiles_to_one_graph():
+    inputs = make_inputs(20, 20, 2, 1, 2, 16, 32)
+    mask = AttentionMask(causal=True, key_padding=torch.rand(BATCH, 20) > 0.2)
+
+    def op(*x):
+        return diff_attention(*x, mask=mask, backend="triton") * 2
+
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    found, wanted = run(compiled, inputs), run(op, inputs)
+    for what, want in wanted.items():
+        torch.testing.assert_close(found[what], want, msg=what)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float64}, "takes bfloat16, float16 and float32, not torch.float64"),
+        ({"D": 20}, "takes a head dim D that is a multiple of 8 up to 128, got 20"),
+        ({"D": 136}, "takes a head dim D that is a multiple of 8 up to 128, got 136"),
+        ({"E": 264}, "takes a value dim E that is a multiple of 8 up to 256, got 264"),
+    ],
+)
+def test_refuses_what_it_cannot_serve(change, message):
+    sizes = {"N": 4, "M": 4, "H": 2, "G": 1, "C": 2, "D": 16, "E": 32, **change}
+    with pytest.raises(ValueError, match=message):
+        diff_attention(*make_inputs(**sizes), mask=AttentionMask(), backend="triton")
+
+
+def test_refuses_a_negative_scale():
+    inputs = make_inputs(4, 4, 2, 1, 2, 16, 32)
+    with pytest.raises(ValueError, match=r"needs a positive scale, got -1\.0"):
+        diff_attention(*inputs, mask=AttentionMask(), scale=-1.0, backend="triton")
+
+
+def test_refuses_documents_of_queries_that_stand_before_every_key():
+    mask = AttentionMask(document_ids=torch.zeros(BATCH, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match="a key for every query, got 5 queries and 4 keys"):
+        diff_attention(*make_inputs(5, 4, 2, 1, 2, 16, 32), mask=mask, backend="triton")
