@@ -140,8 +140,8 @@ def _section(section: Section) -> str:
         f'<p class="quiet">{escape(section.maps_caption)} Maps are means over heads, after '
         "training. "
         '<span style="white-space:nowrap">negative<span class="scale"></span>positive</span>; '
-        "strength is the square root of the weight, on one scale for the maps of a model and "
-        "sample, so that what the subtraction leaves can be compared with what it took.</p>"
+        "the maps of a model and sample have one scale, so that what the subtraction leaves can be "
+        "compared with what it took.</p>"
         f"{''.join(_exhibit(exhibit) for exhibit in section.exhibits)}</section>"
     )
 
@@ -178,7 +178,7 @@ def _picture(
                 name,
                 [
                     ("ink faint" if pixels.ndim == 2 else "faint", ink),
-                    ("", _heat(weights[::-1] if upward else weights, strongest)),
+                    ("", _heat((weights[::-1] if upward else weights) / strongest)),
                 ],
                 shape,
             )
@@ -195,15 +195,15 @@ def _text(exhibit: TextExhibit) -> str:
         # The first tokens have few to attend to: their large weights would hide all others.
         strongest = _strongest(view, percentile=99.0)
         tiles = "".join(
-            _tile(name, [("", _heat(weights, strongest))], "--shape:1")
+            _tile(name, [("", _heat(_root(weights / strongest)))], "--shape:1")
             for name, weights in view.maps.items()
         )
         *_, combined = view.maps.values()
-        strongest = float(np.abs(combined[-1]).max()) or 1.0
+        shades = _root(combined[-1] / (np.abs(combined[-1]).max() or 1.0))
         spans = [
             f'<span class="{"n" if weight < 0 else "p"}" title="{weight:.3f}" '
-            f'style="--a:{90 * (abs(weight) / strongest) ** 0.5:.0f}">{_visible(piece)}</span>'
-            for piece, weight in zip(exhibit.pieces, combined[-1], strict=True)
+            f'style="--a:{90 * abs(shade):.0f}">{_visible(piece)}</span>'
+            for piece, weight, shade in zip(exhibit.pieces, combined[-1], shades, strict=True)
         ]
         spans[-1] = spans[-1].replace('class="', 'class="query ', 1)
         rows.append(
@@ -242,10 +242,15 @@ def _strongest(view: View, percentile: float = 100.0) -> float:
     return max(float(np.percentile(np.abs(w), percentile)) for w in view.maps.values()) or 1.0
 
 
-def _heat(weights: Array, strongest: float) -> str:
-    """A map as a picture: opacity is the root of the weight, colour its sign."""
-    opacity = np.sqrt(np.clip(np.abs(weights) / strongest, 0.0, 1.0)) * 230.0
-    colour = np.where(weights[..., None] < 0, OPPOSE, ATTEND)
+def _root(shades: Array) -> Array:
+    """Signed square roots: the maps of a text are so sparse that nothing else would be seen."""
+    return np.sign(shades) * np.sqrt(np.abs(shades))
+
+
+def _heat(shades: Array) -> str:
+    """A map as a picture: opacity is what a number is of 1, colour its sign."""
+    opacity = np.clip(np.abs(shades), 0.0, 1.0) * 230.0
+    colour = np.where(shades[..., None] < 0, OPPOSE, ATTEND)
     return _png(np.concatenate([colour, opacity[..., None]], axis=-1), "RGBA")
 
 

@@ -1,15 +1,16 @@
 """What the demo's report looks at: samples of the validation data, the same for every model."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from diffmm.analysis.exhibits import Exhibit, image_exhibit, sound_exhibit, text_exhibit
 
-LONGEST_TEXT = 160
-"""In tokens."""
+DIGITS = ("2", "4", "8")
+SOUNDS = ("chirp up", "bell", "clicks")
+"""Classes that look different from each other."""
 
 PRINTABLE = re.compile(r"[\n -~]*")
 WORD = re.compile(r"[a-zA-Z_]{7,}")
@@ -23,16 +24,12 @@ class Samples(NamedTuple):
 
 def text_samples(models: Mapping[str, Any], data: Any) -> list[Exhibit]:
     """A text that stops inside a word which it holds once already."""
-    # The demo reads bytes: a token is a letter.
-    pieces = [chr(i) if chr(i).isprintable() or i == 10 else "·" for i in range(256)]
-    pieces += ["·"] * (next(iter(models.values())).config.vocab_size - len(pieces))
-    found = None
-    for batch in data.val_dataloader():
-        for tokens in batch["tokens"]:
-            found = found or repeated_word(tokens)
-        if found is not None:
-            break
-    tokens, target = found or (tokens[:-1], int(tokens[-1]))
+    # The demo reads bytes: a token is a letter, or stands for none.
+    vocab_size = next(iter(models.values())).config.vocab_size
+    pieces = [chr(i) if PRINTABLE.fullmatch(chr(i)) else "·" for i in range(vocab_size)]
+    rows = [tokens for batch in data.val_dataloader() for tokens in batch["tokens"]]
+    found = next(filter(None, map(repeated_word, rows)), None)
+    tokens, target = found or (rows[0][:-1], int(rows[0][-1]))
     return [text_exhibit(models, tokens, target, pieces)]
 
 
@@ -44,8 +41,7 @@ def repeated_word(tokens: Tensor) -> tuple[Tensor, int] | None:
     for word in WORD.finditer(text):
         before, end = seen.get(word[0], -1), word.start() + 3
         seen[word[0]] = word.start()
-        start = max(0, end - LONGEST_TEXT)
-        start = text.find("\n", start, end) + 1 if start else 0  # a whole line to begin with
+        start = text.find("\n", 0, before) + 1 if before >= 0 else end  # at a whole line
         # Far enough apart for a look to be worth its while.
         is_apart = start <= before < word.start() - 40
         if is_apart and PRINTABLE.fullmatch(text[start:end]):
@@ -54,39 +50,41 @@ def repeated_word(tokens: Tensor) -> tuple[Tensor, int] | None:
 
 
 def image_samples(models: Mapping[str, Any], data: Any) -> list[Exhibit]:
-    """The first image of each of three classes."""
+    """The first image of each of three digits."""
+    names = data.class_names
     return [
-        image_exhibit(models, batch["images"][i], label, data.class_names)
-        for batch, i, label in first_of_classes(data.val_dataloader(), 3)
+        image_exhibit(models, batch["images"][i], label, names)
+        for batch, i, label in firsts(data.val_dataloader(), map(names.index, DIGITS))
     ]
 
 
 def sound_samples(models: Mapping[str, Any], data: Any) -> list[Exhibit]:
-    """The first clip of each of three classes."""
+    """The first clip of each of three events."""
     names = [name.replace("_", " ") for name in data.class_names]
     return [
         sound_exhibit(models, batch["waveforms"][i, : batch["num_samples"][i]], label, names)
-        for batch, i, label in first_of_classes(data.val_dataloader(), 3)
+        for batch, i, label in firsts(data.val_dataloader(), map(names.index, SOUNDS))
     ]
 
 
-def first_of_classes(batches: Any, count: int) -> list[tuple[Any, int, int]]:
-    """The first sample of each of the first `count` classes: its batch, its row, its label."""
+def firsts(batches: Iterable[Any], labels: Iterable[int]) -> list[tuple[Any, int, int]]:
+    """The first sample of each of these labels: its batch, its row, its label."""
+    wanted = list(labels)
     found: dict[int, tuple[Any, int, int]] = {}
     for batch in batches:
         for i, label in enumerate(batch["labels"].tolist()):
-            if len(found) < count:
-                found.setdefault(label, (batch, i, label))
-        if len(found) == count:
+            found.setdefault(label, (batch, i, label))
+        if found.keys() >= set(wanted):
             break
-    return list(found.values())
+    return [found[label] for label in wanted]
 
 
 SAMPLES = {
     "text": Samples(
         text_samples,
         "Rows look at columns, and see only the past. The text of the held-out file stops inside a "
-        "word that stood there before; colours show what its last letter attends to.",
+        "word that stood there before; colours show what its last letter attends to. Strength is "
+        "the square root of the weight.",
     ),
     "image": Samples(
         image_samples, "Held-out images, and what the head reads from each patch of them."
