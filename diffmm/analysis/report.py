@@ -137,11 +137,10 @@ def _section(section: Section) -> str:
         '<p class="quiet">Nats. The first tenth of the steps does not stretch the axis: lines may '
         "enter from above. One seed a line.</p>"
         "<h3>What the last layer attends to</h3>"
-        f'<p class="quiet">{escape(section.maps_caption)} Maps are means over heads, after '
-        "training. "
-        '<span style="white-space:nowrap">negative<span class="scale"></span>positive</span>; '
-        "the maps of a model and sample have one scale, so that what the subtraction leaves can be "
-        "compared with what it took.</p>"
+        f'<p class="quiet">{escape(section.maps_caption)} Weights are means over heads, after '
+        'training: <span class="scale-line">negative<span class="scale"></span>positive.</span> '
+        "All maps of one model and sample share a scale, so that what the subtraction leaves can "
+        "be compared with what it took.</p>"
         f"{''.join(_exhibit(exhibit) for exhibit in section.exhibits)}</section>"
     )
 
@@ -184,7 +183,7 @@ def _picture(
             )
             for name, weights in view.maps.items()
         )
-        groups.append(_group(attention, _says(attention, view), tiles))
+        groups.append(_group(attention, _says(attention, view, escape(view.answer)), tiles))
     return f'<div class="sample {size}">{"".join(groups)}</div>'
 
 
@@ -205,19 +204,20 @@ def _text(exhibit: TextExhibit) -> str:
             f'style="--a:{90 * abs(shade):.0f}">{_visible(piece)}</span>'
             for piece, weight, shade in zip(exhibit.pieces, combined[-1], shades, strict=True)
         ]
+        says = _says(attention, view, _quoted(view.answer))
         spans[-1] = spans[-1].replace('class="', 'class="query ', 1)
         rows.append(
-            f'<div class="sample text">{_group(attention, _says(attention, view), tiles)}'
+            f'<div class="sample text">{_group(attention, says, tiles)}'
             f"<pre>{''.join(spans)}</pre></div>"
         )
     return f"{''.join(rows)}<p class='quiet'>Next comes {_quoted(exhibit.truth)}.</p>"
 
 
-def _says(attention: str, view: View) -> str:
-    """A model's name, lambda and prediction, in a line."""
+def _says(attention: str, view: View, answer: str) -> str:
+    """A model's name, lambda and prediction, in two lines."""
     lam = "" if view.lam is None else f", λ = {view.lam:.2f}"
     return (
-        f'{NAMES[attention]}{lam}<br><span class="quiet">says {_quoted(view.answer)}, '
+        f'{NAMES[attention]}{lam}<br><span class="quiet">says {answer}, '
         f"{100.0 * view.probability:.0f}%</span>"
     )
 

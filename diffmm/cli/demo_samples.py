@@ -23,13 +23,14 @@ class Samples(NamedTuple):
 
 
 def text_samples(models: Mapping[str, Any], data: Any) -> list[Exhibit]:
-    """A text that stops inside a word which it holds once already."""
+    """The longest text in a window that stops inside a word which it holds once already."""
     # The demo reads bytes: a token is a letter, or stands for none.
     vocab_size = next(iter(models.values())).config.vocab_size
     pieces = [chr(i) if PRINTABLE.fullmatch(chr(i)) else "·" for i in range(vocab_size)]
     rows = [tokens for batch in data.val_dataloader() for tokens in batch["tokens"]]
-    found = next(filter(None, map(repeated_word, rows)), None)
-    tokens, target = found or (rows[0][:-1], int(rows[0][-1]))
+    found = [text for text in map(repeated_word, rows) if text is not None]
+    found = found or [(rows[0][:-1], int(rows[0][-1]))]
+    tokens, target = max(found, key=lambda text: len(text[0]))
     return [text_exhibit(models, tokens, target, pieces)]
 
 
