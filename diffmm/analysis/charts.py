@@ -99,7 +99,11 @@ def line_chart(
 
 def ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers that enclose `[low, high]`."""
-    span = (high - low) or abs(high) or 1.0
+    scale = max(abs(low), abs(high))
+    # What is smaller is rounding, and no axis shows it.
+    span = high - low
+    if span <= 1e-9 * max(scale, 1e-3):
+        span = scale if scale > 1e-9 else 1.0
     raw = span / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * power >= raw * (1 - 1e-9))

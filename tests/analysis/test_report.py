@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from diffmm.analysis.charts import Line, line_chart, spread, ticks
@@ -227,6 +227,9 @@ def test_a_chart_of_one_point():
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0.0, 1e6))
+@example(0.0, 5e-324)
+@example(1e6, 1e-9)
+@example(2e-3, 1e-12)
 def test_ticks_enclose_what_they_measure(low, span):
     high = low + span
     found = ticks(low, high, 5)
