@@ -138,7 +138,7 @@ def replacing(target: Path) -> Iterator[Path]:
     Raises:
         BadInput: if `target` holds something that is no demo.
     """
-    if False:
+    if target.exists() and not (target.is_dir() and _is_ours(target)):
         raise BadInput(
             f"{target} is there and holds no earlier demo: give another --output, or remove it"
         )
