@@ -39,29 +39,46 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tiles of the three kernels that loop over a sequence."""
+    """The tiles of the kernels that loop over a sequence.
+
+    Args:
+        forward: of the forward kernel.
+        key_grad: of the kernel for the gradients of keys and values.
+        query_grad: of the kernel for the queries' gradient.
+        value_grad: of a launch of its own for the gradient of values too wide to be accumulated
+            beside the keys'.
+    """
 
     forward: Tile
     key_grad: Tile
     query_grad: Tile
+    value_grad: Tile | None = None
 
 
 def tiles_for(dtype: torch.dtype, D: int, E: int, capability: tuple[int, int]) -> Tiles:
-    """The tiles for head dim `D`, value dim `E` and a GPU's compute capability."""
+    """The tiles for head dim `D`, value dim `E` and a GPU's compute capability.
+
+    Hopper's are the best of `python -m benchmarks.attention_tiles`: where shapes of equal widths
+    disagree, the smallest product of their times. The others' are small enough to fit everywhere.
+    """
     if dtype == torch.float32:  # No tensor cores: small tiles, or compiling takes minutes.
         tile = Tile(16, 16, 4, 1)
         return Tiles(tile, tile, tile)
-    wide = pad(D) > 64 or pad(E) > 128
+    D, E = pad(D), pad(E)
     if capability[0] != 9:  # Ampere and Ada: 99 KiB of shared memory on the smaller ones.
-        if wide:
-            return Tiles(Tile(64, 32, 4, 2, split=pad(E) > 128), Tile(32, 32, 4, 1),
-                         Tile(32, 32, 4, 1))  # fmt: skip
-        return Tiles(Tile(64, 64, 4, 2), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1))
-    if pad(E) > 128:
-        return Tiles(Tile(128, 64, 8, 2, split=True), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1))
-    if wide:
-        return Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2))
-    return Tiles(Tile(128, 64, 8, 2), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2))
+        if D > 64 or E > 128:
+            small = Tile(32, 32, 4, 1)
+            return Tiles(Tile(64, 32, 4, 2, split=E > 128), key_grad=small, query_grad=small)
+        return Tiles(Tile(64, 64, 4, 2), key_grad=Tile(32, 64, 4, 1), query_grad=Tile(64, 32, 4, 1))
+    if E > 128:
+        return Tiles(
+            Tile(128, 64, 8, 3, split=True),
+            key_grad=Tile(64, 64, 8, 2),
+            query_grad=Tile(128, 32, 8, 2),
+        )
+    if D > 64:
+        return Tiles(Tile(64, 64, 4, 2), key_grad=Tile(32, 64, 4, 2), query_grad=Tile(64, 32, 4, 3))
+    return Tiles(Tile(64, 64, 4, 3), key_grad=Tile(32, 64, 4, 2), query_grad=Tile(64, 64, 4, 2))
 
 
 def pad(width: int) -> int:
