@@ -20,7 +20,7 @@ TRIO = ("torch", "torchvision", "torchaudio")
 MATCHING = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 """A trio that works together, on CPU and GPU: the one on which this library is measured."""
 
-IMPORTS = {"scikit-learn": "sklearn", "pyyaml": "yaml"}
+IMPORTS = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 """What packages are imported as, where it is not their name."""
 
 GPU_REPORT = """

@@ -132,3 +132,8 @@ def test_exit_code_and_report(run, monkeypatch):
     assert result.code == 1
     assert "BROKEN torch" in result.out
     assert result.out.count("To mend it") == 1
+
+
+def test_every_requirement_imports_under_the_name_that_doctor_tries():
+    findings = import_findings(requirements(), doctor.python)
+    assert not [finding.problem for finding in findings if finding.problem]
