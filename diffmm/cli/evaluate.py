@@ -74,7 +74,7 @@ def evaluate(verb: str, values: dict[str, Any], weights: str, output: Path | Non
     """
     import torch
 
-    from diffmm.cli.trainer import RecipeCLI, refusing_before_training
+    from diffmm.cli.trainer import RecipeCLI, leave_processes, refusing_before_training
     from diffmm.models.weights import load_weights
 
     quiet = merge(values, {**QUIET, "run_dir": "runs"})
@@ -92,6 +92,7 @@ def evaluate(verb: str, values: dict[str, Any], weights: str, output: Path | Non
     if output is not None:
         torch.save(joined(results), output)
         print(output)
+    leave_processes()
     return 0
 
 

@@ -143,7 +143,12 @@ def train(
     Raises:
         BadInput: before the first step, leaving nothing behind.
     """
-    from diffmm.cli.trainer import ConfigSaver, RecipeCLI, refusing_before_training
+    from diffmm.cli.trainer import (
+        ConfigSaver,
+        RecipeCLI,
+        leave_processes,
+        refusing_before_training,
+    )
 
     cli = RecipeCLI({**values, "run_dir": str(run_dir)})
     check_weights(cli, checkpoint)
@@ -160,6 +165,7 @@ def train(
         )
     if cli.trainer.is_global_zero:
         print(f"run: {run_dir}")
+    leave_processes()
 
 
 def check_weights(cli: "RecipeCLI", checkpoint: Path | None) -> None:

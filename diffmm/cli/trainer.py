@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -146,6 +147,13 @@ def silence_noise() -> None:
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "litlogger" not in record.getMessage()
+
+
+def leave_processes() -> None:
+    """Part from the other processes, if there are any. Left to the interpreter's exit, the threads
+    of their connection at times abort a run that has ended well."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager

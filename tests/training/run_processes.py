@@ -115,3 +115,5 @@ if __name__ == "__main__":
     results = run(int(sys.argv[1]))
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
