@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.audio_augment import AudioAugment, Augmenter, ClipReader
 from datamodules.audio_sources import AudioClips, AudioSource
+from datamodules.bad_samples import BadSampleError, BadSamples
 from datamodules.buckets import BucketSampler
 from datamodules.labelled import LabelledData, LabelledDataset
 from datamodules.sampling import sample_rng
@@ -45,16 +46,13 @@ class AudioDataset(LabelledDataset):
         batch_samples: int | None,
         seed: int,
     ) -> None:
+        super().__init__(reader.clips, seed=seed)
         self.splits = splits
         self.reader = reader
         self.max_samples = max_samples
         self.position = position
         self.augmenter = augmenter
         self.batch_samples = batch_samples
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.reader.clips.labels)
 
     def sample(self, epoch: int, index: int) -> dict[str, Any]:
         rng = sample_rng(self.seed, epoch, index)
@@ -102,6 +100,7 @@ class AudioData(LabelledData[AudioClips]):
         batch_size: clips a batch of one process.
         num_workers: processes that load beside the training one.
         seed: of the order, the crops and the augmentation.
+        bad_samples: what to do about clips that cannot be read; by default to stop.
 
     Raises:
         ValueError: naming the argument that is wrong.
@@ -120,12 +119,14 @@ class AudioData(LabelledData[AudioClips]):
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
+        bad_samples: BadSamples | None = None,
     ) -> None:
         super().__init__(
             source or SoundEvents(sample_rate_hz=sample_rate_hz),
             batch_size=batch_size,
             num_workers=num_workers,
             seed=seed,
+            bad_samples=bad_samples,
         )
         check_choice("eval_crop", eval_crop, EVAL_POSITIONS)
         check_choice("batching", batching, BATCHINGS)
@@ -169,13 +170,22 @@ class AudioData(LabelledData[AudioClips]):
         reader = self._reader(self.splits.train)
         longest = self.clip_samples or sys.maxsize
         sampler = BucketSampler(
-            [min(reader.num_samples(index), longest) for index in range(len(dataset))],
+            [min(self._length(reader, index), longest) for index in range(len(dataset))],
             batch_size=self.batch_size,
             seed=self.seed,
             rank=self.rank,
             world_size=self.world_size,
         )
-        return self._loader(dataset, dataset.collate, sampler=sampler, drop_last=True)
+        return self._sampled_loader(dataset, dataset.collate, sampler)
+
+    def _length(self, reader: ClipReader, index: int) -> int:
+        """To sort by; a clip that cannot be read has none, and is met again when its turn comes."""
+        try:
+            return reader.num_samples(index)
+        except BadSampleError:
+            if self.bad_samples.policy == "raise":
+                raise
+            return 0
 
     def _reader(self, clips: AudioClips) -> ClipReader:
         return ClipReader(clips, sample_rate_hz=self.sample_rate_hz, resample=self.resample)

@@ -10,6 +10,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from datamodules.bad_samples import BadSampleError
 from datamodules.sources import (
     ClassFolder,
     Labelled,
@@ -39,7 +40,7 @@ class AudioClips(Labelled):
         """A clip's length and sample rate.
 
         Raises:
-            ValueError: naming the clip, if it cannot be read.
+            BadSampleError: naming the clip, if it cannot be read.
         """
 
     @abstractmethod
@@ -49,7 +50,7 @@ class AudioClips(Labelled):
         """`[S]` mono samples in [-1, 1] from sample `start` on: `num_samples`, or all that follow.
 
         Raises:
-            ValueError: naming the clip, if it cannot be read.
+            BadSampleError: naming the clip, if it cannot be read.
         """
 
 
@@ -71,6 +72,9 @@ class FileClips(AudioClips):
     def describe(self, index: int) -> str:
         return f"clip {index} ({self.paths[index]})"
 
+    def file(self, index: int) -> Path:
+        return self.paths[index]
+
     def info(self, index: int) -> ClipInfo:
         with self._open(index) as file:
             return ClipInfo(file.frames, file.samplerate)
@@ -84,27 +88,31 @@ class FileClips(AudioClips):
                 file.seek(start)
                 frames = file.read(expected, dtype="float32", always_2d=True)
             except soundfile.LibsndfileError as error:
-                raise ValueError(f"{self.describe(index)} cannot be decoded: {error}") from error
+                raise self._bad(index, f"cannot be decoded: {error}") from error
         if len(frames) < expected:
-            raise ValueError(
-                f"{self.describe(index)} ends after {start + len(frames)} of the "
-                f"{start + expected} samples that its header promises"
+            raise self._bad(
+                index,
+                f"ends after {start + len(frames)} of the {start + expected} samples that its "
+                f"header promises",
             )
         if not np.isfinite(frames).all():
-            raise ValueError(f"{self.describe(index)} has samples that are not finite")
+            raise self._bad(index, "has samples that are not finite")
         return frames.mean(axis=1)
 
     def _open(self, index: int) -> soundfile.SoundFile:
         if not self.paths[index].is_file():
-            raise ValueError(f"{self.describe(index)} does not exist")
+            raise self._bad(index, "does not exist")
         try:
             file = soundfile.SoundFile(self.paths[index])
         except soundfile.LibsndfileError as error:
-            raise ValueError(f"{self.describe(index)} is not a readable sound: {error}") from error
+            raise self._bad(index, f"is not a readable sound: {error}") from error
         if file.frames == 0:
             file.close()
-            raise ValueError(f"{self.describe(index)} has no samples")
+            raise self._bad(index, "has no samples")
         return file
+
+    def _bad(self, index: int, what: str) -> BadSampleError:
+        return BadSampleError(f"{self.describe(index)} {what}", self.paths[index])
 
 
 class SoundFolder(AudioSource):

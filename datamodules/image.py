@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from datamodules.bad_samples import BadSamples
 from datamodules.image_sources import Digits, ImageSource, LabelledImages
 from datamodules.image_transform import ImageTransform, Transform
 from datamodules.labelled import LabelledData, LabelledDataset
@@ -32,14 +33,11 @@ class ImageDataset(LabelledDataset):
         transform: Transform,
         seed: int,
     ) -> None:
+        super().__init__(images, seed=seed)
         self.splits = splits
         self.images = images
         self.mode = mode
         self.transform = transform
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.images.labels)
 
     def sample(self, epoch: int, index: int) -> dict[str, Any]:
         image = self.images.read(index).convert(self.mode)
@@ -66,6 +64,7 @@ class ImageData(LabelledData[LabelledImages]):
         batch_size: images a batch of one process.
         num_workers: processes that load beside the training one.
         seed: of the order and the augmentation.
+        bad_samples: what to do about images that cannot be read; by default to stop.
 
     Raises:
         ValueError: naming the argument that is wrong.
@@ -81,9 +80,16 @@ class ImageData(LabelledData[LabelledImages]):
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
+        bad_samples: BadSamples | None = None,
     ) -> None:
         source = source or Digits()
-        super().__init__(source, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        super().__init__(
+            source,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            bad_samples=bad_samples,
+        )
         size = source.image_size if image_size is None else image_size
         height, width = (size, size) if isinstance(size, int) else size
         if height < 1 or width < 1:

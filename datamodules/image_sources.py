@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision import datasets
 
+from datamodules.bad_samples import BadSampleError
 from datamodules.image_transform import ImageTransform
 from datamodules.sources import (
     ClassFolder,
@@ -32,7 +33,7 @@ class LabelledImages(Labelled):
         """An image in any mode.
 
         Raises:
-            ValueError: naming the image, if it cannot be read.
+            BadSampleError: naming the image, if it cannot be read.
         """
 
 
@@ -83,6 +84,9 @@ class FileImages(LabelledImages):
     def describe(self, index: int) -> str:
         return f"image {index} ({self.paths[index]})"
 
+    def file(self, index: int) -> Path:
+        return self.paths[index]
+
     def read(self, index: int) -> Image.Image:
         try:
             with Image.open(self.paths[index]) as image:
@@ -90,7 +94,9 @@ class FileImages(LabelledImages):
                 return image
         # What Pillow raises for files that are broken in one way or another.
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{self.describe(index)} cannot be decoded: {error}") from error
+            raise BadSampleError(
+                f"{self.describe(index)} cannot be decoded: {error}", self.paths[index]
+            ) from error
 
 
 class Digits(ImageSource):

@@ -1,17 +1,34 @@
 """What the datamodules of labelled samples share: a source's splits, made into loaders."""
 
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any, Generic
 
 from torch.utils.data import DataLoader, default_collate
 
+from datamodules.bad_samples import BadSamples
 from datamodules.loading import SeededDataModule
 from datamodules.sampling import SeededDataset
-from datamodules.sources import Samples, Source, Splits
+from datamodules.sources import Labelled, Samples, Source, Splits
 
 
 class LabelledDataset(SeededDataset[dict[str, Any]]):
-    """The samples of a split as a model sees them."""
+    """The samples of a split as a model sees them.
+
+    Args:
+        samples: of the split.
+        seed: of all that is drawn for a sample.
+    """
+
+    def __init__(self, samples: Labelled, *, seed: int) -> None:
+        self.samples = samples
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.samples.labels)
+
+    def file(self, index: int) -> Path | None:
+        return self.samples.file(index)
 
     def collate(self, samples: list[dict[str, Any]]) -> Any:
         """The batch of some samples: stacked, unless a subclass knows better."""
@@ -23,13 +40,21 @@ class LabelledData(SeededDataModule, Generic[Samples]):
 
     Args:
         source: where the samples come from.
-        batch_size, num_workers, seed: as in `SeededDataModule`.
+        batch_size, num_workers, seed, bad_samples: as in `SeededDataModule`.
     """
 
     def __init__(
-        self, source: Source[Samples], *, batch_size: int, num_workers: int, seed: int
+        self,
+        source: Source[Samples],
+        *,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        bad_samples: BadSamples | None,
     ) -> None:
-        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        super().__init__(
+            batch_size=batch_size, num_workers=num_workers, seed=seed, bad_samples=bad_samples
+        )
         self.source = source
         self._splits: Splits[Samples] | None = None
 

@@ -7,7 +7,8 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from datamodules.sampling import EpochSampler, EvaluationSampler
+from datamodules.bad_samples import BadSamples, Triage
+from datamodules.sampling import EpochSampler, EvaluationSampler, SeededDataset
 
 Collate = Callable[[list[Any]], Any]
 
@@ -19,12 +20,20 @@ class SeededDataModule(LightningDataModule):
         batch_size: samples a batch of one process.
         num_workers: processes that load beside the training one; 0 loads in it.
         seed: of the order, augmentation and masking, at least 0.
+        bad_samples: what to do about samples that cannot be read; by default to stop.
 
     Raises:
         ValueError: for a number out of its range.
     """
 
-    def __init__(self, *, batch_size: int, num_workers: int, seed: int) -> None:
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        bad_samples: BadSamples | None = None,
+    ) -> None:
         super().__init__()
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -36,16 +45,26 @@ class SeededDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.bad_samples = bad_samples or BadSamples()
+        self._sampler: EpochSampler | None = None
+        self._restored: dict[str, Any] | None = None
 
     @property
     def rank(self) -> int:
-        """The number of this process in training, 0 before a trainer is attached."""
-        return self.trainer.global_rank if self.trainer else 0
+        """The number of this process among those that get samples of their own, 0 before a trainer
+        is attached."""
+        return self._processes["rank"]
 
     @property
     def world_size(self) -> int:
-        """How many processes train, 1 before a trainer is attached."""
-        return self.trainer.world_size if self.trainer else 1
+        """How many processes get samples of their own, 1 before a trainer is attached."""
+        return self._processes["num_replicas"]
+
+    @property
+    def _processes(self) -> dict[str, int]:
+        # The strategy knows: processes that are parallel over heads work on the same samples.
+        strategy: Any = self.trainer.strategy if self.trainer else None
+        return getattr(strategy, "distributed_sampler_kwargs", {"num_replicas": 1, "rank": 0})
 
     def training_loader(
         self, dataset: Dataset[Any], collate: Collate | None = None
@@ -71,7 +90,7 @@ class SeededDataModule(LightningDataModule):
             world_size=self.world_size,
             drop_last=True,
         )
-        return self._loader(dataset, collate, sampler=sampler, drop_last=True)
+        return self._sampled_loader(dataset, collate, sampler)
 
     def evaluation_loader(
         self, dataset: Dataset[Any], collate: Collate | None = None
@@ -83,6 +102,36 @@ class SeededDataModule(LightningDataModule):
         sampler = EvaluationSampler(len(dataset), rank=self.rank, world_size=self.world_size)
         return self._loader(dataset, collate, sampler=sampler)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands in the data, for a checkpoint between two batches; the same on
+        every process. Lightning keeps it."""
+        if self._sampler is None or self.trainer is None:
+            return {}
+        batches: int = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return self._sampler.state_dict(batches * self.batch_size * self.world_size)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state` when training begins.
+
+        Raises:
+            ValueError: (when training begins) if it is of other data, another seed, or a number of
+                processes that cannot share the rest of the epoch.
+        """
+        self._restored = state
+
+    def triage(self) -> Triage:
+        """What this process does about bad samples, as its list of them now stands."""
+        return Triage(self.bad_samples, self.trainer.default_root_dir if self.trainer else None)
+
+    def _sampled_loader(
+        self, dataset: Dataset[Any], collate: Collate | None, sampler: EpochSampler
+    ) -> DataLoader[Any]:
+        """The training loader of samples in the order of `sampler`."""
+        if self._restored:
+            sampler.load_state_dict(self._restored)
+        self._sampler, self._restored = sampler, None
+        return self._loader(dataset, collate, sampler=sampler, drop_last=True)
+
     def _loader(
         self,
         dataset: Dataset[Any],
@@ -91,6 +140,8 @@ class SeededDataModule(LightningDataModule):
         sampler: Iterable[Any] | None = None,
         drop_last: bool = False,
     ) -> DataLoader[Any]:
+        if isinstance(dataset, SeededDataset):
+            dataset.triage = self.triage()
         return DataLoader(
             dataset,
             batch_size=self.batch_size,

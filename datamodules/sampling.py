@@ -10,17 +10,23 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
+from datamodules.bad_samples import BadSampleError, BadSamples, Triage
+
 Sample = TypeVar("Sample", covariant=True)
 
 
 SampleKey = tuple[int, int]
 """What a sampler asks of a dataset: `(epoch, index)`."""
+
+_SUBSTITUTES = 100  # drawn for one bad sample before giving up
+_SUBSTITUTION = 1  # the last part of their key: independent of the sample's own draws
 
 
 def sample_rng(seed: int, *key: int) -> np.random.Generator:
@@ -66,20 +72,53 @@ class SeededDataset(Dataset[Sample], ABC):
 
     `dataset[epoch, index]` is what the samplers of this module ask for; `dataset[index]`
     is the sample as in epoch 0.
+
+    Attributes:
+        seed: of all that is drawn for a sample.
+        triage: what happens to a sample that cannot be read; by default it is refused. Another one
+            stands in for it where `triage` says so, as it is in this epoch, with its own index.
     """
+
+    seed: int = 0
+    triage: Triage = Triage(BadSamples())
 
     def __getitem__(self, key: SampleKey | int) -> Sample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a dataset of {len(self)}")
-        return self.sample(epoch, index)
+        for candidate in self._candidates(epoch, index):
+            if self.triage.is_quarantined(self.file(candidate)):
+                continue
+            self.triage.num_read += 1
+            try:
+                return self.sample(epoch, candidate)
+            except BadSampleError as error:
+                self.triage.note(error, instead="another sample stands in for it")
+        raise ValueError(
+            f"sample {index} of {len(self)} is bad, and so are {_SUBSTITUTES} others that were "
+            f"drawn to stand in for it: mend the data, or empty its quarantine list"
+        )
+
+    def _candidates(self, epoch: int, index: int) -> Iterator[int]:
+        yield index
+        rng = sample_rng(self.seed, epoch, index, _SUBSTITUTION)
+        for _ in range(_SUBSTITUTES):
+            yield int(rng.integers(len(self)))
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def sample(self, epoch: int, index: int) -> Sample:
-        """Sample `index` as it is in `epoch`, drawing from `sample_rng(seed, epoch, index)`."""
+        """Sample `index` as it is in `epoch`, drawing from `sample_rng(seed, epoch, index)`.
+
+        Raises:
+            BadSampleError: if it cannot be read.
+        """
+
+    def file(self, index: int) -> str | Path | None:
+        """The file that sample `index` is in, if it has one of its own."""
+        return None
 
 
 class EpochSampler(DistributedSampler[SampleKey]):

@@ -29,6 +29,10 @@ class Labelled(ABC):
     def describe(self, index: int) -> str:
         """Where a sample comes from, for messages: its number, and its file if it has one."""
 
+    def file(self, index: int) -> Path | None:
+        """The file of a sample, if it has one of its own."""
+        return None
+
 
 Samples = TypeVar("Samples", bound=Labelled)
 
