@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from datamodules.bad_samples import BadSamples, Triage
 from datamodules.sampling import EpochSampler, EvaluationSampler, SeededDataset
+from diffmm.workers import ignore_stop_signals
 
 Collate = Callable[[list[Any]], Any]
 
@@ -151,4 +152,5 @@ class SeededDataModule(LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=ignore_stop_signals,
         )
