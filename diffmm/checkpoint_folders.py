@@ -1,0 +1,270 @@
+"""Checkpoints on disk: folders that are whole, or found out.
+
+    checkpoints/
+      LATEST                    names the folder that was finished last
+      step_00001000/
+        state.ckpt              the state; a folder where every process wrote a file of it
+        manifest.json           every file's size and SHA-256, and what the state is of
+
+A checkpoint is written to a hidden folder beside its place, flushed to the disk, and only then
+renamed. So a folder `step_*` was whole once; whether it still is, its manifest tells. Light: this
+module needs the standard library alone.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+STATE_NAME = "state.ckpt"
+MANIFEST_NAME = "manifest.json"
+LATEST_NAME = "LATEST"
+UNFINISHED = ".unfinished-"
+"""What the names of folders that are being written start with."""
+REMOVED = ".removed-"
+"""What the names of folders that are being removed start with."""
+REPLACED = "_replaced"
+"""What the name of a folder ends with for the moment in which another one takes its place."""
+
+
+class Checkpoint(NamedTuple):
+    """A folder with a manifest; its files may have been damaged since."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
+    @property
+    def order(self) -> int:
+        """Later ones have larger ones, whatever their step."""
+        return self.manifest["number"]
+
+
+def start(directory: Path, step: int) -> Path:
+    """A hidden, empty folder, for the files of a checkpoint."""
+    unfinished = directory / f"{UNFINISHED}step_{step:08d}"
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    return unfinished
+
+
+def finish(
+    unfinished: Path, facts: Mapping[str, Any], hashes: Mapping[str, tuple[int, str]] | None = None
+) -> Path:
+    """Give a filled folder its manifest and its name, for good.
+
+    Args:
+        unfinished: made by `start`.
+        facts: for the manifest, plain values; with the `step`.
+        hashes: size and SHA-256 of files by name, where they are known; the others are read.
+
+    Returns:
+        The folder `step_...`.
+    """
+    directory = unfinished.parent
+    known = dict(hashes or {})
+    files = sorted(path for path in unfinished.rglob("*") if path.is_file())
+    entries = {}
+    for path in files:
+        name = path.relative_to(unfinished).as_posix()
+        size, digest = known[name] if name in known else measure(path)
+        entries[name] = {"size": size, "sha256": digest}
+        flush(path)
+    number = 1 + max((found.order for found in checkpoints(directory)), default=0)
+    manifest = {**facts, "number": number, "files": entries}
+    write_text(unfinished / MANIFEST_NAME, json.dumps(manifest, indent=1))
+    for folder in (unfinished, *(path for path in unfinished.rglob("*") if path.is_dir())):
+        flush(folder)
+    final = directory / unfinished.name.removeprefix(UNFINISHED)
+    aside = final.with_name(f"{final.name}{REPLACED}")
+    if final.exists():
+        # Of the same step: a damaged one, or of a run that then went another way.
+        remove(aside)
+        final.rename(aside)
+    unfinished.rename(final)
+    flush(directory)
+    write_text(directory / LATEST_NAME, f"{final.name}\n")
+    remove(aside)
+    return final
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all, and onto the disk."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        flush(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Have the disk keep a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def measure(path: Path) -> tuple[int, str]:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), digest
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder; one that is cut off on the way is no checkpoint any more."""
+    if folder.exists():
+        hidden = folder.with_name(f"{REMOVED}{folder.name}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        folder.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def clean(directory: Path) -> None:
+    """Remove what writes and removals that were cut off have left behind."""
+    for start_of_name in (UNFINISHED, REMOVED):
+        for folder in directory.glob(f"{start_of_name}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+    for aside in directory.glob(f"*{REPLACED}"):
+        if fault(aside.with_name(aside.name.removesuffix(REPLACED))) is None:
+            remove(aside)
+
+
+def checkpoints(directory: Path) -> list[Checkpoint]:
+    """All folders with a readable manifest, from first to last."""
+    found = []
+    for folder in directory.glob("step_*"):
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            found.append(Checkpoint(folder, manifest))
+    return sorted(found, key=lambda checkpoint: checkpoint.order)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What a folder's manifest says; `None` if there is none, or it is damaged."""
+    try:
+        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        entries = manifest["files"]
+        plain = all(
+            isinstance(entry["size"], int) and isinstance(entry["sha256"], str)
+            for entry in entries.values()
+        )
+        numbers = isinstance(manifest["step"], int) and isinstance(manifest["number"], int)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest if plain and numbers and entries else None
+
+
+def fault(folder: Path, *, read: bool = True) -> str | None:
+    """What is wrong with a checkpoint; `None` if it is whole.
+
+    Args:
+        folder: of the checkpoint.
+        read: compare the contents of its files, too; otherwise only their sizes.
+    """
+    if not (folder / MANIFEST_NAME).exists():
+        return f"it has no {MANIFEST_NAME}"
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return f"its {MANIFEST_NAME} is damaged"
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != entry["size"]:
+                return f"{name} has {size} bytes of {entry['size']}"
+            if read and measure(path)[1] != entry["sha256"]:
+                return f"{name} has other contents than when it was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror or error}"
+    return None
+
+
+def find_whole(directory: Path, *, warn: Callable[[str], object] = warnings.warn) -> Path | None:
+    """The newest whole checkpoint of a directory, or `None` where there has never been one.
+
+    Args:
+        directory: `RUN/checkpoints`.
+        warn: called with one line, if newer ones are passed over, that names each and its fault.
+
+    Raises:
+        ValueError: if there are checkpoints, but none is whole.
+    """
+    known = checkpoints(directory)
+    named = {checkpoint.path.name for checkpoint in known}
+    broken = [path for path in directory.glob("step_*") if path.name not in named]
+    faults = [f"{path.name} ({fault(path)})" for path in sorted(broken, reverse=True)]
+    for checkpoint in reversed(known):
+        wrong = fault(checkpoint.path)
+        if wrong is None:
+            faults += unfinished_after(directory, checkpoint.step)
+            if faults:
+                warn(
+                    f"{directory}: uses {checkpoint.path.name}, and not {', '.join(faults)}: "
+                    f"remove what is broken"
+                )
+            return checkpoint.path
+        faults.append(f"{checkpoint.path.name} ({wrong})")
+    if faults:
+        raise ValueError(f"no checkpoint in {directory} is whole: {', '.join(faults)}")
+    return None
+
+
+def unfinished_after(directory: Path, step: int) -> list[str]:
+    """Names of later checkpoints that were being written when a run was cut off."""
+    prefix = f"{UNFINISHED}step_"
+    names = [folder.name for folder in directory.glob(f"{prefix}*")]
+    return [
+        f"{name} (it was never finished)"
+        for name in names
+        if (digits := name.removeprefix(prefix)).isdigit() and int(digits) > step
+    ]
+
+
+def best(directory: Path, monitor: str, mode: str) -> list[Checkpoint]:
+    """The checkpoints that a metric is known of, from best to worst; of equals the later first.
+
+    Args:
+        directory: `RUN/checkpoints`.
+        monitor: the metric.
+        mode: whether the `min` or the `max` of it is best.
+    """
+    sign = 1.0 if mode == "min" else -1.0
+    measured = [
+        (sign * found.manifest["metrics"][monitor], -found.order, found)
+        for found in checkpoints(directory)
+        if monitor in found.manifest.get("metrics", {})
+    ]
+    return [found for _, _, found in sorted(measured, key=lambda item: item[:2])]
+
+
+def prune(
+    directory: Path, *, keep_last: int, keep_best: int, monitor: str | None, mode: str
+) -> None:
+    """Remove all checkpoints but the last and the best ones.
+
+    Args:
+        directory: `RUN/checkpoints`.
+        keep_last: how many, at least 1. Folders that are visibly broken do not count, and stay.
+        keep_best: how many of the best by `monitor`.
+        monitor, mode: as in `best`.
+    """
+    ranked = best(directory, monitor, mode) if monitor is not None else []
+    whole = [found for found in checkpoints(directory) if fault(found.path, read=False) is None]
+    kept = {found.path for found in (*whole[-keep_last:], *ranked[:keep_best])}
+    for found in whole:
+        if found.path not in kept:
+            remove(found.path)

@@ -1,0 +1,7 @@
+"""Checkpoints that are whole, and from which a run goes on exactly where it was."""
+
+from diffmm.checkpoint_folders import find_whole
+from diffmm.training.checkpoints.callback import Checkpoints
+from diffmm.training.checkpoints.writer import SaveFailed
+
+__all__ = ["Checkpoints", "SaveFailed", "find_whole"]

@@ -1,0 +1,93 @@
+"""What a run needs, besides what Lightning keeps, to go on with the same bits."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from diffmm.training.checkpoints import progress
+from diffmm.training.checkpoints.random_state import (
+    branch_random_state,
+    random_state,
+    set_random_state,
+)
+
+EXACT_KEY = "exact_resume"
+"""Where a checkpoint keeps it."""
+
+
+def exact_state(trainer: Trainer) -> dict[str, Any]:
+    """Random states of every process, gradients that no step has taken yet, and what they are of.
+
+    To be called on every process, after the same batch.
+    """
+    own: dict[str, Any] = {"random": random_state(trainer.strategy.root_device)}
+    if not progress.is_step_boundary(trainer):
+        own["gradients"] = {
+            name: parameter.grad.cpu()
+            for name, parameter in trainer.lightning_module.named_parameters()
+            if parameter.grad is not None
+        }
+    return {
+        "processes": gather(trainer, own),
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        # A run that a criterion has ended does not begin again; one that ran out of time may.
+        "should_stop": trainer.should_stop and not is_out_of_time(trainer),
+    }
+
+
+def check_exact(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Refuse to go on where it could not be exact, or say what differs.
+
+    Raises:
+        ValueError: naming what was changed.
+    """
+    then, now = state["accumulate_grad_batches"], trainer.accumulate_grad_batches
+    if then != now:
+        raise ValueError(
+            f"the run took steps of {then} batches each, accumulate_grad_batches is now {now}: "
+            f"resume with {then}"
+        )
+    processes, world_size = state["processes"], trainer.world_size
+    if len(processes) == world_size:
+        return
+    if "gradients" in processes[0]:
+        raise ValueError(
+            f"the checkpoint of {len(processes)} processes stands within an accumulated step, "
+            f"which {world_size} cannot finish exactly: resume with {len(processes)}"
+        )
+    rank_zero_warn(
+        f"the run goes on with {world_size} processes in place of {len(processes)}: each step "
+        f"takes the same samples, dealt out anew, but dropout draws other random numbers"
+    )
+
+
+def restore_exact(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Go on from `state`, right before the next batch."""
+    progress.end_epoch_if_over(trainer)
+    trainer.should_stop = trainer.should_stop or state["should_stop"]
+    processes, rank, device = state["processes"], trainer.global_rank, trainer.strategy.root_device
+    if rank >= len(processes):
+        branch_random_state(processes[0]["random"], rank, device)
+        return
+    set_random_state(processes[rank]["random"], device)
+    gradients = processes[rank].get("gradients", {})
+    for name, parameter in trainer.lightning_module.named_parameters():
+        if name in gradients:
+            parameter.grad = gradients[name].to(parameter)
+
+
+def gather(trainer: Trainer, own: Any) -> list[Any]:
+    """What each process has, in order of their ranks."""
+    every = [own] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(every, own)
+    return every
+
+
+def is_out_of_time(trainer: Trainer) -> bool:
+    """Whether a time limit (`max_time`) has been reached."""
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+    return any((timer.time_remaining() or 1.0) <= 0.0 for timer in timers)
