@@ -109,14 +109,15 @@ class SeededDataModule(LightningDataModule):
         if self._sampler is None or self.trainer is None:
             return {}
         batches: int = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return self._sampler.state_dict(batches * self.batch_size * self.world_size)
+        size = self.batch_size * self.world_size
+        return {**self._sampler.state_dict(batches * size), "global_batch_size": size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state` when training begins.
 
         Raises:
-            ValueError: (when training begins) if it is of other data, another seed, or a number of
-                processes that cannot share the rest of the epoch.
+            ValueError: (when training begins) if it is of other data, another seed, or batches of
+                another size (of all processes together).
         """
         self._restored = state
 
@@ -129,9 +130,23 @@ class SeededDataModule(LightningDataModule):
     ) -> DataLoader[Any]:
         """The training loader of samples in the order of `sampler`."""
         if self._restored:
+            self._check_batch_size(self._restored["global_batch_size"])
             sampler.load_state_dict(self._restored)
         self._sampler, self._restored = sampler, None
         return self._loader(dataset, collate, sampler=sampler, drop_last=True)
+
+    def _check_batch_size(self, then: int) -> None:
+        now = self.batch_size * self.world_size
+        if then != now:
+            advice = (
+                f"with batch_size {then // self.world_size}"
+                if then % self.world_size == 0
+                else f"on a number of processes that divides {then}"
+            )
+            raise ValueError(
+                f"a batch of all processes was {then} samples and is now {now} (batch_size "
+                f"{self.batch_size} on {self.world_size} process(es)): resume {advice}"
+            )
 
     def _loader(
         self,
@@ -153,4 +168,7 @@ class SeededDataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=ignore_stop_signals,
+            # Workers' seeds, which no sample depends on: without it every loader that begins takes
+            # a number from the generator of dropout, more of them the fewer workers persist.
+            generator=torch.Generator(),
         )
