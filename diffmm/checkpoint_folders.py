@@ -20,6 +20,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+DIRECTORY_NAME = "checkpoints"
+"""Where a run keeps them."""
+
 STATE_NAME = "state.ckpt"
 MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "LATEST"
@@ -221,6 +224,34 @@ def find_whole(directory: Path, *, warn: Callable[[str], object] = warnings.warn
     if faults:
         raise ValueError(f"no checkpoint in {directory} is whole: {', '.join(faults)}")
     return None
+
+
+def find_state(path: Path, *, warn: Callable[[str], object] = warnings.warn) -> Path:
+    """The state that is meant by the path of a checkpoint's folder, of a run or of its
+    `checkpoints`: of the latter two the newest whole one. Any other path is returned as it is.
+
+    Args:
+        path: what a user gave.
+        warn: as in `find_whole`.
+
+    Raises:
+        ValueError: naming the fault of each, if there are checkpoints, but none that is whole.
+    """
+    if path.name.startswith("step_") and path.is_dir():
+        wrong = fault(path)
+        if wrong is not None:
+            raise ValueError(f"checkpoint {path} is not whole: {wrong}")
+        return path / STATE_NAME
+    for directory in (path / DIRECTORY_NAME, path):
+        whole = find_whole(directory, warn=warn)
+        if whole is not None:
+            return whole / STATE_NAME
+        # As Lightning's own callback writes them.
+        files = directory.glob("*.ckpt") if directory.name == DIRECTORY_NAME else ()
+        latest = max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
+        if latest is not None:
+            return latest
+    return path
 
 
 def unfinished_after(directory: Path, step: int) -> list[str]:

@@ -57,7 +57,7 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
         "--weights",
         "--ckpt_path",
         metavar="CKPT",
-        help="a checkpoint, or model.safetensors (or its folder)",
+        help="a run, a checkpoint, or model.safetensors (or its folder)",
     )
     if verb == "predict":
         parser.add_argument(
@@ -80,7 +80,7 @@ def evaluate(verb: str, values: dict[str, Any], weights: str, output: Path | Non
     quiet = merge(values, {**QUIET, "run_dir": "runs"})
     callbacks = quiet["trainer"].get("callbacks")
     if isinstance(callbacks, list):
-        quiet["trainer"]["callbacks"] = [c for c in callbacks if "ModelCheckpoint" not in str(c)]
+        quiet["trainer"]["callbacks"] = [c for c in callbacks if not saves(c)]
     cli = RecipeCLI(quiet)
     task: Any = cli.model
     if not hasattr(task, "model"):
@@ -94,6 +94,12 @@ def evaluate(verb: str, values: dict[str, Any], weights: str, output: Path | Non
         print(output)
     leave_processes()
     return 0
+
+
+def saves(callback: Any) -> bool:
+    """Whether the settings of a callback are those of one that saves checkpoints."""
+    class_path = callback.get("class_path") if isinstance(callback, dict) else callback
+    return str(class_path).endswith(("Checkpoint", "Checkpoints"))
 
 
 def joined(results: list[dict[str, Any]]) -> dict[str, Any]:

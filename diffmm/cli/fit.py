@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffmm.cli.errors import BadInput
+from diffmm.checkpoint_folders import find_state
+from diffmm.cli.errors import BadInput, refusing
 from diffmm.cli.recipes import find_recipe, header
-from diffmm.cli.runs import find_run, new_run, nothing_half_written, same_run
+from diffmm.cli.runs import find_run, new_run, nothing_half_written, same_run, warn
 from diffmm.cli.settings import load, override
 
 if TYPE_CHECKING:
@@ -45,9 +46,12 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if verb == "finetune":
         if options.weights is None:
             raise BadInput("diffmm finetune needs --weights CKPT: what to start from")
-        override(values, "model.finetune.weights", options.weights)
+        with refusing():
+            # Of a run, the checkpoint that is its newest now.
+            weights = find_state(Path(options.weights), warn=warn)
+        override(values, "model.finetune.weights", str(weights))
     if verb == "fit" and options.resume == AUTO:
-        run_dir = same_run(recipe, values)
+        run_dir = same_run(recipe, values, options.name, options.run_dir)
         if run_dir is not None:
             return resume(run_dir)
     run_dir = new_run(recipe, options.name, options.run_dir)
@@ -77,14 +81,15 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "--resume",
             metavar="RUN",
-            help="go on with the run in this directory from its last checkpoint; 'auto': with the "
-            "latest run of just these settings, or else start it",
+            help="go on with the run in this directory from its newest whole checkpoint; 'auto': "
+            "with the run of just these settings (the latest, or the one of --name or --run_dir), "
+            "or else start it",
         )
     else:
         parser.add_argument(
             "--weights",
             metavar="CKPT",
-            help="start from these: a checkpoint, or model.safetensors (or its folder)",
+            help="start from these: a run, a checkpoint, or model.safetensors (or its folder)",
         )
     parser.add_argument("--name", help="of the run, in place of the time")
     parser.add_argument("--run_dir", metavar="DIR", help="in place of runs/RECIPE/NAME")
@@ -123,14 +128,21 @@ def refuse_ckpt_path(verb: str, overrides: Sequence[str]) -> None:
 
 
 def resume(run_dir: Path) -> int:
-    """Go on with a run, under its own config, from its last checkpoint."""
+    """Go on with a run, under its own config, from its newest whole checkpoint."""
     config, checkpoint = find_run(str(run_dir))
-    train(run_dir, load([config]), checkpoint=checkpoint)
+    if checkpoint is None:
+        warn(f"{run_dir} has no checkpoint yet: it starts again from its beginning")
+    train(run_dir, load([config]), checkpoint=checkpoint, is_new=False)
     return 0
 
 
 def train(
-    run_dir: Path, values: dict[str, Any], *, comment: str = "", checkpoint: Path | None = None
+    run_dir: Path,
+    values: dict[str, Any],
+    *,
+    comment: str = "",
+    checkpoint: Path | None = None,
+    is_new: bool = True,
 ) -> None:
     """Fit a recipe in its run directory.
 
@@ -138,7 +150,8 @@ def train(
         run_dir: of the run, new or not.
         values: of the recipe, unresolved.
         comment: heads the saved config.
-        checkpoint: where to go on; a new run without.
+        checkpoint: where to go on; from the beginning without.
+        is_new: the config is still to be saved.
 
     Raises:
         BadInput: before the first step, leaving nothing behind.
@@ -153,11 +166,11 @@ def train(
     cli = RecipeCLI({**values, "run_dir": str(run_dir)})
     check_weights(cli, checkpoint)
     trainer: Any = cli.trainer
-    if checkpoint is None:
+    if is_new:
         trainer.callbacks.insert(0, ConfigSaver(run_dir, comment, values))
     with (
         nothing_half_written(run_dir),
-        command_for_processes(run_dir, checkpoint),
+        command_for_processes(run_dir, is_new=is_new),
         refusing_before_training(cli),
     ):
         cli.trainer.fit(
@@ -174,7 +187,6 @@ def check_weights(cli: "RecipeCLI", checkpoint: Path | None) -> None:
     Raises:
         BadInput: naming the keys and shapes that differ.
     """
-    from diffmm.cli.errors import refusing
     from diffmm.models.weights import load_weights
 
     weights = checkpoint
@@ -189,11 +201,11 @@ def check_weights(cli: "RecipeCLI", checkpoint: Path | None) -> None:
 
 
 @contextmanager
-def command_for_processes(run_dir: Path, checkpoint: Path | None) -> Iterator[None]:
+def command_for_processes(run_dir: Path, *, is_new: bool) -> Iterator[None]:
     """Lightning starts its further processes by the command of this one: they shall not make up
     a time and a run directory of their own."""
     before = list(sys.argv)
-    if checkpoint is None and "--run_dir" not in before:
+    if is_new and "--run_dir" not in before:
         sys.argv += ["--run_dir", str(run_dir)]
     try:
         yield

@@ -5,7 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffmm.checkpoint_folders import find_state
 from diffmm.cli.errors import BadInput, refusing
+from diffmm.cli.runs import warn
 
 MAX_NEW_TOKENS = 200
 
@@ -27,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "checkpoint",
-        help="a run directory, a checkpoint, or model.safetensors (or its folder)",
+        help="a run, a checkpoint, or model.safetensors (or its folder)",
     )
     parser.add_argument("prompt", help="the text to continue; '-' reads it from stdin")
     parser.add_argument(
@@ -64,7 +66,7 @@ def generate(options: argparse.Namespace) -> None:
     from diffmm.models.weights import load_model
     from diffmm.tokenizers import StreamDecoder, load_tokenizer
 
-    path = find_weights(options.checkpoint)
+    path = find_state(Path(options.checkpoint), warn=warn)
     model = load_model(path)
     if not isinstance(model, TextModel):
         raise BadInput(f"{path} holds a {type(model).__name__}: only a text model writes text")
@@ -98,18 +100,6 @@ def generate(options: argparse.Namespace) -> None:
         sys.stdout.write(decoder.feed(new.tolist()))
         sys.stdout.flush()
     sys.stdout.write(f"{decoder.flush()}\n")
-
-
-def find_weights(checkpoint: str) -> Path:
-    """A file of weights, or of a run directory its latest checkpoint.
-
-    Raises:
-        BadInput: for a run directory without one.
-    """
-    from diffmm.cli.runs import CONFIG_NAME, find_run
-
-    path = Path(checkpoint)
-    return find_run(checkpoint)[1] if (path / CONFIG_NAME).is_file() else path
 
 
 def tokenizer_name(path: Path) -> str:

@@ -5,6 +5,7 @@ that a secret from the environment is not in it), `checkpoints/` and what the lo
 """
 
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +14,11 @@ from typing import Any
 
 import yaml
 
-from diffmm.cli.errors import BadInput
+from diffmm.checkpoint_folders import find_state, write_text
+from diffmm.cli.errors import BadInput, refusing
 from diffmm.cli.settings import load_file
 
 CONFIG_NAME = "config.yaml"
-CHECKPOINTS_NAME = "checkpoints"
 RUNS = Path("runs")
 
 
@@ -59,42 +60,53 @@ def new_run(recipe: str, name: str | None, directory: str | None) -> Path:
     return run
 
 
-def find_run(run: str) -> tuple[Path, Path]:
-    """The saved config of a run and its latest checkpoint.
+def find_run(run: str) -> tuple[Path, Path | None]:
+    """The saved config of a run, and the state of its newest whole checkpoint if it has any.
 
     Raises:
-        BadInput: if it is no run directory, or has no checkpoint yet.
+        BadInput: if it is no run directory, or none of its checkpoints is whole.
     """
     directory = Path(run)
     if not (directory / CONFIG_NAME).is_file():
         raise BadInput(f"{run} is no run directory: there is no {directory / CONFIG_NAME}")
-    checkpoint = latest_checkpoint(directory)
-    if checkpoint is None:
-        raise BadInput(f"{run} has no checkpoint to go on from in {directory / CHECKPOINTS_NAME}")
-    return directory / CONFIG_NAME, checkpoint
+    with refusing():
+        state = find_state(directory, warn=warn)
+    return directory / CONFIG_NAME, None if state == directory else state
 
 
-def latest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of a run that was written last."""
-    found = (run / CHECKPOINTS_NAME).glob("*.ckpt")
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+def same_run(
+    recipe: str, values: dict[str, Any], name: str | None, directory: str | None
+) -> Path | None:
+    """The run of a recipe that has just these values: the named one, or else the latest.
 
-
-def same_run(recipe: str, values: dict[str, Any]) -> Path | None:
-    """The latest run of a recipe that has just these values, and a checkpoint."""
+    Raises:
+        BadInput: if the named one has other values.
+    """
+    if name is not None or directory is not None:
+        named = Path(directory) if directory is not None else RUNS / run_name(recipe) / str(name)
+        if not (named / CONFIG_NAME).is_file():
+            return None
+        if load_file(named / CONFIG_NAME) != values:
+            raise BadInput(
+                f"{named} holds a run with other settings: choose another name, or go on with it "
+                f"as it is (--resume {named})"
+            )
+        return named
     runs = [path.parent for path in (RUNS / run_name(recipe)).glob(f"*/{CONFIG_NAME}")]
-    started = [run for run in runs if latest_checkpoint(run) is not None]
-    same = [run for run in started if load_file(run / CONFIG_NAME) == values]
+    same = [run for run in runs if load_file(run / CONFIG_NAME) == values]
     return max(same, key=lambda run: (run / CONFIG_NAME).stat().st_mtime_ns, default=None)
 
 
 def save_config(run: Path, header: str, values: dict[str, Any]) -> None:
     """Write a run's `config.yaml`, whole or not at all."""
     run.mkdir(parents=True, exist_ok=True)
-    unfinished = run / f".{CONFIG_NAME}"
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
-    unfinished.write_text(f"{header}{text}", encoding="utf-8")
-    unfinished.replace(run / CONFIG_NAME)
+    write_text(run / CONFIG_NAME, f"{header}{text}")
+
+
+def warn(line: str) -> None:
+    """Tell something that the user should know, but that stops nothing."""
+    print(f"diffmm: warning: {line}", file=sys.stderr)
 
 
 @contextmanager

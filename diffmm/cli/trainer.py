@@ -44,6 +44,8 @@ NOISE = (
     "Checkpoint directory .* exists and is not empty",
     # Which is just what is meant.
     "You have overridden `on_before_batch_transfer` in `LightningModule`",
+    # Task refuses what this warns of.
+    "You're using the WeightAveraging callback with a model that overrides",
 )
 """Warnings about the stack that nobody who trains a recipe can do anything about."""
 
@@ -121,6 +123,17 @@ class ConfigSaver(Callback):
             save_config(self.run_dir, self.comment, self.values)
 
 
+class _TrainingWatcher(Callback):
+    """Knows whether a batch has been trained on, or was about to be."""
+
+    has_begun = False
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.has_begun = True
+
+
 def parser_settings() -> dict[str, Any]:
     """Arguments of `LightningCLI`."""
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -158,10 +171,13 @@ def leave_processes() -> None:
 
 @contextmanager
 def refusing_before_training(cli: RecipeCLI) -> Iterator[None]:
-    """What is refused before the first step is bad input; a failure in training is a failure."""
+    """What is refused before the first batch is bad input; a failure in training is a failure."""
+    training = _TrainingWatcher()
+    callbacks: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    callbacks.insert(0, training)
     try:
         yield
     except REFUSALS as error:
-        if cli.trainer.global_step > 0:
+        if training.has_begun:
             raise
         raise BadInput(told(error)) from error

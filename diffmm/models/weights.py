@@ -2,7 +2,8 @@
 
 A file of weights is one of two kinds: a Lightning checkpoint (`.ckpt`, written in training, with
 the description under the key `"model"`), or safetensors written by `save_model`. Both are read as
-tensors and plain values only: opening a file never runs code from it.
+tensors and plain values only: opening a file never runs code from it. The folder of a checkpoint
+stands for the file in it, and a run for its newest whole checkpoint.
 """
 
 import json
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffmm.checkpoint_folders import find_state
 from diffmm.models.backbone import BackboneConfig
 from diffmm.models.description import build, configured, describe, unwrap
 
@@ -73,12 +75,13 @@ def load_model(path: str | Path) -> nn.Module:
     Of a checkpoint that was trained with Lightning's weight averaging it is the averaged model.
 
     Args:
-        path: a Lightning checkpoint, a `.safetensors` file or a folder with a
-            `model.safetensors`, the latter two as written by `save_model`.
+        path: a run, a checkpoint's folder, a Lightning checkpoint, a `.safetensors` file or a
+            folder with a `model.safetensors`, the latter two as written by `save_model`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it cannot be read or does not hold a described model.
+        ValueError: naming the file, if it cannot be read or does not hold a described model, or
+            the checkpoints, if none is whole.
     """
     file = _find(path)
     weights, description = _read(file)
@@ -140,7 +143,7 @@ class _Contents(NamedTuple):
 
 
 def _find(path: str | Path) -> Path:
-    path = Path(path)
+    path = find_state(Path(path))
     file = path / WEIGHTS_NAME if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"there is no file of weights at {file}")

@@ -1,6 +1,7 @@
 """Training: one Lightning module a task, and the optimizer, schedule and logging they share."""
 
 from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
+from diffmm.training.checkpoints import Checkpoints
 from diffmm.training.classification import Classification
 from diffmm.training.finetuning import FineTuneConfig
 from diffmm.training.language import CausalLM, MaskedLM
@@ -12,6 +13,7 @@ from diffmm.training.task import Task
 
 __all__ = [
     "CausalLM",
+    "Checkpoints",
     "Classification",
     "FineTuneConfig",
     "LambdaMonitor",

@@ -1,4 +1,4 @@
-"""`diffmm fit` and `diffmm finetune`: runs, what they keep, and how they go on."""
+"""`diffmm fit` and `diffmm finetune`: runs, and what they keep."""
 
 import csv
 import os
@@ -10,20 +10,13 @@ import pytest
 import torch
 import yaml
 
+from diffmm.checkpoint_folders import find_state
 from diffmm.cli.fit import command_for_processes
 from diffmm.cli.recipes import find_recipe
 from diffmm.cli.runs import new_run
 from diffmm.cli.settings import load
 from diffmm.cli.trainer import RecipeCLI
 from diffmm.training import Classification
-
-EVERY_STEP = {
-    "trainer.callbacks.0.monitor": None,
-    "trainer.callbacks.0.every_n_train_steps": 1,
-    "trainer.callbacks.0.save_top_k": -1,
-    "trainer.max_steps": 4,
-}
-"""Four steps, and a checkpoint after each."""
 
 
 def built(name, *overrides):
@@ -61,7 +54,7 @@ def test_a_run_keeps_its_config_checkpoints_and_logs(run, recipe):
     assert config["vars"]["attention"] == "diff_v2"
     backbone = config["model"]["init_args"]["model"]["init_args"]["config"]["backbone"]
     assert backbone["attention"] == "${vars.attention}"
-    assert (directory / "checkpoints" / "last.ckpt").is_file()
+    assert sorted(os.listdir(directory / "checkpoints")) == ["LATEST", "step_00000002"]
     assert list((directory / "tensorboard").glob("events*"))
     with (directory / "csv" / "version_0" / "metrics.csv").open() as file:
         logged = list(csv.DictReader(file))
@@ -84,7 +77,7 @@ def test_a_saved_config_is_a_recipe_of_the_same_run(run, recipe):
     assert run("fit", "--config", saved, "--name", "again").code == 0
     assert Path("runs/recipe/again/config.yaml").read_text() == Path(saved).read_text()
     weights = [
-        torch.load(f"runs/recipe/{name}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        torch.load(find_state(Path("runs/recipe", name)), weights_only=True)["state_dict"]
         for name in ("first", "again")
     ]
     for name, tensor in weights[0].items():
@@ -125,72 +118,15 @@ def test_a_run_is_never_started_twice(run, recipe):
     assert sorted(Path("runs").rglob("*")) == before
 
 
-# A data loader that resumes in the middle of an epoch is not there yet.
-mid_epoch = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
-
-
-def interrupted(run, recipe, name="first"):
-    """A run of four steps that stopped after two."""
-    path = recipe(**EVERY_STEP)
-    assert run("fit", "--config", path, "--name", name).code == 0
-    directory = Path("runs/recipe") / name
-    for checkpoint in (directory / "checkpoints").glob("*.ckpt"):
-        if "step=2" not in checkpoint.name:
-            checkpoint.unlink()
-    assert len(list((directory / "checkpoints").iterdir())) == 1
-    return path, directory
-
-
-def steps_of(directory):
-    return torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-
-
-@mid_epoch
-def test_resume_goes_on_with_the_same_run(run, recipe):
-    _, directory = interrupted(run, recipe)
-    config = (directory / "config.yaml").read_text()
-    result = run("fit", "--resume", directory)
-    assert result.code == 0, result.err
-    assert os.listdir("runs/recipe") == ["first"]
-    assert steps_of(directory) == 4
-    assert (directory / "config.yaml").read_text() == config
-    # The log of the first part is still there.
-    with (directory / "csv" / "version_1" / "metrics.csv").open() as file:
-        assert {int(row["step"]) for row in csv.DictReader(file)} == {2, 3}
-    assert (directory / "csv" / "version_0" / "metrics.csv").is_file()
-
-
-@mid_epoch
-def test_resume_auto_goes_on_with_a_run_of_just_these_settings_or_starts_one(run, recipe):
-    path, directory = interrupted(run, recipe)
-    command = ("fit", "--config", path, "--resume", "auto")
-    assert run(*command).code == 0
-    assert steps_of(directory) == 4
-    assert os.listdir("runs/recipe") == ["first"]
-    assert run(*command, "--vars.learning_rate", "0.5", "--name", "other").code == 0
-    assert sorted(os.listdir("runs/recipe")) == ["first", "other"]
-
-
-def test_resume_refuses_a_checkpoint_of_another_model(run, recipe):
-    _, directory = interrupted(run, recipe)
-    config = directory / "config.yaml"
-    config.write_text(config.read_text().replace("attention: diff_v1", "attention: softmax"))
-    before = sorted(Path("runs").rglob("*"))
-    result = run("fit", "--resume", directory)
-    assert result.code == 2
-    assert "of another architecture: attention 'diff_v1', needed 'softmax'" in result.mistakes[0]
-    assert sorted(Path("runs").rglob("*")) == before
-
-
 def test_finetune_starts_a_new_run_from_weights(run, recipe):
     path = recipe(**{"vars.learning_rate": 1e-2})
     run("fit", "--config", path, "--name", "first")
-    checkpoint = Path("runs/recipe/first/checkpoints/last.ckpt").resolve()
+    checkpoint = find_state(Path("runs/recipe/first").resolve())
     still = ("--vars.learning_rate", "1e-12", "--vars.seed", "3")
     command = ("finetune", "--config", path, "--weights", checkpoint, "--name", "second", *still)
     assert run(*command).code == 0
     first = torch.load(checkpoint, weights_only=True)["state_dict"]
-    second = torch.load("runs/recipe/second/checkpoints/last.ckpt", weights_only=True)
+    second = torch.load(find_state(Path("runs/recipe/second")), weights_only=True)
     for name, tensor in second["state_dict"].items():
         is_new = name.startswith("model.head.")
         assert torch.allclose(tensor, first[name], atol=1e-6) != is_new, name
@@ -214,7 +150,7 @@ def test_a_failure_in_training_is_a_failure_and_keeps_the_run(run, recipe, monke
 
 def test_further_processes_share_the_run_directory(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["diffmm", "fit", "--config", "x"])
-    with command_for_processes(tmp_path, None):
+    with command_for_processes(tmp_path, is_new=True):
         assert sys.argv == ["diffmm", "fit", "--config", "x", "--run_dir", str(tmp_path)]
     assert sys.argv == ["diffmm", "fit", "--config", "x"]
 

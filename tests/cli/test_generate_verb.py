@@ -22,7 +22,7 @@ def trained(run, recipe, text_changes):
 
 
 def test_writes_what_the_model_generates(run, trained):
-    checkpoint = trained / "checkpoints" / "last.ckpt"
+    checkpoint = trained / "checkpoints" / "step_00000002"
     result = run("generate", checkpoint, "Text ", "--max-new-tokens", "12", "--temperature", "0")
     assert result.code == 0, result.err
     tokenizer = load_tokenizer("bytes")
@@ -41,7 +41,7 @@ def test_a_run_directory_and_exported_weights_serve_too(run, trained, tmp_path):
     first = run("generate", trained, *arguments)
     assert first.code == 0, first.err
     assert run("generate", trained, *arguments).out == first.out
-    saved = save_model(load_model(trained / "checkpoints" / "last.ckpt"), tmp_path / "exported")
+    saved = save_model(load_model(trained / "checkpoints" / "step_00000002"), tmp_path / "exported")
     exported = run("generate", saved.parent, *arguments, "--tokenizer", "bytes")
     assert exported.out == first.out
     others = {run("generate", trained, *arguments[:3], "--seed", str(s)).out for s in range(5)}
@@ -62,7 +62,7 @@ def test_mistakes(run, trained, tmp_path):
     image = save_model(
         ImageModel(ImageConfig(backbone=backbone, image_size=16)), tmp_path / "image"
     )
-    text = save_model(load_model(trained / "checkpoints" / "last.ckpt"), tmp_path / "text")
+    text = save_model(load_model(trained / "checkpoints" / "step_00000002"), tmp_path / "text")
     for arguments, message in (
         (("nowhere.ckpt", "a"), "there is no file of weights at nowhere.ckpt"),
         ((image, "a"), f"{image} holds a ImageModel: only a text model writes text"),

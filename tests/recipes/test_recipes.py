@@ -125,8 +125,8 @@ def test_what_belongs_together_agrees(name):
     assert recipe["seed_everything"] == "${vars.seed}"
     assert data.seed == recipe["vars"]["seed"]
     assert trainer["use_distributed_sampler"] is False
-    (checkpoint,) = [c for c in trainer["callbacks"] if "ModelCheckpoint" in c["class_path"]]
-    assert checkpoint["init_args"]["save_last"] is True
+    (checkpoints,) = [c for c in trainer["callbacks"] if "Checkpoint" in c["class_path"]]
+    assert checkpoints["class_path"] == "diffmm.training.Checkpoints"
     assert {logger["class_path"].rsplit(".")[-1] for logger in trainer["logger"]} == {
         "CSVLogger",
         "TensorBoardLogger",

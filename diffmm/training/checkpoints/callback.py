@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from diffmm import __version__, checkpoint_folders
-from diffmm.checkpoint_folders import STATE_NAME
+from diffmm.checkpoint_folders import DIRECTORY_NAME, STATE_NAME
 from diffmm.checks import check_choice
 from diffmm.training.checkpoints import progress
 from diffmm.training.checkpoints.exact import (
@@ -138,7 +138,7 @@ class Checkpoints(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.dirpath is None:
-            self.dirpath = Path(trainer.default_root_dir) / "checkpoints"
+            self.dirpath = Path(trainer.default_root_dir) / DIRECTORY_NAME
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.dirpath is not None
