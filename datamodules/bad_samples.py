@@ -145,7 +145,7 @@ class Triage:
 
 
 def _absolute(file: str | Path) -> str:
-    return os.path.abspath(file)
+    return str(file) if "://" in str(file) else os.path.abspath(file)
 
 
 def _lines(path: Path | None) -> Iterator[str]:

@@ -75,8 +75,6 @@ class SeededDataModule(LightningDataModule):
         Raises:
             ValueError: if the samples do not fill one batch of every process.
         """
-        if isinstance(dataset, IterableDataset):
-            return self._loader(dataset, collate, drop_last=True)
         assert isinstance(dataset, Sized)
         if len(dataset) < self.batch_size * self.world_size:
             raise ValueError(
@@ -160,15 +158,21 @@ class SeededDataModule(LightningDataModule):
             dataset.triage = self.triage()
         return DataLoader(
             dataset,
-            batch_size=self.batch_size,
             sampler=sampler,
             drop_last=drop_last,
-            collate_fn=collate,
-            num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=ignore_stop_signals,
+            **self._loading(collate),
+        )
+
+    def _loading(self, collate: Collate | None) -> dict[str, Any]:
+        """What every loader is told."""
+        return {
+            "batch_size": self.batch_size,
+            "collate_fn": collate,
+            "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+            "worker_init_fn": ignore_stop_signals,
             # Workers' seeds, which no sample depends on: without it every loader that begins takes
             # a number from the generator of dropout, more of them the fewer workers persist.
-            generator=torch.Generator(),
-        )
+            "generator": torch.Generator(),
+        }

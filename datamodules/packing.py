@@ -22,10 +22,15 @@ class Span(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Up to `sequence_length + 1` tokens, and which document each belongs to."""
+    """Up to `sequence_length + 1` tokens, and which document each belongs to.
+
+    Of documents that come one by one, `following` is where the next window begins: the number of a
+    document, and of a token in it.
+    """
 
     ids: Ids
     document_ids: Ids
+    following: tuple[int, int] = (0, 0)
 
 
 class Cut(Protocol):
@@ -87,20 +92,23 @@ class PaddedCut:
 
 def packed_windows(documents: Iterable[Ids], sequence_length: int) -> Iterator[Window]:
     """The windows of `PackedCut`, of documents that come one by one."""
-    ids, numbers = np.empty(0, np.int64), np.empty(0, np.int64)
+    ids = numbers = places = np.empty(0, np.int64)
     for number, tokens in enumerate(documents):
         ids = np.append(ids, tokens)
         numbers = np.append(numbers, np.full(len(tokens), number))
+        places = np.append(places, np.arange(len(tokens)))
         while len(ids) > sequence_length:
-            yield Window(ids[: sequence_length + 1], numbers[: sequence_length + 1])
+            following = int(numbers[sequence_length]), int(places[sequence_length])
+            yield Window(ids[: sequence_length + 1], numbers[: sequence_length + 1], following)
             ids, numbers = ids[sequence_length:], numbers[sequence_length:]
+            places = places[sequence_length:]
     if len(ids) > 1:
         yield Window(ids, numbers)
 
 
 def padded_windows(documents: Iterable[Ids], sequence_length: int) -> Iterator[Window]:
     """The windows of `PaddedCut`, of documents that come one by one."""
-    for tokens in documents:
+    for number, tokens in enumerate(documents):
         for start in range(0, len(tokens) - 1, sequence_length):
             ids = tokens[start : start + sequence_length + 1]
-            yield Window(ids, np.zeros(len(ids), np.int64))
+            yield Window(ids, np.full(len(ids), number), (number, start + sequence_length))

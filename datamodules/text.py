@@ -1,13 +1,24 @@
 """Text for language models."""
 
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
+from datamodules.bad_samples import BadSamples
 from datamodules.loading import SeededDataModule
+from datamodules.stream_loader import (
+    StreamedWindows,
+    StreamLoader,
+    StreamState,
+    check_turns,
+    collate_windows,
+    collate_with_places,
+    continued,
+)
+from datamodules.text_shards import Shards
 from datamodules.text_sources import (
     Corpus,
     HuggingFaceText,
@@ -16,7 +27,8 @@ from datamodules.text_sources import (
     TextSource,
     TokenFiles,
 )
-from datamodules.text_windows import Objective, Packing, StreamedWindows, TextWindows, WindowTask
+from datamodules.text_stream import StreamShare
+from datamodules.text_windows import Objective, Packing, TextWindows, WindowTask
 from datamodules.token_documents import (
     TokenDocuments,
     is_finished,
@@ -71,6 +83,13 @@ class TextData(SeededDataModule):
         cache_dir: keep the tokenized source in a file there and map it, for one that is slow to
             tokenize or too large for memory; by default it is held in memory.
 
+        stream_shares: into how many shares a streamed source is cut, by default one a worker of
+            all processes. A run can go on with other numbers of processes and workers where their
+            product divides it; and with the same number its batches are the same. A share holds
+            `shuffle_buffer` rows in memory.
+        bad_samples: what to do about files that are not text: by default to stop, otherwise to
+            leave out the file, or what follows in it where it is streamed.
+
     Raises:
         ValueError: for an argument out of its range; (when set up) for a tokenizer that is larger
             than `vocab_size` or lacks a special token, a split without a document, or a stream
@@ -96,12 +115,18 @@ class TextData(SeededDataModule):
         num_workers: int = 0,
         seed: int = 0,
         cache_dir: str | None = None,
+        stream_shares: int | None = None,
+        bad_samples: BadSamples | None = None,
     ) -> None:
-        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        super().__init__(
+            batch_size=batch_size, num_workers=num_workers, seed=seed, bad_samples=bad_samples
+        )
         check_choice("packing", packing, ("packed", "padded"))
         check_choice("objective", objective, ("causal", "masked"))
         if sequence_length < 1:
             raise ValueError(f"sequence_length must be at least 1, got {sequence_length}")
+        if stream_shares is not None and stream_shares < 1:
+            raise ValueError(f"stream_shares must be at least 1, got {stream_shares}")
         if not 0 < mask_probability < 1:
             raise ValueError(f"mask_probability must lie in (0, 1), got {mask_probability}")
         if min(validation_fraction, test_fraction) < 0 or validation_fraction + test_fraction >= 1:
@@ -121,7 +146,10 @@ class TextData(SeededDataModule):
         self.validation_fraction = 0.0 if validation_source else validation_fraction
         self.test_fraction = 0.0 if test_source else test_fraction
         self.cache_dir = cache_dir
+        self.stream_shares = stream_shares
         self._documents: dict[Corpus, TokenDocuments] = {}
+        self._opened: dict[Corpus, Shards] = {}
+        self._stream: StreamLoader | None = None
         for corpus in (self.source, validation_source, test_source):
             if cache_dir is not None and _streams(corpus):
                 raise ValueError(f"cache_dir keeps tokenized text, but {corpus!r} is streamed")
@@ -162,11 +190,22 @@ class TextData(SeededDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Packed or padded windows of the training documents, shuffled."""
+        if isinstance(self.source, HuggingFaceText) and self.source.streaming:
+            self._check_horizon()
+            self._stream = self._training_stream(self.source)
+            return self._stream
         dataset = self._dataset("training")
         assert dataset is not None
-        if isinstance(dataset, StreamedWindows):
-            self._check_horizon()
         return self.training_loader(dataset, self._task.collate)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() if self._stream is None else {**self._stream.state_dict()}
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        # A trainer fetches ahead, but what it moves to its device it takes.
+        if self._stream is not None and self.trainer is not None and self.trainer.training:
+            self._stream.take()
+        return batch
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Windows of the validation documents, in order; no loader where there is no such split."""
@@ -178,22 +217,18 @@ class TextData(SeededDataModule):
 
     def _evaluation_loader(self, split: Split) -> DataLoader[Any] | list[DataLoader[Any]]:
         dataset = self._dataset(split)
-        return [] if dataset is None else self.evaluation_loader(dataset, self._task.collate)
+        if dataset is None:
+            return []
+        if isinstance(dataset, StreamedWindows):
+            return self._loader(dataset, partial(collate_windows, self._task.collate))
+        return self.evaluation_loader(dataset, self._task.collate)
 
     def _dataset(self, split: Split) -> TextWindows | StreamedWindows | None:
         corpus, low, high = self._share(split)
         if low == high:
             return None
         if isinstance(corpus, HuggingFaceText) and corpus.streaming:
-            return StreamedWindows(
-                corpus,
-                self._task,
-                low=low,
-                high=high,
-                endless=split == "training",
-                rank=self.rank,
-                world_size=self.world_size,
-            )
+            return self._streamed(corpus, low, high)
         documents = self._load(corpus)
         chosen = documents.held_out(low, high)
         if not len(chosen):
@@ -206,6 +241,75 @@ class TextData(SeededDataModule):
                 f"{split} split: {advice}"
             )
         return TextWindows(chosen, self._task)
+
+    def _streamed(
+        self, source: HuggingFaceText, low: float, high: float, state: StreamState | None = None
+    ) -> StreamedWindows:
+        """Windows of a streamed source, endless with a `state` to begin at."""
+        if source not in self._opened:
+            self._opened[source] = Shards(source, self.triage())
+        triage = self.triage()
+        if state is not None:
+            triage.quarantined = frozenset(state["quarantined"])
+        shares = partial(
+            StreamShare,
+            self._opened[source],
+            self._task,
+            low=low,
+            high=high,
+            shuffle_buffer=None if state is None else source.shuffle_buffer,
+            triage=triage,
+        )
+        return StreamedWindows(
+            shares,
+            self._task,
+            num_shares=state["num_shares"] if state else self._num_loaders,
+            turn_size=state["turn_size"] if state else None,
+            turns_a_batch=self.batch_size // state["turn_size"] if state else 1,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+    def _training_stream(self, source: HuggingFaceText) -> StreamLoader:
+        """The training stream, from its beginning or where a checkpoint left it."""
+        _, low, high = self._share("training")
+        state = StreamState(
+            turn=0,
+            turn_size=self.batch_size,
+            global_batch_size=self.batch_size * self.world_size,
+            num_shares=self.stream_shares or self._num_loaders,
+            places={},
+            stream={
+                "source": repr(source),
+                "tokenizer": self.tokenizer.fingerprint,
+                "sequence_length": self.sequence_length,
+                "packing": self.packing,
+                "keys": [low, high],
+                "seed": self.seed,
+            },
+            quarantined=sorted(self.triage().quarantined),
+        )
+        if self._restored:
+            state = continued(state, self._restored)
+            self._check_batch_size(state["global_batch_size"])
+            self._restored = None
+        check_turns(
+            state,
+            batch_size=self.batch_size,
+            world_size=self.world_size,
+            num_workers=self.num_workers,
+        )
+        return StreamLoader(
+            self._streamed(source, low, high, state),
+            state,
+            counts_itself=self.trainer is None,
+            loading=self._loading(partial(collate_with_places, self._task.collate)),
+        )
+
+    @property
+    def _num_loaders(self) -> int:
+        """How many processes load, of all processes that train."""
+        return self.world_size * max(1, self.num_workers)
 
     def _share(self, split: Split) -> tuple[Corpus, float, float]:
         """A split's source, and which of its keys (as fractions of all keys) belong to it."""

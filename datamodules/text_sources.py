@@ -7,9 +7,11 @@ import sysconfig
 import tokenize as python_source
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from datamodules.bad_samples import BadSampleError
 from datamodules.token_documents import (
     Document,
     TokenDocuments,
@@ -213,46 +215,57 @@ class HuggingFaceText(TextSource):
         self.document_start = document_start
 
     def documents(self) -> Iterator[Document]:
-        return self._documents(self._load())
-
-    def stream(
-        self, *, seed: int, epoch: int, rank: int, world_size: int, shuffle: bool
-    ) -> Iterator[Document]:
-        """One pass over the share of this process, and of this loader's worker if in one."""
-        from datasets.distributed import split_dataset_by_node
-
-        rows = split_dataset_by_node(self._load(), rank=rank, world_size=world_size)
-        if shuffle:
-            rows = rows.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
-            rows.set_epoch(epoch)
-        return self._documents(rows)  # the library shares the rows among workers itself
+        return self._documents(self.open(self.data_files))
 
     def state(self) -> str:
-        return self._load()._fingerprint
+        return self.open(self.data_files)._fingerprint
 
-    def _load(self) -> Any:
+    def builder(self) -> Any:
+        """What the library knows of the dataset before reading it.
+
+        Raises:
+            BadSampleError: if the library finds no such dataset, or cannot make sense of it.
+        """
         import datasets
 
-        try:
+        with self._loading():
+            return datasets.load_dataset_builder(self.name, self.config, data_files=self.data_files)
+
+    def open(self, data_files: str | list[str] | None) -> Any:
+        """The rows of `data_files`, or of the whole dataset, with their text alone.
+
+        Raises:
+            BadSampleError: if the library cannot load them.
+            ValueError: if there is no such column.
+        """
+        import datasets
+
+        with self._loading():
             rows = datasets.load_dataset(
                 self.name,
                 self.config,
                 split=self.split,
-                data_files=self.data_files,
+                data_files=data_files,
                 streaming=self.streaming,
             )
-        except Exception as error:  # of many types: the hub's, the network's, the parsers'
-            raise ValueError(
-                f"the datasets library cannot load {self!r}: {type(error).__name__}: {error}"
-            ) from error
-        # A stream of files knows its columns only after its first row.
-        columns = rows.column_names or list(next(iter(rows), {}))
+            # A stream of files knows its columns only after its first row.
+            columns = rows.column_names or list(next(iter(rows), {}))
         if self.text_column not in columns:
             raise ValueError(
                 f"dataset {self.name!r} has no column {self.text_column!r}, its columns are "
                 f"{', '.join(columns)}: set text_column"
             )
         return rows.select_columns([self.text_column])
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of many types: the hub's, the network's, the parsers'
+            cause = error.__cause__ or error  # the library wraps a parser's error in its own
+            raise BadSampleError(
+                f"the datasets library cannot load {self!r}: {type(cause).__name__}: {cause}"
+            ) from error
 
     def _documents(self, rows: Iterable[Mapping[str, str]]) -> Iterator[Document]:
         texts: Iterable[str] = (row[self.text_column] or "" for row in rows)

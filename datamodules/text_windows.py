@@ -1,14 +1,13 @@
 """Windows of tokens as samples: what a model reads in them, and what it is to predict."""
 
 from collections.abc import Iterable, Iterator
-from itertools import count
 from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import IterableDataset, default_collate, get_worker_info
+from torch.utils.data import default_collate
 
 from datamodules.packing import (
     Cut,
@@ -20,8 +19,7 @@ from datamodules.packing import (
     padded_windows,
 )
 from datamodules.sampling import SeededDataset, sample_rng
-from datamodules.text_sources import HuggingFaceText
-from datamodules.token_documents import TokenDocuments, in_split, tokenize
+from datamodules.token_documents import TokenDocuments
 from diffmm.batch import IGNORE_INDEX, TextBatch
 from diffmm.tokenizers import Tokenizer
 
@@ -173,57 +171,3 @@ class TextWindows(SeededDataset[TextSample]):
         numbers = [span.document for span in spans]
         document_ids = np.repeat(numbers, [span.stop - span.start for span in spans])
         return self._task.sample(Window(ids, document_ids), epoch, index)
-
-
-class StreamedWindows(IterableDataset[TextSample]):
-    """Windows of a streamed dataset; processes and workers share its documents.
-
-    Args:
-        source: a streaming one.
-        task: how documents are cut, and what is to be predicted.
-        low, high: only documents whose keys, as fractions of all keys, lie in `[low, high)`.
-        endless: for training, begin again (in another order) instead of ending.
-        rank, world_size: this process, and how many there are.
-    """
-
-    def __init__(
-        self,
-        source: HuggingFaceText,
-        task: WindowTask,
-        *,
-        low: float,
-        high: float,
-        endless: bool,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self._source = source
-        self._task = task
-        self._low, self._high = low, high
-        self._endless = endless
-        self._rank, self._world_size = rank, world_size
-
-    def __iter__(self) -> Iterator[TextSample]:
-        worker = get_worker_info()
-        num_workers = worker.num_workers if worker else 1
-        share = self._rank * num_workers + (worker.id if worker else 0)
-        num_shares = self._world_size * num_workers
-        for number, window in enumerate(self._task.windows(self._documents())):
-            yield self._task.sample(window, epoch=0, index=number * num_shares + share)
-
-    def _documents(self) -> Iterator[Ids]:
-        for epoch in count() if self._endless else (0,):
-            texts = self._source.stream(
-                seed=self._task.seed,
-                epoch=epoch,
-                rank=self._rank,
-                world_size=self._world_size,
-                shuffle=self._endless,
-            )
-            empty = True
-            for key, tokens in tokenize(texts, self._task.tokenizer):
-                if in_split(key, self._low, self._high):
-                    empty = False
-                    yield tokens.astype(np.int64)
-            if empty:  # a share with no documents, as when there are more workers than files
-                return

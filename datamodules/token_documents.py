@@ -24,7 +24,7 @@ from diffmm.tokenizers import Tokenizer
 
 FORMAT = 1
 DOCUMENT_FIELDS = np.dtype([("length", "<i8"), ("key", "<u8")])
-_BATCH = 64  # documents a tokenizer sees at once
+ENCODED_AT_ONCE = 64  # documents a tokenizer sees at once
 
 
 class Document(NamedTuple):
@@ -51,7 +51,7 @@ def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[To
     """The tokens of each document that has any text."""
     dtype = token_dtype(tokenizer.vocab_size)
     remaining = iter(documents)
-    while batch := list(islice(remaining, _BATCH)):
+    while batch := list(islice(remaining, ENCODED_AT_ONCE)):
         encoded = tokenizer.encode_batch([document.text for document in batch])
         for document, ids in zip(batch, encoded, strict=True):
             if len(ids):

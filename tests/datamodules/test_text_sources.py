@@ -147,25 +147,6 @@ def test_datasets_from_files(rows_file: dict[str, Any], streaming: bool) -> None
     assert [document.text for document in source.documents()] == [row["body"] for row in ROWS]
 
 
-def test_streams_are_shared_and_shuffled(tmp_path: Path) -> None:
-    for number in range(4):
-        rows = [{"text": f"{number}-{row}"} for row in range(5)]
-        (tmp_path / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = HuggingFaceText("json", data_files=str(tmp_path / "*.jsonl"), streaming=True)
-
-    def share(rank: int, epoch: int = 0, shuffle: bool = True) -> list[str]:
-        stream = source.stream(seed=0, epoch=epoch, rank=rank, world_size=2, shuffle=shuffle)
-        return [document.text for document in stream]
-
-    everything = {f"{number}-{row}" for number in range(4) for row in range(5)}
-    assert set(share(0)) | set(share(1)) == everything
-    assert not set(share(0)) & set(share(1))
-    assert share(0) == share(0)
-    assert share(0) != share(0, epoch=1)
-    assert share(0) != sorted(share(0))
-    assert share(0, shuffle=False) == sorted(share(0, shuffle=False))
-
-
 def test_rows_that_are_lines_are_joined(tmp_path: Path) -> None:
     path = tmp_path / "wiki.parquet"
     first = [" = One = \n", "", " text one\n", " = = Part = = \n", " more\n"]

@@ -1,0 +1,93 @@
+"""The files of a streamed dataset, read one at a time.
+
+`datasets` opens and parses them; which process reads which file, in which order, is decided here
+and in `datamodules.text_stream`, so that a run can go on in the middle of one.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from datamodules.bad_samples import BadSampleError, Triage
+
+if TYPE_CHECKING:
+    from datamodules.text_sources import HuggingFaceText
+
+
+class Shards:
+    """A streamed dataset as numbered files of rows of text.
+
+    Args:
+        source: the dataset.
+        triage: what to do about a file at the beginning that cannot be opened.
+
+    Raises:
+        ValueError: if the library cannot open the dataset, or it has no such column.
+    """
+
+    def __init__(self, source: "HuggingFaceText", triage: Triage) -> None:
+        self.column = source.text_column
+        self.names, files = _files(source)
+        # The library looks into the first file: where that is broken, begin with the next.
+        self._first = 0
+        while not self._opens(source, files, triage):
+            self._first += 1
+        if len(self.names) != self._first + self._rows.num_shards:
+            self.names = [f"shard {n}" for n in range(self._first + self._rows.num_shards)]
+
+    def _opens(self, source: "HuggingFaceText", files: list[str], triage: Triage) -> bool:
+        try:
+            self._rows = source.open(files[self._first :] or source.data_files)
+            return True
+        except BadSampleError as error:
+            if not triage.tolerates or self._first + 1 >= len(files):
+                raise
+            if not triage.is_quarantined(files[self._first]):
+                triage.num_read += 1
+                named = f"shard {self._first} ({files[self._first]}) cannot be opened: {error}"
+                triage.note(
+                    BadSampleError(named, files[self._first]),
+                    instead="the dataset begins with the next",
+                )
+            return False
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def texts(self, shard: int, row: int = 0) -> Iterator[str]:
+        """The texts of a shard from row `row` on.
+
+        Raises:
+            BadSampleError: naming the shard, its file and the row, where it cannot be read on.
+        """
+        name = self.names[shard]
+        if shard < self._first:
+            raise BadSampleError(f"shard {shard} ({name}) cannot be opened", name)
+        rows = self._rows.shard(self._rows.num_shards, shard - self._first)
+        if row:
+            rows = rows.skip(row)
+        try:
+            # `iter(rows)` would be shared among a loader's workers, but each has its own shards.
+            for batch in rows.iter(batch_size=1):
+                yield batch[self.column][0] or ""
+                row += 1
+        except OSError as error:
+            if "://" in name:  # as well the network's fault
+                raise
+            raise _broken(shard, name, row, error) from error
+        except Exception as error:  # of many types: the parsers'
+            raise _broken(shard, name, row, error) from error
+
+
+def _broken(shard: int, name: str, row: int, error: Exception) -> BadSampleError:
+    return BadSampleError(
+        f"shard {shard} ({name}) cannot be read from row {row} on: {type(error).__name__}: {error}",
+        name,
+    )
+
+
+def _files(source: "HuggingFaceText") -> tuple[list[str], list[str]]:
+    """The names of a dataset's files, and those of them that it can be opened without."""
+    builder: Any = source.builder()
+    found = (builder.config.data_files or {}).get(source.split) or []
+    names = [str(file) for file in found]
+    return names, names if source.data_files is not None else []
