@@ -100,9 +100,10 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, rope: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """The queries, keys and values of `x`, as the op takes them."""
-        q = self.q_norm(self.q_proj(x).unflatten(-1, self.q_shape))
-        k = self.k_norm(self.k_proj(x).unflatten(-1, self.k_shape))
-        v = self.v_proj(x).unflatten(-1, self.v_shape)
+        # Under tensor parallelism a process has a share of the heads: hence -1.
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, *self.q_shape[1:])))
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, *self.k_shape[1:])))
+        v = self.v_proj(x).unflatten(-1, (-1, *self.v_shape[1:]))
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         return q, k, v
@@ -145,6 +146,16 @@ class SoftmaxAttention(Attention):
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         return softmax_attention(q, k, v, mask=mask, scale=self.scale, backend=self.backend)
+
+
+def shared_by_heads(parameter: Tensor) -> Tensor:
+    """A parameter that all heads use, as a plain tensor. Under tensor parallelism each process has
+    all of it and some of the heads, so that the gradients of all processes add up to its own."""
+    if not hasattr(parameter, "to_local"):
+        return parameter
+    from torch.distributed.tensor import Partial
+
+    return parameter.to_local(grad_placements=[Partial()])
 
 
 def lambda_init_at(layer_index: int) -> float:
@@ -212,8 +223,8 @@ class DiffAttentionV1(Attention):
 
     def lam(self, x: Tensor) -> Tensor:
         """This layer's lambda, a float32 scalar (the same for every `x`)."""
-        first = (self.lambda_q1 * self.lambda_k1).sum().exp()
-        second = (self.lambda_q2 * self.lambda_k2).sum().exp()
+        q1, k1, q2, k2 = (shared_by_heads(getattr(self, name)) for name in self.LAMBDA_NAMES)
+        first, second = (q1 * k1).sum().exp(), (q2 * k2).sum().exp()
         return self.sign * (first - second + self.lambda_init)
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffmm.layers.cache import KVCache
 from diffmm.layers.norm import LayerNorm, RMSNorm
@@ -50,8 +51,23 @@ class Block(nn.Module):
         mask: AttentionMask,
         rope: Rotation | None = None,
         cache: KVCache | None = None,
+        recompute: bool = False,
     ) -> Tensor:
-        """`[B, N, dim]` to `[B, N, dim]`."""
+        """`[B, N, dim]` to `[B, N, dim]`. With `recompute`, and then without a cache, nothing
+        between the two is kept for the backward pass, which computes it again."""
+        if recompute:
+            # In here, not around the block, so that a compiled block recomputes what it computed.
+            return checkpoint(self.compute, x, mask, rope, use_reentrant=False)
+        return self.compute(x, mask, rope, cache)
+
+    def compute(
+        self,
+        x: Tensor,
+        mask: AttentionMask,
+        rope: Rotation | None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """What `forward` does, whether once or twice."""
         attended = self.attention(self.attention_norm(x), mask=mask, rope=rope, cache=cache)
         x = x + self.attention_branch(attended)
         return x + self.feed_forward_branch(self.feed_forward(self.feed_forward_norm(x)))

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from diffmm.checks import check_choice
 from diffmm.layers.attention import ATTENTIONS, Attention
@@ -234,12 +233,10 @@ class Backbone(nn.Module):
                 start = cache.length if cache is not None else 0
                 positions = torch.arange(start, start + x.shape[1], device=x.device)
             rope = self.rope(positions)
+        recompute = self.activation_checkpointing and self.training
         intermediates = []
         for index, block in enumerate(self.blocks):
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, mask=mask, rope=rope, use_reentrant=False)
-            else:
-                x = block(x, mask=mask, rope=rope, cache=cache)
+            x = block(x, mask=mask, rope=rope, cache=cache, recompute=recompute)
             if index in indices:
                 intermediates.append(x)
         if cache is not None:

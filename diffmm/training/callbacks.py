@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from diffmm.layers.attention import DiffAttentionV1, DiffAttentionV2
+from diffmm.training.parallel import data_share
 
 
 class LambdaMonitor(Callback):
@@ -118,7 +119,7 @@ class SpeedMonitor(Callback):
         self._num_tokens += batch["tokens"].numel() if "tokens" in batch else 0
         if not is_logging_step(trainer):
             return
-        rate = trainer.world_size / max(1e-9, time.monotonic() - self._start)
+        rate = data_share(trainer)[1] / max(1e-9, time.monotonic() - self._start)
         pl_module.log("train/samples_per_second", rate * self._num_samples)
         if self._num_tokens:
             pl_module.log("train/tokens_per_second", rate * self._num_tokens, prog_bar=True)

@@ -13,6 +13,7 @@ from diffmm.training.finetuning import FineTuneConfig
 from diffmm.training.metrics import RatioOfSums
 from diffmm.training.mixing import MixingConfig, mix
 from diffmm.training.optimizer import OptimizerConfig
+from diffmm.training.parallel import data_share
 from diffmm.training.schedule import ScheduleConfig
 from diffmm.training.task import Task, check_range
 
@@ -144,7 +145,7 @@ class Classification(Task):
         """A batch of mixtures, and their soft targets."""
         assert self.mixing is not None
         name = "images" if "images" in batch else "waveforms"
-        key = (self.seed, self.current_epoch, batch_idx, self.global_rank)
+        key = (self.seed, self.current_epoch, batch_idx, data_share(self.trainer)[0])
         mixed: dict[str, Any] = dict(batch)
         mixed[name], weights = mix(mixed[name], self.mixing, key=key)
         if "num_samples" in batch:

@@ -39,6 +39,8 @@ IGNORED_WARNINGS = (
     "ignore:.*LeafSpec.*:FutureWarning",
     # The batches here are made already: workers would only cost time.
     "ignore:.*does not have many workers.*",
+    # Task shards models for strategies that ask for it, and refuses that with weight averaging.
+    "ignore:You're using the WeightAveraging callback with a model that overrides",
     "ignore:You defined a `validation_step` but have no `val_dataloader`.*",
 )
 
