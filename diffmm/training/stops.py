@@ -15,6 +15,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from diffmm.training.checkpoints import Checkpoints
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """That stop a run; where processes get several, the last of these counts."""
 
@@ -145,7 +147,7 @@ class CleanStop(Callback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         got = signal.Signals(number)
-        if got is signal.SIGINT and self._got is None and rank_zero_only.rank == 0:
+        if got is signal.SIGINT and self._got is None and getattr(rank_zero_only, "rank", 0) == 0:
             # Printing is not safe here: this may run within another print.
             os.write(2, b"\nstopping after this step (at once, without saving: Ctrl-\\)\n")
         self._got = got if self._got is None else max(self._got, got, key=SIGNALS.index)
@@ -158,14 +160,11 @@ class CleanStop(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         assert self._agreed is not None
-        where = save_now(trainer, reason=self._agreed.name)
+        where = save_before_end(trainer, reason=self._agreed.name)
         rank_zero_info(
             f"{self._agreed.name}: stopped after step {trainer.global_step}, "
             f"{'not saved: checkpoints are off' if where is None else f'saved in {where}'}"
         )
-        # Lightning kills all processes when one of them ends with a code other than 0.
-        getattr(trainer.strategy.launcher, "procs", []).clear()
-        trainer.strategy.barrier()
 
 
 class _Handlers:
@@ -196,14 +195,22 @@ class _Handlers:
         del self.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor
 
 
-def save_now(trainer: Trainer, *, reason: str) -> Path | None:
-    """Save a run where it stands; every process calls it at the same step.
+def save_before_end(trainer: Trainer, *, reason: str) -> Path | None:
+    """Save a run that is about to end; every process calls it at the same step.
 
     Returns:
         Where; nothing if the trainer keeps no checkpoints.
     """
+    path = _save(trainer, reason)
+    # Lightning kills all processes when one of them ends with a code other than 0.
+    getattr(trainer.strategy.launcher, "procs", []).clear()
+    trainer.strategy.barrier()
+    return path
+
+
+def _save(trainer: Trainer, reason: str) -> Path | None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if hasattr(callback, "save_now"):
+        if isinstance(callback, Checkpoints):
             return callback.save_now(trainer, reason=reason)
     if trainer.checkpoint_callback is None:
         return None
@@ -221,7 +228,7 @@ def requeue_slurm_job() -> None:
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = getattr(error, "stderr", "") or error
+        reason = (getattr(error, "stderr", "") or str(error)).strip()
         rank_zero_warn(f"`{' '.join(command)}` failed ({reason}): submit the job again yourself")
 
 
