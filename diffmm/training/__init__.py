@@ -1,5 +1,6 @@
 """Training: one Lightning module a task, and the optimizer, schedule and logging they share."""
 
+from diffmm.training.bad_numbers import BadNumbers
 from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
 from diffmm.training.checkpoints import Checkpoints
 from diffmm.training.classification import Classification
@@ -9,12 +10,15 @@ from diffmm.training.masked_autoencoding import MaskedAutoencoding
 from diffmm.training.mixing import MixingConfig
 from diffmm.training.optimizer import OptimizerConfig
 from diffmm.training.schedule import ScheduleConfig
+from diffmm.training.stops import CleanStop
 from diffmm.training.task import Task
 
 __all__ = [
+    "BadNumbers",
     "CausalLM",
     "Checkpoints",
     "Classification",
+    "CleanStop",
     "FineTuneConfig",
     "LambdaMonitor",
     "MaskedAutoencoding",

@@ -7,6 +7,7 @@ Every task logs under the same names:
 | `train/loss` | the mean over all processes, at every logging step |
 | `train/learning_rate` | the peak times the schedule's factor, at every logging step |
 | `train/grad_norm` | of all gradients, before clipping, at every logging step |
+| `train/skipped_steps` | so far, from the first one on (see `BadNumbers`), at every logging step |
 | `train/samples_per_second`, `train/tokens_per_second` | over all processes, since the last one |
 | `lambda/layer_00`, ... | mean lambda of each differential layer, at every logging step |
 | `val/loss`, ... | the task's metrics (see there), once a validation; `test/loss`, ... likewise |
@@ -23,10 +24,12 @@ from torchmetrics import Metric
 from diffmm.models.backbone import Backbone
 from diffmm.models.description import MODELS, describe, unwrap
 from diffmm.models.weights import load_weights
+from diffmm.training.bad_numbers import BadNumbers
 from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor, is_logging_step
 from diffmm.training.finetuning import FineTuneConfig, freeze
 from diffmm.training.optimizer import OptimizerConfig, make_optimizer
 from diffmm.training.schedule import ScheduleConfig, make_scheduler
+from diffmm.training.stops import CleanStop
 
 
 class Task(LightningModule):
@@ -166,8 +169,9 @@ class Task(LightningModule):
         }
 
     def configure_callbacks(self) -> list[Callback]:
-        """Lambda and speed are logged without a recipe asking for it."""
-        defaults = (LambdaMonitor(), SpeedMonitor())
+        """Lambda and speed are logged, bad steps skipped and signals obeyed without a recipe asking
+        for it."""
+        defaults = (LambdaMonitor(), SpeedMonitor(), BadNumbers(), CleanStop())
         given = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         return [callback for callback in defaults if type(callback) not in given]
 
