@@ -7,6 +7,7 @@ on one device. Lambda and norms thus never leave float32, and the numbers are th
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +84,10 @@ def split_heads(model: nn.Module, mesh: DeviceMesh) -> None:
         distribute_module(block.attention, mesh)
         parallelize_module(block.feed_forward, mesh, _feed_forward_plan(block.feed_forward))
     if isinstance(model, TextModel):
-        whole = {"input_layouts": Replicate(), "output_layouts": Replicate()}
-        plan = {"embedding": RowwiseParallel(**whole), "head": ColwiseParallel(**whole)}
+        plan: dict[str, ParallelStyle] = {
+            "embedding": RowwiseParallel(input_layouts=Replicate()),
+            "head": ColwiseParallel(output_layouts=Replicate()),
+        }
         parallelize_module(model, mesh, plan)
         if model.config.tie_embeddings:
             model.head.weight = model.embedding.weight
@@ -117,13 +120,13 @@ def _whole_input() -> ParallelStyle:
 
 
 def _check_shares(block: Block, num_devices: int) -> None:
-    attention, feed_forward = block.attention, block.feed_forward
+    attention = block.attention
     assert isinstance(attention, Attention)
     kind = type(attention).__name__
     _check_share(f"{kind}'s number of heads", attention.q_shape[0], num_devices)
     _check_share(f"{kind}'s number of key groups", attention.k_shape[0], num_devices)
-    width = feed_forward.down_proj.in_features  # type: ignore[union-attr]
-    _check_share("feed_forward_width", width, num_devices)
+    down_proj: Any = block.feed_forward.down_proj
+    _check_share("feed_forward_width", down_proj.in_features, num_devices)
 
 
 def _check_share(name: str, count: int, num_devices: int) -> None:

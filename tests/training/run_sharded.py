@@ -1,0 +1,167 @@
+"""Trains small models on as many processes as asked and writes down all there is to compare.
+
+python run_sharded.py NUM_PROCESSES FOLDER CASE STRATEGY [CASE STRATEGY ...]
+
+For each case and strategy: the curve, gradients of the first step and a checkpoint after two steps;
+and the weights after two more steps from `FOLDER/CASE_auto_1.ckpt`, if another process left one.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from diffmm.models import BackboneConfig, ImageConfig, ImageModel, TextConfig, TextModel
+from diffmm.training import CausalLM, Classification, OptimizerConfig, ScheduleConfig
+from diffmm.training.parallel import data_share
+from diffmm.training.task import Task
+
+GLOBAL_BATCH, NUM_SAMPLES = 8, 16
+CURVES = ("train/loss", "train/grad_norm")
+
+
+class Samples(Dataset[dict[str, Tensor]]):
+    """Rows of a batch."""
+
+    def __init__(self, batch: dict[str, Tensor]) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return NUM_SAMPLES
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: tensor[index] for name, tensor in self.batch.items()}
+
+
+def backbone(attention: str, **changes: Any) -> BackboneConfig:
+    """Grouped keys and norms over heads: what sharing out heads could get wrong."""
+    settings: dict[str, Any] = {"num_kv_heads": 4, "qk_norm": True, "feed_forward_width": 64}
+    return BackboneConfig(32, 2, 8, attention=attention, **{**settings, **changes})
+
+
+def task_and_data(case: str, **settings: Any) -> tuple[Task, Samples]:
+    """A case is an attention in a text model with tied embeddings, or `image`."""
+    seed_everything(0, verbose=False)
+    settings = {
+        "optimizer": OptimizerConfig(1e-2, eps=1e-4, lambda_learning_rate=3e-2),
+        "schedule": ScheduleConfig(6, warmup_steps=2),
+        "activation_checkpointing": True,
+        **settings,
+    }
+    index = torch.arange(NUM_SAMPLES)
+    if case == "image":
+        config = ImageConfig(
+            backbone=backbone("diff_v1", rope="2d", layer_scale=0.1),
+            num_classes=5,
+            image_size=8,
+            patch_size=4,
+            learned_positions=True,
+        )
+        batch = {"images": torch.randn(NUM_SAMPLES, 3, 8, 8), "labels": index % 5, "index": index}
+        return Classification(ImageModel(config), **settings), Samples(batch)
+    tokens = torch.randint(24, (NUM_SAMPLES, 17))
+    num_bytes = torch.full((NUM_SAMPLES,), 16)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "num_bytes": num_bytes}
+    model = TextModel(TextConfig(24, 16, backbone(case, rope="1d")))
+    return CausalLM(model, **settings), Samples({**batch, "index": index})
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+
+
+class Recorded(Callback):
+    def __init__(self) -> None:
+        self.curves: dict[str, list[float]] = {name: [] for name in CURVES}
+        self.gradients: dict[str, Tensor] = {}
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: LightningOptimizer
+    ) -> None:
+        for name, parameter in pl_module.named_parameters():
+            if name not in self.gradients and parameter.grad is not None:
+                self.gradients[name] = whole(parameter.grad)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        for name in CURVES:
+            self.curves[name].append(trainer.callback_metrics[name].item())
+
+
+class Shares:
+    """Each process its own share of the samples, once it is known which."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+        self.trainer: Trainer | None = None
+
+    def __iter__(self) -> Any:
+        assert self.trainer is not None
+        rank, count = data_share(self.trainer)
+        sampler = DistributedSampler(self.samples, count, rank, shuffle=False)
+        return iter(DataLoader(self.samples, GLOBAL_BATCH // count, sampler=sampler))
+
+
+def fit(
+    task: Task,
+    samples: Samples,
+    *,
+    strategy: str,
+    num_processes: int,
+    max_steps: int,
+    ckpt_path: Path | None = None,
+    **settings: Any,
+) -> tuple[Trainer, Recorded]:
+    recorded = Recorded()
+    defaults = {"accelerator": "cpu", "gradient_clip_val": 0.3}
+    trainer = Trainer(
+        devices=num_processes,
+        strategy=strategy,
+        use_distributed_sampler=False,
+        max_steps=max_steps,
+        log_every_n_steps=1,
+        callbacks=[recorded],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **{**defaults, **settings},
+    )
+    shares = Shares(samples)
+    shares.trainer = trainer
+    trainer.fit(task, shares, ckpt_path=ckpt_path, weights_only=True)
+    return trainer, recorded
+
+
+def weights_of(task: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(parameter) for name, parameter in task.named_parameters()}
+
+
+def run(folder: Path, case: str, strategy: str, num_processes: int) -> dict[str, Any]:
+    """See this file's head."""
+    setting = {"strategy": strategy, "num_processes": num_processes}
+    name = f"{case}_{strategy}_{num_processes}"
+    task, samples = task_and_data(case)
+    trainer, recorded = fit(task, samples, max_steps=2, **setting)
+    results = {"curves": recorded.curves, "gradients": recorded.gradients}
+    results["weights"] = weights_of(task)
+    trainer.save_checkpoint(folder / f"{name}.ckpt")
+    other = folder / f"{case}_auto_1.ckpt"
+    task, samples = task_and_data(case)
+    fit(task, samples, max_steps=4, ckpt_path=other, **setting)
+    results["resumed"] = weights_of(task)
+    if trainer.is_global_zero:
+        torch.save(results, folder / f"{name}.pt")
+    return results
+
+
+if __name__ == "__main__":
+    for case, strategy in zip(sys.argv[3::2], sys.argv[4::2], strict=True):
+        run(Path(sys.argv[2]), case, strategy, int(sys.argv[1]))
+    torch.distributed.destroy_process_group()

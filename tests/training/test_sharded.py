@@ -1,0 +1,94 @@
+"""FSDP2 and tensor parallelism: several processes train as one does, from each other's checkpoints.
+
+Processes are slow to start: two of them go through all cases, four through one.
+"""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffmm.models.weights import load_model
+from diffmm.training import FSDP2Strategy
+
+SCRIPT = Path(__file__).with_name("run_sharded.py")
+CASES = ("softmax", "diff_v1", "diff_v2", "image")
+RUNS = [
+    ("diff_v1", "fsdp2", 2),
+    ("softmax", "fsdp2_tp2", 2),
+    ("diff_v2", "fsdp2_tp2", 2),
+    ("image", "fsdp2_tp2", 2),
+    ("diff_v2", "ddp", 2),
+    ("diff_v1", "fsdp2_tp2", 4),
+]
+
+
+@pytest.fixture(scope="module")
+def script():
+    return runpy.run_path(str(SCRIPT))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, script):
+    """The results of every run by its name, beside their checkpoints in a folder."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for case in CASES:
+        script["run"](folder, case, "auto", 1)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for count in (2, 4):
+        wanted = [word for case, strategy, n in RUNS if n == count for word in (case, strategy)]
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), str(count), str(folder), *wanted],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-5000:]
+    return folder, {path.stem: torch.load(path) for path in folder.glob("*.pt")}
+
+
+def assert_close(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        error = (found[name] - tensor).norm() / tensor.norm().clamp(min=1e-6)
+        assert error < tolerance, f"{name} is off by {error:.1e}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "strategy", "count"), RUNS)
+def test_several_processes_train_as_one(case, strategy, count, runs):
+    one, many = (runs[1][f"{case}_{name}"] for name in ("auto_1", f"{strategy}_{count}"))
+    for name, curve in one["curves"].items():
+        assert many["curves"][name] == pytest.approx(curve, rel=1e-4), name
+    assert max(one["curves"]["train/grad_norm"]) > 0.3, "nothing was clipped"
+    assert_close(many["gradients"], one["gradients"], 1e-4)
+    assert_close(many["weights"], one["weights"], 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "strategy", "count"), RUNS)
+def test_checkpoints_load_under_every_strategy(case, strategy, count, runs, script):
+    folder, results = runs
+    # Two more steps with the moments of a run of one process, and the other way round.
+    truth = results[f"{case}_auto_1"]["resumed"]
+    assert_close(results[f"{case}_{strategy}_{count}"]["resumed"], truth, 1e-3)
+    path = folder / f"{case}_{strategy}_{count}.ckpt"
+    task, samples = script["task_and_data"](case)
+    script["fit"](task, samples, strategy="auto", num_processes=1, max_steps=4, ckpt_path=path)
+    assert_close(script["weights_of"](task), truth, 1e-3)
+    assert type(load_model(path)) is type(task.model)
+    paths = (folder / f"{case}_auto_1.ckpt", path)
+    one, many = (torch.load(path)["optimizer_states"][0] for path in paths)
+    assert many["param_groups"] == one["param_groups"]
+    assert many["state"].keys() == one["state"].keys()
+
+
+def test_a_size_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="tensor_parallel_size must be at least 1, got 0"):
+        FSDP2Strategy(tensor_parallel_size=0)

@@ -1,0 +1,78 @@
+"""How models are split, and what is refused because it cannot be. On a mesh of processes that are
+not there, since nothing here is computed."""
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from diffmm.models import BackboneConfig, ImageConfig, ImageModel, TextConfig, TextModel
+from diffmm.training.sharding import gradient_norm, is_sharded, shard
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield init_device_mesh("cpu", (1, 4), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    torch.distributed.destroy_process_group()
+
+
+def text(vocab_size=24, num_heads=16, **changes):
+    settings = {"attention": "diff_v1", "feed_forward_width": 64, "rope": "1d"}
+    backbone = BackboneConfig(64, 1, num_heads, **{**settings, **changes})
+    return TextModel(TextConfig(vocab_size, 8, backbone))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: text(num_kv_heads=4), "DiffAttentionV1's number of key groups must be a multiple "
+         "of tensor_parallel_size to be split, got 2 and 4"),
+        (lambda: text(num_kv_heads=2, attention="diff_v2"), "DiffAttentionV2's number of key"),
+        (lambda: text(num_heads=6, head_dim=8, attention="softmax"), "SoftmaxAttention's number"),
+        (lambda: text(feed_forward_width=66), "feed_forward_width must be a multiple .* 66 and 4"),
+        (lambda: text(vocab_size=26), "vocab_size must be a multiple .* 26 and 4"),
+        (lambda: torch.nn.Linear(2, 2), "splits the heads of blocks, and Linear has none"),
+    ],
+)  # fmt: skip
+def test_what_does_not_divide_is_refused(model, message, mesh):
+    with pytest.raises(ValueError, match=message):
+        shard(model(), mesh)
+
+
+def test_heads_are_split_and_names_are_kept(mesh):
+    model = text(attention="diff_v2", num_kv_heads=8)
+    before = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shard(model, mesh)
+    assert is_sharded(model)
+    assert {name: parameter.shape for name, parameter in model.named_parameters()} == before
+    local = {n: tuple(p.to_local().shape) for n, p in model.named_parameters()}
+    attention = "backbone.blocks.0.attention"
+    assert local[f"{attention}.q_proj.weight"] == (2 * 16 * 4 // 4, 64)
+    assert local[f"{attention}.k_proj.weight"] == (8 * 4 // 4, 64)
+    assert local[f"{attention}.lambda_proj.weight"] == (16 // 4, 64)
+    assert local[f"{attention}.out_proj.weight"] == (64, 64 // 4)
+    assert local["embedding.weight"] == (24 // 4, 64)
+    assert model.head.weight is model.embedding.weight
+
+
+def test_weights_of_two_types_are_refused(mesh):
+    # What precision bf16-true makes of lambda.
+    with pytest.raises(ValueError, match="FSDP2 needs weights of one type, got torch.bfloat16, "):
+        shard(text().bfloat16(), mesh)
+
+
+def test_gradients_of_plain_and_of_sharded_weights_have_one_norm():
+    weights = [torch.nn.Parameter(torch.zeros(n)) for n in (2, 3)]
+    assert gradient_norm(weights) == 0.0
+    weights[0].grad = torch.tensor([3.0, 4.0])
+    assert gradient_norm(weights) == 5.0
+
+
+def test_image_models_are_split_too(mesh):
+    backbone = BackboneConfig(64, 1, 8, attention="diff_v1", rope="2d", feed_forward_width=64)
+    model = ImageModel(ImageConfig(backbone=backbone, num_classes=3, image_size=8, patch_size=4))
+    shard(model, mesh)
+    lambda_q1 = model.backbone.blocks[0].attention.lambda_q1
+    assert lambda_q1.to_local().shape == lambda_q1.shape
+    assert lambda_q1.dtype == torch.float32
