@@ -127,7 +127,7 @@ def op_of(size: TextSize, name: str, batch: int, context: int) -> Callable[[], T
     """One call of the op of a model, on random inputs of the shapes that its layers give it."""
     kind, backend = MODELS[name]
     with torch.device("meta"):
-        attention = size.ours(kind, backend, context).backbone.blocks[0].attention
+        attention = size.ours(kind, backend, context).config.backbone.make_attention(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def random(num_tokens: int, shape: tuple[int, ...]) -> Tensor:
@@ -203,9 +203,8 @@ def main(arguments: list[str] | None = None) -> None:
     if device == "cpu":
         print("without a GPU there is no backend triton: its models are left out")
         names = [name for name in names if "triton" not in name]
-    size, contexts, batches = TEXT_GROUPED, CONTEXTS, BATCHES
-    if options.smoke:
-        size, contexts, batches = TEXT_SMOKE, (64, 128), (1, 2)
+    size = TEXT_SMOKE if options.smoke else TEXT_GROUPED
+    contexts, batches = ((64, 128), (1, 2)) if options.smoke else (CONTEXTS, BATCHES)
     torch._dynamo.config.cache_size_limit = 64
 
     decoders = {}

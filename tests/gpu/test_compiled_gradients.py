@@ -8,17 +8,30 @@ from benchmarks.gradients import gradients, make_decoder, relative_errors
 
 pytestmark = pytest.mark.gpu
 
+MODELS = [
+    ("softmax", "sdpa"),
+    ("diff_v1", "sdpa"),
+    ("diff_v1", "triton"),
+    ("diff_v2", "sdpa"),
+    ("diff_v2", "triton"),
+]
+
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("attention", ["softmax", "diff_v1", "diff_v2"])
-def test_compiled_gradients_are_as_exact_as_eager_ones(attention, grouped, head_dim):
+@pytest.mark.parametrize(("attention", "backend"), MODELS)
+def test_compiled_gradients_are_as_exact_as_eager_ones(attention, backend, grouped, head_dim):
+    def gradients_by(backend, dtype, *, compile=False):
+        for block in model.backbone.blocks:
+            block.attention.backend = backend
+        return gradients(model, torch.compile(model) if compile else model, tokens, dtype)
+
     model = make_decoder(attention, head_dim=head_dim, grouped=grouped).cuda()
     tokens = torch.randint(0, 512, (4, 1025), device="cuda")
-    truth = gradients(model, model, tokens, torch.float32)
-    eager = relative_errors(gradients(model, model, tokens, torch.bfloat16), truth)
+    truth = gradients_by("reference", torch.float32)
+    eager = relative_errors(gradients_by("sdpa", torch.bfloat16), truth)
     torch._dynamo.reset()
-    compiled = gradients(model, torch.compile(model), tokens, torch.bfloat16)
+    compiled = gradients_by(backend, torch.bfloat16, compile=True)
     # Lambda's few numbers are allowed what the worst of them needs. The wrong gradients that this
     # looks for were off by 2, or NaN.
     worst_lambda = max([error for name, error in eager.items() if "lambda" in name], default=0.0)
