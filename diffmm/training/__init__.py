@@ -9,6 +9,7 @@ from diffmm.training.language import CausalLM, MaskedLM
 from diffmm.training.masked_autoencoding import MaskedAutoencoding
 from diffmm.training.mixing import MixingConfig
 from diffmm.training.optimizer import OptimizerConfig
+from diffmm.training.parallel import FSDP2Strategy
 from diffmm.training.schedule import ScheduleConfig
 from diffmm.training.stops import CleanStop
 from diffmm.training.task import Task
@@ -19,6 +20,7 @@ __all__ = [
     "Checkpoints",
     "Classification",
     "CleanStop",
+    "FSDP2Strategy",
     "FineTuneConfig",
     "LambdaMonitor",
     "MaskedAutoencoding",

@@ -16,19 +16,22 @@ Every task logs under the same names:
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from diffmm.layers.block import Block
 from diffmm.models.backbone import Backbone
 from diffmm.models.description import MODELS, describe, unwrap
 from diffmm.models.weights import load_weights
-from diffmm.training.bad_numbers import BadNumbers
-from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor, is_logging_step
+from diffmm.training.bad_numbers import BadNumbers, measured_norm
+from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
 from diffmm.training.finetuning import FineTuneConfig, freeze
 from diffmm.training.optimizer import OptimizerConfig, make_optimizer
 from diffmm.training.schedule import ScheduleConfig, make_scheduler
+from diffmm.training.sharding import clip_gradients, gradient_norm, is_sharded, shard
 from diffmm.training.stops import CleanStop
 
 
@@ -40,7 +43,8 @@ class Task(LightningModule):
         optimizer: AdamW's settings.
         schedule: of the learning rate, with its horizon.
         finetune: weights to start from, and what to freeze.
-        compile: run the model under `torch.compile`. Names of weights do not change.
+        compile: run the model under `torch.compile`, block by block where it is sharded. Names of
+            weights do not change.
         activation_checkpointing: recompute each block in the backward pass, for memory.
 
     Raises:
@@ -73,6 +77,7 @@ class Task(LightningModule):
                 )
             for backbone in backbones:
                 backbone.activation_checkpointing = True
+        self.description: dict[str, Any] | None = None
         self.frozen = freeze(model, self.finetune)
         # Lightning moves a module's metrics to its device, and leaves them out of checkpoints.
         self.metrics = nn.ModuleDict(
@@ -99,12 +104,41 @@ class Task(LightningModule):
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
-        if self.compile_model and self.model._compiled_call_impl is None:
-            self.model.compile()
+        if not is_sharded(self.model) and type(unwrap(self.model)) in MODELS.values():
+            self.description = describe(self.model)
+        if self.device_mesh is None:
+            self._compile([self.model])
+
+    def configure_model(self) -> None:
+        """Shard the model, if the strategy has a mesh of devices for it (see
+        `diffmm.training.sharding`)."""
+        if self.device_mesh is None or is_sharded(self.model):
+            return
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, WeightAveraging) for callback in callbacks):
+            raise ValueError(
+                "weight averaging keeps a whole second model, which is not sharded: train with "
+                "strategy ddp, or without EMAWeightAveraging"
+            )
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            # Not later: a file's weights are whole. A run that is resumed overwrites them.
+            self._load_finetune_weights()
+        shard(self.model, self.device_mesh)
+        blocks: list[nn.Module] = [m for m in self.model.modules() if isinstance(m, Block)]
+        self._compile(blocks or [self.model])
+
+    def _compile(self, parts: list[nn.Module]) -> None:
+        for part in parts:
+            if self.compile_model and part._compiled_call_impl is None:
+                part.compile()
 
     def on_fit_start(self) -> None:
         # Not earlier: only now is it known whether the trainer has restored a run.
-        if self.finetune.weights is not None and self.trainer.ckpt_path is None:
+        if self.trainer.ckpt_path is None and not is_sharded(self.model):
+            self._load_finetune_weights()
+
+    def _load_finetune_weights(self) -> None:
+        if self.finetune.weights is not None:
             load_weights(self.model, self.finetune.weights, skip_head=self.finetune.new_head)
 
     def on_train_start(self) -> None:
@@ -147,16 +181,16 @@ class Task(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer says, and log the norm that clipping needs anyway."""
-        if not gradient_clip_val and not is_logging_step(self.trainer):
-            return
+        """Clip as the trainer says, by the norm that `BadNumbers` has measured, and log it."""
         parameters = list(self.trainer.precision_plugin.main_params(optimizer))
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = measured_norm(self.trainer)
+        if norm is None:
+            norm = gradient_norm(parameters)
         if gradient_clip_val and gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:
-            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-        self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            clip_gradients(parameters, gradient_clip_val, norm)
+        self.log("train/grad_norm", norm)
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(
@@ -177,8 +211,9 @@ class Task(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint says which model its weights belong to."""
-        if type(unwrap(self.model)) in MODELS.values():
-            checkpoint["model"] = describe(self.model)
+        # Known since `setup`: a sharded model is of another class.
+        if self.description is not None:
+            checkpoint["model"] = self.description
 
     def _evaluate(self, stage: str, batch: Any) -> None:
         self.update_metrics(batch, dict(self.metrics[stage].items()))  # type: ignore[operator]
