@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from diffmm import __version__
 from diffmm.checks import did_you_mean
-from diffmm.cli.errors import BadInput
+from diffmm.cli.errors import BadInput, RunFailed
 
 
 class Verb(NamedTuple):
@@ -26,6 +26,7 @@ VERBS = {
     "test": Verb("evaluate", "measure weights on a recipe's test data"),
     "predict": Verb("evaluate", "write a model's predictions for a recipe's data"),
     "generate": Verb("generate", "continue a prompt with a trained text model"),
+    "replay": Verb("replay", "make the step again that a run stopped at for its bad numbers"),
     "check": Verb("check", "size and memory of a recipe, and every mistake in it"),
     "recipes": Verb("recipes", "list, show and copy the recipes that come along"),
     "demo": Verb("demo", "train the three attentions on text, images and sound; write a report"),
@@ -34,7 +35,8 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 1 for a failed `doctor`, 2 for bad input.
+    """Run a command and return its exit code: 0, 1 for a failed run or `doctor`, 2 for bad input,
+    130 after Ctrl-C, 143 if another signal stopped a run.
 
     Args:
         arguments: what follows `diffmm`; the process's own by default.
@@ -57,6 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in error.lines:
             print(f"diffmm: error: {line}", file=sys.stderr)
         return 2
+    except RunFailed as error:
+        print(f"diffmm: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
 
 
 def usage() -> str:

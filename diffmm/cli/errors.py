@@ -12,6 +12,10 @@ class BadInput(Exception):
         self.lines = [" ".join(mistake.split()) for mistake in mistakes]
 
 
+class RunFailed(Exception):
+    """A run that was started well could not go on; the command line prints it and exits with 1."""
+
+
 @contextmanager
 def refusing() -> Iterator[None]:
     """The library's own refusals (`ValueError`, `FileNotFoundError`) become `BadInput`."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmm.checkpoint_folders import find_state
-from diffmm.cli.errors import BadInput, refusing
+from diffmm.cli.errors import BadInput, RunFailed, refusing
 from diffmm.cli.recipes import find_recipe, header
 from diffmm.cli.runs import find_run, new_run, nothing_half_written, same_run, warn
 from diffmm.cli.settings import load, override
@@ -55,8 +55,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         if run_dir is not None:
             return resume(run_dir)
     run_dir = new_run(recipe, options.name, options.run_dir)
-    train(run_dir, values, comment=header(paths[-1].read_text(encoding="utf-8")))
-    return 0
+    return train(run_dir, values, comment=header(paths[-1].read_text(encoding="utf-8")))
 
 
 def make_parser(verb: str) -> argparse.ArgumentParser:
@@ -132,8 +131,7 @@ def resume(run_dir: Path) -> int:
     config, checkpoint = find_run(str(run_dir))
     if checkpoint is None:
         warn(f"{run_dir} has no checkpoint yet: it starts again from its beginning")
-    train(run_dir, load([config]), checkpoint=checkpoint, is_new=False)
-    return 0
+    return train(run_dir, load([config]), checkpoint=checkpoint, is_new=False)
 
 
 def train(
@@ -143,7 +141,7 @@ def train(
     comment: str = "",
     checkpoint: Path | None = None,
     is_new: bool = True,
-) -> None:
+) -> int:
     """Fit a recipe in its run directory.
 
     Args:
@@ -153,32 +151,46 @@ def train(
         checkpoint: where to go on; from the beginning without.
         is_new: the config is still to be saved.
 
+    Returns:
+        The exit code: 0, or 130 or 143 if a signal stopped the run.
+
     Raises:
         BadInput: before the first step, leaving nothing behind.
+        RunFailed: if there were too many bad numbers.
     """
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
     from diffmm.cli.trainer import (
         ConfigSaver,
         RecipeCLI,
         leave_processes,
         refusing_before_training,
     )
+    from diffmm.training.bad_numbers import TooManyBadNumbers
 
     cli = RecipeCLI({**values, "run_dir": str(run_dir)})
     check_weights(cli, checkpoint)
     trainer: Any = cli.trainer
     if is_new:
         trainer.callbacks.insert(0, ConfigSaver(run_dir, comment, values))
-    with (
-        nothing_half_written(run_dir),
-        command_for_processes(run_dir, is_new=is_new),
-        refusing_before_training(cli),
-    ):
-        cli.trainer.fit(
-            cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True
-        )
+    code, message = 0, f"run: {run_dir}"
+    try:
+        with (
+            nothing_half_written(run_dir),
+            command_for_processes(run_dir, is_new=is_new),
+            refusing_before_training(cli),
+        ):
+            cli.trainer.fit(
+                cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True
+            )
+    except SIGTERMException as stop:
+        code, message = int(stop.code or 0), f"stopped: go on with `diffmm fit --resume {run_dir}`"
+    except TooManyBadNumbers as error:
+        raise RunFailed(str(error)) from error
     if cli.trainer.is_global_zero:
-        print(f"run: {run_dir}")
+        print(message)
     leave_processes()
+    return code
 
 
 def check_weights(cli: "RecipeCLI", checkpoint: Path | None) -> None:

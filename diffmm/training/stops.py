@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from torch import Tensor
@@ -129,6 +130,9 @@ class CleanStop(Callback):
             # As it was before the validation, in which a loader drew a number when it began.
             trainer.training = True
             torch.set_rng_state(self._random_state)
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):
+                    callback.on_validation_epoch_end(trainer, pl_module)  # swaps weights back
             self._save(trainer)
         raise SIGTERMException
 

@@ -1,0 +1,101 @@
+"""`diffmm replay`: the step again that a run stopped at, and where its numbers go bad."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffmm.checkpoint_folders import DIRECTORY_NAME
+from diffmm.cli.errors import BadInput, refusing
+from diffmm.cli.runs import find_run
+from diffmm.cli.settings import load, merge
+
+if TYPE_CHECKING:
+    from diffmm.training.replay import MicroBatch
+
+ALONE = {"trainer": {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}}
+"""One process makes the step, and writes nothing."""
+
+NUM_SHOWN = 5
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Make the step again, and print what is not finite in it."""
+    parser = argparse.ArgumentParser(
+        prog=f"diffmm {verb}",
+        description="Make the step again that a run stopped at because loss or gradient was not "
+        "finite, in one process: which samples, which part of the model, which gradients.",
+    )
+    parser.add_argument("run", metavar="RUN", help="the run's directory")
+    parser.add_argument(
+        "--batch", metavar="FILE", help="in place of those in RUN: a file bad_batch_step_*.pt"
+    )
+    parser.add_argument(
+        "--weights", metavar="CKPT", help="in place of the checkpoint that the run stopped with"
+    )
+    options = parser.parse_args(arguments)
+    files = [Path(options.batch)] if options.batch else batch_files(Path(options.run))
+    for file in files:
+        replay_file(Path(options.run), file, options.weights)
+    return 0
+
+
+def batch_files(run: Path) -> list[Path]:
+    """What a run left behind of the last step that it stopped at, one file a process at fault.
+
+    Raises:
+        BadInput: if it left nothing.
+    """
+    from diffmm.training.bad_numbers import BATCH_NAME
+
+    files = sorted(run.glob(f"{BATCH_NAME}_*.pt"))
+    if not files:
+        raise BadInput(f"{run} has no {BATCH_NAME}_*.pt: it did not stop for bad numbers")
+    step = files[-1].name.removeprefix(f"{BATCH_NAME}_").split("_")[0]
+    return [file for file in files if file.name.startswith(f"{BATCH_NAME}_{step}_")]
+
+
+def replay_file(run: Path, file: Path, weights: str | None) -> None:
+    """Make the step of one process again, and print what is not finite in it.
+
+    Raises:
+        BadInput: for a file that is no such batch, or weights that do not fit.
+    """
+    from diffmm.cli.trainer import RecipeCLI
+    from diffmm.models.weights import load_weights
+    from diffmm.training.replay import load_batches, replay
+
+    config, newest = find_run(str(run))
+    with refusing():
+        content = load_batches(file)
+    own = run / DIRECTORY_NAME / f"step_{content['step']:08d}"
+    chosen = weights or (own if own.is_dir() else newest)
+    if chosen is None:
+        raise BadInput(f"{run} has no checkpoint: give --weights CKPT")
+    cli = RecipeCLI(merge(load([config]), {**ALONE, "run_dir": str(run)}))
+    task: Any = cli.model
+    with refusing():
+        load_weights(task.model, chosen)
+    print(f"{file}, with the weights of {chosen}")
+    for number, found in enumerate(replay(cli.trainer, task, content)):
+        print(f"  micro-batch {number}: {told(found)}")
+
+
+def told(found: "MicroBatch") -> str:
+    """One line about a micro-batch."""
+    parts = [f"loss {found.loss:.6g}"]
+    if found.fields:
+        parts.append(f"not finite in the batch itself: {listed(found.fields)}")
+    if found.module is not None:
+        parts.append(f"first in the output of {found.module}")
+    if found.samples:
+        parts.append(f"alone, of the samples {listed(found.samples)}")
+    if found.gradients:
+        parts.append(f"in the gradients of {listed(found.gradients)}")
+    return "; ".join(parts) if len(parts) > 1 else f"{parts[0]}; all is finite"
+
+
+def listed(items: Sequence[object]) -> str:
+    """The first few of many."""
+    more = f" and {len(items) - NUM_SHOWN} more" if len(items) > NUM_SHOWN else ""
+    return ", ".join(map(str, items[:NUM_SHOWN])) + more
