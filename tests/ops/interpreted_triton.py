@@ -1,10 +1,13 @@
 """Run by `test_triton_interpret.py` with TRITON_INTERPRET=1: kernels against float64 on the CPU."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 import triton.runtime.interpreter as interpreter
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from diffmm.ops import AttentionMask, diff_attention
 from diffmm.ops.diff_attention.reference import reference
@@ -205,17 +208,46 @@ def test_operator_is_well_formed():
         torch.library.opcheck(_attend, args, atol=1e-4, rtol=1e-3)
 
 
-def test_compiles_to_one_graph():
-    inputs = make_inputs(20, 20, 2, 1, 2, 16, 32)
-    mask = AttentionMask(causal=True, key_padding=torch.rand(BATCH, 20) > 0.2)
+def test_operator_of_the_backward_pass_is_well_formed():
+    from diffmm.ops.diff_attention.triton.op import _attend, _attend_backward
+
+    q, k, v, lam = (x.detach() for x in make_inputs(5, 7, 2, 1, 2, 16, 32))
+    documents = torch.zeros(BATCH, 7, dtype=torch.long)
+    for tensors in ((None, None), (documents, None)):
+        mask = (True, None, None, *tensors, 0.25)
+        out, second, lse = _attend(q, k, v, lam, *mask, True)
+        args = (torch.randn_like(out), q, k, v, lam, out, second, lse, *mask)
+        torch.library.opcheck(_attend_backward, args, atol=1e-4, rtol=1e-3)
+
+
+def test_one_graph_serves_every_length():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def op(q, k, v, lam, padding):
+        mask = AttentionMask(causal=True, key_padding=padding)
+        return diff_attention(q, k, v, lam, mask=mask, backend="triton") * 2
+
+    compiled = torch.compile(op, fullgraph=True, backend=counter)
+    for length in (20, 9):
+        inputs, padding = make_inputs(length, length, 2, 1, 2, 16, 32), torch.rand(2, length) > 0.2
+        for tensor in (*inputs, padding):
+            torch._dynamo.mark_dynamic(tensor, 1)
+        found = run(partial(compiled, padding=padding), inputs)
+        wanted = run(partial(op, padding=padding), inputs)
+        for what, want in wanted.items():
+            torch.testing.assert_close(found[what], want, msg=what)
+    assert counter.frame_count == 1
+
+
+def test_recomputed_in_the_backward_pass():
+    inputs = make_inputs(20, 20, 2, 1, 1, 16, 16)
 
     def op(*x):
-        return diff_attention(*x, mask=mask, backend="triton") * 2
+        return diff_attention(*x, mask=AttentionMask(causal=True), backend="triton")
 
-    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
-    found, wanted = run(compiled, inputs), run(op, inputs)
-    for what, want in wanted.items():
-        torch.testing.assert_close(found[what], want, msg=what)
+    found = run(lambda *x: checkpoint(op, *x, use_reentrant=False), inputs)
+    for what, want in run(op, inputs).items():
+        assert torch.equal(found[what], want), what
 
 
 @pytest.mark.parametrize(
