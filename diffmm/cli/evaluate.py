@@ -74,6 +74,7 @@ def evaluate(verb: str, values: dict[str, Any], weights: str, output: Path | Non
     """
     import torch
 
+    from diffmm.cli.predictions import gathered, joined
     from diffmm.cli.trainer import RecipeCLI, leave_processes, refusing_before_training
     from diffmm.models.weights import load_weights
 
@@ -89,8 +90,8 @@ def evaluate(verb: str, values: dict[str, Any], weights: str, output: Path | Non
         load_weights(task.model, weights)
     with refusing_before_training(cli):
         results = getattr(cli.trainer, verb)(task, datamodule=cli.datamodule)
-    if output is not None:
-        torch.save(joined(results), output)
+    if output is not None and (batches := gathered(results)) is not None:
+        torch.save(joined(batches), output)
         print(output)
     leave_processes()
     return 0
@@ -100,15 +101,3 @@ def saves(callback: Any) -> bool:
     """Whether the settings of a callback are those of one that saves checkpoints."""
     class_path = callback.get("class_path") if isinstance(callback, dict) else callback
     return str(class_path).endswith(("Checkpoint", "Checkpoints"))
-
-
-def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The predictions of all batches, one tensor each; a list where batches differ in length (as
-    those of padded clips do)."""
-    import torch
-
-    columns = {name: [batch[name].cpu() for batch in results] for name in results[0]}
-    return {
-        name: torch.cat(parts) if len({part.shape[1:] for part in parts}) == 1 else parts
-        for name, parts in columns.items()
-    }

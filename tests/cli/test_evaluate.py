@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffmm.checkpoint_folders import find_state
-from diffmm.cli.evaluate import joined
+from diffmm.cli.predictions import joined
 
 
 @pytest.fixture

@@ -1,0 +1,41 @@
+"""What `diffmm predict` writes: one dict for all batches of all processes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+
+
+def joined(batches: list[Batch]) -> dict[str, Any]:
+    """The predictions of all batches, one tensor each; a list where batches differ in length (as
+    those of padded clips do)."""
+    columns = {name: [batch[name].cpu() for batch in batches] for name in batches[0]}
+    return {
+        name: torch.cat(parts) if len({part.shape[1:] for part in parts}) == 1 else parts
+        for name, parts in columns.items()
+    }
+
+
+def gathered(batches: list[Batch]) -> list[Batch] | None:
+    """The batches of all processes on the first of them, and `None` on the others; in the order of
+    their samples, each sample once.
+
+    Processes take turns with the samples, some of which two may have: the first ones are repeated
+    where that makes the shares equal, and a tensor-parallel group computes all of its samples
+    together. Batches of one process come back as they are.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return batches
+    on_cpu = [{name: tensor.cpu() for name, tensor in batch.items()} for batch in batches]
+    is_first = torch.distributed.get_rank() == 0
+    shares: list[Any] | None = [None] * torch.distributed.get_world_size() if is_first else None
+    torch.distributed.gather_object(on_cpu, shares)
+    if shares is None:
+        return None
+    rows: dict[int, Batch] = {}
+    for batch in (batch for share in shares for batch in share):
+        for row, index in enumerate(batch["index"].tolist()):
+            rows.setdefault(index, {name: tensor[row : row + 1] for name, tensor in batch.items()})
+    return [rows[index] for index in sorted(rows)]
