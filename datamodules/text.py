@@ -181,6 +181,7 @@ class TextData(SeededDataModule):
         """Tokenize into `cache_dir`, in one process."""
         for corpus in (self.source, *self.own_sources.values()):
             if self.cache_dir is not None and isinstance(corpus, TextSource):
+                corpus.triage = self.triage()
                 self._cached(corpus, self.cache_dir)
 
     def setup(self, stage: str | None = None) -> None:
@@ -326,6 +327,7 @@ class TextData(SeededDataModule):
 
     def _load(self, corpus: Corpus) -> TokenDocuments:
         if corpus not in self._documents:
+            corpus.triage = self.triage()
             if self.cache_dir is not None and isinstance(corpus, TextSource):
                 path = self._cached(corpus, self.cache_dir)
                 self._documents[corpus] = read_token_files([path], self.tokenizer)

@@ -5,7 +5,8 @@ and in `datamodules.text_stream`, so that a run can go on in the middle of one.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from datamodules.bad_samples import BadSampleError, Triage
 
@@ -26,7 +27,9 @@ class Shards:
 
     def __init__(self, source: "HuggingFaceText", triage: Triage) -> None:
         self.column = source.text_column
-        self.names, files = _files(source)
+        self._tolerant = triage.tolerates
+        self.names = source.files()
+        files = self.names if source.data_files is not None else []
         # The library looks into the first file: where that is broken, begin with the next.
         self._first = 0
         while not self._opens(source, files, triage):
@@ -70,24 +73,39 @@ class Shards:
             for batch in rows.iter(batch_size=1):
                 yield batch[self.column][0] or ""
                 row += 1
-        except OSError as error:
-            if "://" in name:  # as well the network's fault
-                raise
-            raise _broken(shard, name, row, error) from error
         except Exception as error:  # of many types: the parsers'
-            raise _broken(shard, name, row, error) from error
+            if isinstance(error, OSError) and "://" in name:  # it may be the network
+                raise
+            if self._tolerant and name.endswith(".parquet"):
+                for text in _readable(name, self.column, row):
+                    yield text
+                    row += 1
+            raise BadSampleError(
+                f"shard {shard} ({name}) cannot be read from row {row} on: "
+                f"{type(error).__name__}: {error}",
+                name,
+            ) from error
 
 
-def _broken(shard: int, name: str, row: int, error: Exception) -> BadSampleError:
-    return BadSampleError(
-        f"shard {shard} ({name}) cannot be read from row {row} on: {type(error).__name__}: {error}",
-        name,
-    )
+def _readable(name: str, column: str, row: int) -> Iterator[str]:
+    """The texts of a broken Parquet file from `row` on, up to the first that cannot be read.
 
+    Arrow's threads tell of damage ahead, sooner or later as they happen to run. Read by one thread,
+    a row at a time where need be, it always ends at the same row.
+    """
+    import fsspec
+    from pyarrow.parquet import ParquetFile
 
-def _files(source: "HuggingFaceText") -> tuple[list[str], list[str]]:
-    """The names of a dataset's files, and those of them that it can be opened without."""
-    builder: Any = source.builder()
-    found = (builder.config.data_files or {}).get(source.split) or []
-    names = [str(file) for file in found]
-    return names, names if source.data_files is not None else []
+    with suppress(Exception), fsspec.open(name) as opened:
+        file = ParquetFile(opened)
+        for group in range(file.num_row_groups):
+            num_rows = file.metadata.row_group(group).num_rows
+            if row >= num_rows:
+                row -= num_rows
+                continue
+            arguments = {"row_groups": [group], "columns": [column], "use_threads": False}
+            for batch in file.iter_batches(batch_size=1, **arguments):
+                if row == 0:
+                    yield batch[column][0].as_py() or ""
+                else:
+                    row -= 1

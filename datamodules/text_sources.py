@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datamodules.bad_samples import BadSampleError
+from datamodules.bad_samples import BadSampleError, BadSamples, Triage
 from datamodules.token_documents import (
     Document,
     TokenDocuments,
@@ -23,14 +23,23 @@ from diffmm.tokenizers import Tokenizer
 
 
 class Corpus(ABC):
-    """Anything that gives tokenized documents."""
+    """Anything that gives tokenized documents.
+
+    Attributes:
+        triage: what happens to a file that cannot be read: it is left out where that says so; by
+            default it is refused.
+    """
+
+    triage: Triage = Triage(BadSamples())
 
     @abstractmethod
     def load(self, tokenizer: Tokenizer) -> TokenDocuments:
         """All documents as tokens."""
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        arguments = ", ".join(
+            f"{name}={value!r}" for name, value in vars(self).items() if name != "triage"
+        )
         return f"{type(self).__name__}({arguments})"
 
 
@@ -47,7 +56,8 @@ class TextSource(Corpus):
 
     def fingerprint(self) -> str:
         """Names these documents in a cache."""
-        return hashlib.sha256(f"{self!r} {self.state()}".encode()).hexdigest()[:16]
+        content = f"{self!r} {self.state()}{' tolerant' if self.triage.tolerates else ''}"
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def load(self, tokenizer: Tokenizer) -> TokenDocuments:
         """All documents as tokens, in memory."""
@@ -113,7 +123,7 @@ class TextFolder(TextSource):
 
     Raises:
         FileNotFoundError: (when read) if there is no such folder, or no such file in it.
-        ValueError: (when read) for a file that is not text in this encoding, naming it.
+        BadSampleError: (when read) for a file that is not text in this encoding, naming it.
     """
 
     def __init__(
@@ -131,20 +141,26 @@ class TextFolder(TextSource):
         self.encoding = encoding
 
     def documents(self) -> Iterator[Document]:
-        for file in self._files():
+        for number, file in enumerate(self._files()):
+            if self.triage.is_quarantined(file):
+                continue
             name = file.relative_to(self.path).as_posix()
+            self.triage.num_read += 1
             try:
                 text = file.read_text(self.encoding)
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{file} is not {self.encoding} text ({error}): give its encoding, or a "
-                    f"pattern that leaves it out"
-                ) from error
+            except (UnicodeDecodeError, OSError) as error:
+                bad = BadSampleError(
+                    f"file {number} ({file}) is not {self.encoding} text ({error}): give its "
+                    f"encoding, or a pattern that leaves it out",
+                    file,
+                )
+                self.triage.note(bad, instead="it is left out")
+                continue
             if self.separator is None:
                 yield Document(name, text)
             else:
-                for number, part in enumerate(text.split(self.separator)):
-                    yield Document(f"{name}#{number}", part)
+                for place, part in enumerate(text.split(self.separator)):
+                    yield Document(f"{name}#{place}", part)
 
     def state(self) -> str:
         files = [(str(file), file.stat()) for file in self._files()]
@@ -215,10 +231,10 @@ class HuggingFaceText(TextSource):
         self.document_start = document_start
 
     def documents(self) -> Iterator[Document]:
-        return self._documents(self.open(self.data_files))
+        return self._documents(self._load())
 
     def state(self) -> str:
-        return self.open(self.data_files)._fingerprint
+        return self._load()._fingerprint
 
     def builder(self) -> Any:
         """What the library knows of the dataset before reading it.
@@ -257,6 +273,35 @@ class HuggingFaceText(TextSource):
             )
         return rows.select_columns([self.text_column])
 
+    def files(self) -> list[str]:
+        """The files of the split, where the library tells of them.
+
+        Raises:
+            BadSampleError: as `builder`.
+        """
+        return [str(file) for file in (self.builder().config.data_files or {}).get(self.split, [])]
+
+    def _load(self) -> Any:
+        """All rows; without the files that cannot be read, where they are files of one's own."""
+        if not self.triage.tolerates or self.data_files is None or self.streaming:
+            return self.open(self.data_files)
+        files = [file for file in self.files() if not self.triage.is_quarantined(file)]
+        self.triage.num_read += len(files)
+        try:
+            return self.open(files)
+        except BadSampleError:  # which does not say whose fault it is
+            readable = [file for number, file in enumerate(files) if self._opens(number, file)]
+            return self.open(readable)
+
+    def _opens(self, number: int, file: str) -> bool:
+        try:
+            self.open(file)
+            return True
+        except BadSampleError as error:
+            bad = BadSampleError(f"file {number} ({file}) cannot be read: {error}", file)
+            self.triage.note(bad, instead="it is left out")
+            return False
+
     @contextmanager
     def _loading(self) -> Iterator[None]:
         try:
@@ -283,6 +328,7 @@ class TokenFiles(Corpus):
 
     Raises:
         ValueError: if there is none; (when read) for one of another tokenizer.
+        BadSampleError: (when read) for one that is damaged.
         FileNotFoundError: (when read) for one that is not there or not finished.
     """
 
@@ -292,7 +338,7 @@ class TokenFiles(Corpus):
         self.paths: Sequence[str] = paths
 
     def load(self, tokenizer: Tokenizer) -> TokenDocuments:
-        return read_token_files(self.paths, tokenizer)
+        return read_token_files(self.paths, tokenizer, self.triage)
 
 
 def _joined(rows: Iterable[str], start: re.Pattern[str]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.bad_samples import BadSampleError, BadSamples, Triage
 from diffmm.tokenizers import Tokenizer
 
 FORMAT = 1
@@ -183,27 +184,53 @@ def is_finished(path: Path) -> bool:
     return _header_path(path).exists()
 
 
-def read_token_files(paths: Sequence[str | Path], tokenizer: Tokenizer) -> TokenDocuments:
-    """The documents of all token files, mapped.
+def read_token_files(
+    paths: Sequence[str | Path], tokenizer: Tokenizer, triage: Triage | None = None
+) -> TokenDocuments:
+    """The documents of all token files, mapped; without the damaged ones, where `triage` says so.
 
     Raises:
         FileNotFoundError: for a file that is not there, or not finished.
-        ValueError: for a file of another format or tokenizer, or of the wrong size; naming it.
+        ValueError: for a file of another format or tokenizer, naming it.
+        BadSampleError: for a damaged file, naming it.
     """
-    arrays, tables = [], []
-    for path in map(Path, paths):
-        header = _read_header(path, tokenizer)
-        tokens = MappedTokens(path, np.dtype(header["dtype"]).newbyteorder("<"))
-        if len(tokens) != header["num_tokens"]:
-            raise ValueError(
-                f"{path} has {len(tokens)} tokens, its header says {header['num_tokens']}: "
-                f"the file was damaged, make it again"
-            )
+    triage = triage or Triage(BadSamples())
+    arrays: list[MappedTokens] = []
+    tables = [np.empty(0, DOCUMENT_FIELDS)]
+    for number, path in enumerate(map(Path, paths)):
+        if triage.is_quarantined(path):
+            continue
+        triage.num_read += 1
+        try:
+            tokens, documents = _read_token_file(path, tokenizer, number)
+        except BadSampleError as error:
+            triage.note(error, instead="it is left out")
+            continue
         arrays.append(tokens)
-        tables.append(np.load(_documents_path(path)))
+        tables.append(documents)
     table = np.concatenate(tables)
     lengths = table["length"].astype(np.int64)
     return TokenDocuments(arrays, _starts(lengths), lengths, table["key"].copy())
+
+
+def _read_token_file(
+    path: Path, tokenizer: Tokenizer, number: int
+) -> tuple[MappedTokens, NDArray[Any]]:
+    header = _read_header(path, tokenizer)
+    told = f"{header['num_documents']} documents of {header['num_tokens']} tokens"
+    try:
+        tokens = MappedTokens(path, np.dtype(header["dtype"]).newbyteorder("<"))
+        documents = np.load(_documents_path(path))
+        found = f"{len(documents)} documents of {len(tokens)} tokens"
+        if found == told and documents["length"].sum() == len(tokens):
+            return tokens, documents
+    except (ValueError, EOFError, IndexError) as error:  # NumPy's, for files cut or overwritten
+        found = str(error)
+    raise BadSampleError(
+        f"token file {number} ({path}) was damaged: it has {found}, its header says {told}; "
+        f"make it again",
+        path,
+    )
 
 
 def _read_header(path: Path, tokenizer: Tokenizer) -> dict[str, Any]:
