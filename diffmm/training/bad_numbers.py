@@ -78,6 +78,7 @@ class BadNumbers(Callback):
         self._window: list[tuple[int, Any]] = []  # micro-batches of the step, with their numbers
         self._losses: list[Tensor] = []
         self._statistics: list[tuple[Tensor, Tensor]] = []
+        self._clip_val: int | float | None = None  # the trainer's, while a step is skipped
         self._report: dict[str, Any] | None = None  # of this process, if the step is skipped
 
     def state_dict(self) -> dict[str, int]:
@@ -111,9 +112,10 @@ class BadNumbers(Callback):
         if not bad_loss and not bad_norm:
             self.num_in_a_row = 0
         elif bad_loss or not scale_is_at_fault(trainer):
-            # An optimizer does nothing to weights that have no gradient.
+            # An optimizer does nothing to weights that have no gradient; clipping would fail.
             for parameter in parameters:
                 parameter.grad = None
+            self._clip_val, trainer.gradient_clip_val = trainer.gradient_clip_val, None
             for buffer, before in self._statistics:
                 buffer.copy_(before)
             self.num_in_a_row += 1
@@ -132,8 +134,10 @@ class BadNumbers(Callback):
             return  # gradients are being accumulated
         if self.num_skipped:
             pl_module.log("train/skipped_steps", float(self.num_skipped))
-        if self._report is not None and self.num_in_a_row >= self.max_in_a_row:
-            self._stop(trainer, self._report)
+        if self._report is not None:
+            trainer.gradient_clip_val = self._clip_val
+            if self.num_in_a_row >= self.max_in_a_row:
+                self._stop(trainer, self._report)
         self._begin_step()
 
     def _begin_step(self) -> None:

@@ -1,11 +1,7 @@
 """Signals and bad numbers, as a user of the command line meets them."""
 
 import os
-import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
