@@ -1,5 +1,9 @@
 """Tiny models and batches of every task, and a trainer for them."""
 
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,3 +220,37 @@ def fit(trainer: Callable[..., Trainer]) -> Fit:
         return run_trainer
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run_two_processes() -> Callable[[Path, Path], None]:
+    """`run_two_processes(script, folder)` runs `python script folder` twice, as torchrun does."""
+
+    def start(script: Path, output: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        shared = {
+            **os.environ,
+            **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"},
+            **{"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"},
+        }
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(output)],
+                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        try:
+            errors = [process.communicate(timeout=150)[1] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        assert [process.returncode for process in processes] == [0, 0], errors
+
+    return start

@@ -1,6 +1,7 @@
 """A loss or gradient that is not finite leaves no trace in a run but the news of it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -271,7 +272,7 @@ first_skipped = pytest.mark.filterwarnings("ignore:Detected call of `lr_schedule
 def test_with_a_gradient_scaler_infinite_gradients_are_its_own_affair(train, stream, tmp_path):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, backoff_factor=2.0**-20)
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
-    task, trainer = train(stream("......"), plugins=[plugin])
+    task, _ = train(stream("......"), plugins=[plugin])
     assert scaler.get_scale() == 2.0**10
     assert not (tmp_path / "bad_steps.jsonl").exists()
     assert all(weight.isfinite().all() for weight in task.parameters())
@@ -321,3 +322,32 @@ def test_the_norm_is_that_of_clipping(train, stream):
 def test_refusals():
     with pytest.raises(ValueError, match="max_in_a_row must be at least 1, got 0"):
         BadNumbers(0)
+
+
+@pytest.mark.slow
+def test_processes_skip_alike(run_two_processes, tmp_path):
+    run_two_processes(Path(__file__).with_name("run_bad_numbers.py"), tmp_path)
+    one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert one == two
+    weights = one["weights"]
+    changed = [weights[step] != weights[step - 1] for step in range(1, len(weights))]
+    assert changed == [False, True, False, True, False, False]
+    # One in a step, besides that of DDP itself.
+    assert set(one["num_reduces"]) == {1}
+    skipped = [
+        (told["step"], told["bad"], [(p["rank"], p["samples"]) for p in told["processes"]])
+        for told in news(tmp_path)
+    ]
+
+    def both(step):
+        return [(rank, [100 * rank + 10 * step + each for each in range(4)]) for rank in range(2)]
+
+    assert skipped == [
+        (2, "loss", both(1)[1:]),
+        (4, "gradient", both(3)),
+        (6, "loss", both(5)),
+        (7, "loss", both(6)[1:]),
+    ]
+    assert one["error"].startswith("2 steps in a row had a loss or gradient that is not finite")
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["bad_batch_step_00000007_rank_1.pt"]
+    assert checkpoint(tmp_path, 7)["global_step"] == 7

@@ -6,9 +6,7 @@ import os
 import random
 import runpy
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -280,34 +278,10 @@ def test_a_requeue_that_fails_says_so(monkeypatch, scontrol):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """What both processes of each scenario of the script did, started as torchrun does."""
+def two_processes(tmp_path_factory, run_two_processes):
+    """What both processes of each scenario of the script did."""
     output = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        **os.environ,
-        **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"},
-        **{"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"},
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(output)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
+    run_two_processes(SCRIPT, output)
     return [json.loads((output / f"{rank}.json").read_text()) for rank in range(2)]
 
 

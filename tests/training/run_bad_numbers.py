@@ -1,0 +1,97 @@
+"""Two processes meet bad numbers, each its own.
+
+RANK=0 WORLD_SIZE=2 ... python run_bad_numbers.py OUTPUT_FOLDER
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch.utils.data import DataLoader
+
+from diffmm.training import BadNumbers, Checkpoints, CleanStop
+from diffmm.training.bad_numbers import TooManyBadNumbers
+
+STEPS = ["", "loss of 1", "", "gradient of 0", "", "losses", "loss of 1"]
+"""What is bad about each step."""
+
+
+class Model(LightningModule):
+    """The loss of a process is that of its batch, plus what is bad about the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss = self.layer(batch["numbers"]).square().mean()
+        what = STEPS[batch_idx]
+        if what == "losses" or what == f"loss of {self.global_rank}":
+            return loss + float("inf")  # its gradient is finite
+        if what == f"gradient of {self.global_rank}":
+            return loss + (0.0 * self.layer.bias.sum()).sqrt()
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), 1e-2)
+
+
+class Watch(Callback):
+    """The weights after each step, and the number of all-reduces before."""
+
+    def __init__(self) -> None:
+        self.weights: list[Any] = []
+        self.num_reduces: list[int] = []
+        self.all_reduce, self.calls = torch.distributed.all_reduce, 0
+        torch.distributed.all_reduce = self.count
+
+    def count(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.all_reduce(*args, **kwargs)
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.calls = 0
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
+        self.weights.append([weight.tolist() for weight in module.parameters()])
+        self.num_reduces.append(self.calls)
+
+
+def main(output: Path) -> None:
+    rank = int(os.environ["RANK"])
+    seed_everything(0, verbose=False)
+    watch = Watch()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        max_steps=len(STEPS),
+        use_distributed_sampler=False,
+        # In this order the last one sees the step's end before the run is stopped.
+        callbacks=[watch, CleanStop(), BadNumbers(max_in_a_row=2), Checkpoints(every_minutes=None)],
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=output,
+    )
+    batches = [
+        {"numbers": torch.randn(4, 3), "index": 100 * rank + 10 * step + torch.arange(4)}
+        for step in range(len(STEPS))
+    ]
+    error = None
+    try:
+        trainer.fit(Model(), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    except TooManyBadNumbers as stop:
+        error = str(stop)
+    result = {"weights": watch.weights, "num_reduces": watch.num_reduces, "error": error}
+    (output / f"{rank}.json").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
