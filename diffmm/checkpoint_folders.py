@@ -137,13 +137,17 @@ def remove(folder: Path) -> None:
 
 
 def clean(directory: Path) -> None:
-    """Remove what writes and removals that were cut off have left behind."""
+    """Undo or end what writes and removals that were cut off have begun."""
     for start_of_name in (UNFINISHED, REMOVED):
         for folder in directory.glob(f"{start_of_name}*"):
             shutil.rmtree(folder, ignore_errors=True)
     for aside in directory.glob(f"*{REPLACED}"):
-        if fault(aside.with_name(aside.name.removesuffix(REPLACED))) is None:
+        final = aside.with_name(aside.name.removesuffix(REPLACED))
+        if fault(final) is None:
             remove(aside)
+        else:
+            remove(final)
+            aside.rename(final)
 
 
 def checkpoints(directory: Path) -> list[Checkpoint]:

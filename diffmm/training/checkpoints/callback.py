@@ -22,6 +22,7 @@ from diffmm.training.checkpoints.exact import (
     check_exact,
     exact_state,
     restore_exact,
+    trust_data,
 )
 from diffmm.training.checkpoints.sharded import is_sharded, write_sharded
 from diffmm.training.checkpoints.snapshot import available_bytes, num_bytes, snapshot
@@ -157,6 +158,7 @@ class Checkpoints(Checkpoint):
     ) -> None:
         if trainer.state.fn == TrainerFn.FITTING and EXACT_KEY in checkpoint:
             check_exact(trainer, checkpoint[EXACT_KEY])
+            trust_data(trainer, checkpoint)
             self._to_restore = checkpoint[EXACT_KEY]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

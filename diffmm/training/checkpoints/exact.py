@@ -1,5 +1,6 @@
 """What a run needs, besides what Lightning keeps, to go on with the same bits."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -77,6 +78,14 @@ def restore_exact(trainer: Trainer, state: dict[str, Any]) -> None:
     for name, parameter in trainer.lightning_module.named_parameters():
         if name in gradients:
             parameter.grad = gradients[name].to(parameter)
+
+
+def trust_data(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Keep Lightning from warning of a loader that does not know its place, where the datamodule
+    has kept it."""
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    if datamodule is not None and checkpoint.get(type(datamodule).__qualname__):
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
 
 
 def gather(trainer: Trainer, own: Any) -> list[Any]:

@@ -1,0 +1,293 @@
+"""A run that stopped anywhere goes on with the same samples, hooks and bits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping
+from torchaudio.transforms import FrequencyMasking
+
+from datamodules import AudioData, ImageData, TextData
+from datamodules.audio_augment import AudioAugment
+from datamodules.sound_events import SoundEvents
+from datamodules.text_sources import TextFolder
+from diffmm.checkpoint_folders import STATE_NAME, checkpoints, find_state
+from diffmm.models import (
+    AudioConfig,
+    AudioModel,
+    BackboneConfig,
+    ImageConfig,
+    ImageModel,
+    TextConfig,
+    TextModel,
+)
+from diffmm.training import (
+    CausalLM,
+    Checkpoints,
+    Classification,
+    MixingConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
+
+RATE_HZ = 8000
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You have overridden `on_before_batch_transfer`"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
+]
+
+
+class StoppedError(Exception):
+    pass
+
+
+class Stop(Callback):
+    """Saves after so many batches, and stops."""
+
+    def __init__(self, num_batches: int) -> None:
+        self.num_batches = num_batches
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 == self.num_batches:
+            path = trainer.checkpoint_callback.save_now(trainer, reason="test")
+            assert path.name == f"step_{trainer.global_step:08d}"
+            raise StoppedError
+
+
+class Record(Callback):
+    """What a run does, in order."""
+
+    def __init__(self) -> None:
+        self.done: list[Any] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        self.done.append(("epoch starts", trainer.current_epoch))
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        logging = trainer._logger_connector.should_update_logs
+        self.done.append((batch_idx, trainer.global_step, logging, *batch["index"].tolist()))
+
+    def on_validation_start(self, trainer: Trainer, *args: Any) -> None:
+        if not trainer.sanity_checking:
+            self.done.append(("validates", trainer.global_step))
+
+    def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.done.append(("epoch ends", trainer.current_epoch))
+
+
+def backbone(rope):
+    return BackboneConfig(32, 2, 4, attention="diff_v1", rope=rope, dropout=0.1, drop_path=0.1)
+
+
+def image():
+    config = ImageConfig(
+        backbone=backbone("2d"), num_classes=10, image_size=8, patch_size=4, in_channels=1
+    )
+    mixing = MixingConfig(mixup_alpha=0.5, cutmix_alpha=0.5)
+    task = Classification(ImageModel(config), *settings(), mixing=mixing)
+    return task, lambda **changes: ImageData(**{"batch_size": 200, **changes})
+
+
+def audio():
+    config = AudioConfig(
+        backbone=backbone("2d"),
+        num_classes=10,
+        sample_rate_hz=RATE_HZ,
+        num_mels=16,
+        window_seconds=0.032,
+        hop_seconds=0.016,
+        patch_size=(4, 16),
+        clip_seconds=0.25,
+    )
+    # Of several lengths, so that batches are made by length.
+    source = SoundEvents(80, 10, sample_rate_hz=RATE_HZ, clip_seconds=(0.2, 0.3))
+    model = AudioModel(config, augment=FrequencyMasking(6))
+    return Classification(model, *settings()), lambda **changes: AudioData(
+        source,
+        sample_rate_hz=RATE_HZ,
+        clip_seconds=0.25,
+        augment=AudioAugment(gain_db=(-6.0, 6.0), snr_db=(10.0, 20.0)),
+        batch_size=10,
+        **changes,
+    )
+
+
+def text(folder):
+    task = CausalLM(TextModel(TextConfig(320, 32, backbone("1d"))), *settings())
+    return task, lambda **changes: TextData(
+        TextFolder(str(folder)),
+        sequence_length=32,
+        validation_fraction=0.3,
+        batch_size=8,
+        **changes,
+    )
+
+
+def settings():
+    return OptimizerConfig(1e-2), ScheduleConfig(40, warmup_steps=2)
+
+
+@pytest.fixture
+def go(tmp_path):
+    """`go("first", stop=3)` runs, stops after three batches, and returns weights and record."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(20):
+        (texts / f"{number}.txt").write_text(f"Text number {number} of twenty. " * 8)
+
+    def run(
+        name: str,
+        modality: str = "image",
+        *,
+        stop: int | None = None,
+        ckpt: Path | None = None,
+        callbacks: tuple[Callback, ...] = (),
+        data: dict[str, Any] | None = None,
+        checkpoints: dict[str, Any] | None = None,
+        **changes: Any,
+    ):
+        seed_everything(1, verbose=False)
+        task, make_data = {"image": image, "audio": audio, "text": lambda: text(texts)}[modality]()
+        record = Record()
+        trainer = Trainer(
+            **{
+                "default_root_dir": tmp_path / name,
+                "callbacks": [
+                    record,
+                    Checkpoints(**(checkpoints or {})),
+                    *callbacks,
+                    *([] if stop is None else [Stop(stop)]),
+                ],
+                "accelerator": "cpu",
+                "devices": 1,
+                "max_steps": 16,
+                "logger": False,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "use_distributed_sampler": False,
+                "check_val_every_n_epoch": None,
+                "val_check_interval": 4,
+                "limit_val_batches": 1,
+                "log_every_n_steps": 3,
+                **changes,
+            }
+        )
+        datamodule = make_data(**(data or {}))
+        try:
+            trainer.fit(task, datamodule=datamodule, ckpt_path=ckpt, weights_only=True)
+        except StoppedError:
+            assert stop is not None
+        return {key: value.clone() for key, value in task.state_dict().items()}, record.done
+
+    return run
+
+
+def same(weights, others):
+    return all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+SCHEDULES: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "steps": ({}, [1, 4, 7, 15]),
+    "accumulated": ({"accumulate_grad_batches": 2, "max_steps": 9}, [2, 3, 4, 7]),
+    "accumulated unevenly": ({"accumulate_grad_batches": 3, "max_steps": 6}, [4, 7, 8]),
+    "epochs": (
+        {"max_steps": -1, "max_epochs": 3, "val_check_interval": 1.0, "check_val_every_n_epoch": 1},
+        [6, 7, 8],
+    ),
+    "short epochs": (
+        {
+            "max_steps": -1,
+            "max_epochs": 3,
+            "val_check_interval": 1.0,
+            "check_val_every_n_epoch": 2,
+            "limit_train_batches": 5,
+        },
+        [4, 5, 6, 10],
+    ),
+    "no validation": ({"limit_val_batches": 0, "limit_train_batches": 5}, [1, 5, 10]),
+    "half epochs": (
+        {"max_steps": -1, "max_epochs": 2, "val_check_interval": 0.5, "check_val_every_n_epoch": 1},
+        [3, 6, 7],
+    ),
+}
+"""Seven batches an epoch; after how many of all to stop."""
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_run_that_stopped_after_any_batch_goes_on_exactly(go, tmp_path, schedule):
+    changes, stops = SCHEDULES[schedule]
+    weights, whole = go("whole", **changes)
+    for stop in stops:
+        name = f"stopped_{stop}"
+        _, first = go(name, stop=stop, **changes)
+        rest_weights, rest = go(name, ckpt=find_state(tmp_path / name), **changes)
+        assert first + rest == whole, stop
+        assert same(weights, rest_weights), stop
+
+
+@pytest.mark.parametrize("modality", ["text", "audio", "image"])
+@pytest.mark.parametrize("workers", [(0, 0), (0, 2), (2, 0)])
+def test_every_checkpoint_of_a_run_leads_to_the_same_bits(go, tmp_path, modality, workers):
+    """Workers that persist or are changed; saved beside the training and after validations."""
+    before, after = ({"num_workers": count} for count in workers)
+    every = {"every_n_steps": 1, "keep_last": 100}
+    weights, whole = go("whole", modality, data=before, checkpoints=every, max_steps=11)
+    saved = checkpoints(tmp_path / "whole" / "checkpoints")
+    assert [found.step for found in saved] == list(range(1, 12))
+    for found in saved if workers == (0, 0) else saved[3:10:5]:
+        again, rest = go("again", modality, data=after, ckpt=found.path / STATE_NAME, max_steps=11)
+        assert whole[len(whole) - len(rest) :] == rest
+        steps = sum(isinstance(done[0], int) for done in rest)
+        assert steps == 11 - found.step
+        assert same(weights, again), found.step
+
+
+def test_validation_of_more_or_less_shifts_nothing(go):
+    weights, _ = go("some", max_steps=6)
+    for name, changes in {
+        "none": {"limit_val_batches": 0},
+        "often": {"val_check_interval": 1, "num_sanity_val_steps": 0},
+        "workers": {"data": {"num_workers": 2}},
+    }.items():
+        assert same(weights, go(name, max_steps=6, **changes)[0]), name
+
+
+def test_what_was_stopped_by_a_criterion_stays_stopped(go, tmp_path):
+    def stopping():
+        return EarlyStopping("val/loss", patience=1, min_delta=1e9)
+
+    weights, done = go("first", callbacks=(stopping(),))
+    assert sum(isinstance(row[0], int) for row in done) == 8
+    again, more = go("first", callbacks=(stopping(),), ckpt=find_state(tmp_path / "first"))
+    assert not [row for row in more if isinstance(row[0], int)]
+    assert same(weights, again)
+
+
+def test_a_longer_run_goes_on_where_the_shorter_ended(go, tmp_path):
+    weights, whole = go("whole")
+    _, first = go("short", max_steps=10)
+    rest_weights, rest = go("short", ckpt=find_state(tmp_path / "short"))
+    batches = [row for row in first + rest if isinstance(row[0], int)]
+    assert batches == [row for row in whole if isinstance(row[0], int)]
+    assert same(weights, rest_weights)
+
+
+def test_what_would_not_be_exact_is_refused(go, tmp_path):
+    go("first", stop=3, accumulate_grad_batches=2)
+    ckpt = find_state(tmp_path / "first")
+    with pytest.raises(
+        ValueError, match="took steps of 2 batches each, .* is now 4: resume with 2"
+    ):
+        go("first", ckpt=ckpt, accumulate_grad_batches=4)
+    go("second", stop=3)
+    ckpt = find_state(tmp_path / "second")
+    message = r"was 200 samples and is now 100 \(batch_size 100 on 1 process.*with batch_size 200$"
+    with pytest.raises(ValueError, match=message):
+        go("second", ckpt=ckpt, data={"batch_size": 100})
+    with pytest.raises(ValueError, match="resume with the same data and seed"):
+        go("second", ckpt=ckpt, data={"seed": 5})
