@@ -1,6 +1,7 @@
 """`diffmm check`: what a recipe is, and what is wrong with it, before anything is spent."""
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,29 +66,32 @@ def report(task: Any, data: Any, values: dict[str, Any]) -> dict[str, str]:
     shapes = fake_shapes(task, data)
     if shapes is not None:
         lines["step"] = step_size(trainer, data, shapes)
-        is_sharded = "fsdp" in str(trainer.get("strategy")).lower()
+        strategy = str(trainer.get("strategy")).lower()
         memory = estimate_memory(
             task,
             shapes,
             precision=str(trainer.get("precision") or "32-true"),
-            num_shards=num_devices(trainer) if is_sharded else 1,
+            num_shards=num_devices(trainer) if "fsdp" in strategy else 1,
+            num_splits=tensor_parallel_size(trainer),
         )
-        parts = ("weights", "gradients", "optimizer", "activations")
-        split = ", ".join(f"{name} {gib(getattr(memory, name))}" for name in parts)
+        parts = {f.name: getattr(memory, f.name) for f in dataclasses.fields(memory)}
+        split = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
         lines["memory"] = f"about {gib(memory.total)} a device: {split}"
     return lines
 
 
 def step_size(trainer: dict[str, Any], data: Any, shapes: dict[str, Any]) -> str:
     """Samples, and tokens of a text, of one optimizer step."""
-    accumulated, known = trainer.get("accumulate_grad_batches") or 1, num_devices(trainer)
+    accumulated, split = trainer.get("accumulate_grad_batches") or 1, tensor_parallel_size(trainer)
+    known = num_devices(trainer) // split
     samples = data.batch_size * accumulated * known
     text = f"{samples:,} samples"
     if "tokens" in shapes:
         text += f", {samples * shapes['tokens'][0][1]:,} tokens"
     detail = f"{data.batch_size} a batch"
     detail += f" x {accumulated} batches" if accumulated > 1 else ""
-    detail += f" x {known} devices" if known > 1 else ""
+    who = "devices" if split == 1 else f"groups of {split} devices"
+    detail += f" x {known} {who}" if known > 1 else ""
     devices = trainer.get("devices", "auto")
     if not isinstance(devices, int) or devices < 1:
         detail += f", for each device (devices: {devices})"
@@ -99,6 +103,19 @@ def num_devices(trainer: dict[str, Any]) -> int:
     devices = trainer.get("devices", "auto")
     known = devices if isinstance(devices, int) and devices > 0 else 1
     return known * (trainer.get("num_nodes") or 1)
+
+
+def tensor_parallel_size(trainer: dict[str, Any]) -> int:
+    """How many devices share the heads of a block, and so compute on the same samples."""
+    from diffmm.training.parallel import StrategyRegistry
+
+    strategy = trainer.get("strategy")
+    settings: dict[str, Any] = {}
+    if isinstance(strategy, dict):
+        settings = strategy.get("init_args") or {}
+    elif strategy in StrategyRegistry:
+        settings = StrategyRegistry[strategy]["init_params"]
+    return settings.get("tensor_parallel_size", 1)
 
 
 def gib(num_bytes: int) -> str:

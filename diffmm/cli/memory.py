@@ -2,7 +2,11 @@
 
 * **Weights, gradients, optimizer**: 4 bytes each for the weights and their gradients, 8 for AdamW's
   two moments, in float32; 2, 2 and 4 under a `-true` 16-bit precision. Frozen weights have neither
-  gradients nor moments. Under FSDP all are spread over the devices. Exact.
+  gradients nor moments. Under FSDP2 all are spread over the devices. Exact.
+* **Gathered** (FSDP2 only): whole weights that a device holds while it computes with them, and
+  their gradients before they are shared out: what is outside the blocks, of two blocks the weights
+  (one is fetched while the other computes) and of one the gradients. With tensor parallelism a
+  split of them; activations are counted as without it, which is too many.
 * **Activations**: the task's own training loss is computed on tensors without memory
   (`FakeTensorMode`), under the recipe's autocast, and what autograd would keep for the backward
   pass is added up, each storage once. Under activation checkpointing a block keeps its input, and
@@ -23,6 +27,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from diffmm.layers.block import Block
 from diffmm.models import AudioConfig, ImageConfig, TextConfig
 from diffmm.models.backbone import Backbone
 from diffmm.training import MaskedAutoencoding
@@ -38,15 +43,22 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
+    gathered: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        kept = self.weights + self.gradients + self.optimizer
+        return kept + self.activations + self.gathered
 
 
 def estimate_memory(
-    task: LightningModule, batch: dict[str, Any], *, precision: str, num_shards: int = 1
+    task: LightningModule,
+    batch: dict[str, Any],
+    *,
+    precision: str,
+    num_shards: int = 1,
+    num_splits: int = 1,
 ) -> Memory:
     """The memory of one training step of `task` (see this module).
 
@@ -55,6 +67,7 @@ def estimate_memory(
         batch: from `fake_shapes`: the shape and dtype of each tensor.
         precision: the trainer's.
         num_shards: over how many devices weights, gradients and moments are spread.
+        num_splits: how many of these share the heads of a block (tensor parallelism).
     """
     size = 2 if precision in HALF_PRECISIONS else 4
     num_weights = sum(p.numel() for p in task.parameters())
@@ -65,7 +78,16 @@ def estimate_memory(
         gradients=size * num_trained // num_shards,
         optimizer=2 * size * num_trained // num_shards,
         activations=saved_bytes(task, batch, precision),
+        gathered=size * num_gathered(task) // num_splits if num_shards > 1 else 0,
     )
+
+
+def num_gathered(task: LightningModule) -> int:
+    """Weights and gradients that FSDP2 holds whole at once."""
+    blocks = [module for module in task.modules() if isinstance(module, Block)]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    outside = sum(p.numel() for p in task.parameters()) - sum(sizes)
+    return 2 * outside + 3 * max(sizes, default=0)
 
 
 def saved_bytes(task: LightningModule, batch: dict[str, Any], precision: str) -> int:

@@ -9,6 +9,7 @@ from diffmm.cli.check import num_devices
 from diffmm.cli.memory import fake_shapes
 from diffmm.cli.mistakes import find_mistakes
 from diffmm.cli.recipes import FIELDS, description, fields, recipe_names, recipe_root
+from diffmm.cli.references import resolve
 from diffmm.cli.settings import load
 from diffmm.cli.trainer import RecipeCLI, silence_noise
 
@@ -36,6 +37,7 @@ PROMISED = {
     "text/paper_3b": 3_171 + 308,
     "text/paper_6_8b": 6_800,
     "text/paper_13b": 13_100,
+    "text/paper_13b_64gpu": 13_100,
     "image/cifar10": 16,
     "image/imagenet_vit_s": 22.05,
     "image/imagenet_vit_b": 86.6,
@@ -132,6 +134,8 @@ def test_what_belongs_together_agrees(name):
         "TensorBoardLogger",
     }
     if trainer["accelerator"] == "gpu":
+        # One flag between ways to use several devices.
+        assert trainer["strategy"] in ("auto", "fsdp2")
         assert trainer["precision"] == "bf16-mixed"
         assert found.model.compile_model
         assert found.data.num_workers > 0
@@ -143,8 +147,8 @@ def test_what_belongs_together_agrees(name):
 def test_the_papers_batches(name):
     recipe = values(name)
     found = find_mistakes(recipe)
-    devices = recipe["vars"]["devices"] * recipe["trainer"].get("num_nodes", 1)
-    assert num_devices({**recipe["trainer"], "devices": recipe["vars"]["devices"]}) == devices
+    trainer, _ = resolve(recipe)
+    devices = num_devices(trainer["trainer"])
     samples = found.data.batch_size * devices * recipe["trainer"].get("accumulate_grad_batches", 1)
     tokens = samples * fake_shapes(found.model, found.data)["tokens"][0][1]
     assert tokens == (4 * 2**20 if name == "text/paper_3b" else 2**18)
