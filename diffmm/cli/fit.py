@@ -156,7 +156,7 @@ def train(
 
     Raises:
         BadInput: before the first step, leaving nothing behind.
-        RunFailed: if there were too many bad numbers.
+        RunFailed: if there were too many bad numbers, or checkpoints that could not be written.
     """
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -167,6 +167,7 @@ def train(
         refusing_before_training,
     )
     from diffmm.training.bad_numbers import TooManyBadNumbers
+    from diffmm.training.checkpoints import SaveFailed
 
     cli = RecipeCLI({**values, "run_dir": str(run_dir)})
     check_weights(cli, checkpoint)
@@ -185,7 +186,7 @@ def train(
             )
     except SIGTERMException as stop:
         code, message = int(stop.code or 0), f"stopped: go on with `diffmm fit --resume {run_dir}`"
-    except TooManyBadNumbers as error:
+    except (TooManyBadNumbers, SaveFailed) as error:
         raise RunFailed(str(error)) from error
     if cli.trainer.is_global_zero:
         print(message)
