@@ -106,7 +106,8 @@ def audio():
     )
     # Of several lengths, so that batches are made by length.
     source = SoundEvents(80, 10, sample_rate_hz=RATE_HZ, clip_seconds=(0.2, 0.3))
-    model = AudioModel(config, augment=FrequencyMasking(6))
+    model = AudioModel(config)
+    model.augment = FrequencyMasking(6)
     return Classification(model, *settings()), lambda **changes: AudioData(
         source,
         sample_rate_hz=RATE_HZ,
