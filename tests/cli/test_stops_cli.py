@@ -1,7 +1,11 @@
 """Signals and bad numbers, as a user of the command line meets them."""
 
 import os
+import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,7 +33,7 @@ def sends(monkeypatch):
     return install
 
 
-def weights_of(directory):
+def state_of(directory):
     state = torch.load(find_whole(directory / "checkpoints") / "state.ckpt", weights_only=True)
     return state["global_step"], state["state_dict"]
 
@@ -46,10 +50,131 @@ def test_a_signal_saves_and_tells_how_to_go_on(run, recipe, sends, number, code)
     directory = Path("runs/recipe/first")
     assert result.code == code
     assert result.out.splitlines()[-1] == f"stopped: go on with `diffmm fit --resume {directory}`"
-    assert weights_of(directory)[0] == 2
+    assert state_of(directory)[0] == 2
     result = run("fit", "--resume", directory)
     assert (result.code, result.out.splitlines()[-1]) == (0, f"run: {directory}")
-    step, weights = weights_of(directory)
+    step, weights = state_of(directory)
     assert step == 4
-    for name, tensor in weights_of(Path("runs/recipe/whole"))[1].items():
+    for name, tensor in state_of(Path("runs/recipe/whole"))[1].items():
         assert torch.equal(tensor, weights[name]), name
+
+
+def test_before_the_first_step_a_run_can_go_on_too(run, recipe, monkeypatch):
+    monkeypatch.setattr(
+        Classification, "on_fit_start", lambda task: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    path = recipe()
+    assert run("fit", "--config", path, "--name", "first").code == 143
+    monkeypatch.undo()
+    # The directory of the test is gone with that.
+    os.chdir(path.parent / "work")
+    result = run("fit", "--resume", "runs/recipe/first")
+    assert result.code == 0, result.err
+    assert state_of(Path("runs/recipe/first"))[0] == 2
+
+
+def test_a_finetuned_run_stops_alike(run, recipe, sends):
+    path = recipe()
+    assert run("fit", "--config", path, "--name", "first").code == 0
+    sends(signal.SIGTERM, 0)
+    command = ("--config", path, "--weights", "runs/recipe/first", "--name", "second")
+    result = run("finetune", *command)
+    assert result.code == 143
+    assert "go on with `diffmm fit --resume runs/recipe/second`" in result.out
+
+
+def test_ctrl_c_elsewhere_prints_no_traceback(run, recipe, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffmm.cli.recipes.run", interrupted)
+    assert run("recipes") == (130, "", "")
+
+
+def test_a_run_that_diverges_says_why_it_ends_and_can_be_looked_at(run, recipe):
+    path = recipe(**{"vars.learning_rate": 1e30, "trainer.max_steps": 50, "data.batch_size": 3})
+    result = run("fit", "--config", path, "--name", "first")
+    assert result.code == 1
+    directory = Path("runs/recipe/first")
+    (line,) = result.mistakes
+    assert re.match("10 steps in a row had a loss or gradient that is not finite, .* step 1", line)
+    step, weights = state_of(directory)
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert len((directory / "bad_steps.jsonl").read_text().splitlines()) >= 10
+    before = sorted(directory.rglob("*"))
+    result = run("replay", directory)
+    assert result.code == 0
+    first, second = result.out.splitlines()
+    checkpoint = directory / "checkpoints" / f"step_{step:08d}"
+    assert first == (
+        f"{directory}/bad_batch_step_{step:08d}_rank_0.pt, with the weights of {checkpoint}"
+    )
+    assert second.startswith("  micro-batch 0: loss ")
+    assert "; first in the output of " in second
+    assert re.search(r"alone, of the samples \d+, \d+, \d+; in the gradients of ", second)
+    assert sorted(directory.rglob("*")) == before
+
+
+def test_replay_refuses_what_it_cannot_make_again(run, recipe):
+    assert run("replay", "nowhere").mistakes == [
+        "nowhere has no bad_batch_step_*.pt: it did not stop for bad numbers"
+    ]
+    assert run("fit", "--config", recipe(), "--name", "first").code == 0
+    file = Path("x.pt")
+    torch.save({"step": 2}, file)
+    result = run("replay", "runs/recipe/first", "--batch", file)
+    assert result.code == 2
+    assert "x.pt is no batch that a run left behind" in result.mistakes[0]
+
+
+def processes_of(group):
+    """Ranks and numbers of the training processes of a process group, from the kernel's lists."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(folder.name)) != group:
+                continue
+            environment = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        rank = next((each[11:] for each in environment if each.startswith(b"LOCAL_RANK=")), b"0")
+        # Workers come later than their process.
+        found.setdefault(int(rank), []).append(int(folder.name))
+    return {rank: min(numbers) for rank, numbers in found.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+@pytest.mark.parametrize("target", ["rank 1", "group"])
+def test_two_processes_with_workers_stop_together(recipe, tmp_path, target):
+    """Started by Lightning; as a terminal or a scheduler does, or to one process alone."""
+    changes = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.num_workers": 1}
+    path = recipe(**{**changes, "trainer.max_steps": 10**6})
+    fit = subprocess.Popen(
+        [sys.executable, "-m", "diffmm.cli", "fit", "--config", str(path), "--run_dir", "run"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = tmp_path / "run" / "csv" / "version_0" / "metrics.csv"
+    try:
+        end = time.monotonic() + 90
+        while not metrics.exists() and time.monotonic() < end:
+            time.sleep(0.2)
+        if target == "group":
+            os.killpg(fit.pid, signal.SIGTERM)
+        else:
+            os.kill(processes_of(fit.pid)[1], signal.SIGTERM)
+        out, err = fit.communicate(timeout=60)
+    finally:
+        fit.kill()
+    assert fit.returncode == 143, err
+    assert out.splitlines().count("stopped: go on with `diffmm fit --resume run`") == 1
+    assert state_of(tmp_path / "run")[0] > 0
+    deadline = time.monotonic() + 20
+    while processes_of(fit.pid) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert processes_of(fit.pid) == {}
