@@ -99,4 +99,5 @@ def gather(trainer: Trainer, own: Any) -> list[Any]:
 def is_out_of_time(trainer: Trainer) -> bool:
     """Whether a time limit (`max_time`) has been reached."""
     timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
-    return any((timer.time_remaining() or 1.0) <= 0.0 for timer in timers)
+    remaining = [timer.time_remaining() for timer in timers]
+    return any(seconds is not None and seconds <= 0.0 for seconds in remaining)
