@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.timing import median_ms
 from diffmm.ops import AttentionMask
 from diffmm.ops.diff_attention.reference import reference
+from diffmm.ops.diff_attention.triton import hopper
 from diffmm.ops.diff_attention.triton.backward import key_gradients, query_gradient, query_rows
 from diffmm.ops.diff_attention.triton.forward import forward
 from diffmm.ops.diff_attention.triton.masking import KernelMask
@@ -54,8 +55,6 @@ class Problem:
         count = {
             "forward": score + 2 * value,
             "key": 2 * score + 2 * value,
-            "key alone": 2 * score + value,
-            "value alone": score + value,
             "query": 2 * score + value,
         }[kernel]
         pairs = self.batch * self.heads * self.length**2 / (2 if self.causal else 1)
@@ -95,18 +94,12 @@ WIDE: dict[str, list[tuple[int, int, int, int]]] = {
     "forward split": [(128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (64, 64, 4, 2),
                       (64, 32, 4, 3), (64, 32, 4, 4), (128, 32, 8, 4)],
     "key": [(64, 64, 8, 2), (32, 64, 8, 2)],
-    "key alone": [(32, 128, 8, 2), (64, 128, 8, 1), (32, 64, 4, 1), (16, 64, 4, 2), (32, 64, 4, 2),
-                  (64, 64, 8, 2)],
-    "value alone": [(64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 3), (32, 64, 4, 2),
-                    (64, 64, 4, 2), (64, 64, 8, 2)],
     "query": [(128, 32, 8, 2), (128, 32, 8, 3), (64, 16, 4, 2), (64, 32, 4, 2), (128, 64, 8, 1)],
 }  # fmt: skip
 NARROW: dict[str, list[tuple[int, int, int, int]]] = {
     "forward": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 4, 3)],
     "forward split": [(64, 64, 4, 2), (128, 128, 8, 3)],
     "key": [(32, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 2), (64, 128, 8, 2)],
-    "key alone": [(64, 64, 4, 2), (64, 128, 8, 2)],
-    "value alone": [(64, 64, 4, 2), (64, 128, 8, 2)],
     "query": [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4), (128, 32, 8, 3),
               (128, 64, 8, 3)],
 }  # fmt: skip
@@ -152,10 +145,7 @@ class Inputs:
             return out, second, lse
         if candidate.kernel == "query":
             return (query_gradient(*shared, tile=candidate.tile),)
-        dk = None if candidate.kernel == "value alone" else torch.empty_like(self.k)
-        dv = None if candidate.kernel == "key alone" else torch.empty_like(self.v)
-        key_gradients(*shared, dk=dk, dv=dv, tile=candidate.tile)
-        return tuple(grad for grad in (dk, dv) if grad is not None)
+        return key_gradients(*shared, tile=candidate.tile)
 
 
 @dataclass(frozen=True)
@@ -187,8 +177,6 @@ def error_of(candidate: Candidate, truth: Truth) -> float:
     wanted = {
         "forward": (truth.out,),
         "key": (truth.dk, truth.dv),
-        "key alone": (truth.dk,),
-        "value alone": (truth.dv,),
         "query": (truth.dq,),
     }[candidate.kernel]
     pairs = [(truth.inputs.lam_grad, truth.dlam), *zip(results, wanted, strict=False)]
@@ -324,9 +312,15 @@ def measure(
             rate = problem.flops(kernel) / ms * 1e-9
             print(f"  {kernel:11} {ms:7.3f} ms {rate:5.0f} TF/s  {label}")
     nothing = float("inf")
-    alone = best.get("key alone", nothing) + best.get("value alone", nothing)
-    keys = min(best.get("key", nothing), alone)
-    first, second = best.get("forward", nothing), keys + best.get("query", nothing) + rows
+    gradients = best.get("key", nothing) + best.get("query", nothing)
+    if hopper.serves(inputs.q, inputs.v):
+        gradients = median_ms(
+            lambda: hopper.wide_gradients(
+                inputs.grad, inputs.q, inputs.k, inputs.v, inputs.rows, inputs.mask, inputs.scale
+            )
+        )
+        print(f"  wide        {gradients:7.3f} ms, keys and queries")
+    first, second = best.get("forward", nothing), gradients + rows
     both = base_forward + base_backward
     return (
         f"{problem.name:16} softmax {both:7.2f} ms  forward x{first / base_forward:.2f}  "

@@ -10,7 +10,7 @@ from diffmm.ops.diff_attention.reference import reference
 pytestmark = pytest.mark.gpu
 
 BATCH = 2
-V1, V2 = (64, 128, 2), (128, 128, 1)  # D, E, C
+V1, V2, WIDE = (64, 128, 2), (128, 128, 1), (128, 256, 2)  # D, E, C
 MASKS = (
     "full", "causal", "window", "causal window", "prefix", "documents", "shuffled documents",
     "padding", "left padding", "everything",
@@ -129,7 +129,7 @@ def check(inputs, mask):
 
 
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("widths", [V1, V2], ids=str)
+@pytest.mark.parametrize("widths", [V1, V2, WIDE], ids=str)
 def test_every_mask(widths, name):
     for N, M in ((333, 333), (65, 197)):
         check(make_inputs(N, M, 4, 2, widths, torch.bfloat16), masks(M)[name])
@@ -145,7 +145,28 @@ def test_every_mask(widths, name):
 def test_every_width(widths, dtype):
     for length in (1, 63, 65, 197, 1023):
         check(make_inputs(length, length, 2, 2, widths, dtype), AttentionMask(causal=True))
-    check(make_inputs(100, 300, 3, 1, widths, dtype, lam_shape=()), AttentionMask(causal=True))
+    check(make_inputs(100, 300, 3, 1, widths, dtype), AttentionMask(causal=True))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1, 100, 1)], ids=str)
+def test_a_lambda_that_is_shared_gets_the_sum_of_the_gradients(shape):
+    # Of one number the error is chance; its gradient is a sum of those that `check` holds.
+    mask = AttentionMask(causal=True)
+    inputs = make_inputs(100, 300, 3, 1, V1, torch.bfloat16, lam_shape=shape)
+    each = [*inputs[:3], inputs[3].detach().expand(BATCH, 100, 3).contiguous().requires_grad_()]
+    shared, found = run(kernels(mask), inputs)[-1], run(kernels(mask), each)[-1]
+    torch.testing.assert_close(shared, found.sum_to_size(shape), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("num_bytes", [1, 200_000, 700_000])
+def test_wide_values_in_little_memory(monkeypatch, num_bytes, causal):
+    """Heads take turns, and bands of keys where one head is too much."""
+    from diffmm.ops.diff_attention.triton import hopper
+
+    monkeypatch.setattr(hopper, "SCRATCH_BYTES", num_bytes)
+    for N, M in ((333, 333), (100, 300)):
+        check(make_inputs(N, M, 4, 2, WIDE, torch.bfloat16), AttentionMask(causal=causal))
 
 
 @pytest.mark.parametrize("widths", [V1, (128, 256, 2)], ids=str)

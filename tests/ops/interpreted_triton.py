@@ -123,17 +123,6 @@ def test_widths(D, E, C):
     check(make_inputs(20, 20, 2, 1, C, D, E, lam_shape=()), AttentionMask(causal=True))
 
 
-@pytest.mark.parametrize("name", ["causal", "everything"])
-@pytest.mark.parametrize("C", [1, 2])
-def test_gradient_of_values_in_a_launch_of_its_own(C, name, monkeypatch):
-    from diffmm.ops.diff_attention.triton import op
-    from diffmm.ops.diff_attention.triton.tiles import Tile, Tiles
-
-    tile = Tile(16, 32, 4, 1)
-    monkeypatch.setattr(op, "tiles_for", lambda *_: Tiles(tile, tile, tile, value_grad=tile))
-    check(make_inputs(70, 70, 2, 1, C, 16, 32), masks(70)[name])
-
-
 def test_half_precision():
     inputs = make_inputs(40, 40, 2, 1, 2, 16, 32, dtype=torch.float16)
     check(inputs, AttentionMask(causal=True), tolerance=2e-3)

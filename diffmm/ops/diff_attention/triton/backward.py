@@ -9,12 +9,14 @@ A program of the key kernel holds a tile of keys and walks along the queries of 
 group; a program of the query kernel holds a tile of queries and walks along the keys. Scores and dP
 are computed twice for it, but nothing is summed across programs: gradients are the same bits in
 every run, and one kernel for both, which adds up dQ in memory, was slower (docs/lab_notes.md).
+Values too wide for this have kernels of their own (see `hopper`).
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffmm.ops.diff_attention.triton import hopper
 from diffmm.ops.diff_attention.triton.masking import (
     KernelMask,
     key_bounds,
@@ -32,8 +34,9 @@ from diffmm.ops.diff_attention.triton.tiles import (
     precision,
 )
 
-# What a kernel reads of every query: a row of `_ROWS` float32 vectors, a head at a time.
-_ROWS = tl.constexpr(5)
+# What a kernel reads of every query: float32 vectors, a head at a time, rounded up to eight so that
+# the copy engine can take a tile of all of them.
+_ROWS = tl.constexpr(8)
 _LSE1, _LSE2, _DELTA1, _DELTA2, _WEIGHT = (tl.constexpr(row) for row in range(5))
 
 
@@ -70,9 +73,8 @@ def _rows_kernel(
 def _key_step(
     q_desc, g_desc, k1, k2, v, rows, dk1, dk2, dv, batch, head, n0, keys, N, M, P, scale,
     window, prefix, documents, padding,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
-    C: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries into the gradients of a tile of keys. Tiles of scores are `[M, N]`."""
     n = n0 + tl.arange(0, BLOCK_N)
@@ -90,17 +92,15 @@ def _key_step(
         p1, p2 = tl.where(seen, p1, 0.0), tl.where(seen, p2, 0.0)
     p2 = p2 * tl.load(rows + _WEIGHT * P)[None, :]
     g = g_desc.load([batch, n0, head, 0]).reshape(BLOCK_N, BLOCK_E)
-    if VALUES:
-        dv = tl.dot((p1 + p2).to(g.dtype), g, dv, input_precision=PRECISION)
-    if KEYS:
-        dp = tl.dot(v, g.T, input_precision=PRECISION)
-        ds1 = (p1 * (dp - tl.load(rows + _DELTA1 * P)[None, :])).to(g.dtype)
-        ds2 = (p2 * (dp - tl.load(rows + _DELTA2 * P)[None, :])).to(g.dtype)
-        dk1 = tl.dot(ds1, q1, dk1, input_precision=PRECISION)
-        if C == 2:
-            dk2 = tl.dot(ds2, q2, dk2, input_precision=PRECISION)
-        else:
-            dk1 = tl.dot(ds2, q2, dk1, input_precision=PRECISION)
+    dv = tl.dot((p1 + p2).to(g.dtype), g, dv, input_precision=PRECISION)
+    dp = tl.dot(v, g.T, input_precision=PRECISION)
+    ds1 = (p1 * (dp - tl.load(rows + _DELTA1 * P)[None, :])).to(g.dtype)
+    ds2 = (p2 * (dp - tl.load(rows + _DELTA2 * P)[None, :])).to(g.dtype)
+    dk1 = tl.dot(ds1, q1, dk1, input_precision=PRECISION)
+    if C == 2:
+        dk2 = tl.dot(ds2, q2, dk2, input_precision=PRECISION)
+    else:
+        dk1 = tl.dot(ds2, q2, dk1, input_precision=PRECISION)
     return dk1, dk2, dv
 
 
@@ -108,12 +108,10 @@ def _key_step(
 def _key_kernel(
     q_desc, g_desc, k, v, rows, dk, dv, window, prefix, documents, padding, ranges,
     k_b, k_m, k_g, k_c, v_b, v_m, v_g, N, M, P, H, heads_per_group, scale,
-    CAUSAL: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, C: tl.constexpr,
-    D: tl.constexpr, E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys and values, or with one of `KEYS` and `VALUES` of either alone,
-    where both accumulators do not fit the registers."""
     tile, num_tiles = tl.program_id(0), tl.num_programs(0)
     m0 = tile * BLOCK_M
     G = H // heads_per_group
@@ -137,11 +135,11 @@ def _key_kernel(
     k1 = tl.load(k_rows, mask=k_mask, other=0.0)
     k2 = tl.load(k_rows + k_c, mask=k_mask, other=0.0) if C == 2 else k1
     v_rows = v + batch64 * v_b + far_keys * v_m + group * v_g + widths[None, :]
-    v_tile = tl.load(v_rows, mask=v_mask, other=0.0) if KEYS else 0.0
+    v_tile = tl.load(v_rows, mask=v_mask, other=0.0)
 
-    dk1 = tl.zeros((BLOCK_M, BLOCK_D), tl.float32) if KEYS else 0.0
-    dk2 = tl.zeros((BLOCK_M, BLOCK_D), tl.float32) if KEYS and C == 2 else 0.0
-    dv_tile = tl.zeros((BLOCK_M, BLOCK_E), tl.float32) if VALUES else 0.0
+    dk1 = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dk2 = tl.zeros((BLOCK_M, BLOCK_D), tl.float32) if C == 2 else 0.0
+    dv_tile = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     low, full_low, full_high, high = query_bounds(
         m0, N, M, window, prefix, ranges, CAUSAL, BLOCK_N, BLOCK_M
     )
@@ -156,7 +154,7 @@ def _key_kernel(
                 q_desc, g_desc, k1, k2, v_tile, head_rows, dk1, dk2, dv_tile,
                 batch, head, n0, keys, N, M, P, scale,
                 window, prefix, documents, padding,
-                CAUSAL, True, KEYS, VALUES, C, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
+                CAUSAL, True, C, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
             )  # fmt: skip
         if ranges is None:
             for n0 in range(full_low, full_high, BLOCK_N):
@@ -164,18 +162,16 @@ def _key_kernel(
                     q_desc, g_desc, k1, k2, v_tile, head_rows, dk1, dk2, dv_tile,
                     batch, head, n0, keys, N, M, P, scale,
                     window, prefix, documents, padding,
-                    CAUSAL, False, KEYS, VALUES, C, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
+                    CAUSAL, False, C, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
                 )  # fmt: skip
 
-    if KEYS:
-        rate = scale * 0.6931471805599453
-        dk_rows = dk + ((batch64 * M + far_keys) * G + group) * C * D + dims[None, :]
-        tl.store(dk_rows, (dk1 * rate).to(dk.dtype.element_ty), mask=k_mask)
-        if C == 2:
-            tl.store(dk_rows + D, (dk2 * rate).to(dk.dtype.element_ty), mask=k_mask)
-    if VALUES:
-        dv_rows = dv + ((batch64 * M + far_keys) * G + group) * E + widths[None, :]
-        tl.store(dv_rows, dv_tile, mask=v_mask)
+    rate = scale * 0.6931471805599453
+    dk_rows = dk + ((batch64 * M + far_keys) * G + group) * C * D + dims[None, :]
+    tl.store(dk_rows, (dk1 * rate).to(dk.dtype.element_ty), mask=k_mask)
+    if C == 2:
+        tl.store(dk_rows + D, (dk2 * rate).to(dk.dtype.element_ty), mask=k_mask)
+    dv_rows = dv + ((batch64 * M + far_keys) * G + group) * E + widths[None, :]
+    tl.store(dv_rows, dv_tile, mask=v_mask)
 
 
 @triton.jit
@@ -292,11 +288,12 @@ def query_rows(
 
 def key_gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, mask: KernelMask, scale: float,
-    *, dk: Tensor | None, dv: Tensor | None, tile: Tile,
-) -> None:  # fmt: skip
-    """Fill the gradients of k and v, both contiguous, in one launch, or the one that is given."""
+    *, tile: Tile,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of k and v."""
     (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     block_d, block_e = pad(D), pad(E)
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     _key_kernel[(triton.cdiv(M, tile.block_m), B * G)](
         describe(q, [1, tile.block_n, 1, 1, block_d]),
         describe(grad, [1, tile.block_n, 1, block_e]), k, v, rows, dk, dv,
@@ -304,10 +301,11 @@ def key_gradients(
         mask.query_ranges(B, N, M, tile.block_m),
         *k.stride()[:4], *v.stride()[:3], N, M, rows.shape[-1], H, H // G,
         scale * 1.4426950408889634,
-        CAUSAL=mask.causal, KEYS=dk is not None, VALUES=dv is not None, C=C, D=D, E=E,
-        BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_D=block_d, BLOCK_E=block_e,
-        PRECISION=precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        CAUSAL=mask.causal, C=C, D=D, E=E, BLOCK_N=tile.block_n, BLOCK_M=tile.block_m,
+        BLOCK_D=block_d, BLOCK_E=block_e, PRECISION=precision(q.dtype),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
+    return dk, dv
 
 
 def query_gradient(
@@ -339,12 +337,9 @@ def backward(
     """The gradients of q, k, v and lam."""
     grad = describable(grad)
     rows, lam_grad = query_rows(grad, out, second, lam, lse)
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     shared = (grad, q, k, v, rows, mask, scale)
-    if tiles.value_grad is None:
-        key_gradients(*shared, dk=dk, dv=dv, tile=tiles.key_grad)
-    else:
-        key_gradients(*shared, dk=dk, dv=None, tile=tiles.key_grad)
-        key_gradients(*shared, dk=None, dv=dv, tile=tiles.value_grad)
+    if hopper.serves(q, v):
+        return *hopper.wide_gradients(*shared), lam_grad
+    dk, dv = key_gradients(*shared, tile=tiles.key_grad)
     dq = query_gradient(*shared, tile=tiles.query_grad)
     return dq, dk, dv, lam_grad

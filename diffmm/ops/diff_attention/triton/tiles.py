@@ -45,14 +45,11 @@ class Tiles:
         forward: of the forward kernel.
         key_grad: of the kernel for the gradients of keys and values.
         query_grad: of the kernel for the queries' gradient.
-        value_grad: of a launch of its own for the gradient of values too wide to be accumulated
-            beside the keys'.
     """
 
     forward: Tile
     key_grad: Tile
     query_grad: Tile
-    value_grad: Tile | None = None
 
 
 def tiles_for(dtype: torch.dtype, D: int, E: int, capability: tuple[int, int]) -> Tiles:
