@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.utils.data import DataLoader
 
 from diffmm.training.stops import SIGNALS, CleanStop, requeue_slurm_job
@@ -85,6 +86,18 @@ def test_a_long_validation_is_cut_short_and_made_again(tmp_path, whole):
     assert resumed["weights"] == whole["weights"]
 
 
+def test_averaged_weights_are_not_mistaken_for_the_run_s(tmp_path):
+    """Lightning puts them in their place for the time of a validation."""
+
+    def average():
+        return EMAWeightAveraging(decay=0.5)
+
+    whole = run(tmp_path / "whole", average())
+    send = Send("on_validation_batch_start", 4, TERM, nth=3)
+    assert summary(run(tmp_path, average(), send)) == (143, 4, [4, "SIGTERM"])
+    assert run(tmp_path, average(), resume=True)["weights"] == whole["weights"]
+
+
 @pytest.mark.parametrize(
     "send",
     [
@@ -140,7 +153,7 @@ class KillWorkers(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 3:
             workers = [child.pid for child in multiprocessing.active_children()]
-            assert len(workers) == 2
+            assert len(workers) >= 2  # others are left of earlier runs
             for number in (*SIGNALS, self.number):
                 pids = [*workers, *([os.getpid()] if number is self.number else [])]
                 subprocess.run(["kill", f"-{int(number)}", *map(str, pids)], check=True)
