@@ -1,11 +1,10 @@
 """Trains small models on as many processes as asked and writes down all there is to compare.
 
-python run_sharded.py NUM_PROCESSES FOLDER CASE STRATEGY [CASE STRATEGY ...]
-
-For each case and strategy: the curve, gradients of the first step and a checkpoint after two steps;
-and the weights after two more steps from `FOLDER/CASE_auto_1.ckpt`, if another process left one.
+python run_sharded.py FOLDER RUNS, where RUNS is a list in JSON of keyword arguments of `run`, all
+with the same number of processes.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,25 +38,29 @@ class Samples(Dataset[dict[str, Tensor]]):
         return {name: tensor[index] for name, tensor in self.batch.items()}
 
 
-def backbone(attention: str, **changes: Any) -> BackboneConfig:
-    """Grouped keys and norms over heads: what sharing out heads could get wrong."""
-    settings: dict[str, Any] = {"num_kv_heads": 4, "qk_norm": True, "feed_forward_width": 64}
-    return BackboneConfig(32, 2, 8, attention=attention, **{**settings, **changes})
-
-
-def task_and_data(case: str, **settings: Any) -> tuple[Task, Samples]:
+def task_and_data(
+    case: str,
+    *,
+    dim: int = 32,
+    backend: str = "auto",
+    learning_rate: float = 1e-2,
+    compile: bool = False,
+) -> tuple[Task, Samples]:
     """A case is an attention in a text model with tied embeddings, or `image`."""
     seed_everything(0, verbose=False)
-    settings = {
-        "optimizer": OptimizerConfig(1e-2, eps=1e-4, lambda_learning_rate=3e-2),
+    settings: dict[str, Any] = {
+        "optimizer": OptimizerConfig(learning_rate, eps=1e-4, lambda_learning_rate=3e-2),
         "schedule": ScheduleConfig(6, warmup_steps=2),
         "activation_checkpointing": True,
-        **settings,
+        "compile": compile,
     }
+    # Grouped keys and norms over heads: what sharing out heads could get wrong.
+    shared: dict[str, Any] = {"num_kv_heads": 4, "qk_norm": True, "feed_forward_width": 2 * dim}
+    shared["backend"] = backend
     index = torch.arange(NUM_SAMPLES)
     if case == "image":
         config = ImageConfig(
-            backbone=backbone("diff_v1", rope="2d", layer_scale=0.1),
+            backbone=BackboneConfig(dim, 2, 8, rope="2d", layer_scale=0.1, **shared),
             num_classes=5,
             image_size=8,
             patch_size=4,
@@ -68,7 +71,8 @@ def task_and_data(case: str, **settings: Any) -> tuple[Task, Samples]:
     tokens = torch.randint(24, (NUM_SAMPLES, 17))
     num_bytes = torch.full((NUM_SAMPLES,), 16)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "num_bytes": num_bytes}
-    model = TextModel(TextConfig(24, 16, backbone(case, rope="1d")))
+    backbone = BackboneConfig(dim, 2, 8, attention=case, rope="1d", **shared)
+    model = TextModel(TextConfig(24, 16, backbone))
     return CausalLM(model, **settings), Samples({**batch, "index": index})
 
 
@@ -115,11 +119,14 @@ def fit(
     num_processes: int,
     max_steps: int,
     ckpt_path: Path | None = None,
-    **settings: Any,
+    accelerator: str = "cpu",
+    precision: Any = "32-true",
 ) -> tuple[Trainer, Recorded]:
     recorded = Recorded()
-    defaults = {"accelerator": "cpu", "gradient_clip_val": 0.3}
     trainer = Trainer(
+        accelerator=accelerator,
+        precision=precision,
+        gradient_clip_val=0.3,
         devices=num_processes,
         strategy=strategy,
         use_distributed_sampler=False,
@@ -131,7 +138,6 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        **{**defaults, **settings},
     )
     shares = Shares(samples)
     shares.trainer = trainer
@@ -143,25 +149,43 @@ def weights_of(task: nn.Module) -> dict[str, Tensor]:
     return {name: whole(parameter) for name, parameter in task.named_parameters()}
 
 
-def run(folder: Path, case: str, strategy: str, num_processes: int) -> dict[str, Any]:
-    """See this file's head."""
-    setting = {"strategy": strategy, "num_processes": num_processes}
-    name = f"{case}_{strategy}_{num_processes}"
-    task, samples = task_and_data(case)
+def run(
+    folder: Path,
+    case: str,
+    strategy: str,
+    num_processes: int,
+    *,
+    variant: str = "",
+    accelerator: str = "cpu",
+    precision: str = "32-true",
+    **changes: Any,
+) -> None:
+    """Write the curve, the gradients of the first step and the weights after two steps, with a
+    checkpoint; and the weights after two more steps from `CASE_auto_1.ckpt`, which is there if one
+    process has run before, or else from its own.
+
+    Args:
+        folder: for the files, called `CASE_STRATEGY_NUM` with the variant at their end.
+        case, changes: of `task_and_data`.
+        strategy, num_processes, accelerator, precision: of the trainer.
+        variant: tells runs apart that are the same in all else that is in their name.
+    """
+    setting: dict[str, Any] = {"strategy": strategy, "num_processes": num_processes}
+    setting |= {"accelerator": accelerator, "precision": precision}
+    name = f"{case}_{strategy}_{num_processes}{variant}"
+    task, samples = task_and_data(case, **changes)
     trainer, recorded = fit(task, samples, max_steps=2, **setting)
     results = {"curves": recorded.curves, "gradients": recorded.gradients}
     results["weights"] = weights_of(task)
     trainer.save_checkpoint(folder / f"{name}.ckpt")
-    other = folder / f"{case}_auto_1.ckpt"
-    task, samples = task_and_data(case)
-    fit(task, samples, max_steps=4, ckpt_path=other, **setting)
+    task, samples = task_and_data(case, **changes)
+    fit(task, samples, max_steps=4, ckpt_path=folder / f"{case}_auto_1.ckpt", **setting)
     results["resumed"] = weights_of(task)
     if trainer.is_global_zero:
         torch.save(results, folder / f"{name}.pt")
-    return results
 
 
 if __name__ == "__main__":
-    for case, strategy in zip(sys.argv[3::2], sys.argv[4::2], strict=True):
-        run(Path(sys.argv[2]), case, strategy, int(sys.argv[1]))
+    for arguments in json.loads(sys.argv[2]):
+        run(Path(sys.argv[1]), **arguments)
     torch.distributed.destroy_process_group()

@@ -3,6 +3,7 @@
 Processes are slow to start: two of them go through all cases, four through one.
 """
 
+import json
 import os
 import runpy
 import subprocess
@@ -17,6 +18,7 @@ from diffmm.training import FSDP2Strategy
 
 SCRIPT = Path(__file__).with_name("run_sharded.py")
 CASES = ("softmax", "diff_v1", "diff_v2", "image")
+NAMES = ("case", "strategy", "num_processes")
 RUNS = [
     ("diff_v1", "fsdp2", 2),
     ("softmax", "fsdp2_tp2", 2),
@@ -40,9 +42,9 @@ def runs(tmp_path_factory, script):
         script["run"](folder, case, "auto", 1)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for count in (2, 4):
-        wanted = [word for case, strategy, n in RUNS if n == count for word in (case, strategy)]
+        wanted = [dict(zip(NAMES, run, strict=True)) for run in RUNS if run[2] == count]
         done = subprocess.run(
-            [sys.executable, str(SCRIPT), str(count), str(folder), *wanted],
+            [sys.executable, str(SCRIPT), str(folder), json.dumps(wanted)],
             env=environment,
             capture_output=True,
             text=True,
