@@ -2,6 +2,7 @@
 
     checkpoints/
       LATEST                    names the folder that was finished last
+      LOGS                      the folders of the run's CSV files
       step_00001000/
         state.ckpt              the state; a folder where every process wrote a file of it
         manifest.json           every file's size and SHA-256, and what the state is of

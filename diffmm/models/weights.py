@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffmm.checkpoint_folders import find_state
+from diffmm.checkpoint_folders import STATE_NAME, find_state
 from diffmm.models.backbone import BackboneConfig
 from diffmm.models.description import build, configured, describe, unwrap
 
@@ -144,6 +144,11 @@ class _Contents(NamedTuple):
 
 def _find(path: str | Path) -> Path:
     path = find_state(Path(path))
+    if path.name == STATE_NAME and path.is_dir():
+        raise ValueError(
+            f"{path} is in shares, one of each process: go on with the run under the strategy "
+            f"fsdp2, whose checkpoints are whole files"
+        )
     file = path / WEIGHTS_NAME if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"there is no file of weights at {file}")

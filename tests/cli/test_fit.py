@@ -54,7 +54,11 @@ def test_a_run_keeps_its_config_checkpoints_and_logs(run, recipe):
     assert config["vars"]["attention"] == "diff_v2"
     backbone = config["model"]["init_args"]["model"]["init_args"]["config"]["backbone"]
     assert backbone["attention"] == "${vars.attention}"
-    assert sorted(os.listdir(directory / "checkpoints")) == ["LATEST", "step_00000002"]
+    assert sorted(os.listdir(directory / "checkpoints")) == [
+        "LATEST",
+        "LOGS",
+        "step_00000002",
+    ]
     assert list((directory / "tensorboard").glob("events*"))
     with (directory / "csv" / "version_0" / "metrics.csv").open() as file:
         logged = list(csv.DictReader(file))

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from diffmm import __version__, checkpoint_folders
 from diffmm.checkpoint_folders import DIRECTORY_NAME, STATE_NAME
 from diffmm.checks import check_choice
-from diffmm.training.checkpoints import progress
+from diffmm.training.checkpoints import logs, progress
 from diffmm.training.checkpoints.exact import (
     EXACT_KEY,
     check_exact,
@@ -103,6 +103,7 @@ class Checkpoints(Checkpoint):
         self._saved_at: tuple[int, bool] | None = None
         self._saved_at_seconds = time.monotonic()
         self._asked_at: tuple[int, bool] | None = None
+        self._is_step_logged = True
 
     @property
     def best_model_path(self) -> str:
@@ -166,7 +167,17 @@ class Checkpoints(Checkpoint):
             restore_exact(trainer, self._to_restore)
             self._to_restore = None
             self._saved_at = self._place(trainer)
+        assert self.dirpath is not None
+        logs.begin(trainer, self.dirpath, trainer.global_step)
         self._saved_at_seconds = time.monotonic()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._is_step_logged:
+            # Only after the hook in which it was saved was the step itself logged.
+            logs.flush(trainer)
+            self._is_step_logged = True
 
     def on_train_batch_end(
         self,
@@ -227,8 +238,8 @@ class Checkpoints(Checkpoint):
             return
         assert self.dirpath is not None
         self._settle(trainer)
-        for logger in trainer.loggers:
-            logger.save()
+        logs.flush(trainer)
+        self._is_step_logged = False
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         facts = self._facts(trainer, reason)
         self._saved_at, self._saved_at_seconds = self._place(trainer), time.monotonic()

@@ -1,0 +1,235 @@
+"""`diffmm fit --resume`: runs that were cut off go on as if they had not been."""
+
+import csv
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from diffmm.checkpoint_folders import MANIFEST_NAME, checkpoints, find_state
+from diffmm.training.task import Task
+
+EVERY_STEP = {
+    "trainer.callbacks.0.monitor": None,
+    "trainer.callbacks.0.every_n_steps": 1,
+    "trainer.callbacks.0.keep_last": 9,
+    "trainer.max_steps": 4,
+}
+"""Four steps, and a checkpoint after each."""
+
+LONGER = {**EVERY_STEP, "trainer.max_steps": 6, "trainer.val_check_interval": 3}
+
+
+@pytest.fixture
+def samples(monkeypatch):
+    """The samples of every batch that is trained on."""
+    seen = []
+    original = Task.training_step
+
+    def training_step(task, batch, batch_idx):
+        seen.append(batch["index"].tolist())
+        return original(task, batch, batch_idx)
+
+    monkeypatch.setattr(Task, "training_step", training_step)
+    return seen
+
+
+@pytest.fixture
+def interrupted(run, recipe):
+    """A recipe, and a run of it of four steps that was killed after two."""
+    path = recipe(**EVERY_STEP)
+    assert run("fit", "--config", path, "--name", "first").code == 0
+    directory = Path("runs/recipe/first")
+    cut_back(directory, 2)
+    return path, directory
+
+
+def cut_back(directory, step):
+    """As if the run had been killed soon after this step."""
+    for found in checkpoints(directory / "checkpoints"):
+        if found.step > step:
+            shutil.rmtree(found.path)
+
+
+def steps_of(directory):
+    return torch.load(find_state(directory), weights_only=True)["global_step"]
+
+
+def weights_of(directory):
+    return torch.load(find_state(directory), weights_only=True)["state_dict"]
+
+
+def same(weights, others):
+    return all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+VARIANTS = {
+    "text": ("text/stdlib_tiny", {}),
+    "text, accumulated": ("text/stdlib_tiny", {"trainer.accumulate_grad_batches": 2}),
+    "images, workers": ("image/digits_tiny", {"data.num_workers": 2, "data.batch_size": 500}),
+    "sound": ("audio/sound_events_tiny", {"data.source.num_clips": 64}),
+    "masked images": ("image/digits_mae_tiny", {"data.batch_size": 500}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_killed_run_ends_with_the_same_bits(run, recipe, text_changes, samples, variant):
+    name, changes = VARIANTS[variant]
+    changes = {**changes, **(text_changes if name.startswith("text") else {})}
+    path = recipe(name, **LONGER, **changes)
+    assert run("fit", "--config", path, "--name", "whole").code == 0
+    whole, directory = list(samples), Path("runs/recipe/first")
+    shutil.copytree("runs/recipe/whole", directory)
+    cut_back(directory, 3 if "images" in variant else 2)
+    samples.clear()
+    assert run("fit", "--resume", directory).code == 0
+    assert samples == whole[-len(samples) :]
+    assert 0 < len(samples) < len(whole)
+    assert same(weights_of(Path("runs/recipe/whole")), weights_of(directory))
+
+
+def test_resume_goes_on_with_the_same_run(run, interrupted):
+    _, directory = interrupted
+    config = (directory / "config.yaml").read_text()
+    result = run("fit", "--resume", directory)
+    assert result.code == 0, result.err
+    assert os.listdir("runs/recipe") == ["first"]
+    assert steps_of(directory) == 4
+    assert (directory / "config.yaml").read_text() == config
+
+
+@pytest.mark.parametrize("kept", [2, 0])
+def test_every_step_is_logged_once(run, interrupted, kept):
+    """Those that the killed run had logged, and that are made again, too."""
+    _, directory = interrupted
+    cut_back(directory, kept)
+    for _ in range(2):
+        assert run("fit", "--resume", directory).code == 0
+        cut_back(directory, kept)
+    assert run("fit", "--resume", directory).code == 0
+    steps = []
+    for file in sorted((directory / "csv").rglob("metrics.csv")):
+        with file.open() as opened:
+            steps += [int(row["step"]) for row in csv.DictReader(opened) if row["train/loss"]]
+    assert steps == [0, 1, 2, 3]
+    events = EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3]
+
+
+def test_a_finished_run_stays_as_it_is(run, recipe):
+    path = recipe(**EVERY_STEP)
+    assert run("fit", "--config", path, "--name", "first").code == 0
+    weights = weights_of(Path("runs/recipe/first"))
+    assert run("fit", "--resume", "runs/recipe/first").code == 0
+    assert same(weights, weights_of(Path("runs/recipe/first")))
+
+
+def test_auto_goes_on_with_a_run_of_just_these_settings_or_starts_one(run, interrupted):
+    path, directory = interrupted
+    command = ("fit", "--config", path, "--resume", "auto")
+    assert run(*command).code == 0
+    assert steps_of(directory) == 4
+    assert os.listdir("runs/recipe") == ["first"]
+    assert run(*command, "--vars.learning_rate", "0.5", "--name", "other").code == 0
+    assert sorted(os.listdir("runs/recipe")) == ["first", "other"]
+
+
+def test_auto_with_a_name_is_about_that_run(run, interrupted):
+    path, directory = interrupted
+    command = ("fit", "--config", path, "--resume", "auto", "--name")
+    assert run(*command, "second").code == 0
+    assert steps_of(Path("runs/recipe/second")) == 4
+    assert steps_of(directory) == 2
+    result = run(*command, "first", "--vars.learning_rate", "0.5")
+    assert result.mistakes == [
+        "runs/recipe/first holds a run with other settings: choose another name, or go on with it "
+        "as it is (--resume runs/recipe/first)"
+    ]
+    assert run(*command[:5], "--run_dir", directory).code == 0
+    assert steps_of(directory) == 4
+
+
+@pytest.mark.parametrize("how", ["run", "auto"])
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(run, interrupted, how):
+    path, directory = interrupted
+    shutil.rmtree(directory / "checkpoints")
+    command = ("--resume", directory) if how == "run" else ("--config", path, "--resume", "auto")
+    result = run("fit", *command)
+    assert result.code == 0, result.err
+    assert f"warning: {directory} has no checkpoint yet: it starts again" in result.err
+    assert os.listdir("runs/recipe") == ["first"]
+    assert steps_of(directory) == 4
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(run, interrupted):
+    _, directory = interrupted
+    state = find_state(directory)
+    os.truncate(state, state.stat().st_size // 2)
+    result = run("fit", "--resume", directory)
+    assert result.code == 0, result.err
+    (line,) = [line for line in result.err.splitlines() if line.startswith("diffmm: warning:")]
+    assert "uses step_00000001, and not step_00000002 (state.ckpt has " in line
+    assert steps_of(directory) == 4
+
+
+def test_no_whole_checkpoint_is_bad_input(run, interrupted):
+    _, directory = interrupted
+    for found in checkpoints(directory / "checkpoints"):
+        (found.path / MANIFEST_NAME).unlink()
+    before = sorted(Path("runs").rglob("*"))
+    for command in (("fit", "--resume", directory), ("generate", directory, "a")):
+        result = run(*command)
+        assert result.code == 2
+        assert result.mistakes == [
+            f"no checkpoint in {directory}/checkpoints is whole: step_00000002 (it has no "
+            f"manifest.json), step_00000001 (it has no manifest.json)"
+        ]
+    assert sorted(Path("runs").rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("attention: diff_v1", "attention: softmax"), "of another architecture: attention"),
+        (("batch_size: 64", "batch_size: 32"), "was 64 samples and is now 32"),
+        (("max_steps: 4", "max_steps: 4\n  accumulate_grad_batches: 2"), "took steps of 1 batches"),
+    ],
+)
+def test_resume_refuses_what_would_be_another_run(run, interrupted, change, message):
+    _, directory = interrupted
+    config = directory / "config.yaml"
+    assert change[0] in config.read_text()
+    config.write_text(config.read_text().replace(*change))
+    before = sorted(Path("runs/recipe/first/checkpoints").rglob("*"))
+    result = run("fit", "--resume", directory)
+    assert result.code == 2, result.err
+    assert message in result.mistakes[0]
+    assert sorted(Path("runs/recipe/first/checkpoints").rglob("*")) == before
+
+
+def test_resume_takes_no_other_setting(run):
+    result = run("fit", "--resume", "runs/x", "--vars.seed", "1")
+    assert "--resume goes on with a run as it was" in result.mistakes[0]
+    assert run("fit", "--resume", "runs/x").mistakes == [
+        "runs/x is no run directory: there is no runs/x/config.yaml"
+    ]
+
+
+@pytest.mark.parametrize("given", ["", "checkpoints", "checkpoints/step_00000002", "a state"])
+def test_weights_are_given_as_a_run_or_a_checkpoint(run, interrupted, given):
+    path, directory = interrupted
+    weights = find_state(directory) if given == "a state" else directory / given
+    result = run("validate", "--config", path, "--weights", weights)
+    assert result.code == 0, result.err
+
+
+def test_finetune_notes_which_checkpoint_of_a_run_it_took(run, interrupted):
+    path, directory = interrupted
+    settings = ("--name", "second", "--trainer.fast_dev_run", "true")
+    assert run("finetune", "--config", path, "--weights", directory, *settings).code == 0
+    config = Path("runs/recipe/second/config.yaml").read_text()
+    assert f"weights: {directory}/checkpoints/step_00000002/state.ckpt" in config
