@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from diffmm.checks import check_choice
+from diffmm.checks import DataError, check_choice
 
 QUARANTINE_NAME = "quarantine.txt"
 LEAST_READ = 100
@@ -21,7 +21,7 @@ LEAST_READ = 100
 _logger = logging.getLogger(__name__)
 
 
-class BadSampleError(ValueError):
+class BadSampleError(DataError):
     """A sample cannot be read.
 
     Args:
@@ -34,7 +34,7 @@ class BadSampleError(ValueError):
         self.file = None if file is None else _absolute(file)
 
 
-class TooManyBadSamplesError(ValueError):
+class TooManyBadSamplesError(DataError):
     """More samples cannot be read than a run is to put up with."""
 
 
@@ -123,14 +123,15 @@ class Triage:
             BadSampleError: under `raise`.
             TooManyBadSamplesError: if this is one too many, with the numbers.
         """
+        told = " ".join(str(error).split())
         if not self.tolerates:
             raise BadSampleError(
-                f"{error}; to go on without it, set bad_samples.policy to substitute or quarantine",
+                f"{told}; to go on without it, set bad_samples.policy to substitute or quarantine",
                 error.file,
             ) from error
         self.num_bad += 1
         if error.file is None or error.file not in self._found:
-            _logger.warning("%s; %s", error, instead)
+            _logger.warning("%s; %s", told, instead)
             if error.file is not None:
                 self._found.add(error.file)
                 if self._list is not None:
@@ -140,7 +141,7 @@ class Triage:
             raise TooManyBadSamplesError(
                 f"{self.num_bad} of {self.num_read} samples read by this process are bad, more "
                 f"than bad_samples.max_bad_fraction allows ({limit:g}, of {LEAST_READ} samples at "
-                f"least); the last: {error}"
+                f"least); the last: {told}"
             ) from error
 
 

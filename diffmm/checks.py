@@ -4,6 +4,10 @@ import difflib
 from collections.abc import Iterable
 
 
+class DataError(ValueError):
+    """Data that cannot be trained on. The message says all that a user needs to know."""
+
+
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """Refuse a `value` that is none of `choices`.
 

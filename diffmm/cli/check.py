@@ -3,11 +3,14 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffmm.cli.errors import BadInput
 from diffmm.cli.recipes import find_recipe
 from diffmm.cli.settings import load
+
+if TYPE_CHECKING:
+    from diffmm.cli.memory import Memory
 
 DESCRIPTION = """Build a recipe's model without memory or data, print its size, and tell every
 mistake in the recipe. Exits with 2 if there is one."""
@@ -41,7 +44,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 def report(task: Any, data: Any, values: dict[str, Any]) -> dict[str, str]:
     """What a recipe's model and steps are, in words."""
-    from diffmm.cli.memory import estimate_memory, fake_shapes
+    from diffmm.cli.memory import fake_shapes
     from diffmm.cli.references import resolve
 
     trainer = resolve(values)[0].get("trainer") or {}
@@ -66,18 +69,28 @@ def report(task: Any, data: Any, values: dict[str, Any]) -> dict[str, str]:
     shapes = fake_shapes(task, data)
     if shapes is not None:
         lines["step"] = step_size(trainer, data, shapes)
-        strategy = str(trainer.get("strategy")).lower()
-        memory = estimate_memory(
-            task,
-            shapes,
-            precision=str(trainer.get("precision") or "32-true"),
-            num_shards=num_devices(trainer) if "fsdp" in strategy else 1,
-            num_splits=tensor_parallel_size(trainer),
-        )
-        parts = {f.name: getattr(memory, f.name) for f in dataclasses.fields(memory)}
-        split = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
-        lines["memory"] = f"about {gib(memory.total)} a device: {split}"
+        lines["memory"] = f"about {told(step_memory(task, shapes, trainer))}"
     return lines
+
+
+def step_memory(task: Any, shapes: dict[str, Any], trainer: dict[str, Any]) -> "Memory":
+    """What a training step on batches of `shapes` takes, under the settings of a trainer."""
+    from diffmm.cli.memory import estimate_memory
+
+    return estimate_memory(
+        task,
+        shapes,
+        precision=str(trainer.get("precision") or "32-true"),
+        num_shards=num_devices(trainer) if "fsdp" in str(trainer.get("strategy")).lower() else 1,
+        num_splits=tensor_parallel_size(trainer),
+    )
+
+
+def told(memory: "Memory") -> str:
+    """An estimate in words."""
+    parts = {f.name: getattr(memory, f.name) for f in dataclasses.fields(memory)}
+    split = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
+    return f"{gib(memory.total)} a device: {split}"
 
 
 def step_size(trainer: dict[str, Any], data: Any, shapes: dict[str, Any]) -> str:

@@ -156,10 +156,12 @@ def train(
 
     Raises:
         BadInput: before the first step, leaving nothing behind.
-        RunFailed: if there were too many bad numbers, or checkpoints that could not be written.
+        RunFailed: if there were too many bad numbers or samples, checkpoints that could not be
+            written, or not enough memory.
     """
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+    from diffmm.cli.out_of_memory import advice, is_out_of_memory
     from diffmm.cli.trainer import (
         ConfigSaver,
         RecipeCLI,
@@ -188,6 +190,10 @@ def train(
         code, message = int(stop.code or 0), f"stopped: go on with `diffmm fit --resume {run_dir}`"
     except (TooManyBadNumbers, SaveFailed) as error:
         raise RunFailed(str(error)) from error
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunFailed(advice(error, values, run_dir, cli.trainer.global_step)) from error
     if cli.trainer.is_global_zero:
         print(message)
     leave_processes()

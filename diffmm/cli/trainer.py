@@ -20,8 +20,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
+from diffmm.checks import DataError
 from diffmm.cli.agreement import disagreements
-from diffmm.cli.errors import BadInput, told
+from diffmm.cli.errors import BadInput, RunFailed, told
 from diffmm.cli.mistakes import find_mistakes
 from diffmm.cli.references import unused_variables
 from diffmm.cli.runs import save_config
@@ -178,6 +179,8 @@ def refusing_before_training(cli: RecipeCLI) -> Iterator[None]:
     try:
         yield
     except REFUSALS as error:
+        if training.has_begun and isinstance(error, DataError):
+            raise RunFailed(told(error)) from error
         if training.has_begun:
             raise
         raise BadInput(told(error)) from error
