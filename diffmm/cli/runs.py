@@ -4,6 +4,7 @@ A run directory holds `config.yaml` (the recipe with all overrides, references l
 that a secret from the environment is not in it), `checkpoints/` and what the loggers write.
 """
 
+import os
 import shutil
 import sys
 import time
@@ -41,8 +42,14 @@ def new_run(recipe: str, name: str | None, directory: str | None) -> Path:
         directory: in place of `runs/<recipe>/<name>`.
 
     Raises:
-        BadInput: if there is a run already.
+        BadInput: if there is a run already, or if each of several processes that something else
+            has started would make up a time of its own.
     """
+    if name is None and directory is None and is_one_of_several():
+        raise BadInput(
+            "a run whose processes torchrun or srun start needs a name, the same for all of them: "
+            "--name NAME (with --resume auto, the same command goes on with it)"
+        )
     if directory is not None:
         run = Path(directory)
     elif name is not None:
@@ -58,6 +65,12 @@ def new_run(recipe: str, name: str | None, directory: str | None) -> Path:
             f"{run} holds a run already: choose another name, or go on with it (--resume {run})"
         )
     return run
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun, srun or the like have started this process beside others."""
+    counts = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    return any(int(count) > 1 for count in counts if count.isdecimal())
 
 
 def find_run(run: str) -> tuple[Path, Path | None]:
