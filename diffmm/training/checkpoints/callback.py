@@ -142,11 +142,6 @@ class Checkpoints(Checkpoint):
         if self.dirpath is None:
             self.dirpath = Path(trainer.default_root_dir) / DIRECTORY_NAME
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self.dirpath is not None
-        if trainer.is_global_zero:
-            checkpoint_folders.clean(self.dirpath)
-
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -168,7 +163,10 @@ class Checkpoints(Checkpoint):
             self._to_restore = None
             self._saved_at = self._place(trainer)
         assert self.dirpath is not None
-        logs.begin(trainer, self.dirpath, trainer.global_step)
+        if trainer.is_global_zero:
+            # Not earlier: another process might still be reading.
+            checkpoint_folders.clean(self.dirpath)
+            logs.begin(trainer, self.dirpath, trainer.global_step)
         self._saved_at_seconds = time.monotonic()
 
     def on_train_batch_start(
@@ -204,8 +202,10 @@ class Checkpoints(Checkpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        # Not more: the other processes may be elsewhere.
-        self._writer.wait()
+        # The other processes may be elsewhere: nothing is agreed upon.
+        outcome = self._writer.wait()
+        if isinstance(outcome, SaveFailed):
+            rank_zero_warn(str(outcome))
 
     def _place(self, trainer: Trainer) -> tuple[int, bool]:
         """The batch that the run is at, and whether it is validated."""
@@ -245,7 +245,8 @@ class Checkpoints(Checkpoint):
         self._saved_at, self._saved_at_seconds = self._place(trainer), time.monotonic()
         if is_sharded(checkpoint):
             outcome = write_sharded(trainer, self.dirpath, checkpoint, facts)
-            self._writer.run(lambda: self._pruned(outcome), background=False)
+            if trainer.is_global_zero:
+                self._writer.run(lambda: self._pruned(outcome), background=False)
         elif trainer.is_global_zero:
             free = available_bytes()
             background = background and (free is None or free > 2 * num_bytes(checkpoint))
@@ -261,7 +262,9 @@ class Checkpoints(Checkpoint):
 
     def _pruned(self, outcome: Path | SaveFailed) -> Path | SaveFailed:
         """Make room, now that there is a new checkpoint."""
-        if isinstance(outcome, Path):
+        if isinstance(outcome, SaveFailed):
+            return outcome
+        try:
             checkpoint_folders.prune(
                 outcome.parent,
                 keep_last=self.keep_last,
@@ -269,6 +272,8 @@ class Checkpoints(Checkpoint):
                 monitor=self.monitor,
                 mode=self.mode,
             )
+        except OSError as error:
+            rank_zero_warn(f"an old checkpoint could not be removed: {error}")
         return outcome
 
     def _settle(self, trainer: Trainer) -> Path | SaveFailed | None:

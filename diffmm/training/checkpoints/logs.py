@@ -23,12 +23,10 @@ def begin(trainer: Trainer, directory: Path, step: int) -> None:
     """Remove from a run's CSV files, and hide in TensorBoard, what follows its first steps.
 
     Args:
-        trainer: about to train.
+        trainer: of the first process, about to train.
         directory: of the run's checkpoints.
         step: how many steps are kept.
     """
-    if not trainer.is_global_zero:
-        return
     listed = directory / LIST_NAME
     before = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []
     for folder in before:

@@ -1,6 +1,6 @@
 """A copy of a training state, which training then no longer changes."""
 
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 PLAIN = (str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.Size, torch.device)
 
 MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def snapshot(state: Any, name: str = "checkpoint", *, copy: bool = True) -> Any:
@@ -66,12 +67,13 @@ def num_bytes(state: Any) -> int:
 
 def available_bytes() -> int | None:
     """Memory that this process could still take; `None` where the system does not tell."""
-    try:
+    found = []
+    with suppress(OSError, KeyError, ValueError):
         lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None
+        found.append(1024 * int(lines["MemAvailable"].split()[0]))
+    with suppress(OSError, KeyError, ValueError):
+        # Within a container; what it has cached of files can be given up.
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        found.append(limit - used + int(counts["inactive_file"]))
+    return min(found, default=None)
