@@ -96,7 +96,7 @@ def saved_bytes(task: LightningModule, batch: dict[str, Any], precision: str) ->
     task.to(floating)
     with FakeTensorMode(allow_non_fake_inputs=True):
         task.to_empty(device="cpu")
-        task.trainer = _plain_trainer()
+        task.trainer = plain_trainer()
         tensors = {
             name: torch.zeros(shape, dtype=floating if dtype.is_floating_point else dtype)
             for name, (shape, dtype) in batch.items()
@@ -107,7 +107,7 @@ def saved_bytes(task: LightningModule, batch: dict[str, Any], precision: str) ->
     return meter.total
 
 
-def _plain_trainer() -> Trainer:
+def plain_trainer() -> Trainer:
     """A trainer that a task can ask for its strategy, and that says nothing."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level

@@ -112,25 +112,26 @@ def remedies(values: dict[str, Any]) -> Iterator[Remedy]:
         yield Remedy(
             f"the same step in {parts * accumulated} parts",
             {
-                _key(values, "data.batch_size"): batch_size // parts,
+                setting_key(values, "data.batch_size"): batch_size // parts,
                 "trainer.accumulate_grad_batches": parts * accumulated,
             },
         )
     if not _arguments(model).get("activation_checkpointing"):
         yield Remedy(
             "blocks are computed again in the backward pass: about a third slower",
-            {_key(values, "model.activation_checkpointing"): True},
+            {setting_key(values, "model.activation_checkpointing"): True},
         )
     if str(trainer.get("precision") or "32-true") in ("32", "32-true"):
         yield Remedy(
-            "activations in half precision", {_key(values, "trainer.precision"): "bf16-mixed"}
+            "activations in half precision",
+            {setting_key(values, "trainer.precision"): "bf16-mixed"},
         )
     if "fsdp" in str(trainer.get("strategy")).lower() or trainer.get("accelerator") == "cpu":
         return
     if num_devices(trainer) > 1:
         yield Remedy(
             "weights, gradients and moments shared out over the devices",
-            {_key(values, "trainer.strategy"): "fsdp2"},
+            {setting_key(values, "trainer.strategy"): "fsdp2"},
         )
     else:
         devices = max(torch.cuda.device_count(), 1)
@@ -139,8 +140,8 @@ def remedies(values: dict[str, Any]) -> Iterator[Remedy]:
             f"on {devices} devices, which share weights, gradients and moments; divide the batches "
             f"too, for the same step",
             {
-                _key(values, "trainer.strategy"): "fsdp2",
-                _key(values, "trainer.devices"): devices,
+                setting_key(values, "trainer.strategy"): "fsdp2",
+                setting_key(values, "trainer.devices"): devices,
             },
         )
 
@@ -156,7 +157,7 @@ def _arguments(node: dict[str, Any]) -> dict[str, Any]:
     return node.get("init_args") or {}
 
 
-def _key(values: dict[str, Any], key: str) -> str:
+def setting_key(values: dict[str, Any], key: str) -> str:
     """Where a setting is made: at `key`, or at the variable that it refers to."""
     node: Any = values
     for part in key.split("."):
