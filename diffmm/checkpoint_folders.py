@@ -142,6 +142,8 @@ def clean(directory: Path) -> None:
     for start_of_name in (UNFINISHED, REMOVED):
         for folder in directory.glob(f"{start_of_name}*"):
             shutil.rmtree(folder, ignore_errors=True)
+    for file in directory.glob(f".{LATEST_NAME}.*"):
+        file.unlink()
     for aside in directory.glob(f"*{REPLACED}"):
         final = aside.with_name(aside.name.removesuffix(REPLACED))
         if fault(final) is None:
