@@ -18,6 +18,7 @@ import logging
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any, NamedTuple
@@ -176,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.needed is not None and options.needed <= 0:
         parser.error(f"--needed must be positive, got {options.needed}")
 
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     print(
