@@ -384,3 +384,40 @@ def test_a_stream_of_nothing_ends(tmp_path: Path) -> None:
     strict = BadSamples("substitute", max_bad_fraction=0.03)
     with pytest.raises(TooManyBadSamplesError, match=r"4 of \d samples read by this process"):
         next(iter(data(root, bad_samples=strict).train_dataloader()))
+
+
+# ------------------------------------------------------------------ two real processes
+
+
+def _take_and_tell(rank: int, rendezvous: str, root: str, queue: Any) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2
+    )
+    module = data(Path(root), rank, 2, stream_shares=4)
+    list(islice(module.train_dataloader(), 5))
+    queue.put((rank, module.state_dict()))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_gather_one_state(tmp_path: Path) -> None:
+    root = write_files(tmp_path / "files", "jsonl.gz")
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [
+        context.Process(
+            target=_take_and_tell, args=(rank, str(tmp_path / "meet"), str(root), queue)
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    states = dict(queue.get(timeout=90) for _ in processes)
+    for process in processes:
+        process.join(30)
+    alone = data(root, stream_shares=4)
+    list(islice(alone.train_dataloader(), 10))
+    assert states[0] == states[1]
+    expected = {**alone.state_dict(), "global_batch_size": 4}
+    assert states[0] == expected
