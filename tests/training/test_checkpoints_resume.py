@@ -12,7 +12,7 @@ from torchaudio.transforms import FrequencyMasking
 from datamodules import AudioData, ImageData, TextData
 from datamodules.audio_augment import AudioAugment
 from datamodules.sound_events import SoundEvents
-from datamodules.text_sources import TextFolder
+from datamodules.text_sources import HuggingFaceText, TextFolder
 from diffmm.checkpoint_folders import STATE_NAME, checkpoints, find_state
 from diffmm.models import (
     AudioConfig,
@@ -118,15 +118,22 @@ def audio():
     )
 
 
-def text(folder):
+def text(source, **settings_of_data):
     task = CausalLM(TextModel(TextConfig(320, 32, backbone("1d"))), *settings())
     return task, lambda **changes: TextData(
-        TextFolder(str(folder)),
+        source,
         sequence_length=32,
         validation_fraction=0.3,
         batch_size=8,
+        **settings_of_data,
         **changes,
     )
+
+
+def stream(folder):
+    files = str(folder / "*.txt")
+    source = HuggingFaceText("text", data_files=files, streaming=True, shuffle_buffer=5)
+    return text(source, stream_shares=2)
 
 
 def settings():
@@ -153,7 +160,12 @@ def go(tmp_path):
         **changes: Any,
     ):
         seed_everything(1, verbose=False)
-        task, make_data = {"image": image, "audio": audio, "text": lambda: text(texts)}[modality]()
+        task, make_data = {
+            "image": image,
+            "audio": audio,
+            "text": lambda: text(TextFolder(str(texts))),
+            "stream": lambda: stream(texts),
+        }[modality]()
         record = Record()
         trainer = Trainer(
             **{
@@ -231,7 +243,7 @@ def test_a_run_that_stopped_after_any_batch_goes_on_exactly(go, tmp_path, schedu
         assert same(weights, rest_weights), stop
 
 
-@pytest.mark.parametrize("modality", ["text", "audio", "image"])
+@pytest.mark.parametrize("modality", ["text", "stream", "audio", "image"])
 @pytest.mark.parametrize("workers", [(0, 0), (0, 2), (2, 0)])
 def test_every_checkpoint_of_a_run_leads_to_the_same_bits(go, tmp_path, modality, workers):
     """Workers that persist or are changed; saved beside the training and after validations."""

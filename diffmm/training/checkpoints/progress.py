@@ -68,5 +68,7 @@ def settle(trainer: Trainer, fit_loop: dict[str, Any]) -> None:
 def end_epoch_if_over(trainer: Trainer) -> None:
     """Let a resumed epoch that was at its end come to its end, rather than take a batch more."""
     loop = trainer.fit_loop
-    if is_epoch_end(trainer) and loop._data_fetcher is not None:
-        loop._data_fetcher.done = True
+    fetcher: Any = loop._data_fetcher
+    if is_epoch_end(trainer) and fetcher is not None:
+        fetcher.done = True
+        getattr(fetcher, "batches", []).clear()  # fetched ahead
