@@ -71,8 +71,10 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """Put a checkpoint of any strategy in place; every process reads what it needs of it."""
         assert self.model is not None
+        # Where a strategy is set up first, Lightning does not pass on what it was told.
+        tensors_only = weights_only is not False
         checkpoint = torch.load(
-            checkpoint_path, map_location="cpu", weights_only=weights_only, mmap=True
+            checkpoint_path, map_location="cpu", weights_only=tensors_only, mmap=True
         )
         whole = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, checkpoint["state_dict"], options=whole)

@@ -56,6 +56,24 @@ def test_counts_the_devices_and_what_is_frozen(run):
     assert lines["trained"] == f"{sum(p.numel() for p in head.parameters()):,}"
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        ("--trainer.strategy", "fsdp2_tp2"),
+        (
+            *("--trainer.strategy", "diffmm.training.FSDP2Strategy"),
+            *("--trainer.strategy.tensor_parallel_size", "2"),
+        ),
+    ],
+)
+def test_devices_that_share_heads_share_samples(run, strategy):
+    result = run("check", "image/digits_tiny", "--trainer.devices", "4", *strategy)
+    assert result.code == 0, result.err
+    lines = dict(line.split(maxsplit=1) for line in result.out.splitlines())
+    assert lines["step"] == "128 samples (64 a batch x 2 groups of 2 devices)"
+    assert "gathered" in lines["memory"]
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_states_are_exact(name):
     task = findings(name).model
