@@ -160,7 +160,7 @@ class KillWorkers(Callback):
 
 
 def test_workers_leave_signals_to_the_run(tmp_path, whole):
-    stopped = run(tmp_path, KillWorkers(TERM), num_workers=2, val_check_interval=None)
+    stopped = run(tmp_path, KillWorkers(TERM), num_workers=2)
     assert summary(stopped)[:2] == (143, 4)
     assert run(tmp_path, resume=True, num_workers=1)["weights"] == whole["weights"]
 
