@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.timing import median_ms
 from diffmm.ops import AttentionMask
 from diffmm.ops.diff_attention.reference import reference
-from diffmm.ops.diff_attention.triton import hopper
+from diffmm.ops.diff_attention.triton import hopper, wide_backward
 from diffmm.ops.diff_attention.triton.backward import key_gradients, query_gradient, query_rows
 from diffmm.ops.diff_attention.triton.forward import forward
 from diffmm.ops.diff_attention.triton.masking import KernelMask
@@ -315,7 +315,7 @@ def measure(
     gradients = best.get("key", nothing) + best.get("query", nothing)
     if hopper.serves(inputs.q, inputs.v):
         gradients = median_ms(
-            lambda: hopper.wide_gradients(
+            lambda: wide_backward.wide_gradients(
                 inputs.grad, inputs.q, inputs.k, inputs.v, inputs.rows, inputs.mask, inputs.scale
             )
         )

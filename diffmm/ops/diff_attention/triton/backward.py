@@ -9,14 +9,14 @@ A program of the key kernel holds a tile of keys and walks along the queries of 
 group; a program of the query kernel holds a tile of queries and walks along the keys. Scores and dP
 are computed twice for it, but nothing is summed across programs: gradients are the same bits in
 every run, and one kernel for both, which adds up dQ in memory, was slower (docs/lab_notes.md).
-Values too wide for this have kernels of their own (see `hopper`).
+Values too wide for this have kernels of their own (`wide_backward`).
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmm.ops.diff_attention.triton import hopper
+from diffmm.ops.diff_attention.triton import hopper, wide_backward
 from diffmm.ops.diff_attention.triton.masking import (
     KernelMask,
     key_bounds,
@@ -339,7 +339,7 @@ def backward(
     rows, lam_grad = query_rows(grad, out, second, lam, lse)
     shared = (grad, q, k, v, rows, mask, scale)
     if hopper.serves(q, v):
-        return *hopper.wide_gradients(*shared), lam_grad
+        return *wide_backward.wide_gradients(*shared), lam_grad
     dk, dv = key_gradients(*shared, tile=tiles.key_grad)
     dq = query_gradient(*shared, tile=tiles.query_grad)
     return dq, dk, dv, lam_grad

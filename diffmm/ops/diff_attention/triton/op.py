@@ -7,11 +7,13 @@ import torch
 import triton
 from torch import Tensor
 
+from diffmm.ops.diff_attention.triton import hopper
 from diffmm.ops.diff_attention.triton.backward import backward
 from diffmm.ops.diff_attention.triton.decode import decode, decodes
 from diffmm.ops.diff_attention.triton.forward import forward
 from diffmm.ops.diff_attention.triton.masking import KernelMask
 from diffmm.ops.diff_attention.triton.tiles import Tiles, describable, tiles_for
+from diffmm.ops.diff_attention.triton.wide_forward import wide_forward
 from diffmm.ops.mask import AttentionMask
 
 MAX_HEAD_DIM, MAX_VALUE_DIM = 128, 256
@@ -113,9 +115,14 @@ def _attend(
     with _on(q):
         if not for_backward and decodes(N, H, G):
             return decode(q, k, v, lam, mask, scale, num_programs=_num_programs(q)), *nothing
-        out, second, lse = forward(
-            q, k, v, lam, mask, scale, keep_second=for_backward, tile=_tiles(q, v).forward
-        )
+        second: Tensor | None
+        if hopper.serves(q, v):
+            out, second, lse = wide_forward(q, k, v, lam, mask, scale)
+        else:
+            tile = _tiles(q, v).forward
+            out, second, lse = forward(
+                q, k, v, lam, mask, scale, keep_second=for_backward, tile=tile
+            )
     if not for_backward:
         return out, *nothing
     assert second is not None
