@@ -108,6 +108,18 @@ def test_a_stream_goes_on_in_the_middle(
     assert same(list(islice(resumed.train_dataloader(), 60 - taken)), whole[taken:])
 
 
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_a_stream_may_stop_after_every_batch(files: Path, packing: str) -> None:
+    changes = {"packing": packing, "sequence_length": 7}  # documents of several windows
+    whole = list(islice(data(files, **changes).train_dataloader(), 30))
+    module = data(files, **changes)
+    pieces = []
+    for _ in range(30):
+        pieces.append(next(iter(module.train_dataloader())))
+        module.load_state_dict(module.state_dict())
+    assert same(pieces, whole)
+
+
 def test_a_state_is_plain_and_small(files: Path, tmp_path: Path) -> None:
     module = data(files, num_workers=2)
     list(islice(module.train_dataloader(), 9))
