@@ -171,6 +171,7 @@ def test_a_worker_ends_by_its_own_process():
     (worker,) = multiprocessing.active_children()
     subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
     next(workers)
+    time.sleep(1.0)  # two signals that wait at once are one
     start = time.monotonic()
     worker.terminate()
     worker.join(20)
