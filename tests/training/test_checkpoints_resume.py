@@ -332,6 +332,15 @@ def test_a_longer_run_goes_on_where_the_shorter_ended(go, tmp_path):
     assert same(weights, rest_weights)
 
 
+def test_a_checkpoint_without_random_states_is_told(go, tmp_path):
+    go("first", stop=3)
+    state = torch.load(find_state(tmp_path / "first"), weights_only=True)
+    del state["exact_resume"]
+    torch.save(state, tmp_path / "plain.ckpt")
+    with pytest.warns(UserWarning, match="was not saved by Checkpoints: .* but not exactly"):
+        go("second", ckpt=tmp_path / "plain.ckpt")
+
+
 def test_what_would_not_be_exact_is_refused(go, tmp_path):
     go("first", stop=3, accumulate_grad_batches=2)
     ckpt = find_state(tmp_path / "first")

@@ -152,9 +152,16 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and EXACT_KEY in checkpoint:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        trust_data(trainer, checkpoint)
+        if EXACT_KEY not in checkpoint:
+            rank_zero_warn(
+                "this checkpoint was not saved by Checkpoints: the run goes on with its weights "
+                "and optimizer, but not exactly (it has no random states)"
+            )
+        else:
             check_exact(trainer, checkpoint[EXACT_KEY])
-            trust_data(trainer, checkpoint)
             self._to_restore = checkpoint[EXACT_KEY]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

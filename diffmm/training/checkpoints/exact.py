@@ -61,7 +61,8 @@ def check_exact(trainer: Trainer, state: dict[str, Any]) -> None:
         )
     rank_zero_warn(
         f"the run goes on with {world_size} processes in place of {len(processes)}: each step "
-        f"takes the same samples, dealt out anew, but dropout draws other random numbers"
+        f"takes the same samples, dealt out anew, but what is drawn for a batch (dropout, mixing) "
+        f"is not what it would have been"
     )
 
 
