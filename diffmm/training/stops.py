@@ -112,7 +112,7 @@ class CleanStop(Callback):
         if self._active:
             self._num_common_batches = -_largest(trainer, -count)
         if self.is_stopping:
-            raise SIGTERMException
+            self._end(trainer)
 
     def on_validation_batch_end(
         self,
@@ -134,7 +134,7 @@ class CleanStop(Callback):
                 if isinstance(callback, WeightAveraging):
                     callback.on_validation_epoch_end(trainer, pl_module)  # swaps weights back
             self._save(trainer)
-        raise SIGTERMException
+        self._end(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and self._agree(trainer):
@@ -161,6 +161,13 @@ class CleanStop(Callback):
             self.hear(_largest(trainer, self.vote))
         self._heard = False
         return self.is_stopping
+
+    def _end(self, trainer: Trainer) -> None:
+        """End a validation."""
+        if not trainer.sanity_checking:
+            # Otherwise Lightning leaves the workers of the training data to wait for their end.
+            trainer.training = True
+        raise SIGTERMException
 
     def _save(self, trainer: Trainer) -> None:
         assert self._agreed is not None
