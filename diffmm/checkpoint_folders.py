@@ -31,6 +31,8 @@ UNFINISHED = ".unfinished-"
 """What the names of folders that are being written start with."""
 REMOVED = ".removed-"
 """What the names of folders that are being removed start with."""
+SEAL = "manifest_sha256"
+"""The key in a manifest that shows damage to the manifest itself."""
 REPLACED = "_replaced"
 """What the name of a folder ends with for the moment in which another one takes its place."""
 
@@ -84,6 +86,7 @@ def finish(
         flush(path)
     number = 1 + max((found.order for found in checkpoints(directory)), default=0)
     manifest = {**facts, "number": number, "files": entries}
+    manifest[SEAL] = seal(manifest)
     write_text(unfinished / MANIFEST_NAME, json.dumps(manifest, indent=1))
     for folder in (unfinished, *(path for path in unfinished.rglob("*") if path.is_dir())):
         flush(folder)
@@ -128,6 +131,12 @@ def measure(path: Path) -> tuple[int, str]:
         return file.tell(), digest
 
 
+def seal(manifest: dict[str, Any]) -> str:
+    """The SHA-256 of all that a manifest says."""
+    told = {key: value for key, value in manifest.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
 def remove(folder: Path) -> None:
     """Remove a folder; one that is cut off on the way is no checkpoint any more."""
     if folder.exists():
@@ -167,15 +176,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What a folder's manifest says; `None` if there is none, or it is damaged."""
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        entries = manifest["files"]
-        plain = all(
-            isinstance(entry["size"], int) and isinstance(entry["sha256"], str)
-            for entry in entries.values()
-        )
-        numbers = isinstance(manifest["step"], int) and isinstance(manifest["number"], int)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError):
         return None
-    return manifest if plain and numbers and entries else None
+    is_whole = isinstance(manifest, dict) and manifest.get(SEAL) == seal(manifest)
+    return manifest if is_whole else None
 
 
 def fault(folder: Path, *, read: bool = True) -> str | None:

@@ -69,6 +69,11 @@ def test_there_may_be_none_yet(directory):
     assert find_whole(directory) is None
 
 
+def change(path, old, new):
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
 DAMAGE = {
     "a flipped bit": (
         lambda folder: flip(folder / STATE_NAME, 300),
@@ -91,8 +96,16 @@ DAMAGE = {
         lambda folder: (folder / MANIFEST_NAME).write_text("{}"),
         "its manifest.json is damaged",
     ),
-    "a manifest of nothing": (
-        lambda folder: (folder / MANIFEST_NAME).write_text('{"step": 3, "number": 3, "files": {}}'),
+    "no JSON object": (
+        lambda folder: (folder / MANIFEST_NAME).write_text("[1]"),
+        "its manifest.json is damaged",
+    ),
+    "no text": (
+        lambda folder: (folder / MANIFEST_NAME).write_bytes(b"\xff\xfe"),
+        "its manifest.json is damaged",
+    ),
+    "another number": (
+        lambda folder: change(folder / MANIFEST_NAME, '"number": 3', '"number": 7'),
         "its manifest.json is damaged",
     ),
 }
