@@ -4,9 +4,10 @@
 
 On one GPU in one run, for every shape: softmax attention by cuDNN and by torch's flash kernel with
 as many query heads; v1 and v2 by the backends `sdpa` and `triton`, and by two plain calls. All in
-bfloat16 and compiled; medians by CUDA events with a cold L2 cache. Ratios are of forward + backward
-to cuDNN's. The rate counts what the op needs, whatever an implementation adds to it. Memory is the
-peak of forward + backward beyond the inputs.
+bfloat16, softmax eager and the others compiled; medians of the GPU's time with a cold L2 cache. The
+ratio is of forward + backward to cuDNN's. The rate counts what the op needs, whatever an
+implementation adds to it. Memory is the peak of forward + backward beyond the inputs. The host's
+time is what launching forward + backward takes: it shows where the GPU has nothing else to do.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.sdpa_composition import two_calls
-from benchmarks.timing import median_ms
+from benchmarks.timing import host_ms, median_ms
 from diffmm.ops import AttentionMask, diff_attention
 from diffmm.ops.softmax_attention.sdpa import sdpa as softmax
 
@@ -88,6 +89,7 @@ class Row:
     forward_tflops: float
     both_tflops: float
     peak_mib: float
+    host_ms: float
 
 
 def measure(shape: Shape, kind: str, by: str, op: Callable[..., Tensor]) -> Row:
@@ -110,6 +112,7 @@ def measure(shape: Shape, kind: str, by: str, op: Callable[..., Tensor]) -> Row:
     return Row(
         shape.name, kind, by, forward, both,
         forward_flops / forward * 1e-9, both_flops / both * 1e-9, peak,
+        host_ms(step),
     )  # fmt: skip
 
 
@@ -149,7 +152,10 @@ def main() -> None:
     rows: list[Row] = []
     for shape in (s for s in SHAPES if s.name.startswith(options.only)):
         print(f"\n{shape.name}: 2 x {shape.pairs} heads, {shape.length} x {shape.batch}")
-        print(f"  {'':17} {'forward':>9} {'both':>9} {'ratio':>6} {'TFLOP/s':>11} {'peak':>10}")
+        print(
+            f"  {'':17} {'forward':>9} {'both':>9} {'ratio':>6} {'TFLOP/s':>11} {'peak':>10} "
+            f"{'host':>8}"
+        )
         base = None
         for kind in OPERATIONS:
             for by, op in implementations(shape, kind).items():
@@ -159,7 +165,7 @@ def main() -> None:
                 print(
                     f"  {kind:7} {by:9} {row.forward_ms:6.3f} ms {row.both_ms:6.3f} ms "
                     f"{row.both_ms / base:6.2f} {row.forward_tflops:5.0f} {row.both_tflops:5.0f} "
-                    f"{row.peak_mib:6.0f} MiB",
+                    f"{row.peak_mib:6.0f} MiB {row.host_ms:5.2f} ms",
                     flush=True,
                 )
     if options.out:

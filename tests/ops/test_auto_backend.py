@@ -1,0 +1,63 @@
+"""What `backend="auto"` chooses, for tensors of a GPU that is not there."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from diffmm.ops import diff_attention
+from diffmm.ops.diff_attention import choose_backend
+
+pytest.importorskip("triton", reason="without Triton there is nothing to choose")
+
+HOPPER, AMPERE = 9, 8
+
+
+@pytest.fixture(autouse=True)
+def built_for_cuda(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+
+def choice(
+    monkeypatch, *, major=HOPPER, device="cuda", dtype=torch.bfloat16, N=256, M=256, D=64, E=128,
+    C=2, scale=0.125,
+):  # fmt: skip
+    properties = SimpleNamespace(major=major)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    with FakeTensorMode():
+        q = torch.empty(2, N, 4, 2, D, dtype=dtype, device=device)
+        k = torch.empty(2, M, 2, C, D, dtype=dtype, device=device)
+        v = torch.empty(2, M, 2, E, dtype=dtype, device=device)
+    return choose_backend(q, k, v, scale)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [{}, {"dtype": torch.float16}, {"D": 128, "E": 256}, {"D": 32, "E": 64}, {"N": 128},
+     {"D": 96, "E": 192}, {"N": 200, "M": 300}],
+    ids=str,
+)  # fmt: skip
+def test_where_the_kernels_win(case, monkeypatch):
+    assert choice(monkeypatch, **case) == "triton"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [{"major": AMPERE}, {"device": "cpu"}, {"dtype": torch.float32}, {"C": 1}, {"N": 1},
+     {"N": 300, "M": 256}, {"D": 160, "E": 256}, {"D": 128, "E": 264}, {"D": 60, "E": 120},
+     {"D": 16, "E": 32}, {"scale": -1.0}],
+    ids=str,
+)  # fmt: skip
+def test_where_they_do_not_or_cannot(case, monkeypatch):
+    assert choice(monkeypatch, **case) == "sdpa"
+
+
+def test_elsewhere_than_cuda(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert choice(monkeypatch) == "sdpa"
+
+
+def test_the_docstring_says_where():
+    assert "Hopper" in diff_attention.__doc__
+    assert "Hopper" in choose_backend.__doc__
