@@ -67,7 +67,7 @@ def main() -> int:
         run_dir = Path(folder) / "run"
         settings = {"vars.steps": 10**9, "trainer.val_check_interval": 200}
         settings["trainer.callbacks.0.init_args.every_n_steps"] = 50
-        settings |= {key: value for key, value in options.set}
+        settings |= dict(options.set)
         command = [sys.executable, "-m", "diffmm.cli", "fit", "--config", options.recipe]
         command += ["--run_dir", str(run_dir)]
         for key, value in settings.items():
