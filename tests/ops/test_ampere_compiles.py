@@ -1,0 +1,61 @@
+"""The plain kernels, compiled for GPUs that are not there: within the shared memory of the smallest
+Ampere and Ada cards, 99 KiB. What they compute, the interpreter's tests tell."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="needs the package triton")
+
+SHARED_BYTES = 99 * 1024
+LOOKS = {"window": "i32", "prefix": "*i32", "documents": "*i64", "padding": "*i8", "ranges": "*i32"}
+
+
+def compiled(kernel, tile, D, E, C, **constants):
+    """A kernel for bfloat16, causal, without other masks."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from diffmm.ops.diff_attention.triton.tiles import pad
+
+    block_d, block_e, n, m = pad(D), pad(E), tile.block_n, tile.block_m
+    types = {
+        "q_desc": f"tensordesc<bf16[1, {n}, 1, 1, {block_d}]>",
+        "g_desc": f"tensordesc<bf16[1, {n}, 1, {block_e}]>",
+        "k_desc": f"tensordesc<bf16[1, {m}, 1, 1, {block_d}]>",
+        "v_desc": f"tensordesc<bf16[1, {m}, 1, {block_e}]>",
+        "scale": "fp32",
+        **dict.fromkeys(("lam", "rows", "lse"), "*fp32"),
+        **dict.fromkeys(("q", "k", "v", "grad", "dk", "dv", "dq", "out", "second"), "*bf16"),
+    }
+    constants |= {"CAUSAL": True, "C": C, "D": D, "E": E, "BLOCK_N": n, "BLOCK_M": m}
+    constants |= {"BLOCK_D": block_d, "BLOCK_E": block_e, "PRECISION": "tf32"}
+    constants |= dict.fromkeys(LOOKS)
+    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if signature[name].startswith("*")
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", 86, 32), options=options)
+
+
+@pytest.mark.parametrize("widths", [(64, 128, 2), (128, 256, 2), (128, 128, 1)], ids=str)
+def test_small_cards_have_the_memory(widths):
+    from diffmm.ops.diff_attention.triton import backward, forward
+    from diffmm.ops.diff_attention.triton.tiles import tiles_for
+
+    D, E, _ = widths
+    tiles = tiles_for(torch.bfloat16, D, E, (8, 6))
+    for components in ("second", "first") if tiles.forward.split else ("both",):
+        kernel = forward._forward_kernel
+        done = compiled(kernel, tiles.forward, *widths, COMPONENTS=components)
+        assert done.metadata.shared <= SHARED_BYTES
+    for kernel, tile in (
+        (backward._key_kernel, tiles.key_grad),
+        (backward._query_kernel, tiles.query_grad),
+    ):
+        assert compiled(kernel, tile, *widths).metadata.shared <= SHARED_BYTES
