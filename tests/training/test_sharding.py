@@ -3,10 +3,14 @@ not there, since nothing here is computed."""
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from diffmm.models import BackboneConfig, ImageConfig, ImageModel, TextConfig, TextModel
+from diffmm.models.weights import save_model
+from diffmm.training import FineTuneConfig
 from diffmm.training.sharding import gradient_norm, is_sharded, shard
 
 
@@ -60,6 +64,53 @@ def test_weights_of_two_types_are_refused(mesh):
     # What precision bf16-true makes of lambda.
     with pytest.raises(ValueError, match="FSDP2 needs weights of one type, got torch.bfloat16, "):
         shard(text().bfloat16(), mesh)
+
+
+@pytest.fixture
+def task(make, trainer, mesh):
+    """Builds a task whose trainer is about to fit it over four devices."""
+
+    def build(callbacks=(), **settings):
+        task = make.task("causal_lm", **settings)
+        task.trainer = trainer(callbacks=list(callbacks))
+        task.trainer.state.fn = TrainerFn.FITTING
+        names = ("data_parallel", "tensor_parallel")
+        task._device_mesh = init_device_mesh("cpu", (4, 1), mesh_dim_names=names)
+        return task
+
+    return build
+
+
+def test_weights_to_start_from_are_loaded_before_they_are_shared_out(task, make, tmp_path):
+    torch.manual_seed(1)
+    source = make.text()
+    file = save_model(source, tmp_path)
+    tuned = task(finetune=FineTuneConfig(str(file), new_head=False))
+    assert not tuned.model.head.weight.equal(source.head.weight)
+    tuned.configure_model()
+    assert is_sharded(tuned.model)
+    for name, parameter in tuned.model.named_parameters():
+        share = source.get_parameter(name).chunk(4)[0]
+        assert parameter.to_local().equal(share), name
+    tuned.configure_model()  # Lightning calls it again for a second loop
+
+
+def test_weight_averaging_is_refused(task):
+    with pytest.raises(ValueError, match="weight averaging keeps a whole second model"):
+        task(callbacks=[EMAWeightAveraging()]).configure_model()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_blocks_are_compiled_one_by_one(task):
+    compiled = task(compile=True)
+    compiled.setup("fit")
+    compiled.configure_model()
+    blocks = compiled.model.backbone.blocks
+    assert all(block._compiled_call_impl is not None for block in blocks)
+    assert compiled.model._compiled_call_impl is None
+    checkpoint = {}
+    compiled.on_save_checkpoint(checkpoint)
+    assert checkpoint["model"]["class_path"] == "diffmm.models.TextModel"
 
 
 def test_gradients_of_plain_and_of_sharded_weights_have_one_norm():
