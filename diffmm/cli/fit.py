@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +173,8 @@ def train(
     from diffmm.training.checkpoints import SaveFailed
 
     cli = RecipeCLI({**values, "run_dir": str(run_dir)})
+    if checkpoint is not None:
+        forget_first_weights(cli)
     check_weights(cli, checkpoint)
     trainer: Any = cli.trainer
     if is_new:
@@ -198,6 +201,13 @@ def train(
         print(message)
     leave_processes()
     return code
+
+
+def forget_first_weights(cli: "RecipeCLI") -> None:
+    """A run that goes on needs the weights it once started from no more, and they may be gone."""
+    task: Any = cli.model
+    if getattr(task, "finetune", None) is not None:
+        task.finetune = replace(task.finetune, weights=None)
 
 
 def check_weights(cli: "RecipeCLI", checkpoint: Path | None) -> None:

@@ -233,3 +233,27 @@ def test_finetune_notes_which_checkpoint_of_a_run_it_took(run, interrupted):
     assert run("finetune", "--config", path, "--weights", directory, *settings).code == 0
     config = Path("runs/recipe/second/config.yaml").read_text()
     assert f"weights: {directory}/checkpoints/step_00000002/state.ckpt" in config
+
+
+def test_a_finetuned_run_needs_the_weights_it_started_from_no_more(
+    run, recipe, interrupted, monkeypatch
+):
+    path, first = interrupted
+    weights = find_state(first)
+    command = ("finetune", "--config", path, "--weights", weights, "--name", "second")
+    assert run(*command).code == 0
+    second = Path("runs/recipe/second")
+    cut_back(second, 2)
+    shutil.rmtree(first)
+    # Where a model is sharded, weights are read before it is known that a run is resumed.
+    started_from = []
+    original = Task.configure_model
+
+    def configure_model(task):
+        started_from.append(task.finetune.weights)
+        original(task)
+
+    monkeypatch.setattr(Task, "configure_model", configure_model)
+    assert run("fit", "--resume", second).code == 0
+    assert started_from == [None]
+    assert steps_of(second) == 4
