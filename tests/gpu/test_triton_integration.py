@@ -10,7 +10,7 @@ from diffmm.ops import AttentionMask, diff_attention
 pytestmark = pytest.mark.gpu
 
 BATCH, HEADS, GROUPS = 2, 4, 2
-V1, V2 = (64, 128, 2), (128, 128, 1)  # D, E, C
+V1, V2, WIDE = (64, 128, 2), (128, 128, 1), (128, 256, 2)  # D, E, C
 NAMES = ("out", "q", "k", "v", "lam")
 
 
@@ -45,7 +45,7 @@ def fused(q, k, v, lam, mask):
 
 
 @pytest.mark.parametrize("name", ["causal", "window", "documents", "padding", "prefix"])
-@pytest.mark.parametrize("widths", [V1, V2], ids=str)
+@pytest.mark.parametrize("widths", [V1, V2, WIDE], ids=str)
 def test_both_operators_pass_opcheck(widths, name):
     import diffmm.ops.diff_attention.triton  # noqa: F401
 
@@ -64,7 +64,7 @@ def test_both_operators_pass_opcheck(widths, name):
 
 
 @pytest.mark.parametrize("name", ["full", "causal", "documents"])
-@pytest.mark.parametrize("widths", [V1, V2], ids=str)
+@pytest.mark.parametrize("widths", [V1, V2, WIDE], ids=str)
 def test_one_graph_serves_every_length(widths, name):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")
@@ -85,6 +85,22 @@ def test_one_graph_serves_every_length(widths, name):
         for what, f, w in zip(NAMES, found, wanted, strict=True):
             assert (f - w).norm() <= 2e-2 * w.norm(), (length, what)
     assert counter.frame_count == 1
+
+
+def test_auto_chooses_within_a_graph():
+    from diffmm.ops.diff_attention import choose_backend
+
+    torch._dynamo.reset()
+    inputs, mask = make_inputs(256, 256, V1), AttentionMask(causal=True)
+    is_hopper = torch.cuda.get_device_capability()[0] == 9
+    assert choose_backend(*inputs[:3], 0.125) == ("triton" if is_hopper else "sdpa")
+
+    @torch.compile(fullgraph=True)
+    def layer(q, k, v, lam, mask):
+        return diff_attention(q, k, v, lam, mask=mask)
+
+    for f, w in zip(run(layer, inputs, mask), run(fused, inputs, mask), strict=True):
+        assert (f - w).norm() <= 2e-2 * w.norm()
 
 
 @pytest.mark.parametrize("attention", ["diff_v1", "diff_v2"])
@@ -111,7 +127,7 @@ def test_recomputed_blocks_have_the_same_gradients(attention):
 
 
 @pytest.mark.parametrize("name", ["causal", "documents"])
-@pytest.mark.parametrize("widths", [V1, V2], ids=str)
+@pytest.mark.parametrize("widths", [V1, V2, WIDE], ids=str)
 def test_a_cuda_graph_replays_forward_and_backward(widths, name):
     inputs, mask = make_inputs(197, 197, widths), make_mask(name, 197)
     side = torch.cuda.Stream()
@@ -130,7 +146,7 @@ def test_a_cuda_graph_replays_forward_and_backward(widths, name):
         assert torch.equal(f, w), what
 
 
-@pytest.mark.parametrize("widths", [V1, V2], ids=str)
+@pytest.mark.parametrize("widths", [V1, V2, WIDE], ids=str)
 def test_a_cuda_graph_replays_decoding(widths):
     inputs = [x.detach() for x in make_inputs(1, 700, widths)]
     mask = AttentionMask(causal=True)
