@@ -32,9 +32,9 @@ def test_compiled_gradients_are_as_exact_as_eager_ones(attention, backend, group
     eager = relative_errors(gradients_by("sdpa", torch.bfloat16), truth)
     torch._dynamo.reset()
     compiled = gradients_by(backend, torch.bfloat16, compile=True)
-    # Lambda's few numbers are allowed what the worst of them needs. The wrong gradients that this
-    # looks for were off by 2, or NaN.
+    # Lambda's few numbers are allowed what the worst of them needs, three times: of so few, the
+    # largest error is chance. The wrong gradients that this looks for were off by 2, or NaN.
     worst_lambda = max([error for name, error in eager.items() if "lambda" in name], default=0.0)
     for name, error in relative_errors(compiled, truth).items():
-        allowed = 2 * (worst_lambda if "lambda" in name else eager[name]) + 0.02
+        allowed = (3 * worst_lambda if "lambda" in name else 2 * eager[name]) + 0.02
         assert error <= allowed, f"{name}: {error:.4f}, allowed {allowed:.4f}"
