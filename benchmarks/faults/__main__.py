@@ -1,0 +1,88 @@
+"""Faults injected, survived, lost.
+
+    python -m benchmarks.faults [--quick] [--seed 0] [--out FOLDER] [--only kills ...]
+
+Kills and signals hit real runs of tiny recipes, in processes of their own; their final weights,
+optimizer and every batch must be those of the undisturbed run, bit by bit. Exits with 1 if anything
+was lost. About 15 minutes on two cores; `--quick` about one.
+"""
+
+import argparse
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.faults import kills
+from benchmarks.faults.runs import MODALITIES, Run, finish
+from benchmarks.faults.tally import Fault, save, table
+
+
+class Bench:
+    """The undisturbed runs, made when they are first asked for, and new ones to break."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._whole: dict[tuple[str, int], Run] = {}
+        self._count = 0
+
+    def whole(self, modality: str, num_processes: int) -> Run:
+        key = (modality, num_processes)
+        if key not in self._whole:
+            run = Run(modality, self.folder / f"whole_{modality}_{num_processes}", num_processes)
+            run.write_recipe()
+            finish(run)
+            self._whole[key] = run
+        return self._whole[key]
+
+    def new(self, modality: str, num_processes: int, num_workers: int) -> Run:
+        self._count += 1
+        folder = self.folder / f"run_{self._count:03d}"
+        run = Run(modality, folder, num_processes, num_workers)
+        run.write_recipe()
+        return run
+
+
+def injected_kills(bench: Bench, rng: random.Random, quick: bool) -> Iterator[Fault]:
+    for modality in MODALITIES:
+        for num_processes in (1, 2):
+            for num_workers in (0, 2):
+                if quick and (modality, num_processes, num_workers) != ("text", 1, 0):
+                    continue
+                whole = bench.whole(modality, num_processes)
+                run = bench.new(modality, num_processes, num_workers)
+                yield from kills.break_run(run, whole, rng, num_kills=3 if quick else 4)
+
+
+PARTS = {"kills": injected_kills}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Faults injected, survived, lost.")
+    parser.add_argument("--quick", action="store_true", help="a minute's worth of them")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and places of faults")
+    parser.add_argument("--out", type=Path, help="folder for faults.json and what runs left")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    options = parser.parse_args()
+    faults: list[Fault] = []
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=options.out) as folder:
+        bench = Bench(Path(folder))
+        for name in options.only:
+            for fault in PARTS[name](bench, random.Random(f"{options.seed} {name}"), options.quick):
+                faults.append(fault)
+                print(
+                    f"{time.monotonic() - start:6.0f} s  {fault.kind}: {fault.where}"
+                    f"{f'  LOST: {fault.lost}' if fault.lost else ''}",
+                    flush=True,
+                )
+    print(f"\n{table(faults)}")
+    if options.out is not None:
+        save(faults, options.out / "faults.json")
+    return int(any(fault.lost for fault in faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""SIGKILL at random moments, and within a save for sure; then the run goes on to its end."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from benchmarks.faults.processes import Attempt
+from benchmarks.faults.runs import NUM_STEPS, SECONDS_A_RUN, Run, differences
+from benchmarks.faults.tally import Fault
+from diffmm.checkpoint_folders import LATEST_NAME, REMOVED, UNFINISHED
+
+SECONDS_TO_NOTICE = 90.0
+"""A process whose partner was killed ends by itself within these."""
+
+
+def break_run(run: Run, whole: Run, rng: random.Random, num_kills: int) -> Iterator[Fault]:
+    """Kill a run so many times, let it go on to its end, and compare.
+
+    Args:
+        run: to be broken; its recipe is written.
+        whole: the same run, undisturbed.
+        rng: for the moments.
+        num_kills: how many.
+    """
+    faults = []
+    for number in range(num_kills):
+        how = rng.choice(("auto", "resume")) if number else "auto"
+        faults.append(_kill(run, how, rng.choice(("start", "training", "save", "save")), rng))
+    place = newest(run)
+    begun = run.times_begun()
+    attempt = run.start("resume" if (run.directory / "config.yaml").exists() else "auto")
+    codes = attempt.wait(SECONDS_A_RUN)
+    if any(codes):
+        wrong = [f"exit codes {codes} at the end: {attempt.printed[-2000:]}"]
+    else:
+        wrong = [*went_on_elsewhere(run, begun, place), *differences(run, whole)]
+    for fault in faults:
+        yield Fault(fault.kind, fault.where, "; ".join([fault.lost] * bool(fault.lost) + wrong))
+
+
+def _kill(run: Run, how: str, moment: str, rng: random.Random) -> Fault:
+    """Start a run, wait for a moment, kill it, and see what is left on the disk."""
+    place, begun, before = newest(run), run.times_begun(), marks_of_a_save(run.checkpoints)
+    if not (run.directory / "config.yaml").exists():
+        how = "auto"  # It was killed before there was a run to go on with.
+    attempt = run.start(how)
+    everyone = range(run.num_processes)
+    victims = [rng.choice(everyone)] if rng.random() < 0.5 else list(everyone)
+    try:
+        _wait_for(moment, run, attempt, rng)
+        promised = latest(run.checkpoints)
+        had_ended = not attempt.is_running
+        attempt.kill(victims)
+        if run.times_begun() == begun:
+            # One that waits for another to join it is ended by whatever started both.
+            attempt.kill(everyone)
+    finally:
+        codes = attempt.wait(SECONDS_TO_NOTICE)
+    lost = went_on_elsewhere(run, begun, place)
+    if had_ended and any(codes):
+        lost.append(f"exit codes {codes} before it was killed: {attempt.printed[-2000:]}")
+    if None in codes:
+        lost.append(f"rank {codes.index(None)} hung when rank {victims} was killed")
+    whole = [found.step for found in run.whole()]
+    if promised is not None and max(whole, default=-1) < promised:
+        lost.append(f"LATEST named step {promised}, whole are {whole}")
+    if had_ended:
+        kind = "SIGKILL, after the end"
+    elif marks_of_a_save(run.checkpoints) - before:
+        kind = "SIGKILL inside a save"
+    else:
+        kind = "SIGKILL outside of saves"
+    who = "all" if len(victims) == run.num_processes else f"rank {victims[0]}"
+    return Fault(kind, f"{run.name}: {who}, {moment}; whole: {whole}", "; ".join(lost))
+
+
+def newest(run: Run) -> int:
+    """The step of the newest whole checkpoint; 0 without one."""
+    return max((found.step for found in run.whole()), default=0)
+
+
+def went_on_elsewhere(run: Run, times_begun: int, step: int) -> list[str]:
+    """What is wrong if training began again, and not at `step`."""
+    steps = run.records()[0].begun_at[times_begun:]
+    return (
+        [f"it went on at step {steps}, step {step} was whole"] if steps not in ([], [step]) else []
+    )
+
+
+def _wait_for(moment: str, run: Run, attempt: Attempt, rng: random.Random) -> None:
+    """Return when it has come, or the run has ended."""
+    if moment == "start":
+        _wait(attempt, lambda: False, rng.uniform(0.0, 3.0))
+        return
+    begun, made = run.times_begun(), run.num_batches()
+    _wait(attempt, lambda: run.times_begun() > begun, SECONDS_A_RUN)
+    if moment == "training":
+        steps = rng.randint(0, NUM_STEPS // 5)
+        _wait(attempt, lambda: run.num_batches() >= made + steps, SECONDS_A_RUN)
+        time.sleep(rng.uniform(0.0, 0.05))
+        return
+    before = marks_of_a_save(run.checkpoints)
+    _wait(attempt, lambda: bool(marks_of_a_save(run.checkpoints) - before), SECONDS_A_RUN)
+    time.sleep(rng.choice((0.0, 0.0, rng.uniform(0.0, 0.005))))
+
+
+def _wait(attempt: Attempt, is_over: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not is_over() and attempt.is_running:
+        time.sleep(0.001)
+
+
+def marks_of_a_save(checkpoints: Path) -> set[tuple[str, int]]:
+    """Names and inodes of what is there only while a save is under way, or was cut off in one."""
+    found = set()
+    with suppress(OSError):
+        for path in checkpoints.iterdir():
+            if path.name.startswith((UNFINISHED, REMOVED, f".{LATEST_NAME}")) or (
+                (step := _step(path.name)) is not None and step > (latest(checkpoints) or 0)
+            ):
+                found.add((path.name, path.stat().st_ino))
+    return found
+
+
+def latest(checkpoints: Path) -> int | None:
+    """The step that `LATEST` names."""
+    with suppress(OSError):
+        return _step((checkpoints / LATEST_NAME).read_text().strip())
+    return None
+
+
+def _step(name: str) -> int | None:
+    digits = name.removeprefix("step_")
+    return int(digits) if digits != name and digits.isdigit() else None

@@ -1,0 +1,122 @@
+"""Starts runs as real processes that can be killed.
+
+`diffmm fit ...` is what they run. They are forked from a server that has imported everything, which
+saves each of them ten seconds; several are joined as torchrun joins them.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+PRELOADED = (
+    "benchmarks.faults.recorder",
+    "datamodules",
+    "datasets",
+    "diffmm.cli.fit",
+    "diffmm.cli.out_of_memory",
+    "diffmm.cli.trainer",
+    "diffmm.training",
+)
+
+
+class Attempt:
+    """One start of a run, by one process or several.
+
+    Args:
+        arguments: of `diffmm`.
+        log: a file that what the processes print is added to.
+        num_processes: how many.
+    """
+
+    def __init__(self, arguments: Sequence[str], log: Path, num_processes: int = 1) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOADED))
+        self.log = log
+        self._log_start = log.stat().st_size if log.exists() else 0
+        self.ranks: list[ForkServerProcess] = []
+        port = free_port()
+        for rank in range(num_processes):
+            environment = {"OMP_NUM_THREADS": "1"}
+            if num_processes > 1:
+                environment |= {
+                    **{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"},
+                    **{"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)},
+                    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+                    "TORCHELASTIC_RUN_ID": "faults",
+                }
+            process = context.Process(target=_run, args=(list(arguments), log, environment))
+            process.start()
+            self.ranks.append(process)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether all processes are."""
+        return all(process.is_alive() for process in self.ranks)
+
+    def send(self, number: int, ranks: Sequence[int]) -> None:
+        """A signal to some of the processes alone."""
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(self.ranks[rank].pid or 0, number)
+
+    def kill(self, ranks: Sequence[int]) -> None:
+        """SIGKILL, to the workers of these processes as well."""
+        for rank in ranks:
+            kill_group(self.ranks[rank])
+
+    def wait(self, seconds: float) -> list[int | None]:
+        """Exit codes, or `None` for a process that hung so long and was killed."""
+        end = time.monotonic() + seconds
+        for process in self.ranks:
+            process.join(max(0.0, end - time.monotonic()))
+        codes = [process.exitcode for process in self.ranks]
+        for process in self.ranks:
+            # Workers outlive their process for a moment.
+            kill_group(process)
+            process.join()
+        return codes
+
+    @property
+    def printed(self) -> str:
+        """What the processes have printed."""
+        text = self.log.read_bytes()[self._log_start :] if self.log.exists() else b""
+        return text.decode(errors="replace")
+
+
+def kill_group(process: ForkServerProcess) -> None:
+    """SIGKILL to a process and all whom it leads."""
+    assert process.pid is not None
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        process.kill()  # It leads no group yet.
+
+
+def free_port() -> int:
+    """One that nothing listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _run(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+    """What a process does."""
+    os.setsid()
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    # As a terminal's would be: written at once.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.argv = ["diffmm", *arguments]
+
+    from diffmm.cli import main
+
+    sys.exit(main(arguments))
