@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from datamodules.bad_samples import BadSamples, Triage
 from datamodules.sampling import EpochSampler, EvaluationSampler, SeededDataset
-from diffmm.workers import ignore_stop_signals
+from diffmm.workers import WorkerLoader, ignore_stop_signals
 
 Collate = Callable[[list[Any]], Any]
 
@@ -156,7 +156,7 @@ class SeededDataModule(LightningDataModule):
     ) -> DataLoader[Any]:
         if isinstance(dataset, SeededDataset):
             dataset.triage = self.triage()
-        return DataLoader(
+        return WorkerLoader(
             dataset,
             sampler=sampler,
             drop_last=drop_last,

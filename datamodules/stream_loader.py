@@ -13,11 +13,12 @@ from itertools import count, islice
 from typing import Any, Protocol, TypedDict
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from datamodules.text_stream import Place, StreamShare
 from datamodules.text_windows import TextSample, WindowTask
 from diffmm.batch import TextBatch
+from diffmm.workers import WorkerLoader
 
 
 class Shares(Protocol):
@@ -104,7 +105,7 @@ class StreamedWindows(IterableDataset[tuple[TextSample, int, Place]]):
             yield self._task.sample(window, epoch=0, index=index), share, place
 
 
-class StreamLoader(DataLoader[Any]):
+class StreamLoader(WorkerLoader[Any]):
     """Batches of an endless stream; a new iteration goes on after the last batch that was taken.
 
     Args:
@@ -112,7 +113,7 @@ class StreamLoader(DataLoader[Any]):
         state: where the stream stands.
         counts_itself: a batch is taken when it is asked for. Otherwise (for a trainer, which
             fetches ahead) whoever takes it says so, by `take`.
-        loading: further arguments of `DataLoader`.
+        loading: further arguments of torch's `DataLoader`.
     """
 
     def __init__(

@@ -3,6 +3,26 @@
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch.utils.data import DataLoader
+
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM} | (
+    {signal.SIGUSR1} if hasattr(signal, "SIGUSR1") else set()
+)
+
+Sample = TypeVar("Sample", covariant=True)
+
+
+class WorkerLoader(DataLoader[Sample]):
+    """A `DataLoader` whose workers are born with the signals that stop a run held back, until its
+    `worker_init_fn`, which should be `ignore_stop_signals`, says what becomes of them."""
+
+    def __iter__(self) -> Any:
+        with _held(STOP_SIGNALS if self.num_workers > 0 else set()):
+            return super().__iter__()
 
 
 def ignore_stop_signals(worker_id: int) -> None:
@@ -12,15 +32,30 @@ def ignore_stop_signals(worker_id: int) -> None:
     would take along the training process, which is about to save. It still ends with that process,
     or when that process (and nobody else) sends SIGTERM, as loaders do.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in STOP_SIGNALS - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     # Only waiting for a signal tells its sender. (macOS has no such call: SIGTERM is as before.)
     if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _end_with(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
+
+
+@contextmanager
+def _held(signals: set[signal.Signals]) -> Iterator[None]:
+    """Hold signals back, in this thread and in all processes it starts, until the end."""
+    if not signals or not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

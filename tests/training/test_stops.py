@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.utils.data import DataLoader
 
 from diffmm.training.stops import SIGNALS, CleanStop, requeue_slurm_job
-from diffmm.workers import ignore_stop_signals
+from diffmm.workers import STOP_SIGNALS, WorkerLoader, ignore_stop_signals
 
 SCRIPT = Path(__file__).with_name("run_stops.py")
 tiny = runpy.run_path(str(SCRIPT))
@@ -178,6 +178,24 @@ def test_a_worker_ends_by_its_own_process():
     worker.join(20)
     assert worker.exitcode == 0
     assert time.monotonic() - start < 5
+
+
+def test_a_worker_is_born_deaf_to_signals():
+    """One that came before `ignore_stop_signals` would end it, and the run."""
+    context = multiprocessing.get_context("fork")
+    heard = context.SimpleQueue()
+
+    def begin(worker_id):
+        heard.put(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        ignore_stop_signals(worker_id)
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    loader = WorkerLoader(
+        Numbers(), num_workers=1, worker_init_fn=begin, multiprocessing_context=context
+    )
+    next(iter(loader))
+    assert heard.get() >= STOP_SIGNALS
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 def test_handlers_are_back_after_an_end_and_after_an_error(tmp_path):
