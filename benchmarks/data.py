@@ -177,9 +177,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.needed is not None and options.needed <= 0:
         parser.error(f"--needed must be positive, got {options.needed}")
 
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) a "
         f"process, torch {torch.__version__}, lightning {lightning.__version__}"
@@ -203,4 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     main()
