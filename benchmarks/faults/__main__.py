@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.faults import kills
+from benchmarks.faults import damage, disk, kills, signals
 from benchmarks.faults.runs import MODALITIES, Run, finish
 from benchmarks.faults.tally import Fault, save, table
 
@@ -37,7 +37,7 @@ class Bench:
             self._whole[key] = run
         return self._whole[key]
 
-    def new(self, modality: str, num_processes: int, num_workers: int) -> Run:
+    def new(self, modality: str, num_processes: int = 1, num_workers: int = 0) -> Run:
         self._count += 1
         folder = self.folder / f"run_{self._count:03d}"
         run = Run(modality, folder, num_processes, num_workers)
@@ -53,10 +53,40 @@ def injected_kills(bench: Bench, rng: random.Random, quick: bool) -> Iterator[Fa
                     continue
                 whole = bench.whole(modality, num_processes)
                 run = bench.new(modality, num_processes, num_workers)
-                yield from kills.break_run(run, whole, rng, num_kills=3 if quick else 4)
+                yield from kills.break_run(run, whole, rng, num_kills=3)
 
 
-PARTS = {"kills": injected_kills}
+def injected_signals(bench: Bench, rng: random.Random, quick: bool) -> Iterator[Fault]:
+    cases = (("text", 2, 0), ("image", 2, 2), ("audio", 1, 2), ("stream", 1, 0))
+    for modality, num_processes, num_workers in cases[-1:] if quick else cases:
+        run = bench.new(modality, num_processes, num_workers)
+        yield from signals.stop_run(run, bench.whole(modality, num_processes), rng)
+
+
+def injected_damage(bench: Bench, rng: random.Random, quick: bool) -> Iterator[Fault]:
+    for way in damage.WAYS:
+        count = 50 if way == "bytes flipped" else 15
+        whole = bench.whole("text", 1)
+        yield from damage.damage_checkpoints(whole, way, count, bench.folder / "damaged", rng)
+    for way in damage.WAYS:
+        modality = rng.choice(list(MODALITIES))
+        if not quick:
+            yield damage.resume_damaged(bench.new(modality), bench.whole(modality, 1), way, rng)
+
+
+def injected_full_disks(bench: Bench, rng: random.Random, quick: bool) -> Iterator[Fault]:
+    for modality in ("text",) if quick else ("text", "image"):
+        yield disk.full_for_good(bench.new(modality), bench.whole(modality, 1))
+        if not quick:
+            yield disk.full_for_a_while(bench.new(modality), bench.whole(modality, 1))
+
+
+PARTS = {
+    "kills": injected_kills,
+    "signals": injected_signals,
+    "damage": injected_damage,
+    "disks": injected_full_disks,
+}
 
 
 def main() -> int:

@@ -2,12 +2,12 @@
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.faults.processes import Attempt
-from benchmarks.faults.runs import NUM_STEPS, SECONDS_A_RUN, Run, differences
+from benchmarks.faults.runs import NUM_STEPS, SECONDS_A_RUN, Run, differences, wait
 from benchmarks.faults.tally import Fault
 from diffmm.checkpoint_folders import LATEST_NAME, REMOVED, UNFINISHED
 
@@ -37,7 +37,7 @@ def break_run(run: Run, whole: Run, rng: random.Random, num_kills: int) -> Itera
     else:
         wrong = [*went_on_elsewhere(run, begun, place), *differences(run, whole)]
     for fault in faults:
-        yield Fault(fault.kind, fault.where, "; ".join([fault.lost] * bool(fault.lost) + wrong))
+        yield fault.and_lost(wrong)
 
 
 def _kill(run: Run, how: str, moment: str, rng: random.Random) -> Fault:
@@ -73,7 +73,7 @@ def _kill(run: Run, how: str, moment: str, rng: random.Random) -> Fault:
     else:
         kind = "SIGKILL outside of saves"
     who = "all" if len(victims) == run.num_processes else f"rank {victims[0]}"
-    return Fault(kind, f"{run.name}: {who}, {moment}; whole: {whole}", "; ".join(lost))
+    return Fault(kind, f"{run.name}: {who}, {moment}; whole: {whole}").and_lost(lost)
 
 
 def newest(run: Run) -> int:
@@ -92,24 +92,18 @@ def went_on_elsewhere(run: Run, times_begun: int, step: int) -> list[str]:
 def _wait_for(moment: str, run: Run, attempt: Attempt, rng: random.Random) -> None:
     """Return when it has come, or the run has ended."""
     if moment == "start":
-        _wait(attempt, lambda: False, rng.uniform(0.0, 3.0))
+        wait(attempt, lambda: False, rng.uniform(0.0, 3.0))
         return
     begun, made = run.times_begun(), run.num_batches()
-    _wait(attempt, lambda: run.times_begun() > begun, SECONDS_A_RUN)
+    wait(attempt, lambda: run.times_begun() > begun, SECONDS_A_RUN)
     if moment == "training":
         steps = rng.randint(0, NUM_STEPS // 5)
-        _wait(attempt, lambda: run.num_batches() >= made + steps, SECONDS_A_RUN)
+        wait(attempt, lambda: run.num_batches() >= made + steps, SECONDS_A_RUN)
         time.sleep(rng.uniform(0.0, 0.05))
         return
     before = marks_of_a_save(run.checkpoints)
-    _wait(attempt, lambda: bool(marks_of_a_save(run.checkpoints) - before), SECONDS_A_RUN)
+    wait(attempt, lambda: bool(marks_of_a_save(run.checkpoints) - before), SECONDS_A_RUN)
     time.sleep(rng.choice((0.0, 0.0, rng.uniform(0.0, 0.005))))
-
-
-def _wait(attempt: Attempt, is_over: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not is_over() and attempt.is_running:
-        time.sleep(0.001)
 
 
 def marks_of_a_save(checkpoints: Path) -> set[tuple[str, int]]:
@@ -117,9 +111,9 @@ def marks_of_a_save(checkpoints: Path) -> set[tuple[str, int]]:
     found = set()
     with suppress(OSError):
         for path in checkpoints.iterdir():
-            if path.name.startswith((UNFINISHED, REMOVED, f".{LATEST_NAME}")) or (
-                (step := _step(path.name)) is not None and step > (latest(checkpoints) or 0)
-            ):
+            is_hidden = path.name.startswith((UNFINISHED, REMOVED, f".{LATEST_NAME}"))
+            is_unnamed = (_step(path.name) or 0) > (latest(checkpoints) or 0)
+            if is_hidden or is_unnamed:
                 found.add((path.name, path.stat().st_ino))
     return found
 

@@ -1,6 +1,7 @@
 """Tiny runs to break, and whether what came out of one is what came out of another."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,13 @@ class Run:
     def _count(self, key: str) -> int:
         path = record_path(self.directory / "samples", 0)
         return path.read_bytes().count(f'"{key}"'.encode()) if path.exists() else 0
+
+
+def wait(attempt: Attempt, is_over: Callable[[], bool], seconds: float) -> None:
+    """Until something is so, the run has ended, or this long."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not is_over() and attempt.is_running:
+        time.sleep(0.001)
 
 
 def finish(run: Run) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 
@@ -19,6 +19,11 @@ class Fault:
     kind: str
     where: str
     lost: str = ""
+
+    def and_lost(self, more: Iterable[str]) -> "Fault":
+        """The same with more that was lost."""
+        told = [self.lost, *more] if self.lost else more
+        return replace(self, lost="; ".join(told))
 
 
 def table(faults: Iterable[Fault]) -> str:

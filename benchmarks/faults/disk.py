@@ -1,0 +1,132 @@
+"""A disk that is full, for a while or for good."""
+
+import resource
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from benchmarks.faults.processes import Attempt
+from benchmarks.faults.runs import NUM_STEPS, SECONDS_A_RUN, Run, differences, wait
+from benchmarks.faults.tally import Fault
+
+DISK_MIB = 64
+SMALL_FILE_BYTES = 2**16
+"""Logs fit in, checkpoints do not."""
+
+
+class Disk(Protocol):
+    """Where a run's checkpoints are."""
+
+    name: str
+
+    def fill(self, attempt: Attempt) -> None: ...
+
+    def free(self, attempt: Attempt) -> None: ...
+
+
+class Tmpfs:
+    """A small file system of its own, in memory, filled by a large file."""
+
+    name = "a tmpfs"
+
+    def __init__(self, folder: Path) -> None:
+        self.ballast = folder / "ballast"
+
+    def fill(self, attempt: Attempt) -> None:
+        with self.ballast.open("wb", buffering=0) as file:
+            for size in (2**20, 2**12, 1):
+                try:
+                    while file.write(bytes(size)) == size:
+                        pass
+                except OSError:
+                    continue
+
+    def free(self, attempt: Attempt) -> None:
+        self.ballast.unlink()
+
+
+class FileLimit:
+    """Where nothing can be mounted: the system lets a process write no large files."""
+
+    name = "a limit on files"
+
+    def fill(self, attempt: Attempt) -> None:
+        self._limit(attempt, SMALL_FILE_BYTES)
+
+    def free(self, attempt: Attempt) -> None:
+        self._limit(attempt, resource.RLIM_INFINITY)
+
+    def _limit(self, attempt: Attempt, size: int) -> None:
+        for process in attempt.ranks:
+            if process.is_alive():
+                assert process.pid is not None
+                _, hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Disk]:
+    """Something at `folder` that can be full."""
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        yield FileLimit()
+        return
+    try:
+        yield Tmpfs(folder)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def full_for_a_while(run: Run, whole: Run) -> Fault:
+    """Some saves fail; the run goes on, and saves again when there is room."""
+    run.write_recipe(**{"trainer.callbacks.0.max_failed_saves": 1000})
+    with small_disk(run.checkpoints) as disk:
+        attempt = run.start()
+        wait(attempt, lambda: run.num_batches() > NUM_STEPS // 4, SECONDS_A_RUN)
+        before = {found.step for found in run.whole()}
+        disk.fill(attempt)
+        wait(attempt, lambda: "failed saves that stop it" in attempt.printed, SECONDS_A_RUN)
+        during = {found.step for found in run.whole()}
+        disk.free(attempt)
+        codes = attempt.wait(SECONDS_A_RUN)
+        wrong = []
+        if any(codes):
+            wrong.append(f"exit codes {codes}: {attempt.printed[-2000:]}")
+        else:
+            wrong += differences(run, whole)
+        if before and not during:
+            wrong.append(f"whole were {before}, none was when the disk was full")
+        if "could not be written" not in attempt.printed:
+            wrong.append("the failed save was not told")
+        return Fault(f"full disk for a while ({disk.name})", run.name).and_lost(wrong)
+
+
+def full_for_good(run: Run, whole: Run) -> Fault:
+    """The run ends with a message, and goes on when there is room."""
+    with small_disk(run.checkpoints) as disk:
+        attempt = run.start()
+        wait(attempt, lambda: run.num_batches() > NUM_STEPS // 4, SECONDS_A_RUN)
+        disk.fill(attempt)
+        codes = attempt.wait(SECONDS_A_RUN)
+        wrong = [] if codes[0] == 1 else [f"exit codes {codes}"]
+        (told, *more) = [
+            line for line in attempt.printed.splitlines() if line.startswith("diffmm: error: ")
+        ] or [""]
+        if more or "could not be written" not in told or "free there" not in told:
+            wrong.append(f"it is not told why it ended: {attempt.printed[-2000:]}")
+        if not run.whole():
+            wrong.append("no checkpoint is left")
+        if isinstance(disk, Tmpfs):
+            disk.free(attempt)
+        attempt = run.start("resume")
+        codes = attempt.wait(SECONDS_A_RUN)
+        if any(codes):
+            wrong.append(f"exit codes {codes} when it went on: {attempt.printed[-2000:]}")
+        else:
+            wrong += differences(run, whole)
+        return Fault(f"full disk for good ({disk.name})", run.name).and_lost(wrong)
