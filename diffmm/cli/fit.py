@@ -175,7 +175,6 @@ def train(
     cli = RecipeCLI({**values, "run_dir": str(run_dir)})
     if checkpoint is not None:
         forget_first_weights(cli)
-    check_weights(cli, checkpoint)
     trainer: Any = cli.trainer
     if is_new:
         trainer.callbacks.insert(0, ConfigSaver(run_dir, comment, values))
@@ -184,8 +183,9 @@ def train(
         with (
             nothing_half_written(run_dir),
             command_for_processes(run_dir, is_new=is_new),
-            refusing_before_training(cli),
+            refusing_before_training(cli, checkpoint),
         ):
+            check_weights(cli, checkpoint)
             cli.trainer.fit(
                 cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True
             )

@@ -24,7 +24,7 @@ from diffmm.checks import DataError
 from diffmm.cli.agreement import disagreements
 from diffmm.cli.errors import BadInput, RunFailed, told
 from diffmm.cli.mistakes import find_mistakes
-from diffmm.cli.references import unused_variables
+from diffmm.cli.references import resolve, unused_variables
 from diffmm.cli.runs import save_config
 
 REFUSALS = (
@@ -100,6 +100,20 @@ class RecipeCLI(SettingsCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_string(yaml.safe_dump(self.values, sort_keys=False))
 
+    def instantiate_trainer(self, **changes: Any) -> Trainer:
+        """A recipe's `limit_val_batches: 1` (one batch) stays that.
+
+        The parser tries the types of `Optional[Union[int, float]]` in turn and may find `1.0` (all
+        batches) first: Python gives them in the order in which anything wrote that union first.
+        """
+        values = resolve(self.values)[0].get("trainer") or {}
+        whole = {
+            key: value
+            for key, value in values.items()
+            if type(value) is int and type(self.config_init.trainer.get(key)) is float
+        }
+        return super().instantiate_trainer(**{**whole, **changes})
+
 
 def print_settings(arguments: Sequence[str]) -> None:
     """Print all settings that a recipe can have (`--help`), or those of a class
@@ -128,11 +142,15 @@ class _TrainingWatcher(Callback):
     """Knows whether a batch has been trained on, or was about to be."""
 
     has_begun = False
+    has_made_a_batch = False
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self.has_begun = True
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.has_made_a_batch = True
 
 
 def parser_settings() -> dict[str, Any]:
@@ -171,8 +189,11 @@ def leave_processes() -> None:
 
 
 @contextmanager
-def refusing_before_training(cli: RecipeCLI) -> Iterator[None]:
-    """What is refused before the first batch is bad input; a failure in training is a failure."""
+def refusing_before_training(cli: RecipeCLI, checkpoint: Path | None = None) -> Iterator[None]:
+    """What is refused before the first batch is bad input; a failure in training is a failure.
+
+    Where a run goes on from `checkpoint`, a failure up to the end of its first batch names it.
+    """
     training = _TrainingWatcher()
     callbacks: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
     callbacks.insert(0, training)
@@ -184,3 +205,10 @@ def refusing_before_training(cli: RecipeCLI) -> Iterator[None]:
         if training.has_begun:
             raise
         raise BadInput(told(error)) from error
+    except Exception as error:
+        if checkpoint is not None and not training.has_made_a_batch:
+            error.add_note(
+                f"raised as the run went on from {checkpoint}: if that is not as the run saved it, "
+                f"remove its folder, and the one before is used"
+            )
+        raise

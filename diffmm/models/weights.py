@@ -181,7 +181,10 @@ def _read(file: Path) -> _Contents:
     averaging = checkpoint.get("averaging_state")
     averaged = averaging is None or averaging["n_averaged"] > 0
     weights = checkpoint["state_dict" if averaged else "current_model_state"]
-    weights = _under(weights, CHECKPOINT_PREFIX)
+    weights = _under(weights, CHECKPOINT_PREFIX) if isinstance(weights, dict) else {}
+    for name, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{file} holds a {type(value).__name__} as {name}, not a tensor")
     if not weights:
         raise ValueError(f"{file} holds no weights under {CHECKPOINT_PREFIX!r}")
     return _Contents(weights, checkpoint.get(DESCRIPTION_KEY))

@@ -39,6 +39,14 @@ def test_overrides_reach_all_that_refers_to_them(attention):
     assert os.environ["PL_GLOBAL_SEED"] == "5"
 
 
+@pytest.mark.parametrize("given", [1, 1.0, 0.5])
+def test_one_batch_is_not_taken_for_all_of_them(given):
+    limit = ("--trainer.limit_val_batches", "${vars.validated}", "--vars.validated", str(given))
+    cli = built("image/digits_tiny", *limit)
+    assert type(cli.trainer.limit_val_batches) is type(given)
+    assert cli.trainer.limit_val_batches == given
+
+
 def test_an_override_of_a_reference_leaves_the_others():
     cli = built("image/digits_tiny", "--model.schedule.total_steps", "500")
     assert cli.model.schedule_config.total_steps == 500

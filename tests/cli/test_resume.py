@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from diffmm.checkpoint_folders import MANIFEST_NAME, checkpoints, find_state
+from diffmm.checkpoint_folders import MANIFEST_NAME, checkpoints, find_state, finish, start
 from diffmm.training.task import Task
 
 EVERY_STEP = {
@@ -257,3 +257,29 @@ def test_a_finetuned_run_needs_the_weights_it_started_from_no_more(
     assert run("fit", "--resume", second).code == 0
     assert started_from == [None]
     assert steps_of(second) == 4
+
+
+def test_a_failure_right_after_a_checkpoint_names_it(run, interrupted):
+    """Whole by its manifest, and yet not what the run saved."""
+    _, directory = interrupted
+    state = torch.load(find_state(directory), weights_only=True)
+    del state["optimizer_states"][0]["state"][0]["step"]
+    unfinished = start(directory / "checkpoints", 2)
+    torch.save(state, unfinished / "state.ckpt")
+    finish(unfinished, {"step": 2})
+    with pytest.raises(KeyError, match="step") as caught:
+        run("fit", "--resume", directory)
+    (note,) = caught.value.__notes__
+    assert note.startswith("raised as the run went on from runs/recipe/first/checkpoints/step_0000")
+
+
+def test_weights_that_are_no_tensors_are_refused(run, interrupted):
+    _, directory = interrupted
+    state = torch.load(find_state(directory), weights_only=True)
+    name = next(name for name in state["state_dict"] if name.startswith("model."))
+    state["state_dict"][name] = [1.0]
+    torch.save(state, "changed.ckpt")
+    result = run("validate", "--config", directory / "config.yaml", "--weights", "changed.ckpt")
+    assert result.mistakes == [
+        f"changed.ckpt holds a list as {name.removeprefix('model.')}, not a tensor"
+    ]
