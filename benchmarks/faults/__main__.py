@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.faults import damage, disk, kills, signals
+from benchmarks.faults import damage, disk, kills, mutations, signals
 from benchmarks.faults.runs import MODALITIES, Run, finish
 from benchmarks.faults.tally import Fault, save, table
 
@@ -81,11 +81,22 @@ def injected_full_disks(bench: Bench, rng: random.Random, quick: bool) -> Iterat
             yield disk.full_for_a_while(bench.new(modality), bench.whole(modality, 1))
 
 
+def injected_mutations(bench: Bench, rng: random.Random, quick: bool) -> Iterator[Fault]:
+    for recipe, _ in list(MODALITIES.values())[: 1 if quick else None]:
+        count = 15 if quick else 60
+        yield from mutations.mutate_recipes(recipe, count, bench.folder, rng)
+        yield from mutations.mutate_text(recipe, count, bench.folder, rng)
+    run = bench.new("text")
+    finish(run)
+    yield from mutations.mutate_states(run, 15 if quick else 60, rng)
+
+
 PARTS = {
     "kills": injected_kills,
     "signals": injected_signals,
     "damage": injected_damage,
     "disks": injected_full_disks,
+    "mutations": injected_mutations,
 }
 
 

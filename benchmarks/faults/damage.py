@@ -91,8 +91,8 @@ def _wrong_choice(folder: Path, best: str | None, damaged: list[str]) -> list[st
     except ValueError as error:
         told.append(str(error))
     wrong = [] if used == best else [f"{used} is used in place of {best}"]
-    if len(told) != bool(damaged):
-        wrong.append(f"told: {told}")
+    if len(told) > 1:
+        wrong.append(f"it is not told in one line: {told}")
     return wrong + [f"{name} is not named in {told}" for name in damaged if name not in str(told)]
 
 

@@ -26,6 +26,8 @@ def break_run(run: Run, whole: Run, rng: random.Random, num_kills: int) -> Itera
     """
     faults = []
     for number in range(num_kills):
+        if newest(run) == NUM_STEPS:
+            break
         how = rng.choice(("auto", "resume")) if number else "auto"
         faults.append(_kill(run, how, rng.choice(("start", "training", "save", "save")), rng))
     place = newest(run)
@@ -92,7 +94,7 @@ def went_on_elsewhere(run: Run, times_begun: int, step: int) -> list[str]:
 def _wait_for(moment: str, run: Run, attempt: Attempt, rng: random.Random) -> None:
     """Return when it has come, or the run has ended."""
     if moment == "start":
-        wait(attempt, lambda: False, rng.uniform(0.0, 3.0))
+        wait(attempt, lambda: False, rng.uniform(0.0, 1.5))
         return
     begun, made = run.times_begun(), run.num_batches()
     wait(attempt, lambda: run.times_begun() > begun, SECONDS_A_RUN)

@@ -109,6 +109,8 @@ def free_port() -> int:
 def _run(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
     """What a process does."""
     os.setsid()
+    # As in any other process; here it would be the server's way.
+    multiprocessing.set_start_method(None, force=True)
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for stream in (1, 2):

@@ -168,7 +168,7 @@ def wait(attempt: Attempt, is_over: Callable[[], bool], seconds: float) -> None:
     """Until something is so, the run has ended, or this long."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and not is_over() and attempt.is_running:
-        time.sleep(0.001)
+        time.sleep(0.002)
 
 
 def finish(run: Run) -> None:
