@@ -82,6 +82,9 @@ class _Finder:
         if isinstance(value, dict) and not value and _is_module(classes):
             self.mistakes.append(f"{path} is missing: it needs a class_path and init_args")
             return UNKNOWN
+        if isinstance(value, dict) and any(issubclass(c, torch.nn.Module) for c in classes):
+            self.mistakes.append(f"{path}.class_path is missing: it says which class to make")
+            return UNKNOWN
         if _has_unknown(value):
             return UNKNOWN
         return self.leaf(value, hint, path)
@@ -164,6 +167,12 @@ class _Finder:
                 return cls(**arguments)
         except (ValueError, FileNotFoundError) as error:
             self.mistakes.append(f"{path}: {told(error)}")
+        except Exception as error:
+            # No refusal: a class that did not reckon with such values.
+            self.mistakes.append(
+                f"{path}: {cls.__name__} cannot be made of these values "
+                f"({type(error).__name__}: {told(error)})"
+            )
         return UNKNOWN
 
     def check_keys(self, values: dict[str, Any], known: Iterable[str], path: str) -> None:

@@ -1,7 +1,7 @@
 """References between settings: `${vars.attention}` and `${oc.env:TOKEN}`."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -20,11 +20,14 @@ def resolve(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
     A broken one is replaced by `UNKNOWN`.
     """
-    tree = OmegaConf.create(values)
+    unreadable = {path: told for path, value in walk(values) if (told := _unreadable(value))}
+    tree = OmegaConf.create(_without(values, unreadable))
     names = [".".join(map(str, path)) for path, _ in walk(values)]
-    mistakes = []
+    mistakes = [f"{'.'.join(map(str, path))}: {told}" for path, told in unreadable.items()]
 
     def resolved(value: Any, path: tuple[str | int, ...]) -> Any:
+        if path in unreadable:
+            return UNKNOWN
         if isinstance(value, dict):
             return {key: resolved(item, (*path, key)) for key, item in value.items()}
         if isinstance(value, list):
@@ -66,6 +69,28 @@ def walk(
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from walk(item, (*path, index))
+
+
+def _unreadable(value: Any) -> str | None:
+    """Why a leaf of a tree, such as `${vars.`, can be no value; `None` if it can."""
+    if isinstance(value, dict | list):
+        return None
+    try:
+        OmegaConf.create({"value": value})
+    except OmegaConfBaseException as error:
+        return f"{value} cannot be read: {str(error).splitlines()[0]}"
+    return None
+
+
+def _without(value: Any, left_out: Container[tuple[str | int, ...]], *path: str | int) -> Any:
+    """A tree with nothing in place of some of its nodes."""
+    if path in left_out:
+        return None
+    if isinstance(value, dict):
+        return {key: _without(item, left_out, *path, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without(item, left_out, *path, index) for index, item in enumerate(value)]
+    return value
 
 
 def _told(

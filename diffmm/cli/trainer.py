@@ -4,7 +4,10 @@ An override reaches everything that refers to it, since references are resolved 
 mode `omegaconf+`). No checkpoint changes a setting behind the recipe's back.
 """
 
+import atexit
 import logging
+import os
+import sys
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
@@ -86,6 +89,11 @@ class RecipeCLI(SettingsCLI):
                 mistakes = disagreements(self.model, self.datamodule) if build else []
         except REFUSALS as error:
             raise BadInput(*(find_mistakes(values).mistakes or [told(error)])) from error
+        except (AttributeError, KeyError, TypeError) as error:
+            # Of a class that did not reckon with a mistake, or a mistake in a class.
+            if found := find_mistakes(values).mistakes:
+                raise BadInput(*found) from error
+            raise
         if mistakes:
             raise BadInput(*(find_mistakes(values).mistakes or mistakes))
 
@@ -181,11 +189,18 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "litlogger" not in record.getMessage()
 
 
-def leave_processes() -> None:
-    """Part from the other processes, if there are any. Left to the interpreter's exit, the threads
-    of their connection at times abort a run that has ended well."""
+def leave_processes(code: int) -> None:
+    """Part from the other processes and end this one, if there are any.
+
+    The interpreter's own end would also destroy what their connection leaves behind in C++, whose
+    threads at times abort a process that has ended well.
+    """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 @contextmanager

@@ -93,6 +93,18 @@ IMAGE = {
         {"model.schedule": {"kind": "linear"}},
         "model.init_args.schedule.total_steps is missing: ScheduleConfig needs it",
     ),
+    "no reference, though it looks like one": (
+        {"model.optimizer.learning_rate": "${vars.learning"},
+        "model.init_args.optimizer.learning_rate: ${vars.learning cannot be read",
+    ),
+    "a model of no class": (
+        {"model.model": {"init_args": {}}},
+        "model.init_args.model.class_path is missing: it says which class to make",
+    ),
+    "nothing for a number": (
+        {"model.schedule.warmup_steps": None},
+        "model.init_args.schedule",
+    ),
     "a missing part": (
         {"data": {}},
         "data is missing: it needs a class_path and init_args",
