@@ -93,7 +93,7 @@ def evaluate(verb: str, values: dict[str, Any], weights: str, output: Path | Non
     if output is not None and (batches := gathered(results)) is not None:
         torch.save(joined(batches), output)
         print(output)
-    leave_processes()
+    leave_processes(0)
     return 0
 
 

@@ -199,7 +199,7 @@ def train(
         raise RunFailed(advice(error, values, run_dir, cli.trainer.global_step)) from error
     if cli.trainer.is_global_zero:
         print(message)
-    leave_processes()
+    leave_processes(code)
     return code
 
 
