@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from benchmarks.faults.processes import Attempt
@@ -70,7 +71,7 @@ def _kill(run: Run, how: str, moment: str, rng: random.Random) -> Fault:
         lost.append(f"LATEST named step {promised}, whole are {whole}")
     if had_ended:
         kind = "SIGKILL, after the end"
-    elif marks_of_a_save(run.checkpoints) - before:
+    elif is_in_save(run, before):
         kind = "SIGKILL inside a save"
     else:
         kind = "SIGKILL outside of saves"
@@ -103,9 +104,15 @@ def _wait_for(moment: str, run: Run, attempt: Attempt, rng: random.Random) -> No
         wait(attempt, lambda: run.num_batches() >= made + steps, SECONDS_A_RUN)
         time.sleep(rng.uniform(0.0, 0.05))
         return
-    before = marks_of_a_save(run.checkpoints)
-    wait(attempt, lambda: bool(marks_of_a_save(run.checkpoints) - before), SECONDS_A_RUN)
+    for _ in range(rng.randint(1, 4)):
+        before = marks_of_a_save(run.checkpoints)
+        wait(attempt, partial(is_in_save, run, before), SECONDS_A_RUN)
     time.sleep(rng.choice((0.0, 0.0, rng.uniform(0.0, 0.005))))
+
+
+def is_in_save(run: Run, seen: set[tuple[str, int]]) -> bool:
+    """Whether a save is under way that has left other marks than those."""
+    return bool(marks_of_a_save(run.checkpoints) - seen)
 
 
 def marks_of_a_save(checkpoints: Path) -> set[tuple[str, int]]:
