@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch.utils.data import DataLoader
 
+from diffmm.cli.trainer import leave_processes
 from diffmm.training import BadNumbers, Checkpoints, CleanStop
 from diffmm.training.bad_numbers import TooManyBadNumbers
 
@@ -90,7 +91,7 @@ def main(output: Path) -> None:
         error = str(stop)
     result = {"weights": watch.weights, "num_reduces": watch.num_reduces, "error": error}
     (output / f"{rank}.json").write_text(json.dumps(result))
-    torch.distributed.destroy_process_group()
+    leave_processes(0)
 
 
 if __name__ == "__main__":

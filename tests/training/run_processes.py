@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from diffmm.batch import IGNORE_INDEX
+from diffmm.cli.trainer import leave_processes
 from diffmm.models import BackboneConfig, ImageConfig, ImageModel, TextConfig, TextModel
 from diffmm.training import Classification, MaskedLM, OptimizerConfig, ScheduleConfig
 
@@ -115,5 +116,4 @@ if __name__ == "__main__":
     results = run(int(sys.argv[1]))
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_processes(0)

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from datamodules.loading import SeededDataModule
 from datamodules.sampling import SeededDataset, sample_generator
 from diffmm.checkpoint_folders import find_state
+from diffmm.cli.trainer import leave_processes
 from diffmm.training import Checkpoints
 
 NUM_STEPS, GLOBAL_BATCH = 11, 16
@@ -154,4 +155,4 @@ if __name__ == "__main__":
     run(folder / "unfinished", stop=5, devices=2, accumulate_grad_batches=3)
     if torch.distributed.get_rank() == 0:
         (folder / "results.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    leave_processes(0)

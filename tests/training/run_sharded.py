@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from diffmm.cli.trainer import leave_processes
 from diffmm.models import BackboneConfig, ImageConfig, ImageModel, TextConfig, TextModel
 from diffmm.training import CausalLM, Classification, OptimizerConfig, ScheduleConfig
 from diffmm.training.parallel import data_share
@@ -188,4 +189,4 @@ def run(
 if __name__ == "__main__":
     for arguments in json.loads(sys.argv[2]):
         run(Path(sys.argv[1]), **arguments)
-    torch.distributed.destroy_process_group()
+    leave_processes(0)

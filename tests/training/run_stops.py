@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from datamodules.loading import SeededDataModule
 from datamodules.sampling import SeededDataset, sample_generator
 from diffmm.checkpoint_folders import STATE_NAME, find_whole, read_manifest
+from diffmm.cli.trainer import leave_processes
 from diffmm.training.checkpoints import Checkpoints
 from diffmm.training.stops import CleanStop
 
@@ -182,7 +183,7 @@ def main(output: Path) -> None:
         resumed = run(directory, resume=True, **settings, **processes)
         results[name]["resumed equals whole"] = resumed["weights"] == whole["weights"]
     (output / f"{rank}.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    leave_processes(0)
 
 
 if __name__ == "__main__":
