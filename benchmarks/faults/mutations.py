@@ -3,6 +3,7 @@ that says why. What ends in a traceback, says nothing or hangs is lost."""
 
 import io
 import json
+import logging
 import random
 import signal
 import traceback
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from benchmarks.faults.runs import Run
 from benchmarks.faults.tally import Fault
 from diffmm import checkpoint_folders
-from diffmm.checkpoint_folders import STATE_NAME, find_whole
+from diffmm.checkpoint_folders import STATE_NAME
 from diffmm.cli import main
 from diffmm.cli.recipes import find_recipe
 from diffmm.cli.references import walk
@@ -95,13 +96,12 @@ def mutate_states(run: Run, count: int, rng: random.Random) -> Iterator[Fault]:
     the run goes on with it.
 
     Args:
-        run: that has ended; its newest checkpoint is replaced.
+        run: that has ended; the checkpoint before its last is replaced.
         count: how many changed ones.
         rng: for hypothesis.
     """
-    newest = find_whole(run.checkpoints)
-    assert newest is not None
-    state = torch.load(newest / STATE_NAME, weights_only=True)
+    *_, before_last, _ = run.whole()
+    state = torch.load(before_last.path / STATE_NAME, weights_only=True)
     # Not each of the many numbers of a random state.
     places = [path for path, _ in walk(state) if 0 < len(path) <= DEEPEST]
 
@@ -120,6 +120,7 @@ def mutate_states(run: Run, count: int, rng: random.Random) -> Iterator[Fault]:
 
 def outcome(*arguments: str) -> list[str]:
     """What is wrong with how a command ends: nothing, if it succeeds or says why it does not."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     out, err = io.StringIO(), io.StringIO()
     before = signal.signal(signal.SIGALRM, _hang)
     signal.alarm(SECONDS_A_COMMAND)
