@@ -233,7 +233,7 @@ def test_groups_that_would_split_a_pair_are_refused():
         golden.load(num_kv_heads=3)
 
 
-def compared(theirs, ours, x, pairs):
+def assert_same_gradients(theirs, ours, x, pairs):
     """Hold an output and its gradients, to the input and to `pairs` of parameters, together."""
     grad_out = torch.randn_like(x)
     grads = []
@@ -265,7 +265,7 @@ def test_timm_differential_attention(causal):
     state |= {f"out_proj.{key}": tensor for key, tensor in theirs.proj.state_dict().items()}
     state |= {name: getattr(theirs, name) for name in DiffAttentionV1.LAMBDA_NAMES}
     ours.load_state_dict(state | {"norm.weight": theirs.sub_norm.weight})
-    compared(
+    assert_same_gradients(
         lambda x: theirs(x, is_causal=causal),
         lambda x: ours(x, mask=AttentionMask(causal=causal)),
         torch.randn(2, 19, 64),
@@ -316,7 +316,7 @@ def test_hugging_face_diffllama_attention(num_kv_heads):
     x = torch.randn(2, 19, 64)
     rotation = DiffLlamaRotaryEmbedding(config)(x, positions[None])
     rope = RotaryEmbedding(8, config.rope_parameters["rope_theta"])
-    compared(
+    assert_same_gradients(
         lambda x: theirs(x, rotation)[0],
         lambda x: ours(x, mask=AttentionMask(causal=True), rope=rope(positions)),
         x,

@@ -283,6 +283,9 @@ def test_importing_the_library_is_light():
     code = (
         "import sys, diffmm, diffmm.ops, diffmm.layers, diffmm.models\n"
         "heavy = {'triton', 'lightning', 'timm', 'torchaudio', 'torchvision', 'torchmetrics'}\n"
-        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+        "print(*sorted(heavy & set(sys.modules)))"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    assert loaded.stdout.split() == []

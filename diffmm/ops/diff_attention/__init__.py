@@ -34,11 +34,12 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def choose_backend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str:
-    """What `"auto"` is for these tensors: `"triton"` where it has been measured to win
-    (docs/performance.md), else `"sdpa"`.
+    """What `"auto"` is for these tensors: `"triton"` with a key for each component (v1) on Hopper
+    GPUs, in bfloat16 and float16, with heads of 32 to 128 and values up to 256, from 128 queries
+    on; else `"sdpa"`.
 
-    It wins with a key for each component (v1), by 1.4 to 1.9 in time, on Hopper GPUs, in bfloat16
-    and float16, with heads of 32 to 128 and values up to 256, from 128 queries on.
+    It was measured to win in bfloat16, with heads of 64 and of 128 (there by 1.7 to 1.8 in time)
+    and from 197 queries on (docs/performance.md); what lies beside that is taken along.
     """
     D, E = q.shape[-1], v.shape[-1]
     wins = (
