@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, StackDataset
 
 from diffmm.batch import IGNORE_INDEX
 from diffmm.cli.trainer import leave_processes
@@ -20,19 +20,6 @@ from diffmm.training import Classification, MaskedLM, OptimizerConfig, ScheduleC
 
 GLOBAL_BATCH, NUM_SAMPLES, NUM_STEPS = 8, 24, 6
 WATCHED = ("train/loss", "train/grad_norm", "val/loss", "val/bits_per_byte", "val/accuracy")
-
-
-class Samples(Dataset[dict[str, Tensor]]):
-    """Rows of a batch."""
-
-    def __init__(self, batch: dict[str, Tensor]) -> None:
-        self.batch = batch
-
-    def __len__(self) -> int:
-        return NUM_SAMPLES
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: tensor[index] for name, tensor in self.batch.items()}
 
 
 def masked_texts() -> dict[str, Tensor]:
@@ -86,7 +73,7 @@ def train(task: LightningModule, batch: dict[str, Tensor], num_processes: int) -
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    samples = Samples(batch)
+    samples = StackDataset(**batch)
 
     def loader() -> DataLoader[dict[str, Tensor]]:
         sampler = DistributedSampler(samples, num_processes, trainer.global_rank, shuffle=False)

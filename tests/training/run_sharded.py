@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, StackDataset
 
 from diffmm.cli.trainer import leave_processes
 from diffmm.models import BackboneConfig, ImageConfig, ImageModel, TextConfig, TextModel
@@ -26,19 +26,6 @@ GLOBAL_BATCH, NUM_SAMPLES = 8, 16
 CURVES = ("train/loss", "train/grad_norm")
 
 
-class Samples(Dataset[dict[str, Tensor]]):
-    """Rows of a batch."""
-
-    def __init__(self, batch: dict[str, Tensor]) -> None:
-        self.batch = batch
-
-    def __len__(self) -> int:
-        return NUM_SAMPLES
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: tensor[index] for name, tensor in self.batch.items()}
-
-
 def task_and_data(
     case: str,
     *,
@@ -46,7 +33,7 @@ def task_and_data(
     backend: str = "auto",
     learning_rate: float = 1e-2,
     compile: bool = False,
-) -> tuple[Task, Samples]:
+) -> tuple[Task, StackDataset]:
     """A case is an attention in a text model with tied embeddings, or `image`."""
     seed_everything(0, verbose=False)
     settings: dict[str, Any] = {
@@ -68,13 +55,13 @@ def task_and_data(
             learned_positions=True,
         )
         batch = {"images": torch.randn(NUM_SAMPLES, 3, 8, 8), "labels": index % 5, "index": index}
-        return Classification(ImageModel(config), **settings), Samples(batch)
+        return Classification(ImageModel(config), **settings), StackDataset(**batch)
     tokens = torch.randint(24, (NUM_SAMPLES, 17))
     num_bytes = torch.full((NUM_SAMPLES,), 16)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "num_bytes": num_bytes}
     backbone = BackboneConfig(dim, 2, 8, attention=case, rope="1d", **shared)
     model = TextModel(TextConfig(24, 16, backbone))
-    return CausalLM(model, **settings), Samples({**batch, "index": index})
+    return CausalLM(model, **settings), StackDataset(**batch, index=index)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -101,7 +88,7 @@ class Recorded(Callback):
 class Shares:
     """Each process its own share of the samples, once it is known which."""
 
-    def __init__(self, samples: Samples) -> None:
+    def __init__(self, samples: StackDataset) -> None:
         self.samples = samples
         self.trainer: Trainer | None = None
 
@@ -114,7 +101,7 @@ class Shares:
 
 def fit(
     task: Task,
-    samples: Samples,
+    samples: StackDataset,
     *,
     strategy: str,
     num_processes: int,
