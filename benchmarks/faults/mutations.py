@@ -3,7 +3,6 @@ that says why. What ends in a traceback, says nothing or hangs is lost."""
 
 import io
 import json
-import logging
 import random
 import signal
 import traceback
@@ -24,6 +23,7 @@ from benchmarks.faults.tally import Fault
 from diffmm import checkpoint_folders
 from diffmm.checkpoint_folders import STATE_NAME
 from diffmm.cli import main
+from diffmm.cli.demo_runs import quiet
 from diffmm.cli.recipes import find_recipe
 from diffmm.cli.references import walk
 
@@ -120,12 +120,11 @@ def mutate_states(run: Run, count: int, rng: random.Random) -> Iterator[Fault]:
 
 def outcome(*arguments: str) -> list[str]:
     """What is wrong with how a command ends: nothing, if it succeeds or says why it does not."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     out, err = io.StringIO(), io.StringIO()
     before = signal.signal(signal.SIGALRM, _hang)
     signal.alarm(SECONDS_A_COMMAND)
     try:
-        with redirect_stdout(out), redirect_stderr(err):
+        with quiet(), redirect_stdout(out), redirect_stderr(err):
             code = main(arguments)
     except HangError:
         return [f"it hung for {SECONDS_A_COMMAND} s"]

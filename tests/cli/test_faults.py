@@ -1,6 +1,7 @@
 """`python -m benchmarks.faults` in short: nothing is lost; and what would be lost is seen."""
 
 import json
+import logging
 import random
 import shutil
 import subprocess
@@ -131,7 +132,10 @@ def test_damage_that_goes_unnoticed_is_seen(run, tmp_path, monkeypatch, way):
 
 
 def test_what_a_command_does_not_tell_is_seen(monkeypatch):
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
     assert outcome("check", "nowhere.yaml") == []
+    assert logger.level == level
 
     def fails(verb, arguments):
         raise KeyError("step")
