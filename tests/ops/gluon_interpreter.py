@@ -1,0 +1,355 @@
+"""Triton and Gluon kernels for Hopper on a CPU, one turn at a time and at the worst of times.
+
+    with interpreted(seed=0):
+        wide_forward(q, k, v, lam, mask, scale)  # every launch runs here, on tensors of the CPU
+
+A kernel's Python function runs as it is, with other meanings for the words of Triton's language.
+Each partition of `warp_specialize` is a thread; one runs at a time, and at every operation that
+others can notice chance decides who goes on. What the hardware does in the background happens at
+the worst moment that it may: a copy to shared memory empties its destination at once and fills it
+late, and products and copies to global memory hold their operands until they are waited for.
+
+`Race` is raised for what the hardware leaves undefined, `Deadlock` where no partition can go on.
+Memory that nobody wrote is NaN. Layouts are carried along and checked by nobody but the compiler.
+"""
+
+import inspect
+import itertools
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+import triton.language as tl
+from gluon_memory import Barrier, Descriptor, Race, Shared, UnfinishedProduct, line
+from gluon_values import VOCABULARY, Pointer, Value, poisoned
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.runtime.jit import JITFunction
+
+
+class Deadlock(Exception):
+    """Every partition waits for something that cannot come."""
+
+
+class _Stopped(BaseException):
+    """Ends the threads that are left when a program fails."""
+
+
+@contextmanager
+def interpreted(seed: int = 0) -> Iterator[None]:
+    """Launches of Triton's and Gluon's kernels run here; `seed` decides what is left to chance."""
+    chance, compiled = random.Random(seed), JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        parameters = inspect.signature(self.fn).parameters
+        options = {"num_warps", "num_stages", "num_ctas", "maxnreg"} - set(parameters)
+        kwargs = {name: value for name, value in kwargs.items() if name not in options}
+        bound = inspect.signature(self.fn).bind(*args, **kwargs).arguments
+        arguments = {name: _argument(x, parameters[name].annotation) for name, x in bound.items()}
+        places = list(itertools.product(*map(range, grid)))
+        for place in chance.sample(places, len(places)):
+            Program(place, grid, chance).run(self, arguments)
+
+    JITFunction.run = run
+    try:
+        yield
+    finally:
+        JITFunction.run = compiled
+
+
+def _argument(x: Any, annotation: Any) -> Any:
+    """An argument of a launch as the kernel sees it."""
+    if isinstance(x, Tensor):
+        return Pointer.to_first_of(x)
+    if hasattr(x, "block_shape"):
+        return Descriptor(x)
+    is_constant = "constexpr" in str(annotation) or not isinstance(x, (bool, int, float))
+    return _constant(x) if is_constant else Value.of(x)
+
+
+def _constant(x: Any) -> Any:
+    """A constant without its wrapping, a type as torch's."""
+    x = x.value if isinstance(x, gl.constexpr) else x
+    if not isinstance(x, tl.dtype):
+        return x
+    names = {"int1": "bool", "fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+    return getattr(torch, names.get(x.name, x.name))
+
+
+class Partition:
+    """A thread of a program, with its products and copies under way."""
+
+    def __init__(self, name: str, number: int) -> None:
+        self.name, self.number = name, number
+        self.go = threading.Semaphore(0)
+        self.can_go: Callable[[], bool] = lambda: True
+        self.waits_for: tuple[Any, ...] = ()
+        self.is_done = False
+        self.products: list[UnfinishedProduct] = []
+        self.stores: list[Shared] = []
+
+
+class Program:
+    """One program of a launch, and the words of Triton's language as its kernel means them."""
+
+    def __init__(
+        self, place: tuple[int, ...], grid: tuple[int, ...], chance: random.Random
+    ) -> None:
+        self._place, self._grid, self._chance = place, grid, chance
+        self._back = threading.Semaphore(0)
+        self._partitions: list[Partition] = []
+        self._threads: list[threading.Thread] = []
+        self._failure: BaseException | None = None
+        self._functions: dict[Any, Callable[..., Any]] = {}
+        self._memory: list[Shared] = []
+        self._barriers: dict[int, Barrier] = {}
+        self._copies: list[tuple[Barrier, Shared, Descriptor, list[int]]] = []
+        self._late_stores: list[tuple[Descriptor, list[int], Value]] = []
+        self.turn: Partition
+
+    # ---- Taking turns
+
+    def run(self, kernel: Any, arguments: dict[str, Any]) -> None:
+        self._start(lambda: self._call(kernel)(**arguments), kernel.__name__)
+        try:
+            while not all(partition.is_done for partition in self._partitions):
+                self._take_turn()
+                if self._failure is not None:
+                    raise self._failure
+        finally:
+            self._failure = self._failure or _Stopped()
+            for partition in self._partitions:
+                partition.go.release()
+            for thread in self._threads:
+                thread.join()
+        if self._copies:
+            raise Race(f"{kernel.__name__} ends before a copy to its shared memory")
+        for descriptor, place, block in self._late_stores:
+            descriptor.store(place, block)
+
+    def _take_turn(self) -> None:
+        """Let a partition go on until its next pause, or a copy arrive: rather late than soon."""
+        ready = [p for p in self._partitions if not p.is_done and p.can_go()]
+        if self._copies and (not ready or self._chance.random() < 0.1):
+            number = self._chance.randrange(len(self._copies))
+            barrier, destination, descriptor, place = self._copies.pop(number)
+            destination.fill(descriptor.load(place))
+            barrier.take(bytes=descriptor.nbytes)
+        elif ready:
+            self.turn = self._chance.choice(ready)
+            self.turn.go.release()
+            self._back.acquire()
+        else:
+            left = [p for p in self._partitions if not p.is_done]
+            raise Deadlock("\n".join(" ".join(map(str, (p.name, *p.waits_for))) for p in left))
+
+    def _start(self, body: Callable[[], Any], name: str) -> Partition:
+        partition = Partition(name, len(self._partitions) + 1)
+
+        def work() -> None:
+            partition.go.acquire()
+            try:
+                if self._failure is None:
+                    body()
+                    self._end(partition)
+            except _Stopped:
+                return
+            except BaseException as failure:
+                self._failure = failure
+            partition.is_done = True
+            self._back.release()
+
+        self._partitions.append(partition)
+        self._threads.append(threading.Thread(target=work, daemon=True))
+        self._threads[-1].start()
+        return partition
+
+    def _end(self, partition: Partition) -> None:
+        if partition.products:
+            raise Race(f"nobody waits for the product of {partition.products[0].line}")
+        if partition.stores:
+            raise Race(f"{partition.name} ends before its copies from shared memory")
+
+    def pause(self, can_go: Callable[[], bool] = lambda: True, *waits_for: Any) -> None:
+        """Let others run, at least until `can_go`."""
+        partition = self.turn
+        partition.can_go, partition.waits_for = can_go, waits_for
+        self._back.release()
+        partition.go.acquire()
+        if self._failure is not None:
+            raise _Stopped
+
+    # ---- Python's functions with this program's meaning of what they name
+
+    def _call(self, kernel: Any) -> Callable[..., Any]:
+        if kernel not in self._functions:
+            fn = kernel.fn
+            scope = {name: self._meaning(x) for name, x in fn.__globals__.items()}
+            scope |= {"range": self.range, "min": self.minimum, "max": self.maximum}
+            own = FunctionType(fn.__code__, scope, fn.__name__, fn.__defaults__, fn.__closure__)
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                kwargs = {name: _constant(x) for name, x in kwargs.items()}
+                return own(*map(_constant, args), **kwargs)
+
+            self._functions[kernel] = call
+        return self._functions[kernel]
+
+    def _meaning(self, x: Any) -> Any:
+        if isinstance(x, JITFunction):
+            return lambda *args, **kwargs: self._call(x)(*args, **kwargs)
+        if isinstance(x, ModuleType) and x.__name__.startswith("triton."):
+            return self  # One space of names serves all of them.
+        if hasattr(x, "__triton_builtin__"):
+            return getattr(self, x.__name__)
+        return _constant(x)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in VOCABULARY:
+            return VOCABULARY[name]
+        x = getattr(gl, name, getattr(mbarrier, name, None))
+        if isinstance(x, tl.dtype):
+            return _constant(x)
+        if isinstance(x, type):  # A layout.
+            return x
+        raise NotImplementedError(f"the interpreter does not know `{name}`")
+
+    # ---- The words that touch memory or other partitions
+
+    def program_id(self, axis: int) -> Value:
+        return Value.of(self._place[axis] if axis < len(self._place) else 0)
+
+    def num_programs(self, axis: int) -> Value:
+        return Value.of(self._grid[axis] if axis < len(self._grid) else 1)
+
+    def load(self, pointer: Any, mask: Any = None, other: Any = None) -> Value:
+        self.pause()
+        return pointer.load(mask, other)
+
+    def store(self, pointer: Any, value: Any, mask: Any = None) -> None:
+        self.pause()
+        pointer.store(value, mask)
+
+    def allocate_shared_memory(
+        self, element_ty: torch.dtype, shape: Any, layout: Any, value: Value | None = None
+    ) -> Shared:
+        cells = torch.zeros(3, *shape, dtype=torch.uint8)
+        shared = Shared(self, (poisoned(tuple(shape), element_ty), *cells), layout)
+        self._memory.append(shared)
+        if value is not None:
+            shared.store(value)
+        return shared
+
+    def fence_async_shared(self, cluster: bool = False) -> None:
+        self.pause()
+        for shared in self._memory:
+            shared.unfenced[shared.unfenced == self.turn.number] = 0
+
+    def thread_barrier(self) -> None:
+        self.pause()
+
+    def warp_specialize(self, works: list[Any], num_warps: list[int], num_regs: list[int]) -> Any:
+        if not len(works) - 1 == len(num_warps) == len(num_regs):
+            raise ValueError(f"{len(works)} partitions, warps {num_warps}, registers {num_regs}")
+        others = [
+            self._start(lambda work=work, args=args: work(*args), f"partition {number}")
+            for number, (work, args) in enumerate(works[1:], start=1)
+        ]
+        work, args = works[0]
+        result = work(*args)
+        self.pause(lambda: all(other.is_done for other in others), "waits for the others")
+        return result
+
+    # ---- mbarrier
+
+    def _barrier(self, barrier: Shared) -> Barrier:
+        if barrier.data.data_ptr() not in self._barriers:
+            raise Race(f"the barrier of {line()} was not initialized")
+        return self._barriers[barrier.data.data_ptr()]
+
+    def init(self, barrier: Shared, count: int) -> None:
+        self.pause()
+        assert barrier.shape == [1], f"a barrier is one number, not {barrier.shape}"
+        self._barriers[barrier.data.data_ptr()] = Barrier(count, barrier.data.storage_offset())
+
+    def invalidate(self, barrier: Shared) -> None:
+        self.pause()
+        del self._barriers[barrier.data.data_ptr()]
+
+    def expect(self, barrier: Shared, bytes: int, pred: Any = True) -> None:
+        self.pause()
+        if pred:
+            self._barrier(barrier).take(arrivals=1, bytes=-bytes)
+
+    def arrive(self, barrier: Shared, *, count: int = 1, pred: Any = True) -> None:
+        self.pause()
+        if pred:
+            self._barrier(barrier).take(arrivals=count)
+
+    def wait(self, barrier: Shared, phase: Any, pred: Any = True, deps: Any = ()) -> None:
+        """Returns while the phase before the current one has this parity; a fresh barrier passes
+        for 1."""
+        if not pred:
+            return
+        state, parity = self._barrier(barrier), int(phase)
+        assert parity in (0, 1), f"a phase is 0 or 1, not {parity}"
+        waits_for = f"waits at {line()} for {parity} at", state
+        self.pause(lambda: state.phase % 2 != parity, *waits_for)
+
+    # ---- The copy engine
+
+    def async_copy_global_to_shared(
+        self, desc: Descriptor, coord: Any, barrier: Shared, result: Shared, pred: Any = True
+    ) -> None:
+        self.pause()
+        if not pred:
+            return
+        if (result.shape, result.dtype) != (desc.shape, desc.dtype):
+            raise ValueError(f"a block {desc.shape} does not fit {result.shape} at {line()}")
+        result.empty()
+        self._copies.append((self._barrier(barrier), result, desc, list(map(int, coord))))
+
+    def async_copy_shared_to_global(self, desc: Descriptor, coord: Any, src: Shared) -> None:
+        self.pause()
+        if (src.shape, src.dtype) != (desc.shape, desc.dtype):
+            raise ValueError(f"a block {desc.shape} does not fit {src.shape} at {line()}")
+        src.hold()
+        self.turn.stores.append(src)
+        self._late_stores.append((desc, list(map(int, coord)), Value(src.data.clone())))
+
+    def store_wait(self, pendings: int) -> None:
+        """Until the copies are through with shared memory; global memory may get them later."""
+        self.pause()
+        stores = self.turn.stores
+        while len(stores) > pendings:
+            stores.pop(0).release()
+
+    # ---- The tensor cores
+
+    def warpgroup_mma(
+        self, a: Any, b: Shared, acc: Any, *, use_acc: Any = True, is_async: bool = False
+    ) -> Any:
+        self.pause()
+        operands = [x for x in (a, b) if isinstance(x, Shared)]
+        for operand in operands:
+            operand.hold()
+        if a.dtype != b.dtype or a.dtype.itemsize != 2:
+            raise ValueError(f"{a.dtype} times {b.dtype} at {line()}")
+        acc = acc.value if isinstance(acc, UnfinishedProduct) else acc
+        result = a.data.float() @ b.data.float() + (acc.data if use_acc else 0.0)
+        product = UnfinishedProduct(Value(result, acc.layout), operands)
+        self.turn.products.append(product)
+        return product if is_async else self.warpgroup_mma_wait(0, deps=[product])
+
+    def warpgroup_mma_wait(self, num_outstanding: int = 0, deps: Any = None) -> Any:
+        self.pause()
+        products = self.turn.products
+        while len(products) > num_outstanding:
+            products.pop(0).finish()
+        finished = tuple(x.value if getattr(x, "is_done", False) else x for x in deps)
+        return finished[0] if len(finished) == 1 else finished
