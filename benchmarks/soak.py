@@ -3,8 +3,8 @@
     python -m benchmarks.soak [RECIPE] [--minutes 60] [--out FOLDER] [--set KEY VALUE ...]
 
 Trains a recipe (text/stdlib_tiny by default) for that long, with a checkpoint every 50 steps and a
-validation every 200, and looks at the memory of the run and its workers (what they have allocated,
-and not the programs' own files, whose share depends on who else runs them), its open files and its
+validation every 200, and looks at the memory of the run and its workers (what each has allocated;
+what they share counts for each, since it moves when they cease to share it), its open files and its
 threads. Prints a line a minute and, last, how memory moved from the second fifth of the run, when
 everything is warm, to the last.
 """
@@ -37,7 +37,7 @@ def look(root: int) -> dict[str, float]:
         folder = Path(f"/proc/{pid}")
         try:
             rollup = (folder / "smaps_rollup").read_text()
-            for kind in ("Pss_Anon:", "Pss_Shmem:"):
+            for kind in ("Anonymous:", "Pss_Shmem:"):
                 memory += int(rollup.split(kind)[1].split()[0])
             files += len(list((folder / "fd").iterdir()))
             threads += len(list((folder / "task").iterdir()))
