@@ -24,7 +24,20 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from gluon_memory import Barrier, Descriptor, Race, Shared, UnfinishedProduct, line
+from gluon_memory import (
+    Barrier,
+    Clock,
+    Copy,
+    Descriptor,
+    Event,
+    Race,
+    Reading,
+    Shared,
+    State,
+    UnfinishedProduct,
+    learn,
+    line,
+)
 from gluon_values import VOCABULARY, Pointer, Value, poisoned
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -82,16 +95,27 @@ def _constant(x: Any) -> Any:
 
 
 class Partition:
-    """A thread of a program, with its products and copies under way."""
+    """A thread of a program, what it knows of the others, and what it has under way."""
 
-    def __init__(self, name: str, number: int) -> None:
-        self.name, self.number = name, number
+    def __init__(self, name: str, clock: Clock) -> None:
+        self.name, self.clock = name, {**clock, self: 1}
+        self.fences: list[int] = []
+        self.products: list[UnfinishedProduct] = []
+        self.stores: list[Reading] = []
         self.go = threading.Semaphore(0)
         self.can_go: Callable[[], bool] = lambda: True
         self.waits_for: tuple[Any, ...] = ()
         self.is_done = False
-        self.products: list[UnfinishedProduct] = []
-        self.stores: list[Shared] = []
+
+    def tick(self) -> Clock:
+        """What it knows up to here; what it does from now on is news."""
+        known = dict(self.clock)
+        self.clock[self] += 1
+        return known
+
+    def knows_a_fence_after(self, store: Event) -> bool:
+        known = self.clock.get(store.actor, 0)
+        return any(store.time <= fence <= known for fence in store.actor.fences)
 
 
 class Program:
@@ -106,16 +130,16 @@ class Program:
         self._threads: list[threading.Thread] = []
         self._failure: BaseException | None = None
         self._functions: dict[Any, Callable[..., Any]] = {}
-        self._memory: list[Shared] = []
         self._barriers: dict[int, Barrier] = {}
-        self._copies: list[tuple[Barrier, Shared, Descriptor, list[int]]] = []
+        self._copies: list[Copy] = []
         self._late_stores: list[tuple[Descriptor, list[int], Value]] = []
+        self.states = [State()]
         self.turn: Partition
 
     # ---- Taking turns
 
     def run(self, kernel: Any, arguments: dict[str, Any]) -> None:
-        self._start(lambda: self._call(kernel)(**arguments), kernel.__name__)
+        self._start(lambda: self._call(kernel)(**arguments), kernel.__name__, {})
         try:
             while not all(partition.is_done for partition in self._partitions):
                 self._take_turn()
@@ -128,7 +152,7 @@ class Program:
             for thread in self._threads:
                 thread.join()
         if self._copies:
-            raise Race(f"{kernel.__name__} ends before a copy to its shared memory")
+            raise Race(f"nobody waits for the copy of {self._copies[0].line}")
         for descriptor, place, block in self._late_stores:
             descriptor.store(place, block)
 
@@ -136,10 +160,7 @@ class Program:
         """Let a partition go on until its next pause, or a copy arrive: rather late than soon."""
         ready = [p for p in self._partitions if not p.is_done and p.can_go()]
         if self._copies and (not ready or self._chance.random() < 0.1):
-            number = self._chance.randrange(len(self._copies))
-            barrier, destination, descriptor, place = self._copies.pop(number)
-            destination.fill(descriptor.load(place))
-            barrier.take(bytes=descriptor.nbytes)
+            self._copies.pop(self._chance.randrange(len(self._copies))).arrive()
         elif ready:
             self.turn = self._chance.choice(ready)
             self.turn.go.release()
@@ -148,8 +169,8 @@ class Program:
             left = [p for p in self._partitions if not p.is_done]
             raise Deadlock("\n".join(" ".join(map(str, (p.name, *p.waits_for))) for p in left))
 
-    def _start(self, body: Callable[[], Any], name: str) -> Partition:
-        partition = Partition(name, len(self._partitions) + 1)
+    def _start(self, body: Callable[[], Any], name: str, clock: Clock) -> Partition:
+        partition = Partition(name, clock)
 
         def work() -> None:
             partition.go.acquire()
@@ -171,9 +192,9 @@ class Program:
 
     def _end(self, partition: Partition) -> None:
         if partition.products:
-            raise Race(f"nobody waits for the product of {partition.products[0].line}")
+            raise Race(f"nobody waits for the product of {partition.products[0].event.line}")
         if partition.stores:
-            raise Race(f"{partition.name} ends before its copies from shared memory")
+            raise Race(f"nobody waits for the copy of {partition.stores[0].event.line}")
 
     def pause(self, can_go: Callable[[], bool] = lambda: True, *waits_for: Any) -> None:
         """Let others run, at least until `can_go`."""
@@ -183,6 +204,10 @@ class Program:
         partition.go.acquire()
         if self._failure is not None:
             raise _Stopped
+
+    def event(self, what: str) -> Event:
+        """An access by the partition at work."""
+        return Event(what, line(), self.turn, self.turn.clock[self.turn])
 
     # ---- Python's functions with this program's meaning of what they name
 
@@ -238,17 +263,15 @@ class Program:
     def allocate_shared_memory(
         self, element_ty: torch.dtype, shape: Any, layout: Any, value: Value | None = None
     ) -> Shared:
-        cells = torch.zeros(3, *shape, dtype=torch.uint8)
-        shared = Shared(self, (poisoned(tuple(shape), element_ty), *cells), layout)
-        self._memory.append(shared)
+        states = torch.zeros(*shape, dtype=torch.int32)
+        shared = Shared(self, poisoned(tuple(shape), element_ty), states, layout)
         if value is not None:
             shared.store(value)
         return shared
 
     def fence_async_shared(self, cluster: bool = False) -> None:
         self.pause()
-        for shared in self._memory:
-            shared.unfenced[shared.unfenced == self.turn.number] = 0
+        self.turn.fences.append(self.turn.tick()[self.turn])
 
     def thread_barrier(self) -> None:
         self.pause()
@@ -256,13 +279,16 @@ class Program:
     def warp_specialize(self, works: list[Any], num_warps: list[int], num_regs: list[int]) -> Any:
         if not len(works) - 1 == len(num_warps) == len(num_regs):
             raise ValueError(f"{len(works)} partitions, warps {num_warps}, registers {num_regs}")
+        default, clock = self.turn, self.turn.tick()
         others = [
-            self._start(lambda work=work, args=args: work(*args), f"partition {number}")
+            self._start(lambda work=work, args=args: work(*args), f"partition {number}", clock)
             for number, (work, args) in enumerate(works[1:], start=1)
         ]
         work, args = works[0]
         result = work(*args)
         self.pause(lambda: all(other.is_done for other in others), "waits for the others")
+        for other in others:
+            learn(default.clock, other.clock)
         return result
 
     # ---- mbarrier
@@ -272,10 +298,15 @@ class Program:
             raise Race(f"the barrier of {line()} was not initialized")
         return self._barriers[barrier.data.data_ptr()]
 
+    def _arrive(self, barrier: Barrier, **what: int) -> None:
+        learn(barrier.arrived, self.turn.tick())
+        barrier.take(**what, at=line())
+
     def init(self, barrier: Shared, count: int) -> None:
         self.pause()
         assert barrier.shape == [1], f"a barrier is one number, not {barrier.shape}"
-        self._barriers[barrier.data.data_ptr()] = Barrier(count, barrier.data.storage_offset())
+        name = f"barrier {barrier.data.storage_offset()} of {line()}"
+        self._barriers[barrier.data.data_ptr()] = Barrier(count, name)
 
     def invalidate(self, barrier: Shared) -> None:
         self.pause()
@@ -284,12 +315,12 @@ class Program:
     def expect(self, barrier: Shared, bytes: int, pred: Any = True) -> None:
         self.pause()
         if pred:
-            self._barrier(barrier).take(arrivals=1, bytes=-bytes)
+            self._arrive(self._barrier(barrier), arrivals=1, bytes=-bytes)
 
     def arrive(self, barrier: Shared, *, count: int = 1, pred: Any = True) -> None:
         self.pause()
         if pred:
-            self._barrier(barrier).take(arrivals=count)
+            self._arrive(self._barrier(barrier), arrivals=count)
 
     def wait(self, barrier: Shared, phase: Any, pred: Any = True, deps: Any = ()) -> None:
         """Returns while the phase before the current one has this parity; a fresh barrier passes
@@ -298,8 +329,9 @@ class Program:
             return
         state, parity = self._barrier(barrier), int(phase)
         assert parity in (0, 1), f"a phase is 0 or 1, not {parity}"
-        waits_for = f"waits at {line()} for {parity} at", state
+        waits_for = f"waits at {line()} for parity {parity} of", state
         self.pause(lambda: state.phase % 2 != parity, *waits_for)
+        learn(self.turn.clock, state.clock)
 
     # ---- The copy engine
 
@@ -307,19 +339,14 @@ class Program:
         self, desc: Descriptor, coord: Any, barrier: Shared, result: Shared, pred: Any = True
     ) -> None:
         self.pause()
-        if not pred:
-            return
-        if (result.shape, result.dtype) != (desc.shape, desc.dtype):
-            raise ValueError(f"a block {desc.shape} does not fit {result.shape} at {line()}")
-        result.empty()
-        self._copies.append((self._barrier(barrier), result, desc, list(map(int, coord))))
+        if pred:
+            self._copies.append(Copy(desc, list(map(int, coord)), self._barrier(barrier), result))
 
     def async_copy_shared_to_global(self, desc: Descriptor, coord: Any, src: Shared) -> None:
         self.pause()
         if (src.shape, src.dtype) != (desc.shape, desc.dtype):
             raise ValueError(f"a block {desc.shape} does not fit {src.shape} at {line()}")
-        src.hold()
-        self.turn.stores.append(src)
+        self.turn.stores.append(Reading("copy", [src]))
         self._late_stores.append((desc, list(map(int, coord)), Value(src.data.clone())))
 
     def store_wait(self, pendings: int) -> None:
@@ -327,7 +354,7 @@ class Program:
         self.pause()
         stores = self.turn.stores
         while len(stores) > pendings:
-            stores.pop(0).release()
+            stores.pop(0).end()
 
     # ---- The tensor cores
 
@@ -336,13 +363,11 @@ class Program:
     ) -> Any:
         self.pause()
         operands = [x for x in (a, b) if isinstance(x, Shared)]
-        for operand in operands:
-            operand.hold()
         if a.dtype != b.dtype or a.dtype.itemsize != 2:
             raise ValueError(f"{a.dtype} times {b.dtype} at {line()}")
         acc = acc.value if isinstance(acc, UnfinishedProduct) else acc
         result = a.data.float() @ b.data.float() + (acc.data if use_acc else 0.0)
-        product = UnfinishedProduct(Value(result, acc.layout), operands)
+        product = UnfinishedProduct(operands, Value(result, acc.layout))
         self.turn.products.append(product)
         return product if is_async else self.warpgroup_mma_wait(0, deps=[product])
 
@@ -350,6 +375,6 @@ class Program:
         self.pause()
         products = self.turn.products
         while len(products) > num_outstanding:
-            products.pop(0).finish()
-        finished = tuple(x.value if getattr(x, "is_done", False) else x for x in deps)
+            products.pop(0).end()
+        finished = tuple(x.value if getattr(x, "is_over", False) else x for x in deps)
         return finished[0] if len(finished) == 1 else finished

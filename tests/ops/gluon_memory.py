@@ -1,14 +1,21 @@
-"""What a kernel holds outside its registers, in the interpreter of Gluon: and who is using it."""
+"""What a kernel holds outside its registers, in the interpreter of Gluon; who may touch it when.
+
+Whether one access comes before another is not left to the order in which the interpreter happens to
+run them. Every partition has a clock, and others learn how far it was when they wait at a barrier
+where it arrived. An access is safe if whoever makes it knows, in this sense, of all before it.
+"""
 
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from gluon_values import Value, poisoned
 from torch import Tensor
+
+Clock = dict[Any, int]  # Of every partition and barrier: the last moment that is known of it.
 
 
 class Race(Exception):
@@ -21,6 +28,11 @@ def line() -> str:
     while Path(frame.f_code.co_filename).name.startswith("gluon_"):
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def learn(clock: Clock, other: Clock) -> None:
+    for actor, time in other.items():
+        clock[actor] = max(clock.get(actor, 0), time)
 
 
 class Descriptor:
@@ -55,16 +67,27 @@ class Descriptor:
         self.tensor[outer] = block.data[inner].to(self.dtype)
 
 
+class Event(NamedTuple):
+    """An access to shared memory. What is under way is its own actor, of which nobody knows."""
+
+    what: str
+    line: str
+    actor: Any
+    time: int = 1
+
+
+class State(NamedTuple):
+    """What happened to a cell of shared memory: its last write, and the reads since."""
+
+    write: Event | None = None
+    reads: frozenset[Event] = frozenset()
+
+
 class Shared:
-    """A view of shared memory, and of what is under way in each of its cells.
+    """A view of shared memory; `states` holds each cell's place in the program's list of states."""
 
-    `readers` counts the products and copies that still read a cell, `filling` says that a copy is
-    to arrive there, and `unfenced` which partition, counted from one, stored there without a fence.
-    """
-
-    def __init__(self, program: Any, cells: tuple[Tensor, ...], layout: Any) -> None:
-        self.program, self.cells, self.layout = program, cells, layout
-        self.data, self.readers, self.filling, self.unfenced = cells
+    def __init__(self, program: Any, data: Tensor, states: Tensor, layout: Any) -> None:
+        self.program, self.data, self.states, self.layout = program, data, states, layout
 
     dtype = property(lambda self: self.data.dtype)
     shape = property(lambda self: list(self.data.shape))
@@ -72,7 +95,7 @@ class Shared:
     type = property(lambda self: self)
 
     def _view(self, view: Callable[[Tensor], Tensor]) -> "Shared":
-        return Shared(self.program, tuple(map(view, self.cells)), self.layout)
+        return Shared(self.program, view(self.data), view(self.states), self.layout)
 
     def index(self, index: Any) -> "Shared":
         return self.slice(index, 1)._view(lambda cells: cells.squeeze(0))
@@ -91,83 +114,134 @@ class Shared:
 
     def load(self, layout: Any = None) -> Value:
         self.program.pause()
-        self.refuse("read", self.filling, "is being filled")
+        event = self.program.event("load")
+        self._change(lambda state: self._read(state, event))
         return Value(self.data.clone(), layout)
 
     def store(self, value: Value) -> None:
         self.program.pause()
-        self.refuse("written", self.filling, "is being filled")
-        self.refuse("written", self.readers, "is being read")
         if value.shape != self.shape:
             raise ValueError(f"{value.shape} does not fit {self.shape} at {line()}")
+        event = self.program.event("store")
+        self._change(lambda state: self._written(state, event))
         self.data.copy_(value.data)
-        self.unfenced.fill_(self.program.turn.number)
 
-    def refuse(self, verb: str, cells: Tensor, state: str) -> None:
-        if cells.any():
-            raise Race(f"shared memory is {verb} at {line()} that {state} in the background")
-
-    def hold(self) -> None:
+    def hold(self, event: Event) -> None:
         """A product or a copy reads this from now on."""
-        self.refuse("read", self.filling, "is being filled")
-        if self.unfenced.any():
-            raise Race(f"shared memory is read at {line()} that was stored without a fence")
-        self.readers.add_(1)
+        self._change(lambda state: self._read(state, event, in_background=True))
 
-    def release(self) -> None:
-        self.readers.sub_(1)
+    def release(self, event: Event) -> None:
+        """`event` is over, and the partition that waited for it knows."""
+        seen = self.program.event(event.what)._replace(line=event.line)
+        self._change(lambda state: state._replace(reads=state.reads - {event} | {seen}))
 
-    def empty(self) -> None:
+    def empty(self, event: Event) -> None:
         """A copy will fill this."""
-        self.refuse("overwritten", self.filling, "is being filled")
-        self.refuse("overwritten", self.readers, "is being read")
+        self._change(lambda state: self._written(state, event))
         self.data.copy_(poisoned((), self.dtype))
-        self.filling.fill_(1)
-        self.unfenced.zero_()
 
-    def fill(self, value: Value) -> None:
+    def fill(self, value: Value, event: Event) -> None:
+        self._change(lambda state: State(event))
         self.data.copy_(value.data)
-        self.filling.zero_()
+
+    def _change(self, change: Callable[[State], State]) -> None:
+        known, old = self.program.states, self.states.clone()
+        low, high = (int(number) for number in old.aminmax())
+        for number in [low] if low == high else old.unique().tolist():
+            known.append(change(known[number]))
+            self.states.masked_fill_(old == number, len(known) - 1)
+
+    def _read(self, state: State, event: Event, in_background: bool = False) -> State:
+        write = state.write
+        if write is None:
+            raise Race(f"the {event.what} of {event.line} reads what nobody wrote")
+        self._must_know(event, write)
+        fenced = write.what != "store" or self.program.turn.knows_a_fence_after(write)
+        if in_background and not fenced:
+            raise Race(f"the {event.what} of {event.line} needs a fence after {write.line}")
+        reads = {e for e in state.reads if e.actor is not event.actor}
+        return state._replace(reads=frozenset(reads | {event}))
+
+    def _written(self, state: State, event: Event) -> State:
+        self._must_know(event, state.write, *state.reads)
+        return State(event)
+
+    def _must_know(self, event: Event, *earlier: Event | None) -> None:
+        clock = self.program.turn.clock
+        for e in earlier:
+            if e is not None and clock.get(e.actor, 0) < e.time:
+                raise Race(
+                    f"the {event.what} of {event.line} does not wait for the {e.what} of {e.line}"
+                )
 
 
-@dataclass
+@dataclass(eq=False)
 class Barrier:
     """Counts the arrivals and the bytes that its current phase still lacks."""
 
     count: int
-    number: int  # among the barriers of one allocation
+    name: str
     arrivals: int = field(init=False)
     bytes: int = 0
     phase: int = 0
-    line: str = field(default_factory=line)
+    clock: Clock = field(default_factory=dict)  # what those know who wait
+    arrived: Clock = field(default_factory=dict)  # what those knew who arrived in this phase
 
     def __post_init__(self) -> None:
         self.arrivals = self.count
 
     def __str__(self) -> str:
-        lacks = f"lacks {self.arrivals} arrivals and {self.bytes} bytes in phase {self.phase}"
-        return f"barrier {self.number} of {self.line}, which {lacks}"
+        lacks = f"lacks {self.arrivals} arrivals, {self.bytes} bytes"
+        return f"{self.name} (phase {self.phase} {lacks})"
 
-    def take(self, *, arrivals: int = 0, bytes: int = 0) -> None:
+    def take(self, *, arrivals: int = 0, bytes: int = 0, at: str) -> None:
         self.arrivals -= arrivals
         self.bytes -= bytes
         if self.arrivals < 0 or self.bytes < 0:
-            raise Race(f"too much arrives at {line()}: {self}")
+            raise Race(f"too much arrives by {at} at {self}")
         if self.arrivals == self.bytes == 0:
             self.phase, self.arrivals = self.phase + 1, self.count
+            learn(self.clock, {**self.arrived, self: self.phase})
+            self.arrived = {}
 
 
-class UnfinishedProduct:
+class Copy:
+    """A copy under way from global to shared memory."""
+
+    def __init__(self, source: Descriptor, place: list[int], barrier: Barrier, to: Shared) -> None:
+        if (to.shape, to.dtype) != (source.shape, source.dtype):
+            raise ValueError(f"a block {source.shape} does not fit {to.shape} at {line()}")
+        self.source, self.place, self.barrier, self.to = source, place, barrier, to
+        self.line = line()
+        to.empty(Event("copy", self.line, self))
+
+    def arrive(self) -> None:
+        event = Event("copy", self.line, self.barrier, self.barrier.phase + 1)
+        self.to.fill(self.source.load(self.place), event)
+        self.barrier.take(bytes=self.source.nbytes, at=self.line)
+
+
+class Reading:
+    """A product or a copy to global memory that reads `operands` until it is waited for."""
+
+    def __init__(self, what: str, operands: list[Shared]) -> None:
+        self.operands, self.event = operands, Event(what, line(), self)
+        for operand in operands:
+            operand.hold(self.event)
+        self.is_over = False
+
+    def end(self) -> None:
+        for operand in self.operands:
+            operand.release(self.event)
+        self.is_over = True
+
+
+class UnfinishedProduct(Reading):
     """What `warpgroup_mma` with `is_async` returns: fit to be added to or waited for."""
 
-    def __init__(self, value: Value, operands: list[Shared]) -> None:
-        self.value, self.operands, self.line = value, operands, line()
-        self.is_done = False
+    def __init__(self, operands: list[Shared], value: Value) -> None:
+        super().__init__("product", operands)
+        self.value = value
 
     type = tensor_type = property(lambda self: self)
     layout = property(lambda self: self.value.layout)
-
-    def finish(self) -> None:
-        for operand in self.operands:
-            operand.release()
-        self.is_done = True

@@ -1,0 +1,117 @@
+"""Small kernels in Gluon, each with a `fault` on demand that the interpreter has to find."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+BLOCK = gl.constexpr(64)
+
+
+@gluon.jit
+def square_kernel(a_desc, out_desc, out, fault: gl.constexpr, layout: gl.constexpr):
+    """`a` times its own double, to registers and back to memory."""
+    a = gl.allocate_shared_memory(a_desc.dtype, [BLOCK, BLOCK], a_desc.layout)
+    double = gl.allocate_shared_memory(a_desc.dtype, [BLOCK, BLOCK], a_desc.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    full = bars.index(0)
+    if fault != "not initialized":
+        mbarrier.init(full, count=1)
+    size: gl.constexpr = a_desc.block_type.nbytes
+    if fault == "too few bytes":
+        mbarrier.expect(full, size // 2)
+    elif fault == "too many bytes":
+        mbarrier.expect(full, size * 2)
+    else:
+        mbarrier.expect(full, size)
+    if fault == "nothing brought":
+        mbarrier.wait(full, 1)
+    else:
+        tma.async_copy_global_to_shared(a_desc, [0, 0], full, a)
+    if fault == "other phase":
+        mbarrier.wait(full, 1)
+    elif fault != "copy not waited for" and fault != "nothing brought":
+        mbarrier.wait(full, 0)
+    double.store((a.load(layout) * 2.0).to(a.dtype))
+    if fault != "no fence":
+        fence_async_shared()
+    nothing = gl.zeros([BLOCK, BLOCK], gl.float32, layout)
+    product = warpgroup_mma(double, a, nothing, use_acc=False, is_async=True)
+    if fault == "stored meanwhile":
+        double.store(a.load(layout))
+    if fault == "refilled":
+        mbarrier.expect(full, size)
+        tma.async_copy_global_to_shared(a_desc, [0, 0], full, a)
+        mbarrier.wait(full, 1)
+    if fault == "another waited for":
+        product = warpgroup_mma_wait(1, deps=[product])
+    elif fault != "product not waited for":
+        product = warpgroup_mma_wait(0, deps=[product])
+    rows = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
+    gl.store(out + rows[:, None] * BLOCK + columns[None, :], product + 0.0)
+    tma.async_copy_shared_to_global(out_desc, [0, 0], double)
+    if fault == "stored while copied":
+        double.store(a.load(layout))
+    if fault != "copy back not waited for":
+        tma.store_wait(0)
+
+
+@gluon.jit
+def _bring(a_desc, ring, full, empty, num_steps, fault: gl.constexpr):
+    for step in range(num_steps):
+        stage = step % 2
+        if fault != "no wait for room":
+            mbarrier.wait(empty.index(stage), (step // 2 + 1) % 2)
+        mbarrier.expect(full.index(stage), a_desc.block_type.nbytes)
+        place = [step * BLOCK, 0]
+        tma.async_copy_global_to_shared(a_desc, place, full.index(stage), ring.index(stage))
+    if fault == "fence by another":
+        fence_async_shared()
+
+
+@gluon.jit
+def _add_up(ring, full, empty, out, num_steps, fault: gl.constexpr, layout: gl.constexpr):
+    acc = gl.zeros([BLOCK, BLOCK], gl.float32, layout)
+    for step in range(num_steps):
+        stage = step % 2
+        if fault != "no wait for data":
+            mbarrier.wait(full.index(stage), step // 2 % 2)
+        tile = ring.index(stage)
+        if fault == "fence by another":
+            tile.store(tile.load(layout))
+        token = warpgroup_mma(tile.permute((1, 0)), tile, acc, is_async=True)
+        if fault == "room too early":
+            mbarrier.arrive(empty.index(stage), count=1)
+        acc = warpgroup_mma_wait(0, deps=[token])
+        if fault == "room twice":
+            mbarrier.arrive(empty.index(stage), count=2)
+        elif fault != "room too early" and fault != "no room":
+            mbarrier.arrive(empty.index(stage), count=1)
+    rows = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
+    gl.store(out + rows[:, None] * BLOCK + columns[None, :], acc)
+
+
+@gluon.jit
+def gram_kernel(a_desc, out, num_steps, fault: gl.constexpr, layout: gl.constexpr):
+    """`aᵀ a` over tiles of rows that go through a ring."""
+    ring = gl.allocate_shared_memory(a_desc.dtype, [2, BLOCK, BLOCK], a_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for bar in gl.static_range(2):
+        mbarrier.init(full.index(bar), count=1)
+        mbarrier.init(empty.index(bar), count=1)
+    gl.warp_specialize(
+        [
+            (_add_up, (ring, full, empty, out, num_steps, fault, layout)),
+            (_bring, (a_desc, ring, full, empty, num_steps, fault)),
+        ],
+        [1],
+        [24],
+    )

@@ -1,0 +1,99 @@
+"""The interpreter of Gluon: what it computes, and that it finds what is wrong with a kernel."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="needs the package triton")
+
+if not triton.__version__.startswith("3.6."):
+    pytest.skip("Gluon is known as of Triton 3.6", allow_module_level=True)
+
+
+def launch(name, inputs, *args, seed=0):
+    """Run one of `faulty_kernels`, with 64 x 64 blocks of `inputs` described."""
+    import faulty_kernels
+    from gluon_interpreter import interpreted
+    from triton.experimental.gluon import language as gl
+
+    from diffmm.ops.diff_attention.triton.hopper import gluon_describe
+
+    layout = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    described = [gluon_describe(x, [64, 64]) for x in inputs]
+    with interpreted(seed):
+        getattr(faulty_kernels, name)[(1,)](*described, *args, layout=layout, num_warps=4)
+
+
+def square(fault):
+    a, out = torch.randn(60, 64).bfloat16(), torch.empty(64, 64)
+    double = torch.empty_like(a)
+    launch("square_kernel", (a, double), out, fault)
+    return a, out, double
+
+
+def gram(fault, seed=0, room=64 * 64):
+    a, out = torch.randn(5 * 64, 64).bfloat16(), torch.empty(room)
+    launch("gram_kernel", (a,), out, 5, fault, seed=seed)
+    return a.float(), out.view(64, 64)
+
+
+def test_copies_and_products():
+    a, out, double = square("none")
+    whole = torch.nn.functional.pad(a, (0, 0, 0, 4)).float()
+    torch.testing.assert_close(out, 2 * whole @ whole)
+    assert torch.equal(double, 2 * a)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        ("not initialized", "Race", r"the barrier of faulty_kernels.py:\d+ was not initialized"),
+        ("too few bytes", "Race", r"too much arrives by .* at .*lacks 0 arrivals, -4096 bytes\)"),
+        ("too many bytes", "Deadlock", r"square_kernel waits at faulty_kernels.py:\d+ for parity 0 "
+         r"of barrier 0 of faulty_kernels.py:\d+ \(phase 0 lacks 0 arrivals, 8192 bytes\)"),
+        ("other phase", "Race", "the load of .* does not wait for the copy of"),
+        ("copy not waited for", "Race", "the load of .* does not wait for the copy of"),
+        ("nothing brought", "Race", "the load of .* reads what nobody wrote"),
+        ("no fence", "Race", "the product of .* needs a fence after faulty_kernels"),
+        ("stored meanwhile", "Race", "the store of .* does not wait for the product of"),
+        ("refilled", "Race", "the copy of .* does not wait for the product of"),
+        ("another waited for", "TypeError", "unsupported operand .*'UnfinishedProduct'"),
+        ("product not waited for", "TypeError", "unsupported operand .*'UnfinishedProduct'"),
+        ("stored while copied", "Race", "the store of .* does not wait for the copy of"),
+        ("copy back not waited for", "Race", "nobody waits for the copy of"),
+    ],
+)  # fmt: skip
+def test_faults_of_one_partition(fault, error, message):
+    with pytest.raises(Exception, match=message) as found:
+        square(fault)
+    assert found.typename == error
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_partitions(seed):
+    a, out = gram("none", seed)
+    torch.testing.assert_close(out, a.T @ a)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        ("no room", "Deadlock", r"gram_kernel waits .* for parity \d of barrier .* lacks 1 arrivals"
+         r".*\npartition 1 waits .* for parity 0 of .* \(phase 0 lacks 1 arrivals, 0 bytes\)"),
+        ("room twice", "Race", "too much arrives by .* at barrier .* lacks -1 arrivals"),
+        ("room too early", "Race", "the copy of .* does not wait for the product of"),
+        ("no wait for room", "Race", "the copy of .* does not wait for|too much arrives"),
+        ("no wait for data", "Race", "the product of .* (reads what nobody wrote|does not wait)"),
+        ("fence by another", "Race", "the product of .* needs a fence after faulty_kernels"),
+    ],
+)  # fmt: skip
+def test_faults_between_partitions(fault, error, message, seed):
+    """Found whoever happens to go first."""
+    with pytest.raises(Exception, match=message) as found:
+        gram(fault, seed)
+    assert found.typename == error
+
+
+def test_pointers_stay_in_their_tensor():
+    with pytest.raises(IndexError, match="a pointer leaves its tensor of 4095 elements"):
+        gram("none", room=4095)
