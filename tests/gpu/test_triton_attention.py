@@ -1,21 +1,20 @@
 """The fused kernels on a GPU: never further from float64 than twice plain low precision."""
 
+from functools import partial
+
+import attention_checks
 import pytest
 import torch
+from attention_checks import BATCH, MASKS, NAMES, check, kernels, plain, run
 from torch.utils.checkpoint import checkpoint
 
-from diffmm.ops import AttentionMask, diff_attention
-from diffmm.ops.diff_attention.reference import reference
+from diffmm.ops import AttentionMask
 
 pytestmark = pytest.mark.gpu
 
-BATCH = 2
 V1, V2, WIDE = (64, 128, 2), (128, 128, 1), (128, 256, 2)  # D, E, C
-MASKS = (
-    "full", "causal", "window", "causal window", "prefix", "documents", "shuffled documents",
-    "padding", "left padding", "everything",
-)  # fmt: skip
-NAMES = ("out", "q", "k", "v", "lam")
+masks = partial(attention_checks.masks, device="cuda")
+make_inputs = partial(attention_checks.make_inputs, device="cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -24,108 +23,6 @@ def _poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def masks(num_keys):
-    """Every field and combinations, with rows and tiles that see nothing."""
-    keys = torch.arange(num_keys, device="cuda")
-    lengths = torch.randint(1, num_keys + 1, (BATCH, 1), device="cuda")
-    packed = torch.stack([keys // 50, keys // 130])
-    padding, left = keys < lengths, keys >= num_keys - lengths
-    return {
-        "full": AttentionMask(),
-        "causal": AttentionMask(causal=True),
-        "window": AttentionMask(window=40),
-        "causal window": AttentionMask(causal=True, window=100),
-        "prefix": AttentionMask(causal=True, prefix_lengths=lengths[:, 0]),
-        "documents": AttentionMask(causal=True, document_ids=packed),
-        "shuffled documents": AttentionMask(document_ids=packed[:, torch.randperm(num_keys)]),
-        "padding": AttentionMask(key_padding=padding),
-        "left padding": AttentionMask(causal=True, key_padding=left),
-        "everything": AttentionMask(True, 90, lengths[:, 0], packed, padding),
-    }
-
-
-def make_inputs(N, M, H, G, widths, dtype, lam_shape=None):
-    D, E, C = widths
-    shapes = (BATCH, N, H, 2, D), (BATCH, M, G, C, D), (BATCH, M, G, E)
-    inputs = [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
-    lam = torch.randn((BATCH, N, H) if lam_shape is None else lam_shape, device="cuda")
-    return [x.requires_grad_() for x in (*inputs, lam)]
-
-
-def upstream(out):
-    """The same gradient for every output of a shape: random, rounded to the output's dtype."""
-    generator = torch.Generator(out.device).manual_seed(1)
-    return torch.randn(out.shape, device=out.device, generator=generator).to(out.dtype)
-
-
-def run(op, inputs):
-    out = op(*inputs)
-    return out, *torch.autograd.grad(out, inputs, upstream(out))
-
-
-def kernels(mask):
-    return lambda q, k, v, lam: diff_attention(q, k, v, lam, mask=mask, backend="triton")
-
-
-def plain(mask, *, upcast):
-    def op(q, k, v, lam):
-        scale = q.shape[-1] ** -0.5
-        return reference(q, k, v, lam.expand(q.shape[:3]), mask=mask, scale=scale, upcast=upcast)
-
-    return op
-
-
-def errors_of_stored_outputs(exact, mask, dtype):
-    """How far rounding of the stored outputs alone takes each of `NAMES` from exact arithmetic.
-
-    A fused backward takes `delta_i = rowsum(P_i * dP)` as `dO·O_i` from outputs stored in `dtype`,
-    and so `dS_i = P_i * (dP - delta_i)` is off by `P_i` times what that rounds. Plain code is not:
-    a row that sees one key has dS = 0, which plain code finds exactly and fused code to rounding.
-    """
-    q, k, v, lam = exact
-    weight, scale = lam.detach().expand(q.shape[:3]), q.shape[-1] ** -0.5
-
-    def op(weight):
-        return reference(q, k, v, weight, mask=mask, scale=scale)
-
-    with torch.no_grad():
-        out, second = op(weight), op(torch.zeros_like(weight)) - op(torch.ones_like(weight))
-        grad = upstream(out.to(dtype)).double()
-        delta2 = (grad * (second.to(dtype) - second)).sum(-1)
-        delta1 = (grad * (out.to(dtype) - out)).sum(-1) + weight * delta2
-    # The gradient of a log-sum-exp is P: that of these weighted ones is the error looked for.
-    keys = k.expand(-1, -1, -1, 2, -1).repeat_interleave(q.shape[2] // k.shape[2], dim=2)
-    scores = torch.einsum("bnhcd,bmhcd->cbnhm", q, keys) * scale
-    sees = mask.to_bool(q.shape[1], k.shape[1], device=q.device).transpose(1, 2)
-    lse = scores.masked_fill(~sees, -1e30).logsumexp(-1) * sees.any(-1)
-    dq, dk = torch.autograd.grad((weight * delta2 * lse[1] - delta1 * lse[0]).sum(), (q, k))
-    return out.to(dtype) - out, dq, dk, torch.zeros_like(v), torch.zeros_like(lam)
-
-
-def check(inputs, mask):
-    """Never further from float64 than twice plain low precision and the stored outputs' rounding.
-
-    Sums are float32 in the end, and so an error may also be eight float32 roundings of the largest
-    entry: plain float32 splits its sums, the kernels add them up in one chain.
-    """
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    truth = run(plain(mask, upcast=True), exact)
-    low = run(plain(mask, upcast=False), inputs)
-    found = run(kernels(mask), inputs)
-    stored = errors_of_stored_outputs(exact, mask, inputs[0].dtype)
-    for what, f, p, s, t in zip(NAMES, found, low, stored, truth, strict=True):
-        assert f.isfinite().all(), what
-        rounding = 1e-6 * (1 + t.abs().max())
-        for measure, size, count in (
-            ("norm", torch.Tensor.norm, t.numel() ** 0.5),
-            ("max", lambda x: x.abs().max(), 1.0),
-        ):
-            error, allowed = size(f - t), size(p - t) + size(s)
-            assert error <= 2 * allowed + rounding * count, (
-                f"{what}, {measure}: {error:.2e}, plain {size(p - t):.2e}, stored {size(s):.2e}"
-            )
 
 
 @pytest.mark.parametrize("name", MASKS)
