@@ -16,9 +16,9 @@ Memory that nobody wrote is NaN. Layouts are carried along and checked by nobody
 import inspect
 import itertools
 import random
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -26,10 +26,8 @@ import torch
 import triton.language as tl
 from gluon_memory import (
     Barrier,
-    Clock,
     Copy,
     Descriptor,
-    Event,
     Race,
     Reading,
     Shared,
@@ -38,19 +36,12 @@ from gluon_memory import (
     learn,
     line,
 )
+from gluon_turns import Turns
 from gluon_values import VOCABULARY, Pointer, Value, poisoned
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.runtime.jit import JITFunction
-
-
-class Deadlock(Exception):
-    """Every partition waits for something that cannot come."""
-
-
-class _Stopped(BaseException):
-    """Ends the threads that are left when a program fails."""
 
 
 @contextmanager
@@ -94,120 +85,23 @@ def _constant(x: Any) -> Any:
     return getattr(torch, names.get(x.name, x.name))
 
 
-class Partition:
-    """A thread of a program, what it knows of the others, and what it has under way."""
-
-    def __init__(self, name: str, clock: Clock) -> None:
-        self.name, self.clock = name, {**clock, self: 1}
-        self.fences: list[int] = []
-        self.products: list[UnfinishedProduct] = []
-        self.stores: list[Reading] = []
-        self.go = threading.Semaphore(0)
-        self.can_go: Callable[[], bool] = lambda: True
-        self.waits_for: tuple[Any, ...] = ()
-        self.is_done = False
-
-    def tick(self) -> Clock:
-        """What it knows up to here; what it does from now on is news."""
-        known = dict(self.clock)
-        self.clock[self] += 1
-        return known
-
-    def knows_a_fence_after(self, store: Event) -> bool:
-        known = self.clock.get(store.actor, 0)
-        return any(store.time <= fence <= known for fence in store.actor.fences)
-
-
-class Program:
+class Program(Turns):
     """One program of a launch, and the words of Triton's language as its kernel means them."""
 
     def __init__(
         self, place: tuple[int, ...], grid: tuple[int, ...], chance: random.Random
     ) -> None:
-        self._place, self._grid, self._chance = place, grid, chance
-        self._back = threading.Semaphore(0)
-        self._partitions: list[Partition] = []
-        self._threads: list[threading.Thread] = []
-        self._failure: BaseException | None = None
+        super().__init__(chance)
+        self._place, self._grid = place, grid
         self._functions: dict[Any, Callable[..., Any]] = {}
         self._barriers: dict[int, Barrier] = {}
-        self._copies: list[Copy] = []
         self._late_stores: list[tuple[Descriptor, list[int], Value]] = []
         self.states = [State()]
-        self.turn: Partition
-
-    # ---- Taking turns
 
     def run(self, kernel: Any, arguments: dict[str, Any]) -> None:
-        self._start(lambda: self._call(kernel)(**arguments), kernel.__name__, {})
-        try:
-            while not all(partition.is_done for partition in self._partitions):
-                self._take_turn()
-                if self._failure is not None:
-                    raise self._failure
-        finally:
-            self._failure = self._failure or _Stopped()
-            for partition in self._partitions:
-                partition.go.release()
-            for thread in self._threads:
-                thread.join()
-        if self._copies:
-            raise Race(f"nobody waits for the copy of {self._copies[0].line}")
+        self.run_to_the_end(lambda: self._call(kernel)(**arguments), kernel.__name__)
         for descriptor, place, block in self._late_stores:
             descriptor.store(place, block)
-
-    def _take_turn(self) -> None:
-        """Let a partition go on until its next pause, or a copy arrive: rather late than soon."""
-        ready = [p for p in self._partitions if not p.is_done and p.can_go()]
-        if self._copies and (not ready or self._chance.random() < 0.1):
-            self._copies.pop(self._chance.randrange(len(self._copies))).arrive()
-        elif ready:
-            self.turn = self._chance.choice(ready)
-            self.turn.go.release()
-            self._back.acquire()
-        else:
-            left = [p for p in self._partitions if not p.is_done]
-            raise Deadlock("\n".join(" ".join(map(str, (p.name, *p.waits_for))) for p in left))
-
-    def _start(self, body: Callable[[], Any], name: str, clock: Clock) -> Partition:
-        partition = Partition(name, clock)
-
-        def work() -> None:
-            partition.go.acquire()
-            try:
-                if self._failure is None:
-                    body()
-                    self._end(partition)
-            except _Stopped:
-                return
-            except BaseException as failure:
-                self._failure = failure
-            partition.is_done = True
-            self._back.release()
-
-        self._partitions.append(partition)
-        self._threads.append(threading.Thread(target=work, daemon=True))
-        self._threads[-1].start()
-        return partition
-
-    def _end(self, partition: Partition) -> None:
-        if partition.products:
-            raise Race(f"nobody waits for the product of {partition.products[0].event.line}")
-        if partition.stores:
-            raise Race(f"nobody waits for the copy of {partition.stores[0].event.line}")
-
-    def pause(self, can_go: Callable[[], bool] = lambda: True, *waits_for: Any) -> None:
-        """Let others run, at least until `can_go`."""
-        partition = self.turn
-        partition.can_go, partition.waits_for = can_go, waits_for
-        self._back.release()
-        partition.go.acquire()
-        if self._failure is not None:
-            raise _Stopped
-
-    def event(self, what: str) -> Event:
-        """An access by the partition at work."""
-        return Event(what, line(), self.turn, self.turn.clock[self.turn])
 
     # ---- Python's functions with this program's meaning of what they name
 
@@ -215,7 +109,12 @@ class Program:
         if kernel not in self._functions:
             fn = kernel.fn
             scope = {name: self._meaning(x) for name, x in fn.__globals__.items()}
-            scope |= {"range": self.range, "min": self.minimum, "max": self.maximum}
+            scope |= {
+                "range": self.range,
+                "min": self.minimum,
+                "max": self.maximum,
+                "abs": self.abs,
+            }
             own = FunctionType(fn.__code__, scope, fn.__name__, fn.__defaults__, fn.__closure__)
 
             def call(*args: Any, **kwargs: Any) -> Any:
@@ -276,20 +175,14 @@ class Program:
     def thread_barrier(self) -> None:
         self.pause()
 
-    def warp_specialize(self, works: list[Any], num_warps: list[int], num_regs: list[int]) -> Any:
-        if not len(works) - 1 == len(num_warps) == len(num_regs):
-            raise ValueError(f"{len(works)} partitions, warps {num_warps}, registers {num_regs}")
-        default, clock = self.turn, self.turn.tick()
-        others = [
-            self._start(lambda work=work, args=args: work(*args), f"partition {number}", clock)
-            for number, (work, args) in enumerate(works[1:], start=1)
-        ]
-        work, args = works[0]
-        result = work(*args)
-        self.pause(lambda: all(other.is_done for other in others), "waits for the others")
-        for other in others:
-            learn(default.clock, other.clock)
-        return result
+    def warp_specialize(
+        self, functions_and_args: Any, worker_num_warps: list[int], worker_num_regs: list[int]
+    ) -> Any:
+        num_workers = len(functions_and_args) - 1
+        if not num_workers == len(worker_num_warps) == len(worker_num_regs):
+            sizes = f"of warps {worker_num_warps} and registers {worker_num_regs}"
+            raise ValueError(f"{num_workers} partitions beside the first, {sizes}")
+        return self.run_beside([partial(work, *args) for work, args in functions_and_args])
 
     # ---- mbarrier
 
@@ -336,18 +229,19 @@ class Program:
     # ---- The copy engine
 
     def async_copy_global_to_shared(
-        self, desc: Descriptor, coord: Any, barrier: Shared, result: Shared, pred: Any = True
+        self, tensor_desc: Descriptor, coord: Any, barrier: Shared, result: Shared, pred: Any = True
     ) -> None:
         self.pause()
         if pred:
-            self._copies.append(Copy(desc, list(map(int, coord)), self._barrier(barrier), result))
+            place = list(map(int, coord))
+            self.copies.append(Copy(tensor_desc, place, self._barrier(barrier), result))
 
-    def async_copy_shared_to_global(self, desc: Descriptor, coord: Any, src: Shared) -> None:
+    def async_copy_shared_to_global(self, tensor_desc: Descriptor, coord: Any, src: Shared) -> None:
         self.pause()
-        if (src.shape, src.dtype) != (desc.shape, desc.dtype):
-            raise ValueError(f"a block {desc.shape} does not fit {src.shape} at {line()}")
+        tensor_desc.must_fit(src)
         self.turn.stores.append(Reading("copy", [src]))
-        self._late_stores.append((desc, list(map(int, coord)), Value(src.data.clone())))
+        place, block = list(map(int, coord)), Value(src.data.clone())
+        self._late_stores.append((tensor_desc, place, block))
 
     def store_wait(self, pendings: int) -> None:
         """Until the copies are through with shared memory; global memory may get them later."""

@@ -8,7 +8,6 @@ where it arrived. An access is safe if whoever makes it knows, in this sense, of
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +24,9 @@ class Race(Exception):
 def line() -> str:
     """The line of the kernel that is at work."""
     frame = sys._getframe(1)
-    while Path(frame.f_code.co_filename).name.startswith("gluon_"):
+    while (name := frame.f_code.co_filename.rpartition("/")[2]).startswith("gluon_"):
         frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    return f"{name}:{frame.f_lineno}"
 
 
 def learn(clock: Clock, other: Clock) -> None:
@@ -55,6 +54,10 @@ class Descriptor:
             outer.append(slice(low, max(low, high)))
             inner.append(slice(low - start, max(low, high) - start))
         return tuple(outer), tuple(inner)
+
+    def must_fit(self, shared: "Shared") -> None:
+        if (shared.shape, shared.dtype) != (self.shape, self.dtype):
+            raise ValueError(f"a block {self.shape} does not fit {shared.shape} at {line()}")
 
     def load(self, place: list[Any]) -> Value:
         outer, inner = self._overlap(place)
@@ -209,8 +212,7 @@ class Copy:
     """A copy under way from global to shared memory."""
 
     def __init__(self, source: Descriptor, place: list[int], barrier: Barrier, to: Shared) -> None:
-        if (to.shape, to.dtype) != (source.shape, source.dtype):
-            raise ValueError(f"a block {source.shape} does not fit {to.shape} at {line()}")
+        source.must_fit(to)
         self.source, self.place, self.barrier, self.to = source, place, barrier, to
         self.line = line()
         to.empty(Event("copy", self.line, self))

@@ -17,23 +17,33 @@ def poisoned(shape: Any, dtype: torch.dtype) -> Tensor:
     return torch.full(shape, value, dtype=dtype)
 
 
+def _own_type(x: Any) -> torch.dtype:
+    if isinstance(x, Value):
+        return x.dtype
+    if isinstance(x, float):
+        return torch.float32
+    if isinstance(x, bool):
+        return torch.bool
+    return torch.int32 if -(2**31) <= x < 2**31 else torch.int64
+
+
+def _kind(dtype: torch.dtype) -> int:
+    return 2 if dtype.is_floating_point else int(dtype != torch.bool)
+
+
 def _common_type(*operands: Any) -> torch.dtype:
-    """The type in which Triton computes: a number written in the kernel adapts to the others."""
-    dtype = None
-    for operand in sorted(operands, key=lambda operand: not isinstance(operand, Value)):
-        if isinstance(operand, Value):
-            own = operand.dtype
-        elif isinstance(operand, float):
-            own = torch.float32
-        elif isinstance(operand, bool):
-            own = torch.bool
-        else:
-            own = torch.int32 if -(2**31) <= operand < 2**31 else torch.int64
-        if dtype is None:
-            dtype = own
-        elif isinstance(operand, Value) or not dtype.is_floating_point:
-            dtype = torch.promote_types(dtype, own)
-    return dtype
+    """The type in which Triton computes: a number in the kernel's text adapts to tiles, if it is of
+    their kind."""
+    types = [_own_type(x) for x in operands if isinstance(x, Value)]
+    common = functools.reduce(torch.promote_types, types) if types else torch.bool
+    for x in operands:
+        if isinstance(x, Value):
+            continue
+        if not types or _kind(_own_type(x)) > _kind(common):
+            common = torch.promote_types(common, _own_type(x))
+        elif _kind(common) == 1 and not torch.iinfo(common).min <= x <= torch.iinfo(common).max:
+            raise ValueError(f"{x} is out of range for {common}")
+    return common
 
 
 def elementwise(function: Callable[..., Tensor], *operands: Any) -> "Value":
@@ -59,7 +69,7 @@ class Value:
             return x
         if not isinstance(x, (bool, int, float)):
             raise TypeError(f"a number or a tile is needed, not {type(x).__name__}")
-        return cls(torch.tensor(x, dtype=_common_type(x)))
+        return cls(torch.tensor(x, dtype=_own_type(x)))
 
     type = tensor_type = property(lambda self: self)  # `x.type.layout`, as of a real tensor
     dtype = property(lambda self: self.data.dtype)
@@ -90,8 +100,12 @@ class Value:
     __hash__ = None
 
 
+def _divide(x: Tensor, y: Tensor) -> Tensor:
+    return x.float() / y.float()  # Also where both have 16 bits.
+
+
 _OPERATORS = {
-    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "truediv": torch.div,
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "truediv": _divide,
     "floordiv": functools.partial(torch.div, rounding_mode="trunc"), "mod": torch.fmod,
     "and": torch.bitwise_and, "or": torch.bitwise_or, "xor": torch.bitwise_xor,
     "lshift": torch.bitwise_left_shift, "rshift": torch.bitwise_right_shift,

@@ -10,8 +10,8 @@ if not triton.__version__.startswith("3.6."):
 
 
 def launch(name, inputs, *args, seed=0):
-    """Run one of `faulty_kernels`, with 64 x 64 blocks of `inputs` described."""
-    import faulty_kernels
+    """Run one of the kernels, with 64 x 64 blocks of `inputs` described."""
+    import small_kernels
     from gluon_interpreter import interpreted
     from triton.experimental.gluon import language as gl
 
@@ -20,7 +20,7 @@ def launch(name, inputs, *args, seed=0):
     layout = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     described = [gluon_describe(x, [64, 64]) for x in inputs]
     with interpreted(seed):
-        getattr(faulty_kernels, name)[(1,)](*described, *args, layout=layout, num_warps=4)
+        getattr(small_kernels, name)[(1,)](*described, *args, layout=layout, num_warps=4)
 
 
 def square(fault):
@@ -36,6 +36,23 @@ def gram(fault, seed=0, room=64 * 64):
     return a.float(), out.view(64, 64)
 
 
+def test_numbers():
+    import small_kernels
+    from gluon_interpreter import interpreted
+
+    x, y, out = torch.tensor([-7, 7, -4, 5]).int(), torch.ones(8).bfloat16(), torch.empty(56)
+    with interpreted():
+        small_kernels.numbers_kernel[(1,)](x, y, out, len(x), 2.0**-9)
+    divided, rest, wrapped, longer, low, exact, last = out.view(7, 8).tolist()
+    assert divided == [-1, 1, -1, 1, *[-2] * 4]
+    assert rest == [-3, 3, 0, 1, *[-1] * 4]
+    assert wrapped == [2.0**30, -(2.0**30), 0, 2.0**30, *[-(2.0**30)] * 4]
+    assert longer == [-7, 7, -4, 5, *[-9] * 4]
+    assert low == [1.0] * 8  # A number in the kernel adapts to bfloat16, which has not the bits,
+    assert exact == [1.0 + 2.0**-9] * 8  # an argument is float32.
+    assert last == [1, 1, 1, *[7] * 5]
+
+
 def test_copies_and_products():
     a, out, double = square("none")
     whole = torch.nn.functional.pad(a, (0, 0, 0, 4)).float()
@@ -46,14 +63,14 @@ def test_copies_and_products():
 @pytest.mark.parametrize(
     ("fault", "error", "message"),
     [
-        ("not initialized", "Race", r"the barrier of faulty_kernels.py:\d+ was not initialized"),
+        ("not initialized", "Race", r"the barrier of small_kernels.py:\d+ was not initialized"),
         ("too few bytes", "Race", r"too much arrives by .* at .*lacks 0 arrivals, -4096 bytes\)"),
-        ("too many bytes", "Deadlock", r"square_kernel waits at faulty_kernels.py:\d+ for parity 0 "
-         r"of barrier 0 of faulty_kernels.py:\d+ \(phase 0 lacks 0 arrivals, 8192 bytes\)"),
+        ("too many bytes", "Deadlock", r"square_kernel waits at small_kernels.py:\d+ for parity 0 "
+         r"of barrier 0 of small_kernels.py:\d+ \(phase 0 lacks 0 arrivals, 8192 bytes\)"),
         ("other phase", "Race", "the load of .* does not wait for the copy of"),
         ("copy not waited for", "Race", "the load of .* does not wait for the copy of"),
         ("nothing brought", "Race", "the load of .* reads what nobody wrote"),
-        ("no fence", "Race", "the product of .* needs a fence after faulty_kernels"),
+        ("no fence", "Race", "the product of .* needs a fence after small_kernels"),
         ("stored meanwhile", "Race", "the store of .* does not wait for the product of"),
         ("refilled", "Race", "the copy of .* does not wait for the product of"),
         ("another waited for", "TypeError", "unsupported operand .*'UnfinishedProduct'"),
@@ -84,7 +101,7 @@ def test_partitions(seed):
         ("room too early", "Race", "the copy of .* does not wait for the product of"),
         ("no wait for room", "Race", "the copy of .* does not wait for|too much arrives"),
         ("no wait for data", "Race", "the product of .* (reads what nobody wrote|does not wait)"),
-        ("fence by another", "Race", "the product of .* needs a fence after faulty_kernels"),
+        ("fence by another", "Race", "the product of .* needs a fence after small_kernels"),
     ],
 )  # fmt: skip
 def test_faults_between_partitions(fault, error, message, seed):

@@ -1,5 +1,7 @@
-"""Small kernels in Gluon, each with a `fault` on demand that the interpreter has to find."""
+"""Small kernels for the tests of the interpreter, with a `fault` on demand that it has to find."""
 
+import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -11,6 +13,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 BLOCK = gl.constexpr(64)
+
+
+@triton.jit
+def numbers_kernel(x, y, out, num, half):
+    """Integers as in C, of 32 bits, and what types meet."""
+    place = tl.arange(0, 8)
+    whole = tl.load(x + place, mask=place < num, other=-9)
+    tl.store(out + place, whole // 4)
+    tl.store(out + 8 + place, whole % 4)
+    tl.store(out + 16 + place, whole * 2**30)
+    tl.store(out + 24 + place, whole.to(tl.int64) * 2**30 // 2**30)
+    low = tl.load(y + place)
+    tl.store(out + 32 + place, low + 2.0**-9)
+    tl.store(out + 40 + place, low + half)
+    total = 0
+    for step in range(0, num, 2):
+        total += step // 2
+    tl.store(out + 48 + place, tl.where(place < 3, total, tl.max(whole, 0)))
 
 
 @gluon.jit
