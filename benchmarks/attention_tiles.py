@@ -4,11 +4,13 @@
 
 Compiles every candidate in parallel processes and holds each against the float64 reference on a
 small problem; then times the right ones, a kernel at a time, beside cuDNN's softmax attention with
-the same query heads, on one GPU in one run. Prints the best candidates of every kernel and shape,
-and what they add up to; `--out` receives every number as JSON.
+the same query heads, on one GPU in one run. On Hopper the kernels written for it are candidates
+too. Prints the best candidates of every kernel and shape, and what they add up to; `--out` receives
+every number as JSON.
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -24,16 +26,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.timing import median_ms
 from diffmm.ops import AttentionMask
 from diffmm.ops.diff_attention.reference import reference
-from diffmm.ops.diff_attention.triton import hopper, wide_backward
-from diffmm.ops.diff_attention.triton.backward import key_gradients, query_gradient, query_rows
+from diffmm.ops.diff_attention.triton.backward import key_gradients, query_gradient
 from diffmm.ops.diff_attention.triton.forward import forward
 from diffmm.ops.diff_attention.triton.masking import KernelMask
+from diffmm.ops.diff_attention.triton.rows import query_rows
 from diffmm.ops.diff_attention.triton.tiles import Tile
 from diffmm.ops.softmax_attention.sdpa import sdpa as softmax
 
 # A candidate further from float64 than this is wrong: bfloat16 kernels come to 2e-3 to 6e-3.
 TOLERANCE = 2e-2
 SECONDS_TO_COMPILE = 200
+HOPPER_PACKAGE = "diffmm.ops.diff_attention.triton.hopper"
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Problem:
             "forward": score + 2 * value,
             "key": 2 * score + 2 * value,
             "query": 2 * score + value,
+            "gradients": 3 * score + 2 * value,
         }[kernel]
         pairs = self.batch * self.heads * self.length**2 / (2 if self.causal else 1)
         return 2.0 * count * pairs
@@ -74,17 +78,21 @@ PROBLEMS = [
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel, the problems' widths and mask it is compiled for, and its tile."""
+    """A kernel (`gradients` are key and query at once), the problems' widths and mask it is
+    compiled for, and its tile or the module of `hopper` that it comes from."""
 
     kernel: str
     D: int
     E: int
     C: int
     causal: bool
-    tile: Tile
+    tile: Tile | None = None
+    hopper: str = ""
 
     def label(self) -> str:
         tile = self.tile
+        if tile is None:
+            return f"hopper.{self.hopper}"
         name = f"n{tile.block_n} m{tile.block_m} w{tile.num_warps} s{tile.num_stages}"
         return f"{name}{' split' if tile.split else ''}"
 
@@ -103,6 +111,7 @@ NARROW: dict[str, list[tuple[int, int, int, int]]] = {
     "query": [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4), (128, 32, 8, 3),
               (128, 64, 8, 3)],
 }  # fmt: skip
+HOPPER = [("forward", "forward"), ("gradients", "backward"), ("gradients", "by_columns")]
 
 
 def candidates() -> list[Candidate]:
@@ -112,6 +121,9 @@ def candidates() -> list[Candidate]:
         for name, tiles in (WIDE if E > 128 else NARROW).items():
             kernel, split = name.removesuffix(" split"), name.endswith(" split")
             found += [Candidate(kernel, D, E, C, causal, Tile(*t, split=split)) for t in tiles]
+        if torch.cuda.get_device_capability()[0] == 9:
+            for kernel, module in HOPPER if E > 128 else HOPPER[:2]:
+                found.append(Candidate(kernel, D, E, C, causal, hopper=module))
     return found
 
 
@@ -139,6 +151,13 @@ class Inputs:
 
     def run(self, candidate: Candidate) -> tuple[Tensor, ...]:
         shared = (self.grad, self.q, self.k, self.v, self.rows, self.mask, self.scale)
+        if candidate.tile is None:
+            module = importlib.import_module(f"{HOPPER_PACKAGE}.{candidate.hopper}")
+            if candidate.kernel == "forward":
+                found = module.forward(self.q, self.k, self.v, self.lam, self.mask, self.scale)
+            else:
+                found = module.gradients(*shared)
+            return tuple(found)
         if candidate.kernel == "forward":
             out, second, lse = self.forward(candidate.tile)
             assert second is not None
@@ -178,6 +197,7 @@ def error_of(candidate: Candidate, truth: Truth) -> float:
         "forward": (truth.out,),
         "key": (truth.dk, truth.dv),
         "query": (truth.dq,),
+        "gradients": (truth.dq, truth.dk, truth.dv),
     }[candidate.kernel]
     pairs = [(truth.inputs.lam_grad, truth.dlam), *zip(results, wanted, strict=False)]
     errors = [(got.double() - want).norm() / want.norm() for got, want in pairs]
@@ -312,14 +332,9 @@ def measure(
             rate = problem.flops(kernel) / ms * 1e-9
             print(f"  {kernel:11} {ms:7.3f} ms {rate:5.0f} TF/s  {label}")
     nothing = float("inf")
-    gradients = best.get("key", nothing) + best.get("query", nothing)
-    if hopper.serves(inputs.q, inputs.v):
-        gradients = median_ms(
-            lambda: wide_backward.wide_gradients(
-                inputs.grad, inputs.q, inputs.k, inputs.v, inputs.rows, inputs.mask, inputs.scale
-            )
-        )
-        print(f"  wide        {gradients:7.3f} ms, keys and queries")
+    gradients = min(
+        best.get("gradients", nothing), best.get("key", nothing) + best.get("query", nothing)
+    )
     first, second = best.get("forward", nothing), gradients + rows
     both = base_forward + base_backward
     return (

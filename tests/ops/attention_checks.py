@@ -12,6 +12,7 @@ MASKS = (
     "padding", "left padding", "everything",
 )  # fmt: skip
 NAMES = ("out", "q", "k", "v", "lam")
+NUM_LARGEST = 8
 
 
 def masks(num_keys, device):
@@ -106,11 +107,11 @@ def check(inputs, mask):
     for what, f, p, s, t in zip(NAMES, found, low, stored, truth, strict=True):
         assert f.isfinite().all(), what
         rounding = 1e-6 * (1 + t.abs().max())
-        for measure, size, count in (
-            ("norm", torch.Tensor.norm, t.numel() ** 0.5),
-            ("max", lambda x: x.abs().max(), 1.0),
-        ):
-            error, allowed = size(f - t), size(p - t) + size(s)
-            assert error <= 2 * allowed + rounding * count, (
-                f"{what}, {measure}: {error:.2e}, plain {size(p - t):.2e}, stored {size(s):.2e}"
+        for measure, most in (("norm", t.numel()), ("largest", min(NUM_LARGEST, t.numel()))):
+            # Of a single largest error it is chance whether the other's is half of it.
+            error, of_plain, of_stored = (
+                x.abs().flatten().topk(most).values.norm() for x in (f - t, p - t, s)
+            )
+            assert error <= 2 * (of_plain + of_stored) + rounding * most**0.5, (
+                f"{what}, {measure}: {error:.2e}, plain {of_plain:.2e}, stored {of_stored:.2e}"
             )

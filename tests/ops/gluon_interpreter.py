@@ -1,7 +1,7 @@
 """Triton and Gluon kernels for Hopper on a CPU, one turn at a time and at the worst of times.
 
     with interpreted(seed=0):
-        wide_forward(q, k, v, lam, mask, scale)  # every launch runs here, on tensors of the CPU
+        forward(q, k, v, lam, mask, scale)  # every launch runs here, on tensors of the CPU
 
 A kernel's Python function runs as it is, with other meanings for the words of Triton's language.
 Each partition of `warp_specialize` is a thread; one runs at a time, and at every operation that

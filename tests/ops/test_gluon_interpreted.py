@@ -11,7 +11,8 @@ triton = pytest.importorskip("triton", reason="needs the package triton")
 if not triton.__version__.startswith("3.6."):
     pytest.skip("the kernels are for Triton 3.6", allow_module_level=True)
 
-WIDE, NARROWER, SHARED_KEY = (128, 256, 2), (96, 192, 2), (128, 256, 1)  # D, E, C
+WIDE, ODD, SHARED_KEY = (128, 256, 2), (96, 192, 2), (128, 256, 1)  # D, E, C
+V1, V2, SMALL = (64, 128, 2), (128, 128, 1), (48, 64, 1)
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +32,23 @@ def _served(monkeypatch):
     monkeypatch.setattr(hopper, "serves", lambda q, v: True)
 
 
+@pytest.fixture(params=["by_columns", "backward"])
+def gradients(request, monkeypatch):
+    """The module that the backward pass is taken from."""
+    from diffmm.ops.diff_attention.triton.hopper import backward, by_columns
+
+    module = {"by_columns": by_columns, "backward": backward}[request.param]
+    monkeypatch.setattr(by_columns, "gradients", module.gradients)
+    return module
+
+
+@pytest.fixture
+def role_by_role(monkeypatch):
+    from diffmm.ops.diff_attention.triton.hopper import backward, by_columns
+
+    monkeypatch.setattr(by_columns, "gradients", backward.gradients)
+
+
 def check_here(N, M, H, G, widths, mask, *, dtype=torch.bfloat16, seed=0):
     from gluon_interpreter import interpreted
 
@@ -38,25 +56,50 @@ def check_here(N, M, H, G, widths, mask, *, dtype=torch.bfloat16, seed=0):
         check(make_inputs(N, M, H, G, widths, dtype, device="cpu"), mask)
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_every_mask(name):
+def check_mask(name, widths):
     seed = MASKS.index(name)
-    widths = (WIDE, NARROWER, SHARED_KEY)[seed % 3]
     check_here(150, 150, 2, 1, widths, masks(150, "cpu")[name], seed=seed)
     check_here(65, 197, 1, 1, widths, masks(197, "cpu")[name], seed=seed)
 
 
-@pytest.mark.parametrize("widths", [WIDE, NARROWER, SHARED_KEY], ids=str)
-def test_every_width(widths):
+@pytest.mark.usefixtures("gradients")
+@pytest.mark.parametrize("name", MASKS)
+def test_every_mask_with_wide_values(name):
+    check_mask(name, (WIDE, ODD, SHARED_KEY)[MASKS.index(name) % 3])
+
+
+@pytest.mark.usefixtures("role_by_role")
+@pytest.mark.parametrize("name", MASKS)
+def test_every_mask(name):
+    check_mask(name, (V1, V2)[MASKS.index(name) % 2])
+
+
+@pytest.mark.usefixtures("gradients")
+@pytest.mark.parametrize("widths", [WIDE, ODD, SHARED_KEY], ids=str)
+def test_wide_values(widths):
     check_here(200, 200, 2, 2, widths, AttentionMask(causal=True), dtype=torch.float16)
+    check_here(1, 1, 2, 2, widths, AttentionMask(causal=True), dtype=torch.float16)
+
+
+@pytest.mark.usefixtures("role_by_role")
+@pytest.mark.parametrize("widths", [V1, V2, SMALL], ids=str)
+def test_every_width(widths):
+    check_here(400, 400, 2, 2, widths, AttentionMask(causal=True), dtype=torch.float16)
     check_here(1, 1, 2, 2, widths, AttentionMask(causal=True), dtype=torch.float16)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("num_bytes", [1, 200_000])
-def test_little_memory(monkeypatch, num_bytes, causal):
+def test_little_memory(gradients, monkeypatch, num_bytes, causal):
     """Heads take turns, and bands of keys where one head is too much."""
-    from diffmm.ops.diff_attention.triton import wide_backward
-
-    monkeypatch.setattr(wide_backward, "SCRATCH_BYTES", num_bytes)
+    monkeypatch.setattr(gradients, "SCRATCH_BYTES", num_bytes)
     check_here(130, 130, 4, 2, WIDE, AttentionMask(causal=causal))
+
+
+@pytest.mark.usefixtures("role_by_role")
+@pytest.mark.parametrize("num_bytes", [1, 400_000])
+def test_little_memory_for_two_tiles_at_once(monkeypatch, num_bytes):
+    from diffmm.ops.diff_attention.triton.hopper import backward
+
+    monkeypatch.setattr(backward, "SCRATCH_BYTES", num_bytes)
+    check_here(330, 330, 4, 2, V1, AttentionMask(causal=True))

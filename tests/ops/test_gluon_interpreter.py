@@ -15,7 +15,7 @@ def launch(name, inputs, *args, seed=0):
     from gluon_interpreter import interpreted
     from triton.experimental.gluon import language as gl
 
-    from diffmm.ops.diff_attention.triton.hopper import gluon_describe
+    from diffmm.ops.diff_attention.triton.hopper.common import gluon_describe
 
     layout = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     described = [gluon_describe(x, [64, 64]) for x in inputs]

@@ -22,24 +22,26 @@ def layout(rank, swizzle=128, bits=16):
     )
 
 
-D, E = 128, 256
 LOOKS = {"window": "i32", "prefix": "*i32", "documents": "*i64", "padding": "*i8", "ranges": "*i32"}
 
 
-def compiled(kernel, dtype, *, num_warps, looked_up=False, **constants):
+def compiled(
+    kernel, dtype, D, E, *, keys=64, num_rows=4, num_warps=4, looked_up=False, **constants
+):
     from triton.backends.compiler import GPUTarget
 
     types = {
         "q_desc": f"tensordesc<{dtype}[1, 64, 1, 1, {D}],{layout(5)}>",
         "g_desc": f"tensordesc<{dtype}[1, 64, 1, {E}],{layout(4)}>",
-        "k_desc": f"tensordesc<{dtype}[1, 64, 1, 1, {D}],{layout(5)}>",
-        "v_desc": f"tensordesc<{dtype}[1, 64, 1, {E}],{layout(4)}>",
+        "k_desc": f"tensordesc<{dtype}[1, {keys}, 1, 1, {D}],{layout(5)}>",
+        "v_desc": f"tensordesc<{dtype}[1, {keys}, 1, {E}],{layout(4)}>",
         "ds_desc": f"tensordesc<{dtype}[64, 64],{layout(2)}>",
-        "rows_desc": f"tensordesc<fp32[8, 64],{layout(2, 0, 32)}>",
+        "rows_desc": f"tensordesc<fp32[{num_rows}, 64],{layout(2, 0, 32)}>",
+        "weight_desc": f"tensordesc<fp32[1, 64],{layout(2, 0, 32)}>",
         "scale": "fp32", "lam": "*fp32", "lse": "*fp32",
         **dict.fromkeys(("dk", "dv", "out", "second"), f"*{dtype}"),
     }  # fmt: skip
-    constants |= {"E": E, "BLOCK_D": D, "BLOCK_E": E}
+    constants |= {"D": D, "E": E, "BLOCK_D": D, "BLOCK_E": E, "KEYS": keys}
     if looked_up:
         types |= LOOKS
     else:
@@ -53,20 +55,37 @@ def compiled(kernel, dtype, *, num_warps, looked_up=False, **constants):
     }
     constants = {name: value for name, value in constants.items() if name in names}
     source = gluon.GluonASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": num_warps}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps}
+    )
 
 
-def key_kernel(dtype, C, **options):
-    from diffmm.ops.diff_attention.triton.wide_backward import _key_kernel
+def key_kernel(dtype, widths, *, causal, looked_up=False):
+    from diffmm.ops.diff_attention.triton.hopper.backward import kernels_of_keys
 
-    return compiled(_key_kernel, dtype, num_warps=8, C=C, D=D, **options)
+    D, E, C = widths
+    kernel = kernels_of_keys(D, E, C).key_kernel
+    folded = causal and not looked_up
+    return compiled(kernel, dtype, D, E, looked_up=looked_up, C=C, CAUSAL=causal, FOLDED=folded)
 
 
-def forward_kernel(dtype, C, **options):
-    from diffmm.ops.diff_attention.triton.wide_forward import _forward_kernel
+def kernel_by_columns(dtype, C, *, causal):
+    from diffmm.ops.diff_attention.triton.hopper.by_columns import _key_kernel
 
-    return compiled(_forward_kernel, dtype, num_warps=4, C=C, **options)
+    return compiled(
+        _key_kernel, dtype, 128, 256, num_rows=8, num_warps=8, C=C, CAUSAL=causal, FOLDED=causal
+    )
+
+
+def forward_kernel(dtype, widths, *, causal, looked_up=False):
+    from diffmm.ops.diff_attention.triton.hopper.forward import _forward_kernel, keys_and_stages
+
+    D, E, C = widths
+    keys, stages = keys_and_stages(D, E, C)
+    return compiled(
+        _forward_kernel, dtype, D, E, keys=keys, looked_up=looked_up, C=C, CAUSAL=causal,
+        STAGES=stages,
+    )  # fmt: skip
 
 
 def report(kernel, folder):
@@ -86,14 +105,34 @@ def check(kernel, folder, most_bytes):
     assert kernel.metadata.shared <= 227 * 1024
 
 
-# What the products' operands and a tile's temporaries leave over may spill, never accumulators.
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize(("C", "causal"), [(2, True), (2, False), (1, True)])
-def test_in_registers_and_in_flight(C, causal, dtype, tmp_path):
-    check(key_kernel(dtype, C, CAUSAL=causal, FOLDED=causal), tmp_path, 64)
-    check(forward_kernel(dtype, C, CAUSAL=causal), tmp_path, 0)
+WIDE, V2, V1 = (128, 256, 2), (128, 128, 1), (64, 128, 2)  # D, E, C
+BY_COLUMNS = [("bf16", 2, True), ("bf16", 1, True), ("fp16", 2, False)]
+OTHERS = [(64, 64, 1), (64, 64, 2), (128, 128, 2), (128, 256, 1), (64, 256, 2), (128, 64, 1)]
 
 
-def test_looked_up_masks(tmp_path):
-    check(key_kernel("bf16", 2, looked_up=True, CAUSAL=True, FOLDED=False), tmp_path, 128)
-    check(forward_kernel("bf16", 2, looked_up=True, CAUSAL=True), tmp_path, 64)
+# What a masked tile needs may spill, and the addresses of operands; accumulators never.
+@pytest.mark.parametrize(("dtype", "causal"), [("bf16", True), ("bf16", False), ("fp16", True)])
+@pytest.mark.parametrize(("widths", "most"), [(WIDE, 32), (V2, 128), (V1, 96)], ids=str)
+def test_in_registers_and_in_flight(widths, most, causal, dtype, tmp_path):
+    check(key_kernel(dtype, widths, causal=causal), tmp_path, most)
+    if widths[0] == 128:
+        check(forward_kernel(dtype, widths, causal=causal), tmp_path, 0)
+
+
+@pytest.mark.parametrize(("dtype", "C", "causal"), BY_COLUMNS)
+def test_by_columns(dtype, C, causal, tmp_path):
+    check(kernel_by_columns(dtype, C, causal=causal), tmp_path, 64)
+
+
+@pytest.mark.parametrize("widths", OTHERS, ids=str)
+def test_other_widths(widths, tmp_path):
+    check(key_kernel("bf16", widths, causal=True), tmp_path, 96)
+    if widths[0] == 128 and widths[1] > 64:
+        check(forward_kernel("bf16", widths, causal=True), tmp_path, 0)
+
+
+@pytest.mark.parametrize("widths", [WIDE, V2, V1], ids=str)
+def test_looked_up_masks(widths, tmp_path):
+    check(key_kernel("bf16", widths, causal=True, looked_up=True), tmp_path, 320)
+    if widths[0] == 128:
+        check(forward_kernel("bf16", widths, causal=True, looked_up=True), tmp_path, 200)

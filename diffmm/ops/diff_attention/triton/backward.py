@@ -9,22 +9,30 @@ A program of the key kernel holds a tile of keys and walks along the queries of 
 group; a program of the query kernel holds a tile of queries and walks along the keys. Scores and dP
 are computed twice for it, but nothing is summed across programs: gradients are the same bits in
 every run, and one kernel for both, which adds up dQ in memory, was slower (docs/lab_notes.md).
-Values too wide for this have kernels of their own (`wide_backward`).
+Hopper has kernels of its own (`hopper`).
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmm.ops.diff_attention.triton import hopper, wide_backward
+from diffmm.ops.diff_attention.triton import hopper
 from diffmm.ops.diff_attention.triton.masking import (
     KernelMask,
     key_bounds,
     query_bounds,
     visible,
 )
+from diffmm.ops.diff_attention.triton.rows import (
+    DELTA1,
+    DELTA2,
+    LSE1,
+    LSE2,
+    NUM_ROWS,
+    WEIGHT,
+    query_rows,
+)
 from diffmm.ops.diff_attention.triton.tiles import (
-    MAX_BLOCK,
     UNSPECIALIZED,
     Tile,
     Tiles,
@@ -33,40 +41,6 @@ from diffmm.ops.diff_attention.triton.tiles import (
     pad,
     precision,
 )
-
-# What a kernel reads of every query: float32 vectors, a head at a time, rounded up to eight so that
-# the copy engine can take a tile of all of them.
-_ROWS = tl.constexpr(8)
-_LSE1, _LSE2, _DELTA1, _DELTA2, _WEIGHT = (tl.constexpr(row) for row in range(5))
-
-
-@triton.jit(do_not_specialize=[*UNSPECIALIZED, "P"])
-def _rows_kernel(
-    grad, out, second, lam, lse, rows, lam_grad, g_b, g_n, g_h, lam_b, lam_n, lam_h, N, P, H,
-    E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    batch, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    n, e = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_E)
-    inside = n < N
-    mask = inside[:, None] & (e[None, :] < E)
-    g_rows = grad + batch * g_b + n[:, None].to(tl.int64) * g_n + head * g_h + e[None, :]
-    o_rows = ((batch * N + n[:, None]) * H + head) * E + e[None, :]
-    g = tl.load(g_rows, mask=mask, other=0.0).to(tl.float32)
-    o = tl.load(out + o_rows, mask=mask, other=0.0).to(tl.float32)
-    o2 = tl.load(second + o_rows, mask=mask, other=0.0).to(tl.float32)
-    lam_rows = lam + batch * lam_b + n.to(tl.int64) * lam_n + head * lam_h
-    weight = tl.load(lam_rows, mask=inside, other=0.0)
-    delta2 = tl.sum(g * o2, 1)
-    delta1 = tl.sum(g * o, 1) + weight * delta2
-    lse += (batch * H + head) * 2 * N + n
-    rows += (batch * H + head) * _ROWS * P + n
-    # Rows past the end have a log-sum-exp of +inf: no weight in any sum.
-    tl.store(rows + _LSE1 * P, tl.load(lse, mask=inside, other=float("inf")))
-    tl.store(rows + _LSE2 * P, tl.load(lse + N, mask=inside, other=float("inf")))
-    tl.store(rows + _DELTA1 * P, delta1)
-    tl.store(rows + _DELTA2 * P, delta2)
-    tl.store(rows + _WEIGHT * P, -weight)
-    tl.store(lam_grad + (batch * N + n) * H + head, -delta2, mask=inside)
 
 
 @triton.jit
@@ -82,20 +56,20 @@ def _key_step(
     q1 = q_desc.load([batch, n0, head, 0, 0]).reshape(BLOCK_N, BLOCK_D)
     q2 = q_desc.load([batch, n0, head, 1, 0]).reshape(BLOCK_N, BLOCK_D)
     s1 = tl.dot(k1, q1.T, input_precision=PRECISION)
-    p1 = tl.exp2(s1 * scale - tl.load(rows + _LSE1 * P)[None, :])
+    p1 = tl.exp2(s1 * scale - tl.load(rows + LSE1 * P)[None, :])
     s2 = tl.dot(k2, q2.T, input_precision=PRECISION)
-    p2 = tl.exp2(s2 * scale - tl.load(rows + _LSE2 * P)[None, :])
+    p2 = tl.exp2(s2 * scale - tl.load(rows + LSE2 * P)[None, :])
     if MASKED:
         seen = visible(
             (n + M - N)[None, :], keys[:, None], M, window, prefix, documents, padding, CAUSAL
         )
         p1, p2 = tl.where(seen, p1, 0.0), tl.where(seen, p2, 0.0)
-    p2 = p2 * tl.load(rows + _WEIGHT * P)[None, :]
+    p2 = p2 * tl.load(rows + WEIGHT * P)[None, :]
     g = g_desc.load([batch, n0, head, 0]).reshape(BLOCK_N, BLOCK_E)
     dv = tl.dot((p1 + p2).to(g.dtype), g, dv, input_precision=PRECISION)
     dp = tl.dot(v, g.T, input_precision=PRECISION)
-    ds1 = (p1 * (dp - tl.load(rows + _DELTA1 * P)[None, :])).to(g.dtype)
-    ds2 = (p2 * (dp - tl.load(rows + _DELTA2 * P)[None, :])).to(g.dtype)
+    ds1 = (p1 * (dp - tl.load(rows + DELTA1 * P)[None, :])).to(g.dtype)
+    ds2 = (p2 * (dp - tl.load(rows + DELTA2 * P)[None, :])).to(g.dtype)
     dk1 = tl.dot(ds1, q1, dk1, input_precision=PRECISION)
     if C == 2:
         dk2 = tl.dot(ds2, q2, dk2, input_precision=PRECISION)
@@ -146,7 +120,7 @@ def _key_kernel(
     num_left = (full_low - low) // BLOCK_N
     num_right = tl.cdiv(tl.maximum(high - full_high, 0), BLOCK_N)
     for head in range(group * heads_per_group, (group + 1) * heads_per_group):
-        head_rows = rows + (batch64 * H + head) * _ROWS * P
+        head_rows = rows + (batch64 * H + head) * NUM_ROWS * P
         for step in range(0, num_left + num_right):
             left, right = low + step * BLOCK_N, full_high + (step - num_left) * BLOCK_N
             n0 = tl.where(step < num_left, left, right)
@@ -236,10 +210,10 @@ def _query_kernel(
     q2 = tl.load(q_rows + q_c, mask=q_mask, other=0.0)
     g_rows = grad + batch64 * g_b + n[:, None].to(tl.int64) * g_n + head * g_h + widths[None, :]
     g = tl.load(g_rows, mask=inside[:, None] & (widths[None, :] < E), other=0.0)
-    rows += (batch64 * H + head) * _ROWS * P + n
-    lse1, lse2 = tl.load(rows + _LSE1 * P), tl.load(rows + _LSE2 * P)
-    delta1, delta2 = tl.load(rows + _DELTA1 * P), tl.load(rows + _DELTA2 * P)
-    weight = tl.load(rows + _WEIGHT * P)
+    rows += (batch64 * H + head) * NUM_ROWS * P + n
+    lse1, lse2 = tl.load(rows + LSE1 * P), tl.load(rows + LSE2 * P)
+    delta1, delta2 = tl.load(rows + DELTA1 * P), tl.load(rows + DELTA2 * P)
+    weight = tl.load(rows + WEIGHT * P)
 
     dq1 = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dq2 = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -268,22 +242,6 @@ def _query_kernel(
     dq_rows = dq + ((batch64 * N + n[:, None]) * H + head) * 2 * D + dims[None, :]
     tl.store(dq_rows, (dq1 * rate).to(dq.dtype.element_ty), mask=q_mask)
     tl.store(dq_rows + D, (dq2 * rate).to(dq.dtype.element_ty), mask=q_mask)
-
-
-def query_rows(
-    grad: Tensor, out: Tensor, second: Tensor, lam: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What the kernels read of every query, `[B, H, rows, P]` with queries padded to whole tiles,
-    and lambda's gradient `[B, N, H]`."""
-    B, N, H, E = out.shape
-    padded = triton.cdiv(N, MAX_BLOCK) * MAX_BLOCK
-    rows, lam_grad = lam.new_empty(B, H, _ROWS.value, padded), lam.new_empty(B, N, H)
-    block = 16
-    _rows_kernel[(padded // block, B * H)](
-        grad, out, second, lam, lse, rows, lam_grad, *grad.stride()[:3], *lam.stride(), N, padded,
-        H, E=E, BLOCK_N=block, BLOCK_E=pad(E), num_warps=4,
-    )  # fmt: skip
-    return rows, lam_grad
 
 
 def key_gradients(
@@ -339,7 +297,9 @@ def backward(
     rows, lam_grad = query_rows(grad, out, second, lam, lse)
     shared = (grad, q, k, v, rows, mask, scale)
     if hopper.serves(q, v):
-        return *wide_backward.wide_gradients(*shared), lam_grad
+        from diffmm.ops.diff_attention.triton.hopper.by_columns import gradients
+
+        return *gradients(*shared), lam_grad
     dk, dv = key_gradients(*shared, tile=tiles.key_grad)
     dq = query_gradient(*shared, tile=tiles.query_grad)
     return dq, dk, dv, lam_grad

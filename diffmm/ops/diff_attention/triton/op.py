@@ -13,7 +13,6 @@ from diffmm.ops.diff_attention.triton.decode import decode, decodes
 from diffmm.ops.diff_attention.triton.forward import forward
 from diffmm.ops.diff_attention.triton.masking import KernelMask
 from diffmm.ops.diff_attention.triton.tiles import Tiles, describable, tiles_for
-from diffmm.ops.diff_attention.triton.wide_forward import wide_forward
 from diffmm.ops.mask import AttentionMask
 
 MAX_HEAD_DIM, MAX_VALUE_DIM = 128, 256
@@ -117,7 +116,9 @@ def _attend(
             return decode(q, k, v, lam, mask, scale, num_programs=_num_programs(q)), *nothing
         second: Tensor | None
         if hopper.serves(q, v):
-            out, second, lse = wide_forward(q, k, v, lam, mask, scale)
+            from diffmm.ops.diff_attention.triton.hopper.forward import forward as forward_by_maps
+
+            out, second, lse = forward_by_maps(q, k, v, lam, mask, scale)
         else:
             tile = _tiles(q, v).forward
             out, second, lse = forward(

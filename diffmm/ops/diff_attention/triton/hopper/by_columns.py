@@ -25,20 +25,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from diffmm.ops.diff_attention.triton.hopper import gluon_describe
+from diffmm.ops.diff_attention.triton.hopper.common import gluon_describe, opaque
 from diffmm.ops.diff_attention.triton.masking import (
     KernelMask,
     key_bounds,
     query_bounds,
     visible,
 )
+from diffmm.ops.diff_attention.triton.rows import DELTA1, DELTA2, LSE1, LSE2, NUM_ROWS, WEIGHT
 from diffmm.ops.diff_attention.triton.tiles import UNSPECIALIZED, describe, pad
 
 SCRATCH_BYTES = 9 << 28  # a causal head of 32,768 tokens
 _BLOCK = gl.constexpr(64)  # keys, and queries, of a step
 _SPAN = gl.constexpr(128)  # queries of two steps, and of a tile of dQ
-_ROWS = gl.constexpr(8)  # what is kept of every query: see `backward.query_rows`
-_LSE1, _LSE2, _DELTA1, _DELTA2, _WEIGHT = (gl.constexpr(row) for row in range(5))
 # Folded causal dS: how far the long rows move so that the short ones fit in front of them.
 _FOLD = gl.constexpr(256)
 
@@ -57,15 +56,6 @@ def _scratch_place(tile, num_tiles, n0, FOLDED: gl.constexpr):
 
 
 @gluon.jit
-def _opaque(x):
-    """`x`, for the compiler a new number: it would keep every address made from a known one in
-    registers that the loop needs."""
-    return gl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
 def _load(q_desc, g_desc, rows_desc, q, g, rows, bars, stage, batch, H, head, n0, some):
     """Have the copy engine bring a step's queries, gradients of the output and rows, if `some`."""
     full = bars.index(stage)
@@ -76,7 +66,7 @@ def _load(q_desc, g_desc, rows_desc, q, g, rows, bars, stage, batch, H, head, n0
             q_desc, [batch, n0, head, c, 0], full, q.index(2 * stage + c), pred=some
         )
     tma.async_copy_global_to_shared(g_desc, [batch, n0, head, 0], full, g.index(stage), pred=some)
-    place = (batch * H + head) * _ROWS
+    place = (batch * H + head) * NUM_ROWS
     tma.async_copy_global_to_shared(rows_desc, [place, n0], full, rows.index(stage), pred=some)
 
 
@@ -104,15 +94,15 @@ def _step(
     layout: gl.constexpr = s1.type.tensor_type.layout
     row = rows.index(stage)
     s1 = warpgroup_mma_wait(2, deps=[s1])
-    p1 = tl.exp2(s1 * scale - row.slice(_LSE1, 1).load(layout))
+    p1 = tl.exp2(s1 * scale - row.slice(LSE1, 1).load(layout))
     s2 = warpgroup_mma_wait(1, deps=[s2])
-    p2 = tl.exp2(s2 * scale - row.slice(_LSE2, 1).load(layout))
+    p2 = tl.exp2(s2 * scale - row.slice(LSE2, 1).load(layout))
     if masked:
         seen = visible(
             position[None, :], key[:, None], M, window, prefix, documents, padding, CAUSAL
         )
         p1, p2 = gl.where(seen, p1, 0.0), gl.where(seen, p2, 0.0)
-    p2 = p2 * row.slice(_WEIGHT, 1).load(layout)
+    p2 = p2 * row.slice(WEIGHT, 1).load(layout)
     p_tile.store((p1 + p2).to(p_tile.dtype))
     fence_async_shared()
     q1 = q.index(2 * stage).reshape([_BLOCK, BLOCK_D])
@@ -121,8 +111,8 @@ def _step(
     dv = warpgroup_mma(p_tile, grad, dv, is_async=True)
 
     dp = warpgroup_mma_wait(1, deps=[dp])
-    ds1 = p1 * (dp - row.slice(_DELTA1, 1).load(layout))
-    ds2 = p2 * (dp - row.slice(_DELTA2, 1).load(layout))
+    ds1 = p1 * (dp - row.slice(DELTA1, 1).load(layout))
+    ds2 = p2 * (dp - row.slice(DELTA2, 1).load(layout))
     ds_tiles.index(0).store(ds1.to(p_tile.dtype))
     ds_tiles.index(1).store(ds2.to(p_tile.dtype))
     fence_async_shared()
@@ -171,7 +161,7 @@ def _key_kernel(
     v = gl.allocate_shared_memory(dtype, [1, _BLOCK, 1, BLOCK_E], v_desc.layout)
     q = gl.allocate_shared_memory(dtype, [4, 1, _BLOCK, 1, 1, BLOCK_D], q_desc.layout)
     g = gl.allocate_shared_memory(dtype, [2, 1, _BLOCK, 1, BLOCK_E], g_desc.layout)
-    rows = gl.allocate_shared_memory(gl.float32, [2, _ROWS, _BLOCK], rows_desc.layout)
+    rows = gl.allocate_shared_memory(gl.float32, [2, NUM_ROWS, _BLOCK], rows_desc.layout)
     p_tile = gl.allocate_shared_memory(dtype, [_BLOCK, _BLOCK], ds_desc.layout)
     ds_tiles = gl.allocate_shared_memory(dtype, [2, _BLOCK, _BLOCK], ds_desc.layout)
     bars = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
@@ -200,7 +190,7 @@ def _key_kernel(
     for span in range(num_spans):
         slot = (batch * H + head - first_pair * heads_per_group) * 2
         for half in gl.static_range(2):
-            stage, start = _opaque(half), n0 + half * _BLOCK
+            stage, start = opaque(half), n0 + half * _BLOCK
             mbarrier.wait(bars.index(stage), span % 2)
             s1, s2, dp = _scores(k1, k2, v_tile, q, g, stage, scores)
             if half == 1:
@@ -213,7 +203,7 @@ def _key_kernel(
                 later_n0 = tl.where(later_n0 < high, later_n0, low)
                 some = span + 1 < num_spans
                 _load(
-                    q_desc, g_desc, rows_desc, q, g, rows, bars, _opaque(0), batch, H,
+                    q_desc, g_desc, rows_desc, q, g, rows, bars, opaque(0), batch, H,
                     later_head, later_n0, some,
                 )  # fmt: skip
             masked = (start < full_low) | (start + _BLOCK > full_high)
@@ -230,7 +220,7 @@ def _key_kernel(
         tma.store_wait(0)
         gl.thread_barrier()
         _load(
-            q_desc, g_desc, rows_desc, q, g, rows, bars, _opaque(1), batch, H,
+            q_desc, g_desc, rows_desc, q, g, rows, bars, opaque(1), batch, H,
             later_head, later_n0 + _BLOCK, some,
         )  # fmt: skip
         head, n0 = later_head, later_n0
@@ -291,7 +281,7 @@ def _query_kernel(
     tl.store(dq + row * D + dims[None, :], result, mask=mask)
 
 
-def wide_gradients(
+def gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, mask: KernelMask, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, that `hopper.serves`, all describable; `rows` from
@@ -320,7 +310,7 @@ def wide_gradients(
         gluon_describe(k, [1, block, 1, 1, block_d]),
         gluon_describe(v, [1, block, 1, block_e]),
         gluon_describe(scratch, [block, block]),
-        gluon_describe(rows.flatten(0, 2), [_ROWS.value, block]),
+        gluon_describe(rows.flatten(0, 2), [NUM_ROWS.value, block]),
     ]
     read_back = describe(scratch, [block, span]), describe(k, [1, block, 1, 1, block_d])
     query_ranges = mask.query_ranges(B, N, M, block)

@@ -19,24 +19,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from diffmm.ops.diff_attention.triton.hopper import gluon_describe
+from diffmm.ops.diff_attention.triton.hopper.common import BLOCK, gluon_describe
 from diffmm.ops.diff_attention.triton.masking import KernelMask, key_bounds, visible
 from diffmm.ops.diff_attention.triton.tiles import pad
 
-_BLOCK = gl.constexpr(64)  # queries of a program, keys of a step
-_STAGES = gl.constexpr(3)
+_SHARED_BYTES = 227 << 10  # a program's
 
 
 @gluon.jit
 def _bring(
-    k_desc, v_desc, k, v, k_full, v_full, empty, batch, group, low, num_steps, C: gl.constexpr
+    k_desc, v_desc, k, v, k_full, v_full, empty, batch, group, low, num_steps,
+    C: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Keep the ring of keys and values full."""
+    KEYS: gl.constexpr = v.shape[2]
     for step in range(num_steps):
-        stage = step % _STAGES
+        stage = step % STAGES
         # A fresh barrier passes for the phase before its first.
-        mbarrier.wait(empty.index(stage), (step // _STAGES + 1) % 2)
-        m0 = low + step * _BLOCK
+        mbarrier.wait(empty.index(stage), (step // STAGES + 1) % 2)
+        m0 = low + step * KEYS
         full = k_full.index(stage)
         mbarrier.expect(full, C * k_desc.block_type.nbytes)
         for c in gl.static_range(C):
@@ -56,7 +57,7 @@ def _softmax(
     """One tile of keys into an online softmax: its weights, and how much earlier ones shrink."""
     layout: gl.constexpr = s.type.layout
     if masked:
-        key = m0 + gl.arange(0, _BLOCK, layout=gl.SliceLayout(0, layout))
+        key = m0 + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, layout))
         seen = visible(
             position[:, None], key[None, :], M, window, prefix, documents, padding, CAUSAL
         )
@@ -74,49 +75,51 @@ def _attend(
     q, k, v, held, k_full, v_full, empty, second_ready, lam, out, second,
     lse, low, full_low, full_high, num_steps, n0, N, M, H, batch, head, scale, window, prefix,
     documents, padding, lam_b, lam_n, lam_h,
-    CAUSAL: gl.constexpr, C: gl.constexpr, E: gl.constexpr, component: gl.constexpr,
+    component: gl.constexpr, CAUSAL: gl.constexpr, C: gl.constexpr, E: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """One map: a warpgroup's work. The second map's output goes to memory, and the first one's
     warpgroup subtracts it."""
     dtype: gl.constexpr = q.dtype
     BLOCK_D: gl.constexpr = q.shape[-1]
     BLOCK_E: gl.constexpr = v.shape[-1]
-    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _BLOCK, 16])
+    KEYS: gl.constexpr = v.shape[2]
+    scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_E, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
-    query = n0 + gl.arange(0, _BLOCK, layout=gl.SliceLayout(1, scores))
+    query = n0 + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, scores))
     position = query + M - N
-    top = gl.full([_BLOCK], -float("inf"), gl.float32, gl.SliceLayout(1, scores))
-    total = gl.full([_BLOCK], 0.0, gl.float32, gl.SliceLayout(1, scores))
-    acc = gl.zeros([_BLOCK, BLOCK_E], gl.float32, wide)
-    nothing = gl.zeros([_BLOCK, _BLOCK], gl.float32, scores)
+    top = gl.full([BLOCK], -float("inf"), gl.float32, gl.SliceLayout(1, scores))
+    total = gl.full([BLOCK], 0.0, gl.float32, gl.SliceLayout(1, scores))
+    acc = gl.zeros([BLOCK, BLOCK_E], gl.float32, wide)
+    nothing = gl.zeros([BLOCK, KEYS], gl.float32, scores)
 
     mbarrier.wait(held, 0)
-    q_tile = q.index(component).reshape([_BLOCK, BLOCK_D])
+    q_tile = q.index(component).reshape([BLOCK, BLOCK_D])
     kc: gl.constexpr = component if C == 2 else 0
     if num_steps > 0:
         mbarrier.wait(k_full.index(0), 0)
-        k_tile = k.index(kc).reshape([_BLOCK, BLOCK_D])
+        k_tile = k.index(kc).reshape([KEYS, BLOCK_D])
         s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), nothing, use_acc=False)
-        masked = (low < full_low) | (low + _BLOCK > full_high)
+        masked = (low < full_low) | (low + KEYS > full_high)
         weights, shrink, top, total = _softmax(
             s, top, total, masked, low, position, M, scale, window, prefix, documents, padding,
             CAUSAL,
         )  # fmt: skip
         weights = gl.convert_layout(weights.to(dtype), operand)
         for step in range(num_steps - 1):
-            stage, later = step % _STAGES, (step + 1) % _STAGES
-            mbarrier.wait(k_full.index(later), (step + 1) // _STAGES % 2)
-            k_next = k.index(C * later + kc).reshape([_BLOCK, BLOCK_D])
+            stage, later = step % STAGES, (step + 1) % STAGES
+            mbarrier.wait(k_full.index(later), (step + 1) // STAGES % 2)
+            k_next = k.index(C * later + kc).reshape([KEYS, BLOCK_D])
             s_next = warpgroup_mma(
                 q_tile, k_next.permute((1, 0)), nothing, use_acc=False, is_async=True
             )
-            mbarrier.wait(v_full.index(stage), step // _STAGES % 2)
-            v_tile = v.index(stage).reshape([_BLOCK, BLOCK_E])
+            mbarrier.wait(v_full.index(stage), step // STAGES % 2)
+            v_tile = v.index(stage).reshape([KEYS, BLOCK_E])
             acc_next = warpgroup_mma(weights, v_tile, acc, is_async=True)
             s_next = warpgroup_mma_wait(1, deps=[s_next])
-            m0 = low + (step + 1) * _BLOCK
-            masked = (m0 < full_low) | (m0 + _BLOCK > full_high)
+            m0 = low + (step + 1) * KEYS
+            masked = (m0 < full_low) | (m0 + KEYS > full_high)
             later_weights, shrink, top, total = _softmax(
                 s_next, top, total, masked, m0, position, M, scale, window, prefix, documents,
                 padding, CAUSAL,
@@ -125,9 +128,9 @@ def _attend(
             mbarrier.arrive(empty.index(stage), count=1)
             acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, wide))[:, None]
             weights = gl.convert_layout(later_weights.to(dtype), operand)
-        last = (num_steps - 1) % _STAGES
-        mbarrier.wait(v_full.index(last), (num_steps - 1) // _STAGES % 2)
-        v_last = v.index(last).reshape([_BLOCK, BLOCK_E])
+        last = (num_steps - 1) % STAGES
+        mbarrier.wait(v_full.index(last), (num_steps - 1) // STAGES % 2)
+        v_last = v.index(last).reshape([KEYS, BLOCK_E])
         acc = warpgroup_mma(weights, v_last, acc)
 
     safe = gl.where(total == 0.0, 1.0, total)
@@ -138,7 +141,7 @@ def _attend(
         mask=query < N,
     )
     mean = acc / gl.convert_layout(safe, gl.SliceLayout(1, wide))[:, None]
-    rows = n0 + gl.arange(0, _BLOCK, layout=gl.SliceLayout(1, wide))
+    rows = n0 + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, wide))
     width = gl.arange(0, BLOCK_E, layout=gl.SliceLayout(0, wide))
     place = ((batch.to(gl.int64) * N + rows[:, None]) * H + head) * E + width[None, :]
     mask = (rows[:, None] < N) & (width[None, :] < E)
@@ -159,13 +162,13 @@ def _forward_kernel(
     q_desc, k_desc, v_desc, lam, out, second, lse, window, prefix, documents, padding, ranges,
     N, M, H, heads_per_group, lam_b, lam_n, lam_h, scale,
     CAUSAL: gl.constexpr, C: gl.constexpr, E: gl.constexpr, BLOCK_D: gl.constexpr,
-    BLOCK_E: gl.constexpr,
+    BLOCK_E: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     tile, num_tiles = gl.program_id(0), gl.num_programs(0)
     # Late causal tiles are the longest: they go first, so that short ones fill the end.
     if CAUSAL:
         tile = num_tiles - 1 - tile
-    n0 = tile * _BLOCK
+    n0 = tile * BLOCK
     batch, head = gl.program_id(1) // H, gl.program_id(1) % H
     group = head // heads_per_group
     if prefix is not None:
@@ -177,21 +180,21 @@ def _forward_kernel(
     if ranges is not None:
         ranges += (batch * num_tiles + tile) * 2
     low, full_low, full_high, high = key_bounds(
-        n0, N, M, window, prefix, ranges, CAUSAL, _BLOCK, _BLOCK
+        n0, N, M, window, prefix, ranges, CAUSAL, BLOCK, KEYS
     )
-    num_steps = tl.cdiv(tl.maximum(high - low, 0), _BLOCK)
+    num_steps = tl.cdiv(tl.maximum(high - low, 0), KEYS)
 
     dtype: gl.constexpr = q_desc.dtype
-    q = gl.allocate_shared_memory(dtype, [2, 1, _BLOCK, 1, 1, BLOCK_D], q_desc.layout)
-    k = gl.allocate_shared_memory(dtype, [C * _STAGES, 1, _BLOCK, 1, 1, BLOCK_D], k_desc.layout)
-    v = gl.allocate_shared_memory(dtype, [_STAGES, 1, _BLOCK, 1, BLOCK_E], v_desc.layout)
+    q = gl.allocate_shared_memory(dtype, [2, 1, BLOCK, 1, 1, BLOCK_D], q_desc.layout)
+    k = gl.allocate_shared_memory(dtype, [C * STAGES, 1, KEYS, 1, 1, BLOCK_D], k_desc.layout)
+    v = gl.allocate_shared_memory(dtype, [STAGES, 1, KEYS, 1, BLOCK_E], v_desc.layout)
     bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for bar in gl.static_range(2):
         mbarrier.init(bars.index(bar), count=1)
-    for bar in gl.static_range(_STAGES):
+    for bar in gl.static_range(STAGES):
         mbarrier.init(k_full.index(bar), count=1)
         mbarrier.init(v_full.index(bar), count=1)
         mbarrier.init(empty.index(bar), count=2)
@@ -206,15 +209,18 @@ def _forward_kernel(
             (_attend, (
                 q, k, v, held, k_full, v_full, empty, bars.index(1), lam, out, second, lse, low,
                 full_low, full_high, num_steps, n0, N, M, H, batch, head, scale, window, prefix,
-                documents, padding, lam_b, lam_n, lam_h, CAUSAL, C, E, gl.constexpr(0),
+                documents, padding, lam_b, lam_n, lam_h, gl.constexpr(0), CAUSAL, C,
+                E, STAGES,
             )),
             (_attend, (
                 q, k, v, held, k_full, v_full, empty, bars.index(1), lam, out, second, lse, low,
                 full_low, full_high, num_steps, n0, N, M, H, batch, head, scale, window, prefix,
-                documents, padding, lam_b, lam_n, lam_h, CAUSAL, C, E, gl.constexpr(1),
+                documents, padding, lam_b, lam_n, lam_h, gl.constexpr(1), CAUSAL, C,
+                E, STAGES,
             )),
             (_bring, (
                 k_desc, v_desc, k, v, k_full, v_full, empty, batch, group, low, num_steps, C,
+                STAGES,
             )),
         ],
         [4, 1],
@@ -223,20 +229,29 @@ def _forward_kernel(
     # fmt: on
 
 
-def wide_forward(
+def keys_and_stages(block_d: int, block_e: int, components: int) -> tuple[int, int]:
+    """Keys of a step, and how many such tiles fit beside the queries in two bytes a number."""
+    # Wide products read each query less often; wide values leave no registers for that.
+    keys = 2 * BLOCK.value if block_e <= 128 else BLOCK.value
+    left = _SHARED_BYTES - 2 * 2 * BLOCK.value * block_d
+    return keys, min(3, left // (2 * keys * (components * block_d + block_e)))
+
+
+def forward(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor, mask: KernelMask, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`out` and the second map's output `[B, N, H, E]`, and both log-sum-exps `[B, H, 2, N]` in
     units of log2, of inputs that `hopper.serves`."""
     (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
-    block, block_d, block_e = _BLOCK.value, pad(D), pad(E)
+    block, block_d, block_e = BLOCK.value, pad(D), pad(E)
+    keys, stages = keys_and_stages(block_d, block_e, C)
     out, second = q.new_empty(B, N, H, E), q.new_empty(B, N, H, E)
     lse = lam.new_empty(B, H, 2, N)
     _forward_kernel[(triton.cdiv(N, block), B * H)](
-        gluon_describe(q, [1, block, 1, 1, block_d]), gluon_describe(k, [1, block, 1, 1, block_d]),
-        gluon_describe(v, [1, block, 1, block_e]), lam, out, second, lse, mask.window, mask.prefix,
+        gluon_describe(q, [1, block, 1, 1, block_d]), gluon_describe(k, [1, keys, 1, 1, block_d]),
+        gluon_describe(v, [1, keys, 1, block_e]), lam, out, second, lse, mask.window, mask.prefix,
         mask.documents, mask.padding, mask.key_ranges(B, N, M, block), N, M, H, H // G,
         *lam.stride(), scale * 1.4426950408889634, CAUSAL=mask.causal, C=C, E=E, BLOCK_D=block_d,
-        BLOCK_E=block_e, num_warps=4,
+        BLOCK_E=block_e, KEYS=keys, STAGES=stages, num_warps=4,
     )  # fmt: skip
     return out, second, lse

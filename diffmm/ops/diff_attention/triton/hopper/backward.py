@@ -1,0 +1,137 @@
+"""The backward pass on Hopper: every score is formed once, and dS passes through memory.
+
+A key kernel makes dK, dV and dS; a plain product `dQ = dS K` reads dS back. That is cheaper than
+scores and dP a second time, and the same bits in every run. The memory is bounded by
+`SCRATCH_BYTES`: heads take turns in it, and where one head's dS is more, so do bands of its keys.
+"""
+
+from types import ModuleType
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from diffmm.ops.diff_attention.triton.hopper import narrow_keys, wide_keys
+from diffmm.ops.diff_attention.triton.hopper.common import (
+    BLOCK,
+    FOLD,
+    SPAN,
+    gluon_describe,
+    scratch_place,
+)
+from diffmm.ops.diff_attention.triton.masking import KernelMask, key_bounds
+from diffmm.ops.diff_attention.triton.tiles import UNSPECIALIZED, describe, pad
+
+SCRATCH_BYTES = 9 << 28  # a causal head of 32,768 tokens
+
+
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "first_head", "first_tile", "num_tiles"])
+def _query_kernel(
+    ds_desc, k_desc, dq, partial, window, prefix, ranges, N, M, H, heads_per_group, first_head,
+    first_tile, num_tiles, scale,
+    CAUSAL: tl.constexpr, FOLDED: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """`dQ = dS K` for a tile of one component's queries, over the keys of this band that see it.
+
+    Where there are several bands, `partial` carries the sum from one to the next.
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)
+    n0 = tile * BLOCK_N
+    slot, component = tl.program_id(1) // 2, tl.program_id(1) % 2
+    batch, head = (first_head + slot) // H, (first_head + slot) % H
+    group = head // heads_per_group
+    if prefix is not None:
+        prefix += batch
+    if ranges is not None:
+        ranges += (batch * tl.num_programs(0) + tile) * 2
+    low, _, _, high = key_bounds(n0, N, M, window, prefix, ranges, CAUSAL, BLOCK_N, BLOCK_M)
+    first_key = first_tile * BLOCK_M
+    low, high = tl.maximum(low, first_key), tl.minimum(high, first_key + num_tiles * BLOCK_M)
+    height = (num_tiles + 1) // 2 if FOLDED else num_tiles
+    top = tl.program_id(1) * height
+    acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for m0 in range(low, high, BLOCK_M):
+        row, shift = scratch_place((m0 - first_key) // BLOCK_M, num_tiles, FOLDED)
+        ds = ds_desc.load([(top + row) * BLOCK_M, n0 + shift])
+        k = k_desc.load([batch, m0, group, component if C == 2 else 0, 0])
+        acc = tl.dot(ds.T, k.reshape(BLOCK_M, BLOCK_D), acc)
+    n, dims = n0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    mask = (n[:, None] < N) & (dims[None, :] < D)
+    if partial is not None:
+        partial += (tl.program_id(1) * N + n[:, None]).to(tl.int64) * D + dims[None, :]
+        acc += tl.load(partial, mask=mask, other=0.0)
+        tl.store(partial, acc, mask=mask)
+    row = ((batch.to(tl.int64) * N + n[:, None]) * H + head) * 2 + component
+    result = (acc * (scale * 0.6931471805599453)).to(dq.dtype.element_ty)
+    tl.store(dq + row * D + dims[None, :], result, mask=mask)
+
+
+def kernels_of_keys(block_d: int, block_e: int, components: int) -> ModuleType:
+    """The module whose `key_kernel` has room for the accumulators of a tile of keys: `components`
+    times `block_d` columns and `block_e`."""
+    return narrow_keys if components * block_d + block_e <= 256 else wide_keys
+
+
+def gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, mask: KernelMask, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, that `hopper.serves`, all describable; `rows` from
+    `query_rows`."""
+    (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
+    block, span, block_d, block_e = BLOCK.value, SPAN.value, pad(D), pad(E)
+    keys = kernels_of_keys(block_d, block_e, C)
+    tiles_at_once = keys.KEYS.value // block
+    heads_per_group, pairs = H // G, B * G
+    num_tiles = triton.cdiv(M, keys.KEYS.value) * tiles_at_once
+    num_query_tiles = triton.cdiv(N, span)
+    looked_up = any(x is not None for x in (mask.prefix, mask.documents, mask.padding))
+    folded = mask.causal and mask.window is None and N == M and not looked_up
+    height = triton.cdiv(num_tiles, 2) if folded else num_tiles
+    width = num_query_tiles * span + (FOLD.value if folded else 0)
+    band_bytes = 2 * heads_per_group * block * width * q.element_size()
+    if band_bytes * height > SCRATCH_BYTES:
+        folded, width = False, num_query_tiles * span
+        height = max(SCRATCH_BYTES // band_bytes // tiles_at_once, 1) * tiles_at_once
+    num_turns = triton.cdiv(pairs, max(SCRATCH_BYTES // (band_bytes * height), 1))
+    pairs_at_once = triton.cdiv(pairs, num_turns)
+    band = num_tiles if folded else height
+    scratch = q.new_empty(pairs_at_once * heads_per_group * 2 * height * block, width)
+
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    rows = rows.flatten(0, 2)
+    inputs = [
+        gluon_describe(q, [1, block, 1, 1, block_d]),
+        gluon_describe(grad, [1, block, 1, block_e]),
+        gluon_describe(k, [1, block, 1, 1, block_d]),
+        gluon_describe(v, [1, block, 1, block_e]),
+        gluon_describe(scratch, [block, block]),
+        gluon_describe(rows, [4, block]),
+        gluon_describe(rows, [1, block]),
+    ]
+    read_back = describe(scratch, [block, span]), describe(k, [1, block, 1, 1, block_d])
+    query_ranges = mask.query_ranges(B, N, M, keys.KEYS.value)
+    key_ranges = mask.key_ranges(B, N, M, span)
+    units = scale * 1.4426950408889634
+    for pair in range(0, pairs, pairs_at_once):
+        count = min(pairs_at_once, pairs - pair)
+        partial = None
+        if band < num_tiles:
+            partial = rows.new_zeros(count * heads_per_group * 2, N, D)
+        for tile in range(0, num_tiles, band):
+            tiles = min(band, num_tiles - tile)
+            if looked_up:  # The kernels may differ in which empty tiles they skip.
+                scratch.zero_()
+            keys.key_kernel[(tiles // tiles_at_once, count)](
+                *inputs, dk, dv, mask.window, mask.prefix, mask.documents, mask.padding,
+                query_ranges, N, M, H, heads_per_group, pair, tile, tiles, units,
+                CAUSAL=mask.causal, FOLDED=folded, C=C, D=D, E=E, BLOCK_D=block_d,
+                BLOCK_E=block_e, num_warps=4,
+            )  # fmt: skip
+            _query_kernel[(num_query_tiles, count * heads_per_group * 2)](
+                *read_back, dq, partial, mask.window, mask.prefix, key_ranges, N, M, H,
+                heads_per_group, pair * heads_per_group, tile, tiles, units, CAUSAL=mask.causal,
+                FOLDED=folded, C=C, D=D, BLOCK_N=span, BLOCK_M=block, BLOCK_D=block_d,
+                num_warps=8, num_stages=4,
+            )  # fmt: skip
+    return dq, dk, dv

@@ -1,0 +1,123 @@
+"""What the kernels in Gluon have in common."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from diffmm.ops.diff_attention.triton.rows import NUM_ROWS, WEIGHT
+from diffmm.ops.diff_attention.triton.tiles import describe
+
+BLOCK = gl.constexpr(64)
+"""Keys, and queries, of a tile of scores: a warpgroup's products have so many rows."""
+
+SPAN = gl.constexpr(256)
+"""Queries of a tile of dQ: key kernels leave dS, or zeros, for whole ones."""
+
+STAGES = gl.constexpr(2)
+"""Tiles of queries that a key kernel has room for."""
+
+# Folded causal dS: how far the long rows move so that the short ones fit in front of them.
+FOLD = gl.constexpr(3 * SPAN.value - 2 * BLOCK.value)
+
+
+def gluon_describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    """`describe` for kernels in Gluon, which want the layout in shared memory too."""
+    plain = describe(tensor, block)
+    swizzle, bits = (128, 16) if tensor.element_size() == 2 else (0, 32)
+    layout = gl.NVMMASharedLayout(swizzle, bits, rank=len(block))
+    return TensorDescriptor(tensor, plain.shape, plain.strides, block, layout)
+
+
+@gluon.jit
+def opaque(x):
+    """`x`, for the compiler a new number: it would keep every address made from a known one in
+    registers that a loop needs."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def packed(x):
+    """`x` in 16 bits, two numbers a register from here on: the compiler would rather round at each
+    use, and hold it in 32 bits until then."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+    )
+
+
+@triton.jit
+def scratch_place(tile, num_tiles, FOLDED: gl.constexpr):
+    """Where a tile of keys has its dS: the row (in tiles) within its head's scratch, and how far
+    its columns are from its queries. Causal dS is a triangle: folded, the last keys' short rows lie
+    in front of the first keys' long ones."""
+    if FOLDED:
+        short = tile >= (num_tiles + 1) // 2
+        row = tl.where(short, num_tiles - 1 - tile, tile)
+        shift = tl.where(short, -(tile * BLOCK // SPAN * SPAN), FOLD)
+    else:
+        row, shift = tile, 0
+    return row, shift
+
+
+@gluon.jit
+def clear_margins(
+    ds_desc, ds, head_slot, height, row, shift, low, high, heads_per_group, layout: gl.constexpr
+):
+    """Zeros for the queries beside `[low, high)` whose tile of dQ reads dS of a tile of keys; they
+    leave from `ds`, a tile of shared memory."""
+    first, last = low // SPAN * SPAN, tl.cdiv(high, SPAN) * SPAN
+    ds.store(gl.zeros([BLOCK, BLOCK], ds.dtype, layout))
+    fence_async_shared()
+    gl.thread_barrier()
+    for component in range(2 * heads_per_group):
+        top = ((2 * head_slot + component) * height + row) * BLOCK
+        for n0 in range(first, low, BLOCK):
+            tma.async_copy_shared_to_global(ds_desc, [top, n0 + shift], ds)
+        for n0 in range(high, last, BLOCK):
+            tma.async_copy_shared_to_global(ds_desc, [top, n0 + shift], ds)
+    tma.store_wait(0)
+    gl.thread_barrier()
+
+
+@gluon.jit
+def bring_queries(
+    q_desc, g_desc, rows_desc, weight_desc, q, g, rows, weights, full, empty, batch, H, first_head,
+    heads_per_group, low, high,
+):  # fmt: skip
+    """Keep the ring of queries, gradients of the output and rows full: the work of one warp."""
+    step = 0
+    for head in range(first_head, first_head + heads_per_group):
+        row = (batch * H + head) * NUM_ROWS
+        for n0 in range(low, high, BLOCK):
+            stage = step % STAGES
+            # A fresh barrier passes for the phase before its first.
+            mbarrier.wait(empty.index(stage), (step // STAGES + 1) % 2)
+            bar = full.index(stage)
+            tiles: gl.constexpr = 2 * q_desc.block_type.nbytes + g_desc.block_type.nbytes
+            vectors: gl.constexpr = rows_desc.block_type.nbytes + weight_desc.block_type.nbytes
+            mbarrier.expect(bar, tiles + vectors)
+            for c in gl.static_range(2):
+                tma.async_copy_global_to_shared(
+                    q_desc, [batch, n0, head, c, 0], bar, q.index(2 * stage + c)
+                )
+            tma.async_copy_global_to_shared(g_desc, [batch, n0, head, 0], bar, g.index(stage))
+            tma.async_copy_global_to_shared(rows_desc, [row, n0], bar, rows.index(stage))
+            tma.async_copy_global_to_shared(
+                weight_desc, [row + WEIGHT, n0], bar, weights.index(stage)
+            )
+            step += 1
+
+
+@gluon.jit
+def write_tile(out, tile, m0, M, rows_apart, WIDTH: gl.constexpr):
+    """Write a tile of keys, whose first is `m0`, into rows of `WIDTH` so far apart."""
+    layout: gl.constexpr = tile.type.layout
+    row = (m0 + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout)))[:, None]
+    column = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, layout))[None, :]
+    place = out + row.to(gl.int64) * rows_apart + column
+    gl.store(place, tile.to(out.dtype.element_ty), mask=(row < M) & (column < WIDTH))
