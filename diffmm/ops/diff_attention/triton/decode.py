@@ -92,21 +92,27 @@ def _split_kernel(
 
 
 @triton.jit
-def _joined(part, part_lse, num_splits, num_rows, E: tl.constexpr, BLOCK_E: tl.constexpr):
+def _joined(
+    part, part_lse, num_splits, num_rows, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
     """The splits of one row into one mean; a split that saw nothing has +inf and no weight."""
     widths = tl.arange(0, BLOCK_E)
     acc = tl.zeros((BLOCK_E,), tl.float32)
     top, total = -float("inf"), 0.0
-    for split in range(0, num_splits):
+    for first in range(0, num_splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
         row = split * 2 * num_rows
-        lse = tl.load(part_lse + row)
+        inside = split < num_splits
+        lse = tl.load(part_lse + row, mask=inside, other=float("inf"))
         lse = tl.where(lse == float("inf"), -float("inf"), lse)
-        new_top = tl.maximum(top, lse)
+        new_top = tl.maximum(top, tl.max(lse, 0))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
         shrink, weight = tl.exp2(top - shift), tl.exp2(lse - shift)
-        values = tl.load(part + row.to(tl.int64) * E + widths, mask=widths < E, other=0.0)
-        acc = acc * shrink + values * weight
-        total = total * shrink + weight
+        places = part + row.to(tl.int64)[:, None] * E + widths[None, :]
+        values = tl.load(places, mask=inside[:, None] & (widths[None, :] < E), other=0.0)
+        acc = acc * shrink + tl.sum(values * weight[:, None], 0)
+        total = total * shrink + tl.sum(weight, 0)
         top = new_top
     return acc / tl.where(total == 0.0, 1.0, total)
 
@@ -114,15 +120,15 @@ def _joined(part, part_lse, num_splits, num_rows, E: tl.constexpr, BLOCK_E: tl.c
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "num_splits"])
 def _join_kernel(
     part, part_lse, lam, out, lam_b, lam_n, lam_h, N, G, heads_per_group, num_splits,
-    E: tl.constexpr, BLOCK_E: tl.constexpr,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     row, num_rows = tl.program_id(0), tl.num_programs(0)
     batch, group = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     head, query = group * heads_per_group + row // N, row % N
     first = tl.program_id(1).to(tl.int64) * num_splits * 2 * num_rows + row
-    mean1 = _joined(part + first * E, part_lse + first, num_splits, num_rows, E, BLOCK_E)
+    mean1 = _joined(part + first * E, part_lse + first, num_splits, num_rows, E, BLOCK_E, BLOCK_S)
     first += num_rows
-    mean2 = _joined(part + first * E, part_lse + first, num_splits, num_rows, E, BLOCK_E)
+    mean2 = _joined(part + first * E, part_lse + first, num_splits, num_rows, E, BLOCK_E, BLOCK_S)
     weight = tl.load(lam + batch * lam_b + query * lam_n + head * lam_h)
     widths = tl.arange(0, BLOCK_E)
     place = ((batch * N + query) * G * heads_per_group + head) * E
@@ -161,6 +167,6 @@ def decode(
     )  # fmt: skip
     _join_kernel[(num_rows, B * G)](
         part, part_lse, lam, out, *lam.stride(), N, G, H // G, num_splits,
-        E=E, BLOCK_E=block_e, num_warps=1,
+        E=E, BLOCK_E=block_e, BLOCK_S=min(32, triton.next_power_of_2(num_splits)), num_warps=4,
     )  # fmt: skip
     return out
