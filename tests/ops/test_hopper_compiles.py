@@ -60,13 +60,16 @@ def compiled(
     )
 
 
-def key_kernel(dtype, widths, *, causal, looked_up=False):
-    from diffmm.ops.diff_attention.triton.hopper.backward import kernels_of_keys
+def key_kernel(dtype, widths, *, causal, looked_up=False, **grouped):
+    from diffmm.ops.diff_attention.triton.hopper.backward import kernels_of_keys, num_stages
 
     D, E, C = widths
-    kernel = kernels_of_keys(D, E, C).key_kernel
-    folded = causal and not looked_up
-    return compiled(kernel, dtype, D, E, looked_up=looked_up, C=C, CAUSAL=causal, FOLDED=folded)
+    keys = kernels_of_keys(D, E, C)
+    stages = num_stages(keys.KEYS.value, D, E, C)
+    return compiled(
+        keys.key_kernel, dtype, D, E, looked_up=looked_up, C=C, CAUSAL=causal,
+        FOLDED=causal and not looked_up, STAGES=stages, **grouped,
+    )  # fmt: skip
 
 
 def kernel_by_columns(dtype, C, *, causal):
@@ -112,11 +115,16 @@ OTHERS = [(64, 64, 1), (64, 64, 2), (128, 128, 2), (128, 256, 1), (64, 256, 2), 
 
 # What a masked tile needs may spill, and the addresses of operands; accumulators never.
 @pytest.mark.parametrize(("dtype", "causal"), [("bf16", True), ("bf16", False), ("fp16", True)])
-@pytest.mark.parametrize(("widths", "most"), [(WIDE, 32), (V2, 128), (V1, 96)], ids=str)
+@pytest.mark.parametrize(("widths", "most"), [(WIDE, 8), (V2, 96), (V1, 64)], ids=str)
 def test_in_registers_and_in_flight(widths, most, causal, dtype, tmp_path):
-    check(key_kernel(dtype, widths, causal=causal), tmp_path, most)
+    check(key_kernel(dtype, widths, causal=causal, heads_per_group=1), tmp_path, most)
     if widths[0] == 128:
         check(forward_kernel(dtype, widths, causal=causal), tmp_path, 0)
+
+
+@pytest.mark.parametrize(("widths", "most"), [(WIDE, 32), (V2, 128), (V1, 96)], ids=str)
+def test_grouped_keys(widths, most, tmp_path):
+    check(key_kernel("bf16", widths, causal=True), tmp_path, most)
 
 
 @pytest.mark.parametrize(("dtype", "C", "causal"), BY_COLUMNS)
@@ -133,6 +141,6 @@ def test_other_widths(widths, tmp_path):
 
 @pytest.mark.parametrize("widths", [WIDE, V2, V1], ids=str)
 def test_looked_up_masks(widths, tmp_path):
-    check(key_kernel("bf16", widths, causal=True, looked_up=True), tmp_path, 320)
+    check(key_kernel("bf16", widths, causal=True, looked_up=True), tmp_path, 352)
     if widths[0] == 128:
         check(forward_kernel("bf16", widths, causal=True, looked_up=True), tmp_path, 200)

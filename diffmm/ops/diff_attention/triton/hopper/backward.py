@@ -15,14 +15,17 @@ from diffmm.ops.diff_attention.triton.hopper import narrow_keys, wide_keys
 from diffmm.ops.diff_attention.triton.hopper.common import (
     BLOCK,
     FOLD,
+    SHARED_BYTES,
     SPAN,
     gluon_describe,
     scratch_place,
 )
 from diffmm.ops.diff_attention.triton.masking import KernelMask, key_bounds
+from diffmm.ops.diff_attention.triton.rows import WEIGHT
 from diffmm.ops.diff_attention.triton.tiles import UNSPECIALIZED, describe, pad
 
 SCRATCH_BYTES = 9 << 28  # a causal head of 32,768 tokens
+_MOST_HEADS = 65535  # of a launch, both components of each
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "first_head", "first_tile", "num_tiles"])
@@ -73,6 +76,14 @@ def kernels_of_keys(block_d: int, block_e: int, components: int) -> ModuleType:
     return narrow_keys if components * block_d + block_e <= 256 else wide_keys
 
 
+def num_stages(keys: int, block_d: int, block_e: int, components: int) -> int:
+    """Tiles of queries that a key kernel has room for, in two bytes a number, beside its keys,
+    values and four tiles of scores."""
+    kept = 2 * (keys * (components * block_d + block_e) + 4 * BLOCK.value**2)
+    stage = 2 * BLOCK.value * (2 * block_d + block_e) + 4 * BLOCK.value * (WEIGHT.value + 1)
+    return min(3, (SHARED_BYTES - 512 - kept) // stage)  # 512 for barriers and arguments
+
+
 def gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, mask: KernelMask, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,6 +92,7 @@ def gradients(
     (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     block, span, block_d, block_e = BLOCK.value, SPAN.value, pad(D), pad(E)
     keys = kernels_of_keys(block_d, block_e, C)
+    stages = num_stages(keys.KEYS.value, block_d, block_e, C)
     tiles_at_once = keys.KEYS.value // block
     heads_per_group, pairs = H // G, B * G
     num_tiles = triton.cdiv(M, keys.KEYS.value) * tiles_at_once
@@ -93,7 +105,8 @@ def gradients(
     if band_bytes * height > SCRATCH_BYTES:
         folded, width = False, num_query_tiles * span
         height = max(SCRATCH_BYTES // band_bytes // tiles_at_once, 1) * tiles_at_once
-    num_turns = triton.cdiv(pairs, max(SCRATCH_BYTES // (band_bytes * height), 1))
+    most = min(SCRATCH_BYTES // (band_bytes * height), _MOST_HEADS // (2 * heads_per_group))
+    num_turns = triton.cdiv(pairs, max(most, 1))
     pairs_at_once = triton.cdiv(pairs, num_turns)
     band = num_tiles if folded else height
     scratch = q.new_empty(pairs_at_once * heads_per_group * 2 * height * block, width)
@@ -126,7 +139,7 @@ def gradients(
                 *inputs, dk, dv, mask.window, mask.prefix, mask.documents, mask.padding,
                 query_ranges, N, M, H, heads_per_group, pair, tile, tiles, units,
                 CAUSAL=mask.causal, FOLDED=folded, C=C, D=D, E=E, BLOCK_D=block_d,
-                BLOCK_E=block_e, num_warps=4,
+                BLOCK_E=block_e, STAGES=stages, num_warps=4,
             )  # fmt: skip
             _query_kernel[(num_query_tiles, count * heads_per_group * 2)](
                 *read_back, dq, partial, mask.window, mask.prefix, key_ranges, N, M, H,

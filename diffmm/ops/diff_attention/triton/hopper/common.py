@@ -14,11 +14,17 @@ from diffmm.ops.diff_attention.triton.tiles import describe
 BLOCK = gl.constexpr(64)
 """Keys, and queries, of a tile of scores: a warpgroup's products have so many rows."""
 
+UNSPECIALIZED = [
+    "N", "M", "H", "window", "first_pair", "first_tile", "num_tiles", "lam_b", "lam_n", "lam_h",
+]  # fmt: skip
+"""Arguments whose value is not worth a kernel of its own. `heads_per_group` is: one head a group
+takes fewer registers."""
+
+SHARED_BYTES = 227 << 10
+"""A program's shared memory at most."""
+
 SPAN = gl.constexpr(256)
 """Queries of a tile of dQ: key kernels leave dS, or zeros, for whole ones."""
-
-STAGES = gl.constexpr(2)
-"""Tiles of queries that a key kernel has room for."""
 
 # Folded causal dS: how far the long rows move so that the short ones fit in front of them.
 FOLD = gl.constexpr(3 * SPAN.value - 2 * BLOCK.value)
@@ -90,6 +96,7 @@ def bring_queries(
     heads_per_group, low, high,
 ):  # fmt: skip
     """Keep the ring of queries, gradients of the output and rows full: the work of one warp."""
+    STAGES: gl.constexpr = rows.shape[0]
     step = 0
     for head in range(first_head, first_head + heads_per_group):
         row = (batch * H + head) * NUM_ROWS

@@ -19,11 +19,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from diffmm.ops.diff_attention.triton.hopper.common import BLOCK, gluon_describe
+from diffmm.ops.diff_attention.triton.hopper.common import (
+    BLOCK,
+    SHARED_BYTES,
+    UNSPECIALIZED,
+    gluon_describe,
+)
 from diffmm.ops.diff_attention.triton.masking import KernelMask, key_bounds, visible
 from diffmm.ops.diff_attention.triton.tiles import pad
-
-_SHARED_BYTES = 227 << 10  # a program's
 
 
 @gluon.jit
@@ -157,7 +160,7 @@ def _attend(
         gl.store(out + place, (mean - weight[:, None] * mean2).to(dtype), mask=mask)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
 def _forward_kernel(
     q_desc, k_desc, v_desc, lam, out, second, lse, window, prefix, documents, padding, ranges,
     N, M, H, heads_per_group, lam_b, lam_n, lam_h, scale,
@@ -233,7 +236,7 @@ def keys_and_stages(block_d: int, block_e: int, components: int) -> tuple[int, i
     """Keys of a step, and how many such tiles fit beside the queries in two bytes a number."""
     # Wide products read each query less often; wide values leave no registers for that.
     keys = 2 * BLOCK.value if block_e <= 128 else BLOCK.value
-    left = _SHARED_BYTES - 2 * 2 * BLOCK.value * block_d
+    left = SHARED_BYTES - 2 * 2 * BLOCK.value * block_d
     return keys, min(3, left // (2 * keys * (components * block_d + block_e)))
 
 

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from diffmm.ops.diff_attention.triton.hopper.common import (
     BLOCK,
-    STAGES,
+    UNSPECIALIZED,
     bring_queries,
     clear_margins,
     opaque,
@@ -39,7 +39,7 @@ KEYS = gl.constexpr(2 * BLOCK.value)
 
 
 @gluon.jit
-def _pass_by(full, empty, step, first, last):
+def _pass_by(full, empty, step, first, last, STAGES: gl.constexpr):
     """Let queries in `[first, last)` go, which only the other warpgroup needs."""
     for _ in range(first, last, BLOCK):
         mbarrier.wait(full.index(step % STAGES), step // STAGES % 2)
@@ -50,15 +50,16 @@ def _pass_by(full, empty, step, first, last):
 
 @gluon.jit
 def _attend(
-    ds_desc, k, v, q, g, rows, weights, ds, held, full, empty, dk, dv, first, low, full_low,
-    full_high, high, last, heads_per_group, m0, N, M, G, scale, window, prefix, documents, padding,
-    first_slot, height, row, shift,
+    ds_desc, k, v, q, g, rows, weights, ds1_tiles, ds2_tiles, held, full, empty, dk, dv, first, low,
+    full_low, full_high, high, last, heads_per_group, m0, N, M, G, scale, window, prefix, documents,
+    padding, first_slot, height, row, shift,
     half: gl.constexpr, CAUSAL: gl.constexpr, C: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
     """All that a tile of keys takes: a warpgroup's work. Of the queries in `[first, last)` that are
     brought, its own are those in `[low, high)`."""
     BLOCK_D: gl.constexpr = q.shape[-1]
     BLOCK_E: gl.constexpr = g.shape[-1]
+    STAGES: gl.constexpr = rows.shape[0]
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_E, 16])
@@ -71,13 +72,13 @@ def _attend(
     dk2 = gl.zeros([BLOCK, BLOCK_D], gl.float32, keys)
     dv_tile = gl.zeros([BLOCK, BLOCK_E], gl.float32, values)
     clear_margins(
-        ds_desc, ds.index(2 * half), first_slot, height, row, shift, low, high, heads_per_group,
+        ds_desc, ds1_tiles.index(half), first_slot, height, row, shift, low, high, heads_per_group,
         scores,
     )  # fmt: skip
     mbarrier.wait(held, 0)
     step = 0
     for head_slot in range(first_slot, first_slot + heads_per_group):
-        step = _pass_by(full, empty, step, first, low)
+        step = _pass_by(full, empty, step, first, low, STAGES)
         for n0 in range(low, high, BLOCK):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), step // STAGES % 2)
@@ -115,16 +116,17 @@ def _attend(
                 dk1 = warpgroup_mma(gl.convert_layout(ds2, by_queries), q2, dk1, is_async=True)
             tma.store_wait(0)
             gl.thread_barrier()
-            ds.index(2 * half).store(ds1)
-            ds.index(2 * half + 1).store(ds2)
+            ds1_tiles.index(half).store(ds1)
+            ds2_tiles.index(half).store(ds2)
             fence_async_shared()
-            for c in gl.static_range(2):
-                place = [((2 * head_slot + c) * height + row) * BLOCK, n0 + shift]
-                tma.async_copy_shared_to_global(ds_desc, place, ds.index(2 * half + c))
+            top = (2 * head_slot * height + row) * BLOCK
+            tma.async_copy_shared_to_global(ds_desc, [top, n0 + shift], ds1_tiles.index(half))
+            top += height * BLOCK
+            tma.async_copy_shared_to_global(ds_desc, [top, n0 + shift], ds2_tiles.index(half))
             dk1, dk2, dv_tile = warpgroup_mma_wait(0, deps=[dk1, dk2, dv_tile])
             mbarrier.arrive(empty.index(stage), count=1)
             step += 1
-        step = _pass_by(full, empty, step, high, last)
+        step = _pass_by(full, empty, step, high, last, STAGES)
     tma.store_wait(0)
     rate = scale * 0.6931471805599453
     write_tile(dv, dv_tile, m0, M, G * E, E)
@@ -133,12 +135,12 @@ def _attend(
         write_tile(dk + D, dk2 * rate, m0, M, G * C * D, D)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
 def key_kernel(
     q_desc, g_desc, k_desc, v_desc, ds_desc, rows_desc, weight_desc, dk, dv, window, prefix,
     documents, padding, ranges, N, M, H, heads_per_group, first_pair, first_tile, num_tiles, scale,
     CAUSAL: gl.constexpr, FOLDED: gl.constexpr, C: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_E: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Gradients of two tiles of keys and values, and dS for every query that sees either."""
     dtype: gl.constexpr = q_desc.dtype
@@ -170,7 +172,8 @@ def key_kernel(
     g = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, 1, BLOCK_E], g_desc.layout)
     rows = gl.allocate_shared_memory(gl.float32, [STAGES, 4, BLOCK], rows_desc.layout)
     weights = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK], weight_desc.layout)
-    ds = gl.allocate_shared_memory(dtype, [4, BLOCK, BLOCK], ds_desc.layout)
+    ds1_tiles = gl.allocate_shared_memory(dtype, [2, BLOCK, BLOCK], ds_desc.layout)
+    ds2_tiles = gl.allocate_shared_memory(dtype, [2, BLOCK, BLOCK], ds_desc.layout)
     held = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -199,15 +202,15 @@ def key_kernel(
     gl.warp_specialize(
         [
             (_attend, (
-                ds_desc, k, v, q, g, rows, weights, ds, held, full, empty, dk, dv, low, low1,
-                full_low1, full_high1, high1, high, heads_per_group, m0, N, M, G, scale, window,
-                prefix, documents, padding, head_slot, height, row1, shift1, gl.constexpr(0),
-                CAUSAL, C, D, E,
+                ds_desc, k, v, q, g, rows, weights, ds1_tiles, ds2_tiles, held, full, empty, dk, dv,
+                low, low1, full_low1, full_high1, high1, high, heads_per_group, m0, N, M, G,
+                scale, window, prefix, documents, padding, head_slot, height, row1, shift1,
+                gl.constexpr(0), CAUSAL, C, D, E,
             )),
             (_attend, (
-                ds_desc, k, v, q, g, rows, weights, ds, held, full, empty, dk, dv, low, low2,
-                full_low2, full_high2, high2, high, heads_per_group, m0 + BLOCK, N, M, G, scale,
-                window, prefix, documents, padding, head_slot, height, row2, shift2,
+                ds_desc, k, v, q, g, rows, weights, ds1_tiles, ds2_tiles, held, full, empty, dk, dv,
+                low, low2, full_low2, full_high2, high2, high, heads_per_group, m0 + BLOCK, N, M, G,
+                scale, window, prefix, documents, padding, head_slot, height, row2, shift2,
                 gl.constexpr(1), CAUSAL, C, D, E,
             )),
             (bring_queries, (

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from diffmm.ops.diff_attention.triton.hopper.common import (
     BLOCK,
-    STAGES,
+    UNSPECIALIZED,
     bring_queries,
     clear_margins,
     opaque,
@@ -43,13 +43,15 @@ _SLOTS = gl.constexpr(2)  # pairs of maps on their way
 
 @gluon.jit
 def _make_maps(
-    k, q, g, rows, weights, maps, held, full, empty, made, free, dv, low, full_low, full_high,
-    high, heads_per_group, m0, N, M, scale, window, prefix, documents, padding, values_apart,
+    k, q, g, rows, weights, map1, map2, held, full, empty, made, free, dv, low, full_low,
+    full_high, high, heads_per_group, m0, N, M, scale, window, prefix, documents, padding,
+    values_apart,
     CAUSAL: gl.constexpr, C: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
     """P1 and P2 of every query, and dV."""
     BLOCK_D: gl.constexpr = q.shape[-1]
     BLOCK_E: gl.constexpr = g.shape[-1]
+    STAGES: gl.constexpr = rows.shape[0]
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_E, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, values, 2)
@@ -86,8 +88,8 @@ def _make_maps(
                 both, g.index(stage).reshape([BLOCK, BLOCK_E]), acc, is_async=True
             )
             mbarrier.wait(free.index(slot), step // _SLOTS % 2)
-            maps.index(2 * slot).store(p1.to(q.dtype))
-            maps.index(2 * slot + 1).store(p2.to(q.dtype))
+            map1.index(slot).store(p1.to(q.dtype))
+            map2.index(slot).store(p2.to(q.dtype))
             mbarrier.arrive(made.index(slot), count=1)
             acc = warpgroup_mma_wait(0, deps=[acc_next])
             mbarrier.arrive(empty.index(stage), count=1)
@@ -97,12 +99,14 @@ def _make_maps(
 
 @gluon.jit
 def _make_gradients(
-    ds_desc, v, q, g, rows, maps, held, full, empty, made, free, dk, low, high, heads_per_group,
-    m0, M, scale, first_slot, height, row, shift, keys_apart, C: gl.constexpr, D: gl.constexpr,
+    ds_desc, v, q, g, rows, map1, map2, held, full, empty, made, free, dk, low, high,
+    heads_per_group, m0, M, scale, first_slot, height, row, shift, keys_apart,
+    C: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """dS of every query, which goes to memory, and dK."""
     BLOCK_D: gl.constexpr = q.shape[-1]
     BLOCK_E: gl.constexpr = g.shape[-1]
+    STAGES: gl.constexpr = rows.shape[0]
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, keys, 2)
@@ -110,7 +114,7 @@ def _make_gradients(
     dk1 = gl.zeros([BLOCK, BLOCK_D], gl.float32, keys)
     dk2 = gl.zeros([BLOCK, BLOCK_D], gl.float32, keys)
     clear_margins(
-        ds_desc, maps.index(0), first_slot, height, row, shift, low, high, heads_per_group, scores
+        ds_desc, map1.index(0), first_slot, height, row, shift, low, high, heads_per_group, scores
     )
     for each in gl.static_range(_SLOTS):
         mbarrier.arrive(free.index(each), count=1)
@@ -123,12 +127,16 @@ def _make_gradients(
             mbarrier.wait(full.index(stage), step // STAGES % 2)
             grad = g.index(stage).reshape([BLOCK, BLOCK_E])
             dp = warpgroup_mma(v_tile, grad.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            if step > 0:
+                # By now the step before has left for memory, and its place is free.
+                tma.store_wait(0)
+                mbarrier.arrive(free.index((step - 1) % _SLOTS), count=1)
             mbarrier.wait(made.index(slot), step // _SLOTS % 2)
             dp = warpgroup_mma_wait(0, deps=[dp])
             vectors = rows.index(stage)
-            p1 = maps.index(2 * slot).load(scores).to(gl.float32)
+            p1 = map1.index(slot).load(scores).to(gl.float32)
             ds1 = (p1 * (dp - vectors.slice(DELTA1, 1).load(scores))).to(q.dtype)
-            p2 = maps.index(2 * slot + 1).load(scores).to(gl.float32)
+            p2 = map2.index(slot).load(scores).to(gl.float32)
             ds2 = (p2 * (dp - vectors.slice(DELTA2, 1).load(scores))).to(q.dtype)
             q1 = q.index(2 * stage).reshape([BLOCK, BLOCK_D])
             q2 = q.index(2 * stage + 1).reshape([BLOCK, BLOCK_D])
@@ -137,29 +145,29 @@ def _make_gradients(
                 dk2 = warpgroup_mma(gl.convert_layout(ds2, operand), q2, dk2, is_async=True)
             else:
                 dk1 = warpgroup_mma(gl.convert_layout(ds2, operand), q2, dk1, is_async=True)
-            maps.index(2 * slot).store(ds1)
-            maps.index(2 * slot + 1).store(ds2)
+            map1.index(slot).store(ds1)
+            map2.index(slot).store(ds2)
             fence_async_shared()
-            for c in gl.static_range(2):
-                place = [((2 * head_slot + c) * height + row) * BLOCK, n0 + shift]
-                tma.async_copy_shared_to_global(ds_desc, place, maps.index(2 * slot + c))
+            top = (2 * head_slot * height + row) * BLOCK
+            tma.async_copy_shared_to_global(ds_desc, [top, n0 + shift], map1.index(slot))
+            top += height * BLOCK
+            tma.async_copy_shared_to_global(ds_desc, [top, n0 + shift], map2.index(slot))
             dk1, dk2 = warpgroup_mma_wait(0, deps=[dk1, dk2])
             mbarrier.arrive(empty.index(stage), count=1)
-            tma.store_wait(0)
-            mbarrier.arrive(free.index(slot), count=1)
             step += 1
+    tma.store_wait(0)
     rate = scale * 0.6931471805599453
     write_tile(dk, dk1 * rate, m0, M, keys_apart, D)
     if C == 2:
         write_tile(dk + D, dk2 * rate, m0, M, keys_apart, D)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=UNSPECIALIZED)
 def key_kernel(
     q_desc, g_desc, k_desc, v_desc, ds_desc, rows_desc, weight_desc, dk, dv, window, prefix,
     documents, padding, ranges, N, M, H, heads_per_group, first_pair, first_tile, num_tiles, scale,
     CAUSAL: gl.constexpr, FOLDED: gl.constexpr, C: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_E: gl.constexpr,
+    BLOCK_D: gl.constexpr, BLOCK_E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values, and dS for every query that sees them."""
     dtype: gl.constexpr = q_desc.dtype
@@ -187,7 +195,8 @@ def key_kernel(
     g = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, 1, BLOCK_E], g_desc.layout)
     rows = gl.allocate_shared_memory(gl.float32, [STAGES, 4, BLOCK], rows_desc.layout)
     weights = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK], weight_desc.layout)
-    maps = gl.allocate_shared_memory(dtype, [2 * _SLOTS, BLOCK, BLOCK], ds_desc.layout)
+    map1 = gl.allocate_shared_memory(dtype, [_SLOTS, BLOCK, BLOCK], ds_desc.layout)
+    map2 = gl.allocate_shared_memory(dtype, [_SLOTS, BLOCK, BLOCK], ds_desc.layout)
     held = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -216,12 +225,12 @@ def key_kernel(
     gl.warp_specialize(
         [
             (_make_maps, (
-                k, q, g, rows, weights, maps, held, full, empty, made, free, dv, low, full_low,
-                full_high, high, heads_per_group, m0, N, M, scale, window, prefix, documents,
-                padding, G * E, CAUSAL, C, E,
+                k, q, g, rows, weights, map1, map2, held, full, empty, made, free, dv, low,
+                full_low, full_high, high, heads_per_group, m0, N, M, scale, window, prefix,
+                documents, padding, G * E, CAUSAL, C, E,
             )),
             (_make_gradients, (
-                ds_desc, v, q, g, rows, maps, held, full, empty, made, free, dk, low, high,
+                ds_desc, v, q, g, rows, map1, map2, held, full, empty, made, free, dk, low, high,
                 heads_per_group, m0, M, scale, head_slot, height, row, shift, G * C * D, C, D,
             )),
             (bring_queries, (
