@@ -51,7 +51,7 @@ def interpreted(seed: int = 0) -> Iterator[None]:
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         parameters = inspect.signature(self.fn).parameters
-        options = {"num_warps", "num_stages", "num_ctas", "maxnreg"} - set(parameters)
+        options = {"num_warps", "num_stages"} - set(parameters)
         kwargs = {name: value for name, value in kwargs.items() if name not in options}
         bound = inspect.signature(self.fn).bind(*args, **kwargs).arguments
         arguments = {name: _argument(x, parameters[name].annotation) for name, x in bound.items()}
@@ -200,10 +200,6 @@ class Program(Turns):
         assert barrier.shape == [1], f"a barrier is one number, not {barrier.shape}"
         name = f"barrier {barrier.data.storage_offset()} of {line()}"
         self._barriers[barrier.data.data_ptr()] = Barrier(count, name)
-
-    def invalidate(self, barrier: Shared) -> None:
-        self.pause()
-        del self._barriers[barrier.data.data_ptr()]
 
     def expect(self, barrier: Shared, bytes: int, pred: Any = True) -> None:
         self.pause()

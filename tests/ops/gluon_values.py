@@ -204,10 +204,6 @@ def _dot(a: Value, b: Value, acc: Any = None, *, input_precision: str | None = N
     return product if acc is None else product + acc
 
 
-def _assert(condition: Any, message: str = "") -> None:
-    assert condition, message
-
-
 def _on_floats(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Value]:
     return lambda x: elementwise(function, Value.of(x))
 
@@ -217,23 +213,13 @@ VOCABULARY: dict[str, Any] = {
     "constexpr": lambda x: x,
     "range": _range,
     "static_range": range,
-    "static_assert": _assert,
-    "device_assert": _assert,
     "arange": lambda start, end, layout=None: Value(
         torch.arange(start, end, dtype=torch.int32), layout
     ),
     "full": _full,
     "zeros": lambda shape, dtype, layout=None: _full(shape, 0, dtype, layout),
     "zeros_like": lambda x: Value(torch.zeros_like(x.data), x.layout),
-    "full_like": lambda x, value: Value(torch.full_like(x.data, value), x.layout),
-    "to_tensor": Value.of,
-    "cast": lambda x, dtype: Value.of(x).to(dtype),
     "convert_layout": lambda x, layout, assert_trivial=False: Value(x.data, layout),
-    "set_auto_layout": lambda x, layout: Value(x.data, layout),
-    "reshape": lambda x, *shape: x.reshape(*shape),
-    "permute": lambda x, *order: Value(x.data.permute(*order)),
-    "trans": lambda x: x.T,
-    "expand_dims": lambda x, axis: Value(x.data.unsqueeze(axis)),
     "where": _where,
     "maximum": functools.partial(elementwise, torch.maximum),
     "minimum": functools.partial(elementwise, torch.minimum),
@@ -241,12 +227,7 @@ VOCABULARY: dict[str, Any] = {
     "max": _reduce(torch.amax),
     "min": _reduce(torch.amin),
     "sum": _reduce(torch.sum),
-    "fma": lambda x, y, z: x * y + z,
     "dot": _dot,
     "inline_asm_elementwise": lambda asm, constraints, args, dtype, is_pure, pack: args[0],
-    "multiple_of": lambda x, count: x,
-    "max_contiguous": lambda x, count: x,
-    "assume": _assert,
-    **{name: _on_floats(getattr(torch, name)) for name in ("abs", "exp", "exp2", "log", "log2",
-                                                         "sqrt", "rsqrt", "floor", "ceil")},
+    **{name: _on_floats(getattr(torch, name)) for name in ("abs", "exp2", "log2")},
 }  # fmt: skip
