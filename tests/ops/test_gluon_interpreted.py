@@ -13,6 +13,9 @@ if not triton.__version__.startswith("3.6."):
 
 WIDE, ODD, SHARED_KEY = (128, 256, 2), (96, 192, 2), (128, 256, 1)  # D, E, C
 V1, V2, SMALL = (64, 128, 2), (128, 128, 1), (48, 64, 1)
+FEW = (
+    8  # Of one largest error in so small a sample it is chance whether plain code's is half of it.
+)
 
 
 @pytest.fixture(autouse=True)
@@ -49,17 +52,18 @@ def role_by_role(monkeypatch):
     monkeypatch.setattr(by_columns, "gradients", backward.gradients)
 
 
-def check_here(N, M, H, G, widths, mask, *, dtype=torch.bfloat16, seed=0):
+def check_here(N, M, H, G, widths, mask, *, dtype=torch.bfloat16, seed=0, num_largest=1):
     from gluon_interpreter import interpreted
 
     with interpreted(seed):
-        check(make_inputs(N, M, H, G, widths, dtype, device="cpu"), mask)
+        inputs = make_inputs(N, M, H, G, widths, dtype, device="cpu")
+        check(inputs, mask, num_largest=num_largest)
 
 
-def check_mask(name, widths):
-    seed = MASKS.index(name)
-    check_here(150, 150, 2, 1, widths, masks(150, "cpu")[name], seed=seed)
-    check_here(65, 197, 1, 1, widths, masks(197, "cpu")[name], seed=seed)
+def check_mask(name, widths, num_largest=1):
+    how = {"seed": MASKS.index(name), "num_largest": num_largest}
+    check_here(150, 150, 2, 1, widths, masks(150, "cpu")[name], **how)
+    check_here(65, 197, 1, 1, widths, masks(197, "cpu")[name], **how)
 
 
 @pytest.mark.usefixtures("gradients")
@@ -71,7 +75,7 @@ def test_every_mask_with_wide_values(name):
 @pytest.mark.usefixtures("role_by_role")
 @pytest.mark.parametrize("name", MASKS)
 def test_every_mask(name):
-    check_mask(name, (V1, V2)[MASKS.index(name) % 2])
+    check_mask(name, (V1, V2)[MASKS.index(name) % 2], FEW)
 
 
 @pytest.mark.usefixtures("gradients")
@@ -84,8 +88,9 @@ def test_wide_values(widths):
 @pytest.mark.usefixtures("role_by_role")
 @pytest.mark.parametrize("widths", [V1, V2, SMALL], ids=str)
 def test_every_width(widths):
-    check_here(400, 400, 2, 2, widths, AttentionMask(causal=True), dtype=torch.float16)
-    check_here(1, 1, 2, 2, widths, AttentionMask(causal=True), dtype=torch.float16)
+    how = {"dtype": torch.float16, "num_largest": FEW}
+    check_here(400, 400, 2, 2, widths, AttentionMask(causal=True), **how)
+    check_here(1, 1, 2, 2, widths, AttentionMask(causal=True), **how)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -72,12 +72,13 @@ def key_kernel(dtype, widths, *, causal, looked_up=False, **grouped):
     )  # fmt: skip
 
 
-def kernel_by_columns(dtype, C, *, causal):
+def kernel_by_columns(dtype, C, *, causal, looked_up=False):
     from diffmm.ops.diff_attention.triton.hopper.by_columns import _key_kernel
 
     return compiled(
-        _key_kernel, dtype, 128, 256, num_rows=8, num_warps=8, C=C, CAUSAL=causal, FOLDED=causal
-    )
+        _key_kernel, dtype, 128, 256, num_rows=8, num_warps=8, looked_up=looked_up, C=C,
+        CAUSAL=causal, FOLDED=causal and not looked_up,
+    )  # fmt: skip
 
 
 def forward_kernel(dtype, widths, *, causal, looked_up=False):
@@ -109,38 +110,44 @@ def check(kernel, folder, most_bytes):
 
 
 WIDE, V2, V1 = (128, 256, 2), (128, 128, 1), (64, 128, 2)  # D, E, C
-BY_COLUMNS = [("bf16", 2, True), ("bf16", 1, True), ("fp16", 2, False)]
 OTHERS = [(64, 64, 1), (64, 64, 2), (128, 128, 2), (128, 256, 1), (64, 256, 2), (128, 64, 1)]
 
 
 # What a masked tile needs may spill, and the addresses of operands; accumulators never.
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(("C", "causal"), [(2, True), (2, False), (1, True)])
+def test_wide_values(C, causal, dtype, tmp_path):
+    check(kernel_by_columns(dtype, C, causal=causal), tmp_path, 64)
+    check(forward_kernel(dtype, (128, 256, C), causal=causal), tmp_path, 0)
+
+
+def test_wide_values_and_looked_up_masks(tmp_path):
+    check(kernel_by_columns("bf16", 2, causal=True, looked_up=True), tmp_path, 128)
+    check(forward_kernel("bf16", WIDE, causal=True, looked_up=True), tmp_path, 64)
+
+
 @pytest.mark.parametrize(("dtype", "causal"), [("bf16", True), ("bf16", False), ("fp16", True)])
 @pytest.mark.parametrize(("widths", "most"), [(WIDE, 8), (V2, 96), (V1, 64)], ids=str)
-def test_in_registers_and_in_flight(widths, most, causal, dtype, tmp_path):
+def test_by_roles(widths, most, causal, dtype, tmp_path):
     check(key_kernel(dtype, widths, causal=causal, heads_per_group=1), tmp_path, most)
-    if widths[0] == 128:
-        check(forward_kernel(dtype, widths, causal=causal), tmp_path, 0)
 
 
 @pytest.mark.parametrize(("widths", "most"), [(WIDE, 32), (V2, 128), (V1, 96)], ids=str)
-def test_grouped_keys(widths, most, tmp_path):
+def test_by_roles_with_grouped_keys(widths, most, tmp_path):
     check(key_kernel("bf16", widths, causal=True), tmp_path, most)
 
 
-@pytest.mark.parametrize(("dtype", "C", "causal"), BY_COLUMNS)
-def test_by_columns(dtype, C, causal, tmp_path):
-    check(kernel_by_columns(dtype, C, causal=causal), tmp_path, 64)
-
-
 @pytest.mark.parametrize("widths", OTHERS, ids=str)
-def test_other_widths(widths, tmp_path):
+def test_by_roles_at_other_widths(widths, tmp_path):
     check(key_kernel("bf16", widths, causal=True), tmp_path, 96)
-    if widths[0] == 128 and widths[1] > 64:
-        check(forward_kernel("bf16", widths, causal=True), tmp_path, 0)
 
 
-@pytest.mark.parametrize("widths", [WIDE, V2, V1], ids=str)
-def test_looked_up_masks(widths, tmp_path):
-    check(key_kernel("bf16", widths, causal=True, looked_up=True), tmp_path, 352)
-    if widths[0] == 128:
-        check(forward_kernel("bf16", widths, causal=True, looked_up=True), tmp_path, 200)
+@pytest.mark.parametrize(("widths", "most"), [(WIDE, 128), (V2, 352), (V1, 320)], ids=str)
+def test_by_roles_and_looked_up_masks(widths, most, tmp_path):
+    check(key_kernel("bf16", widths, causal=True, looked_up=True), tmp_path, most)
+
+
+@pytest.mark.parametrize("widths", [V2, (128, 128, 2)], ids=str)
+def test_forward_of_narrower_values(widths, tmp_path):
+    check(forward_kernel("bf16", widths, causal=True), tmp_path, 0)
+    check(forward_kernel("bf16", widths, causal=True, looked_up=True), tmp_path, 200)

@@ -9,7 +9,7 @@ A program of the key kernel holds a tile of keys and walks along the queries of 
 group; a program of the query kernel holds a tile of queries and walks along the keys. Scores and dP
 are computed twice for it, but nothing is summed across programs: gradients are the same bits in
 every run, and one kernel for both, which adds up dQ in memory, was slower (docs/lab_notes.md).
-Hopper has kernels of its own (`hopper`).
+Values too wide for this have kernels of their own on Hopper (see `hopper`).
 """
 
 import triton

@@ -9,16 +9,15 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from diffmm.ops.diff_attention.triton.rows import NUM_ROWS, WEIGHT
+from diffmm.ops.diff_attention.triton.tiles import UNSPECIALIZED as UNSPECIALIZED_IN_TRITON
 from diffmm.ops.diff_attention.triton.tiles import describe
 
 BLOCK = gl.constexpr(64)
 """Keys, and queries, of a tile of scores: a warpgroup's products have so many rows."""
 
-UNSPECIALIZED = [
-    "N", "M", "H", "window", "first_pair", "first_tile", "num_tiles", "lam_b", "lam_n", "lam_h",
-]  # fmt: skip
-"""Arguments whose value is not worth a kernel of its own. `heads_per_group` is: one head a group
-takes fewer registers."""
+UNSPECIALIZED = [name for name in UNSPECIALIZED_IN_TRITON if name != "heads_per_group"]
+UNSPECIALIZED += ["first_pair", "first_tile", "num_tiles"]
+"""Of the kernels in Gluon: one head a group takes fewer registers."""
 
 SHARED_BYTES = 227 << 10
 """A program's shared memory at most."""
