@@ -90,6 +90,25 @@ def clear_margins(
 
 
 @gluon.jit
+def allocate_ring(q_desc, g_desc, rows_desc, weight_desc, STAGES: gl.constexpr):
+    """Room for so many tiles of queries, gradients of the output and rows, and the barriers that
+    say when a tile is full and when both warpgroups are through with it."""
+    BLOCK_D: gl.constexpr = q_desc.block_type.shape[-1]
+    BLOCK_E: gl.constexpr = g_desc.block_type.shape[-1]
+    dtype: gl.constexpr = q_desc.dtype
+    q = gl.allocate_shared_memory(dtype, [2 * STAGES, 1, BLOCK, 1, 1, BLOCK_D], q_desc.layout)
+    g = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, 1, BLOCK_E], g_desc.layout)
+    rows = gl.allocate_shared_memory(gl.float32, [STAGES, 4, BLOCK], rows_desc.layout)
+    weights = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK], weight_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    return q, g, rows, weights, full, empty
+
+
+@gluon.jit
 def bring_queries(
     q_desc, g_desc, rows_desc, weight_desc, q, g, rows, weights, full, empty, batch, H, first_head,
     heads_per_group, low, high,

@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from diffmm.ops.diff_attention.triton.hopper.common import (
     BLOCK,
     UNSPECIALIZED,
+    allocate_ring,
     bring_queries,
     clear_margins,
     opaque,
@@ -191,21 +192,13 @@ def key_kernel(
 
     k = gl.allocate_shared_memory(dtype, [C, 1, BLOCK, 1, 1, BLOCK_D], k_desc.layout)
     v = gl.allocate_shared_memory(dtype, [1, BLOCK, 1, BLOCK_E], v_desc.layout)
-    q = gl.allocate_shared_memory(dtype, [2 * STAGES, 1, BLOCK, 1, 1, BLOCK_D], q_desc.layout)
-    g = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, 1, BLOCK_E], g_desc.layout)
-    rows = gl.allocate_shared_memory(gl.float32, [STAGES, 4, BLOCK], rows_desc.layout)
-    weights = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK], weight_desc.layout)
     map1 = gl.allocate_shared_memory(dtype, [_SLOTS, BLOCK, BLOCK], ds_desc.layout)
     map2 = gl.allocate_shared_memory(dtype, [_SLOTS, BLOCK, BLOCK], ds_desc.layout)
+    q, g, rows, weights, full, empty = allocate_ring(q_desc, g_desc, rows_desc, weight_desc, STAGES)
     held = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     made = gl.allocate_shared_memory(gl.int64, [_SLOTS, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [_SLOTS, 1], mbarrier.MBarrierLayout())
     mbarrier.init(held, count=1)
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
     for slot in gl.static_range(_SLOTS):
         mbarrier.init(made.index(slot), count=1)
         mbarrier.init(free.index(slot), count=1)
