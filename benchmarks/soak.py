@@ -11,9 +11,11 @@ everything is warm, to the last.
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from statistics import median
@@ -64,6 +66,8 @@ def main() -> int:
     options = parser.parse_args()
     if not Path("/proc/self/smaps_rollup").exists():
         parser.error("benchmarks.soak reads memory from /proc, which is Linux's alone")
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: ended.set())
 
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
@@ -74,8 +78,10 @@ def main() -> int:
         command += ["--run_dir", str(run_dir)]
         for key, value in settings.items():
             command += [f"--{key}", str(value)]
-        looks = watch(command, Path(folder) / "log", run_dir, 60 * options.minutes)
+        looks = watch(command, Path(folder) / "log", run_dir, 60 * options.minutes, ended)
         steps = steps_done(run_dir)
+    if ended.is_set():
+        return 128 + signal.SIGTERM
     if not looks:
         return 1
     fifth = max(len(looks) // 5, 1)
@@ -93,15 +99,18 @@ def main() -> int:
     return 0
 
 
-def watch(command: list[str], log: Path, run_dir: Path, seconds: float) -> list[dict[str, float]]:
-    """Run a command for that long, looking at it; nothing if it ended before."""
+def watch(
+    command: list[str], log: Path, run_dir: Path, seconds: float, ended: threading.Event
+) -> list[dict[str, float]]:
+    """Run a command for that long, or until `ended`, looking at it; nothing if it ended before."""
     looks: list[dict[str, float]] = []
     with log.open("w") as file:
         run = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         start = time.monotonic()
         try:
             while (elapsed := time.monotonic() - start) < seconds:
-                time.sleep(min(SECONDS_BETWEEN_LOOKS, max(seconds - elapsed, 0)))
+                if ended.wait(min(SECONDS_BETWEEN_LOOKS, seconds - elapsed)):
+                    break
                 if run.poll() is not None:
                     print(f"the run ended after {elapsed:.0f} s:\n{log.read_text()[-2000:]}")
                     return []
