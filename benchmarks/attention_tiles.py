@@ -111,7 +111,7 @@ NARROW: dict[str, list[tuple[int, int, int, int]]] = {
     "query": [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4), (128, 32, 8, 3),
               (128, 64, 8, 3)],
 }  # fmt: skip
-HOPPER = [("forward", "forward"), ("gradients", "backward"), ("gradients", "by_columns")]
+HOPPER = [("forward", "forward"), ("gradients", "backward")]
 
 
 def candidates() -> list[Candidate]:
@@ -122,7 +122,7 @@ def candidates() -> list[Candidate]:
             kernel, split = name.removesuffix(" split"), name.endswith(" split")
             found += [Candidate(kernel, D, E, C, causal, Tile(*t, split=split)) for t in tiles]
         if torch.cuda.get_device_capability()[0] == 9:
-            for kernel, module in HOPPER if E > 128 else HOPPER[:2]:
+            for kernel, module in HOPPER:
                 found.append(Candidate(kernel, D, E, C, causal, hopper=module))
     return found
 

@@ -59,9 +59,9 @@ def test_a_lambda_that_is_shared_gets_the_sum_of_the_gradients(shape):
 @pytest.mark.parametrize("num_bytes", [1, 200_000, 700_000])
 def test_wide_values_in_little_memory(monkeypatch, num_bytes, causal):
     """Heads take turns, and bands of keys where one head is too much."""
-    from diffmm.ops.diff_attention.triton.hopper import by_columns
+    from diffmm.ops.diff_attention.triton.hopper import backward
 
-    monkeypatch.setattr(by_columns, "SCRATCH_BYTES", num_bytes)
+    monkeypatch.setattr(backward, "SCRATCH_BYTES", num_bytes)
     for N, M in ((333, 333), (100, 300)):
         check(make_inputs(N, M, 4, 2, WIDE, torch.bfloat16), AttentionMask(causal=causal))
 

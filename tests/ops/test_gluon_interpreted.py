@@ -32,24 +32,8 @@ def _served(monkeypatch):
     from diffmm.ops.diff_attention.triton import hopper, op
 
     monkeypatch.setattr(op, "INTERPRETED", True)
-    monkeypatch.setattr(hopper, "serves", lambda q, v: True)
-
-
-@pytest.fixture(params=["by_columns", "backward"])
-def gradients(request, monkeypatch):
-    """The module that the backward pass is taken from."""
-    from diffmm.ops.diff_attention.triton.hopper import backward, by_columns
-
-    module = {"by_columns": by_columns, "backward": backward}[request.param]
-    monkeypatch.setattr(by_columns, "gradients", module.gradients)
-    return module
-
-
-@pytest.fixture
-def role_by_role(monkeypatch):
-    from diffmm.ops.diff_attention.triton.hopper import backward, by_columns
-
-    monkeypatch.setattr(by_columns, "gradients", backward.gradients)
+    monkeypatch.setattr(hopper, "serves_forward", lambda q, v: True)
+    monkeypatch.setattr(hopper, "serves_backward", lambda q, v: True)
 
 
 def check_here(N, M, H, G, widths, mask, *, dtype=torch.bfloat16, seed=0, num_largest=1):
@@ -66,27 +50,14 @@ def check_mask(name, widths, num_largest=1):
     check_here(65, 197, 1, 1, widths, masks(197, "cpu")[name], **how)
 
 
-@pytest.mark.usefixtures("gradients")
-@pytest.mark.parametrize("name", MASKS)
-def test_every_mask_with_wide_values(name):
-    check_mask(name, (WIDE, ODD, SHARED_KEY)[MASKS.index(name) % 3])
-
-
-@pytest.mark.usefixtures("role_by_role")
 @pytest.mark.parametrize("name", MASKS)
 def test_every_mask(name):
-    check_mask(name, (V1, V2)[MASKS.index(name) % 2], FEW)
+    index = MASKS.index(name)
+    check_mask(name, (WIDE, ODD, SHARED_KEY)[index % 3])
+    check_mask(name, (V1, V2)[index % 2], FEW)
 
 
-@pytest.mark.usefixtures("gradients")
-@pytest.mark.parametrize("widths", [WIDE, ODD, SHARED_KEY], ids=str)
-def test_wide_values(widths):
-    check_here(200, 200, 2, 2, widths, AttentionMask(causal=True), dtype=torch.float16)
-    check_here(1, 1, 2, 2, widths, AttentionMask(causal=True), dtype=torch.float16)
-
-
-@pytest.mark.usefixtures("role_by_role")
-@pytest.mark.parametrize("widths", [V1, V2, SMALL], ids=str)
+@pytest.mark.parametrize("widths", [WIDE, ODD, SHARED_KEY, V1, V2, SMALL], ids=str)
 def test_every_width(widths):
     how = {"dtype": torch.float16, "num_largest": FEW}
     check_here(400, 400, 2, 2, widths, AttentionMask(causal=True), **how)
@@ -95,16 +66,10 @@ def test_every_width(widths):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("num_bytes", [1, 200_000])
-def test_little_memory(gradients, monkeypatch, num_bytes, causal):
+@pytest.mark.parametrize("widths", [WIDE, V1], ids=str)
+def test_little_memory(monkeypatch, widths, num_bytes, causal):
     """Heads take turns, and bands of keys where one head is too much."""
-    monkeypatch.setattr(gradients, "SCRATCH_BYTES", num_bytes)
-    check_here(130, 130, 4, 2, WIDE, AttentionMask(causal=causal))
-
-
-@pytest.mark.usefixtures("role_by_role")
-@pytest.mark.parametrize("num_bytes", [1, 400_000])
-def test_little_memory_for_two_tiles_at_once(monkeypatch, num_bytes):
     from diffmm.ops.diff_attention.triton.hopper import backward
 
     monkeypatch.setattr(backward, "SCRATCH_BYTES", num_bytes)
-    check_here(330, 330, 4, 2, V1, AttentionMask(causal=True))
+    check_here(200, 200, 4, 2, widths, AttentionMask(causal=causal))

@@ -296,8 +296,8 @@ def backward(
     grad = describable(grad)
     rows, lam_grad = query_rows(grad, out, second, lam, lse)
     shared = (grad, q, k, v, rows, mask, scale)
-    if hopper.serves(q, v):
-        from diffmm.ops.diff_attention.triton.hopper.by_columns import gradients
+    if hopper.serves_backward(q, v):
+        from diffmm.ops.diff_attention.triton.hopper.backward import gradients
 
         return *gradients(*shared), lam_grad
     dk, dv = key_gradients(*shared, tile=tiles.key_grad)

@@ -115,7 +115,7 @@ def _attend(
         if not for_backward and decodes(N, H, G):
             return decode(q, k, v, lam, mask, scale, num_programs=_num_programs(q)), *nothing
         second: Tensor | None
-        if hopper.serves(q, v):
+        if hopper.serves_forward(q, v):
             from diffmm.ops.diff_attention.triton.hopper.forward import forward as forward_by_maps
 
             out, second, lse = forward_by_maps(q, k, v, lam, mask, scale)

@@ -9,8 +9,7 @@ from diffmm.ops.diff_attention.triton.tiles import MAX_BLOCK, UNSPECIALIZED, pad
 LSE1, LSE2, DELTA1, DELTA2, WEIGHT = (tl.constexpr(row) for row in range(5))
 """Both maps' log-sum-exps, `delta_i = dO·O_i`, and what the second map counts: -lam."""
 
-NUM_ROWS = tl.constexpr(8)
-"""Rounded up so that the copy engine can take a tile of all of them."""
+NUM_ROWS = tl.constexpr(5)
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "P"])

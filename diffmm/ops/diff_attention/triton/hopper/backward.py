@@ -86,8 +86,8 @@ def num_stages(keys: int, block_d: int, block_e: int, components: int) -> int:
 def gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, mask: KernelMask, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v in 16 bits, with heads of 40 to 128 dims and values of 40 to 256,
-    all describable; `rows` from `query_rows`."""
+    """The gradients of q, k and v, that `hopper.serves_backward`, all describable; `rows` from
+    `query_rows`."""
     (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     block, span, block_d, block_e = BLOCK.value, SPAN.value, pad(D), pad(E)
     keys = kernels_of_keys(block_d, block_e, C)

@@ -244,7 +244,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor, mask: KernelMask, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`out` and the second map's output `[B, N, H, E]`, and both log-sum-exps `[B, H, 2, N]` in
-    units of log2, of inputs in 16 bits with heads of 40 to 128 dims and values of 40 to 256."""
+    units of log2, of inputs that `hopper.serves_forward`."""
     (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     block, block_d, block_e = BLOCK.value, pad(D), pad(E)
     keys, stages = keys_and_stages(block_d, block_e, C)
