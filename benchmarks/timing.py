@@ -1,5 +1,6 @@
 """Timing on a GPU."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -11,23 +12,29 @@ def median_ms(
 ) -> float:
     """Median milliseconds that `run` takes of the GPU, by CUDA events.
 
-    Before each, the L2 cache is flushed over and over for some 2 ms, so that the host is ahead and
-    the time it takes to launch does not show, as in a training step. `host_ms` is that time.
+    Before each, the L2 cache is flushed over and over for twice the time that the host takes to
+    launch `run` (`host_ms`), so that the host is ahead and its time does not show, as in a training
+    step.
     """
     for _ in range(warmup):
         run()
     scratch = torch.empty(flush_mb << 20, dtype=torch.uint8, device="cuda")
+    num_flushes = 1 + math.ceil(2 * host_ms(run) / _event_ms(scratch.zero_))
     times = []
     for _ in range(repeats):
-        for _ in range(20):
+        for _ in range(num_flushes):
             scratch.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(_event_ms(run))
     return sorted(times)[len(times) // 2]
+
+
+def _event_ms(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
 
 
 def host_ms(run: Callable[[], object], *, warmup: int = 3, repeats: int = 20) -> float:

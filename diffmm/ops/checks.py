@@ -46,14 +46,11 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> None:
     mask.check(q.shape[0], k.shape[1])
 
 
-def check_backend(backend: str, backends: Collection[str], *, auto: str) -> str:
-    """The backend that serves: `auto` for `"auto"`, itself if it is one of `backends`.
+def check_backend(backend: str, backends: Collection[str]) -> None:
+    """Refuse a backend that is neither `"auto"` nor one of `backends`.
 
     Raises:
-        ValueError: for any other name, listing those there are.
+        ValueError: naming it, and listing those there are.
     """
-    if backend == "auto":
-        return auto
-    if backend not in backends:
+    if backend not in ("auto", *backends):
         raise ValueError(f"unknown backend {backend!r}: choose one of {['auto', *backends]}")
-    return backend

@@ -106,7 +106,9 @@ def diff_attention(
     check_qkv(q, k, v, mask)
     lam = _as_map(lam, q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    backend = check_backend(backend, BACKENDS, auto=choose_backend(q, k, v, scale))
+    check_backend(backend, BACKENDS)
+    if backend == "auto":
+        backend = choose_backend(q, k, v, scale)
     return BACKENDS[backend](q, k, v, lam, mask=mask, scale=scale)
 
 

@@ -44,6 +44,6 @@ def softmax_attention(
             f"got {tuple(q.shape)} and {tuple(k.shape)}"
         )
     check_qkv(q, k, v, mask)
-    backend = check_backend(backend, BACKENDS, auto="sdpa")
+    check_backend(backend, BACKENDS)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return BACKENDS[backend](q, k, v, mask=mask, scale=scale)
+    return BACKENDS["sdpa" if backend == "auto" else backend](q, k, v, mask=mask, scale=scale)

@@ -36,6 +36,7 @@ from diffmm.ops.diff_attention.triton.tiles import (
     UNSPECIALIZED,
     Tile,
     Tiles,
+    cdiv,
     describable,
     describe,
     pad,
@@ -252,7 +253,7 @@ def key_gradients(
     (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     block_d, block_e = pad(D), pad(E)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    _key_kernel[(triton.cdiv(M, tile.block_m), B * G)](
+    _key_kernel[(cdiv(M, tile.block_m), B * G)](
         describe(q, [1, tile.block_n, 1, 1, block_d]),
         describe(grad, [1, tile.block_n, 1, block_e]), k, v, rows, dk, dv,
         mask.window, mask.prefix, mask.documents, mask.padding,
@@ -274,7 +275,7 @@ def query_gradient(
     (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     block_d, block_e = pad(D), pad(E)
     dq = q.new_empty(q.shape)
-    _query_kernel[(triton.cdiv(N, tile.block_n), B * H)](
+    _query_kernel[(cdiv(N, tile.block_n), B * H)](
         q, grad, describe(k, [1, tile.block_m, 1, 1, block_d]),
         describe(v, [1, tile.block_m, 1, block_e]), rows, dq,
         mask.window, mask.prefix, mask.documents, mask.padding,

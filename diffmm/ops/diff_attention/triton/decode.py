@@ -5,14 +5,22 @@ where the components share a key, both components' rows are. The keys are split 
 a second kernel joins what the splits found, weighted by their log-sum-exps.
 """
 
-import torch
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from diffmm.ops.diff_attention.triton.forward import _finish, _softmax_step
 from diffmm.ops.diff_attention.triton.masking import KernelMask, key_bounds, visible
-from diffmm.ops.diff_attention.triton.tiles import UNSPECIALIZED, describe, pad, precision
+from diffmm.ops.diff_attention.triton.tiles import (
+    UNSPECIALIZED,
+    cdiv,
+    describe,
+    pad,
+    power_of_2,
+    precision,
+)
 
 # Rows of one component that the tile holds at most: queries times heads of a group.
 MAX_ROWS = 64
@@ -82,58 +90,104 @@ def _split_kernel(
     part_mask = inside[:, None] & (widths[None, :] < E)
     part += (first + row).to(tl.int64)[:, None] * E + widths[None, :]
     part_lse += first + row
-    mean1, lse1 = _finish(acc1, top1, total1)
-    tl.store(part, mean1, mask=part_mask)
-    tl.store(part_lse, lse1, mask=inside)
+    _store(part, part_lse, acc1, top1, total1, part_mask, inside)
     if C == 2:
-        mean2, lse2 = _finish(acc2, top2, total2)
-        tl.store(part + num_rows * E, mean2, mask=part_mask)
-        tl.store(part_lse + num_rows, lse2, mask=inside)
+        part, part_lse = part + num_rows * E, part_lse + num_rows
+        _store(part, part_lse, acc2, top2, total2, part_mask, inside)
 
 
 @triton.jit
-def _joined(
-    part, part_lse, num_splits, num_rows, E: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """The splits of one row into one mean; a split that saw nothing has +inf and no weight."""
-    widths = tl.arange(0, BLOCK_E)
-    acc = tl.zeros((BLOCK_E,), tl.float32)
-    top, total = -float("inf"), 0.0
-    for first in range(0, num_splits, BLOCK_S):
-        split = first + tl.arange(0, BLOCK_S)
-        row = split * 2 * num_rows
-        inside = split < num_splits
-        lse = tl.load(part_lse + row, mask=inside, other=float("inf"))
-        lse = tl.where(lse == float("inf"), -float("inf"), lse)
-        new_top = tl.maximum(top, tl.max(lse, 0))
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        shrink, weight = tl.exp2(top - shift), tl.exp2(lse - shift)
-        places = part + row.to(tl.int64)[:, None] * E + widths[None, :]
-        values = tl.load(places, mask=inside[:, None] & (widths[None, :] < E), other=0.0)
-        acc = acc * shrink + tl.sum(values * weight[:, None], 0)
-        total = total * shrink + tl.sum(weight, 0)
-        top = new_top
-    return acc / tl.where(total == 0.0, 1.0, total)
+def _store(part, part_lse, acc, top, total, part_mask, inside):
+    """The means of a split's rows, and their log-sum-exps: -inf where it saw nothing."""
+    mean, lse = _finish(acc, top, total)
+    tl.store(part, mean, mask=part_mask)
+    tl.store(part_lse, tl.where(total == 0.0, -float("inf"), lse), mask=inside)
+
+
+@triton.jit
+def _add_splits(lse, values, top, total, acc):
+    """Some splits of one row into its running sums."""
+    new_top = tl.maximum(top, tl.max(lse, 0))
+    shift = tl.where(new_top == -float("inf"), 0.0, new_top)
+    shrink, weight = tl.exp2(top - shift), tl.exp2(lse - shift)
+    acc = acc * shrink + tl.sum(values * weight[:, None], 0)
+    return new_top, total * shrink + tl.sum(weight, 0), acc
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "num_splits"])
 def _join_kernel(
     part, part_lse, lam, out, lam_b, lam_n, lam_h, N, G, heads_per_group, num_splits,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr,
+    E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
+    """Both maps' splits into the output of one row, for a block of its values."""
     row, num_rows = tl.program_id(0), tl.num_programs(0)
     batch, group = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     head, query = group * heads_per_group + row // N, row % N
     first = tl.program_id(1).to(tl.int64) * num_splits * 2 * num_rows + row
-    mean1 = _joined(part + first * E, part_lse + first, num_splits, num_rows, E, BLOCK_E, BLOCK_S)
-    first += num_rows
-    mean2 = _joined(part + first * E, part_lse + first, num_splits, num_rows, E, BLOCK_E, BLOCK_S)
+    widths = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
+    acc1 = tl.zeros((BLOCK_E,), tl.float32)
+    top1, total1 = -float("inf"), 0.0
+    acc2, top2, total2 = acc1, top1, total1
+    for start in range(0, num_splits, BLOCK_S):
+        split = start + tl.arange(0, BLOCK_S)
+        inside = split < num_splits
+        rows = first + split * 2 * num_rows
+        places = part + rows[:, None] * E + widths[None, :]
+        mask = inside[:, None] & (widths[None, :] < E)
+        lse1 = tl.load(part_lse + rows, mask=inside, other=-float("inf"))
+        lse2 = tl.load(part_lse + rows + num_rows, mask=inside, other=-float("inf"))
+        values1 = tl.load(places, mask=mask, other=0.0)
+        values2 = tl.load(places + num_rows * E, mask=mask, other=0.0)
+        top1, total1, acc1 = _add_splits(lse1, values1, top1, total1, acc1)
+        top2, total2, acc2 = _add_splits(lse2, values2, top2, total2, acc2)
     weight = tl.load(lam + batch * lam_b + query * lam_n + head * lam_h)
-    widths = tl.arange(0, BLOCK_E)
+    mean1 = acc1 / tl.where(total1 == 0.0, 1.0, total1)
+    mean2 = acc2 / tl.where(total2 == 0.0, 1.0, total2)
     place = ((batch * N + query) * G * heads_per_group + head) * E
     mean = mean1 - weight * mean2
     tl.store(out + place + widths, mean.to(out.dtype.element_ty), mask=widths < E)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How decoding cuts the keys.
+
+    Args:
+        block_m: keys in a tile.
+        num_warps: warps of a program.
+        num_stages: depth of the loads' pipeline.
+        programs: that a multiprocessor holds at once.
+    """
+
+    block_m: int
+    num_warps: int
+    num_stages: int
+    programs: int
+
+
+def cut_for(item: int, block_r: int, components: int, block_d: int, block_e: int) -> Cut:
+    """The cut for numbers of `item` bytes and tiles of `block_r` rows: three tiles of up to 32 KiB
+    of keys and values are on their way in each program, and a multiprocessor has two of these, or
+    one if there are many rows."""
+    if item == 4:  # No tensor cores: small tiles, or compiling takes minutes.
+        return Cut(block_m=32, num_warps=4, num_stages=1, programs=2)
+    most = (1 << 14) // (components * block_d + block_e)
+    block_m = min(max(power_of_2(most + 1) // 2, 32), 128)
+    if block_r > 32:
+        return Cut(block_m, num_warps=8, num_stages=4, programs=1)
+    return Cut(block_m, num_warps=4, num_stages=4, programs=2)
+
+
+def num_splits_for(num_groups: int, num_tiles: int, num_places: int) -> int:
+    """Into how many splits the tiles of each group go, where `num_places` programs run at once: as
+    many as leave the last of them the least time after the first begins."""
+
+    def time(num_splits: int) -> int:
+        """In tiles; a program takes two more to begin and to end."""
+        return cdiv(num_groups * num_splits, num_places) * (cdiv(num_tiles, num_splits) + 2)
+
+    full = (waves * num_places // num_groups for waves in (1, 2, 3, 4))
+    return min((min(max(count, 1), num_tiles) for count in full), key=time)
 
 
 def decodes(N: int, H: int, G: int) -> bool:
@@ -143,19 +197,20 @@ def decodes(N: int, H: int, G: int) -> bool:
 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor, mask: KernelMask, scale: float,
-    *, num_programs: int,
+    *, num_multiprocessors: int,
 ) -> Tensor:  # fmt: skip
-    """`[B, N, H, E]`, for inference; the keys are split over about `num_programs` programs."""
+    """`[B, N, H, E]`, for inference."""
     (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
-    num_rows, block_m = N * (H // G), 32 if q.element_size() == 4 else 64
-    num_splits = max(1, min(triton.cdiv(M, block_m), triton.cdiv(num_programs, B * G)))
-    chunk = triton.cdiv(triton.cdiv(M, num_splits), block_m) * block_m
-    num_splits = triton.cdiv(M, chunk)
-    part = torch.empty(B, G, num_splits, 2 * num_rows, E, dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(B, G, num_splits, 2 * num_rows, dtype=torch.float32, device=q.device)
-    out = q.new_empty(B, N, H, E)
-    block_d, block_e, block_n = pad(D), pad(E), triton.next_power_of_2(N)
+    num_rows, block_d, block_e, block_n = N * (H // G), pad(D), pad(E), power_of_2(N)
     block_r = pad(num_rows if C == 2 else 2 * num_rows)
+    cut = cut_for(q.element_size(), block_r, C, block_d, block_e)
+    block_m, num_tiles = cut.block_m, cdiv(M, cut.block_m)
+    num_splits = num_splits_for(B * G, num_tiles, cut.programs * num_multiprocessors)
+    chunk = cdiv(num_tiles, num_splits) * block_m
+    num_splits = cdiv(M, chunk)
+    part = lam.new_empty(B, G, num_splits, 2 * num_rows, E)
+    part_lse = lam.new_empty(B, G, num_splits, 2 * num_rows)
+    out = q.new_empty(B, N, H, E)
     _split_kernel[(num_splits, B * G)](
         q, describe(k, [1, block_m, 1, 1, block_d]), describe(v, [1, block_m, 1, block_e]),
         part, part_lse, mask.window, mask.prefix, mask.documents, mask.padding,
@@ -163,10 +218,11 @@ def decode(
         scale * 1.4426950408889634,
         CAUSAL=mask.causal, C=C, D=D, E=E, BLOCK_R=block_r, BLOCK_M=block_m, BLOCK_D=block_d,
         BLOCK_E=block_e, BLOCK_N=block_n, PRECISION=precision(q.dtype),
-        num_warps=4 if block_r < 128 else 8, num_stages=1 if q.element_size() == 4 else 2,
+        num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
-    _join_kernel[(num_rows, B * G)](
+    width = min(block_e, 32)
+    _join_kernel[(num_rows, B * G, cdiv(E, width))](
         part, part_lse, lam, out, *lam.stride(), N, G, H // G, num_splits,
-        E=E, BLOCK_E=block_e, BLOCK_S=min(32, triton.next_power_of_2(num_splits)), num_warps=4,
+        E=E, BLOCK_S=min(128, power_of_2(num_splits)), BLOCK_E=width, num_warps=4,
     )  # fmt: skip
     return out

@@ -17,6 +17,7 @@ from diffmm.ops.diff_attention.triton.masking import KernelMask, key_bounds, vis
 from diffmm.ops.diff_attention.triton.tiles import (
     UNSPECIALIZED,
     Tile,
+    cdiv,
     describe,
     pad,
     precision,
@@ -171,7 +172,7 @@ def forward(
     lse = lam.new_empty(B, H, 2, N)
     ranges = mask.key_ranges(B, N, M, tile.block_n)
     for components in ("second", "first") if tile.split else ("both",):
-        _forward_kernel[(triton.cdiv(N, tile.block_n), B * H)](
+        _forward_kernel[(cdiv(N, tile.block_n), B * H)](
             q, describe(k, [1, tile.block_m, 1, 1, block_d]),
             describe(v, [1, tile.block_m, 1, block_e]), lam, out, second, lse,
             mask.window, mask.prefix, mask.documents, mask.padding, ranges,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffmm.ops.diff_attention.triton.tiles import cdiv
 from diffmm.ops.mask import AttentionMask
 
 _CHUNK = 1024
@@ -192,7 +193,7 @@ class KernelMask:
         given = self.documents if self.documents is not None else self.padding
         if given is None:
             return None
-        num_blocks = triton.cdiv(num_own, block)
+        num_blocks = cdiv(num_own, block)
         ranges = torch.empty(batch, num_blocks, 2, dtype=torch.int32, device=given.device)
         _ranges_kernel[(num_blocks, batch)](
             ranges, self.documents, own_padding, other_padding,

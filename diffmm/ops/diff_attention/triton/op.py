@@ -68,11 +68,8 @@ def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _num_programs(q: Tensor) -> int:
-    """Programs that fill the device twice."""
-    if not q.is_cuda:
-        return 4
-    return 2 * torch.cuda.get_device_properties(q.device).multi_processor_count
+def _num_multiprocessors(q: Tensor) -> int:
+    return torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
 
 
 def _kernel_mask(
@@ -113,7 +110,8 @@ def _attend(
     q, k, v = describable(q), describable(k), describable(v)
     with _on(q):
         if not for_backward and decodes(N, H, G):
-            return decode(q, k, v, lam, mask, scale, num_programs=_num_programs(q)), *nothing
+            count = _num_multiprocessors(q)
+            return decode(q, k, v, lam, mask, scale, num_multiprocessors=count), *nothing
         second: Tensor | None
         if hopper.serves_forward(q, v):
             from diffmm.ops.diff_attention.triton.hopper.forward import forward as forward_by_maps
@@ -208,6 +206,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     out, second, lse = output
     ctx.save_for_backward(q, k, v, lam, out, second, lse, prefix_lengths, document_ids, key_padding)
     ctx.causal, ctx.window, ctx.scale = causal, window, scale
+    ctx.set_materialize_grads(False)  # or zeros are written for the two that nobody differentiates
 
 
 def _differentiate(ctx: Any, grad: Tensor, _second: Any, _lse: Any) -> tuple[Any, ...]:

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmm.ops.diff_attention.triton.tiles import MAX_BLOCK, UNSPECIALIZED, pad
+from diffmm.ops.diff_attention.triton.tiles import MAX_BLOCK, UNSPECIALIZED, cdiv, pad
 
 LSE1, LSE2, DELTA1, DELTA2, WEIGHT = (tl.constexpr(row) for row in range(5))
 """Both maps' log-sum-exps, `delta_i = dO·O_i`, and what the second map counts: -lam."""
@@ -47,7 +47,7 @@ def query_rows(
     """What the kernels read of every query, `[B, H, rows, P]` with queries padded to whole tiles,
     and lambda's gradient `[B, N, H]`."""
     B, N, H, E = out.shape
-    padded = triton.cdiv(N, MAX_BLOCK) * MAX_BLOCK
+    padded = cdiv(N, MAX_BLOCK) * MAX_BLOCK
     rows, lam_grad = lam.new_empty(B, H, NUM_ROWS.value, padded), lam.new_empty(B, N, H)
     block = 16
     _rows_kernel[(padded // block, B * H)](

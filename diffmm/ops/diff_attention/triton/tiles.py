@@ -6,7 +6,6 @@ No autotuning: the same call is cut the same way on every machine of a kind, fro
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -78,9 +77,20 @@ def tiles_for(dtype: torch.dtype, D: int, E: int, capability: tuple[int, int]) -
     return Tiles(Tile(64, 64, 4, 3), key_grad=Tile(32, 64, 4, 2), query_grad=Tile(64, 64, 4, 2))
 
 
+def cdiv(total: int, part: int) -> int:
+    """`total / part`, rounded up. Triton's own is for kernels: on the host it takes as long as a
+    small operator, and so does its `next_power_of_2`."""
+    return -(-total // part)
+
+
+def power_of_2(number: int) -> int:
+    """The first power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
 def pad(width: int) -> int:
     """The power of two, at least 16, that holds `width`: what a tile's sides must be."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, power_of_2(width))
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -91,6 +101,8 @@ def precision(dtype: torch.dtype) -> str:
 def describable(tensor: Tensor) -> Tensor:
     """`tensor` itself if Hopper's copy engine can address it, else a contiguous copy."""
     item = tensor.element_size()
+    if tensor.is_contiguous() and tensor.data_ptr() % 16 == tensor.shape[-1] * item % 16 == 0:
+        return tensor
     strides = [
         stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
     ]

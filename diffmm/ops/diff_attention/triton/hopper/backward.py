@@ -21,7 +21,7 @@ from diffmm.ops.diff_attention.triton.hopper.common import (
     scratch_place,
 )
 from diffmm.ops.diff_attention.triton.masking import KernelMask, key_bounds
-from diffmm.ops.diff_attention.triton.tiles import UNSPECIALIZED, describe, pad
+from diffmm.ops.diff_attention.triton.tiles import UNSPECIALIZED, cdiv, describe, pad
 
 SCRATCH_BYTES = 9 << 28  # a causal head of 32,768 tokens
 _MOST_HEADS = 65535  # of one launch, a head for each component
@@ -94,19 +94,19 @@ def gradients(
     stages = num_stages(keys.KEYS.value, block_d, block_e, C)
     tiles_at_once = keys.KEYS.value // block
     heads_per_group, pairs = H // G, B * G
-    num_tiles = triton.cdiv(M, keys.KEYS.value) * tiles_at_once
-    num_query_tiles = triton.cdiv(N, span)
+    num_tiles = cdiv(M, keys.KEYS.value) * tiles_at_once
+    num_query_tiles = cdiv(N, span)
     looked_up = any(x is not None for x in (mask.prefix, mask.documents, mask.padding))
     folded = mask.causal and mask.window is None and N == M and not looked_up
-    height = triton.cdiv(num_tiles, 2) if folded else num_tiles
+    height = cdiv(num_tiles, 2) if folded else num_tiles
     width = num_query_tiles * span + (FOLD.value if folded else 0)
     band_bytes = 2 * heads_per_group * block * width * q.element_size()
     if band_bytes * height > SCRATCH_BYTES:
         folded, width = False, num_query_tiles * span
         height = max(SCRATCH_BYTES // band_bytes // tiles_at_once, 1) * tiles_at_once
     most = min(SCRATCH_BYTES // (band_bytes * height), _MOST_HEADS // (2 * heads_per_group))
-    num_turns = triton.cdiv(pairs, max(most, 1))
-    pairs_at_once = triton.cdiv(pairs, num_turns)
+    num_turns = cdiv(pairs, max(most, 1))
+    pairs_at_once = cdiv(pairs, num_turns)
     band = num_tiles if folded else height
     scratch = q.new_empty(pairs_at_once * heads_per_group * 2 * height * block, width)
 

@@ -1,5 +1,7 @@
 """What the kernels in Gluon have in common."""
 
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,9 +34,14 @@ FOLD = gl.constexpr(3 * SPAN.value - 2 * BLOCK.value)
 def gluon_describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     """`describe` for kernels in Gluon, which want the layout in shared memory too."""
     plain = describe(tensor, block)
-    swizzle, bits = (128, 16) if tensor.element_size() == 2 else (0, 32)
-    layout = gl.NVMMASharedLayout(swizzle, bits, rank=len(block))
+    layout = _layout(tensor.element_size(), len(block))
     return TensorDescriptor(tensor, plain.shape, plain.strides, block, layout)
+
+
+@cache
+def _layout(item: int, rank: int) -> gl.NVMMASharedLayout:
+    swizzle, bits = (128, 16) if item == 2 else (0, 32)
+    return gl.NVMMASharedLayout(swizzle, bits, rank=rank)
 
 
 @gluon.jit

@@ -7,7 +7,6 @@ exponentials the other one multiplies, and within each the scores of the next ke
 the product of these weights with the values.
 """
 
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
@@ -26,7 +25,7 @@ from diffmm.ops.diff_attention.triton.hopper.common import (
     gluon_describe,
 )
 from diffmm.ops.diff_attention.triton.masking import KernelMask, key_bounds, visible
-from diffmm.ops.diff_attention.triton.tiles import pad
+from diffmm.ops.diff_attention.triton.tiles import cdiv, pad
 
 
 @gluon.jit
@@ -250,7 +249,7 @@ def forward(
     keys, stages = keys_and_stages(block_d, block_e, C)
     out, second = q.new_empty(B, N, H, E), q.new_empty(B, N, H, E)
     lse = lam.new_empty(B, H, 2, N)
-    _forward_kernel[(triton.cdiv(N, block), B * H)](
+    _forward_kernel[(cdiv(N, block), B * H)](
         gluon_describe(q, [1, block, 1, 1, block_d]), gluon_describe(k, [1, keys, 1, 1, block_d]),
         gluon_describe(v, [1, keys, 1, block_e]), lam, out, second, lse, mask.window, mask.prefix,
         mask.documents, mask.padding, mask.key_ranges(B, N, M, block), N, M, H, H // G,
