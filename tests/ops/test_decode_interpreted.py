@@ -17,6 +17,7 @@ def test_many_splits(C, padding):
 
     from diffmm.ops.diff_attention.triton.decode import decode
     from diffmm.ops.diff_attention.triton.masking import KernelMask
+    from diffmm.ops.diff_attention.triton.tiles import GPU
 
     M, H, G, D, E = 5000, 2, 1, 32, 64
     q, k = torch.randn(2, 1, H, 2, D), torch.randn(2, M, G, C, D)
@@ -25,7 +26,7 @@ def test_many_splits(C, padding):
     first = torch.tensor([[0], [2000]])
     mask = AttentionMask(causal=True, key_padding=torch.arange(M) >= first if padding else None)
     with interpreted():
-        out = decode(q, k, v, lam, KernelMask.of(mask, M), D**-0.5, num_multiprocessors=200)
+        out = decode(q, k, v, lam, KernelMask.of(mask, M), D**-0.5, gpu=GPU((9, 0), 200))
     exact = [x.double() for x in (q, k, v, lam)]
     wanted = reference(*exact, mask=mask, scale=D**-0.5)
     torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-5)

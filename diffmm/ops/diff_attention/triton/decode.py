@@ -14,6 +14,7 @@ from torch import Tensor
 from diffmm.ops.diff_attention.triton.forward import _finish, _softmax_step
 from diffmm.ops.diff_attention.triton.masking import KernelMask, key_bounds, visible
 from diffmm.ops.diff_attention.triton.tiles import (
+    GPU,
     UNSPECIALIZED,
     cdiv,
     describe,
@@ -165,17 +166,18 @@ class Cut:
     programs: int
 
 
-def cut_for(item: int, block_r: int, components: int, block_d: int, block_e: int) -> Cut:
-    """The cut for numbers of `item` bytes and tiles of `block_r` rows: three tiles of up to 32 KiB
-    of keys and values are on their way in each program, and a multiprocessor has two of these, or
-    one if there are many rows."""
+def cut_for(item: int, block_r: int, components: int, block_d: int, block_e: int, gpu: GPU) -> Cut:
+    """The cut for numbers of `item` bytes and tiles of `block_r` rows: keys and values come 64 KiB
+    at a time, or 32 KiB where rows or an older GPU have less room, and one program a multiprocessor
+    has the next ones on their way."""
     if item == 4:  # No tensor cores: small tiles, or compiling takes minutes.
         return Cut(block_m=32, num_warps=4, num_stages=1, programs=2)
-    most = (1 << 14) // (components * block_d + block_e)
+    crowded = block_r > 16 or gpu.capability[0] != 9
+    most = (1 << 14 if crowded else 1 << 15) // (components * block_d + block_e)
     block_m = min(max(power_of_2(most + 1) // 2, 32), 128)
-    if block_r > 32:
+    if crowded:
         return Cut(block_m, num_warps=8, num_stages=4, programs=1)
-    return Cut(block_m, num_warps=4, num_stages=4, programs=2)
+    return Cut(block_m, num_warps=4, num_stages=3, programs=1)
 
 
 def num_splits_for(num_groups: int, num_tiles: int, num_places: int) -> int:
@@ -197,15 +199,15 @@ def decodes(N: int, H: int, G: int) -> bool:
 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor, mask: KernelMask, scale: float,
-    *, num_multiprocessors: int,
+    *, gpu: GPU,
 ) -> Tensor:  # fmt: skip
     """`[B, N, H, E]`, for inference."""
     (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     num_rows, block_d, block_e, block_n = N * (H // G), pad(D), pad(E), power_of_2(N)
     block_r = pad(num_rows if C == 2 else 2 * num_rows)
-    cut = cut_for(q.element_size(), block_r, C, block_d, block_e)
+    cut = cut_for(q.element_size(), block_r, C, block_d, block_e, gpu)
     block_m, num_tiles = cut.block_m, cdiv(M, cut.block_m)
-    num_splits = num_splits_for(B * G, num_tiles, cut.programs * num_multiprocessors)
+    num_splits = num_splits_for(B * G, num_tiles, cut.programs * gpu.num_multiprocessors)
     chunk = cdiv(num_tiles, num_splits) * block_m
     num_splits = cdiv(M, chunk)
     part = lam.new_empty(B, G, num_splits, 2 * num_rows, E)

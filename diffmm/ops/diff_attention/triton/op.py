@@ -12,7 +12,7 @@ from diffmm.ops.diff_attention.triton.backward import backward
 from diffmm.ops.diff_attention.triton.decode import decode, decodes
 from diffmm.ops.diff_attention.triton.forward import forward
 from diffmm.ops.diff_attention.triton.masking import KernelMask
-from diffmm.ops.diff_attention.triton.tiles import Tiles, describable, tiles_for
+from diffmm.ops.diff_attention.triton.tiles import Tiles, describable, gpu_of, tiles_for
 from diffmm.ops.mask import AttentionMask
 
 MAX_HEAD_DIM, MAX_VALUE_DIM = 128, 256
@@ -60,16 +60,11 @@ def _refuse(q: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> None:
 
 
 def _tiles(q: Tensor, v: Tensor) -> Tiles:
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
-    return tiles_for(q.dtype, q.shape[-1], v.shape[-1], capability)
+    return tiles_for(q.dtype, q.shape[-1], v.shape[-1], gpu_of(q).capability)
 
 
 def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _num_multiprocessors(q: Tensor) -> int:
-    return torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
 
 
 def _kernel_mask(
@@ -110,8 +105,7 @@ def _attend(
     q, k, v = describable(q), describable(k), describable(v)
     with _on(q):
         if not for_backward and decodes(N, H, G):
-            count = _num_multiprocessors(q)
-            return decode(q, k, v, lam, mask, scale, num_multiprocessors=count), *nothing
+            return decode(q, k, v, lam, mask, scale, gpu=gpu_of(q)), *nothing
         second: Tensor | None
         if hopper.serves_forward(q, v):
             from diffmm.ops.diff_attention.triton.hopper.forward import forward as forward_by_maps

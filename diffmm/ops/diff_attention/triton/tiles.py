@@ -4,6 +4,7 @@ No autotuning: the same call is cut the same way on every machine of a kind, fro
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,6 +15,30 @@ UNSPECIALIZED = ["N", "M", "H", "G", "heads_per_group", "window", "lam_b", "lam_
 
 # No tile has more queries: arrays that hold whole tiles of them are padded to this.
 MAX_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class GPU:
+    """What the cuts depend on.
+
+    Args:
+        capability: compute capability, major and minor.
+        num_multiprocessors: that it has.
+    """
+
+    capability: tuple[int, int]
+    num_multiprocessors: int
+
+
+@cache
+def _gpu(index: int) -> GPU:
+    found = torch.cuda.get_device_properties(index)
+    return GPU((found.major, found.minor), found.multi_processor_count)
+
+
+def gpu_of(tensor: Tensor) -> GPU:
+    """The GPU of a tensor; for a CPU, where kernels are interpreted, a small Hopper GPU."""
+    return _gpu(tensor.device.index) if tensor.is_cuda else GPU((9, 0), 2)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ Gluon's interface still changes, and only that of Triton 3.6 is known: importing
 package takes that version, asking whether they serve takes any.
 """
 
-import torch
 import triton
 from torch import Tensor
 
-from diffmm.ops.diff_attention.triton.tiles import pad
+from diffmm.ops.diff_attention.triton.tiles import gpu_of, pad
 
 
 def serves_forward(q: Tensor, v: Tensor) -> bool:
@@ -30,7 +29,7 @@ def serves_backward(q: Tensor, v: Tensor) -> bool:
 def _is_known(q: Tensor) -> bool:
     return (
         q.is_cuda
-        and torch.cuda.get_device_capability(q.device)[0] == 9
+        and gpu_of(q).capability[0] == 9
         and triton.__version__.startswith("3.6.")
         and q.element_size() == 2
     )
