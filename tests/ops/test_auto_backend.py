@@ -21,21 +21,23 @@ def built_for_cuda(monkeypatch):
 
 def choice(
     monkeypatch, *, major=HOPPER, device="cuda", dtype=torch.bfloat16, N=256, M=256, D=64, E=128,
-    C=2, scale=0.125,
+    C=2, B=2, scale=0.125, grad=False,
 ):  # fmt: skip
     properties = SimpleNamespace(major=major)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     with FakeTensorMode():
-        q = torch.empty(2, N, 4, 2, D, dtype=dtype, device=device)
-        k = torch.empty(2, M, 2, C, D, dtype=dtype, device=device)
-        v = torch.empty(2, M, 2, E, dtype=dtype, device=device)
-    return choose_backend(q, k, v, scale)
+        q = torch.empty(B, N, 4, 2, D, dtype=dtype, device=device)
+        k = torch.empty(B, M, 2, C, D, dtype=dtype, device=device)
+        v = torch.empty(B, M, 2, E, dtype=dtype, device=device)
+    with torch.set_grad_enabled(grad):
+        return choose_backend(q, k, v, scale)
 
 
 @pytest.mark.parametrize(
     "case",
     [{}, {"dtype": torch.float16}, {"D": 128, "E": 256}, {"D": 32, "E": 64}, {"N": 128},
-     {"D": 96, "E": 192}, {"N": 200, "M": 300}],
+     {"D": 96, "E": 192}, {"N": 200, "M": 300}, {"C": 1}, {"C": 1, "E": 64}, {"grad": True},
+     {"N": 1, "M": 1 << 16}, {"N": 32, "B": 128, "M": 1024}],
     ids=str,
 )  # fmt: skip
 def test_where_the_kernels_win(case, monkeypatch):
@@ -44,9 +46,11 @@ def test_where_the_kernels_win(case, monkeypatch):
 
 @pytest.mark.parametrize(
     "case",
-    [{"major": AMPERE}, {"device": "cpu"}, {"dtype": torch.float32}, {"C": 1}, {"N": 1},
-     {"N": 300, "M": 256}, {"D": 160, "E": 256}, {"D": 128, "E": 264}, {"D": 60, "E": 120},
-     {"D": 16, "E": 32}, {"scale": -1.0}],
+    [{"major": AMPERE}, {"device": "cpu"}, {"dtype": torch.float32}, {"N": 127},
+     {"N": 1, "M": (1 << 16) - 1}, {"N": 1, "M": 1 << 16, "C": 1},
+     {"N": 1, "M": 1 << 16, "grad": True}, {"N": 33, "M": 1 << 16}, {"N": 300, "M": 256},
+     {"D": 160, "E": 256}, {"D": 128, "E": 264}, {"D": 60, "E": 120}, {"D": 16, "E": 32},
+     {"scale": -1.0}],
     ids=str,
 )  # fmt: skip
 def test_where_they_do_not_or_cannot(case, monkeypatch):

@@ -34,28 +34,31 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def choose_backend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str:
-    """What `"auto"` is for these tensors: `"triton"` with a key for each component (v1) on Hopper
-    GPUs, in bfloat16 and float16, with heads of 32 to 128 and values up to 256, from 128 queries
-    on; else `"sdpa"`.
+    """What `"auto"` is for these tensors: `"triton"` on Hopper GPUs, in bfloat16 and float16, with
+    heads of 32 to 128 and values up to 256, from 128 queries on; and without gradients for fewer,
+    where each component has its key (v1) and the batch has 131,072 keys or more; else `"sdpa"`.
 
-    It was measured to win in bfloat16, with heads of 64 and of 128 (there by 1.7 to 1.8 in time)
-    and from 197 queries on (docs/performance.md); what lies beside that is taken along.
+    Measured in bfloat16 (docs/performance.md): with heads of 64 and 128 and from 197 queries on it
+    takes 0.35 to 0.60 of the time of `"sdpa"` for v1 and 0.5 to 0.9 for v2, forward and backward; a
+    token against 32,768 keys takes a quarter or less, of the GPU alone, for the host it is dearer.
+    What lies beside that is taken along.
     """
-    D, E = q.shape[-1], v.shape[-1]
-    wins = (
+    (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
+    serves = (
         _HAS_TRITON
         and torch.version.cuda is not None
         and q.device.type == "cuda"
         and q.dtype in (torch.bfloat16, torch.float16)
-        and k.shape[3] == 2
-        and 128 <= q.shape[1] <= k.shape[1]
         and 32 <= D <= 128
         and E <= 256
         and D % 8 == E % 8 == 0
         and scale > 0
         and torch.cuda.get_device_properties(q.device).major == 9
     )
-    return "triton" if wins else "sdpa"
+    if not serves or N > M:
+        return "sdpa"
+    decodes = C == 2 and N * H <= 64 * G and B * M >= 1 << 17 and not torch.is_grad_enabled()
+    return "triton" if N >= 128 or decodes else "sdpa"
 
 
 def diff_attention(
@@ -89,8 +92,8 @@ def diff_attention(
             whatever the width of the values).
         backend: `"reference"` (materialises the maps, any device), `"sdpa"` (torch's fused softmax
             attention), `"triton"` (own fused kernels; CUDA, D up to 128, E up to 256), or
-            `"auto"`: `"triton"` for v1 in 16 bits on Hopper GPUs from 128 queries on, where it wins
-            (see `choose_backend`), else `"sdpa"`.
+            `"auto"`: `"triton"` in 16 bits on Hopper GPUs from 128 queries on, and for v1's long
+            caches, where it wins (see `choose_backend`), else `"sdpa"`.
 
     Returns:
         `[B, N, H, E]` in q's dtype. Gradients go to q, k, v and lam. A row that sees no key is
