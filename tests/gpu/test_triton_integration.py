@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 
 from benchmarks.gradients import make_decoder
 from diffmm.ops import AttentionMask, diff_attention
@@ -46,7 +47,7 @@ def fused(q, k, v, lam, mask):
 
 @pytest.mark.parametrize("name", ["causal", "window", "documents", "padding", "prefix"])
 @pytest.mark.parametrize("widths", [V1, V2, WIDE], ids=str)
-def test_both_operators_pass_opcheck(widths, name):
+def test_operators_pass_opcheck(widths, name):
     import diffmm.ops.diff_attention.triton  # noqa: F401
 
     inputs, mask = make_inputs(60, 60, widths), make_mask(name, 60)
@@ -61,6 +62,9 @@ def test_both_operators_pass_opcheck(widths, name):
         torch.ops.diffmm.diff_attention_backward.default,
         (torch.randn_like(out), *plain, out, second, lse, *flags, *tensors, 0.125),
     )
+    few = plain[0][:, :3], *plain[1:3], plain[3][:, :3]
+    decode = torch.ops.diffmm.diff_attention_decode.default
+    torch.library.opcheck(decode, (*few, *flags, *tensors, 0.125))
 
 
 @pytest.mark.parametrize("name", ["full", "causal", "documents"])
@@ -84,6 +88,30 @@ def test_one_graph_serves_every_length(widths, name):
         found, wanted = run(layer, inputs, mask), run(plain, inputs, mask)
         for what, f, w in zip(NAMES, found, wanted, strict=True):
             assert (f - w).norm() <= 2e-2 * w.norm(), (length, what)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "documents", "padding", "prefix"])
+@pytest.mark.parametrize("widths", [V1, V2, WIDE], ids=str)
+def test_one_graph_launches_the_kernels_of_decoding_at_every_length(widths, name):
+    torch._dynamo.reset()
+    inputs, mask = [x.detach() for x in make_inputs(1, 600, widths)], make_mask(name, 600)
+    counter = CompileCounterWithBackend("inductor")
+
+    def step(q, k, v, lam, mask, length):
+        documents, padding = (
+            None if x is None else x[:, :length] for x in (mask.document_ids, mask.key_padding)
+        )
+        mask = AttentionMask(mask.causal, mask.window, mask.prefix_lengths, documents, padding)
+        return fused(q * 1.5, k[:, :length], v[:, :length], lam, mask) * 2
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    _, (code,) = run_and_get_code(compiled, *inputs, mask, 590)
+    assert "_split_kernel" in code
+    assert "ops.diffmm" not in code
+    for length in (590, 591, 64, 100):
+        found, wanted = compiled(*inputs, mask, length), step(*inputs, mask, length)
+        assert (found - wanted).norm() <= 2e-2 * wanted.norm(), length
     assert counter.frame_count == 1
 
 

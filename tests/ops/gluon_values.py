@@ -13,6 +13,8 @@ from triton.experimental.gluon import language as gl
 
 def poisoned(shape: Any, dtype: torch.dtype) -> Tensor:
     """Memory that nobody wrote."""
+    if dtype == torch.bool:
+        return torch.ones(shape, dtype=dtype)
     value = math.nan if dtype.is_floating_point else torch.iinfo(dtype).min
     return torch.full(shape, value, dtype=dtype)
 

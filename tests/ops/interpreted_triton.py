@@ -209,6 +209,16 @@ def test_operator_of_the_backward_pass_is_well_formed():
         torch.library.opcheck(_attend_backward, args, atol=1e-4, rtol=1e-3)
 
 
+def test_operator_of_decoding_is_well_formed():
+    from diffmm.ops.diff_attention.triton.op import _decode
+
+    q, k, v, lam = (x.detach() for x in make_inputs(1, 7, 2, 1, 2, 16, 32))
+    documents = torch.zeros(BATCH, 7, dtype=torch.long)
+    for tensors in ((None, None), (documents, None), (None, documents == 0)):
+        args = (q, k, v, lam, True, None, None, *tensors, 0.25)
+        torch.library.opcheck(_decode, args, atol=1e-4, rtol=1e-3)
+
+
 def test_one_graph_serves_every_length():
     counter = CompileCounterWithBackend("aot_eager")
 

@@ -7,7 +7,7 @@ import torch
 triton = pytest.importorskip("triton", reason="needs the package triton")
 
 SHARED_BYTES = 99 * 1024
-LOOKS = {"window": "i32", "prefix": "*i32", "documents": "*i64", "padding": "*i8", "ranges": "*i32"}
+LOOKS = {"window": "i32", "prefix": "*i32", "documents": "*i64", "padding": "*i1", "ranges": "*i32"}
 
 
 def compiled(kernel, tile, D, E, C, **constants):
@@ -24,9 +24,10 @@ def compiled(kernel, tile, D, E, C, **constants):
         "k_desc": f"tensordesc<bf16[1, {m}, 1, 1, {block_d}]>",
         "v_desc": f"tensordesc<bf16[1, {m}, 1, {block_e}]>",
         "scale": "fp32",
-        **dict.fromkeys(("lam", "rows", "lse"), "*fp32"),
+        **dict.fromkeys(("lam", "rows", "lse", "part", "part_lse"), "*fp32"),
         **dict.fromkeys(("q", "k", "v", "grad", "dk", "dv", "dq", "out", "second"), "*bf16"),
     }
+    strides = {f"{tensor}_{dim}" for tensor in "qkv" for dim in "bnmhgc"}
     constants |= {"CAUSAL": True, "C": C, "D": D, "E": E, "BLOCK_N": n, "BLOCK_M": m}
     constants |= {"BLOCK_D": block_d, "BLOCK_E": block_e, "PRECISION": "tf32"}
     constants |= dict.fromkeys(LOOKS)
@@ -36,7 +37,7 @@ def compiled(kernel, tile, D, E, C, **constants):
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if signature[name].startswith("*")
+        if signature[name].startswith("*") or name in strides
     }
     source = ASTSource(kernel, signature, constants, aligned)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
@@ -59,3 +60,20 @@ def test_small_cards_have_the_memory(widths):
         (backward._query_kernel, tiles.query_grad),
     ):
         assert compiled(kernel, tile, *widths).metadata.shared <= SHARED_BYTES
+
+
+WIDTHS = [(64, 128, 2), (128, 256, 2), (128, 128, 1), (128, 256, 1)]  # D, E, C
+
+
+@pytest.mark.parametrize(
+    ("widths", "rows"), [(w, r) for w in WIDTHS for r in (16, 64, 128) if w[2] == 1 or r < 128]
+)
+def test_small_cards_have_the_memory_to_decode(widths, rows):
+    from diffmm.ops.diff_attention.triton.decode import _split_kernel, cut_for
+    from diffmm.ops.diff_attention.triton.tiles import GPU, Tile
+
+    D, E, C = widths
+    cut = cut_for(2, rows, C, D, E, GPU((8, 6), 84))
+    tile = Tile(rows, cut.block_m, cut.num_warps, cut.num_stages)
+    done = compiled(_split_kernel, tile, *widths, BLOCK_R=rows)
+    assert done.metadata.shared <= SHARED_BYTES

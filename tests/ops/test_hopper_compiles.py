@@ -22,7 +22,7 @@ def layout(rank, swizzle=128, bits=16):
     )
 
 
-LOOKS = {"window": "i32", "prefix": "*i32", "documents": "*i64", "padding": "*i8", "ranges": "*i32"}
+LOOKS = {"window": "i32", "prefix": "*i32", "documents": "*i64", "padding": "*i1", "ranges": "*i32"}
 
 
 def compiled(kernel, dtype, D, E, *, keys=64, looked_up=False, **constants):

@@ -1,8 +1,13 @@
 """Decoding: few queries against many keys. Keys and values are read once for both components.
 
 All queries of a group's heads are rows of one tile, so that a tile of keys serves them together;
-where the components share a key, both components' rows are. The keys are split over programs, and
-a second kernel joins what the splits found, weighted by their log-sum-exps.
+where the components share a key, both components' rows are. The tiles of all samples and groups
+stand in one long line, and each program takes an equal stretch of it: the GPU is full whatever the
+batch and the context. Where a stretch ends within a group, the group is split, and a second kernel
+joins what its splits found, weighted by their log-sum-exps.
+
+Nothing but the kernels looks at the number of keys: a compiled graph launches them itself, and the
+same one for every length.
 """
 
 from dataclasses import dataclass
@@ -17,36 +22,39 @@ from diffmm.ops.diff_attention.triton.tiles import (
     GPU,
     UNSPECIALIZED,
     cdiv,
-    describe,
     pad,
     power_of_2,
     precision,
+    wrap_triton,
 )
 
 # Rows of one component that the tile holds at most: queries times heads of a group.
 MAX_ROWS = 64
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALIZED, "chunk"])
+@triton.jit
+def _line(N, M, window, num_groups, num_programs, BLOCK_M: tl.constexpr):
+    """The line of tiles: the first tile of each group that a window lets through, how many a group
+    has from there on, and how many each program takes."""
+    first = 0
+    if window is not None:
+        first = tl.maximum(M - N - window + 1, 0) // BLOCK_M
+    num_tiles = tl.cdiv(M, BLOCK_M) - first
+    return first, num_tiles, tl.cdiv(num_groups * num_tiles, num_programs)
+
+
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "num_groups"])
 def _split_kernel(
-    q, k_desc, v_desc, part, part_lse, window, prefix, documents, padding, ranges,
-    q_b, q_n, q_h, q_c, N, M, G, heads_per_group, chunk, scale,
+    q, k, v, part, part_lse, window, prefix, documents, padding, ranges,
+    q_b, q_n, q_h, q_c, k_b, k_m, k_g, k_c, v_b, v_m, v_g,
+    N, M, G, heads_per_group, num_groups, scale,
     CAUSAL: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    split, num_splits = tl.program_id(0), tl.num_programs(0)
-    batch, group = tl.program_id(1) // G, tl.program_id(1) % G
-    batch64 = batch.to(tl.int64)
-    if prefix is not None:
-        prefix += batch
-    if documents is not None:
-        documents += batch64 * M
-    if padding is not None:
-        padding += batch64 * M
-    if ranges is not None:
-        ranges += batch * 2
-
+    """A program's stretch of the line. Its split of group `g` (of all samples) is written to place
+    `program + g`, one after the other along the line."""
+    scale = tl.full((), scale, tl.float32)  # a compiled graph passes a double
     # Row (component, head, query); with a key for each component the tile holds one component.
     num_rows = heads_per_group * N
     row = tl.arange(0, BLOCK_R)
@@ -56,45 +64,79 @@ def _split_kernel(
     else:
         component1 = row // num_rows
         inside = row < 2 * num_rows
-    head = group * heads_per_group + row % num_rows // N
     query = row % N
     positions = query + M - N
-    dims, widths = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    places = head * q_h + component1 * q_c + query * q_n
-    q_rows = q + batch64 * q_b + places[:, None] + dims[None, :]
+    dims, widths, columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_M)
+    q_places = row % num_rows // N * q_h + component1 * q_c + query * q_n
+    q_places = q_places[:, None] + dims[None, :]
+    k_places = columns[:, None] * k_m + dims[None, :]
+    v_places = columns[:, None] * v_m + widths[None, :]
     q_mask = inside[:, None] & (dims[None, :] < D)
-    q1 = tl.load(q_rows, mask=q_mask, other=0.0)
-    acc1 = tl.zeros((BLOCK_R, BLOCK_E), tl.float32)
-    top1 = tl.full((BLOCK_R,), -float("inf"), tl.float32)
-    total1 = tl.zeros((BLOCK_R,), tl.float32)
-    if C == 2:
-        q2 = tl.load(q_rows + q_c, mask=q_mask, other=0.0)
-        acc2, top2, total2 = acc1, top1, total1
-
-    low, _, _, high = key_bounds(0, N, M, window, prefix, ranges, CAUSAL, BLOCK_N, BLOCK_M)
-    low, high = tl.maximum(low, split * chunk), tl.minimum(high, (split + 1) * chunk)
-    for m0 in range(low, high, BLOCK_M):
-        keys = m0 + tl.arange(0, BLOCK_M)
-        seen = visible(
-            positions[:, None], keys[None, :], M, window, prefix, documents, padding, CAUSAL
-        )
-        v = v_desc.load([batch, m0, group, 0]).reshape(BLOCK_M, BLOCK_E)
-        k1 = k_desc.load([batch, m0, group, 0, 0]).reshape(BLOCK_M, BLOCK_D)
-        s1 = tl.dot(q1, k1.T, input_precision=PRECISION)
-        acc1, top1, total1 = _softmax_step(s1, v, acc1, top1, total1, scale, seen, PRECISION)
-        if C == 2:
-            k2 = k_desc.load([batch, m0, group, 1, 0]).reshape(BLOCK_M, BLOCK_D)
-            s2 = tl.dot(q2, k2.T, input_precision=PRECISION)
-            acc2, top2, total2 = _softmax_step(s2, v, acc2, top2, total2, scale, seen, PRECISION)
-
-    first = (tl.program_id(1) * num_splits + split) * 2 * num_rows
     part_mask = inside[:, None] & (widths[None, :] < E)
-    part += (first + row).to(tl.int64)[:, None] * E + widths[None, :]
-    part_lse += first + row
-    _store(part, part_lse, acc1, top1, total1, part_mask, inside)
-    if C == 2:
-        part, part_lse = part + num_rows * E, part_lse + num_rows
-        _store(part, part_lse, acc2, top2, total2, part_mask, inside)
+
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    first, num_tiles, length = _line(N, M, window, num_groups, num_programs, BLOCK_M)
+    begin = program * length
+    end = tl.minimum(begin + length, num_groups * num_tiles)
+    for pair in range(begin // num_tiles, tl.cdiv(end, num_tiles)):
+        batch, group = pair // G, pair % G
+        batch64, group64 = batch.to(tl.int64), group.to(tl.int64)
+        q_rows = q + batch64 * q_b + group64 * heads_per_group * q_h + q_places
+        q1 = tl.load(q_rows, mask=q_mask, other=0.0)
+        acc1 = tl.zeros((BLOCK_R, BLOCK_E), tl.float32)
+        top1 = tl.full((BLOCK_R,), -float("inf"), tl.float32)
+        total1 = tl.zeros((BLOCK_R,), tl.float32)
+        if C == 2:
+            q2 = tl.load(q_rows + q_c, mask=q_mask, other=0.0)
+            acc2, top2, total2 = acc1, top1, total1
+
+        # This sample's masks; what is not there stays None.
+        prefix_b, documents_b, padding_b, ranges_b = prefix, documents, padding, ranges
+        if prefix is not None:
+            prefix_b += batch
+        if documents is not None:
+            documents_b += batch64 * M
+        if padding is not None:
+            padding_b += batch64 * M
+        if ranges is not None:
+            ranges_b += batch * 2
+        low, _, _, high = key_bounds(0, N, M, window, prefix_b, ranges_b, CAUSAL, BLOCK_R, BLOCK_M)
+        low = tl.maximum(low, (first + tl.maximum(begin - pair * num_tiles, 0)) * BLOCK_M)
+        high = tl.minimum(high, (first + tl.minimum(end - pair * num_tiles, num_tiles)) * BLOCK_M)
+        k_rows = k + batch64 * k_b + group64 * k_g
+        v_rows = v + batch64 * v_b + group64 * v_g
+        for m0 in range(low, high, BLOCK_M):
+            keys = m0 + columns
+            seen = visible(
+                positions[:, None], keys[None, :], M, window, prefix_b, documents_b, padding_b,
+                CAUSAL,
+            )  # fmt: skip
+            m0_64 = tl.full((), m0, tl.int64)
+            k_tile, v_tile = k_rows + m0_64 * k_m + k_places, v_rows + m0_64 * v_m + v_places
+            k_mask, v_mask = (keys < M)[:, None], (keys < M)[:, None]
+            if D < BLOCK_D:
+                k_mask = k_mask & (dims[None, :] < D)
+            if E < BLOCK_E:
+                v_mask = v_mask & (widths[None, :] < E)
+            values = tl.load(v_tile, mask=v_mask, other=0.0)
+            k1 = tl.load(k_tile, mask=k_mask, other=0.0)
+            s1 = tl.dot(q1, k1.T, input_precision=PRECISION)
+            acc1, top1, total1 = _softmax_step(
+                s1, values, acc1, top1, total1, scale, seen, PRECISION
+            )
+            if C == 2:
+                k2 = tl.load(k_tile + k_c, mask=k_mask, other=0.0)
+                s2 = tl.dot(q2, k2.T, input_precision=PRECISION)
+                acc2, top2, total2 = _softmax_step(
+                    s2, values, acc2, top2, total2, scale, seen, PRECISION
+                )
+
+        place = (program + pair) * 2 * num_rows + row
+        part_rows = part + place.to(tl.int64)[:, None] * E + widths[None, :]
+        _store(part_rows, part_lse + place, acc1, top1, total1, part_mask, inside)
+        if C == 2:
+            part_rows, place = part_rows + num_rows * E, place + num_rows
+            _store(part_rows, part_lse + place, acc2, top2, total2, part_mask, inside)
 
 
 @triton.jit
@@ -115,25 +157,28 @@ def _add_splits(lse, values, top, total, acc):
     return new_top, total * shrink + tl.sum(weight, 0), acc
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALIZED, "num_splits"])
+@triton.jit(do_not_specialize=[*UNSPECIALIZED, "num_groups", "num_programs"])
 def _join_kernel(
-    part, part_lse, lam, out, lam_b, lam_n, lam_h, N, G, heads_per_group, num_splits,
-    E: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    part, part_lse, lam, out, window, lam_b, lam_n, lam_h, N, M, G, heads_per_group,
+    num_groups, num_programs,
+    E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Both maps' splits into the output of one row, for a block of its values."""
-    row, num_rows = tl.program_id(0), tl.num_programs(0)
-    batch, group = (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
+    row, num_rows, pair = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    batch, group = (pair // G).to(tl.int64), pair % G
     head, query = group * heads_per_group + row // N, row % N
-    first = tl.program_id(1).to(tl.int64) * num_splits * 2 * num_rows + row
+    _, num_tiles, length = _line(N, M, window, num_groups, num_programs, BLOCK_M)
+    begin = pair * num_tiles // length
+    end = ((pair + 1) * num_tiles - 1) // length + 1
     widths = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
     acc1 = tl.zeros((BLOCK_E,), tl.float32)
     top1, total1 = -float("inf"), 0.0
     acc2, top2, total2 = acc1, top1, total1
-    for start in range(0, num_splits, BLOCK_S):
-        split = start + tl.arange(0, BLOCK_S)
-        inside = split < num_splits
-        rows = first + split * 2 * num_rows
-        places = part + rows[:, None] * E + widths[None, :]
+    for start in range(begin, end, BLOCK_S):
+        program = start + tl.arange(0, BLOCK_S)
+        inside = program < end
+        rows = (program + pair) * 2 * num_rows + row
+        places = part + rows.to(tl.int64)[:, None] * E + widths[None, :]
         mask = inside[:, None] & (widths[None, :] < E)
         lse1 = tl.load(part_lse + rows, mask=inside, other=-float("inf"))
         lse2 = tl.load(part_lse + rows + num_rows, mask=inside, other=-float("inf"))
@@ -167,29 +212,25 @@ class Cut:
 
 
 def cut_for(item: int, block_r: int, components: int, block_d: int, block_e: int, gpu: GPU) -> Cut:
-    """The cut for numbers of `item` bytes and tiles of `block_r` rows: keys and values come 64 KiB
-    at a time, or 32 KiB where rows or an older GPU have less room, and one program a multiprocessor
-    has the next ones on their way."""
+    """The cut for numbers of `item` bytes and tiles of `block_r` rows: keys and values come 32 KiB
+    at a time and the next ones are on their way. A Hopper multiprocessor holds two programs of few
+    rows; older GPUs have less shared memory."""
     if item == 4:  # No tensor cores: small tiles, or compiling takes minutes.
         return Cut(block_m=32, num_warps=4, num_stages=1, programs=2)
-    crowded = block_r > 16 or gpu.capability[0] != 9
-    most = (1 << 14 if crowded else 1 << 15) // (components * block_d + block_e)
-    block_m = min(max(power_of_2(most + 1) // 2, 32), 128)
-    if crowded:
+    few_rows, is_hopper = block_r <= 16, gpu.capability[0] == 9
+    most = (1 << 14 if few_rows or is_hopper else 1 << 13) // (components * block_d + block_e)
+    block_m = min(max(power_of_2(most + 1) // 2, 16), 128)
+    if not is_hopper:
+        return Cut(block_m, num_warps=8, num_stages=3, programs=1)
+    if not few_rows:
         return Cut(block_m, num_warps=8, num_stages=4, programs=1)
-    return Cut(block_m, num_warps=4, num_stages=3, programs=1)
+    return Cut(block_m, num_warps=4, num_stages=3, programs=2)
 
 
-def num_splits_for(num_groups: int, num_tiles: int, num_places: int) -> int:
-    """Into how many splits the tiles of each group go, where `num_places` programs run at once: as
-    many as leave the last of them the least time after the first begins."""
-
-    def time(num_splits: int) -> int:
-        """In tiles; a program takes two more to begin and to end."""
-        return cdiv(num_groups * num_splits, num_places) * (cdiv(num_tiles, num_splits) + 2)
-
-    full = (waves * num_places // num_groups for waves in (1, 2, 3, 4))
-    return min((min(max(count, 1), num_tiles) for count in full), key=time)
+def first_from(number: int, sizes: tuple[int, ...]) -> int:
+    """The first of `sizes` that holds `number`, or the last. Compared one by one: in a compiled
+    graph the number may be symbolic, and each comparison is shared by many numbers."""
+    return next((size for size in sizes if number <= size), sizes[-1])
 
 
 def decodes(N: int, H: int, G: int) -> bool:
@@ -202,29 +243,30 @@ def decode(
     *, gpu: GPU,
 ) -> Tensor:  # fmt: skip
     """`[B, N, H, E]`, for inference."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
-    num_rows, block_d, block_e, block_n = N * (H // G), pad(D), pad(E), power_of_2(N)
-    block_r = pad(num_rows if C == 2 else 2 * num_rows)
+    num_rows, block_d, block_e = N * (H // G), pad(D), pad(E)
+    rows = num_rows if C == 2 else 2 * num_rows
+    block_r = first_from(rows, (16, 32, 64, 128))
     cut = cut_for(q.element_size(), block_r, C, block_d, block_e, gpu)
-    block_m, num_tiles = cut.block_m, cdiv(M, cut.block_m)
-    num_splits = num_splits_for(B * G, num_tiles, cut.programs * gpu.num_multiprocessors)
-    chunk = cdiv(num_tiles, num_splits) * block_m
-    num_splits = cdiv(M, chunk)
-    part = lam.new_empty(B, G, num_splits, 2 * num_rows, E)
-    part_lse = lam.new_empty(B, G, num_splits, 2 * num_rows)
+    num_programs, num_groups = cut.programs * gpu.num_multiprocessors, B * G
+    part = lam.new_empty(num_programs + num_groups, 2 * num_rows, E)
+    part_lse = lam.new_empty(num_programs + num_groups, 2 * num_rows)
     out = q.new_empty(B, N, H, E)
-    _split_kernel[(num_splits, B * G)](
-        q, describe(k, [1, block_m, 1, 1, block_d]), describe(v, [1, block_m, 1, block_e]),
-        part, part_lse, mask.window, mask.prefix, mask.documents, mask.padding,
-        mask.key_ranges(B, N, M, block_n), *q.stride()[:4], N, M, G, H // G, chunk,
-        scale * 1.4426950408889634,
-        CAUSAL=mask.causal, C=C, D=D, E=E, BLOCK_R=block_r, BLOCK_M=block_m, BLOCK_D=block_d,
-        BLOCK_E=block_e, BLOCK_N=block_n, PRECISION=precision(q.dtype),
+    wrap_triton(_split_kernel)[(num_programs,)](
+        q, k, v, part, part_lse, mask.window, mask.prefix, mask.documents, mask.padding,
+        mask.decode_ranges(N, M), *q.stride()[:4], *k.stride()[:4], *v.stride()[:3],
+        N, M, G, H // G, num_groups, scale * 1.4426950408889634,
+        CAUSAL=mask.causal, C=C, D=D, E=E, BLOCK_R=block_r, BLOCK_M=cut.block_m, BLOCK_D=block_d,
+        BLOCK_E=block_e, PRECISION=precision(q.dtype),
         num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
+    # A stretch is at least a program's share: so many more of them meet in a group, at most.
+    block_s = first_from(num_programs // num_groups + 2, (2, 4, 8, 16, 32, 64, 128))
     width = min(block_e, 32)
-    _join_kernel[(num_rows, B * G, cdiv(E, width))](
-        part, part_lse, lam, out, *lam.stride(), N, G, H // G, num_splits,
-        E=E, BLOCK_S=min(128, power_of_2(num_splits)), BLOCK_E=width, num_warps=4,
+    wrap_triton(_join_kernel)[(num_rows, num_groups, cdiv(E, width))](
+        part, part_lse, lam, out, mask.window, *lam.stride(), N, M, G, H // G,
+        num_groups, num_programs,
+        E=E, BLOCK_M=cut.block_m, BLOCK_S=block_s, BLOCK_E=width, num_warps=4,
     )  # fmt: skip
     return out

@@ -150,7 +150,7 @@ def _ranges_kernel(
 
 @dataclass(frozen=True)
 class KernelMask:
-    """`AttentionMask` as the kernels take it: contiguous tensors, booleans as bytes."""
+    """`AttentionMask` as the kernels take it: contiguous tensors."""
 
     causal: bool
     window: int | None
@@ -167,12 +167,29 @@ class KernelMask:
             window=None if mask.window is None else min(mask.window, 2**30),
             prefix=None if prefix is None else prefix.clamp(0, num_keys).int().contiguous(),
             documents=None if documents is None else documents.contiguous(),
-            padding=None if padding is None else padding.contiguous().view(torch.int8),
+            padding=None if padding is None else padding.contiguous(),
         )
 
     def key_ranges(self, batch: int, N: int, M: int, block_n: int) -> Tensor | None:
         """`[B, tiles, 2]`: the keys of interest to each tile of queries, `None` if all are."""
         return self._ranges(batch, N, M, M - N, 0, None, self.padding, block_n, M)
+
+    def decode_ranges(self, N: int, M: int) -> Tensor | None:
+        """`[B, 2]`: as `key_ranges` for one tile of all queries, in operators that a compiled
+        graph fuses and shares among layers."""
+        given = self.documents if self.documents is not None else self.padding
+        if given is None:
+            return None
+        hit = torch.ones_like(given, dtype=torch.bool)
+        if self.padding is not None:
+            hit = self.padding
+        if self.documents is not None:
+            own = self.documents[:, M - N :]
+            hit = hit & (self.documents >= own.amin(1, keepdim=True))
+            hit = hit & (self.documents <= own.amax(1, keepdim=True))
+        keys = torch.arange(M, device=given.device)
+        first, last = torch.where(hit, keys, M).amin(1), torch.where(hit, keys, -1).amax(1)
+        return torch.stack([first, last + 1], dim=1).int()
 
     def query_ranges(self, batch: int, N: int, M: int, block_m: int) -> Tensor | None:
         """`[B, tiles, 2]`: the queries of interest to each tile of keys, `None` if all are."""

@@ -4,7 +4,6 @@ import contextlib
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from diffmm.ops.diff_attention.triton import hopper
@@ -12,12 +11,16 @@ from diffmm.ops.diff_attention.triton.backward import backward
 from diffmm.ops.diff_attention.triton.decode import decode, decodes
 from diffmm.ops.diff_attention.triton.forward import forward
 from diffmm.ops.diff_attention.triton.masking import KernelMask
-from diffmm.ops.diff_attention.triton.tiles import Tiles, describable, gpu_of, tiles_for
+from diffmm.ops.diff_attention.triton.tiles import (
+    INTERPRETED,
+    Tiles,
+    describable,
+    gpu_of,
+    tiles_for,
+)
 from diffmm.ops.mask import AttentionMask
 
 MAX_HEAD_DIM, MAX_VALUE_DIM = 128, 256
-# Whether Triton's interpreter stands in for a GPU, which it decides when it is imported.
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def triton_backend(
@@ -30,12 +33,14 @@ def triton_backend(
         ValueError: for a device, dtype, width or scale that the kernels do not serve, saying which.
     """
     _refuse(q, v, mask, scale)
-    for_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, lam))
-    out, _, _ = _attend(
+    inputs = (
         q, k, v, lam, mask.causal, mask.window, mask.prefix_lengths, mask.document_ids,
-        mask.key_padding, scale, for_backward,
+        mask.key_padding, scale,
     )  # fmt: skip
-    return out
+    for_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, lam))
+    if not for_backward and decodes(q.shape[1], q.shape[2], k.shape[2]):
+        return _decode(*inputs)
+    return _attend(*inputs, for_backward)[0]
 
 
 def _refuse(q: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> None:
@@ -94,7 +99,7 @@ def _attend(
     for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output; for a backward pass also the second map's output and both log-sum-exps."""
-    (B, N, H, _, _), (_, M, G, _, _), E = q.shape, k.shape, v.shape[-1]
+    B, N, H, M, E = *q.shape[:3], k.shape[1], v.shape[-1]
     nothing = q.new_empty(0), lam.new_empty(0)
     if B * N * H * M == 0:
         zeros = q.new_zeros(B, N, H, E)
@@ -104,8 +109,6 @@ def _attend(
     mask = _kernel_mask(causal, window, prefix_lengths, document_ids, key_padding, M)
     q, k, v = describable(q), describable(k), describable(v)
     with _on(q):
-        if not for_backward and decodes(N, H, G):
-            return decode(q, k, v, lam, mask, scale, gpu=gpu_of(q)), *nothing
         second: Tensor | None
         if hopper.serves_forward(q, v):
             from diffmm.ops.diff_attention.triton.hopper.forward import forward as forward_by_maps
@@ -213,3 +216,46 @@ def _differentiate(ctx: Any, grad: Tensor, _second: Any, _lse: Any) -> tuple[Any
 
 
 _attend.register_autograd(_differentiate, setup_context=_save)
+
+
+# A compiled graph sees through a `triton_op` and launches its kernels itself, which takes the host
+# a fraction of an operator's time. The interpreter's kernels are no kernels to see.
+_seen_through = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+
+
+@_seen_through("diffmm::diff_attention_decode", mutates_args=())
+def _decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    causal: bool,
+    window: int | None,
+    prefix_lengths: Tensor | None,
+    document_ids: Tensor | None,
+    key_padding: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The output for a few queries, without a gradient."""
+    B, N, H, M = *q.shape[:3], k.shape[1]
+    if B * N * H * M == 0:
+        return q.new_zeros(B, N, H, v.shape[-1])
+    mask = _kernel_mask(causal, window, prefix_lengths, document_ids, key_padding, M)
+    with _on(q):
+        return decode(q, k, v, lam, mask, scale, gpu=gpu_of(q))
+
+
+@_decode.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    causal: bool,
+    window: int | None,
+    prefix_lengths: Tensor | None,
+    document_ids: Tensor | None,
+    key_padding: Tensor | None,
+    scale: float,
+) -> Tensor:
+    return q.new_empty(*q.shape[:3], v.shape[-1])

@@ -3,15 +3,26 @@
 No autotuning: the same call is cut the same way on every machine of a kind, from its first step.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Arguments whose value is not worth a kernel of its own.
 UNSPECIALIZED = ["N", "M", "H", "G", "heads_per_group", "window", "lam_b", "lam_n", "lam_h"]
+
+# Whether Triton's interpreter stands in for a GPU, which it decides when it is imported.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+# Lets `torch.compile` see a launch within an operator; there is nothing to see in the interpreter.
+wrap_triton: Callable[[Any], Any] = torch.library.wrap_triton
+if INTERPRETED:
+    wrap_triton = lambda kernel: kernel  # noqa: E731
 
 # No tile has more queries: arrays that hold whole tiles of them are padded to this.
 MAX_BLOCK = 128
