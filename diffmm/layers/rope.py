@@ -38,16 +38,23 @@ class RotaryEmbedding(nn.Module):
         """`positions` is `[N]` or `[B, N]`, with a last axis of `num_axes` where there are several.
 
         Always in float32: at position 10,000 a bfloat16 angle is off by whole turns. For the same
-        reason frequencies are no buffer, which would be cast with its module, but made here, in
-        float64 so that every device rounds to the same.
+        reason frequencies are no buffer, which would be cast with its module.
         """
-        steps = torch.arange(0, self.axis_dim, 2, device=positions.device, dtype=torch.float64)
-        frequencies = (self.base ** (-steps / self.axis_dim)).float()
+        frequencies = rope_frequencies(self.axis_dim, self.base, positions.device)
         if self.num_axes == 1:
             positions = positions.unsqueeze(-1)
         angles = positions.float().unsqueeze(-1) * frequencies  # [..., N, axes, D/2/axes]
         angles = angles.flatten(-2)
         return angles.cos(), angles.sin()
+
+
+@torch.compiler.assume_constant_result
+def rope_frequencies(axis_dim: int, base: float, device: torch.device) -> Tensor:
+    """`base^(-2j/axis_dim)` for every pair of dims, from float64 so that every device rounds to the
+    same. A constant of compiled graphs: they would put the power into every layer's kernels, where
+    it takes a tenth of a training step (docs/lab_notes.md)."""
+    steps = torch.arange(0, axis_dim, 2, device=device, dtype=torch.float64)
+    return (base ** (-steps / axis_dim)).float()
 
 
 def apply_rope(x: Tensor, rotation: Rotation) -> Tensor:
