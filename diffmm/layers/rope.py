@@ -40,21 +40,38 @@ class RotaryEmbedding(nn.Module):
         Always in float32: at position 10,000 a bfloat16 angle is off by whole turns. For the same
         reason frequencies are no buffer, which would be cast with its module.
         """
-        frequencies = rope_frequencies(self.axis_dim, self.base, positions.device)
         if self.num_axes == 1:
             positions = positions.unsqueeze(-1)
-        angles = positions.float().unsqueeze(-1) * frequencies  # [..., N, axes, D/2/axes]
-        angles = angles.flatten(-2)
-        return angles.cos(), angles.sin()
+        # A compiled graph would compute them anew for all that they turn, in every layer; for one
+        # token that is cheaper than more kernels. (Not `is_compiling`, which holds in
+        # `torch.export` too: what is exported has torch's operators alone.)
+        if torch.compiler.is_dynamo_compiling() and positions.shape[-2] > 1:
+            return _rotation_once(positions, self.axis_dim, self.base)
+        return rotation_at(positions, self.axis_dim, self.base)
 
 
-@torch.compiler.assume_constant_result
-def rope_frequencies(axis_dim: int, base: float, device: torch.device) -> Tensor:
-    """`base^(-2j/axis_dim)` for every pair of dims, from float64 so that every device rounds to the
-    same. A constant of compiled graphs: they would put the power into every layer's kernels, where
-    it takes a tenth of a training step (docs/lab_notes.md)."""
-    steps = torch.arange(0, axis_dim, 2, device=device, dtype=torch.float64)
-    return (base ** (-steps / axis_dim)).float()
+def rotation_at(positions: Tensor, axis_dim: int, base: float) -> Rotation:
+    """The rotation at `positions`, `[..., N, axes]`, for `axis_dim` dims an axis. Frequencies are
+    made in float64, so that every device rounds to the same."""
+    steps = torch.arange(0, axis_dim, 2, device=positions.device, dtype=torch.float64)
+    frequencies = (base ** (-steps / axis_dim)).float()
+    angles = positions.float().unsqueeze(-1) * frequencies  # [..., N, axes, axis_dim/2]
+    angles = angles.flatten(-2)
+    return angles.cos(), angles.sin()
+
+
+@torch.library.custom_op("diffmm::rotation_at", mutates_args=())
+def _rotation_once(positions: Tensor, axis_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """`rotation_at` in memory: `torch.compile` does not see into an operator of one's own."""
+    return rotation_at(positions, axis_dim, base)
+
+
+@_rotation_once.register_fake
+def _(positions: Tensor, axis_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    *tokens, num_axes = positions.shape
+    shape = (*tokens, num_axes * (axis_dim // 2))
+    cos, sin = (positions.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    return cos, sin
 
 
 def apply_rope(x: Tensor, rotation: Rotation) -> Tensor:

@@ -57,6 +57,45 @@ def test_angles_are_exact_far_out_whatever_the_precision():
     assert cos[0, 0].item() == pytest.approx(torch.tensor(10_000.0).cos().item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("num_axes", [1, 2])
+@pytest.mark.parametrize("num_tokens", [5, 1])
+def test_compiled_graphs_compute_rotations_once(num_tokens, num_axes):
+    rope, graphs = RotaryEmbedding(8, num_axes=num_axes), []
+
+    def turn(q, k, positions):
+        rotation = rope(positions)
+        return apply_rope(q, rotation), apply_rope(k, rotation)
+
+    def backend(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    q, k = torch.randn(2, 1, num_tokens, 2, 8)
+    positions = torch.arange(2 * num_tokens).view(num_tokens, 2)[:, :num_axes].squeeze(-1)
+    for found, wanted in zip(
+        torch.compile(turn, fullgraph=True, dynamic=True, backend=backend)(q, k, positions),
+        turn(q, k, positions),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
+    (targets,) = graphs
+    assert targets.count("diffmm.rotation_at.default") == (num_tokens > 1)
+    assert targets.count("cos") == (num_tokens == 1)
+
+
+def test_an_exported_rotation_has_torchs_operators_alone():
+    rope = RotaryEmbedding(8)
+    exported = torch.export.export(rope, (torch.arange(5),))
+    assert not any("diffmm" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(torch.arange(5)), rope(torch.arange(5)))
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (2, 5, 1), (5, 2)])
+def test_the_operator_of_rotations_is_well_formed(shape):
+    args = (torch.rand(shape), 8, 100.0)
+    torch.library.opcheck(torch.ops.diffmm.rotation_at.default, args)
+
+
 def test_odd_head_dims_are_refused():
     with pytest.raises(ValueError, match="over 2 axes needs .* a multiple of 4, got 6"):
         RotaryEmbedding(6, num_axes=2)

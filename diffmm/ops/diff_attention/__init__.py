@@ -35,15 +35,16 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 def choose_backend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str:
     """What `"auto"` is for these tensors: `"triton"` on Hopper GPUs, in bfloat16 and float16, with
-    heads of 32 to 128 and values up to 256, from 128 queries on; and without gradients for fewer,
-    where each component has its key (v1) and the batch has 131,072 keys or more; else `"sdpa"`.
+    heads of 32 to 128 and values up to 256, from 128 queries on; and for decoding, without
+    gradients and with at most 64 queries a group, where each component has its key (v1); else
+    `"sdpa"`.
 
     Measured in bfloat16 (docs/performance.md): with heads of 64 and 128 and from 197 queries on it
     takes 0.35 to 0.60 of the time of `"sdpa"` for v1 and 0.5 to 0.9 for v2, forward and backward; a
-    token against 32,768 keys takes a quarter or less, of the GPU alone, for the host it is dearer.
-    What lies beside that is taken along.
+    token against 256 to 32,768 keys takes 0.11 to 0.47 for v1 (for v2 0.6 to 1.04, and more of the
+    host's time). What lies beside that is taken along.
     """
-    (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
+    (_, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     serves = (
         _HAS_TRITON
         and torch.version.cuda is not None
@@ -57,7 +58,7 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str:
     )
     if not serves or N > M:
         return "sdpa"
-    decodes = C == 2 and N * H <= 64 * G and B * M >= 1 << 17 and not torch.is_grad_enabled()
+    decodes = C == 2 and N * H <= 64 * G and not torch.is_grad_enabled()
     return "triton" if N >= 128 or decodes else "sdpa"
 
 
@@ -92,8 +93,8 @@ def diff_attention(
             whatever the width of the values).
         backend: `"reference"` (materialises the maps, any device), `"sdpa"` (torch's fused softmax
             attention), `"triton"` (own fused kernels; CUDA, D up to 128, E up to 256), or
-            `"auto"`: `"triton"` in 16 bits on Hopper GPUs from 128 queries on, and for v1's long
-            caches, where it wins (see `choose_backend`), else `"sdpa"`.
+            `"auto"`: `"triton"` in 16 bits on Hopper GPUs from 128 queries on, and for decoding
+            with v1, where it wins (see `choose_backend`), else `"sdpa"`.
 
     Returns:
         `[B, N, H, E]` in q's dtype. Gradients go to q, k, v and lam. A row that sees no key is
