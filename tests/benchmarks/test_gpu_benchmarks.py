@@ -1,4 +1,4 @@
-"""The benchmarks for GPUs, at sizes that mean nothing, on the CPU: that they run and what they say."""
+"""The GPU benchmarks on the CPU, at sizes that mean nothing: that they run, and what they say."""
 
 import functools
 import json
