@@ -5,8 +5,9 @@
 Compiles every candidate in parallel processes and holds each against the float64 reference on a
 small problem; then times the right ones, a kernel at a time, beside cuDNN's softmax attention with
 the same query heads, on one GPU in one run. On Hopper the kernels written for it are candidates
-too. Prints the best candidates of every kernel and shape, and what they add up to; `--out` receives
-every number as JSON.
+too; `combined` is the forward pass with one value product (`benchmarks.combined_forward`), which
+serves nowhere. Prints the best candidates of every kernel and shape, and what those that may serve
+add up to; `--out` receives every number as JSON.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.combined_forward import combined_forward
 from benchmarks.timing import median_ms
 from diffmm.ops import AttentionMask
 from diffmm.ops.diff_attention.reference import reference
@@ -57,6 +59,7 @@ class Problem:
         score, value = 2 * self.D, self.E  # multiply-adds a pair, for both maps and for one value
         count = {
             "forward": score + 2 * value,
+            "combined": 2 * score + value,
             "key": 2 * score + 2 * value,
             "query": 2 * score + value,
             "gradients": 3 * score + 2 * value,
@@ -101,12 +104,15 @@ class Candidate:
 WIDE: dict[str, list[tuple[int, int, int, int]]] = {
     "forward split": [(128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (64, 64, 4, 2),
                       (64, 32, 4, 3), (64, 32, 4, 4), (128, 32, 8, 4)],
+    "combined": [(128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3)],
     "key": [(64, 64, 8, 2), (32, 64, 8, 2)],
     "query": [(128, 32, 8, 2), (128, 32, 8, 3), (64, 16, 4, 2), (64, 32, 4, 2), (128, 64, 8, 1)],
 }  # fmt: skip
 NARROW: dict[str, list[tuple[int, int, int, int]]] = {
     "forward": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (64, 32, 4, 3)],
     "forward split": [(64, 64, 4, 2), (128, 128, 8, 3)],
+    "combined": [(64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 4, 3),
+                 (128, 128, 8, 2), (64, 128, 4, 2)],
     "key": [(32, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 2), (64, 128, 8, 2)],
     "query": [(64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4), (128, 32, 8, 3),
               (128, 64, 8, 3)],
@@ -162,6 +168,12 @@ class Inputs:
             out, second, lse = self.forward(candidate.tile)
             assert second is not None
             return out, second, lse
+        if candidate.kernel == "combined":
+            found = combined_forward(
+                self.q, self.k, self.v, self.lam, causal=candidate.causal, scale=self.scale,
+                tile=candidate.tile,
+            )  # fmt: skip
+            return (found,)
         if candidate.kernel == "query":
             return (query_gradient(*shared, tile=candidate.tile),)
         return key_gradients(*shared, tile=candidate.tile)
@@ -195,6 +207,7 @@ def error_of(candidate: Candidate, truth: Truth) -> float:
     results = truth.inputs.run(candidate)
     wanted = {
         "forward": (truth.out,),
+        "combined": (truth.out,),
         "key": (truth.dk, truth.dv),
         "query": (truth.dq,),
         "gradients": (truth.dq, truth.dk, truth.dv),
