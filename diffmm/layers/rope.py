@@ -43,9 +43,10 @@ class RotaryEmbedding(nn.Module):
         if self.num_axes == 1:
             positions = positions.unsqueeze(-1)
         # A compiled graph would compute them anew for all that they turn, in every layer; for one
-        # token that is cheaper than more kernels. (Not `is_compiling`, which holds in
-        # `torch.export` too: what is exported has torch's operators alone.)
-        if torch.compiler.is_dynamo_compiling() and positions.shape[-2] > 1:
+        # token that is cheaper than more kernels. (`is_compiling` would hold in `torch.export` too,
+        # which, unless strict, finds torch's own operators here.)
+        once = torch.compiler.is_dynamo_compiling() and positions.shape[-2] > 1
+        if once and not positions.requires_grad:
             return _rotation_once(positions, self.axis_dim, self.base)
         return rotation_at(positions, self.axis_dim, self.base)
 
@@ -63,7 +64,8 @@ def rotation_at(positions: Tensor, axis_dim: int, base: float) -> Rotation:
 @torch.library.custom_op("diffmm::rotation_at", mutates_args=())
 def _rotation_once(positions: Tensor, axis_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """`rotation_at` in memory: `torch.compile` does not see into an operator of one's own."""
-    return rotation_at(positions, axis_dim, base)
+    cos, sin = rotation_at(positions, axis_dim, base)
+    return cos.contiguous(), sin.contiguous()
 
 
 @_rotation_once.register_fake

@@ -83,6 +83,22 @@ def test_compiled_graphs_compute_rotations_once(num_tokens, num_axes):
     assert targets.count("cos") == (num_tokens == 1)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_compiled_rotations_of_any_positions():
+    rope = RotaryEmbedding(8)
+    compiled = torch.compile(rope, fullgraph=True)
+    whole = torch.arange(10).view(5, 2)
+    for positions in (
+        whole.T,
+        whole[:1].expand(5, 2),
+        whole.float(),
+        whole.float().requires_grad_(),
+    ):
+        for found, wanted in zip(compiled(positions), rope(positions), strict=True):
+            torch.testing.assert_close(found, wanted)
+            assert found.requires_grad == wanted.requires_grad
+
+
 def test_an_exported_rotation_has_torchs_operators_alone():
     rope = RotaryEmbedding(8)
     exported = torch.export.export(rope, (torch.arange(5),))

@@ -37,7 +37,7 @@ def choice(
     "case",
     [{}, {"dtype": torch.float16}, {"D": 128, "E": 256}, {"D": 32, "E": 64}, {"N": 128},
      {"D": 96, "E": 192}, {"N": 200, "M": 300}, {"C": 1}, {"C": 1, "E": 64}, {"grad": True},
-     {"N": 1, "B": 1}, {"N": 1, "M": 1 << 16}, {"N": 32, "B": 128, "M": 1024}],
+     {"N": 1, "B": 1}, {"N": 32, "M": 33}, {"N": 1, "M": 1 << 16}, {"N": 32, "B": 128, "M": 1024}],
     ids=str,
 )  # fmt: skip
 def test_where_the_kernels_win(case, monkeypatch):
@@ -47,7 +47,7 @@ def test_where_the_kernels_win(case, monkeypatch):
 @pytest.mark.parametrize(
     "case",
     [{"major": AMPERE}, {"device": "cpu"}, {"dtype": torch.float32}, {"N": 127},
-     {"N": 1, "M": 1 << 16, "C": 1}, {"N": 1, "dtype": torch.float32},
+     {"N": 1, "M": 1 << 16, "C": 1}, {"N": 1, "dtype": torch.float32}, {"N": 32, "M": 32},
      {"N": 1, "M": 1 << 16, "grad": True}, {"N": 33, "M": 1 << 16}, {"N": 300, "M": 256},
      {"D": 160, "E": 256}, {"D": 128, "E": 264}, {"D": 60, "E": 120}, {"D": 16, "E": 32},
      {"scale": -1.0}],
@@ -55,6 +55,13 @@ def test_where_the_kernels_win(case, monkeypatch):
 )  # fmt: skip
 def test_where_they_do_not_or_cannot(case, monkeypatch):
     assert choice(monkeypatch, **case) == "sdpa"
+
+
+@pytest.mark.parametrize("N", [1, 31, 32, 33, 64])
+def test_decoding_is_where_its_kernels_serve(N, monkeypatch):
+    from diffmm.ops.diff_attention.triton.decode import decodes
+
+    assert (choice(monkeypatch, N=N) == "triton") == decodes(N, H=4, G=2)
 
 
 def test_elsewhere_than_cuda(monkeypatch):

@@ -1,4 +1,5 @@
-"""Decoding over more splits than one step of the join takes, in the tests' interpreter."""
+"""Decoding in the tests' interpreter, for GPUs of several sizes: however the line of tiles falls on
+the programs, the splits of every group are found and joined."""
 
 import pytest
 import torch
@@ -10,24 +11,57 @@ triton = pytest.importorskip("triton", reason="needs the package triton")
 pytest.importorskip("triton.experimental.gluon")
 
 
-@pytest.mark.parametrize("C", [2, 1])
-@pytest.mark.parametrize("padding", [False, True])
-def test_many_splits(C, padding, monkeypatch):
+def check(q, k, v, lam, mask, num_multiprocessors, monkeypatch, tolerance=1e-5):
     from gluon_interpreter import interpreted
 
     from diffmm.ops.diff_attention.triton import op
     from diffmm.ops.diff_attention.triton.tiles import GPU
 
-    monkeypatch.setattr(op, "gpu_of", lambda tensor: GPU((9, 0), 200))
-
-    M, H, G, D, E = 5000, 2, 1, 32, 64
-    q, k = torch.randn(2, 1, H, 2, D), torch.randn(2, M, G, C, D)
-    v, lam = torch.randn(2, M, G, E), torch.rand(2, 1, H)
-    # The second sample's first splits see nothing.
-    first = torch.tensor([[0], [2000]])
-    mask = AttentionMask(causal=True, key_padding=torch.arange(M) >= first if padding else None)
+    monkeypatch.setattr(op, "gpu_of", lambda tensor: GPU((9, 0), num_multiprocessors))
+    scale = q.shape[-1] ** -0.5
     with interpreted():
-        out = op._decode(q, k, v, lam, True, None, None, None, mask.key_padding, D**-0.5)
-    exact = [x.double() for x in (q, k, v, lam)]
-    wanted = reference(*exact, mask=mask, scale=D**-0.5)
-    torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-5)
+        out = op._decode(
+            q, k, v, lam, mask.causal, mask.window, mask.prefix_lengths, mask.document_ids,
+            mask.key_padding, scale,
+        )  # fmt: skip
+    wanted = reference(*(x.double() for x in (q, k, v, lam)), mask=mask, scale=scale)
+    torch.testing.assert_close(out.double(), wanted, rtol=10 * tolerance, atol=tolerance)
+
+
+def make_inputs(B, N, M, H, G, C, D=32, E=64, dtype=torch.float32):
+    shapes = (B, N, H, 2, D), (B, M, G, C, D), (B, M, G, E)
+    q, k, v = (torch.randn(shape).to(dtype) for shape in shapes)
+    return q, k, v, torch.rand(B, N, H)
+
+
+@pytest.mark.parametrize("C", [2, 1])
+@pytest.mark.parametrize("padding", [False, True])
+def test_many_splits(C, padding, monkeypatch):
+    """More than one step of the join takes; the second sample's first splits see nothing."""
+    M, first = 5000, torch.tensor([[0], [2000]])
+    mask = AttentionMask(causal=True, key_padding=torch.arange(M) >= first if padding else None)
+    check(*make_inputs(2, 1, M, 2, 1, C), mask, 200, monkeypatch)
+
+
+@pytest.mark.parametrize("C", [2, 1])
+@pytest.mark.parametrize("num_multiprocessors", [1, 2, 5, 9])
+def test_more_groups_than_programs(num_multiprocessors, C, monkeypatch):
+    mask = AttentionMask(causal=True, window=70)
+    check(*make_inputs(7, 2, 150, 6, 3, C), mask, num_multiprocessors, monkeypatch)
+
+
+@pytest.mark.parametrize("mask", [AttentionMask(causal=True), AttentionMask(window=3)], ids=str)
+def test_more_queries_than_keys(mask, monkeypatch):
+    check(*make_inputs(2, 9, 4, 2, 1, 2), mask, 2, monkeypatch)
+
+
+def test_half_precision(monkeypatch):
+    inputs = make_inputs(2, 3, 300, 4, 2, 2, dtype=torch.float16)
+    check(*inputs, AttentionMask(causal=True), 3, monkeypatch, tolerance=2e-3)
+
+
+def test_strided_inputs(monkeypatch):
+    q, k, v, lam = make_inputs(2, 3, 100, 4, 2, 2)
+    k = torch.stack([k, k], dim=-1)[..., 0]
+    v = v.transpose(1, 2).contiguous().transpose(1, 2)
+    check(q.flip(1), k, v, lam[:, :1].expand_as(lam), AttentionMask(causal=True), 3, monkeypatch)

@@ -35,14 +35,14 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 def choose_backend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str:
     """What `"auto"` is for these tensors: `"triton"` on Hopper GPUs, in bfloat16 and float16, with
-    heads of 32 to 128 and values up to 256, from 128 queries on; and for decoding, without
-    gradients and with at most 64 queries a group, where each component has its key (v1); else
-    `"sdpa"`.
+    heads of 32 to 128 and values up to 256, from 128 queries on; and for decoding (without
+    gradients, fewer queries than keys, at most 64 of them a group) where each component has its
+    key (v1); else `"sdpa"`.
 
     Measured in bfloat16 (docs/performance.md): with heads of 64 and 128 and from 197 queries on it
     takes 0.35 to 0.60 of the time of `"sdpa"` for v1 and 0.5 to 0.9 for v2, forward and backward; a
-    token against 256 to 32,768 keys takes 0.11 to 0.47 for v1 (for v2 0.6 to 1.04, and more of the
-    host's time). What lies beside that is taken along.
+    token against 256 to 32,768 keys takes 0.11 to 0.47 of the GPU's time for v1, and about as much
+    of the host's (for v2 0.62 to 1.02, and more). What lies beside that is taken along.
     """
     (_, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     serves = (
@@ -58,7 +58,7 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str:
     )
     if not serves or N > M:
         return "sdpa"
-    decodes = C == 2 and N * H <= 64 * G and not torch.is_grad_enabled()
+    decodes = C == 2 and N < M and N * H <= 64 * G and not torch.is_grad_enabled()
     return "triton" if N >= 128 or decodes else "sdpa"
 
 

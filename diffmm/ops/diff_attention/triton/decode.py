@@ -2,12 +2,12 @@
 
 All queries of a group's heads are rows of one tile, so that a tile of keys serves them together;
 where the components share a key, both components' rows are. The tiles of all samples and groups
-stand in one long line, and each program takes an equal stretch of it: the GPU is full whatever the
-batch and the context. Where a stretch ends within a group, the group is split, and a second kernel
-joins what its splits found, weighted by their log-sum-exps.
+stand in one long line, and each program takes a stretch of it, of as many tiles as any other: work
+is shared out evenly whatever the batch and the context. Where a stretch ends within a group, the
+group is split, and a second kernel joins what its splits found, weighted by their log-sum-exps.
 
-Nothing but the kernels looks at the number of keys: a compiled graph launches them itself, and the
-same one for every length.
+No launch and no allocation depends on the number of keys: a compiled graph launches the kernels
+itself, and the same one at every length.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.library import wrap_triton
 
 from diffmm.ops.diff_attention.triton.forward import _finish, _softmax_step
 from diffmm.ops.diff_attention.triton.masking import KernelMask, key_bounds, visible
@@ -22,10 +23,10 @@ from diffmm.ops.diff_attention.triton.tiles import (
     GPU,
     UNSPECIALIZED,
     cdiv,
+    is_traced,
     pad,
     power_of_2,
     precision,
-    wrap_triton,
 )
 
 # Rows of one component that the tile holds at most: queries times heads of a group.
@@ -53,7 +54,7 @@ def _split_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program's stretch of the line. Its split of group `g` (of all samples) is written to place
-    `program + g`, one after the other along the line."""
+    `program + g`: from one split of the line to the next the program, the group or both go up."""
     scale = tl.full((), scale, tl.float32)  # a compiled graph passes a double
     # Row (component, head, query); with a key for each component the tile holds one component.
     num_rows = heads_per_group * N
@@ -164,7 +165,7 @@ def _join_kernel(
     E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Both maps' splits into the output of one row, for a block of its values."""
-    row, num_rows, pair = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    pair, row, num_rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, group = (pair // G).to(tl.int64), pair % G
     head, query = group * heads_per_group + row // N, row % N
     _, num_tiles, length = _line(N, M, window, num_groups, num_programs, BLOCK_M)
@@ -253,18 +254,21 @@ def decode(
     part = lam.new_empty(num_programs + num_groups, 2 * num_rows, E)
     part_lse = lam.new_empty(num_programs + num_groups, 2 * num_rows)
     out = q.new_empty(B, N, H, E)
-    wrap_triton(_split_kernel)[(num_programs,)](
+    split, join = _split_kernel, _join_kernel
+    if is_traced(q):
+        split, join = wrap_triton(_split_kernel), wrap_triton(_join_kernel)
+    split[(num_programs,)](
         q, k, v, part, part_lse, mask.window, mask.prefix, mask.documents, mask.padding,
-        mask.decode_ranges(N, M), *q.stride()[:4], *k.stride()[:4], *v.stride()[:3],
+        mask.key_ranges(B, N, M, block_r), *q.stride()[:4], *k.stride()[:4], *v.stride()[:3],
         N, M, G, H // G, num_groups, scale * 1.4426950408889634,
         CAUSAL=mask.causal, C=C, D=D, E=E, BLOCK_R=block_r, BLOCK_M=cut.block_m, BLOCK_D=block_d,
         BLOCK_E=block_e, PRECISION=precision(q.dtype),
         num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
-    # A stretch is at least a program's share: so many more of them meet in a group, at most.
+    # So many stretches meet in a group, at most: two that reach over its ends, the others within.
     block_s = first_from(num_programs // num_groups + 2, (2, 4, 8, 16, 32, 64, 128))
     width = min(block_e, 32)
-    wrap_triton(_join_kernel)[(num_rows, num_groups, cdiv(E, width))](
+    join[(num_groups, num_rows, cdiv(E, width))](
         part, part_lse, lam, out, mask.window, *lam.stride(), N, M, G, H // G,
         num_groups, num_programs,
         E=E, BLOCK_M=cut.block_m, BLOCK_S=block_s, BLOCK_E=width, num_warps=4,

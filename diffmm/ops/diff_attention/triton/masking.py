@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmm.ops.diff_attention.triton.tiles import cdiv
+from diffmm.ops.diff_attention.triton.tiles import cdiv, is_traced
 from diffmm.ops.mask import AttentionMask
 
 _CHUNK = 1024
@@ -174,23 +174,6 @@ class KernelMask:
         """`[B, tiles, 2]`: the keys of interest to each tile of queries, `None` if all are."""
         return self._ranges(batch, N, M, M - N, 0, None, self.padding, block_n, M)
 
-    def decode_ranges(self, N: int, M: int) -> Tensor | None:
-        """`[B, 2]`: as `key_ranges` for one tile of all queries, in operators that a compiled
-        graph fuses and shares among layers."""
-        given = self.documents if self.documents is not None else self.padding
-        if given is None:
-            return None
-        hit = torch.ones_like(given, dtype=torch.bool)
-        if self.padding is not None:
-            hit = self.padding
-        if self.documents is not None:
-            own = self.documents[:, M - N :]
-            hit = hit & (self.documents >= own.amin(1, keepdim=True))
-            hit = hit & (self.documents <= own.amax(1, keepdim=True))
-        keys = torch.arange(M, device=given.device)
-        first, last = torch.where(hit, keys, M).amin(1), torch.where(hit, keys, -1).amax(1)
-        return torch.stack([first, last + 1], dim=1).int()
-
     def query_ranges(self, batch: int, N: int, M: int, block_m: int) -> Tensor | None:
         """`[B, tiles, 2]`: the queries of interest to each tile of keys, `None` if all are."""
         return self._ranges(batch, M, N, 0, M - N, self.padding, None, block_m, M)
@@ -212,7 +195,8 @@ class KernelMask:
             return None
         num_blocks = cdiv(num_own, block)
         ranges = torch.empty(batch, num_blocks, 2, dtype=torch.int32, device=given.device)
-        _ranges_kernel[(num_blocks, batch)](
+        kernel = torch.library.wrap_triton(_ranges_kernel) if is_traced(given) else _ranges_kernel
+        kernel[(num_blocks, batch)](
             ranges, self.documents, own_padding, other_padding,
             num_own, num_other, own_shift, other_shift, M, BLOCK=block, CHUNK=_CHUNK,
         )  # fmt: skip

@@ -219,7 +219,7 @@ _attend.register_autograd(_differentiate, setup_context=_save)
 
 
 # A compiled graph sees through a `triton_op` and launches its kernels itself, which takes the host
-# a fraction of an operator's time. The interpreter's kernels are no kernels to see.
+# a fraction of an operator's time. It cannot launch the interpreter's.
 _seen_through = torch.library.custom_op if INTERPRETED else torch.library.triton_op
 
 

@@ -3,10 +3,8 @@
 No autotuning: the same call is cut the same way on every machine of a kind, from its first step.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -18,11 +16,6 @@ UNSPECIALIZED = ["N", "M", "H", "G", "heads_per_group", "window", "lam_b", "lam_
 
 # Whether Triton's interpreter stands in for a GPU, which it decides when it is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-
-# Lets `torch.compile` see a launch within an operator; there is nothing to see in the interpreter.
-wrap_triton: Callable[[Any], Any] = torch.library.wrap_triton
-if INTERPRETED:
-    wrap_triton = lambda kernel: kernel  # noqa: E731
 
 # No tile has more queries: arrays that hold whole tiles of them are padded to this.
 MAX_BLOCK = 128
@@ -50,6 +43,12 @@ def _gpu(index: int) -> GPU:
 def gpu_of(tensor: Tensor) -> GPU:
     """The GPU of a tensor; for a CPU, where kernels are interpreted, a small Hopper GPU."""
     return _gpu(tensor.device.index) if tensor.is_cuda else GPU((9, 0), 2)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether `torch.compile` looks on: launches then go through `torch.library.wrap_triton`, which
+    takes time and is of no use elsewhere."""
+    return type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True)
