@@ -44,6 +44,41 @@ def _normalize(scores, top, total):
     return new_top, total
 
 
+@triton.jit
+def _find_normalizers(
+    low, high, q1, q2, k_desc, batch, group, positions, M, scale, top1, total1, top2, total2,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The first walk, along some keys."""
+    for m0 in range(low, high, BLOCK_M):
+        s1, s2 = _scores(
+            q1, q2, k_desc, batch, group, m0, positions, M, scale, CAUSAL, MASKED, C, BLOCK_M,
+            BLOCK_D,
+        )  # fmt: skip
+        top1, total1 = _normalize(s1, top1, total1)
+        top2, total2 = _normalize(s2, top2, total2)
+    return top1, total1, top2, total2
+
+
+@triton.jit
+def _add_values(
+    low, high, q1, q2, k_desc, v_desc, batch, group, positions, M, scale, lse1, lse2, weight, acc,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """The second walk, along some keys."""
+    for m0 in range(low, high, BLOCK_M):
+        s1, s2 = _scores(
+            q1, q2, k_desc, batch, group, m0, positions, M, scale, CAUSAL, MASKED, C, BLOCK_M,
+            BLOCK_D,
+        )  # fmt: skip
+        p = tl.exp2(s1 - lse1[:, None]) - weight[:, None] * tl.exp2(s2 - lse2[:, None])
+        v = v_desc.load([batch, m0, group, 0]).reshape(BLOCK_M, BLOCK_E)
+        acc = tl.dot(p.to(v.dtype), v, acc)
+    return acc
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _combined_kernel(
     q, k_desc, v_desc, lam, out, q_b, q_n, q_h, q_c, lam_b, lam_n, lam_h,
@@ -68,20 +103,14 @@ def _combined_kernel(
     top1 = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     top2, total1 = top1, tl.zeros((BLOCK_N,), tl.float32)
     total2 = total1
-    for m0 in range(0, full, BLOCK_M):
-        s1, s2 = _scores(
-            q1, q2, k_desc, batch, group, m0, positions, M, scale, CAUSAL, False, C, BLOCK_M,
-            BLOCK_D,
-        )  # fmt: skip
-        top1, total1 = _normalize(s1, top1, total1)
-        top2, total2 = _normalize(s2, top2, total2)
-    for m0 in range(full, high, BLOCK_M):
-        s1, s2 = _scores(
-            q1, q2, k_desc, batch, group, m0, positions, M, scale, CAUSAL, True, C, BLOCK_M,
-            BLOCK_D,
-        )  # fmt: skip
-        top1, total1 = _normalize(s1, top1, total1)
-        top2, total2 = _normalize(s2, top2, total2)
+    top1, total1, top2, total2 = _find_normalizers(
+        0, full, q1, q2, k_desc, batch, group, positions, M, scale, top1, total1, top2, total2,
+        CAUSAL, False, C, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
+    top1, total1, top2, total2 = _find_normalizers(
+        full, high, q1, q2, k_desc, batch, group, positions, M, scale, top1, total1, top2, total2,
+        CAUSAL, True, C, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
 
     # A row that sees nothing gets weights of exp2(-inf).
     lse1 = tl.where(total1 == 0.0, float("inf"), top1 + tl.log2(total1))
@@ -89,22 +118,14 @@ def _combined_kernel(
     lam_rows = lam + batch64 * lam_b + queries.to(tl.int64) * lam_n + head * lam_h
     weight = tl.load(lam_rows, mask=inside, other=0.0)
     acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-    for m0 in range(0, full, BLOCK_M):
-        s1, s2 = _scores(
-            q1, q2, k_desc, batch, group, m0, positions, M, scale, CAUSAL, False, C, BLOCK_M,
-            BLOCK_D,
-        )  # fmt: skip
-        p = tl.exp2(s1 - lse1[:, None]) - weight[:, None] * tl.exp2(s2 - lse2[:, None])
-        v = v_desc.load([batch, m0, group, 0]).reshape(BLOCK_M, BLOCK_E)
-        acc = tl.dot(p.to(v.dtype), v, acc)
-    for m0 in range(full, high, BLOCK_M):
-        s1, s2 = _scores(
-            q1, q2, k_desc, batch, group, m0, positions, M, scale, CAUSAL, True, C, BLOCK_M,
-            BLOCK_D,
-        )  # fmt: skip
-        p = tl.exp2(s1 - lse1[:, None]) - weight[:, None] * tl.exp2(s2 - lse2[:, None])
-        v = v_desc.load([batch, m0, group, 0]).reshape(BLOCK_M, BLOCK_E)
-        acc = tl.dot(p.to(v.dtype), v, acc)
+    acc = _add_values(
+        0, full, q1, q2, k_desc, v_desc, batch, group, positions, M, scale, lse1, lse2, weight,
+        acc, CAUSAL, False, C, BLOCK_M, BLOCK_D, BLOCK_E,
+    )  # fmt: skip
+    acc = _add_values(
+        full, high, q1, q2, k_desc, v_desc, batch, group, positions, M, scale, lse1, lse2, weight,
+        acc, CAUSAL, True, C, BLOCK_M, BLOCK_D, BLOCK_E,
+    )  # fmt: skip
 
     o_rows = ((batch64 * N + queries[:, None]) * H + head) * E + widths[None, :]
     o_mask = inside[:, None] & (widths[None, :] < E)

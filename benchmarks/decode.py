@@ -80,8 +80,9 @@ class Decoder:
             buffer.normal_()
         tokens = torch.zeros(batch, 1, dtype=torch.long, device=buffer.device)
         position = torch.full((1,), context - 1, device=buffer.device)
-        cache.length = context - steps - 4
-        for _ in range(4):  # compiles, and fills the allocator
+        warmup = 4  # compiles, and fills the allocator
+        cache.length = context - steps - warmup
+        for _ in range(warmup):
             tokens = self.step(tokens, position, cache)
         synchronize()
         start = time.perf_counter()

@@ -229,9 +229,9 @@ def cut_for(item: int, block_r: int, components: int, block_d: int, block_e: int
 
 
 def first_from(number: int, sizes: tuple[int, ...]) -> int:
-    """The first of `sizes` that holds `number`, or the last. Compared one by one: in a compiled
-    graph the number may be symbolic, and each comparison is shared by many numbers."""
-    return next((size for size in sizes if number <= size), sizes[-1])
+    """The first of `sizes` that holds `number`. Compared one by one: in a compiled graph the number
+    may be symbolic, and each comparison is shared by many numbers."""
+    return next(size for size in sizes if number <= size)
 
 
 def decodes(N: int, H: int, G: int) -> bool:
@@ -266,7 +266,8 @@ def decode(
         num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
     # So many stretches meet in a group, at most: two that reach over its ends, the others within.
-    block_s = first_from(num_programs // num_groups + 2, (2, 4, 8, 16, 32, 64, 128))
+    num_splits = num_programs // num_groups + 2
+    block_s = first_from(min(num_splits, 128), (2, 4, 8, 16, 32, 64, 128))
     width = min(block_e, 32)
     join[(num_groups, num_rows, cdiv(E, width))](
         part, part_lse, lam, out, mask.window, *lam.stride(), N, M, G, H // G,

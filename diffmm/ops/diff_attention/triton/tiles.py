@@ -7,15 +7,11 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Arguments whose value is not worth a kernel of its own.
 UNSPECIALIZED = ["N", "M", "H", "G", "heads_per_group", "window", "lam_b", "lam_n", "lam_h"]
-
-# Whether Triton's interpreter stands in for a GPU, which it decides when it is imported.
-INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 # No tile has more queries: arrays that hold whole tiles of them are padded to this.
 MAX_BLOCK = 128
