@@ -1,0 +1,83 @@
+"""Decoding as a compiled graph sees it, for a GPU that is not there: one graph for every number of
+keys, which launches the kernels itself and knows what they write."""
+
+import contextlib
+
+import pytest
+import torch
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from diffmm.ops import AttentionMask, diff_attention
+
+triton = pytest.importorskip("triton", reason="needs the package triton")
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """To tell what a kernel writes, torch has Triton translate it for the driver's GPU."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+
+    from diffmm.ops.diff_attention.triton import op
+    from diffmm.ops.diff_attention.triton.tiles import GPU
+
+    class Driver(DriverBase):
+        def __init__(self):
+            pass
+
+        @staticmethod
+        def is_active():
+            return True
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def map_python_to_cpp_type(self, name):
+            return name
+
+        def get_active_torch_device(self):
+            return torch.device("cuda", 0)
+
+        def get_benchmarker(self):
+            return None
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    monkeypatch.setattr(op, "gpu_of", lambda tensor: GPU((9, 0), 132))
+    monkeypatch.setattr(op, "_on", lambda tensor: contextlib.nullcontext())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("batch", "C"), [(1, 2), (3, 2), (3, 1)])
+def test_one_graph_launches_the_kernels(hopper, batch, C, padded):
+    launches = []
+
+    def compiler(graph, _):
+        launches.append(
+            [
+                node.kwargs["tensors_to_clone"]
+                for node in graph.graph.nodes
+                if "triton_kernel_wrapper" in str(node.target)
+            ]
+        )
+        assert "diff_attention" not in str([node.target for node in graph.graph.nodes])
+        return graph
+
+    def step(q, keys, values, lam, padding, length):
+        mask = AttentionMask(causal=True, key_padding=padding[:, :length] if padded else None)
+        k, v = keys[:, :length], values[:, :length]
+        return diff_attention(q * 2, k, v, lam, mask=mask, backend="triton")
+
+    compiled = torch.compile(
+        step, fullgraph=True, dynamic=True,
+        backend=lambda graph, inputs: aot_module_simplified(graph, inputs, fw_compiler=compiler),
+    )  # fmt: skip
+    with torch.no_grad(), FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+        shapes = (batch, 1, 8, 2, 64), (batch, 900, 4, C, 64), (batch, 900, 4, 128)
+        q, k, v = (torch.empty(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
+        lam = torch.empty(batch, 1, 8, device="cuda")
+        padding = torch.empty(batch, 900, device="cuda", dtype=torch.bool)
+        for length in (500, 501, 64):
+            assert compiled(q, k, v, lam, padding, length).shape == (batch, 1, 8, 128)
+    assert launches == [[["ranges"]] * padded + [["part", "part_lse"], ["out"]]]
