@@ -1,5 +1,14 @@
 """What every test can lean on."""
 
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,3 +25,63 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+class Started(subprocess.Popen[str]):
+    """A command that runs beside a test, in a process group of its own with all that it starts.
+
+    Args:
+        command: what to run.
+        environment: of the command, besides the test's own.
+        cwd: its directory, by default the test's.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        cwd: Path | None = None,
+    ) -> None:
+        super().__init__(
+            command,
+            cwd=cwd,
+            env={**os.environ, "PYTHONFAULTHANDLER": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self, seconds: float) -> tuple[str, str]:
+        """What it has printed, on stdout and on stderr: see `finish_all`."""
+        return self.finish_all([self], seconds)[0]
+
+    @staticmethod
+    def finish_all(processes: Sequence["Started"], seconds: float) -> list[tuple[str, str]]:
+        """What each has printed, on stdout and on stderr, once all who could print have ended.
+
+        If that takes longer, the test fails, and tells where every thread of theirs stood.
+        """
+        end = time.monotonic() + seconds
+        try:
+            return [each.communicate(timeout=end - time.monotonic()) for each in processes]
+        except subprocess.TimeoutExpired:
+            for each in processes:
+                each._send(signal.SIGABRT)
+            printed = ["\n".join([str(each.args), *each.communicate()]) for each in processes]
+        pytest.fail("\n".join([f"not ended within {seconds:g} seconds:", *printed]))
+
+    def __exit__(self, *exception: Any) -> None:
+        """Leave nothing of the group behind."""
+        self._send(signal.SIGKILL)
+        super().__exit__(*exception)
+
+    def _send(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+
+@pytest.fixture(scope="session")
+def start() -> type[Started]:
+    """`with start(command, environment) as process: process.finish(seconds)`."""
+    return Started

@@ -1,5 +1,6 @@
 """Commands, run in this process and in a directory of their own."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +54,20 @@ class Result(NamedTuple):
 
 Run = Callable[..., Result]
 Recipe = Callable[..., Path]
+WaitUntil = Callable[..., None]
+
+
+@pytest.fixture
+def wait_until() -> WaitUntil:
+    """`wait_until(is_so, seconds)` fails the test if it is not so by then."""
+
+    def wait(is_so: Callable[[], bool], seconds: float = 30.0) -> None:
+        end = time.monotonic() + seconds
+        while not is_so():
+            assert time.monotonic() < end, f"not within {seconds:g} seconds"
+            time.sleep(0.02)
+
+    return wait
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -26,13 +25,6 @@ else:
     print("forked", flush=True)
     os.wait()
 """
-
-
-def wait_until(is_so, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_memory_that_is_shared_no_more_is_no_growth():
@@ -69,7 +61,7 @@ def test_a_run_that_ends_early_gives_nothing(tmp_path, monkeypatch, capsys):
     assert "the run ended after" in capsys.readouterr().out
 
 
-def test_the_run_ends_with_its_watcher():
+def test_the_run_ends_with_its_watcher(wait_until):
     command = [sys.executable, "-m", "benchmarks.soak"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as watcher:
         wait_until(lambda: len(soak.processes(watcher.pid)) > 1)

@@ -3,9 +3,7 @@
 import os
 import re
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -146,35 +144,19 @@ def processes_of(group):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 @pytest.mark.parametrize("target", ["rank 1", "group"])
-def test_two_processes_with_workers_stop_together(recipe, tmp_path, target):
+def test_two_processes_with_workers_stop_together(recipe, tmp_path, start, wait_until, target):
     """Started by Lightning; as a terminal or a scheduler does, or to one process alone."""
     changes = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.num_workers": 1}
     path = recipe(**{**changes, "trainer.max_steps": 10**6})
-    fit = subprocess.Popen(
-        [sys.executable, "-m", "diffmm.cli", "fit", "--config", str(path), "--run_dir", "run"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    metrics = tmp_path / "run" / "csv" / "version_0" / "metrics.csv"
-    try:
-        end = time.monotonic() + 90
-        while not metrics.exists() and time.monotonic() < end:
-            time.sleep(0.2)
+    command = [sys.executable, "-m", "diffmm.cli", "fit", "--config", str(path), "--run_dir", "run"]
+    with start(command, {"OMP_NUM_THREADS": "1"}, tmp_path) as fit:
+        wait_until((tmp_path / "run" / "csv" / "version_0" / "metrics.csv").exists, 90)
         if target == "group":
             os.killpg(fit.pid, signal.SIGTERM)
         else:
             os.kill(processes_of(fit.pid)[1], signal.SIGTERM)
-        out, err = fit.communicate(timeout=60)
-    finally:
-        fit.kill()
-    assert fit.returncode == 143, err
-    assert out.splitlines().count("stopped: go on with `diffmm fit --resume run`") == 1
-    assert state_of(tmp_path / "run")[0] > 0
-    deadline = time.monotonic() + 20
-    while processes_of(fit.pid) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert processes_of(fit.pid) == {}
+        out, err = fit.finish(60)
+        assert fit.returncode == 143, err
+        assert out.splitlines().count("stopped: go on with `diffmm fit --resume run`") == 1
+        assert state_of(tmp_path / "run")[0] > 0
+        wait_until(lambda: processes_of(fit.pid) == {}, 20)

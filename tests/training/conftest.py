@@ -1,8 +1,6 @@
 """Tiny models and batches of every task, and a trainer for them."""
 
-import os
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -223,34 +221,22 @@ def fit(trainer: Callable[..., Trainer]) -> Fit:
 
 
 @pytest.fixture(scope="session")
-def run_two_processes() -> Callable[[Path, Path], None]:
+def run_two_processes(start: Any) -> Callable[[Path, Path], None]:
     """`run_two_processes(script, folder)` runs `python script folder` twice, as torchrun does."""
 
-    def start(script: Path, output: Path) -> None:
+    def run(script: Path, output: Path) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         shared = {
-            **os.environ,
             **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"},
             **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"},
             **{"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"},
         }
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(output)],
-                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        try:
-            errors = [process.communicate(timeout=150)[1] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        assert [process.returncode for process in processes] == [0, 0], errors
+        command = [sys.executable, str(script), str(output)]
+        ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+        with start(command, ranks[0]) as first, start(command, ranks[1]) as second:
+            printed = start.finish_all([first, second], 150)
+        assert [first.returncode, second.returncode] == [0, 0], printed
 
-    return start
+    return run
