@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +14,22 @@ STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM} | (
     {signal.SIGUSR1} if hasattr(signal, "SIGUSR1") else set()
 )
 
+FORKS_CAN_HANG = sys.version_info < (3, 12) and sys.platform == "linux"
+"""Whether processes are forked, by a Python whose forks `diffmm.forks` looks after."""
+
 Sample = TypeVar("Sample", covariant=True)
 
 
 class WorkerLoader(DataLoader[Sample]):
     """A `DataLoader` whose workers are born with the signals that stop a run held back, until its
-    `worker_init_fn`, which should be `ignore_stop_signals`, says what becomes of them."""
+    `worker_init_fn`, which should be `ignore_stop_signals`, says what becomes of them; and born
+    again where Python up to 3.11 lets a forked one hang."""
 
     def __iter__(self) -> Any:
+        if FORKS_CAN_HANG and self.num_workers > 0 and self.multiprocessing_context is None:
+            from diffmm.forks import CheckedForks
+
+            self.multiprocessing_context = CheckedForks()
         with _held(STOP_SIGNALS if self.num_workers > 0 else set()):
             return super().__iter__()
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -12,10 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.utils.data import DataLoader
 
+from diffmm import forks
 from diffmm.training.stops import SIGNALS, CleanStop, requeue_slurm_job
 from diffmm.workers import STOP_SIGNALS, WorkerLoader, ignore_stop_signals
 
@@ -196,6 +199,30 @@ def test_a_worker_is_born_deaf_to_signals():
     next(iter(loader))
     assert heard.get() >= STOP_SIGNALS
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+def test_a_worker_that_is_born_dead_is_born_again(monkeypatch, caplog):
+    """As a lock that another thread held at the fork would have it (Python 3.11)."""
+    monkeypatch.setattr(forks, "SECONDS_TO_BE_BORN", 0.5)
+    monkeypatch.setattr("diffmm.workers.FORKS_CAN_HANG", True)
+    fork, tries = os.fork, []
+
+    def stillborn_at_first():
+        tries.append(fork())
+        while tries == [0] or tries[1:] == [0]:
+            signal.pause()
+        return tries[-1]
+
+    monkeypatch.setattr(os, "fork", stillborn_at_first)
+    loader = WorkerLoader(Numbers(), num_workers=2, worker_init_fn=ignore_stop_signals)
+    torch.testing.assert_close(torch.cat(list(loader)), torch.stack(list(Numbers())))
+    first, second, *_ = tries
+    assert len(tries) == 4
+    for dead in (first, second):
+        with pytest.raises(ProcessLookupError):
+            os.kill(dead, 0)
+    waits = re.findall(r"did not begin to run within ([\d.]+) seconds", caplog.text)
+    assert waits == ["0.5", "1"]
 
 
 def test_handlers_are_back_after_an_end_and_after_an_error(tmp_path):
