@@ -2,6 +2,8 @@
 # checks everything. Both set up .venv first: with uv if it is there, with venv and pip if not.
 
 PYTHON ?= python3
+# Processes that test, with a core and about two GiB of memory each.
+JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -19,7 +21,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 tests: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 setup: $(STAMP)
 
