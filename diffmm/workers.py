@@ -1,5 +1,6 @@
 """Processes that load data beside a training process."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM} | (
 )
 
 FORKS_CAN_HANG = sys.version_info < (3, 12) and sys.platform == "linux"
-"""Whether processes are forked, by a Python whose forks `diffmm.forks` looks after."""
+"""Whether this is a Python whose forks `diffmm.forks` looks after, where processes are forked."""
 
 Sample = TypeVar("Sample", covariant=True)
 
@@ -26,11 +27,14 @@ class WorkerLoader(DataLoader[Sample]):
     again where Python up to 3.11 lets a forked one hang."""
 
     def __iter__(self) -> Any:
-        if FORKS_CAN_HANG and self.num_workers > 0 and self.multiprocessing_context is None:
+        if self.num_workers == 0:
+            return super().__iter__()
+        is_forked = multiprocessing.get_start_method(allow_none=True) in (None, "fork")
+        if FORKS_CAN_HANG and is_forked and self.multiprocessing_context is None:
             from diffmm.forks import CheckedForks
 
             self.multiprocessing_context = CheckedForks()
-        with _held(STOP_SIGNALS if self.num_workers > 0 else set()):
+        with _stop_signals_held():
             return super().__iter__()
 
 
@@ -58,12 +62,12 @@ def _end_with(parent: int) -> None:
 
 
 @contextmanager
-def _held(signals: set[signal.Signals]) -> Iterator[None]:
-    """Hold signals back, in this thread and in all processes it starts, until the end."""
-    if not signals or not hasattr(signal, "pthread_sigmask"):
+def _stop_signals_held() -> Iterator[None]:
+    """Hold them back, in this thread and in all processes it starts, until the end."""
+    if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

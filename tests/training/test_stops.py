@@ -225,6 +225,16 @@ def test_a_worker_that_is_born_dead_is_born_again(monkeypatch, caplog):
     assert waits == ["0.5", "1"]
 
 
+@pytest.mark.parametrize(("method", "is_looked_after"), [("spawn", False), ("fork", True)])
+def test_how_processes_start_stays_the_users_choice(monkeypatch, method, is_looked_after):
+    monkeypatch.setattr("diffmm.workers.FORKS_CAN_HANG", True)
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda allow_none: method)
+    loader = WorkerLoader(Numbers(), num_workers=1)
+    monkeypatch.setattr(DataLoader, "__iter__", lambda self: iter([]))
+    assert list(loader) == []
+    assert isinstance(loader.multiprocessing_context, forks.CheckedForks) is is_looked_after
+
+
 def test_handlers_are_back_after_an_end_and_after_an_error(tmp_path):
     seen = []
 
