@@ -14,9 +14,10 @@ SECONDS_TO_BE_BORN = 10.0
 class CheckedFork(ForkProcess):
     """A forked process that is killed and forked again if it does not begin to run.
 
-    Up to Python 3.11 a child waits forever for a lock of the interpreter's, if another thread held
-    that at the moment of the fork (https://github.com/python/cpython/issues/112275): one of a
-    process group's, say, which lets go of a tensor. Every try has twice the time of the one before.
+    In Python 3.11.7 and other releases before 3.12 a child waits forever for a lock of the
+    interpreter's, if another thread held that at the moment of the fork
+    (https://github.com/python/cpython/issues/112275): one of a process group's, say, which lets go
+    of a tensor. Every try has twice the time of the one before.
     """
 
     _ends: tuple[Connection, Connection]

@@ -24,14 +24,14 @@ Sample = TypeVar("Sample", covariant=True)
 class WorkerLoader(DataLoader[Sample]):
     """A `DataLoader` whose workers are born with the signals that stop a run held back, until its
     `worker_init_fn`, which should be `ignore_stop_signals`, says what becomes of them; and born
-    again where Python up to 3.11 lets a forked one hang."""
+    again where a Python before 3.12 lets a forked one hang."""
 
     def __iter__(self) -> Any:
         if self.num_workers == 0:
             return super().__iter__()
         is_forked = multiprocessing.get_start_method(allow_none=True) in (None, "fork")
         if FORKS_CAN_HANG and is_forked and self.multiprocessing_context is None:
-            from diffmm.forks import CheckedForks
+            from diffmm.forks import CheckedForks  # Windows has nothing that this could import
 
             self.multiprocessing_context = CheckedForks()
         with _stop_signals_held():

@@ -68,7 +68,9 @@ class Started(subprocess.Popen[str]):
         except subprocess.TimeoutExpired:
             for each in processes:
                 each._send(signal.SIGABRT)
-            printed = ["\n".join([str(each.args), *each.communicate()]) for each in processes]
+            printed = [
+                "\n".join([str(each.args), *each.communicate(timeout=30)]) for each in processes
+            ]
         pytest.fail("\n".join([f"not ended within {seconds:g} seconds:", *printed]))
 
     def __exit__(self, *exception: Any) -> None:
