@@ -189,8 +189,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Print every number as it comes, and the table of ratios last."""
     parser = argparse.ArgumentParser(description="Decoding with a cache.")
     parser.add_argument("--models", default="", help="models, with commas; all by default")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each model")
-    parser.add_argument("--steps", type=int, default=16, help="measured steps of a turn")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each model")
+    parser.add_argument("--steps", type=int, default=48, help="measured steps of a turn")
     parser.add_argument("--out", type=Path, help="folder for decode.json")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on a CPU if need be")
     options = parser.parse_args(arguments)

@@ -117,7 +117,9 @@ def op_times(
         random(batch, length, pairs, head_dim if v2 else 2 * head_dim),
         torch.rand(batch, length, pairs, device="cuda", requires_grad=True),
     ]
-    return _times(torch.compile(lambda *x: op(*x, mask=mask, scale=scale)), inputs)
+    # Static: Dynamo would else take what differs between two shapes for a dynamic size.
+    compiled = torch.compile(lambda *x: op(*x, mask=mask, scale=scale), dynamic=False)
+    return _times(compiled, inputs)
 
 
 def _times(run: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[float, float]:

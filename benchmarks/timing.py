@@ -19,7 +19,8 @@ def median_ms(
     for _ in range(warmup):
         run()
     scratch = torch.empty(flush_mb << 20, dtype=torch.uint8, device="cuda")
-    num_flushes = 1 + math.ceil(2 * host_ms(run) / _event_ms(scratch.zero_))
+    flush_ms = min(_event_ms(scratch.zero_) for _ in range(5))
+    num_flushes = 1 + math.ceil(2 * host_ms(run) / flush_ms)
     times = []
     for _ in range(repeats):
         for _ in range(num_flushes):
