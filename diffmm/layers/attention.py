@@ -151,11 +151,13 @@ class SoftmaxAttention(Attention):
 def shared_by_heads(parameter: Tensor) -> Tensor:
     """A parameter that all heads use, as a plain tensor. Under tensor parallelism each process has
     all of it and some of the heads, so that the gradients of all processes add up to its own."""
-    if not hasattr(parameter, "to_local"):
-        return parameter
-    from torch.distributed.tensor import Partial
+    if type(parameter) in (Tensor, nn.Parameter):
+        return parameter  # without what is costly to import
+    from torch.distributed.tensor import DTensor, Partial
 
-    return parameter.to_local(grad_placements=[Partial()])
+    if isinstance(parameter, DTensor):
+        return parameter.to_local(grad_placements=[Partial()])
+    return parameter
 
 
 def lambda_init_at(layer_index: int) -> float:

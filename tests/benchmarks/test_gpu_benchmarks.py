@@ -17,7 +17,6 @@ pytestmark = pytest.mark.filterwarnings(
 def traced_only(monkeypatch):
     """Graphs are traced and run as they are: compiling them takes a minute."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    torch._dynamo.reset()
 
 
 @pytest.mark.slow

@@ -30,7 +30,6 @@ def test_compiled_gradients_are_as_exact_as_eager_ones(attention, backend, group
     tokens = torch.randint(0, 512, (4, 1025), device="cuda")
     truth = gradients_by("reference", torch.float32)
     eager = relative_errors(gradients_by("sdpa", torch.bfloat16), truth)
-    torch._dynamo.reset()
     compiled = gradients_by(backend, torch.bfloat16, compile=True)
     # Lambda's few numbers are allowed what the worst of them needs, three times: of so few, the
     # largest error is chance. The wrong gradients that this looks for were off by 2, or NaN.

@@ -70,7 +70,6 @@ def test_operators_pass_opcheck(widths, name):
 @pytest.mark.parametrize("name", ["full", "causal", "documents"])
 @pytest.mark.parametrize("widths", [V1, V2, WIDE], ids=str)
 def test_one_graph_serves_every_length(widths, name):
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")
 
     @torch.compile(fullgraph=True, backend=counter)
@@ -94,7 +93,6 @@ def test_one_graph_serves_every_length(widths, name):
 @pytest.mark.parametrize("name", ["causal", "window", "documents", "padding", "prefix"])
 @pytest.mark.parametrize("widths", [V1, V2, WIDE], ids=str)
 def test_one_graph_launches_the_kernels_of_decoding_at_every_length(widths, name):
-    torch._dynamo.reset()
     inputs, mask = [x.detach() for x in make_inputs(1, 600, widths)], make_mask(name, 600)
     counter = CompileCounterWithBackend("inductor")
 
@@ -118,7 +116,6 @@ def test_one_graph_launches_the_kernels_of_decoding_at_every_length(widths, name
 def test_auto_chooses_within_a_graph():
     from diffmm.ops.diff_attention import choose_backend
 
-    torch._dynamo.reset()
     inputs, mask = make_inputs(256, 256, V1), AttentionMask(causal=True)
     is_hopper = torch.cuda.get_device_capability()[0] == 9
     assert choose_backend(*inputs[:3], 0.125) == ("triton" if is_hopper else "sdpa")
@@ -147,7 +144,6 @@ def test_recomputed_blocks_have_the_same_gradients(attention):
     recomputed = gradients(model)
     assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
 
-    torch._dynamo.reset()
     compiled = gradients(torch.compile(model, fullgraph=True))
     for (name, _), c, k in zip(model.named_parameters(), compiled, kept, strict=True):
         if "lambda" not in name:  # Sums of rounding: test_compiled_gradients.py holds them.

@@ -195,7 +195,6 @@ def test_generation_under_autocast_and_in_half_precision(attention):
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_a_compiled_model_writes_the_same_and_is_compiled_a_bounded_number_of_times(attention):
-    torch._dynamo.reset()
     model = make_model(attention, depth=1)
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, backend=counter)

@@ -182,7 +182,6 @@ WIDE = {"dim": 128, "num_heads": 4}
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_compiled_gradients_are_the_eager_ones(attention, num_kv_heads):
-    torch._dynamo.reset()
     model = make_model(attention, num_kv_heads=num_kv_heads, **WIDE)
     tokens = torch.randint(0, 40, (2, 33))
     truth = gradients(model, tokens)
@@ -193,7 +192,6 @@ def test_compiled_gradients_are_the_eager_ones(attention, num_kv_heads):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_gradients_compiled_to_machine_code_are_the_eager_ones():
-    torch._dynamo.reset()
     model = make_model("diff_v1", **WIDE)
     tokens = torch.randint(0, 40, (2, 33))
     truth = gradients(model, tokens)

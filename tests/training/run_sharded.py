@@ -174,6 +174,9 @@ def run(
 
 
 if __name__ == "__main__":
+    # Else what is compiled too often runs as it is, which nobody would notice.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     for arguments in json.loads(sys.argv[2]):
+        torch._dynamo.reset()
         run(Path(sys.argv[1]), **arguments)
     leave_processes(0)

@@ -18,14 +18,16 @@ from diffmm.training import FSDP2Strategy
 
 SCRIPT = Path(__file__).with_name("run_sharded.py")
 CASES = ("softmax", "diff_v1", "diff_v2", "image")
-NAMES = ("case", "strategy", "num_processes")
+NAMES = ("case", "strategy", "num_processes", "variant")
+COMPILED = "_compiled"
 RUNS = [
-    ("diff_v1", "fsdp2", 2),
-    ("softmax", "fsdp2_tp2", 2),
-    ("diff_v2", "fsdp2_tp2", 2),
-    ("image", "fsdp2_tp2", 2),
-    ("diff_v2", "ddp", 2),
-    ("diff_v1", "fsdp2_tp2", 4),
+    ("diff_v1", "fsdp2", 2, ""),
+    ("diff_v1", "fsdp2_tp2", 2, COMPILED),
+    ("softmax", "fsdp2_tp2", 2, ""),
+    ("diff_v2", "fsdp2_tp2", 2, ""),
+    ("image", "fsdp2_tp2", 2, ""),
+    ("diff_v2", "ddp", 2, ""),
+    ("diff_v1", "fsdp2_tp2", 4, ""),
 ]
 
 
@@ -42,7 +44,11 @@ def runs(tmp_path_factory, script):
         script["run"](folder, case, "auto", 1)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for count in (2, 4):
-        wanted = [dict(zip(NAMES, run, strict=True)) for run in RUNS if run[2] == count]
+        wanted = [
+            {**dict(zip(NAMES, run, strict=True)), "compile": run[3] == COMPILED}
+            for run in RUNS
+            if run[2] == count
+        ]
         done = subprocess.run(
             [sys.executable, str(SCRIPT), str(folder), json.dumps(wanted)],
             env=environment,
@@ -63,9 +69,9 @@ def assert_close(found, expected, tolerance):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "strategy", "count"), RUNS)
-def test_several_processes_train_as_one(case, strategy, count, runs):
-    one, many = (runs[1][f"{case}_{name}"] for name in ("auto_1", f"{strategy}_{count}"))
+@pytest.mark.parametrize(("case", "strategy", "count", "variant"), RUNS)
+def test_several_processes_train_as_one(case, strategy, count, variant, runs):
+    one, many = (runs[1][f"{case}_{name}"] for name in ("auto_1", f"{strategy}_{count}{variant}"))
     for name, curve in one["curves"].items():
         assert many["curves"][name] == pytest.approx(curve, rel=1e-4), name
     assert max(one["curves"]["train/grad_norm"]) > 0.3, "nothing was clipped"
@@ -74,13 +80,14 @@ def test_several_processes_train_as_one(case, strategy, count, runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "strategy", "count"), RUNS)
-def test_checkpoints_load_under_every_strategy(case, strategy, count, runs, script):
+@pytest.mark.parametrize(("case", "strategy", "count", "variant"), RUNS)
+def test_checkpoints_load_under_every_strategy(case, strategy, count, variant, runs, script):
     folder, results = runs
+    name = f"{case}_{strategy}_{count}{variant}"
     # Two more steps with the moments of a run of one process, and the other way round.
     truth = results[f"{case}_auto_1"]["resumed"]
-    assert_close(results[f"{case}_{strategy}_{count}"]["resumed"], truth, 1e-3)
-    path = folder / f"{case}_{strategy}_{count}.ckpt"
+    assert_close(results[name]["resumed"], truth, 1e-3)
+    path = folder / f"{name}.ckpt"
     task, samples = script["task_and_data"](case)
     script["fit"](task, samples, strategy="auto", num_processes=1, max_steps=4, ckpt_path=path)
     assert_close(script["weights_of"](task), truth, 1e-3)
