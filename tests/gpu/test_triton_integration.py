@@ -118,7 +118,7 @@ def test_auto_chooses_within_a_graph():
 
     inputs, mask = make_inputs(256, 256, V1), AttentionMask(causal=True)
     is_hopper = torch.cuda.get_device_capability()[0] == 9
-    assert choose_backend(*inputs[:3], 0.125) == ("triton" if is_hopper else "sdpa")
+    assert choose_backend(*inputs[:3], mask, 0.125) == ("triton" if is_hopper else "sdpa")
 
     @torch.compile(fullgraph=True)
     def layer(q, k, v, lam, mask):

@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from diffmm.ops import diff_attention
+from diffmm.ops import AttentionMask, diff_attention
 from diffmm.ops.diff_attention import choose_backend
 
 pytest.importorskip("triton", reason="without Triton there is nothing to choose")
 
 HOPPER, AMPERE = 9, 8
+LONG = {"C": 1, "D": 64, "E": 64, "N": 4096, "M": 4096}
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def built_for_cuda(monkeypatch):
 
 def choice(
     monkeypatch, *, major=HOPPER, device="cuda", dtype=torch.bfloat16, N=256, M=256, D=64, E=128,
-    C=2, B=2, scale=0.125, grad=False,
+    C=2, B=2, scale=0.125, grad=False, **mask,
 ):  # fmt: skip
     properties = SimpleNamespace(major=major)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -30,14 +31,17 @@ def choice(
         k = torch.empty(B, M, 2, C, D, dtype=dtype, device=device)
         v = torch.empty(B, M, 2, E, dtype=dtype, device=device)
     with torch.set_grad_enabled(grad):
-        return choose_backend(q, k, v, scale)
+        return choose_backend(q, k, v, AttentionMask(**mask), scale)
 
 
 @pytest.mark.parametrize(
     "case",
     [{}, {"dtype": torch.float16}, {"D": 128, "E": 256}, {"D": 32, "E": 64}, {"N": 128},
      {"D": 96, "E": 192}, {"N": 200, "M": 300}, {"C": 1}, {"C": 1, "E": 64}, {"grad": True},
-     {"N": 1, "B": 1}, {"N": 32, "M": 33}, {"N": 1, "M": 1 << 16}, {"N": 32, "B": 128, "M": 1024}],
+     {"N": 1, "B": 1}, {"N": 32, "M": 33}, {"N": 1, "M": 1 << 16}, {"N": 32, "B": 128, "M": 1024},
+     LONG | {"C": 2}, LONG | {"E": 128}, LONG | {"N": 4095, "M": 4095}, LONG | {"D": 32},
+     LONG | {"D": 72}, LONG | {"causal": True, "N": 4095}, LONG | {"window": 128},
+     LONG | {"key_padding": torch.ones(2, 4096, dtype=torch.bool)}],
     ids=str,
 )  # fmt: skip
 def test_where_the_kernels_win(case, monkeypatch):
@@ -50,7 +54,7 @@ def test_where_the_kernels_win(case, monkeypatch):
      {"N": 1, "M": 1 << 16, "C": 1}, {"N": 1, "dtype": torch.float32}, {"N": 32, "M": 32},
      {"N": 1, "M": 1 << 16, "grad": True}, {"N": 33, "M": 1 << 16}, {"N": 300, "M": 256},
      {"D": 160, "E": 256}, {"D": 128, "E": 264}, {"D": 60, "E": 120}, {"D": 16, "E": 32},
-     {"scale": -1.0}],
+     {"scale": -1.0}, LONG, LONG | {"causal": True}, LONG | {"D": 40}, LONG | {"N": 4095}],
     ids=str,
 )  # fmt: skip
 def test_where_they_do_not_or_cannot(case, monkeypatch):

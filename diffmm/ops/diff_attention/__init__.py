@@ -33,16 +33,19 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choose_backend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str:
+def choose_backend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> str:
     """What `"auto"` is for these tensors: `"triton"` on Hopper GPUs, in bfloat16 and float16, with
     heads of 32 to 128 and values up to 256, from 128 queries on; and for decoding (without
     gradients, fewer queries than keys, at most 64 of them a group) where each component has its
-    key (v1); else `"sdpa"`.
+    key (v1); else `"sdpa"`. So it is where both share a key (v2), heads are of 40 to 64 and values
+    no wider than 64, keys are 4,096 or more, and the mask is one that torch's kernels take as it
+    is: full, or causal over as many queries as keys.
 
-    Measured in bfloat16 (docs/performance.md): with heads of 64 and 128 and from 197 queries on it
-    takes 0.35 to 0.60 of the time of `"sdpa"` for v1 and 0.5 to 0.9 for v2, forward and backward; a
-    token against 256 to 32,768 keys takes 0.11 to 0.47 of the GPU's time for v1, and about as much
-    of the host's (for v2 0.62 to 1.02, and more). What lies beside that is taken along.
+    Measured in bfloat16, compiled, on an H100 (docs/performance.md): from 197 queries on `"triton"`
+    takes 0.47 to 0.93 of the time of `"sdpa"` for v1 and 0.66 to 0.96 for v2, forward and backward
+    (1.06 to 1.10 in the case above; v2's forward pass alone 0.76 to 1.25); a token against 256 to
+    32,768 keys takes 0.11 to 0.47 of the GPU's time for v1, and about as much of the host's (for v2
+    0.62 to 1.02, and more). What lies beside that is taken along.
     """
     (_, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     serves = (
@@ -57,6 +60,9 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str:
         and torch.cuda.get_device_properties(q.device).major == 9
     )
     if not serves or N > M:
+        return "sdpa"
+    is_plain = mask.window is None and not mask.per_sample and (N == M or not mask.causal)
+    if C == 1 and 32 < D <= 64 and E <= 64 and M >= 4096 and is_plain:
         return "sdpa"
     decodes = C == 2 and N < M and N * H <= 64 * G and not torch.is_grad_enabled()
     return "triton" if N >= 128 or decodes else "sdpa"
@@ -94,7 +100,8 @@ def diff_attention(
         backend: `"reference"` (materialises the maps, any device), `"sdpa"` (torch's fused softmax
             attention), `"triton"` (own fused kernels; CUDA, D up to 128, E up to 256), or
             `"auto"`: `"triton"` in 16 bits on Hopper GPUs from 128 queries on, and for decoding
-            with v1, where it wins (see `choose_backend`), else `"sdpa"`.
+            with v1, but not for v2 with heads of 64 and long sequences: where it wins (see
+            `choose_backend`); else `"sdpa"`.
 
     Returns:
         `[B, N, H, E]` in q's dtype. Gradients go to q, k, v and lam. A row that sees no key is
@@ -112,7 +119,7 @@ def diff_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     check_backend(backend, BACKENDS)
     if backend == "auto":
-        backend = choose_backend(q, k, v, scale)
+        backend = choose_backend(q, k, v, mask, scale)
     return BACKENDS[backend](q, k, v, lam, mask=mask, scale=scale)
 
 

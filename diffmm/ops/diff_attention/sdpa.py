@@ -16,7 +16,7 @@ def sdpa(
 
     Of the ways to compose it (one call, a call a component, value halves as heads of their own,
     keys padded to the values' width), all have the right gradients in whole compiled models, to
-    what bfloat16 allows, and this one is fastest or within 5% of it on an H100: see
+    what bfloat16 allows, and this one is fastest or within 8% of it on an H100: see
     `python -m benchmarks.sdpa_composition` and docs/lab_notes.md. It matters because two causal
     calls with wide values were once seen to give wrong gradients in a compiled decoder alone;
     `tests/gpu/test_compiled_gradients.py` keeps watch.
