@@ -1,6 +1,6 @@
 """Differential attention beside softmax attention: time, rate and memory of one op.
 
-    python -m benchmarks.attention [--only d64] [--out FOLDER]
+    python -m benchmarks.attention [--only d64] [--more] [--out FOLDER]
 
 On one GPU in one run, for every shape: softmax attention by cuDNN and by torch's flash kernel with
 as many query heads; v1 and v2 by the backends `sdpa` and `triton`, and by two plain calls. All in
@@ -76,6 +76,20 @@ SHAPES = [
     Shape("d64-1k-full", 32, 1024, 8, 64, False),
     Shape("d64-197-full", 128, 197, 6, 64, False),
 ]
+# What else `diffmm.ops.diff_attention.choose_backend` rests on.
+MORE_SHAPES = [
+    Shape("d32-2k", 8, 2048, 16, 32, True),
+    Shape("d32-1k-full", 16, 1024, 16, 32, False),
+    Shape("d32-197-full", 128, 197, 12, 32, False),
+    Shape("d64-1k", 16, 1024, 8, 64, True),
+    Shape("d64-2k", 8, 2048, 8, 64, True),
+    Shape("d64-8k", 2, 8192, 8, 64, True),
+    Shape("d64-4k-full", 4, 4096, 8, 64, False),
+    Shape("d96-2k", 8, 2048, 12, 96, True),
+    Shape("d128-512", 32, 512, 12, 128, True),
+    Shape("d128-1k-full", 16, 1024, 8, 128, False),
+    Shape("d128-197-full", 64, 197, 6, 128, False),
+]
 
 
 @dataclass(frozen=True)
@@ -147,13 +161,15 @@ def main() -> None:
     """Print the table, a line an implementation."""
     parser = argparse.ArgumentParser(description="Differential beside softmax attention.")
     parser.add_argument("--only", default="", help="shapes whose name starts so")
+    parser.add_argument("--more", action="store_true", help="eleven shapes besides")
     parser.add_argument("--out", type=Path, help="folder for attention.json")
     options = parser.parse_args()
     torch._dynamo.config.cache_size_limit = 64
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}")
     rows: list[Row] = []
-    for shape in (s for s in SHAPES if s.name.startswith(options.only)):
+    shapes = SHAPES + MORE_SHAPES * options.more
+    for shape in (s for s in shapes if s.name.startswith(options.only)):
         print(f"\n{shape.name}: 2 x {shape.pairs} heads, {shape.length} x {shape.batch}")
         print(
             f"  {'':17} {'forward':>9} {'both':>9} {'ratio':>6} {'TFLOP/s':>11} {'peak':>10} "

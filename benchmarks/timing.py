@@ -19,6 +19,7 @@ def median_ms(
     for _ in range(warmup):
         run()
     scratch = torch.empty(flush_mb << 20, dtype=torch.uint8, device="cuda")
+    # The least of five: one that the host holds up would make too few flushes.
     flush_ms = min(_event_ms(scratch.zero_) for _ in range(5))
     num_flushes = 1 + math.ceil(2 * host_ms(run) / flush_ms)
     times = []

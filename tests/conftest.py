@@ -13,6 +13,12 @@ import pytest
 import torch
 
 
+def pytest_configure() -> None:
+    """What a test compiles is compiled: Dynamo would else give up after some variants of a
+    function, with a warning, and run it as it is."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none, saying so."""
     if torch.cuda.is_available():
@@ -28,11 +34,8 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _compiled() -> Iterator[None]:
-    """What a test compiles is compiled: Dynamo gives up after some variants of a function, with a
-    warning, and runs it as it is."""
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        yield
+def _compiled_anew() -> Iterator[None]:
+    yield
     torch._dynamo.reset()
 
 

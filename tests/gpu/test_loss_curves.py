@@ -3,12 +3,14 @@
 Two runs that differ in rounding alone drift apart, some by ten times as much as others. So each
 backend trains several times, from weights that differ by what bfloat16 rounds away, and the two
 mean curves are compared: they may be at most `LIMIT` times as far apart as the spread of the sdpa
-runs lets expect of two such means.
+runs lets expect of the means of two such sets. (Both backends start from the same weights, which
+brings them nearer than that, if anything.)
 
 What this can see, on one H100 (v1, v2): the kernels were 0.38 and 0.40 of that apart; without
 lambda's gradient 6.6 and 51, without that of the second key 13 and 1346, with noise as large as the
-gradient of values 5.9 and 30. The learning rate decides it: at 2e-3 noise hid all of these (on a
-CPU).
+gradient of values 5.9 and 30. Half of the second query's gradient was 2.2 and 9.1 apart, and so
+goes by in v1. Two sets of sdpa runs are beyond the limit in about 1 % of cases (v1, by bootstrap).
+The learning rate decides it: at 2e-3 noise hid all of these (on a CPU).
 """
 
 import sysconfig
@@ -38,7 +40,8 @@ def batches():
         (folder / f"{name}.py").read_bytes() for name in ("argparse", "typing", "ast")
     )
     data = torch.frombuffer(bytearray(corpus), dtype=torch.uint8).long()
-    starts = torch.randint(len(data) - LENGTH - 1, (STEPS, BATCH, 1))
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randint(len(data) - LENGTH - 1, (STEPS, BATCH, 1), generator=generator)
     return data[starts + torch.arange(LENGTH + 1)].to(DEVICE)
 
 
@@ -81,20 +84,40 @@ def distance(baselines, found):
     return (apart.square().mean() / noise.mean()).sqrt().item()
 
 
-@pytest.mark.parametrize("attention", ["diff_v1", "diff_v2"])
-def test_both_backends_train_alike(attention, batches):
-    def curves(backend):
-        torch._dynamo.reset()
-        model = make_decoder(attention, head_dim=32, backend=backend, dim=128, depth=2).to(DEVICE)
-        weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-        forward = torch.compile(model)
-        runs = []
-        for seed in range(NUM_RUNS):
-            model.load_state_dict(perturbed(weights, seed))
-            runs.append(train(model, forward, batches))
-        return torch.stack(runs)
+def curves(attention, backend, batches):
+    """The losses of all runs, `[NUM_RUNS, STEPS]`."""
+    model = make_decoder(attention, head_dim=32, backend=backend, dim=128, depth=2).to(DEVICE)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    forward = torch.compile(model)
+    runs = []
+    for seed in range(NUM_RUNS):
+        model.load_state_dict(perturbed(weights, seed))
+        runs.append(train(model, forward, batches))
+    return torch.stack(runs)
 
-    baselines, fused = curves("sdpa"), curves("triton")
-    learned = baselines[:, -20:].mean() / baselines[:, :5].mean()
-    assert learned < 0.7, "it has learned nothing"
-    assert distance(baselines, fused) <= LIMIT
+
+@pytest.fixture(scope="module", params=["diff_v1", "diff_v2"])
+def baselines(request, batches):
+    """An attention, and its curves by torch's kernels."""
+    found = curves(request.param, "sdpa", batches)
+    assert found[:, -20:].mean() < 0.7 * found[:, :5].mean(), "it has learned nothing"
+    return request.param, found
+
+
+def test_both_backends_train_alike(baselines, batches):
+    attention, by_torch = baselines
+    assert distance(by_torch, curves(attention, "triton", batches)) <= LIMIT
+
+
+def test_a_lost_gradient_is_seen(baselines, batches, monkeypatch):
+    from diffmm.ops.diff_attention.triton import op
+
+    backward = op.backward
+
+    def without_lambda(*args, **kwargs):
+        *gradients, lam = backward(*args, **kwargs)
+        return *gradients, torch.zeros_like(lam)
+
+    monkeypatch.setattr(op, "backward", without_lambda)
+    attention, by_torch = baselines
+    assert distance(by_torch, curves(attention, "triton", batches)) > LIMIT

@@ -57,7 +57,7 @@ def runs(tmp_path_factory):
         env={**os.environ, "OMP_NUM_THREADS": "4"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-5000:]

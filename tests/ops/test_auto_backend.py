@@ -12,7 +12,7 @@ from diffmm.ops.diff_attention import choose_backend
 pytest.importorskip("triton", reason="without Triton there is nothing to choose")
 
 HOPPER, AMPERE = 9, 8
-LONG = {"C": 1, "D": 64, "E": 64, "N": 4096, "M": 4096}
+LONG = {"C": 1, "D": 64, "E": 64, "N": 8192, "M": 8192}
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +39,11 @@ def choice(
     [{}, {"dtype": torch.float16}, {"D": 128, "E": 256}, {"D": 32, "E": 64}, {"N": 128},
      {"D": 96, "E": 192}, {"N": 200, "M": 300}, {"C": 1}, {"C": 1, "E": 64}, {"grad": True},
      {"N": 1, "B": 1}, {"N": 32, "M": 33}, {"N": 1, "M": 1 << 16}, {"N": 32, "B": 128, "M": 1024},
-     LONG | {"C": 2}, LONG | {"E": 128}, LONG | {"N": 4095, "M": 4095}, LONG | {"D": 32},
-     LONG | {"D": 72}, LONG | {"causal": True, "N": 4095}, LONG | {"window": 128},
-     LONG | {"key_padding": torch.ones(2, 4096, dtype=torch.bool)}],
+     LONG | {"C": 2}, LONG | {"E": 128}, LONG | {"N": 8191, "M": 8191}, LONG | {"D": 32},
+     LONG | {"D": 72}, LONG | {"causal": True, "N": 8191}, LONG | {"window": 128},
+     LONG | {"causal": True, "prefix_lengths": torch.ones(2, dtype=torch.long)},
+     LONG | {"document_ids": torch.ones(2, 8192, dtype=torch.long)},
+     LONG | {"key_padding": torch.ones(2, 8192, dtype=torch.bool)}],
     ids=str,
 )  # fmt: skip
 def test_where_the_kernels_win(case, monkeypatch):
@@ -54,7 +56,7 @@ def test_where_the_kernels_win(case, monkeypatch):
      {"N": 1, "M": 1 << 16, "C": 1}, {"N": 1, "dtype": torch.float32}, {"N": 32, "M": 32},
      {"N": 1, "M": 1 << 16, "grad": True}, {"N": 33, "M": 1 << 16}, {"N": 300, "M": 256},
      {"D": 160, "E": 256}, {"D": 128, "E": 264}, {"D": 60, "E": 120}, {"D": 16, "E": 32},
-     {"scale": -1.0}, LONG, LONG | {"causal": True}, LONG | {"D": 40}, LONG | {"N": 4095}],
+     {"scale": -1.0}, LONG, LONG | {"causal": True}, LONG | {"D": 40}, LONG | {"N": 8191}],
     ids=str,
 )  # fmt: skip
 def test_where_they_do_not_or_cannot(case, monkeypatch):

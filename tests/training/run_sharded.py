@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, StackDataset
 
@@ -174,9 +175,13 @@ def run(
 
 
 if __name__ == "__main__":
-    # Else what is compiled too often runs as it is, which nobody would notice.
+    # What Dynamo cannot compile, or has too often, it runs as it is, and nobody would notice.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for arguments in json.loads(sys.argv[2]):
         torch._dynamo.reset()
+        counters.clear()
         run(Path(sys.argv[1]), **arguments)
+        if arguments.get("compile"):
+            assert counters["stats"]["unique_graphs"], "nothing was compiled"
+            assert not counters["graph_break"], counters["graph_break"]
     leave_processes(0)

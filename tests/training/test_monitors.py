@@ -1,6 +1,6 @@
 """What is logged says what it means, and watching changes nothing."""
 
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,14 +79,19 @@ def test_values_can_be_clipped(make, fit):
     assert trainer.callback_metrics["train/grad_norm"] > 1e-3
 
 
-def test_speed_counts_samples_and_tokens_but_no_validation(make, fit):
-    class Slow(Callback):
+def test_speed_counts_samples_and_tokens_but_no_validation(make, fit, monkeypatch):
+    class Clock(Callback):
+        now = 100.0
+
         def on_train_batch_start(self, *args):
-            time.sleep(0.05)
+            self.now += 0.05
 
         def on_validation_batch_start(self, *args):
-            time.sleep(0.5)
+            self.now += 0.5
 
+    clock = Clock()
+    fake = SimpleNamespace(monotonic=lambda: clock.now)
+    monkeypatch.setattr("diffmm.training.callbacks.time", fake)
     batch = make.batch("causal_lm")
     trainer = fit(
         make.task("causal_lm"),
@@ -95,12 +100,11 @@ def test_speed_counts_samples_and_tokens_but_no_validation(make, fit):
         max_steps=4,
         val_check_interval=1,
         log_every_n_steps=2,
-        callbacks=[Slow()],
+        callbacks=[clock],
         logger=False,
     )
     speed = trainer.callback_metrics["train/samples_per_second"]
-    # Six samples take 50 ms and the step: with validation they would take half a second more.
-    assert 6 / 0.5 < speed < 6 / 0.05
+    assert speed == pytest.approx(6 / 0.05)
     tokens = trainer.callback_metrics["train/tokens_per_second"].item()
     assert tokens == pytest.approx(16 * speed.item(), rel=1e-5)
 

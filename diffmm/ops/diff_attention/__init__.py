@@ -37,15 +37,16 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
     """What `"auto"` is for these tensors: `"triton"` on Hopper GPUs, in bfloat16 and float16, with
     heads of 32 to 128 and values up to 256, from 128 queries on; and for decoding (without
     gradients, fewer queries than keys, at most 64 of them a group) where each component has its
-    key (v1); else `"sdpa"`. So it is where both share a key (v2), heads are of 40 to 64 and values
-    no wider than 64, keys are 4,096 or more, and the mask is one that torch's kernels take as it
-    is: full, or causal over as many queries as keys.
+    key (v1); else `"sdpa"`. Also `"sdpa"` for v2 with heads of 40 to 64, values up to 64 and 8,192
+    keys or more, if torch's kernels take the mask as it is: full, or causal over as many queries as
+    keys. It needs an eighth of the memory there.
 
-    Measured in bfloat16, compiled, on an H100 (docs/performance.md): from 197 queries on `"triton"`
-    takes 0.47 to 0.93 of the time of `"sdpa"` for v1 and 0.66 to 0.96 for v2, forward and backward
-    (1.06 to 1.10 in the case above; v2's forward pass alone 0.76 to 1.25); a token against 256 to
-    32,768 keys takes 0.11 to 0.47 of the GPU's time for v1, and about as much of the host's (for v2
-    0.62 to 1.02, and more). What lies beside that is taken along.
+    Measured in bfloat16, compiled for the shape, on an H100 (docs/performance.md): from 197 queries
+    on `"triton"` takes 0.47 to 0.93 of the time of `"sdpa"` for v1 and 0.66 to 0.96 for v2, forward
+    and backward (with v2's heads of 64 1.05 to 1.08 at 4,096 keys and 1.10 at 8,192; v2's forward
+    pass alone 0.76 to 1.25). A token against 256 to 32,768 keys takes 0.11 to 0.47 of the GPU's
+    time for v1, and about as much of the host's (for v2 0.62 to 1.02, and more). What lies beside
+    that is taken along.
     """
     (_, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     serves = (
@@ -61,9 +62,10 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
     )
     if not serves or N > M:
         return "sdpa"
-    is_plain = mask.window is None and not mask.per_sample and (N == M or not mask.causal)
-    if C == 1 and 32 < D <= 64 and E <= 64 and M >= 4096 and is_plain:
-        return "sdpa"
+    if C == 1 and 32 < D <= 64 and E <= 64 and M >= 8192:
+        is_plain = mask.window is None and not mask.per_sample
+        if is_plain and (not mask.causal or N == M):
+            return "sdpa"
     decodes = C == 2 and N < M and N * H <= 64 * G and not torch.is_grad_enabled()
     return "triton" if N >= 128 or decodes else "sdpa"
 

@@ -16,10 +16,10 @@ def sdpa(
 
     Of the ways to compose it (one call, a call a component, value halves as heads of their own,
     keys padded to the values' width), all have the right gradients in whole compiled models, to
-    what bfloat16 allows, and this one is fastest or within 8% of it on an H100: see
-    `python -m benchmarks.sdpa_composition` and docs/lab_notes.md. It matters because two causal
-    calls with wide values were once seen to give wrong gradients in a compiled decoder alone;
-    `tests/gpu/test_compiled_gradients.py` keeps watch.
+    what bfloat16 allows, and forward and backward of this one are fastest or within 8% of it on an
+    H100: see `python -m benchmarks.sdpa_composition`, `benchmarks.attention` and
+    docs/lab_notes.md. It matters because two causal calls with wide values were once seen to give
+    wrong gradients in a compiled decoder alone; `tests/gpu/test_compiled_gradients.py` keeps watch.
     """
     if k.shape[3] == 1:
         # Raw head 2i + c already reads group i // (H // G): grouped keys with twice the queries.
