@@ -43,7 +43,7 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
 
     Measured in bfloat16, compiled for the shape, on an H100 (docs/performance.md): from 197 queries
     on `"triton"` takes 0.47 to 0.93 of the time of `"sdpa"` for v1 and 0.66 to 0.96 for v2, forward
-    and backward (with v2's heads of 64 1.05 to 1.08 at 4,096 keys and 1.10 at 8,192; v2's forward
+    and backward (with v2's heads of 64 1.05 to 1.07 at 4,096 keys and 1.10 at 8,192; v2's forward
     pass alone 0.76 to 1.25). A token against 256 to 32,768 keys takes 0.11 to 0.47 of the GPU's
     time for v1, and about as much of the host's (for v2 0.62 to 1.02, and more). What lies beside
     that is taken along.
