@@ -69,6 +69,11 @@ class AttentionMask:
         """Whether every query sees every key."""
         return not (self.causal or self.window is not None or self.per_sample)
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether every query sees every key up to its own position, and no other."""
+        return self.causal and self.window is None and not self.per_sample
+
     def check(self, batch: int, num_keys: int) -> None:
         """Refuse tensors that do not belong to `batch` samples of `num_keys` keys.
 

@@ -70,6 +70,11 @@ def test_more_queries_than_keys_leaves_the_first_without_any():
 def test_properties():
     assert AttentionMask().is_full
     assert not AttentionMask(window=3).is_full
+    assert not AttentionMask(causal=True).is_full
+    assert AttentionMask(causal=True).is_causal
+    assert not AttentionMask().is_causal
+    assert not AttentionMask(causal=True, window=3).is_causal
+    assert not AttentionMask(causal=True, key_padding=torch.ones(1, 4, dtype=torch.bool)).is_causal
     assert not AttentionMask(causal=True).per_sample
     assert AttentionMask(key_padding=torch.ones(1, 2, dtype=torch.bool)).per_sample
 

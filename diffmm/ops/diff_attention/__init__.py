@@ -62,10 +62,9 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
     )
     if not serves or N > M:
         return "sdpa"
-    if C == 1 and 32 < D <= 64 and E <= 64 and M >= 8192:
-        is_plain = mask.window is None and not mask.per_sample
-        if is_plain and (not mask.causal or N == M):
-            return "sdpa"
+    is_long_v2 = C == 1 and 32 < D <= 64 and E <= 64 and M >= 8192
+    if is_long_v2 and (mask.is_full or (mask.is_causal and N == M)):
+        return "sdpa"
     decodes = C == 2 and N < M and N * H <= 64 * G and not torch.is_grad_enabled()
     return "triton" if N >= 128 or decodes else "sdpa"
 

@@ -25,7 +25,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, scale: float) 
     # Plain booleans by way of `if`: compiled with dynamic shapes, a comparison is symbolic, and
     # torch's function refuses it.
     is_full, is_causal, is_grouped = mask.is_full, False, False
-    if mask.causal and mask.window is None and not mask.per_sample:
+    if mask.is_causal:
         if num_queries == 1:
             is_full = True
         elif num_queries == num_keys:  # torch aligns to the top left, so only square is ours
