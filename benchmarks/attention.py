@@ -161,7 +161,7 @@ def main() -> None:
     """Print the table, a line an implementation."""
     parser = argparse.ArgumentParser(description="Differential beside softmax attention.")
     parser.add_argument("--only", default="", help="shapes whose name starts so")
-    parser.add_argument("--more", action="store_true", help="eleven shapes besides")
+    parser.add_argument("--more", action="store_true", help="also the shapes behind choose_backend")
     parser.add_argument("--out", type=Path, help="folder for attention.json")
     options = parser.parse_args()
     torch._dynamo.config.cache_size_limit = 64

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import decode, train_step
+from diffmm.ops import AttentionMask, diff_attention
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
@@ -47,6 +48,34 @@ def test_training_steps(tmp_path, capsys):
     assert rows[0]["ratio"] == 1.0
     assert rows[0]["parameters"] == rows[1]["parameters"]
     assert "medians" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_every_shape_of_attention_is_compiled_for_itself(kind, monkeypatch):
+    pytest.importorskip("triton", reason="benchmarks.attention tells its version")
+    from benchmarks.attention import MORE_SHAPES, SHAPES, Shape, implementations
+
+    sizes = []
+
+    def record(graph, inputs):
+        sizes.extend(size for size in inputs if isinstance(size, torch.SymInt))
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=record))
+    for length in (16, 24):
+        shape = Shape("tiny", 1, length, 2, 8, True)
+        q, k = (
+            torch.randn(1, length, 2, 2, 8),
+            torch.randn(1, length, 2, 1 if kind == "v2" else 2, 8),
+        )
+        v, lam = torch.randn(1, length, 2, 8 if kind == "v2" else 16), torch.rand(1, length, 2)
+        ops = implementations(shape, kind)
+        wanted = diff_attention(q, k, v, lam, mask=AttentionMask(causal=True), backend="reference")
+        for by in ("sdpa", "two calls"):
+            torch.testing.assert_close(ops[by](q, k, v, lam), wanted)
+    assert sizes == []
+    names = [shape.name for shape in SHAPES + MORE_SHAPES]
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("benchmark", [decode, train_step])

@@ -10,7 +10,7 @@ What this can see, on one H100 (v1, v2): the kernels were 0.38 and 0.40 of that 
 lambda's gradient 6.6 and 51, without that of the second key 13 and 1346, with noise as large as the
 gradient of values 5.9 and 30. Half of the second query's gradient was 2.2 and 9.1 apart, and so
 goes by in v1. Two sets of sdpa runs are beyond the limit in about 1 % of cases (v1, by bootstrap).
-The learning rate decides it: at 2e-3 noise hid all of these (on a CPU).
+The learning rate decides it: at 2e-3 noise hid the first three (on a CPU).
 """
 
 import sysconfig
