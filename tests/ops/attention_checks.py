@@ -1,6 +1,8 @@
 """What fused differential attention is held against: never further from float64 than twice plain
 low precision."""
 
+import math
+
 import torch
 
 from diffmm.ops import AttentionMask, diff_attention
@@ -114,3 +116,18 @@ def check(inputs, mask, *, num_largest=1):
             assert error <= 2 * (of_plain + of_stored) + rounding * most**0.5, (
                 f"{what}, {measure}: {error:.2e}, plain {of_plain:.2e}, stored {of_stored:.2e}"
             )
+
+
+def far_apart(tensor, axis, file):
+    """`tensor` with steps of over 2³⁰ numbers along `axis`: the third one is further away than 32
+    bits can say. The memory is a sparse `file`, which takes what is written and no more."""
+    step = 2**30 + 64
+    others = [size if other != axis else 1 for other, size in enumerate(tensor.shape)]
+    strides = [math.prod(others[other + 1 :]) for other in range(tensor.dim())]
+    strides[axis] = step
+    size = step * tensor.shape[axis]
+    far = torch.from_file(str(file), shared=True, size=size, dtype=tensor.dtype)
+    far = far.as_strided(tensor.shape, strides)
+    with torch.no_grad():
+        far.copy_(tensor)
+    return far

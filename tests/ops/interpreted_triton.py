@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import triton.runtime.interpreter as interpreter
+from attention_checks import far_apart
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -153,6 +154,27 @@ def test_strided_inputs():
     wanted = run(views(lambda *x: diff_attention(*x, mask=mask, backend="reference")), exact)
     for what, want in wanted.items():
         torch.testing.assert_close(found[what].double(), want, msg=what, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "tokens", "heads"])
+def test_offsets_of_more_than_32_bits(axis, tmp_path):
+    """Forward, backward and decoding, of inputs and gradients that lie far apart."""
+    shapes = (3, 3, 3, 2, 16), (3, 3, 3, 2, 16), (3, 3, 3, 16), (3, 3, 3)
+    near = [torch.randn(shape) for shape in shapes]
+    grad = torch.randn(3, 3, 3, 16)
+    *inputs, far_grad = (
+        far_apart(tensor, axis, tmp_path / str(index)) for index, tensor in enumerate((*near, grad))
+    )
+    mask = AttentionMask(causal=True)
+    wanted = diff_attention(*near, mask=mask, backend="reference")
+    torch.testing.assert_close(diff_attention(*inputs, mask=mask, backend="triton"), wanted)
+    grads = []
+    for backend, tensors, last in (("triton", inputs, far_grad), ("reference", near, grad)):
+        leaves = [tensor.requires_grad_() for tensor in tensors]
+        out = diff_attention(*leaves, mask=mask, backend=backend)
+        grads.append((out, *torch.autograd.grad(out, leaves, last)))
+    for found, want in zip(*grads, strict=True):
+        torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_checks import MASKS, check, make_inputs, masks
+from attention_checks import MASKS, check, far_apart, make_inputs, masks
 
 from diffmm.ops import AttentionMask
 
@@ -73,3 +73,13 @@ def test_little_memory(monkeypatch, widths, num_bytes, causal):
 
     monkeypatch.setattr(backward, "SCRATCH_BYTES", num_bytes)
     check_here(200, 200, 4, 2, widths, AttentionMask(causal=causal))
+
+
+@pytest.mark.parametrize("axis", [1, 2], ids=["tokens", "heads"])
+def test_lambda_further_apart_than_32_bits(axis, tmp_path):
+    from gluon_interpreter import interpreted
+
+    with interpreted(0):
+        *inputs, lam = make_inputs(3, 3, 3, 3, V1, torch.bfloat16, device="cpu")
+        lam = far_apart(lam.detach(), axis, tmp_path / "lam").requires_grad_()
+        check([*inputs, lam], AttentionMask(), num_largest=FEW)

@@ -91,7 +91,7 @@ def _key_kernel(
     m0 = tile * BLOCK_M
     G = H // heads_per_group
     batch, group = tl.program_id(1) // G, tl.program_id(1) % G
-    batch64 = batch.to(tl.int64)
+    batch64, group64 = batch.to(tl.int64), group.to(tl.int64)
     if prefix is not None:
         prefix += batch
     if documents is not None:
@@ -99,17 +99,17 @@ def _key_kernel(
     if padding is not None:
         padding += batch64 * M
     if ranges is not None:
-        ranges += (batch * num_tiles + tile) * 2
+        ranges += (batch64 * num_tiles + tile) * 2
 
     keys = m0 + tl.arange(0, BLOCK_M)
     dims, widths = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     k_mask = (keys[:, None] < M) & (dims[None, :] < D)
     v_mask = (keys[:, None] < M) & (widths[None, :] < E)
     far_keys = keys[:, None].to(tl.int64)
-    k_rows = k + batch64 * k_b + far_keys * k_m + group * k_g + dims[None, :]
+    k_rows = k + batch64 * k_b + far_keys * k_m + group64 * k_g + dims[None, :]
     k1 = tl.load(k_rows, mask=k_mask, other=0.0)
     k2 = tl.load(k_rows + k_c, mask=k_mask, other=0.0) if C == 2 else k1
-    v_rows = v + batch64 * v_b + far_keys * v_m + group * v_g + widths[None, :]
+    v_rows = v + batch64 * v_b + far_keys * v_m + group64 * v_g + widths[None, :]
     v_tile = tl.load(v_rows, mask=v_mask, other=0.0)
 
     dk1 = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -192,7 +192,7 @@ def _query_kernel(
     n0 = tile * BLOCK_N
     batch, head = tl.program_id(1) // H, tl.program_id(1) % H
     group = head // heads_per_group
-    batch64 = batch.to(tl.int64)
+    batch64, head64 = batch.to(tl.int64), head.to(tl.int64)
     if prefix is not None:
         prefix += batch
     if documents is not None:
@@ -200,16 +200,16 @@ def _query_kernel(
     if padding is not None:
         padding += batch64 * M
     if ranges is not None:
-        ranges += (batch * num_tiles + tile) * 2
+        ranges += (batch64 * num_tiles + tile) * 2
 
     n = n0 + tl.arange(0, BLOCK_N)
     inside = n < N
     dims, widths = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     q_mask = inside[:, None] & (dims[None, :] < D)
-    q_rows = q + batch64 * q_b + n[:, None].to(tl.int64) * q_n + head * q_h + dims[None, :]
+    q_rows = q + batch64 * q_b + n[:, None].to(tl.int64) * q_n + head64 * q_h + dims[None, :]
     q1 = tl.load(q_rows, mask=q_mask, other=0.0)
     q2 = tl.load(q_rows + q_c, mask=q_mask, other=0.0)
-    g_rows = grad + batch64 * g_b + n[:, None].to(tl.int64) * g_n + head * g_h + widths[None, :]
+    g_rows = grad + batch64 * g_b + n[:, None].to(tl.int64) * g_n + head64 * g_h + widths[None, :]
     g = tl.load(g_rows, mask=inside[:, None] & (widths[None, :] < E), other=0.0)
     rows += (batch64 * H + head) * NUM_ROWS * P + n
     lse1, lse2 = tl.load(rows + LSE1 * P), tl.load(rows + LSE2 * P)

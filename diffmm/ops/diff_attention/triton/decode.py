@@ -51,7 +51,7 @@ def _split_kernel(
     N, M, G, heads_per_group, num_groups, scale,
     CAUSAL: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """A program's stretch of the line. Its split of group `g` (of all samples) is written to place
     `program + g`: from one split of the line to the next the program, the group or both go up."""
@@ -68,10 +68,11 @@ def _split_kernel(
     query = row % N
     positions = query + M - N
     dims, widths, columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_M)
-    q_places = row % num_rows // N * q_h + component1 * q_c + query * q_n
-    q_places = q_places[:, None] + dims[None, :]
-    k_places = columns[:, None] * k_m + dims[None, :]
-    v_places = columns[:, None] * v_m + widths[None, :]
+    q_places = (row % num_rows // N).to(tl.int64) * q_h + component1.to(tl.int64) * q_c
+    q_places = (q_places + query.to(tl.int64) * q_n)[:, None] + dims[None, :]
+    apart = columns.to(tl.int64) if FAR else columns
+    k_places = apart[:, None] * k_m + dims[None, :]
+    v_places = apart[:, None] * v_m + widths[None, :]
     q_mask = inside[:, None] & (dims[None, :] < D)
     part_mask = inside[:, None] & (widths[None, :] < E)
 
@@ -167,7 +168,7 @@ def _join_kernel(
     """Both maps' splits into the output of one row, for a block of its values."""
     pair, row, num_rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, group = (pair // G).to(tl.int64), pair % G
-    head, query = group * heads_per_group + row // N, row % N
+    head, query = (group * heads_per_group + row // N).to(tl.int64), (row % N).to(tl.int64)
     _, num_tiles, length = _line(N, M, window, num_groups, num_programs, BLOCK_M)
     begin = pair * num_tiles // length
     end = ((pair + 1) * num_tiles - 1) // length + 1
@@ -234,6 +235,11 @@ def first_from(number: int, sizes: tuple[int, ...]) -> int:
     return next(size for size in sizes if number <= size)
 
 
+def is_far(k: Tensor, v: Tensor, block_m: int) -> bool:
+    """Whether a tile of keys or values reaches over more than 2³¹ numbers."""
+    return max(k.stride(1), v.stride(1)) * block_m >= 1 << 31
+
+
 def decodes(N: int, H: int, G: int) -> bool:
     """Whether `N` queries of `H` heads in `G` groups are few enough for one tile."""
     return N * (H // G) <= MAX_ROWS
@@ -262,7 +268,7 @@ def decode(
         mask.key_ranges(B, N, M, block_r), *q.stride()[:4], *k.stride()[:4], *v.stride()[:3],
         N, M, G, H // G, num_groups, scale * 1.4426950408889634,
         CAUSAL=mask.causal, C=C, D=D, E=E, BLOCK_R=block_r, BLOCK_M=cut.block_m, BLOCK_D=block_d,
-        BLOCK_E=block_e, PRECISION=precision(q.dtype),
+        BLOCK_E=block_e, PRECISION=precision(q.dtype), FAR=is_far(k, v, cut.block_m),
         num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
     # So many stretches meet in a group, at most: two that reach over its ends, the others within.

@@ -92,7 +92,7 @@ def _forward_kernel(
     n0 = ranges_tile * BLOCK_N
     batch, head = tl.program_id(1) // H, tl.program_id(1) % H
     group = head // heads_per_group
-    batch64 = batch.to(tl.int64)
+    batch64, head64 = batch.to(tl.int64), head.to(tl.int64)  # strides may be as wide
     if prefix is not None:
         prefix += batch
     if documents is not None:
@@ -100,13 +100,13 @@ def _forward_kernel(
     if padding is not None:
         padding += batch64 * M
     if ranges is not None:
-        ranges += (batch * num_tiles + ranges_tile) * 2
+        ranges += (batch64 * num_tiles + ranges_tile) * 2
 
     queries = n0 + tl.arange(0, BLOCK_N)
     positions = queries + M - N
     inside = queries < N
     dims, widths = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    q += batch64 * q_b + head * q_h
+    q += batch64 * q_b + head64 * q_h
     q_rows = q + queries[:, None].to(tl.int64) * q_n + dims[None, :]
     q_mask = inside[:, None] & (dims[None, :] < D)
     q1 = tl.load(q_rows, mask=q_mask, other=0.0)
@@ -153,7 +153,7 @@ def _forward_kernel(
     if COMPONENTS != "second":
         mean1, lse1 = _finish(acc1, top1, total1)
         tl.store(lse, lse1, mask=inside)
-        lam_rows = lam + batch64 * lam_b + queries.to(tl.int64) * lam_n + head * lam_h
+        lam_rows = lam + batch64 * lam_b + queries.to(tl.int64) * lam_n + head64 * lam_h
         weight = tl.load(lam_rows, mask=inside, other=0.0)
         mean = mean1 - weight[:, None] * mean2
         tl.store(out + o_rows, mean.to(out.dtype.element_ty), mask=o_mask)

@@ -119,7 +119,8 @@ def _ranges_kernel(
     ranges, documents, own_padding, other_padding, num_own, num_other, own_shift, other_shift, M,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    block, batch, num_blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    block, num_blocks = tl.program_id(0), tl.num_programs(0)
+    batch = tl.program_id(1).to(tl.int64)
     own = block * BLOCK + tl.arange(0, BLOCK)
     real = own < num_own
     if own_padding is not None:

@@ -17,7 +17,8 @@ def _rows_kernel(
     grad, out, second, lam, lse, rows, lam_grad, g_b, g_n, g_h, lam_b, lam_n, lam_h, N, P, H,
     E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    batch, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    pair = tl.program_id(1).to(tl.int64)
+    batch, head = pair // H, pair % H
     n, e = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_E)
     inside = n < N
     mask = inside[:, None] & (e[None, :] < E)

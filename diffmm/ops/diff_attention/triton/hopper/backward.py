@@ -61,7 +61,7 @@ def _query_kernel(
     n, dims = n0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     mask = (n[:, None] < N) & (dims[None, :] < D)
     if partial is not None:
-        partial += (tl.program_id(1) * N + n[:, None]).to(tl.int64) * D + dims[None, :]
+        partial += (tl.program_id(1).to(tl.int64) * N + n[:, None]) * D + dims[None, :]
         acc += tl.load(partial, mask=mask, other=0.0)
         tl.store(partial, acc, mask=mask)
     row = ((batch.to(tl.int64) * N + n[:, None]) * H + head) * 2 + component

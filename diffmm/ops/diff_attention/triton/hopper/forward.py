@@ -152,7 +152,8 @@ def _attend(
         gl.thread_barrier()
         mbarrier.arrive(second_ready, count=1)
     else:
-        lam += batch.to(gl.int64) * lam_b + rows.to(gl.int64) * lam_n + head * lam_h
+        lam += batch.to(gl.int64) * lam_b + rows.to(gl.int64) * lam_n
+        lam += head.to(gl.int64) * lam_h
         weight = gl.load(lam, mask=rows < N, other=0.0)
         mbarrier.wait(second_ready, 0)
         mean2 = gl.load(second + place, mask=mask, other=0.0).to(gl.float32)
