@@ -98,6 +98,10 @@ class Attention(nn.Module):
         """Queries, keys and values to `[B, N, H, E]`; `x` is the layer's input."""
         raise NotImplementedError
 
+    def init_head_size(self, size: float) -> None:
+        """Start with heads whose root mean square is at most `size`, the size of a value. Those that
+        are averages of values are no larger as they are."""
+
     def project(self, x: Tensor, rope: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """The queries, keys and values of `x`, as the op takes them."""
         # Under tensor parallelism a process has a share of the heads: hence -1.
@@ -223,6 +227,12 @@ class DiffAttentionV1(Attention):
             (num_groups, self.num_keys, head_dim),
             (num_groups, 2 * head_dim),
         )
+
+    def init_head_size(self, size: float) -> None:
+        # Nearly uniform maps give all tokens one vector, which the norm would blow up to size 1:
+        # in a narrow model that drowns the tokens themselves (docs/lab_notes.md, "A slow start").
+        if self.norm is not None:
+            nn.init.constant_(self.norm.weight, min(1.0, size))
 
     def lam(self, x: Tensor) -> Tensor:
         """This layer's lambda, a float32 scalar (the same for every `x`)."""

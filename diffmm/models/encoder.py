@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from diffmm.checks import check_choice
 from diffmm.layers.norm import widen
 from diffmm.layers.positions import Grid, LearnedPositions, resample
-from diffmm.models.backbone import INIT_STD, Backbone, BackboneConfig, init_weights
+from diffmm.models.backbone import Backbone, BackboneConfig, init_weights
 from diffmm.ops import AttentionMask
 
 POOLS = ("cls", "mean")
@@ -114,13 +114,13 @@ class Encoder(nn.Module):
             assert max_grid is not None
             self.positions = LearnedPositions(max_grid, dim, num_prefix)
         self.backbone = Backbone(config.backbone)
-        self.head = _make_head(dim, config.num_classes)
+        self.head = _make_head(config.backbone, config.num_classes)
         learned = [self.class_token, self.registers]
         if self.positions is not None:
             learned += [self.positions.grid, self.positions.prefix]
         for parameter in learned:
             if parameter is not None:
-                nn.init.trunc_normal_(parameter, std=INIT_STD)
+                nn.init.trunc_normal_(parameter, std=config.backbone.init_std)
 
     @property
     def num_classes(self) -> int:
@@ -210,7 +210,7 @@ class Encoder(nn.Module):
         changes: dict[str, Any] = {} if global_pool is None else {"pool": global_pool}
         self.config = replace(self.config, num_classes=num_classes, **changes)
         weight = self.backbone.norm.weight
-        head = _make_head(self.num_features, num_classes)
+        head = _make_head(self.config.backbone, num_classes)
         self.head = head.to(device=weight.device, dtype=weight.dtype).train(self.training)
 
     def resample_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -261,7 +261,7 @@ class Encoder(nn.Module):
         return features, [x[:, self.num_prefix_tokens :] for x in taken]
 
 
-def _make_head(dim: int, num_classes: int) -> nn.Module:
-    head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
-    init_weights(head)
+def _make_head(backbone: BackboneConfig, num_classes: int) -> nn.Module:
+    head = nn.Linear(backbone.dim, num_classes) if num_classes else nn.Identity()
+    init_weights(head, backbone.init_std)
     return head

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffmm.layers.positions import LearnedPositions
 from diffmm.models.audio import NO_PATCHES, AudioConfig, AudioModel
-from diffmm.models.backbone import INIT_STD, Backbone, BackboneConfig, init_weights
+from diffmm.models.backbone import Backbone, BackboneConfig, init_weights
 from diffmm.models.encoder import Embedded, Encoder
 from diffmm.models.image import ImageConfig, ImageModel
 from diffmm.ops import AttentionMask
@@ -101,12 +101,12 @@ class MaskedAutoencoder(nn.Module):
         if config.decoder.rope == "none":
             assert self.encoder.max_grid is not None
             self.positions = LearnedPositions(self.encoder.max_grid, dim, num_prefix=0)
-            nn.init.trunc_normal_(self.positions.grid, std=INIT_STD)
+            nn.init.trunc_normal_(self.positions.grid, std=config.decoder.init_std)
         self.decoder = Backbone(config.decoder)
         self.decoder_head = nn.Linear(dim, math.prod(config.encoder.patch_shape))
         for module in (self.decoder_embedding, self.decoder_head):
-            init_weights(module)
-        nn.init.trunc_normal_(self.mask_token, std=INIT_STD)
+            init_weights(module, config.decoder.init_std)
+        nn.init.trunc_normal_(self.mask_token, std=config.decoder.init_std)
 
     def forward(self, *inputs: Tensor, noise: Tensor | None = None) -> MaskedPrediction:
         """Args:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from diffmm.layers.cache import KVCache
-from diffmm.models.backbone import INIT_STD, Backbone, BackboneConfig
+from diffmm.models.backbone import Backbone, BackboneConfig
 from diffmm.ops import AttentionMask
 
 
@@ -50,7 +50,7 @@ class TextModel(nn.Module):
         self.backbone = Backbone(config.backbone)
         self.head = nn.Linear(config.backbone.dim, config.vocab_size, bias=False)
         for module in (self.embedding, self.head):
-            nn.init.trunc_normal_(module.weight, std=INIT_STD)
+            nn.init.trunc_normal_(module.weight, std=config.backbone.init_std)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 

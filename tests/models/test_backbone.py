@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from diffmm.layers import DiffAttentionV1
 from diffmm.models import Backbone, BackboneConfig
 from diffmm.ops import AttentionMask
 
@@ -83,6 +84,31 @@ def test_residual_projections_start_smaller():
     assert block.feed_forward.down_proj.weight.std().item() == pytest.approx(0.005, rel=0.05)
 
 
+def test_weights_start_as_large_as_they_are_told():
+    backbone = Backbone(config(dim=256, init_std=0.1))
+    attention, feed_forward = backbone.blocks[1].attention, backbone.blocks[1].feed_forward
+    for projection in (attention.q_proj, attention.v_proj, feed_forward.up_proj):
+        assert projection.weight.std().item() == pytest.approx(0.1, rel=0.05)
+    for projection in (attention.out_proj, feed_forward.down_proj):
+        assert projection.weight.std().item() == pytest.approx(0.1 / 6**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize(("dim", "init_std", "size"), [(64, 0.02, 0.16), (64, 0.2, 1.0)])
+def test_heads_of_v1_start_no_larger_than_values(dim, init_std, size):
+    backbone = Backbone(config(dim=dim, attention="diff_v1", init_std=init_std))
+    x = torch.randn(2, 50, dim)
+    for block in backbone.blocks:
+        attention = block.attention
+        q, k, v = attention.project(x, None)
+        heads = attention.attend(x, q, k, v, AttentionMask())
+        sizes = heads.square().mean(-1).sqrt() / (1.0 - attention.lambda_init)
+        # The norm's eps makes them a little smaller.
+        assert 0.8 * size < sizes.mean() <= size * 1.001
+    # Without the norm, or in the layer alone, nothing is touched.
+    Backbone(config(attention="diff_v1", headwise_norm=False))
+    assert (DiffAttentionV1(dim, num_heads=4).norm.weight == 1.0).all()
+
+
 @pytest.mark.parametrize("feed_forward", ["swiglu", "gelu"])
 @pytest.mark.parametrize(("dim", "num_heads"), [(64, 4), (192, 6), (512, 8), (768, 12), (2560, 20)])
 @pytest.mark.parametrize("num_kv_heads", [None, 2])
@@ -128,6 +154,8 @@ def test_a_given_width_is_obeyed():
         ({"rope": "3d"}, "rope must be one of .* got '3d'"),
         ({"rope": "2d", "head_dim": 6}, "a multiple of 4, got 6"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"init_std": 0.0}, "init_std must be positive and finite, got 0.0"),
+        ({"init_std": float("nan")}, "init_std must be positive and finite, got nan"),
         ({"drop_path": -0.1}, r"drop_path must be in \[0, 1\), got -0.1"),
         (
             {"attention": "softmax", "share": "q"},
