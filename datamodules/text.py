@@ -18,10 +18,10 @@ from datamodules.stream_loader import (
     collate_with_places,
     continued,
 )
+from datamodules.text_datasets import HuggingFaceText
 from datamodules.text_shards import Shards
 from datamodules.text_sources import (
     Corpus,
-    HuggingFaceText,
     StandardLibrary,
     TextFolder,
     TextSource,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from datamodules.bad_samples import BadSampleError, Triage
 
 if TYPE_CHECKING:
-    from datamodules.text_sources import HuggingFaceText
+    from datamodules.text_datasets import HuggingFaceText
 
 
 class Shards:

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from datamodules.text_sources import HuggingFaceText, StandardLibrary, TextFolder, TokenFiles
+from datamodules.text import HuggingFaceText, StandardLibrary, TextFolder, TokenFiles
 from datamodules.token_documents import (
     Document,
     TokenDocuments,
