@@ -6,14 +6,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from datamodules.bad_samples import BadSampleError
-from datamodules.text_sources import TextSource
+from datamodules.text_sources import TextSource, without_mark
 from datamodules.token_documents import Document
+from diffmm.checks import DataError
 
 
 class HuggingFaceText(TextSource):
     """A text column of a Hugging Face dataset, each row a document.
 
-    A document's key is its text, so that equal documents fall in the same split.
+    A document's key is its text, so that equal documents fall in the same split. A byte order mark
+    at its beginning is no part of it.
 
     Args:
         name: of a dataset on the hub, or `json`, `parquet`, `text`, `csv` with `data_files`.
@@ -30,7 +32,7 @@ class HuggingFaceText(TextSource):
     Raises:
         ValueError: for a `shuffle_buffer` that is not positive, a `document_start` that is no
             regular expression or comes with `streaming`; (when read) for a dataset that the
-            library cannot load, or one without that column.
+            library cannot load, or one without that column, or with something else than text in it.
     """
 
     def __init__(
@@ -146,12 +148,37 @@ class HuggingFaceText(TextSource):
                 f"the datasets library cannot load {self!r}: {type(cause).__name__}: {cause}"
             ) from error
 
-    def _documents(self, rows: Iterable[Mapping[str, str]]) -> Iterator[Document]:
-        texts: Iterable[str] = (row[self.text_column] or "" for row in rows)
+    def _documents(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Document]:
+        texts = self._texts(rows)
         if self.document_start is not None:
             texts = _joined(texts, re.compile(self.document_start))
         for text in texts:
             yield Document(text, text)
+
+    def _texts(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+        for number, row in enumerate(rows):
+            self.triage.num_read += 1
+            try:
+                yield text_of(row[self.text_column], self.text_column)
+            except DataError as error:
+                bad = BadSampleError(f"row {number} of dataset {self.name!r} {error}")
+                self.triage.note(bad, instead="it is left out")
+
+
+def text_of(value: object, column: str) -> str:
+    """The text of a dataset's row, empty where there is none.
+
+    Raises:
+        DataError: (to follow the row's number) if it is something else.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(
+            f"has a {type(value).__name__} in column {column!r}, not text: set text_column to a "
+            f"column of texts"
+        )
+    return without_mark(value)
 
 
 def _joined(rows: Iterable[str], start: re.Pattern[str]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from datamodules.bad_samples import BadSampleError, BadSamples, Triage
+from datamodules.files import composed, glob_files, why_no_file
 from datamodules.token_documents import (
     Document,
     TokenDocuments,
@@ -16,6 +17,7 @@ from datamodules.token_documents import (
     read_token_files,
     tokenize,
 )
+from diffmm.checks import DataError
 from diffmm.tokenizers import Tokenizer
 
 
@@ -87,7 +89,7 @@ class StandardLibrary(TextSource):
         root = Path(sysconfig.get_path("stdlib"))
         sizes = {
             path.relative_to(root).as_posix(): path.stat().st_size
-            for path in root.rglob("*.py")
+            for path in glob_files(root, "**/*.py")
             if not self.LEFT_OUT.intersection(path.relative_to(root).parts)
         }
         if not sizes:
@@ -112,13 +114,17 @@ class StandardLibrary(TextSource):
 class TextFolder(TextSource):
     """The text files of a folder, each a document.
 
+    A byte order mark at the beginning of a file is no part of its text.
+
     Args:
         path: the folder.
-        pattern: which of its files, as in `pathlib`; `**/` also looks into its folders.
+        pattern: which of its files, as in `pathlib`; `**/` also looks into its folders. Hidden
+            files and folders are left out.
         separator: splits each file into documents where this string stands.
         encoding: of the files.
 
     Raises:
+        ValueError: for an empty `separator`, or an encoding that Python does not know.
         FileNotFoundError: (when read) if there is no such folder, or no such file in it.
         BadSampleError: (when read) for a file that is not text in this encoding, naming it.
     """
@@ -132,6 +138,10 @@ class TextFolder(TextSource):
     ) -> None:
         if separator == "":
             raise ValueError("separator must not be empty; None makes each file a document")
+        try:
+            "".encode(encoding)
+        except LookupError as error:
+            raise ValueError(f"encoding {encoding!r} is none of text that Python knows") from error
         self.path = path
         self.pattern = pattern
         self.separator = separator
@@ -141,16 +151,13 @@ class TextFolder(TextSource):
         for number, file in enumerate(self._files()):
             if self.triage.is_quarantined(file):
                 continue
-            name = file.relative_to(self.path).as_posix()
+            # The splits follow from names: they are alike on all systems.
+            name = composed(file.relative_to(self.path).as_posix())
             self.triage.num_read += 1
             try:
-                text = file.read_text(self.encoding)
-            except (UnicodeDecodeError, OSError) as error:
-                bad = BadSampleError(
-                    f"file {number} ({file}) is not {self.encoding} text ({error}): give its "
-                    f"encoding, or a pattern that leaves it out",
-                    file,
-                )
+                text = self._read(file)
+            except DataError as error:
+                bad = BadSampleError(f"file {number} ({file}) {error}", file)
                 self.triage.note(bad, instead="it is left out")
                 continue
             if self.separator is None:
@@ -159,15 +166,26 @@ class TextFolder(TextSource):
                 for place, part in enumerate(text.split(self.separator)):
                     yield Document(f"{name}#{place}", part)
 
+    def _read(self, file: Path) -> str:
+        if fault := why_no_file(file):
+            raise DataError(fault)
+        try:
+            return without_mark(file.read_text(self.encoding))
+        except (UnicodeDecodeError, OSError) as error:
+            raise DataError(
+                f"is not {self.encoding} text ({error}): give its encoding, or a pattern that "
+                f"leaves it out"
+            ) from error
+
     def state(self) -> str:
-        files = [(str(file), file.stat()) for file in self._files()]
-        return repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in files])
+        stats = [(str(file), None if why_no_file(file) else file.stat()) for file in self._files()]
+        return repr([(name, stat and (stat.st_size, stat.st_mtime_ns)) for name, stat in stats])
 
     def _files(self) -> list[Path]:
         folder = Path(self.path)
         if not folder.is_dir():
             raise FileNotFoundError(f"text folder {self.path} is not there")
-        files = sorted(file for file in folder.glob(self.pattern) if file.is_file())
+        files = glob_files(folder, self.pattern)
         if not files:
             raise FileNotFoundError(f"no file in {self.path} matches {self.pattern!r}")
         return files
@@ -192,3 +210,8 @@ class TokenFiles(Corpus):
 
     def load(self, tokenizer: Tokenizer) -> TokenDocuments:
         return read_token_files(self.paths, tokenizer, self.triage)
+
+
+def without_mark(text: str) -> str:
+    """A text without the byte order mark that stands before it in some files."""
+    return text.removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
