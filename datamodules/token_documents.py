@@ -112,6 +112,17 @@ class TokenDocuments:
             self.arrays, self.starts[chosen], self.lengths[chosen], self.keys[chosen]
         )
 
+    def stretch(self, low: float, high: float) -> "TokenDocuments":
+        """The tokens whose places, as fractions of all tokens in order, lie in `[low, high)`: whole
+        documents, and parts of those at its ends."""
+        offsets, total = _starts(self.lengths), int(self.lengths.sum())
+        begin, end = round(low * total), round(high * total)
+        skipped = np.clip(begin - offsets, 0, self.lengths)
+        lengths = np.clip(end - offsets, 0, self.lengths) - skipped
+        chosen = lengths > 0
+        starts = (self.starts + skipped)[chosen]
+        return TokenDocuments(self.arrays, starts, lengths[chosen], self.keys[chosen])
+
 
 def in_split(keys: Any, low: float, high: float) -> Any:
     """Whether each key, as a fraction of all keys, lies in `[low, high)`."""
