@@ -29,12 +29,8 @@ from datamodules.text_sources import (
 )
 from datamodules.text_stream import StreamShare
 from datamodules.text_windows import Objective, Packing, TextWindows, WindowTask
-from datamodules.token_documents import (
-    TokenDocuments,
-    is_finished,
-    read_token_files,
-    write_token_file,
-)
+from datamodules.token_documents import TokenDocuments
+from datamodules.token_files import is_finished, read_token_files, write_token_file
 from diffmm.checks import check_choice
 from diffmm.tokenizers import Tokenizer, load_tokenizer
 

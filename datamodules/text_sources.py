@@ -10,13 +10,8 @@ from pathlib import Path
 
 from datamodules.bad_samples import BadSampleError, BadSamples, Triage
 from datamodules.files import composed, glob_files, why_no_file
-from datamodules.token_documents import (
-    Document,
-    TokenDocuments,
-    key_number,
-    read_token_files,
-    tokenize,
-)
+from datamodules.token_documents import Document, TokenDocuments, key_number, tokenize
+from datamodules.token_files import read_token_files
 from diffmm.checks import DataError
 from diffmm.tokenizers import Tokenizer
 

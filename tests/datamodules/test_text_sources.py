@@ -20,8 +20,8 @@ from datamodules.token_documents import (
     in_split,
     key_number,
     tokenize,
-    write_token_file,
 )
+from datamodules.token_files import write_token_file
 from diffmm.tokenizers import Tokenizer, load_tokenizer
 
 BYTES = load_tokenizer("bytes")
