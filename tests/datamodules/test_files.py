@@ -17,8 +17,10 @@ from datamodules.audio_sources import Manifest, SoundFolder, SpeechCommands
 from datamodules.bad_samples import BadSampleError, BadSamples, Triage
 from datamodules.files import check_file, glob_files, list_files, read_lines, why_no_file
 from datamodules.image_sources import FileImages, ImageFolder
-from datamodules.text import TextFolder
+from datamodules.text import TextFolder, TokenFiles, write_token_file
+from diffmm.tokenizers import load_tokenizer
 
+BYTES = load_tokenizer("bytes")
 ACCENTED = "café"
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, ACCENTED) for form in ("NFC", "NFD"))
 
@@ -261,6 +263,21 @@ def test_no_irregular_text_is_opened(irregular, tmp_path: Path) -> None:
         list(source.documents())
     source.triage = Triage(BadSamples("substitute", max_bad_fraction=1.0))
     assert [document.text for document in source.documents()] == ["0.txt"]
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".json", ".documents.npy"])
+def test_no_irregular_token_file_is_opened(irregular, tmp_path: Path, suffix: str) -> None:
+    texts = TextFolder(str(write(tmp_path / "texts" / "0.txt").parent))
+    path = write_token_file(tmp_path / "a.bin", texts.documents(), BYTES)
+    path.with_suffix(suffix).unlink()
+    words = irregular(path.with_suffix(suffix))
+    source = TokenFiles([str(path)])
+    with pytest.raises(
+        BadSampleError, match=rf"token file 0 \(.*a.bin\) needs .*a{suffix}, which {words}"
+    ):
+        source.load(BYTES)
+    source.triage = Triage(BadSamples("substitute", max_bad_fraction=1.0))
+    assert len(source.load(BYTES)) == 0
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
