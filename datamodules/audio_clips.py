@@ -22,6 +22,8 @@ called something else.)"""
 
 MAX_SAMPLES = 2**28
 """No more are decoded at once, of all channels: a GiB, or 93 minutes of mono at 48 kHz."""
+LOUDEST = 10.0
+"""Floats may overshoot full scale, which is 1, by 20 dB; beyond that they are on another scale."""
 CANCELED = 0.01
 """Channels cancel out where the level of their mean is less than this part of the loudest one's."""
 
@@ -77,7 +79,7 @@ class FileClips(AudioClips):
 
     A file that does not tell its length (a FLAC, or a WAV, that was written into a pipe) is as long
     as what it holds. One whose data end before the length that it tells is bad, and so is one of
-    which more than `MAX_SAMPLES` would be decoded at once.
+    which more than `MAX_SAMPLES` would be decoded at once, or with samples beyond `LOUDEST`.
     """
 
     def __init__(self, paths: Sequence[Path], labels: Sequence[Labels]) -> None:
@@ -134,8 +136,11 @@ class FileClips(AudioClips):
                 f"ends after {start + len(frames)} of the {start + num_samples} samples that its "
                 f"header promises",
             )
-        if not np.isfinite(frames).all():
+        peak = float(np.abs(frames).max(initial=0.0))
+        if not np.isfinite(peak):
             raise self._bad(index, "has samples that are not finite")
+        if peak > LOUDEST:
+            raise self._bad(index, f"has samples up to {peak:g}, where 1 is full scale: scale it")
         return _mono(frames)
 
     @contextmanager

@@ -126,6 +126,10 @@ BAD = {
     "cut.ogg": (OGG[: PAGES[-1] + 50], "ends before its stream does .its last page is cut"),
     "cut_page.ogg": (OGG[: PAGES[-1]], "ends before its stream does .*not marked as the last"),
     "cut_half.ogg": (OGG[: len(OGG) // 2], "ends before its stream does"),
+    "as_integers.wav": (
+        sound("WAV", "FLOAT", waveform=NOISE * 2**15),
+        "has samples up to 16384, where 1 is full scale: scale it",
+    ),
     "1_hz.wav": (sound("WAV", rate_hz=1), "has a sample rate of 1 Hz, which cannot be converted"),
     "fast.wav": (
         sound("WAV", rate_hz=2**31 - 1),
@@ -174,6 +178,7 @@ def test_channels_that_cancel_out_give_the_loudest(clip) -> None:
         "different": ((one, other), (one + other) / 2),
         "one is silent": ((one, 0 * one), one / 2),
         "both are silent": ((0 * one, 0 * one), 0 * one),
+        "beyond full scale": ((9 * one, 9 * one), 9 * one),
     }
     for name, (channels, expected) in cases.items():
         clips = clip(sound("WAV", "FLOAT", waveform=np.stack(channels, axis=1)))
