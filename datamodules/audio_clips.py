@@ -160,9 +160,9 @@ class FileClips(AudioClips):
                 raise self._bad(index, "has no samples")
             if fault := what_is_missing(path, file.format):
                 raise self._bad(index, fault)
-            forward = file.frames == _UNKNOWN or not file.seekable()
+            unmeasured = file.frames == _UNKNOWN
             try:
-                with _ForwardFile(path) if forward else nullcontext(file) as opened:
+                with _ForwardFile(path) if unmeasured else nullcontext(file) as opened:
                     yield opened
             except soundfile.SoundFileError as error:
                 raise self._bad(index, f"cannot be decoded: {error}") from error

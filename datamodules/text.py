@@ -324,8 +324,6 @@ class TextData(SeededDataModule):
             order = ("training", "validation", "test")
         sizes = {"validation": self.validation_fraction, "test": self.test_fraction}
         sizes["training"] = 1 - sum(sizes.values())
-        if sizes[split] == 0:
-            return self.source, 0.0, 0.0
         before = sum(sizes[other] for other in order[: order.index(split)])
         return self.source, before, 1.0 if split == order[-1] else before + sizes[split]
 

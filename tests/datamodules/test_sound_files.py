@@ -42,6 +42,7 @@ def with_length(wav: bytes, length: int) -> bytes:
 
 
 FLAC, WAV, OGG = sound("FLAC"), sound("WAV"), sound("OGG", waveform=np.tile(NOISE, 3))
+WITH_CHUNK = WAV[:4] + struct.pack("<I", len(WAV) + 4) + b"WAVEJUNK\3\0\0\0abc\0" + WAV[12:]
 PAGES = [place for place in range(len(OGG)) if OGG[place : place + 4] == b"OggS"]
 
 
@@ -66,9 +67,7 @@ WHOLE = {
     "wav from FFmpeg's pipe": with_length(WAV, 0xFFFFFFFF),
     "wav from SoX's pipe": with_length(WAV, 0x7FFFF000),
     "wav from arecord's pipe": with_length(WAV, 0x80000000),
-    "wav with a chunk before": changed(
-        WAV[:12] + b"JUNK\x03\0\0\0abc\0" + WAV[12:], 4, struct.pack("<I", len(WAV) + 4)
-    ),
+    "wav with a chunk before": WITH_CHUNK,
 }
 
 
@@ -110,6 +109,7 @@ BAD = {
     "aiff.wav": (sound("AIFF"), "is AIFF by its content, not WAV, WAVEX, RF64, FLAC, OGG, MP3"),
     "cut.wav": (WAV[:20_044], "ends after 20000 of the 40000 bytes of sound that its header prom"),
     "cut_end.wav": (WAV[:-1], "ends after 39999 of the 40000 bytes"),
+    "cut_chunk.wav": (WITH_CHUNK[:-2], "ends after 39998 of the 40000 bytes"),
     "cut_gsm.wav": (sound("WAV", "GSM610")[:2000], r"ends after \d+ of the \d+ bytes of sound"),
     "cut_big.wav": (sound("WAV", endian="BIG")[:9000], "ends after 8956 of the 40000 bytes"),
     "cut_64.wav": (sound("RF64")[:9000], r"ends after \d+ of the 40000 bytes of sound"),

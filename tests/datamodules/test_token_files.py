@@ -121,6 +121,8 @@ def test_tables_that_lie(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save(table, np.array([Opened()], object), allow_pickle=True)
     refused(path, r".*a.documents.npy has .* bytes, its header says object of shape \(1,\)")
     assert not Path("opened").exists()
+    np.save(table, np.zeros(3, [("key", "<u8"), ("length", "<i8")]))
+    refused(path, r".*has 3 rows and 0 bytes, its header says \[\('key', '<u8'\), ")
     # 2 ** 60 rows: 16 EiB, were they there
     table.write_bytes(whole.replace(b"(3,), }" + b" " * 18, b"(1152921504606846976,), }"))
     assert table.stat().st_size == len(whole)
