@@ -7,8 +7,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from datamodules.audio_augment import AudioAugment, Augmenter, ClipReader
-from datamodules.audio_sources import AudioClips, AudioSource
+from datamodules.audio_augment import AudioAugment, Augmenter
+from datamodules.audio_clips import AudioClips
+from datamodules.audio_reader import ClipReader
+from datamodules.audio_sources import AudioSource
 from datamodules.bad_samples import BadSampleError, BadSamples
 from datamodules.buckets import BucketSampler
 from datamodules.labelled import LabelledData, LabelledDataset

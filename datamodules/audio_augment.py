@@ -1,78 +1,13 @@
-"""Reading a stretch of a clip at the model's sample rate, and making it louder, softer, noisier."""
+"""Making clips louder, softer and noisier."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torchaudio.transforms import Resample
 
-from datamodules.audio_sources import EXTENSIONS, AudioClips, FileClips
-
-Waveform = NDArray[np.float32]
-
-
-class ClipReader:
-    """Clips at one sample rate, whole or cut to a length.
-
-    Args:
-        clips: what to read.
-        sample_rate_hz: of the waveforms that come out.
-        resample: convert clips of other rates; otherwise they are refused.
-    """
-
-    def __init__(self, clips: AudioClips, *, sample_rate_hz: int, resample: bool) -> None:
-        self.clips = clips
-        self.sample_rate_hz = sample_rate_hz
-        self.resample = resample
-
-    def num_samples(self, index: int) -> int:
-        """A clip's whole length at this reader's sample rate.
-
-        Raises:
-            ValueError: naming the clip, if it cannot be read.
-        """
-        total, rate_hz = self.clips.info(index)
-        return -(-total * self.sample_rate_hz // rate_hz)
-
-    def read(
-        self, index: int, *, max_samples: int | None = None, position: float = 0.0
-    ) -> Waveform:
-        """`[S]` float32: a clip, cut to `max_samples` if it is longer.
-
-        Only the stretch itself is decoded, wherever in a long recording it is.
-
-        Args:
-            index: the clip.
-            max_samples: the most samples that come out; `None` for the whole clip.
-            position: in [0, 1], where the cut is: at the beginning (0), the middle, the end (1).
-
-        Raises:
-            ValueError: naming the clip, if it cannot be read, or has another sample rate than this
-                reader's and `resample` is false, naming both.
-        """
-        total, rate_hz = self.clips.info(index)
-        if rate_hz != self.sample_rate_hz and not self.resample:
-            raise ValueError(
-                f"{self.clips.describe(index)} has a sample rate of {rate_hz} Hz, not "
-                f"{self.sample_rate_hz} Hz: set resample: true, or sample_rate_hz to its rate"
-            )
-        start, length = 0, total
-        if max_samples is not None:
-            length = min(total, -(-max_samples * rate_hz // self.sample_rate_hz))
-            start = round(position * (total - length))
-        waveform = self.clips.read(index, start, length)
-        if rate_hz != self.sample_rate_hz:
-            resampler = _resampler(rate_hz, self.sample_rate_hz)
-            waveform = resampler(torch.from_numpy(waveform)).numpy()
-        return waveform[:max_samples]
-
-
-@lru_cache
-def _resampler(from_hz: int, to_hz: int) -> Resample:
-    return Resample(from_hz, to_hz)
+from datamodules.audio_clips import EXTENSIONS, FileClips
+from datamodules.audio_reader import ClipReader, Waveform
+from datamodules.files import list_files
 
 
 @dataclass(frozen=True)
@@ -82,8 +17,8 @@ class AudioAugment:
     Attributes:
         gain_db: a clip's level is changed by a number of decibels between these two.
         snr_db: background noise is added, this much below the clip's level, between these two.
-        noise_folder: recordings (WAV, FLAC, OGG) of the noise, at any depth. White noise by
-            default.
+        noise_folder: recordings (WAV, FLAC, OGG) of the noise, at any depth, hidden ones left out.
+            White noise by default.
 
     Raises:
         ValueError: naming the argument that is wrong.
@@ -121,7 +56,7 @@ class Augmenter:
             folder = Path(augment.noise_folder)
             if not folder.is_dir():
                 raise FileNotFoundError(f"no noise folder {folder}")
-            paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+            paths = sorted(list_files(folder, EXTENSIONS))
             if not paths:
                 raise ValueError(f"noise folder {folder} has no files of {', '.join(EXTENSIONS)}")
             self.noises = ClipReader(

@@ -1,122 +1,25 @@
 """Where sounds come from: folders by class, Speech Commands, manifests of several labels a clip."""
 
 import csv
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-import soundfile
-from numpy.typing import NDArray
-
-from datamodules.bad_samples import BadSampleError
-from datamodules.sources import (
-    ClassFolder,
-    Labelled,
-    Labels,
-    Source,
-    Splits,
-    check_same_classes,
-    hold_out,
-)
-from diffmm.checks import check_choice, did_you_mean
-
-EXTENSIONS = (".wav", ".flac", ".ogg")
-
-
-class ClipInfo(NamedTuple):
-    """What is known of a clip without decoding it."""
-
-    num_samples: int
-    sample_rate_hz: int
-
-
-class AudioClips(Labelled):
-    """The clips of one split, decoded one at a time."""
-
-    @abstractmethod
-    def info(self, index: int) -> ClipInfo:
-        """A clip's length and sample rate.
-
-        Raises:
-            BadSampleError: naming the clip, if it cannot be read.
-        """
-
-    @abstractmethod
-    def read(
-        self, index: int, start: int = 0, num_samples: int | None = None
-    ) -> NDArray[np.float32]:
-        """`[S]` mono samples in [-1, 1] from sample `start` on: `num_samples`, or all that follow.
-
-        Raises:
-            BadSampleError: naming the clip, if it cannot be read.
-        """
+from datamodules.audio_clips import EXTENSIONS, AudioClips, FileClips
+from datamodules.files import check_file, composed, list_files, read_lines
+from datamodules.sources import ClassFolder, Source, Splits, check_same_classes, hold_out
+from diffmm.checks import DataError, check_choice, did_you_mean
 
 
 class AudioSource(Source[AudioClips]):
     """Clips in training, validation and test splits."""
 
 
-class FileClips(AudioClips):
-    """Sound files that `soundfile` can decode; several channels become their mean."""
-
-    def __init__(self, paths: Sequence[Path], labels: Sequence[Labels]) -> None:
-        self.paths = paths
-        self.labels = labels
-
-    def subset(self, indices: Sequence[int]) -> "FileClips":
-        """The clips of these numbers."""
-        return FileClips([self.paths[i] for i in indices], [self.labels[i] for i in indices])
-
-    def describe(self, index: int) -> str:
-        return f"clip {index} ({self.paths[index]})"
-
-    def file(self, index: int) -> Path:
-        return self.paths[index]
-
-    def info(self, index: int) -> ClipInfo:
-        with self._open(index) as file:
-            return ClipInfo(file.frames, file.samplerate)
-
-    def read(
-        self, index: int, start: int = 0, num_samples: int | None = None
-    ) -> NDArray[np.float32]:
-        with self._open(index) as file:
-            expected = file.frames - start if num_samples is None else num_samples
-            try:
-                file.seek(start)
-                frames = file.read(expected, dtype="float32", always_2d=True)
-            except soundfile.LibsndfileError as error:
-                raise self._bad(index, f"cannot be decoded: {error}") from error
-        if len(frames) < expected:
-            raise self._bad(
-                index,
-                f"ends after {start + len(frames)} of the {start + expected} samples that its "
-                f"header promises",
-            )
-        if not np.isfinite(frames).all():
-            raise self._bad(index, "has samples that are not finite")
-        return frames.mean(axis=1)
-
-    def _open(self, index: int) -> soundfile.SoundFile:
-        if not self.paths[index].is_file():
-            raise self._bad(index, "does not exist")
-        try:
-            file = soundfile.SoundFile(self.paths[index])
-        except soundfile.LibsndfileError as error:
-            raise self._bad(index, f"is not a readable sound: {error}") from error
-        if file.frames == 0:
-            file.close()
-            raise self._bad(index, "has no samples")
-        return file
-
-    def _bad(self, index: int, what: str) -> BadSampleError:
-        return BadSampleError(f"{self.describe(index)} {what}", self.paths[index])
-
-
 class SoundFolder(AudioSource):
     """WAV, FLAC or OGG files in a folder a class: `folder/<class>/.../*.wav`.
+
+    Hidden files and folders are left out. Folders whose names differ in Unicode form alone are one
+    class, as they are one folder on other systems. See `FileClips` for how files are read.
 
     Args:
         folder: training clips and, without `val`, validation clips.
@@ -191,9 +94,9 @@ class SpeechCommands(AudioSource):
                 f"no folder {self.folder}: give the root of an existing copy, or download: true"
             )
         words: dict[str, list[Path]] = {
-            entry.name: sorted(entry.glob("*.wav"))
+            entry.name: list_files(entry, (".wav",))
             for entry in sorted(self.folder.iterdir())
-            if entry.is_dir() and not entry.name.startswith("_")
+            if entry.is_dir() and not entry.name.startswith(("_", "."))
         }
         if not words:
             raise ValueError(f"{self.folder} has no subfolders: each word needs one")
@@ -215,19 +118,18 @@ class SpeechCommands(AudioSource):
         return Splits(list(words), clips.subset(train), clips.subset(val), clips.subset(test))
 
     def _names(self, file_name: str) -> set[str]:
-        path = self.folder / file_name
-        if not path.is_file():
-            raise FileNotFoundError(f"no file {path}, which says which clips are held out")
-        return set(path.read_text().split())
+        lines = read_lines(self.folder / file_name, "list of held-out clips")
+        return {line.strip() for line in lines}
 
 
 class Manifest(AudioSource):
     """CSV files that name sound files and their labels, several a clip (as AudioSet's).
 
     The first line names the columns; others than `path_column` and `labels_column` are ignored.
+    Labels that differ in Unicode form alone are one.
 
     Args:
-        train, val: CSV files. Relative paths in them are relative to the CSV's folder.
+        train, val: CSV files in UTF-8. Relative paths in them are relative to the CSV's folder.
         test: CSV file of the test clips; the validation clips by default.
         path_column: the column of the sound files' paths.
         labels_column: the column of the labels.
@@ -264,8 +166,11 @@ class Manifest(AudioSource):
         if self.classes is None:
             class_names = sorted({label for _, labels in train for label in labels})
         else:
-            lines = Path(self.classes).read_text(encoding="utf-8").splitlines()
-            class_names = [line.strip() for line in lines if line.strip()]
+            lines = read_lines(self.classes, "file of classes")
+            class_names = [composed(line.strip()) for line in lines if line.strip()]
+            for name, count in Counter(class_names).items():
+                if count > 1:
+                    raise DataError(f"{self.classes} has the class {name!r} {count} times")
         train_clips = self._clips(self.train, train, class_names)
         val_clips = self._clips(self.val, self._rows(self.val), class_names)
         test_clips = val_clips
@@ -276,28 +181,29 @@ class Manifest(AudioSource):
     def _rows(self, manifest: str) -> list[tuple[Path, list[str]]]:
         """The path and the labels of each line."""
         path = Path(manifest)
-        if not path.is_file():
-            raise FileNotFoundError(f"no manifest {path}")
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            for column in (self.path_column, self.labels_column):
-                if column not in columns:
-                    raise ValueError(
-                        f"{path} has no column {column!r}, only {', '.join(columns) or 'nothing'}"
-                    )
-            rows = []
-            for row in reader:
-                if not row[self.path_column] or row[self.labels_column] is None:
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}: a path or labels are missing"
-                    )
-                labels = row[self.labels_column].split(self.label_separator)
-                names = list(dict.fromkeys(label.strip() for label in labels if label.strip()))
-                rows.append((path.parent / row[self.path_column], names))
+        check_file(path, "manifest")
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                rows = list(self._read(path, csv.DictReader(file)))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"manifest {path} is no CSV file in UTF-8: {error}") from error
         if not rows:
             raise ValueError(f"{path} names no clips")
         return rows
+
+    def _read(self, path: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[Path, list[str]]]:
+        columns = reader.fieldnames or []
+        for column in (self.path_column, self.labels_column):
+            if column not in columns:
+                raise ValueError(
+                    f"{path} has no column {column!r}, only {', '.join(columns) or 'nothing'}"
+                )
+        for row in reader:
+            if not row[self.path_column] or row[self.labels_column] is None:
+                raise ValueError(f"{path}, line {reader.line_num}: a path or labels are missing")
+            labels = composed(row[self.labels_column]).split(self.label_separator)
+            names = list(dict.fromkeys(label.strip() for label in labels if label.strip()))
+            yield path.parent / row[self.path_column], names
 
     def _clips(
         self, manifest: str, rows: list[tuple[Path, list[str]]], class_names: list[str]

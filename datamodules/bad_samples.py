@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from datamodules.files import check_file
 from diffmm.checks import DataError, check_choice
 
 QUARANTINE_NAME = "quarantine.txt"
@@ -82,7 +83,8 @@ class Triage:
         folder: where the quarantine file is, if the settings name none.
 
     Raises:
-        ValueError: under `quarantine`, if there is neither a file nor a folder for one.
+        ValueError: under `quarantine`, if there is neither a file nor a folder for one, or there is
+            something else than a file of this name.
     """
 
     def __init__(self, settings: BadSamples, folder: str | Path | None = None) -> None:
@@ -101,6 +103,8 @@ class Triage:
                     "bad_samples.policy is quarantine, and there is no run directory to keep its "
                     "list in: set bad_samples.quarantine_file"
                 )
+        if self._list is not None and os.path.lexists(self._list):
+            check_file(self._list, "quarantine_file")
         self.quarantined = frozenset(_lines(self._list))
 
     @property

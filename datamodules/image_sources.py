@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision import datasets
 
 from datamodules.bad_samples import BadSampleError
+from datamodules.image_files import MAX_PIXELS, PILLOWS_MOST, read_image
 from datamodules.image_transform import ImageTransform
 from datamodules.sources import (
     ClassFolder,
@@ -21,6 +22,7 @@ from datamodules.sources import (
     check_same_classes,
     hold_out,
 )
+from diffmm.checks import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -30,7 +32,7 @@ class LabelledImages(Labelled):
 
     @abstractmethod
     def read(self, index: int) -> Image.Image:
-        """An image in any mode.
+        """An image in mode L or RGB.
 
         Raises:
             BadSampleError: naming the image, if it cannot be read.
@@ -75,11 +77,14 @@ class ArrayImages(LabelledImages):
 
 
 class FileImages(LabelledImages):
-    """Image files that Pillow can decode."""
+    """Image files, read by `read_image`."""
 
-    def __init__(self, paths: Sequence[Path], labels: Sequence[Labels]) -> None:
+    def __init__(
+        self, paths: Sequence[Path], labels: Sequence[Labels], max_pixels: int = MAX_PIXELS
+    ) -> None:
         self.paths = paths
         self.labels = labels
+        self.max_pixels = max_pixels
 
     def describe(self, index: int) -> str:
         return f"image {index} ({self.paths[index]})"
@@ -89,14 +94,12 @@ class FileImages(LabelledImages):
 
     def read(self, index: int) -> Image.Image:
         try:
-            with Image.open(self.paths[index]) as image:
-                image.load()
-                return image
-        # What Pillow raises for files that are broken in one way or another.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise BadSampleError(
-                f"{self.describe(index)} cannot be decoded: {error}", self.paths[index]
-            ) from error
+            return read_image(self.paths[index], self.max_pixels)
+        except DataError as error:
+            fault, cause = str(error), error.__cause__
+        except Exception as error:  # of many types: the decoders'
+            fault, cause = f"cannot be decoded: {error or type(error).__name__}", error
+        raise BadSampleError(f"{self.describe(index)} {fault}", self.paths[index]) from cause
 
 
 class Digits(ImageSource):
@@ -200,23 +203,36 @@ class CIFAR100(CIFAR10):
 class ImageFolder(ImageSource):
     """Image files in a folder a class, as ImageNet's: `train/<class>/*.JPEG`, `val/<class>/*.JPEG`.
 
+    Files are listed by their names (`EXTENSIONS`), hidden ones left out, and decoded by their
+    content: see `datamodules.image_files.read_image` for what becomes of orientation, transparency,
+    16 bits and floats. Classes are compared by their names in Unicode's composed form: folders
+    that differ in form alone are one class, as they are one folder on other systems.
+
     Args:
         train, val: folders of the same classes.
         test: another one; the validation images by default.
+        max_pixels: larger images are refused before they take memory; 178,956,970 at most, which
+            is what Pillow opens.
     """
 
-    def __init__(self, train: str, val: str, test: str | None = None) -> None:
+    def __init__(
+        self, train: str, val: str, test: str | None = None, *, max_pixels: int = MAX_PIXELS
+    ) -> None:
+        if not 1 <= max_pixels <= PILLOWS_MOST:
+            raise ValueError(f"max_pixels must lie in [1, {PILLOWS_MOST}], got {max_pixels}")
         self.train = train
         self.val = val
         self.test = test
+        self.max_pixels = max_pixels
 
     def splits(self) -> Splits[LabelledImages]:
         class_names, paths, labels = ClassFolder.read(self.train, EXTENSIONS)
-        train, val = FileImages(paths, labels), self._images(self.val, class_names)
+        train = FileImages(paths, labels, self.max_pixels)
+        val = self._images(self.val, class_names)
         test = self._images(self.test, class_names) if self.test is not None else val
         return Splits(class_names, train, val, test)
 
     def _images(self, folder: str, expected: list[str]) -> FileImages:
         class_names, paths, labels = ClassFolder.read(folder, EXTENSIONS)
         check_same_classes(self.train, expected, folder, class_names)
-        return FileImages(paths, labels)
+        return FileImages(paths, labels, self.max_pixels)

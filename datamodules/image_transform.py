@@ -5,7 +5,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    create_transform,
+    resolve_data_config,
+)
 from torch import Tensor
 
 from diffmm.checks import check_choice
@@ -110,10 +115,11 @@ class ImageTransform:
             ValueError: if there are more or fewer means than channels, or timm knows no such
                 `auto_augment` policy, or has it for color images only.
         """
-        settings = defaults.given() | self.given()
-        for name in ("mean", "std"):
-            if name in settings:
-                settings[name] = _per_channel(name, settings[name], channels)
+        # timm's own defaults for these two are for three channels.
+        timms = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+        settings = timms | defaults.given() | self.given()
+        for name in timms:
+            settings[name] = _per_channel(name, settings[name], channels)
         settings |= resolve_data_config({**settings, "input_size": (channels, *size)})
         if settings["interpolation"] == "random" and not training:
             settings["interpolation"] = "bicubic"

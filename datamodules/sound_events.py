@@ -13,7 +13,8 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy.signal import lfilter
 
-from datamodules.audio_sources import AudioClips, AudioSource, ClipInfo
+from datamodules.audio_clips import AudioClips, ClipInfo
+from datamodules.audio_sources import AudioSource
 from datamodules.sampling import sample_rng
 from datamodules.sources import Labels, Splits
 

@@ -1,7 +1,6 @@
 """What the sources of labelled samples share: splits, class folders, held-out shares."""
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import make_dataset
+
+from datamodules.files import composed, is_hidden, list_files
 
 Labels = tuple[int, ...]
 """The classes of one sample: exactly one of them, unless the splits are `multi_label`."""
@@ -111,7 +111,8 @@ class ClassFolder(NamedTuple):
     def read(cls, folder: str | Path, extensions: Sequence[str]) -> "ClassFolder":
         """List `folder`, whose subfolders are the classes, to any depth below them.
 
-        Hidden subfolders are passed over.
+        Hidden files and folders are passed over. Names are in Unicode's composed form: folders
+        whose names differ in form alone are one class.
 
         Raises:
             FileNotFoundError: if `folder` is none.
@@ -120,20 +121,20 @@ class ClassFolder(NamedTuple):
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder}")
-        class_names = sorted(
-            entry.name
-            for entry in folder.iterdir()
-            if entry.is_dir() and not entry.name.startswith(".")
-        )
-        if not class_names:
+        folders: dict[str, list[Path]] = {}
+        for entry in sorted(folder.iterdir()):
+            if entry.is_dir() and not is_hidden(Path(entry.name)):
+                folders.setdefault(composed(entry.name), []).append(entry)
+        if not folders:
             raise ValueError(f"{folder} has no subfolders: each class needs one of its name")
-        numbers = {name: number for number, name in enumerate(class_names)}
-        found = make_dataset(folder, numbers, extensions=tuple(extensions), allow_empty=True)
-        counts = Counter(number for _, number in found)
-        for name, number in numbers.items():
-            if not counts[number]:
+        classes = cls(sorted(folders), [], [])
+        for number, name in enumerate(classes.class_names):
+            found = [path for part in folders[name] for path in list_files(part, extensions)]
+            if not found:
                 raise ValueError(f"{folder / name} has no files of {', '.join(extensions)}")
-        return cls(class_names, [Path(path) for path, _ in found], [(n,) for _, n in found])
+            classes.paths.extend(found)
+            classes.labels.extend([(number,)] * len(found))
+        return classes
 
 
 def check_same_classes(

@@ -18,10 +18,10 @@ from datamodules.stream_loader import (
     collate_with_places,
     continued,
 )
+from datamodules.text_datasets import HuggingFaceText
 from datamodules.text_shards import Shards
 from datamodules.text_sources import (
     Corpus,
-    HuggingFaceText,
     StandardLibrary,
     TextFolder,
     TextSource,
@@ -29,12 +29,8 @@ from datamodules.text_sources import (
 )
 from datamodules.text_stream import StreamShare
 from datamodules.text_windows import Objective, Packing, TextWindows, WindowTask
-from datamodules.token_documents import (
-    TokenDocuments,
-    is_finished,
-    read_token_files,
-    write_token_file,
-)
+from datamodules.token_documents import TokenDocuments
+from datamodules.token_files import is_finished, read_token_files, write_token_file
 from diffmm.checks import check_choice
 from diffmm.tokenizers import Tokenizer, load_tokenizer
 
@@ -60,8 +56,7 @@ _SPLITS_OF_STAGE: dict[str | None, tuple[Split, ...]] = {
 class TextData(SeededDataModule):
     """Documents as windows of tokens, for causal or masked language models (`TextBatch`).
 
-    Validation and test documents are held out of `source` by their keys (a file's name, a row's
-    text): the same ones for every seed, order and tokenizer. A split that has its own source takes
+    Validation and test documents are held out of `source`. A split that has its own source takes
     all of it, and nothing is held out for it.
 
     Args:
@@ -77,6 +72,10 @@ class TextData(SeededDataModule):
         objective: `causal` (the next token) or `masked` (BERT's).
         mask_probability: the share of tokens to predict in masked training, in (0, 1).
         validation_fraction, test_fraction: of the documents, in [0, 1); 0 makes no such split.
+        split_by: `key` holds documents out by their keys (a file's name, a row's text): the same
+            ones for every seed, order and tokenizer. `position` is for a single document, or few:
+            all tokens in order are cut in three, for training, validation and test, and so is a
+            document that lies across; the fractions are of tokens.
         batch_size: samples a batch of one process.
         num_workers: processes that load beside the training one.
         seed: of the order and the masks.
@@ -111,6 +110,7 @@ class TextData(SeededDataModule):
         mask_probability: float = 0.15,
         validation_fraction: float = 0.05,
         test_fraction: float = 0.05,
+        split_by: Literal["key", "position"] = "key",
         batch_size: int = 16,
         num_workers: int = 0,
         seed: int = 0,
@@ -123,6 +123,7 @@ class TextData(SeededDataModule):
         )
         check_choice("packing", packing, ("packed", "padded"))
         check_choice("objective", objective, ("causal", "masked"))
+        check_choice("split_by", split_by, ("key", "position"))
         if sequence_length < 1:
             raise ValueError(f"sequence_length must be at least 1, got {sequence_length}")
         if stream_shares is not None and stream_shares < 1:
@@ -134,6 +135,8 @@ class TextData(SeededDataModule):
                 f"validation_fraction and test_fraction must not be negative, nor add up to 1 or "
                 f"more, got {validation_fraction} and {test_fraction}"
             )
+        if split_by == "position" and _streams(source):
+            raise ValueError(f"split_by position needs all tokens, but {source!r} is streamed")
         self.source: Corpus = source or StandardLibrary()
         self.own_sources = {"validation": validation_source, "test": test_source}
         self.tokenizer_name = tokenizer
@@ -145,6 +148,7 @@ class TextData(SeededDataModule):
         self.mask_probability = mask_probability
         self.validation_fraction = 0.0 if validation_source else validation_fraction
         self.test_fraction = 0.0 if test_source else test_fraction
+        self.split_by = split_by
         self.cache_dir = cache_dir
         self.stream_shares = stream_shares
         self._documents: dict[Corpus, TokenDocuments] = {}
@@ -231,17 +235,16 @@ class TextData(SeededDataModule):
         if isinstance(corpus, HuggingFaceText) and corpus.streaming:
             return self._streamed(corpus, low, high)
         documents = self._load(corpus)
-        chosen = documents.held_out(low, high)
-        if not len(chosen):
-            advice = (
-                "give more documents (a separator splits files into several), other fractions, or "
-                "a validation_source and a test_source"
-            )
+        part = documents.stretch if self.split_by == "position" else documents.held_out
+        windows = TextWindows(part(low, high), self._task)
+        if not len(windows):
+            way_out = "split_by: position, " if self.split_by == "key" else ""
             raise ValueError(
                 f"{corpus!r} has {len(documents)} documents with text, none of which falls in the "
-                f"{split} split: {advice}"
+                f"{split} split: give more documents (a separator splits files into several), "
+                f"{way_out}other fractions, or a validation_source and a test_source"
             )
-        return TextWindows(chosen, self._task)
+        return windows
 
     def _streamed(
         self, source: HuggingFaceText, low: float, high: float, state: StreamState | None = None
@@ -313,17 +316,16 @@ class TextData(SeededDataModule):
         return self.world_size * max(1, self.num_workers)
 
     def _share(self, split: Split) -> tuple[Corpus, float, float]:
-        """A split's source, and which of its keys (as fractions of all keys) belong to it."""
+        """A split's source, and which part of it: of its keys or its tokens, as fractions."""
         if own := self.own_sources.get(split):
             return own, 0.0, 1.0
-        validation_end = self.validation_fraction
-        test_end = validation_end + self.test_fraction
-        low, high = {
-            "validation": (0.0, validation_end),
-            "test": (validation_end, test_end),
-            "training": (test_end, 1.0),
-        }[split]
-        return self.source, low, high
+        order: tuple[Split, ...] = ("validation", "test", "training")
+        if self.split_by == "position":
+            order = ("training", "validation", "test")
+        sizes = {"validation": self.validation_fraction, "test": self.test_fraction}
+        sizes["training"] = 1 - sum(sizes.values())
+        before = sum(sizes[other] for other in order[: order.index(split)])
+        return self.source, before, 1.0 if split == order[-1] else before + sizes[split]
 
     def _load(self, corpus: Corpus) -> TokenDocuments:
         if corpus not in self._documents:

@@ -6,12 +6,9 @@ and in `datamodules.text_stream`, so that a run can go on in the middle of one.
 
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from datamodules.bad_samples import BadSampleError, Triage
-
-if TYPE_CHECKING:
-    from datamodules.text_sources import HuggingFaceText
+from datamodules.text_datasets import HuggingFaceText, text_of
 
 
 class Shards:
@@ -25,7 +22,7 @@ class Shards:
         ValueError: if the library cannot open the dataset, or it has no such column.
     """
 
-    def __init__(self, source: "HuggingFaceText", triage: Triage) -> None:
+    def __init__(self, source: HuggingFaceText, triage: Triage) -> None:
         self.column = source.text_column
         self._tolerant = triage.tolerates
         self.names = source.files()
@@ -37,7 +34,7 @@ class Shards:
         if len(self.names) != self._first + self._rows.num_shards:
             self.names = [f"shard {n}" for n in range(self._first + self._rows.num_shards)]
 
-    def _opens(self, source: "HuggingFaceText", files: list[str], triage: Triage) -> bool:
+    def _opens(self, source: HuggingFaceText, files: list[str], triage: Triage) -> bool:
         try:
             self._rows = source.open(files[self._first :] or source.data_files)
             return True
@@ -71,7 +68,7 @@ class Shards:
         try:
             # `iter(rows)` would be shared among a loader's workers, but each has its own shards.
             for batch in rows.iter(batch_size=1):
-                yield batch[self.column][0] or ""
+                yield text_of(batch[self.column][0], self.column)
                 row += 1
         except Exception as error:  # of many types: the parsers'
             if isinstance(error, OSError) and "://" in name:  # it may be the network
@@ -106,6 +103,6 @@ def _readable(name: str, column: str, row: int) -> Iterator[str]:
             arguments = {"row_groups": [group], "columns": [column], "use_threads": False}
             for batch in file.iter_batches(batch_size=1, **arguments):
                 if row == 0:
-                    yield batch[column][0].as_py() or ""
+                    yield text_of(batch[column][0].as_py(), column)
                 else:
                     row -= 1

@@ -60,7 +60,7 @@ MODALITIES: dict[str, tuple[str, dict[str, Any]]] = {
         "text/stdlib_tiny",
         {
             "vars.sequence_length": 32,
-            "data.source": {"class_path": "datamodules.text_sources.HuggingFaceText"},
+            "data.source": {"class_path": "datamodules.text.HuggingFaceText"},
             "data.validation_fraction": 0.3,
             "data.batch_size": 4,
             "data.stream_shares": 4,

@@ -8,8 +8,10 @@ from jsonargparse import ArgumentParser
 from lightning import LightningDataModule
 
 from datamodules.audio import AudioData
-from datamodules.audio_augment import AudioAugment, Augmenter, ClipReader
-from datamodules.audio_sources import FileClips, SoundFolder
+from datamodules.audio_augment import AudioAugment, Augmenter
+from datamodules.audio_clips import FileClips
+from datamodules.audio_reader import ClipReader
+from datamodules.audio_sources import SoundFolder
 from datamodules.buckets import BucketSampler
 from datamodules.sound_events import SoundEvents
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from datamodules.audio_sources import FileClips, Manifest, SoundFolder, SpeechCommands
+from datamodules.audio_clips import FileClips
+from datamodules.audio_sources import Manifest, SoundFolder, SpeechCommands
 
 
 def write_sound(path, seconds=0.1, rate_hz=16000, channels=1, seed=0):
@@ -161,7 +162,7 @@ def test_speech_commands_are_split_as_torchaudio_splits_them(commands):
 def test_incomplete_speech_commands_are_named(commands):
     source = SpeechCommands(str(commands))
     (source.folder / "testing_list.txt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no file .*testing_list.txt"):
+    with pytest.raises(FileNotFoundError, match=r"no list of held-out clips .*testing_list.txt"):
         source.splits()
     (source.folder / "zero").mkdir()
     with pytest.raises(ValueError, match=r"zero has no .wav files"):

@@ -171,5 +171,5 @@ def test_unreadable_images_are_named(imagenet):
         with pytest.raises(ValueError, match=rf"image {index} \(.*{name}\) cannot be decoded"):
             images.read(index)
     (folder / "a_text.png").unlink()
-    with pytest.raises(ValueError, match=r"image 0 \(.*a_text.png\) cannot be decoded: .*No such"):
+    with pytest.raises(ValueError, match=r"image 0 \(.*a_text.png\) does not exist"):
         images.read(0)

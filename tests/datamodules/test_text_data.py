@@ -240,11 +240,88 @@ def test_arguments_out_of_range(folder: Path, changes: dict[str, Any], message: 
 
 def test_a_split_without_documents(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("alone")
-    with pytest.raises(ValueError, match=r"one\.txt.* has 1 documents.*separator.*_source"):
+    with pytest.raises(
+        ValueError, match=r"one\.txt.* has 1 documents.*separator.*split_by: position.*_source"
+    ):
         data(TextFolder(str(tmp_path), "one.txt"), validation_fraction=0.0001)
     (tmp_path / "one.txt").write_text("")
     with pytest.raises(ValueError, match="has 0 documents with text"):
         data(TextFolder(str(tmp_path)))
+
+
+def text_of(loaders: Any) -> str:
+    """All that the loaders' samples predict, in order, and the token before it."""
+    samples = [sample for loader in loaders for sample in loader.dataset]
+    ids = [sample["targets"][sample["targets"] != IGNORE_INDEX] for sample in samples]
+    return BYTES.decode(samples[0]["tokens"][:1].tolist() + torch.cat(ids).tolist())
+
+
+@pytest.mark.parametrize("fractions", [(0.1, 0.2), (0.25, 0.0), (0.0, 0.3), (0.1, 0.05)])
+def test_a_single_file_is_split_by_position(tmp_path: Path, fractions: tuple[float, float]) -> None:
+    text = "".join(f"{number:04d} " for number in range(200))  # and the end of text: 1001 tokens
+    (tmp_path / "one.txt").write_text(text)
+    validation, test = fractions
+    module = data(
+        TextFolder(str(tmp_path)),
+        split_by="position",
+        validation_fraction=validation,
+        test_fraction=test,
+    )
+    loaders = (module.train_dataloader(), module.val_dataloader(), module.test_dataloader())
+    borders = [0, round((1 - validation - test) * 1001), round((1 - test) * 1001), 1001]
+    for loader, begin, end in zip(loaders, borders[:-1], borders[1:], strict=True):
+        if begin == end:
+            assert loader == []
+        else:
+            assert text_of([loader]) == text[begin:end]
+
+
+@pytest.mark.parametrize("packing", ["packed", "padded"])
+def test_few_files_are_split_by_position(tmp_path: Path, packing: Any) -> None:
+    words = ("alpha " * 9, "beta " * 3, "gamma " * 20, "delta " * 2)
+    for number, word in enumerate(words):
+        (tmp_path / f"{number}.txt").write_text(word)
+    module = data(
+        TextFolder(str(tmp_path)),
+        split_by="position",
+        packing=packing,
+        validation_fraction=0.2,
+        test_fraction=0.2,
+        document_mask=False,
+    )
+    splits = [module._dataset(split)._documents for split in ("training", "validation", "test")]  # type: ignore[arg-type, union-attr]
+    whole = [[*word.encode(), BYTES.eos_id] for word in words]
+    parts: dict[int, list[int]] = {}
+    for documents in splits:
+        for number in range(len(documents)):
+            ids = documents.read(number, 0, int(documents.lengths[number]))
+            parts.setdefault(int(documents.keys[number]), []).extend(ids.tolist())
+    assert list(parts.values()) == whole
+    total = sum(map(len, whole))
+    sizes = [int(documents.lengths.sum()) for documents in splits]
+    assert sizes == [
+        round(0.6 * total),
+        round(0.8 * total) - round(0.6 * total),
+        total - round(0.8 * total),
+    ]
+    assert len(module.val_dataloader()) > 0
+    assert len(module.test_dataloader()) > 0
+
+
+def test_what_cannot_be_split_by_position_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("x" * 9)
+    with pytest.raises(ValueError, match="has 1 documents.*none of which falls in the validation"):
+        data(
+            TextFolder(str(tmp_path)),
+            split_by="position",
+            validation_fraction=0.1,
+            test_fraction=0.0,
+        )
+    with pytest.raises(ValueError, match="split_by must be one of 'key', 'position', got 'place'"):
+        TextData(split_by="place")  # type: ignore[arg-type]
+    stream = HuggingFaceText("json", data_files="a.json", streaming=True)
+    with pytest.raises(ValueError, match="split_by position needs all tokens, but .* is streamed"):
+        TextData(stream, split_by="position")
 
 
 # ------------------------------------------------------------------ Lightning and the command line

@@ -11,18 +11,21 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from datamodules.text_sources import HuggingFaceText, StandardLibrary, TextFolder, TokenFiles
+from datamodules.bad_samples import BadSampleError, BadSamples, Triage
+from datamodules.text import HuggingFaceText, StandardLibrary, TextFolder, TokenFiles
+from datamodules.text_shards import Shards
 from datamodules.token_documents import (
     Document,
     TokenDocuments,
     in_split,
     key_number,
     tokenize,
-    write_token_file,
 )
+from datamodules.token_files import write_token_file
 from diffmm.tokenizers import Tokenizer, load_tokenizer
 
 BYTES = load_tokenizer("bytes")
+MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +116,25 @@ def test_a_folder_that_cannot_be_read_is_named(folder: Path) -> None:
     assert texts_of(latin.load(BYTES)) == ["é"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-32-be"])
+def test_a_byte_order_mark_is_no_text(folder: Path, encoding: str) -> None:
+    # Python writes one itself, and reads it, where the name leaves the order open.
+    text = "one|two" if encoding == "utf-16" else f"{MARK}one|two"
+    (folder / "a.txt").write_text(text, encoding)
+    source = TextFolder(str(folder), "a.txt", encoding=encoding)
+    assert list(source.documents()) == [Document("a.txt", "one|two")]
+    split = TextFolder(str(folder), "a.txt", encoding=encoding, separator="|")
+    assert [document.text for document in split.documents()] == ["one", "two"]
+
+
+@pytest.mark.parametrize("encoding", ["utf8x", "hex"])
+def test_unknown_encodings_are_named(folder: Path, encoding: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"encoding '{encoding}' is none of text that Python knows"
+    ):
+        TextFolder(str(folder), encoding=encoding)
+
+
 def test_fingerprints_follow_the_files(folder: Path) -> None:
     source = TextFolder(str(folder))
     before = source.fingerprint()
@@ -154,6 +176,61 @@ def test_rows_that_are_lines_are_joined(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["", *first, *second]}), path)
     source = HuggingFaceText("parquet", data_files=str(path), document_start=r" = [^=]")
     assert texts_of(source.load(BYTES)) == ["".join(first), "".join(second)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_byte_order_mark_is_no_text_of_a_dataset(tmp_path: Path, streaming: bool) -> None:
+    files = []
+    for number in range(2):
+        files.append(str(tmp_path / f"{number}.txt"))
+        Path(files[-1]).write_text(f"{MARK}first of {number}\nsecond\n", "utf-8")
+    source = HuggingFaceText("text", data_files=files, streaming=streaming)
+    expected = ["first of 0", "second", "first of 1", "second"]
+    assert [document.text for document in source.documents()] == expected
+    if streaming:
+        shards = Shards(source, Triage(BadSamples()))
+        assert [text for shard in range(2) for text in shards.texts(shard)] == expected
+
+
+NO_TEXT: dict[str, tuple[list[Any], str]] = {
+    "lists": ([["a", "b"]] * 3, "list"),
+    "numbers": ([1, 2, 3], "int"),
+    "bytes": ([b"a", b"b", b"c"], "bytes"),
+    "some lists": (["a", ["b"], "c"], "list"),
+}
+
+
+@pytest.mark.parametrize("name", NO_TEXT)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_of_something_else_are_named(tmp_path: Path, name: str, streaming: bool) -> None:
+    values, kind = NO_TEXT[name]
+    path = tmp_path / "rows.json"
+    if name == "bytes":
+        path = tmp_path / "rows.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"text": values}), path)
+    else:
+        path.write_text("".join(json.dumps({"text": value}) + "\n" for value in values))
+    source = HuggingFaceText(path.suffix[1:], data_files=str(path), streaming=streaming)
+    number = 1 if name == "some lists" else 0
+    message = f"has a {kind} in column 'text', not text: set text_column to a column of texts"
+    with pytest.raises(BadSampleError, match=f"row {number} of dataset '.*' {message}"):
+        list(source.documents())
+    source.triage = Triage(BadSamples("substitute", max_bad_fraction=1.0))
+    kept = [value for value in values if isinstance(value, str)]
+    assert [document.text for document in source.documents()] == kept
+    assert (source.triage.num_bad, source.triage.num_read) == (
+        len(values) - len(kept),
+        3 + (not streaming),
+    )
+    if streaming:
+        for tolerance in (BadSamples(), BadSamples("substitute")):
+            texts = Shards(source, Triage(tolerance)).texts(0)
+            assert [next(texts) for _ in range(number)] == ["a"] * number
+            with pytest.raises(
+                BadSampleError,
+                match=rf"shard 0 \(.*rows.*\) cannot be read from row {number} on: .*{kind}",
+            ):
+                next(texts)
 
 
 def test_bad_datasets_are_named(tmp_path: Path, rows_file: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from datamodules.audio_augment import AudioAugment
 from datamodules.loading import SeededDataModule
 from datamodules.sampling import SeededDataset, sample_generator
 from datamodules.sound_events import SoundEvents
-from datamodules.text_sources import HuggingFaceText, TextFolder
+from datamodules.text import HuggingFaceText, TextFolder
 from diffmm.checkpoint_folders import STATE_NAME, checkpoints, find_state
 from diffmm.models import (
     AudioConfig,

@@ -1,0 +1,288 @@
+"""Which files are data: hidden ones never, others only where they are regular files."""
+
+import os
+import signal
+import socket
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from datamodules.audio_augment import AudioAugment, Augmenter
+from datamodules.audio_clips import FileClips
+from datamodules.audio_sources import Manifest, SoundFolder, SpeechCommands
+from datamodules.bad_samples import BadSampleError, BadSamples, Triage
+from datamodules.files import check_file, glob_files, list_files, read_lines, why_no_file
+from datamodules.image_sources import FileImages, ImageFolder
+from datamodules.text import TextFolder, TokenFiles, write_token_file
+from diffmm.tokenizers import load_tokenizer
+
+BYTES = load_tokenizer("bytes")
+ACCENTED = "café"
+COMPOSED, DECOMPOSED = (unicodedata.normalize(form, ACCENTED) for form in ("NFC", "NFD"))
+
+HIDDEN = ("._a", ".ipynb_checkpoints/a-checkpoint", "deep/.cache/a", "deep/._b")
+
+
+def write(path: Path) -> Path:
+    """A small file of the kind that its suffix says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".png":
+        Image.new("L", (4, 4)).save(path)
+    elif path.suffix == ".wav":
+        soundfile.write(path, np.full(80, 0.5), 8000)
+    else:
+        path.write_text(path.name)
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path: Path):
+    """Two classes, `a` and `b`, of two files each, and hidden ones at every depth."""
+
+    def build(suffix: str, name: str = "data") -> Path:
+        folder = tmp_path / name
+        for label in "ab":
+            write(folder / label / f"0{suffix}")
+            write(folder / label / "deep" / f"1{suffix}")
+            for hidden in HIDDEN:
+                write(folder / label / f"{hidden}{suffix}")
+        write(folder / ".ipynb_checkpoints" / f"0{suffix}")
+        return folder
+
+    return build
+
+
+def names(paths, folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+def test_hidden_files_are_no_samples(tree) -> None:
+    pictures, sounds, texts = tree(".png", "pictures"), tree(".wav", "sounds"), tree(".txt", "txt")
+    images = ImageFolder(str(pictures), str(pictures)).splits()
+    clips = SoundFolder(str(sounds), val=str(sounds)).splits()
+    for splits, folder, suffix in ((images, pictures, "png"), (clips, sounds, "wav")):
+        assert splits.class_names == ["a", "b"]
+        expected = [f"{label}/{rest}.{suffix}" for label in "ab" for rest in ("0", "deep/1")]
+        assert names(splits.train.paths, folder) == expected
+    documents = [document.key for document in TextFolder(str(texts)).documents()]
+    assert documents == ["a/0.txt", "a/deep/1.txt", "b/0.txt", "b/deep/1.txt"]
+    noises = Augmenter(
+        AudioAugment(snr_db=(0.0, 1.0), noise_folder=str(sounds)),
+        sample_rate_hz=8000,
+        resample=False,
+    ).noises
+    assert names(noises.clips.paths, sounds) == names(clips.train.paths, sounds)
+
+
+def test_a_hidden_folder_above_hides_nothing(tmp_path: Path) -> None:
+    write(tmp_path / ".cache" / "a" / "0.png")
+    assert len(list_files(tmp_path / ".cache", (".png",))) == 1
+    assert len(glob_files(tmp_path / ".cache", "**/*.png")) == 1
+
+
+def test_hidden_files_are_no_words(tmp_path: Path) -> None:
+    source = SpeechCommands(str(tmp_path))
+    for word in ("no", "yes", ".ipynb_checkpoints", "_background_noise_"):
+        for name in ("0.wav", "1.wav", "2.wav", "._0.wav"):
+            write(source.folder / word / name)
+    (source.folder / "validation_list.txt").write_text("﻿yes/1.wav\nno/1.wav\n", "utf-8")
+    (source.folder / "testing_list.txt").write_text("no/2.wav\n")
+    splits = source.splits()
+    assert splits.class_names == ["no", "yes"]
+    assert [len(clips.paths) for clips in (splits.train, splits.val, splits.test)] == [3, 2, 1]
+
+
+def test_names_that_look_the_same_are_one_class(tmp_path: Path) -> None:
+    train, val = tmp_path / "train", tmp_path / "val"
+    for number, form in enumerate((COMPOSED, DECOMPOSED)):
+        write(train / form / f"{number}.png")
+    write(train / "cafz" / "0.png")
+    write(val / DECOMPOSED / "0.png")
+    write(val / "cafz" / "0.png")
+    if len(list(train.iterdir())) == 2:
+        pytest.skip("this file system takes them for one folder")
+    splits = ImageFolder(str(train), str(val)).splits()
+    assert splits.class_names == ["cafz", COMPOSED]
+    assert splits.train.labels == [(0,), (1,), (1,)]
+    assert splits.val.labels == [(0,), (1,)]
+
+
+def test_labels_that_look_the_same_are_one_class(tmp_path: Path) -> None:
+    write(tmp_path / "0.wav")
+    manifest = tmp_path / "train.csv"
+    manifest.write_text(f"path,labels\n0.wav,{COMPOSED}\n0.wav,{DECOMPOSED}\n", "utf-8")
+    classes = tmp_path / "classes.txt"
+    classes.write_text(f"\N{ZERO WIDTH NO-BREAK SPACE}{DECOMPOSED}\n", "utf-8")
+    for named in (None, str(classes)):
+        splits = Manifest(str(manifest), str(manifest), classes=named).splits()
+        assert splits.class_names == [COMPOSED]
+        assert splits.train.labels == [(0,), (0,)]
+    classes.write_text(f"{COMPOSED}\n{DECOMPOSED}\n", "utf-8")
+    with pytest.raises(ValueError, match=rf"classes.txt has the class '{COMPOSED}' 2 times"):
+        Manifest(str(manifest), str(manifest), classes=str(classes)).splits()
+
+
+def test_texts_fall_in_the_same_split_on_all_systems(tmp_path: Path) -> None:
+    keys = []
+    for name in (COMPOSED, DECOMPOSED):
+        write(tmp_path / name / f"{name}.txt")
+        keys.append([document.key for document in TextFolder(str(tmp_path / name)).documents()])
+    assert keys[0] == keys[1]
+
+
+def test_manifests_that_are_no_text_are_named(tmp_path: Path) -> None:
+    for name, content in (
+        ("utf16.csv", "path,labels\na.wav,b".encode("utf-16")),
+        ("long.csv", b'path,labels\na.wav,"' + b"b" * 200_000 + b'"'),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"manifest .*{name} is no CSV file in UTF-8: "):
+            Manifest(str(tmp_path / name), str(tmp_path / name)).splits()
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"list .*latin.txt is not UTF-8 text: "):
+        read_lines(tmp_path / "latin.txt", "list")
+
+
+def test_links_are_followed_but_not_around(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "0.png")
+    folder = tmp_path / "data" / "a"
+    write(folder / "1.png")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "around").symlink_to(folder)
+    (tmp_path / "elsewhere" / "back").symlink_to(folder)
+    (folder / "2.png").symlink_to(folder / "1.png")
+    (folder / "ring.png").symlink_to("ring.png")
+    (folder / "broken.png").symlink_to("gone.png")
+    found = names(list_files(folder, (".png",)), folder)
+    assert found == ["1.png", "2.png", "broken.png", "ring.png", "link/0.png"]
+    images = FileImages(list_files(folder, (".png",)), [(0,)] * 5)
+    assert images.read(1).size == (4, 4)
+    with pytest.raises(BadSampleError, match=r"broken.png\) does not exist"):
+        images.read(2)
+    with pytest.raises(BadSampleError, match=r"ring.png\) cannot be opened: Too many levels"):
+        images.read(3)
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting():
+    """What waits for a named pipe's writer fails."""
+
+    def stop(signum, frame):
+        raise TimeoutError("the test waited for 30 seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(params=["a named pipe", "a socket", "a device", "a folder"])
+def irregular(request: pytest.FixtureRequest, tmp_path: Path):
+    """Puts something that is no regular file under a name; its kind."""
+    sockets = []
+
+    def put(path: Path) -> str:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if request.param == "a named pipe":
+            os.mkfifo(path)
+        elif request.param == "a socket":
+            sockets.append(socket.socket(socket.AF_UNIX))
+            here = Path.cwd()
+            os.chdir(path.parent)  # a socket's name must be short
+            sockets[-1].bind(path.name)
+            os.chdir(here)
+        elif request.param == "a device":
+            path.symlink_to("/dev/zero")
+        else:
+            path.mkdir()
+        return f"is {request.param}, not a regular file"
+
+    yield put
+    for each in sockets:
+        each.close()
+
+
+def test_only_regular_files_are_opened(irregular, tmp_path: Path) -> None:
+    """A reader of a named pipe would wait for a writer, and no signal would reach it."""
+    words = irregular(tmp_path / "a.png")
+    assert why_no_file(tmp_path / "a.png") == words
+    with pytest.raises(BadSampleError, match=rf"image 0 \(.*a.png\) {words}"):
+        FileImages([tmp_path / "a.png"], [(0,)]).read(0)
+    irregular(tmp_path / "a.wav")
+    clips = FileClips([tmp_path / "a.wav"], [(0,)])
+    for read in (clips.read, clips.info):
+        with pytest.raises(BadSampleError, match=rf"clip 0 \(.*a.wav\) {words}"):
+            read(0)
+    irregular(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match=rf"manifest .*a.csv {words}"):
+        Manifest(str(tmp_path / "a.csv"), str(tmp_path / "a.csv")).splits()
+    irregular(tmp_path / "classes.txt")
+    write(tmp_path / "b.wav")
+    (tmp_path / "b.csv").write_text("path,labels\nb.wav,x\n")
+    csv = str(tmp_path / "b.csv")
+    with pytest.raises(ValueError, match=rf"file of classes .*classes.txt {words}"):
+        Manifest(csv, csv, classes=str(tmp_path / "classes.txt")).splits()
+    irregular(tmp_path / "quarantine.txt")
+    with pytest.raises(ValueError, match=rf"quarantine_file .*quarantine.txt {words}"):
+        Triage(BadSamples("quarantine"), tmp_path)
+    if "folder" in words:  # it would be a word
+        return
+    source = SpeechCommands(str(tmp_path))
+    write(source.folder / "yes" / "0.wav")
+    irregular(source.folder / "validation_list.txt")
+    with pytest.raises(ValueError, match=rf"list of held-out clips .*validation_list.txt {words}"):
+        source.splits()
+
+
+def test_no_irregular_noise_is_opened(irregular, tmp_path: Path) -> None:
+    words = irregular(tmp_path / "noise" / "a.wav")
+    augment = AudioAugment(snr_db=(0.0, 1.0), noise_folder=str(tmp_path / "noise"))
+    if "folder" in words:
+        with pytest.raises(ValueError, match="noise has no files of .wav"):
+            Augmenter(augment, sample_rate_hz=8000, resample=False)
+        return
+    augmenter = Augmenter(augment, sample_rate_hz=8000, resample=False)
+    with pytest.raises(BadSampleError, match=rf"a.wav\) {words}"):
+        augmenter(np.ones(80, np.float32), np.random.default_rng(0))
+
+
+def test_no_irregular_text_is_opened(irregular, tmp_path: Path) -> None:
+    write(tmp_path / "texts" / "0.txt")
+    words = irregular(tmp_path / "texts" / "1.txt")
+    source = TextFolder(str(tmp_path / "texts"))
+    assert source.fingerprint() == TextFolder(str(tmp_path / "texts")).fingerprint()
+    if "folder" in words:
+        assert len(list(source.documents())) == 1
+        return
+    with pytest.raises(BadSampleError, match=rf"file 1 \(.*1.txt\) {words}"):
+        list(source.documents())
+    source.triage = Triage(BadSamples("substitute", max_bad_fraction=1.0))
+    assert [document.text for document in source.documents()] == ["0.txt"]
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".json", ".documents.npy"])
+def test_no_irregular_token_file_is_opened(irregular, tmp_path: Path, suffix: str) -> None:
+    texts = TextFolder(str(write(tmp_path / "texts" / "0.txt").parent))
+    path = write_token_file(tmp_path / "a.bin", texts.documents(), BYTES)
+    path.with_suffix(suffix).unlink()
+    words = irregular(path.with_suffix(suffix))
+    source = TokenFiles([str(path)])
+    with pytest.raises(
+        BadSampleError, match=rf"token file 0 \(.*a.bin\) needs .*a{suffix}, which {words}"
+    ):
+        source.load(BYTES)
+    source.triage = Triage(BadSamples("substitute", max_bad_fraction=1.0))
+    assert len(source.load(BYTES)) == 0
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no manifest .*gone.csv"):
+        check_file(tmp_path / "gone.csv", "manifest")
+    assert why_no_file(write(tmp_path / "a.txt")) is None
+    assert why_no_file(tmp_path / "a.txt" / "b") == "does not exist"
+    assert "null" in why_no_file(f"{tmp_path}/a\0b")
