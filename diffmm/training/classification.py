@@ -9,6 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision
 
 from diffmm.batch import AudioBatch, ImageBatch, encoder_inputs
+from diffmm.training.accumulation import LossSum
 from diffmm.training.finetuning import FineTuneConfig
 from diffmm.training.metrics import RatioOfSums
 from diffmm.training.mixing import MixingConfig, mix
@@ -91,12 +92,13 @@ class Classification(Task):
         smooth = targets * (1.0 - label_smoothing) + 0.5 * label_smoothing
         return binary_cross_entropy_with_logits(logits, smooth, reduction="none").mean(dim=1)
 
-    def training_loss(self, batch: ImageBatch | AudioBatch, batch_idx: int) -> Tensor:
+    def loss_sum(self, batch: ImageBatch | AudioBatch, batch_idx: int) -> LossSum:
         targets = batch["labels"]
         if self.mixing is not None:
             batch, targets = self._mixed(batch, batch_idx)
         logits = self.model(*encoder_inputs(batch))
-        return self.loss(logits, targets, self.label_smoothing).mean()
+        losses = self.loss(logits, targets, self.label_smoothing)
+        return LossSum(losses.sum(), losses.new_full((), len(losses)))
 
     def make_metrics(self) -> dict[str, Metric]:
         # Labels have been checked already, and on a GPU torchmetrics' own check would wait.

@@ -147,14 +147,14 @@ def test_finetune_starts_a_new_run_from_weights(run, recipe):
 
 
 def test_a_failure_in_training_is_a_failure_and_keeps_the_run(run, recipe, monkeypatch):
-    loss = Classification.training_loss
+    loss_sum = Classification.loss_sum
 
     def fails(task, batch, batch_idx):
         if task.global_step > 0:
             raise ValueError("a bug")
-        return loss(task, batch, batch_idx)
+        return loss_sum(task, batch, batch_idx)
 
-    monkeypatch.setattr(Classification, "training_loss", fails)
+    monkeypatch.setattr(Classification, "loss_sum", fails)
     with pytest.raises(ValueError, match="a bug"):
         run("fit", "--config", recipe(), "--name", "first")
     assert Path("runs/recipe/first/config.yaml").is_file()

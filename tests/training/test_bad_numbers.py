@@ -123,19 +123,25 @@ def bad_loss(loss, task):
     return loss + float("inf")
 
 
+def changing(monkeypatch, task, change, only=None):
+    """Change the loss of a task, in every batch or in `only` one."""
+    loss_sum = type(task).loss_sum
+
+    def changed(self, batch, number):
+        found = loss_sum(self, batch, number)
+        if only not in (None, number):
+            return found
+        return found._replace(total=change(found.total, self))
+
+    monkeypatch.setattr(type(task), "loss_sum", changed)
+
+
 @pytest.mark.parametrize(("change", "kind"), [(bad_gradient, "gradient"), (bad_loss, "loss")])
 def test_one_of_the_two_is_enough(make, train, stream, monkeypatch, tmp_path, caplog, change, kind):
     """A finite loss with a gradient that is not, and the other way."""
     torch.manual_seed(3)
     task = make.task("image", optimizer=OptimizerConfig(1e-2))
-    loss = type(task).training_loss
-    monkeypatch.setattr(
-        type(task),
-        "training_loss",
-        lambda self, batch, number: (
-            change(loss(self, batch, number), self) if number == 1 else loss(self, batch, number)
-        ),
-    )
+    changing(monkeypatch, task, change, only=1)
     with_it = train(stream("..."), task=task)
     monkeypatch.undo()
     first, _, third = stream("...")
@@ -291,12 +297,7 @@ def test_with_a_gradient_scaler_infinite_gradients_are_its_own_affair(train, str
 @first_skipped
 def test_a_scale_of_one_is_no_excuse(make, train, stream, monkeypatch, tmp_path):
     task = make.task("image", optimizer=OptimizerConfig(1e-2))
-    loss = type(task).training_loss
-    monkeypatch.setattr(
-        type(task),
-        "training_loss",
-        lambda self, batch, number: bad_gradient(loss(self, batch, number), self),
-    )
+    changing(monkeypatch, task, bad_gradient)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     train(stream("...."), task=task, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
     assert [told["step"] for told in news(tmp_path)] == [3, 4]
