@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision
+from torchmetrics.classification import MulticlassAccuracy
 
 from diffmm.batch import AudioBatch, ImageBatch, encoder_inputs
 from diffmm.training.accumulation import LossSum
 from diffmm.training.finetuning import FineTuneConfig
-from diffmm.training.metrics import RatioOfSums
+from diffmm.training.metrics import MeanAveragePrecision, RatioOfSums
 from diffmm.training.mixing import MixingConfig, mix
 from diffmm.training.optimizer import OptimizerConfig
 from diffmm.training.parallel import data_share
@@ -26,7 +26,7 @@ class Classification(Task):
 
     Logs, besides what every task logs, `val/loss` (without smoothing and mixing) and
     `val/accuracy`, with more than five classes also `val/accuracy_top5`; for `multi_label`,
-    `val/mean_average_precision`, a mean over classes.
+    `val/mean_average_precision`, a mean over the classes that have a positive sample.
 
     Args:
         model: an image or audio model with `num_classes`, of this library or of timm.
@@ -104,9 +104,7 @@ class Classification(Task):
         # Labels have been checked already, and on a GPU torchmetrics' own check would wait.
         metrics: dict[str, Metric] = {"loss": RatioOfSums()}
         if self.multi_label:
-            metrics["mean_average_precision"] = MultilabelAveragePrecision(
-                self.num_classes, validate_args=False
-            )
+            metrics["mean_average_precision"] = MeanAveragePrecision(self.num_classes)
             return metrics
         top_ks = {"accuracy": 1}
         if self.num_classes > TOP_K:
