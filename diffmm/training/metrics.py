@@ -39,6 +39,8 @@ class RatioOfSums(ExactMetric):
 
     def compute(self) -> Tensor:
         """The ratio; infinite or NaN where nothing was counted."""
+        if not len(self.numerators):
+            return torch.tensor(torch.nan, device=self.device)
         total = dim_zero_cat(self.numerators).cpu().double().sum()
         return (total / self.denominator.cpu()).float().to(self.device)
 
@@ -105,6 +107,7 @@ def ranks(scores: Tensor) -> Tensor:
     """Numbers in [0, 1) that are ordered within each column as the scores `[N, K]` are: what
     torchmetrics takes for probabilities, however large the scores."""
     ordered, places = scores.sort(dim=0)
-    is_higher = ordered[1:] > ordered[:-1]
-    rank = torch.cat([torch.zeros_like(is_higher[:1]), is_higher]).cumsum(dim=0)
+    is_higher = torch.zeros_like(ordered, dtype=torch.bool)
+    is_higher[1:] = ordered[1:] > ordered[:-1]
+    rank = is_higher.cumsum(dim=0)
     return torch.zeros_like(rank).scatter(0, places, rank).double() / len(scores)

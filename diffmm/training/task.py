@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from diffmm.batch import REPEATED
 from diffmm.layers.block import Block
 from diffmm.models.backbone import Backbone
 from diffmm.models.description import MODELS, describe, unwrap
@@ -239,7 +240,11 @@ class Task(LightningModule):
             checkpoint["model"] = self.description
 
     def _evaluate(self, stage: str, batch: Any) -> None:
-        self.update_metrics(batch, dict(self.metrics[stage].items()))  # type: ignore[operator]
+        metrics = dict(self.metrics[stage].items())  # type: ignore[operator]
+        if REPEATED in batch:
+            # Other processes wait for this forward pass; what comes of it counts nowhere.
+            metrics = {name: each.to(self.device) for name, each in self.make_metrics().items()}
+        self.update_metrics(batch, metrics)
 
     def _log_metrics(self, stage: str) -> None:
         for name, metric in self.metrics[stage].items():  # type: ignore[operator]

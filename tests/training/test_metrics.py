@@ -40,6 +40,11 @@ def test_mean_average_precision_is_that_of_the_scores_order(scale):
         assert found == pytest.approx(expected, abs=1e-6)
 
 
+def test_one_sample():
+    scores, targets = torch.randn(1, 3), torch.tensor([[0.0, 1.0, 0.0]])
+    assert measured(MeanAveragePrecision(3), [1], scores, targets) == 1.0
+
+
 def test_one_class():
     scores, targets = torch.randn(12, 1), (torch.rand(12, 1) < 0.5).float()
     found = measured(MeanAveragePrecision(1), [12], scores, targets)
