@@ -48,7 +48,7 @@ def find_mistakes(values: dict[str, Any]) -> Findings:
     is_whole = isinstance(model, LightningModule) and isinstance(data, LightningDataModule)
     # A misspelt key leaves a default in its place, and that may disagree with anything.
     if is_whole and not finder.has_unknown_keys:
-        mistakes += disagreements(model, data)
+        mistakes += disagreements(model, data, (resolved.get("trainer") or {}).get("precision"))
     return Findings(
         list(dict.fromkeys(mistakes)),
         model if isinstance(model, LightningModule) else None,

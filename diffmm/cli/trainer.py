@@ -86,7 +86,9 @@ class RecipeCLI(SettingsCLI):
         try:
             if not mistakes:
                 super().__init__(**parser_settings(), args=[])
-                mistakes = disagreements(self.model, self.datamodule) if build else []
+                if build:
+                    precision = self.trainer.precision
+                    mistakes = disagreements(self.model, self.datamodule, precision)
         except REFUSALS as error:
             raise BadInput(*(find_mistakes(values).mistakes or [told(error)])) from error
         except (AttributeError, KeyError, TypeError) as error:

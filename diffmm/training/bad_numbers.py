@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ReduceOp
 from torch.optim import Optimizer
 
+from diffmm.training.checkpoints import check_weights
 from diffmm.training.sharding import gradient_norm
 from diffmm.training.stops import CleanStop, save_before_end
 
@@ -53,6 +54,8 @@ class BadNumbers(Callback):
     `bad_batch_step_00001234_rank_0.pt`; a checkpoint is saved, whose weights are those that met the
     first of the bad steps; and `TooManyBadNumbers` is raised. `diffmm.training.replay` makes the
     step again; a run that goes on from that checkpoint goes on after it.
+
+    Where the weights themselves are not finite, no step can be: `BadWeights` ends the run at once.
 
     With a gradient scaler (`16-mixed`), infinite gradients are how it finds its scale: it skips
     such a step itself and lowers the scale, which is no bad step as long as the scale is above 1.
@@ -113,6 +116,7 @@ class BadNumbers(Callback):
         if not bad_loss and not bad_norm:
             self.num_in_a_row = 0
         elif bad_loss or not scale_is_at_fault(trainer):
+            check_weights(trainer)
             # An optimizer does nothing to weights that have no gradient; clipping would fail.
             for parameter in parameters:
                 parameter.grad = None

@@ -89,7 +89,7 @@ class Classification(Task):
         logits = logits.float()
         if not self.multi_label:
             return cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
-        smooth = targets * (1.0 - label_smoothing) + 0.5 * label_smoothing
+        smooth = targets.float() * (1.0 - label_smoothing) + 0.5 * label_smoothing
         return binary_cross_entropy_with_logits(logits, smooth, reduction="none").mean(dim=1)
 
     def loss_sum(self, batch: ImageBatch | AudioBatch, batch_idx: int) -> LossSum:

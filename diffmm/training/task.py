@@ -33,6 +33,7 @@ from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
 from diffmm.training.checkpoints.progress import is_step_boundary
 from diffmm.training.finetuning import FineTuneConfig, freeze
 from diffmm.training.optimizer import OptimizerConfig, make_optimizer
+from diffmm.training.precision import exact_fields, keep_exact
 from diffmm.training.schedule import ScheduleConfig, make_scheduler
 from diffmm.training.sharding import clip_gradients, gradient_norm, is_sharded, shard
 from diffmm.training.stops import CleanStop
@@ -115,6 +116,8 @@ class Task(LightningModule):
     def setup(self, stage: str) -> None:
         if not is_sharded(self.model) and type(unwrap(self.model)) in MODELS.values():
             self.description = describe(self.model)
+        if fields := exact_fields(self.model):
+            keep_exact(self.trainer.precision_plugin, fields)
         if self.device_mesh is None:
             self._compile([self.model])
 

@@ -182,3 +182,15 @@ def test_two_processes_write_one_run(recipe, tmp_path):
     (directory,) = (tmp_path / "runs" / "recipe").iterdir()
     assert (directory / "config.yaml").is_file()
     assert done.stdout.count("run: ") == 1
+
+
+def test_weights_that_are_not_finite_end_the_run_with_one_line(run, recipe, monkeypatch):
+    def overflows(task, outputs, batch, batch_idx):
+        task.model.head.weight.data[0, 0] = float("inf")
+
+    monkeypatch.setattr(Classification, "on_train_batch_end", overflows)
+    result = run("fit", "--config", recipe(**{"trainer.max_steps": 6}))
+    assert result.code == 1
+    (line,) = result.mistakes
+    assert "weights (the first is model.head.weight) are not finite after step 1" in line
+    assert not list(Path("runs").rglob("*.ckpt"))

@@ -329,12 +329,17 @@ def test_refusals():
 def test_processes_skip_alike(run_two_processes, tmp_path):
     run_two_processes(Path(__file__).with_name("run_bad_numbers.py"), tmp_path)
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    (many, poisoned), (_, poisoned_too) = one.pop("errors"), two.pop("errors")
     assert one == two
+    # The weights of one process alone are bad: both end, and save nothing.
+    assert poisoned.startswith("weights are not finite in another process after step 2: no check")
+    assert poisoned_too.startswith("1 of 2 weights (the first is layer.bias) are not finite after")
+    assert [path.name for path in (tmp_path / "poisoned").glob("step_*")] == ["step_00000001"]
     weights = one["weights"]
     changed = [weights[step] != weights[step - 1] for step in range(1, len(weights))]
     assert changed == [False, True, False, True, False, False]
-    # One in a step, besides that of DDP itself.
-    assert set(one["num_reduces"]) == {1}
+    # One in a step, besides that of DDP itself, and in a bad one another, about the weights.
+    assert one["num_reduces"] == [1, 2, 1, 2, 1, 2, 2]
     skipped = [
         (told["step"], told["bad"], [(p["rank"], p["samples"]) for p in told["processes"]])
         for told in news(tmp_path)
@@ -349,6 +354,6 @@ def test_processes_skip_alike(run_two_processes, tmp_path):
         (6, "loss", both(5)),
         (7, "loss", both(6)[1:]),
     ]
-    assert one["error"].startswith("2 steps in a row had a loss or gradient that is not finite")
+    assert many.startswith("2 steps in a row had a loss or gradient that is not finite")
     assert [path.name for path in tmp_path.glob("*.pt")] == ["bad_batch_step_00000007_rank_1.pt"]
     assert checkpoint(tmp_path, 7)["global_step"] == 7
