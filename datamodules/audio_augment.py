@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torchaudio.transforms import Resample
 
 from datamodules.audio_sources import EXTENSIONS, AudioClips, FileClips
+from diffmm.checks import Settings
 
 Waveform = NDArray[np.float32]
 
@@ -76,7 +77,7 @@ def _resampler(from_hz: int, to_hz: int) -> Resample:
 
 
 @dataclass(frozen=True)
-class AudioAugment:
+class AudioAugment(Settings):
     """How training clips are varied; nothing is by default.
 
     Attributes:
@@ -94,6 +95,7 @@ class AudioAugment:
     noise_folder: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("gain_db", "snr_db"):
             value = getattr(self, name)
             if value is not None and not value[0] <= value[1]:

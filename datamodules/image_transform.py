@@ -8,7 +8,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
-from diffmm.checks import check_choice
+from diffmm.checks import Settings, check_choice
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -29,7 +29,7 @@ PROBABILITIES = (
 
 
 @dataclass(frozen=True)
-class ImageTransform:
+class ImageTransform(Settings):
     """How images become tensors; the words and meanings are those of `timm.data`.
 
     What is left out is taken from the source's own defaults and then from timm's, so that the
@@ -78,6 +78,7 @@ class ImageTransform:
     re_count: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) is not None:
                 check_choice(name, value, choices)

@@ -27,6 +27,7 @@ from diffmm.checks import DataError
 from diffmm.cli.agreement import disagreements
 from diffmm.cli.errors import BadInput, RunFailed, told
 from diffmm.cli.mistakes import find_mistakes
+from diffmm.cli.numbers import wrong_numbers
 from diffmm.cli.references import resolve, unused_variables
 from diffmm.cli.runs import save_config
 
@@ -80,7 +81,7 @@ class RecipeCLI(SettingsCLI):
         self.values = values
         self.build = build
         silence_noise()
-        mistakes = unused_variables(values)
+        mistakes = unused_variables(values) + wrong_numbers(values, resolve(values)[0])[0]
         # Lightning would go on without data.
         mistakes += [f"{part} is missing" for part in ("model", "data") if not values.get(part)]
         try:

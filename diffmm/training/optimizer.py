@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffmm.checks import Settings
+
 DECAYING = (nn.Linear, nn.Conv1d, nn.Conv2d)
 """Modules whose `weight` takes weight decay."""
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW (Loshchilov and Hutter 2019) and its parameter groups.
 
     Attributes:
@@ -45,6 +47,7 @@ class OptimizerConfig:
     layer_decay: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("learning_rate", "lambda_learning_rate", "eps"):
             value = getattr(self, name)
             if value is not None and not value > 0.0:
