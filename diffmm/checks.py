@@ -29,16 +29,16 @@ def did_you_mean(value: object, choices: Iterable[object]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-SMALLEST, LARGEST = 1e-30, 1e30
-"""Numbers between these, and products of two of them with others of a run, have room in float32."""
+SMALLEST, LARGEST = 1e-45, 1e30
+"""Smaller numbers are 0 in float32; larger ones leave no room in it for products with others."""
 
 MOST = 10**15
 """No count is larger."""
 
 
 def number_fault(value: object) -> str | None:
-    """What is wrong with a number that no run can mean: one that is infinite or NaN, or that would
-    become that, or 0, in float32. `None` for any other value."""
+    """What is wrong with a number that no run can mean: one that is infinite or NaN, or would become
+    that, or 0, in float32. `None` for any other value."""
     if isinstance(value, int):
         return None if abs(value) <= MOST else f"must be at most {MOST:,} in size"
     if not isinstance(value, float):

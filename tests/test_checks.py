@@ -70,6 +70,6 @@ def test_counts_too():
         ScheduleConfig(10**16)
 
 
-@pytest.mark.parametrize("value", [0, -1, 10**15, 0.0, -0.0, 1e-30, -1e30, True, None, "nan", []])
+@pytest.mark.parametrize("value", [0, -1, 10**15, 0.0, -0.0, 1e-45, -1e30, True, None, "nan", []])
 def test_other_values_are_no_fault(value):
     assert number_fault(value) is None

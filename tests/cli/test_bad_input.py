@@ -63,7 +63,7 @@ IMAGE = {
     ),
     "a number that float32 has no room for": (
         {"model.optimizer.betas": [0.9, 1e-300]},
-        "model.init_args.optimizer.betas.1 must be 0, or between 1e-30 and 1e+30 in size, got "
+        "model.init_args.optimizer.betas.1 must be 0, or between 1e-45 and 1e+30 in size, got "
         "1e-300",
     ),
     "a count beyond all counts": (
