@@ -247,6 +247,12 @@ class TextData(SeededDataModule):
         self, source: HuggingFaceText, low: float, high: float, state: StreamState | None = None
     ) -> StreamedWindows:
         """Windows of a streamed source, endless with a `state` to begin at."""
+        trainer: Any = self.trainer
+        if trainer is not None and trainer.overfit_batches and trainer.state.fn == "fit":
+            raise ValueError(
+                f"overfit_batches learns the first batches by heart, and a stream does not come "
+                f"back to them: {source!r} needs streaming=False for it"
+            )
         if source not in self._opened:
             self._opened[source] = Shards(source, self.triage())
         shards = self._opened[source]

@@ -37,7 +37,7 @@ MOST = 10**15
 
 
 def number_fault(value: object) -> str | None:
-    """What is wrong with a number that no run can mean: one that is infinite or NaN, or would become
+    """What is wrong with a number that no run can mean: one that is infinite or NaN, or would be
     that, or 0, in float32. `None` for any other value."""
     if isinstance(value, int):
         return None if abs(value) <= MOST else f"must be at most {MOST:,} in size"
