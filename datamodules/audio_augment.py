@@ -8,10 +8,11 @@ import numpy as np
 from datamodules.audio_clips import EXTENSIONS, FileClips
 from datamodules.audio_reader import ClipReader, Waveform
 from datamodules.files import list_files
+from diffmm.checks import Settings
 
 
 @dataclass(frozen=True)
-class AudioAugment:
+class AudioAugment(Settings):
     """How training clips are varied; nothing is by default.
 
     Attributes:
@@ -29,6 +30,7 @@ class AudioAugment:
     noise_folder: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("gain_db", "snr_db"):
             value = getattr(self, name)
             if value is not None and not value[0] <= value[1]:

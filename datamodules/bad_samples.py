@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from datamodules.files import check_file
-from diffmm.checks import DataError, check_choice
+from diffmm.checks import DataError, Settings, check_choice
 
 QUARANTINE_NAME = "quarantine.txt"
 LEAST_READ = 100
@@ -40,7 +40,7 @@ class TooManyBadSamplesError(DataError):
 
 
 @dataclass(frozen=True)
-class BadSamples:
+class BadSamples(Settings):
     """What a run does about samples that cannot be read, naming each with its file in one line.
 
     Attributes:
@@ -63,6 +63,7 @@ class BadSamples:
     quarantine_file: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("bad_samples.policy", self.policy, ("raise", "substitute", "quarantine"))
         if not 0.0 <= self.max_bad_fraction <= 1.0:
             raise ValueError(

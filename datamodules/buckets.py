@@ -48,7 +48,6 @@ class BucketSampler(EpochSampler):
             seed=seed,
             rank=rank,
             world_size=world_size,
-            drop_last=True,
         )
         self.lengths = np.asarray(lengths)
         self.global_batch_size = batch_size * world_size

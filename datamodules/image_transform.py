@@ -13,7 +13,7 @@ from timm.data import (
 )
 from torch import Tensor
 
-from diffmm.checks import check_choice
+from diffmm.checks import Settings, check_choice
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -34,7 +34,7 @@ PROBABILITIES = (
 
 
 @dataclass(frozen=True)
-class ImageTransform:
+class ImageTransform(Settings):
     """How images become tensors; the words and meanings are those of `timm.data`.
 
     What is left out is taken from the source's own defaults and then from timm's, so that the
@@ -83,6 +83,7 @@ class ImageTransform:
     re_count: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) is not None:
                 check_choice(name, value, choices)

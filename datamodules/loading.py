@@ -8,7 +8,8 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from datamodules.bad_samples import BadSamples, Triage
-from datamodules.sampling import EpochSampler, EvaluationSampler, SeededDataset
+from datamodules.evaluation import EvaluationLoader, EvaluationSampler
+from datamodules.sampling import EpochSampler, OverfitSampler, SeededDataset
 from diffmm.workers import WorkerLoader, ignore_stop_signals
 
 Collate = Callable[[list[Any]], Any]
@@ -87,19 +88,24 @@ class SeededDataModule(LightningDataModule):
             seed=self.seed,
             rank=self.rank,
             world_size=self.world_size,
-            drop_last=True,
         )
         return self._sampled_loader(dataset, collate, sampler)
 
     def evaluation_loader(
         self, dataset: Dataset[Any], collate: Collate | None = None
     ) -> DataLoader[Any]:
-        """All of `dataset` in order, the same in every epoch."""
-        if isinstance(dataset, IterableDataset):
-            return self._loader(dataset, collate)
-        assert isinstance(dataset, Sized)
-        sampler = EvaluationSampler(len(dataset), rank=self.rank, world_size=self.world_size)
-        return self._loader(dataset, collate, sampler=sampler)
+        """All of `dataset` in order, the same in every epoch: on several processes each sample in
+        one of them, in as many batches everywhere (see `datamodules.evaluation`)."""
+        sampler = None
+        if not isinstance(dataset, IterableDataset):
+            assert isinstance(dataset, Sized)
+            sampler = EvaluationSampler(
+                len(dataset),
+                batch_size=self.batch_size,
+                rank=self.rank,
+                world_size=self.world_size,
+            )
+        return self._loader(EvaluationLoader, dataset, collate, sampler=sampler)
 
     def state_dict(self) -> dict[str, Any]:
         """Where training stands in the data, for a checkpoint between two batches; the same on
@@ -126,12 +132,20 @@ class SeededDataModule(LightningDataModule):
     def _sampled_loader(
         self, dataset: Dataset[Any], collate: Collate | None, sampler: EpochSampler
     ) -> DataLoader[Any]:
-        """The training loader of samples in the order of `sampler`."""
+        """The training loader of samples in the order of `sampler`, or of what `overfit_batches`
+        wants again and again."""
+        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            sampler = OverfitSampler(
+                len(sampler.dataset),  # type: ignore[arg-type]
+                seed=self.seed,
+                rank=self.rank,
+                world_size=self.world_size,
+            )
         if self._restored:
             self._check_batch_size(self._restored["global_batch_size"])
             sampler.load_state_dict(self._restored)
         self._sampler, self._restored = sampler, None
-        return self._loader(dataset, collate, sampler=sampler, drop_last=True)
+        return self._loader(WorkerLoader, dataset, collate, sampler=sampler, drop_last=True)
 
     def _check_batch_size(self, then: int) -> None:
         now = self.batch_size * self.world_size
@@ -148,6 +162,7 @@ class SeededDataModule(LightningDataModule):
 
     def _loader(
         self,
+        kind: type[WorkerLoader[Any]],
         dataset: Dataset[Any],
         collate: Collate | None,
         *,
@@ -156,7 +171,7 @@ class SeededDataModule(LightningDataModule):
     ) -> DataLoader[Any]:
         if isinstance(dataset, SeededDataset):
             dataset.triage = self.triage()
-        return WorkerLoader(
+        return kind(
             dataset,
             sampler=sampler,
             drop_last=drop_last,

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
 from datamodules.bad_samples import BadSampleError, BadSamples, Triage
 
@@ -126,6 +126,7 @@ class EpochSampler(DistributedSampler[SampleKey]):
 
     Process `r` of `W` takes every `W`-th sample of the epoch's order, beginning with the `r`-th:
     batch `k` of all processes together is batch `k` of one process with a batch `W` times as large.
+    Where `W` does not divide the number of samples, the last of the order are left out.
 
     A run that stopped within an epoch goes on where it was: `load_state_dict` takes the epoch and
     the `position` in it, the number of samples consumed by all processes together (so the number
@@ -140,8 +141,6 @@ class EpochSampler(DistributedSampler[SampleKey]):
         shuffle: a new order each epoch, drawn from `(seed, epoch)`; otherwise in order of index.
         seed: of the order, at least 0.
         rank, world_size: this process, and how many there are.
-        drop_last: what to do where `world_size` does not divide `num_samples`: leave out the last
-            samples of the order, or (false) begin the order again to fill up.
 
     Raises:
         ValueError: if no sample would be left for a process, or `rank` is not one of them.
@@ -155,9 +154,8 @@ class EpochSampler(DistributedSampler[SampleKey]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        drop_last: bool = False,
     ) -> None:
-        if num_samples < (world_size if drop_last else 1):
+        if num_samples < world_size:
             raise ValueError(f"{num_samples} samples cannot be shared among {world_size} processes")
         super().__init__(
             range(num_samples),  # type: ignore[arg-type]  # only its length is asked for
@@ -165,7 +163,7 @@ class EpochSampler(DistributedSampler[SampleKey]):
             rank=rank,
             shuffle=shuffle,
             seed=seed,
-            drop_last=drop_last,
+            drop_last=True,
         )
         self._num_all_samples = num_samples
         self._position = 0
@@ -174,8 +172,7 @@ class EpochSampler(DistributedSampler[SampleKey]):
         order = np.arange(self._num_all_samples)
         if self.shuffle:
             order = sample_rng(self.seed, self.epoch).permutation(order)
-        order = np.resize(order, self.total_size)  # cuts, or begins again
-        for index in order[self._position + self.rank :: self.num_replicas]:
+        for index in order[self._position + self.rank : self.total_size : self.num_replicas]:
             yield self.epoch, int(index)
 
     def set_epoch(self, epoch: int) -> None:
@@ -211,15 +208,17 @@ class EpochSampler(DistributedSampler[SampleKey]):
         return {"samples": self._num_all_samples, "seed": self.seed, "shuffle": self.shuffle}
 
 
-class EvaluationSampler(EpochSampler):
-    """Every sample in order, the same in every epoch.
+class OverfitSampler(EpochSampler, SequentialSampler):
+    """The first samples in order, drawn alike in every epoch: what `overfit_batches` learns by
+    heart. It is a `SequentialSampler`, so that Lightning keeps it, and its place in the epoch.
 
-    On several processes the first samples are repeated where needed for equal shares (no collective
-    may wait for a process that has run out); on one process each sample comes exactly once.
+    Args:
+        num_samples, seed, rank, world_size: as in `EpochSampler`.
     """
 
-    def __init__(self, num_samples: int, *, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__(num_samples, shuffle=False, rank=rank, world_size=world_size)
+    def __init__(self, num_samples: int, *, seed: int, rank: int, world_size: int) -> None:
+        super().__init__(num_samples, shuffle=False, seed=seed, rank=rank, world_size=world_size)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Evaluation does not depend on the epoch."""
+    def __iter__(self) -> Iterator[SampleKey]:  # type: ignore[override]
+        for _, index in super().__iter__():
+            yield 0, index

@@ -81,11 +81,11 @@ class TextData(SeededDataModule):
         seed: of the order and the masks.
         cache_dir: keep the tokenized source in a file there and map it, for one that is slow to
             tokenize or too large for memory; by default it is held in memory.
-
-        stream_shares: into how many shares a streamed source is cut, by default one a worker of
-            all processes. A run can go on with other numbers of processes and workers where their
-            product divides it; and with the same number its batches are the same. A share holds
-            `shuffle_buffer` rows in memory.
+        stream_shares: into how many shares a streamed source is cut. In training by default one a
+            worker of all processes; a run can go on with other numbers of processes and workers
+            where their product divides it, and with the same number its batches are the same. A
+            share holds `shuffle_buffer` rows in memory. In evaluation, which packs each share for
+            itself, by default one a file: the result is the same for every number of processes.
         bad_samples: what to do about files that are not text: by default to stop, otherwise to
             leave out the file, or what follows in it where it is streamed.
 
@@ -225,7 +225,7 @@ class TextData(SeededDataModule):
         if dataset is None:
             return []
         if isinstance(dataset, StreamedWindows):
-            return self._loader(dataset, partial(collate_windows, self._task.collate))
+            return self.evaluation_loader(dataset, partial(collate_windows, self._task.collate))
         return self.evaluation_loader(dataset, self._task.collate)
 
     def _dataset(self, split: Split) -> TextWindows | StreamedWindows | None:
@@ -250,14 +250,23 @@ class TextData(SeededDataModule):
         self, source: HuggingFaceText, low: float, high: float, state: StreamState | None = None
     ) -> StreamedWindows:
         """Windows of a streamed source, endless with a `state` to begin at."""
+        trainer: Any = self.trainer
+        if trainer is not None and trainer.overfit_batches and trainer.state.fn == "fit":
+            raise ValueError(
+                f"overfit_batches learns the first batches by heart, and a stream does not come "
+                f"back to them: {source!r} needs streaming=False for it"
+            )
         if source not in self._opened:
             self._opened[source] = Shards(source, self.triage())
+        shards = self._opened[source]
+        # Evaluation does not depend on how many processes and workers share it.
+        num_shares = state["num_shares"] if state else self.stream_shares or len(shards)
         triage = self.triage()
         if state is not None:
             triage.quarantined = frozenset(state["quarantined"])
         shares = partial(
             StreamShare,
-            self._opened[source],
+            shards,
             self._task,
             low=low,
             high=high,
@@ -267,7 +276,7 @@ class TextData(SeededDataModule):
         return StreamedWindows(
             shares,
             self._task,
-            num_shares=state["num_shares"] if state else self._num_loaders,
+            num_shares=num_shares,
             turn_size=state["turn_size"] if state else None,
             turns_a_batch=self.batch_size // state["turn_size"] if state else 1,
             rank=self.rank,

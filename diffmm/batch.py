@@ -11,6 +11,10 @@ from torch import Tensor
 IGNORE_INDEX = -100
 """A target with this value takes no part in the loss."""
 
+REPEATED = "repeated"
+"""In a batch of any kind that has this key, `[B]` booleans and all true, nothing counts: other
+processes have samples left to evaluate where this one has none."""
+
 
 class TextBatch(TypedDict):
     """Token sequences and what is to be predicted at each position."""

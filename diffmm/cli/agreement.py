@@ -1,10 +1,11 @@
-"""What the model and the data of a recipe must say alike."""
+"""What the model, the data and the trainer of a recipe must say alike."""
 
 from typing import Any
 
 
-def disagreements(model: Any, data: Any) -> list[str]:
-    """What the model and the data of a recipe say differently of the same thing."""
+def disagreements(model: Any, data: Any, precision: object) -> list[str]:
+    """What the model and the data of a recipe say differently of the same thing, and what the
+    trainer's `precision` does not suit."""
     config: Any = getattr(getattr(model, "model", None), "config", None)
     config = getattr(config, "encoder", config)
     found = []
@@ -30,6 +31,16 @@ def disagreements(model: Any, data: Any) -> list[str]:
     causal, objective = getattr(config, "causal", None), getattr(data, "objective", None)
     if causal is not None and objective is not None and causal != (objective == "causal"):
         found.append(f"data.init_args.objective={objective!r}, but the model's causal is {causal}")
+    optimizer = getattr(model, "optimizer_config", None)
+    if precision == "16-true" and optimizer is not None:
+        import torch
+
+        from diffmm.training.optimizer import check_eps
+
+        try:
+            check_eps(optimizer.eps, torch.float16)
+        except ValueError as error:
+            found.append(f"model.init_args.optimizer.eps: {error}")
     return found
 
 

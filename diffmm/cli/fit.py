@@ -157,8 +157,8 @@ def train(
 
     Raises:
         BadInput: before the first step, leaving nothing behind.
-        RunFailed: if there were too many bad numbers or samples, checkpoints that could not be
-            written, or not enough memory.
+        RunFailed: if there were too many bad numbers or samples, weights that are not finite,
+            checkpoints that could not be written, or not enough memory.
     """
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -170,7 +170,7 @@ def train(
         refusing_before_training,
     )
     from diffmm.training.bad_numbers import TooManyBadNumbers
-    from diffmm.training.checkpoints import SaveFailed
+    from diffmm.training.checkpoints import BadWeights, SaveFailed
 
     cli = RecipeCLI({**values, "run_dir": str(run_dir)})
     if checkpoint is not None:
@@ -191,7 +191,7 @@ def train(
             )
     except SIGTERMException as stop:
         code, message = int(stop.code or 0), f"stopped: go on with `diffmm fit --resume {run_dir}`"
-    except (TooManyBadNumbers, SaveFailed) as error:
+    except (TooManyBadNumbers, BadWeights, SaveFailed) as error:
         raise RunFailed(str(error)) from error
     except Exception as error:
         if not is_out_of_memory(error):

@@ -18,6 +18,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from diffmm.checks import did_you_mean
 from diffmm.cli.agreement import disagreements
 from diffmm.cli.errors import told
+from diffmm.cli.numbers import wrong_numbers
 from diffmm.cli.references import UNKNOWN, resolve, unused_variables
 from diffmm.cli.settings import CLASS_KEYS
 
@@ -38,6 +39,8 @@ def find_mistakes(values: dict[str, Any]) -> Findings:
     """Look for all mistakes in the values of a recipe (see `diffmm.cli.settings.load`)."""
     resolved, mistakes = resolve(values)
     mistakes += unused_variables(values)
+    wrong, resolved = wrong_numbers(values, resolved)
+    mistakes += wrong
     finder = _Finder(mistakes)
     finder.check_keys(resolved, TOP, "")
     finder.check(resolved.get("seed_everything", True), bool | int, "seed_everything")
@@ -48,7 +51,7 @@ def find_mistakes(values: dict[str, Any]) -> Findings:
     is_whole = isinstance(model, LightningModule) and isinstance(data, LightningDataModule)
     # A misspelt key leaves a default in its place, and that may disagree with anything.
     if is_whole and not finder.has_unknown_keys:
-        mistakes += disagreements(model, data)
+        mistakes += disagreements(model, data, (resolved.get("trainer") or {}).get("precision"))
     return Findings(
         list(dict.fromkeys(mistakes)),
         model if isinstance(model, LightningModule) else None,

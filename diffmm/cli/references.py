@@ -21,7 +21,7 @@ def resolve(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     A broken one is replaced by `UNKNOWN`.
     """
     unreadable = {path: told for path, value in walk(values) if (told := _unreadable(value))}
-    tree = OmegaConf.create(_without(values, unreadable))
+    tree = OmegaConf.create(without(values, unreadable, instead=None))
     names = [".".join(map(str, path)) for path, _ in walk(values)]
     mistakes = [f"{'.'.join(map(str, path))}: {told}" for path, told in unreadable.items()]
 
@@ -71,6 +71,19 @@ def walk(
             yield from walk(item, (*path, index))
 
 
+def without(
+    value: Any, left_out: Container[tuple[str | int, ...]], *path: str | int, instead: Any
+) -> Any:
+    """A tree with something else in place of some of its nodes."""
+    if path in left_out:
+        return instead
+    if isinstance(value, dict):
+        return {k: without(item, left_out, *path, k, instead=instead) for k, item in value.items()}
+    if isinstance(value, list):
+        return [without(item, left_out, *path, i, instead=instead) for i, item in enumerate(value)]
+    return value
+
+
 def _unreadable(value: Any) -> str | None:
     """Why a leaf of a tree, such as `${vars.`, can be no value; `None` if it can."""
     if isinstance(value, dict | list):
@@ -80,17 +93,6 @@ def _unreadable(value: Any) -> str | None:
     except OmegaConfBaseException as error:
         return f"{value} cannot be read: {str(error).splitlines()[0]}"
     return None
-
-
-def _without(value: Any, left_out: Container[tuple[str | int, ...]], *path: str | int) -> Any:
-    """A tree with nothing in place of some of its nodes."""
-    if path in left_out:
-        return None
-    if isinstance(value, dict):
-        return {key: _without(item, left_out, *path, key) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without(item, left_out, *path, index) for index, item in enumerate(value)]
-    return value
 
 
 def _told(

@@ -27,6 +27,7 @@ from diffmm.checks import DataError
 from diffmm.cli.agreement import disagreements
 from diffmm.cli.errors import BadInput, RunFailed, told
 from diffmm.cli.mistakes import find_mistakes
+from diffmm.cli.numbers import wrong_numbers
 from diffmm.cli.references import resolve, unused_variables
 from diffmm.cli.runs import save_config
 
@@ -80,13 +81,15 @@ class RecipeCLI(SettingsCLI):
         self.values = values
         self.build = build
         silence_noise()
-        mistakes = unused_variables(values)
+        mistakes = unused_variables(values) + wrong_numbers(values, resolve(values)[0])[0]
         # Lightning would go on without data.
         mistakes += [f"{part} is missing" for part in ("model", "data") if not values.get(part)]
         try:
             if not mistakes:
                 super().__init__(**parser_settings(), args=[])
-                mistakes = disagreements(self.model, self.datamodule) if build else []
+                if build:
+                    precision = self.trainer.precision
+                    mistakes = disagreements(self.model, self.datamodule, precision)
         except REFUSALS as error:
             raise BadInput(*(find_mistakes(values).mistakes or [told(error)])) from error
         except (AttributeError, KeyError, TypeError) as error:

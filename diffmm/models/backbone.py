@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffmm.checks import check_choice
+from diffmm.checks import Settings, check_choice
 from diffmm.layers.attention import ATTENTIONS, Attention
 from diffmm.layers.block import Block
 from diffmm.layers.cache import KVCache
@@ -24,7 +24,7 @@ ROPE_AXES = {"none": 0, "1d": 1, "2d": 2}
 
 
 @dataclass(frozen=True)
-class BackboneConfig:
+class BackboneConfig(Settings):
     """Everything that decides a backbone, checked when it is made.
 
     Attributes:
@@ -90,6 +90,7 @@ class BackboneConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("dim", "depth", "num_heads", "num_kv_heads", "head_dim", "feed_forward_width"):
             value = getattr(self, name)
             if value is not None and value < 1:

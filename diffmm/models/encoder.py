@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from diffmm.checks import check_choice
+from diffmm.checks import Settings, check_choice
 from diffmm.layers.norm import widen
 from diffmm.layers.positions import Grid, LearnedPositions, resample
 from diffmm.models.backbone import Backbone, BackboneConfig, init_weights
@@ -18,7 +18,7 @@ POOLS = ("cls", "mean")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
+class EncoderConfig(Settings):
     """What the configs of image and audio models share.
 
     Attributes:
@@ -41,6 +41,7 @@ class EncoderConfig:
     learned_positions: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("num_classes", "num_registers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")

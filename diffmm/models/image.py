@@ -127,7 +127,7 @@ class ImageModel(Encoder):
     def embed(self, images: Tensor) -> Embedded:
         """`[B, C, H, W]` to patch tokens, row by row."""
         self._check(images)
-        tokens = self.patch_embedding(images)
+        tokens = self.patch_embedding(images.to(self.patch_embedding.proj.weight.dtype))
         if self.positions is not None:
             tokens = tokens + self.positions(tokens.shape[1])
         reference = self.config.grid_of("rope_image_size")

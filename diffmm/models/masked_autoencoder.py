@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffmm.checks import Settings
 from diffmm.layers.positions import LearnedPositions
 from diffmm.models.audio import NO_PATCHES, AudioConfig, AudioModel
 from diffmm.models.backbone import Backbone, BackboneConfig, init_weights
@@ -19,7 +20,7 @@ ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
-class MaskedAutoencoderConfig:
+class MaskedAutoencoderConfig(Settings):
     """Everything that decides a masked autoencoder.
 
     Attributes:
@@ -41,6 +42,7 @@ class MaskedAutoencoderConfig:
     normalize_targets: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 < self.mask_ratio < 1.0:
             raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}")
         if self.encoder.num_classes:

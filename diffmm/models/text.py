@@ -4,13 +4,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from diffmm.checks import Settings
 from diffmm.layers.cache import KVCache
 from diffmm.models.backbone import Backbone, BackboneConfig
 from diffmm.ops import AttentionMask
 
 
 @dataclass(frozen=True)
-class TextConfig:
+class TextConfig(Settings):
     """Everything that decides a text model.
 
     Attributes:
@@ -31,6 +32,7 @@ class TextConfig:
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("vocab_size", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

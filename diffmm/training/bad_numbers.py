@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import ReduceOp
 from torch.optim import Optimizer
 
+from diffmm.training.checkpoints import check_weights
 from diffmm.training.sharding import gradient_norm
 from diffmm.training.stops import CleanStop, save_before_end
 
@@ -45,13 +46,16 @@ class BadNumbers(Callback):
     `default_root_dir`: the step (counted from 1: the number of the checkpoint after it), and of
     each process at fault its rank, losses and sample ids (`batch["index"]`): those of the
     micro-batches whose loss is not finite, or of all where only the gradient is not (then every
-    process is listed: gradients have been averaged when they are looked at). The running count is
-    logged as `train/skipped_steps` once there is any.
+    process is listed: gradients have been averaged when they are looked at). A task's losses are
+    over the targets of the step's first micro-batch. The running count is logged as
+    `train/skipped_steps` once there is any.
 
     When the run stops, each process at fault writes the last step's micro-batches to
     `bad_batch_step_00001234_rank_0.pt`; a checkpoint is saved, whose weights are those that met the
     first of the bad steps; and `TooManyBadNumbers` is raised. `diffmm.training.replay` makes the
     step again; a run that goes on from that checkpoint goes on after it.
+
+    Where the weights themselves are not finite, no step can be: `BadWeights` ends the run at once.
 
     With a gradient scaler (`16-mixed`), infinite gradients are how it finds its scale: it skips
     such a step itself and lowers the scale, which is no bad step as long as the scale is above 1.
@@ -108,10 +112,11 @@ class BadNumbers(Callback):
     ) -> None:
         parameters = list(trainer.precision_plugin.main_params(optimizer))
         self.norm = gradient_norm(parameters)
-        bad_loss, bad_norm = self._agree(trainer, self.norm)
+        bad_loss, bad_norm = self._agree(trainer, pl_module, self.norm)
         if not bad_loss and not bad_norm:
             self.num_in_a_row = 0
         elif bad_loss or not scale_is_at_fault(trainer):
+            check_weights(trainer)
             # An optimizer does nothing to weights that have no gradient; clipping would fail.
             for parameter in parameters:
                 parameter.grad = None
@@ -144,10 +149,15 @@ class BadNumbers(Callback):
         self._window, self._losses, self._statistics = [], [], []
         self.norm = self._report = None
 
-    def _agree(self, trainer: Trainer, norm: Tensor) -> tuple[bool, bool]:
+    def _agree(
+        self, trainer: Trainer, pl_module: LightningModule, norm: Tensor
+    ) -> tuple[bool, bool]:
         """Whether the loss or the gradient is bad in any process; the one wait for the GPU."""
         stop = next((c for c in trainer.callbacks if isinstance(c, CleanStop)), None)  # type: ignore[attr-defined]
-        losses = torch.stack([*self._losses, norm.new_zeros(())])
+        # What came before a resume, within this step, is in the task's sum alone.
+        accumulated = getattr(pl_module, "accumulated", None)
+        before = [] if accumulated is None else [accumulated.total.to(norm)]
+        losses = torch.stack([*self._losses, *before, norm.new_zeros(())])
         flags = torch.stack(
             [
                 losses.isfinite().logical_not().any().to(norm),

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy, MultilabelAveragePrecision
+from torchmetrics.classification import MulticlassAccuracy
 
 from diffmm.batch import AudioBatch, ImageBatch, encoder_inputs
+from diffmm.training.accumulation import LossSum
 from diffmm.training.finetuning import FineTuneConfig
-from diffmm.training.metrics import RatioOfSums
+from diffmm.training.metrics import MeanAveragePrecision, RatioOfSums
 from diffmm.training.mixing import MixingConfig, mix
 from diffmm.training.optimizer import OptimizerConfig
 from diffmm.training.parallel import data_share
@@ -25,7 +26,7 @@ class Classification(Task):
 
     Logs, besides what every task logs, `val/loss` (without smoothing and mixing) and
     `val/accuracy`, with more than five classes also `val/accuracy_top5`; for `multi_label`,
-    `val/mean_average_precision`, a mean over classes.
+    `val/mean_average_precision`, a mean over the classes that have a positive sample.
 
     Args:
         model: an image or audio model with `num_classes`, of this library or of timm.
@@ -88,23 +89,22 @@ class Classification(Task):
         logits = logits.float()
         if not self.multi_label:
             return cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
-        smooth = targets * (1.0 - label_smoothing) + 0.5 * label_smoothing
+        smooth = targets.float() * (1.0 - label_smoothing) + 0.5 * label_smoothing
         return binary_cross_entropy_with_logits(logits, smooth, reduction="none").mean(dim=1)
 
-    def training_loss(self, batch: ImageBatch | AudioBatch, batch_idx: int) -> Tensor:
+    def loss_sum(self, batch: ImageBatch | AudioBatch, batch_idx: int) -> LossSum:
         targets = batch["labels"]
         if self.mixing is not None:
             batch, targets = self._mixed(batch, batch_idx)
         logits = self.model(*encoder_inputs(batch))
-        return self.loss(logits, targets, self.label_smoothing).mean()
+        losses = self.loss(logits, targets, self.label_smoothing)
+        return LossSum(losses.sum(), losses.new_full((), len(losses)))
 
     def make_metrics(self) -> dict[str, Metric]:
         # Labels have been checked already, and on a GPU torchmetrics' own check would wait.
         metrics: dict[str, Metric] = {"loss": RatioOfSums()}
         if self.multi_label:
-            metrics["mean_average_precision"] = MultilabelAveragePrecision(
-                self.num_classes, validate_args=False
-            )
+            metrics["mean_average_precision"] = MeanAveragePrecision(self.num_classes)
             return metrics
         top_ks = {"accuracy": 1}
         if self.num_classes > TOP_K:

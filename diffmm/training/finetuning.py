@@ -5,9 +5,11 @@ from typing import Literal
 
 from torch import nn
 
+from diffmm.checks import Settings
+
 
 @dataclass(frozen=True)
-class FineTuneConfig:
+class FineTuneConfig(Settings):
     """How a run starts from weights, and what it then leaves as it is.
 
     Attributes:
@@ -27,6 +29,7 @@ class FineTuneConfig:
     freeze: int | Literal["all_but_head"] = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.freeze != "all_but_head" and (
             not isinstance(self.freeze, int) or isinstance(self.freeze, bool) or self.freeze < 0
         ):

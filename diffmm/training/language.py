@@ -10,15 +10,16 @@ from torchmetrics import Metric
 from diffmm.batch import IGNORE_INDEX, TextBatch
 from diffmm.models.text import TextModel
 from diffmm.ops import AttentionMask
+from diffmm.training.accumulation import LossSum
 from diffmm.training.finetuning import FineTuneConfig
 from diffmm.training.metrics import Perplexity, RatioOfSums
 from diffmm.training.optimizer import OptimizerConfig
 from diffmm.training.schedule import ScheduleConfig
-from diffmm.training.task import Task, check_range, mean_over_processes
+from diffmm.training.task import Task, check_range
 
 
 class LanguageTask(Task):
-    """Cross-entropy of the batch's targets, a mean over all of them in all processes.
+    """Cross-entropy of the batch's targets, a mean over all of them in an optimizer step.
 
     Logs, besides what every task logs, `val/loss` (nats a target), `val/perplexity` (its exponent)
     and `val/bits_per_byte` (bits that all targets take over the bytes they stand for, which
@@ -79,10 +80,9 @@ class LanguageTask(Task):
         )
         return losses.view_as(batch["targets"])
 
-    def training_loss(self, batch: TextBatch, batch_idx: int) -> Tensor:
-        # Every target weighs the same, whichever process has it: hence one count for all.
+    def loss_sum(self, batch: TextBatch, batch_idx: int) -> LossSum:
         count = (batch["targets"] != IGNORE_INDEX).sum().float()
-        return self.losses(batch).sum() / mean_over_processes(self, count).clamp(min=1.0)
+        return LossSum(self.losses(batch).sum(), count)
 
     def make_metrics(self) -> dict[str, Metric]:
         return {"loss": RatioOfSums(), "perplexity": Perplexity(), "bits_per_byte": RatioOfSums()}

@@ -9,18 +9,20 @@ from torchmetrics import Metric
 
 from diffmm.batch import AudioBatch, ImageBatch, encoder_inputs
 from diffmm.models.masked_autoencoder import MaskedAutoencoder, MaskedPrediction
+from diffmm.training.accumulation import LossSum
 from diffmm.training.finetuning import FineTuneConfig
 from diffmm.training.metrics import RatioOfSums
 from diffmm.training.optimizer import OptimizerConfig
 from diffmm.training.schedule import ScheduleConfig
-from diffmm.training.task import Task, mean_over_processes
+from diffmm.training.task import Task
 
 NOISE = "mask_noise"
 """Where a batch carries the noise that decides which patches are hidden, `[B, N]` in [0, 1)."""
 
 
 class MaskedAutoencoding(Task):
-    """Squared error over hidden patches (He et al. 2022), a mean over all of them in all processes.
+    """Squared error over hidden patches (He et al. 2022), a mean over all of them in an optimizer
+    step.
 
     Which patches of a sample are hidden is drawn from the seed, the epoch and the sample's index,
     so that it depends on neither batches nor processes and a resumed run hides the same; in
@@ -66,10 +68,10 @@ class MaskedAutoencoding(Task):
         """What the model makes of a batch."""
         return self.model(*encoder_inputs(batch), noise=batch.get(NOISE))
 
-    def training_loss(self, batch: ImageBatch | AudioBatch, batch_idx: int) -> Tensor:
+    def loss_sum(self, batch: ImageBatch | AudioBatch, batch_idx: int) -> LossSum:
         loss, _, mask = self.predicted(batch)
         count = mask.sum().float()
-        return loss * count / mean_over_processes(self, count).clamp(min=1.0)
+        return LossSum(loss * count, count)
 
     def make_metrics(self) -> dict[str, Metric]:
         return {"loss": RatioOfSums()}

@@ -3,10 +3,20 @@
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.functional.classification import multilabel_average_precision
 from torchmetrics.utilities import dim_zero_cat
 
 
-class RatioOfSums(Metric):
+class ExactMetric(Metric):
+    """A metric whose states stay float32 and int64, whatever its task is cast to."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the state of a process without any sample, when processes put theirs together."""
+        return torch.float32
+
+
+class RatioOfSums(ExactMetric):
     """`sum(numerators) / sum(denominators)` over all batches and processes.
 
     A mean that is exact however samples fall into batches: nats a token, bits a byte. The sums of
@@ -29,6 +39,8 @@ class RatioOfSums(Metric):
 
     def compute(self) -> Tensor:
         """The ratio; infinite or NaN where nothing was counted."""
+        if not len(self.numerators):
+            return torch.tensor(torch.nan, device=self.device)
         total = dim_zero_cat(self.numerators).cpu().double().sum()
         return (total / self.denominator.cpu()).float().to(self.device)
 
@@ -38,3 +50,64 @@ class Perplexity(RatioOfSums):
 
     def compute(self) -> Tensor:
         return torch.exp(super().compute())
+
+
+class MeanAveragePrecision(ExactMetric):
+    """The mean over classes of the average precision, `sum_n (R_n - R_(n-1)) P_n`, where precision
+    `P_n` and recall `R_n` are those of the samples that score at least the `n`-th highest score.
+
+    Scores may be logits of any size: only their order counts, and they are kept as they come, so
+    that neither batches nor a saturated sigmoid change the result. Samples with the same score
+    come in together. Classes without a positive sample have no recall and are left out of the mean;
+    it is NaN if no class has one, or if a score is NaN.
+
+    It keeps 8 bytes per sample and class: 84 MB for AudioSet's 20,000 clips of 527 classes.
+
+    Args:
+        num_classes: at least 1.
+    """
+
+    full_state_update = False
+    scores: list[Tensor]
+    targets: list[Tensor]
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        # Flat, as torchmetrics takes the states of a process without any sample to be.
+        self.add_state("scores", default=[], dist_reduce_fx="cat")
+        self.add_state("targets", default=[], dist_reduce_fx="cat")
+
+    def update(self, scores: Tensor, targets: Tensor) -> None:
+        """Add a batch: `[B, num_classes]` scores, and as many zeros and ones."""
+        self.scores.append(scores.detach().float().flatten())
+        self.targets.append(targets.float().flatten())
+
+    def compute(self) -> Tensor:
+        """The mean, in [0, 1] or NaN."""
+        if not len(self.scores):
+            return torch.tensor(torch.nan, device=self.device)
+        scores, targets = (
+            dim_zero_cat(state).cpu().view(-1, self.num_classes)
+            for state in (self.scores, self.targets)
+        )
+        is_present = targets.any(dim=0)
+        if not is_present.any() or scores.isnan().any():
+            return torch.tensor(torch.nan, device=self.device)
+        mean = multilabel_average_precision(
+            ranks(scores[:, is_present]),
+            targets[:, is_present].long(),
+            num_labels=int(is_present.sum()),
+            validate_args=False,
+        )
+        return mean.float().to(self.device)
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """Numbers in [0, 1) that are ordered within each column as the scores `[N, K]` are: what
+    torchmetrics takes for probabilities, however large the scores."""
+    ordered, places = scores.sort(dim=0)
+    is_higher = torch.zeros_like(ordered, dtype=torch.bool)
+    is_higher[1:] = ordered[1:] > ordered[:-1]
+    rank = is_higher.cumsum(dim=0)
+    return torch.zeros_like(rank).scatter(0, places, rank).double() / len(scores)

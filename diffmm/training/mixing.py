@@ -10,11 +10,11 @@ import torch
 from timm.data.mixup import Mixup
 from torch import Tensor
 
-from diffmm.checks import check_choice
+from diffmm.checks import Settings, check_choice
 
 
 @dataclass(frozen=True)
-class MixingConfig:
+class MixingConfig(Settings):
     """How samples of a batch are mixed, each with its mirror in the batch.
 
     Attributes:
@@ -35,6 +35,7 @@ class MixingConfig:
     mode: Literal["batch", "pair", "elem"] = "batch"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("mode", self.mode, ("batch", "pair", "elem"))
         for name in ("mixup_alpha", "cutmix_alpha"):
             if getattr(self, name) < 0.0:

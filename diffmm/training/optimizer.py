@@ -1,5 +1,6 @@
 """AdamW over parameter groups: what decays, what has its own learning rate."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffmm.checks import Settings
+
 DECAYING = (nn.Linear, nn.Conv1d, nn.Conv2d)
 """Modules whose `weight` takes weight decay."""
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW (Loshchilov and Hutter 2019) and its parameter groups.
 
     Attributes:
@@ -22,7 +25,8 @@ class OptimizerConfig:
             norms, biases, embeddings (tied to the head or not), positions, class, register and
             mask tokens, logit scales, layer scales, lambda vectors or v2's `lambda_proj`.
         betas: decay rates of the two moment estimates, each in [0, 1).
-        eps: added to the square root of the second moment.
+        eps: added to the square root of the second moment. Weights in float16 (`16-true`) need one
+            of at least 2.5e-4: the second moment of a smaller gradient is 0 there.
         lambda_learning_rate: peak for the parameters of lambda (`lambda_*`); `learning_rate` by
             default.
         layer_decay: factor on the learning rate from each layer to the one below, in (0, 1] (Clark
@@ -43,6 +47,7 @@ class OptimizerConfig:
     layer_decay: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("learning_rate", "lambda_learning_rate", "eps"):
             value = getattr(self, name)
             if value is not None and not value > 0.0:
@@ -65,8 +70,14 @@ def make_optimizer(
         config: its settings.
         allow_fused: whether it may be the fused kernel where all parameters are on a CUDA device.
             A gradient scaler (float16) cannot clip gradients under the fused kernel.
+
+    Raises:
+        ValueError: as `parameter_groups` does, and for an `eps` too small for the weights' type.
     """
     groups = parameter_groups(model, config)
+    for group in groups:
+        for parameter in group["params"]:
+            check_eps(config.eps, parameter.dtype)
     fused = allow_fused and all(p.is_cuda for group in groups for p in group["params"])
     return torch.optim.AdamW(
         groups,
@@ -76,6 +87,24 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         fused=fused or None,
     )
+
+
+def check_eps(eps: float, dtype: torch.dtype) -> None:
+    """Refuse an `eps` with which AdamW would divide by next to nothing.
+
+    A second moment is a square, so that gradients below the root of the type's smallest number have
+    none. Their step is then the gradient over `eps`, which must not be larger than that of others.
+
+    Raises:
+        ValueError: naming the least `eps`.
+    """
+    least = math.sqrt(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
+    if eps < least:
+        raise ValueError(
+            f"eps={eps:g} is too small for weights in {str(dtype).removeprefix('torch.')}, where "
+            f"squares of gradients below {least:.3g} are 0: give the optimizer an eps of at least "
+            f"{1.02 * least:.2g}, or train with precision 16-mixed or bf16-true"
+        )
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -7,11 +7,11 @@ from typing import Literal
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from diffmm.checks import check_choice
+from diffmm.checks import Settings, check_choice
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Settings):
     """A factor on the peak learning rate: a linear warmup, then `kind`.
 
     The horizon is given here and not asked of the trainer, so that a resumed or prolonged run has
@@ -35,6 +35,7 @@ class ScheduleConfig:
     final_fraction: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("kind", self.kind, ("cosine", "linear", "constant"))
         if self.total_steps < 1:
             raise ValueError(

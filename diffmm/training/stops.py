@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from diffmm.training.checkpoints import Checkpoints
+from diffmm.training.checkpoints import Checkpoints, check_weights
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """That stop a run; where processes get several, the last of these counts."""
@@ -225,6 +225,7 @@ def _save(trainer: Trainer, reason: str) -> Path | None:
             return callback.save_now(trainer, reason=reason)
     if trainer.checkpoint_callback is None:
         return None
+    check_weights(trainer)
     path = Path(trainer.default_root_dir, f"stopped_step_{trainer.global_step:08d}.ckpt")
     trainer.save_checkpoint(path)
     return path

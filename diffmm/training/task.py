@@ -4,7 +4,7 @@ Every task logs under the same names:
 
 | name | what, and when |
 |---|---|
-| `train/loss` | the mean over all processes, at every logging step |
+| `train/loss` | the mean over all targets of a step, at every logging step |
 | `train/learning_rate` | the peak times the schedule's factor, at every logging step |
 | `train/grad_norm` | of all gradients, before clipping, at every logging step |
 | `train/skipped_steps` | so far, from the first one on (see `BadNumbers`), at every logging step |
@@ -22,14 +22,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from diffmm.batch import REPEATED
 from diffmm.layers.block import Block
 from diffmm.models.backbone import Backbone
 from diffmm.models.description import MODELS, describe, unwrap
 from diffmm.models.weights import load_weights
+from diffmm.training.accumulation import AccumulatedLoss, LossSum
 from diffmm.training.bad_numbers import BadNumbers, measured_norm
 from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
+from diffmm.training.checkpoints.progress import is_step_boundary
 from diffmm.training.finetuning import FineTuneConfig, freeze
 from diffmm.training.optimizer import OptimizerConfig, make_optimizer
+from diffmm.training.precision import exact_fields, keep_exact
 from diffmm.training.schedule import ScheduleConfig, make_scheduler
 from diffmm.training.sharding import clip_gradients, gradient_norm, is_sharded, shard
 from diffmm.training.stops import CleanStop
@@ -79,14 +83,20 @@ class Task(LightningModule):
                 backbone.activation_checkpointing = True
         self.description: dict[str, Any] | None = None
         self.frozen = freeze(model, self.finetune)
+        self.accumulated = AccumulatedLoss()
         # Lightning moves a module's metrics to its device, and leaves them out of checkpoints.
         self.metrics = nn.ModuleDict(
             {stage: nn.ModuleDict(self.make_metrics()) for stage in ("val", "test")}
         )
 
-    def training_loss(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss to descend on, a scalar."""
+    def loss_sum(self, batch: Any, batch_idx: int) -> LossSum:
+        """The loss of a training batch, as a sum over its targets and their number: what makes the
+        gradients independent of how samples are divided (see `diffmm.training.accumulation`)."""
         raise NotImplementedError
+
+    def training_loss(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a training batch alone, a scalar."""
+        return self.loss_sum(batch, batch_idx).mean()
 
     def make_metrics(self) -> dict[str, Metric]:
         """Metrics of one evaluation, by name."""
@@ -106,6 +116,8 @@ class Task(LightningModule):
     def setup(self, stage: str) -> None:
         if not is_sharded(self.model) and type(unwrap(self.model)) in MODELS.values():
             self.description = describe(self.model)
+        if fields := exact_fields(self.model):
+            keep_exact(self.trainer.precision_plugin, fields)
         if self.device_mesh is None:
             self._compile([self.model])
 
@@ -157,11 +169,26 @@ class Task(LightningModule):
         return batch
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = self.training_loss(batch, batch_idx)
+        loss_sum = self.loss_sum(batch, batch_idx)
+        num_accumulated = self.trainer.accumulate_grad_batches
+        loss = self.accumulated.add(
+            loss_sum,
+            mean_over_processes(self, loss_sum.num_targets),
+            is_first=batch_idx % num_accumulated == 0,
+            least=1.0 / self.trainer.world_size,
+        )
+        if is_step_boundary(self.trainer):
+            mean = loss.detach() if num_accumulated == 1 else self.accumulated.mean()
+            self.log("train/loss", mean, prog_bar=True, sync_dist=True)
         factor = self.schedule_config.factor(self.global_step)
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True)
         self.log("train/learning_rate", self.optimizer_config.learning_rate * factor)
         return loss
+
+    def on_after_backward(self) -> None:
+        # Before a gradient scaler, `BadNumbers` and clipping look at the gradients.
+        num_accumulated = self.trainer.accumulate_grad_batches
+        if num_accumulated > 1 and is_step_boundary(self.trainer):
+            self.accumulated.complete(self.model.parameters(), num_accumulated)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate("val", batch)
@@ -216,7 +243,11 @@ class Task(LightningModule):
             checkpoint["model"] = self.description
 
     def _evaluate(self, stage: str, batch: Any) -> None:
-        self.update_metrics(batch, dict(self.metrics[stage].items()))  # type: ignore[operator]
+        metrics = dict(self.metrics[stage].items())  # type: ignore[operator]
+        if REPEATED in batch:
+            # Other processes wait for this forward pass; what comes of it counts nowhere.
+            metrics = {name: each.to(self.device) for name, each in self.make_metrics().items()}
+        self.update_metrics(batch, metrics)
 
     def _log_metrics(self, stage: str) -> None:
         for name, metric in self.metrics[stage].items():  # type: ignore[operator]

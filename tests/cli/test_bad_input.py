@@ -53,6 +53,59 @@ IMAGE = {
         {"data": {"class_path": "diffmm.models.ImageModel"}},
         "data.class_path must name a LightningDataModule, got 'diffmm.models.ImageModel'",
     ),
+    "a number that is none": (
+        {"model.optimizer.weight_decay": float("nan")},
+        "model.init_args.optimizer.weight_decay must be finite, got nan",
+    ),
+    "a number that is none, referred to": (
+        {"vars.learning_rate": float("inf")},
+        "vars.learning_rate must be finite, got inf",
+    ),
+    "a number that float32 has no room for": (
+        {"model.optimizer.betas": [0.9, 1e-300]},
+        "model.init_args.optimizer.betas.1 must be 0, or between 1e-45 and 1e+30 in size, got "
+        "1e-300",
+    ),
+    "a count beyond all counts": (
+        {"data.batch_size": 10**20},
+        "data.init_args.batch_size must be at most 1,000,000,000,000,000 in size, got "
+        "100000000000000000000",
+    ),
+    "a number of a callback that is none": (
+        {"trainer.callbacks.0.every_minutes": float("inf")},
+        "trainer.callbacks.0.init_args.every_minutes must be finite, got inf",
+    ),
+    "a clip value that would turn the gradient": (
+        {"trainer.gradient_clip_val": -1.0},
+        "trainer.gradient_clip_val must be at least 0, got -1.0",
+    ),
+    "steps of no batches": (
+        {"trainer.accumulate_grad_batches": 0},
+        "trainer.accumulate_grad_batches must be at least 1, got 0",
+    ),
+    "a run of no steps": (
+        {"trainer.max_steps": 0},
+        "trainer.max_steps must be at least 1, or -1, got 0",
+    ),
+    "more than all batches": (
+        {"trainer.limit_val_batches": 1.5},
+        "trainer.limit_val_batches must be a number of batches from 0 on, or a share of them up "
+        "to 1.0, got 1.5",
+    ),
+    "no time": (
+        {"trainer.max_time": {"minutes": -5}},
+        "trainer.max_time must be longer than nothing, got {'minutes': -5}",
+    ),
+    "a seed that is none": (
+        {"seed_everything": -3},
+        "seed_everything must be in [0, 4294967295], got -3",
+    ),
+    "an eps that float16 loses": (
+        {"trainer.precision": "16-true"},
+        "model.init_args.optimizer.eps: eps=1e-08 is too small for weights in float16, where "
+        "squares of gradients below 0.000244 are 0: give the optimizer an eps of at least 0.00025, "
+        "or train with precision 16-mixed or bf16-true",
+    ),
     "text for a number": (
         {"trainer.max_steps": "many"},
         "trainer.max_steps must be int, got 'many'",

@@ -147,14 +147,14 @@ def test_finetune_starts_a_new_run_from_weights(run, recipe):
 
 
 def test_a_failure_in_training_is_a_failure_and_keeps_the_run(run, recipe, monkeypatch):
-    loss = Classification.training_loss
+    loss_sum = Classification.loss_sum
 
     def fails(task, batch, batch_idx):
         if task.global_step > 0:
             raise ValueError("a bug")
-        return loss(task, batch, batch_idx)
+        return loss_sum(task, batch, batch_idx)
 
-    monkeypatch.setattr(Classification, "training_loss", fails)
+    monkeypatch.setattr(Classification, "loss_sum", fails)
     with pytest.raises(ValueError, match="a bug"):
         run("fit", "--config", recipe(), "--name", "first")
     assert Path("runs/recipe/first/config.yaml").is_file()
@@ -182,3 +182,15 @@ def test_two_processes_write_one_run(recipe, tmp_path):
     (directory,) = (tmp_path / "runs" / "recipe").iterdir()
     assert (directory / "config.yaml").is_file()
     assert done.stdout.count("run: ") == 1
+
+
+def test_weights_that_are_not_finite_end_the_run_with_one_line(run, recipe, monkeypatch):
+    def overflows(task, outputs, batch, batch_idx):
+        task.model.head.weight.data[0, 0] = float("inf")
+
+    monkeypatch.setattr(Classification, "on_train_batch_end", overflows)
+    result = run("fit", "--config", recipe(**{"trainer.max_steps": 6}))
+    assert result.code == 1
+    (line,) = result.mistakes
+    assert "weights (the first is model.head.weight) are not finite after step 1" in line
+    assert not list(Path("runs").rglob("*.ckpt"))

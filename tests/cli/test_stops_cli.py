@@ -18,15 +18,15 @@ def sends(monkeypatch):
     """`sends(number, step)`: training sends itself a signal within the step after `step`."""
 
     def install(number, step):
-        loss = Classification.training_loss
+        original = Classification.loss_sum
 
-        def training_loss(task, batch, batch_idx):
+        def loss_sum(task, batch, batch_idx):
             if task.global_step == step:
                 os.kill(os.getpid(), number)
-            return loss(task, batch, batch_idx)
+            return original(task, batch, batch_idx)
 
-        monkeypatch.setattr(Classification, "training_loss", training_loss)
-        return lambda: monkeypatch.setattr(Classification, "training_loss", loss)
+        monkeypatch.setattr(Classification, "loss_sum", loss_sum)
+        return lambda: monkeypatch.setattr(Classification, "loss_sum", original)
 
     return install
 

@@ -1,5 +1,6 @@
 """Samplers share and shuffle; random numbers follow (seed, epoch, index) alone."""
 
+import math
 import random
 import subprocess
 import sys
@@ -13,15 +14,16 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import datamodules
+from datamodules.evaluation import EvaluationLoader, EvaluationSampler
 from datamodules.loading import SeededDataModule
 from datamodules.sampling import (
     EpochSampler,
-    EvaluationSampler,
     SeededDataset,
     sample_generator,
     sample_rng,
     seeded,
 )
+from diffmm.batch import REPEATED
 
 
 class Draws(SeededDataset[torch.Tensor]):
@@ -37,6 +39,13 @@ class Draws(SeededDataset[torch.Tensor]):
         with seeded(3, epoch, index):
             draws = torch.rand(1).item(), random.random(), np.random.rand()
         return torch.tensor([index, epoch, *draws], dtype=torch.float64)
+
+
+class Numbered(Draws):
+    """Index alone, in a dict as batches are."""
+
+    def sample(self, epoch: int, index: int) -> dict[str, int]:  # type: ignore[override]
+        return {"index": index}
 
 
 def sampler(num_samples: int = 10, **changes: object) -> EpochSampler:
@@ -80,12 +89,12 @@ def test_seeded_restores_after_an_error() -> None:
 
 
 @given(
-    num_samples=st.integers(1, 50),
+    num_samples=st.integers(5, 50),
     world_size=st.integers(1, 5),
     shuffle=st.booleans(),
     epoch=st.integers(0, 3),
 )
-def test_processes_share_every_sample_evenly(
+def test_processes_share_samples_evenly_and_repeat_none(
     num_samples: int, world_size: int, shuffle: bool, epoch: int
 ) -> None:
     shares = []
@@ -96,15 +105,8 @@ def test_processes_share_every_sample_evenly(
         assert len(shares[-1]) == len(share)
     assert len({len(share) for share in shares}) == 1
     indices = [index for share in shares for _, index in share]
-    assert set(indices) == set(range(num_samples))
-    assert len(indices) - num_samples < world_size
+    assert len(set(indices)) == len(indices) == num_samples // world_size * world_size
     assert {of for share in shares for of, _ in share} == {epoch}
-
-
-def test_dropping_the_last_repeats_nothing() -> None:
-    shares = [list(sampler(10, rank=r, world_size=4, drop_last=True)) for r in range(4)]
-    indices = [index for share in shares for _, index in share]
-    assert len(indices) == len(set(indices)) == 8
 
 
 def test_two_processes_make_the_batches_of_one() -> None:
@@ -154,14 +156,37 @@ def test_too_few_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="0 samples cannot be shared among 1 process"):
         sampler(0)
     with pytest.raises(ValueError, match="3 samples cannot be shared among 4 process"):
-        sampler(3, world_size=4, drop_last=True)
+        sampler(3, world_size=4)
+    with pytest.raises(ValueError, match="at least one sample to evaluate, got 0"):
+        EvaluationSampler(0, batch_size=1)
 
 
 def test_evaluation_is_in_order_and_knows_no_epoch() -> None:
-    it = EvaluationSampler(5)
+    it = EvaluationSampler(5, batch_size=2)
     it.set_epoch(7)
     assert list(it) == [(0, index) for index in range(5)]
-    assert [index for _, index in EvaluationSampler(5, rank=1, world_size=2)] == [1, 3, 0]
+
+
+@given(
+    num_samples=st.integers(1, 30),
+    world_size=st.integers(1, 5),
+    batch_size=st.integers(1, 4),
+)
+def test_evaluation_counts_each_sample_once_in_as_many_batches_everywhere(
+    num_samples: int, world_size: int, batch_size: int
+) -> None:
+    counted, lengths = [], set()
+    for rank in range(world_size):
+        it = EvaluationSampler(num_samples, batch_size=batch_size, rank=rank, world_size=world_size)
+        loader = EvaluationLoader(Numbered(num_samples), batch_size, sampler=it)
+        batches = list(loader)
+        lengths |= {len(batches), len(loader)}
+        counted += [b["index"].tolist() for b in batches if REPEATED not in b]
+        repeated = [b for b in batches if REPEATED in b]
+        assert all(b[REPEATED].all() and b[REPEATED].shape == b["index"].shape for b in repeated)
+        assert len(repeated) < 2
+    assert sorted(index for batch in counted for index in batch) == list(range(num_samples))
+    assert lengths == {math.ceil(math.ceil(num_samples / world_size) / batch_size)}
 
 
 def test_a_dataset_takes_keys_and_plain_indices() -> None:

@@ -17,6 +17,7 @@ import torch
 from datamodules import TextData
 from datamodules.bad_samples import BadSampleError, BadSamples, TooManyBadSamplesError
 from datamodules.text import HuggingFaceText
+from diffmm.checks import DataError
 from diffmm.tokenizers import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
@@ -263,6 +264,29 @@ def test_a_trainer_takes_batches_one_by_one(files: Path, num_workers: int, tmp_p
     state = watcher.states[9]
     module.load_state_dict({**state, "places": {int(k): v for k, v in state["places"].items()}})
     assert same(list(islice(module.train_dataloader(), 11)), whole[10:])
+
+
+def test_evaluation_does_not_depend_on_who_shares_it(files: Path) -> None:
+    def windows(num_workers: int, world_size: int) -> dict[int, list[int]]:
+        """All samples of all processes, by their number."""
+        found = {}
+        for rank in range(world_size):
+            changes = {"validation_fraction": 0.3, "num_workers": num_workers}
+            for batch in data(files, rank, world_size, **changes).val_dataloader():
+                for index, tokens in zip(batch["index"].tolist(), batch["tokens"], strict=True):
+                    assert index not in found
+                    found[index] = tokens.tolist()
+        return found
+
+    whole = windows(0, 1)
+    assert len(whole) > 10
+    for num_workers, world_size in ((2, 1), (0, 2), (0, 4), (2, 2)):
+        assert windows(num_workers, world_size) == whole
+
+
+def test_a_split_of_a_stream_without_a_document_is_refused(files: Path) -> None:
+    with pytest.raises(DataError, match="no document of the stream falls in this split; give more"):
+        list(data(files, validation_fraction=1e-9).val_dataloader())
 
 
 def test_what_does_not_fit_is_refused(files: Path) -> None:

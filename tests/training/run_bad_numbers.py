@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from diffmm.cli.trainer import leave_processes
 from diffmm.training import BadNumbers, Checkpoints, CleanStop
 from diffmm.training.bad_numbers import TooManyBadNumbers
+from diffmm.training.checkpoints import BadWeights
 
 STEPS = ["", "loss of 1", "", "gradient of 0", "", "losses", "loss of 1"]
 """What is bad about each step."""
@@ -62,6 +63,14 @@ class Watch(Callback):
         self.num_reduces.append(self.calls)
 
 
+class Poison(Callback):
+    """Makes a weight of one process bad after the second step."""
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any) -> None:
+        if trainer.global_step == 2 and trainer.global_rank == 1:
+            module.layer.bias.data.fill_(float("nan"))
+
+
 def main(output: Path) -> None:
     rank = int(os.environ["RANK"])
     seed_everything(0, verbose=False)
@@ -84,12 +93,27 @@ def main(output: Path) -> None:
         {"numbers": torch.randn(4, 3), "index": 100 * rank + 10 * step + torch.arange(4)}
         for step in range(len(STEPS))
     ]
-    error = None
+    errors = []
     try:
         trainer.fit(Model(), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
     except TooManyBadNumbers as stop:
-        error = str(stop)
-    result = {"weights": watch.weights, "num_reduces": watch.num_reduces, "error": error}
+        errors.append(str(stop))
+    result = {"weights": watch.weights, "num_reduces": watch.num_reduces, "errors": errors}
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy="ddp",
+        use_distributed_sampler=False,
+        callbacks=[Poison(), Checkpoints(output / "poisoned", every_n_steps=1)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=output,
+    )
+    try:
+        trainer.fit(Model(), DataLoader(batches[:1] * 3, batch_size=None))  # type: ignore[arg-type]
+    except BadWeights as stop:
+        errors.append(str(stop))
     (output / f"{rank}.json").write_text(json.dumps(result))
     leave_processes(0)
 

@@ -123,19 +123,25 @@ def bad_loss(loss, task):
     return loss + float("inf")
 
 
+def changing(monkeypatch, task, change, only=None):
+    """Change the loss of a task, in every batch or in `only` one."""
+    loss_sum = type(task).loss_sum
+
+    def changed(self, batch, number):
+        found = loss_sum(self, batch, number)
+        if only not in (None, number):
+            return found
+        return found._replace(total=change(found.total, self))
+
+    monkeypatch.setattr(type(task), "loss_sum", changed)
+
+
 @pytest.mark.parametrize(("change", "kind"), [(bad_gradient, "gradient"), (bad_loss, "loss")])
 def test_one_of_the_two_is_enough(make, train, stream, monkeypatch, tmp_path, caplog, change, kind):
     """A finite loss with a gradient that is not, and the other way."""
     torch.manual_seed(3)
     task = make.task("image", optimizer=OptimizerConfig(1e-2))
-    loss = type(task).training_loss
-    monkeypatch.setattr(
-        type(task),
-        "training_loss",
-        lambda self, batch, number: (
-            change(loss(self, batch, number), self) if number == 1 else loss(self, batch, number)
-        ),
-    )
+    changing(monkeypatch, task, change, only=1)
     with_it = train(stream("..."), task=task)
     monkeypatch.undo()
     first, _, third = stream("...")
@@ -291,12 +297,7 @@ def test_with_a_gradient_scaler_infinite_gradients_are_its_own_affair(train, str
 @first_skipped
 def test_a_scale_of_one_is_no_excuse(make, train, stream, monkeypatch, tmp_path):
     task = make.task("image", optimizer=OptimizerConfig(1e-2))
-    loss = type(task).training_loss
-    monkeypatch.setattr(
-        type(task),
-        "training_loss",
-        lambda self, batch, number: bad_gradient(loss(self, batch, number), self),
-    )
+    changing(monkeypatch, task, bad_gradient)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     train(stream("...."), task=task, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
     assert [told["step"] for told in news(tmp_path)] == [3, 4]
@@ -328,12 +329,17 @@ def test_refusals():
 def test_processes_skip_alike(run_two_processes, tmp_path):
     run_two_processes(Path(__file__).with_name("run_bad_numbers.py"), tmp_path)
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    (many, poisoned), (_, poisoned_too) = one.pop("errors"), two.pop("errors")
     assert one == two
+    # The weights of one process alone are bad: both end, and save nothing.
+    assert poisoned.startswith("weights are not finite in another process after step 2: no check")
+    assert poisoned_too.startswith("1 of 2 weights (the first is layer.bias) are not finite after")
+    assert [path.name for path in (tmp_path / "poisoned").glob("step_*")] == ["step_00000001"]
     weights = one["weights"]
     changed = [weights[step] != weights[step - 1] for step in range(1, len(weights))]
     assert changed == [False, True, False, True, False, False]
-    # One in a step, besides that of DDP itself.
-    assert set(one["num_reduces"]) == {1}
+    # One in a step, besides that of DDP itself, and in a bad one another, about the weights.
+    assert one["num_reduces"] == [1, 2, 1, 2, 1, 2, 2]
     skipped = [
         (told["step"], told["bad"], [(p["rank"], p["samples"]) for p in told["processes"]])
         for told in news(tmp_path)
@@ -348,6 +354,6 @@ def test_processes_skip_alike(run_two_processes, tmp_path):
         (6, "loss", both(5)),
         (7, "loss", both(6)[1:]),
     ]
-    assert one["error"].startswith("2 steps in a row had a loss or gradient that is not finite")
+    assert many.startswith("2 steps in a row had a loss or gradient that is not finite")
     assert [path.name for path in tmp_path.glob("*.pt")] == ["bad_batch_step_00000007_rank_1.pt"]
     assert checkpoint(tmp_path, 7)["global_step"] == 7

@@ -265,6 +265,7 @@ SCHEDULES: dict[str, tuple[dict[str, Any], list[int]]] = {
         [4, 5, 6, 10],
     ),
     "no validation": ({"limit_val_batches": 0, "limit_train_batches": 5}, [1, 5, 10]),
+    "overfitting": ({"overfit_batches": 3, "max_steps": 11}, [1, 2, 3, 4, 8]),
     "half epochs": (
         {"max_steps": -1, "max_epochs": 2, "val_check_interval": 0.5, "check_val_every_n_epoch": 1},
         [3, 6, 7],
@@ -300,6 +301,27 @@ def test_every_checkpoint_of_a_run_leads_to_the_same_bits(go, tmp_path, modality
         steps = sum(isinstance(done[0], int) for done in rest)
         assert steps == 11 - found.step
         assert same(weights, again), found.step
+
+
+@pytest.mark.parametrize("modality", ["text", "audio", "image"])
+def test_overfitting_goes_on_with_the_batch_that_is_due(go, tmp_path, modality):
+    """The first batches in order, again and again, and each of them drawn alike."""
+    changes = {"overfit_batches": 2, "max_steps": 7}
+    weights, whole = go("whole", modality, **changes)
+    batches = [row for row in whole if isinstance(row[0], int)]
+    size = len(batches[0]) - 3
+    assert [row[3:] for row in batches] == [
+        tuple(range(first, first + size)) for first in (0, size, 0, size, 0, size, 0)
+    ]
+    _, first = go("stopped", modality, stop=3, **changes)
+    again, rest = go("stopped", modality, ckpt=find_state(tmp_path / "stopped"), **changes)
+    assert first + rest == whole
+    assert same(weights, again)
+
+
+def test_a_stream_is_not_overfitted(go):
+    with pytest.raises(ValueError, match="a stream does not come back to them: .* needs streaming"):
+        go("whole", "stream", overfit_batches=2)
 
 
 def test_validation_of_more_or_less_shifts_nothing(go):

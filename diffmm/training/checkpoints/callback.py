@@ -24,6 +24,7 @@ from diffmm.training.checkpoints.exact import (
     restore_exact,
     trust_data,
 )
+from diffmm.training.checkpoints.finite import check_weights
 from diffmm.training.checkpoints.sharded import is_sharded, write_sharded
 from diffmm.training.checkpoints.snapshot import available_bytes, num_bytes, snapshot
 from diffmm.training.checkpoints.writer import SaveFailed, Writer, write
@@ -45,7 +46,7 @@ class Checkpoints(Checkpoint):
     The state is copied to CPU memory, and written from there while training goes on; one at a time.
     Without the memory for that, and where processes write their own shares of the weights, training
     waits for it. A save that fails (a full disk) leaves the earlier checkpoints whole and training
-    going on.
+    going on. Weights that are not finite are never saved: they end the run.
 
     Args:
         dirpath: the folder of the checkpoints, of this run alone; by default `checkpoints` in the
@@ -129,6 +130,7 @@ class Checkpoints(Checkpoint):
 
         Raises:
             SaveFailed: on every process, if it could not be written.
+            BadWeights: on every process, if there are weights that are not finite.
         """
         self._asked_at = self._place(trainer)
         self._save(trainer, reason=reason, background=False)
@@ -244,6 +246,7 @@ class Checkpoints(Checkpoint):
         if self._saved_at == self._place(trainer) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert self.dirpath is not None
+        check_weights(trainer, self.dirpath)
         self._settle(trainer)
         logs.flush(trainer)
         self._is_step_logged = False

@@ -20,7 +20,8 @@ EXACT_KEY = "exact_resume"
 
 
 def exact_state(trainer: Trainer) -> dict[str, Any]:
-    """Random states of every process, gradients that no step has taken yet, and what they are of.
+    """Random states of every process, gradients and losses that no step has taken yet, and what
+    they are of.
 
     To be called on every process, after the same batch.
     """
@@ -31,6 +32,9 @@ def exact_state(trainer: Trainer) -> dict[str, Any]:
             for name, parameter in trainer.lightning_module.named_parameters()
             if parameter.grad is not None
         }
+        accumulated: Any = getattr(trainer.lightning_module, "accumulated", None)
+        if accumulated is not None:
+            own["accumulated"] = {k: v.cpu() for k, v in accumulated.state_dict().items()}
     return {
         "processes": gather(trainer, own),
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
@@ -75,6 +79,9 @@ def restore_exact(trainer: Trainer, state: dict[str, Any]) -> None:
         branch_random_state(processes[0]["random"], rank, device)
         return
     set_random_state(processes[rank]["random"], device)
+    if "accumulated" in processes[rank]:
+        accumulated: Any = trainer.lightning_module.accumulated
+        accumulated.load_state_dict(processes[rank]["accumulated"], device)
     gradients = processes[rank].get("gradients", {})
     for name, parameter in trainer.lightning_module.named_parameters():
         if name in gradients:

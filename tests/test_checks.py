@@ -1,0 +1,75 @@
+"""Numbers that no run can mean are refused by every dataclass of settings."""
+
+import dataclasses
+import importlib
+import math
+import pkgutil
+from typing import get_type_hints
+
+import pytest
+
+import datamodules
+import diffmm.models
+import diffmm.training
+from datamodules.audio_augment import AudioAugment
+from datamodules.bad_samples import BadSamples
+from datamodules.image_transform import ImageTransform
+from diffmm.checks import Settings, number_fault
+from diffmm.models import AudioConfig, BackboneConfig, ImageConfig, MaskedAutoencoderConfig
+from diffmm.training import MixingConfig, OptimizerConfig, ScheduleConfig
+
+BACKBONE = BackboneConfig(16, 1, 2, attention="diff_v1", rope="2d")
+IMAGE = ImageConfig(backbone=BACKBONE, image_size=8, patch_size=4)
+VALID: tuple[Settings, ...] = (
+    BACKBONE,
+    AudioConfig(backbone=BACKBONE, sample_rate_hz=16000),
+    MaskedAutoencoderConfig(encoder=IMAGE, decoder=BACKBONE),
+    OptimizerConfig(1e-3),
+    ScheduleConfig(10),
+    MixingConfig(mixup_alpha=0.5),
+    AudioAugment(),
+    BadSamples(),
+    ImageTransform(),
+)
+WRONG = (math.nan, math.inf, -math.inf, 1e300, 1e-300)
+
+
+def all_settings():
+    """Every dataclass in the packages that recipes name classes of."""
+    for package in (diffmm.models, diffmm.training, datamodules):
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            for value in vars(importlib.import_module(found.name)).values():
+                if isinstance(value, type) and dataclasses.is_dataclass(value):
+                    yield value
+
+
+def float_fields(cls):
+    """Fields that are numbers, or hold some."""
+    return [name for name, hint in get_type_hints(cls).items() if "float" in str(hint)]
+
+
+def test_every_dataclass_of_settings_is_one():
+    settings = {cls for cls in all_settings() if float_fields(cls)}
+    results = {cls for cls in settings if cls.__name__ == "MicroBatch"}  # of a replay
+    assert settings - results == {type(valid) for valid in VALID}
+    assert all(issubclass(cls, Settings) for cls in settings - results)
+
+
+@pytest.mark.parametrize("value", WRONG)
+@pytest.mark.parametrize("valid", VALID, ids=lambda valid: type(valid).__name__)
+def test_its_numbers_are_ones_that_a_run_can_mean(valid, value):
+    for name in float_fields(type(valid)):
+        is_pair = "tuple" in str(get_type_hints(type(valid))[name])
+        for wrong in (value, (0.5, value)) if is_pair else (value,):
+            with pytest.raises(ValueError, match=f"^{name} must be .*, got "):
+                dataclasses.replace(valid, **{name: wrong})
+
+
+def test_counts_too():
+    with pytest.raises(ValueError, match="total_steps must be at most 1,000,000,000,000,000 in si"):
+        ScheduleConfig(10**16)
+
+
+@pytest.mark.parametrize("value", [0, -1, 10**15, 0.0, -0.0, 1e-45, -1e30, True, None, "nan", []])
+def test_other_values_are_no_fault(value):
+    assert number_fault(value) is None

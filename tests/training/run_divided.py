@@ -1,0 +1,259 @@
+"""Gradients of a step and metrics of evaluations on as many processes as there are.
+
+RANK=0 WORLD_SIZE=2 ... python run_divided.py FOLDER, which holds texts; without these, one process.
+"""
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datamodules.loading import SeededDataModule
+from datamodules.sampling import SeededDataset, sample_generator
+from datamodules.text import TextData
+from datamodules.text_sources import HuggingFaceText, TextFolder
+from diffmm.batch import IGNORE_INDEX
+from diffmm.cli.trainer import leave_processes
+from diffmm.models import (
+    AudioConfig,
+    AudioModel,
+    BackboneConfig,
+    ImageConfig,
+    ImageModel,
+    MaskedAutoencoder,
+    MaskedAutoencoderConfig,
+    TextConfig,
+    TextModel,
+)
+from diffmm.training import (
+    CausalLM,
+    Classification,
+    MaskedAutoencoding,
+    OptimizerConfig,
+    ScheduleConfig,
+    Task,
+)
+
+CLASSES = 7
+
+
+def task(kind: str) -> Task:
+    """Whose losses are very different from sample to sample."""
+    seed_everything(0, verbose=False)
+    made = untouched_task(kind)
+    head: Any = made.model.decoder_head if kind == "masked images" else made.model.head
+    with torch.no_grad():
+        head.weight.mul_(40.0)
+    return made
+
+
+def untouched_task(kind: str) -> Task:
+    settings = (OptimizerConfig(1e-3), ScheduleConfig(10, kind="constant"))
+    if kind == "texts":
+        model = TextModel(TextConfig(320, 32, BackboneConfig(16, 1, 2, rope="1d")))
+        return CausalLM(model, *settings)
+    backbone, classes = (
+        BackboneConfig(16, 1, 2, rope="2d"),
+        0 if kind == "masked images" else CLASSES,
+    )
+    image = ImageConfig(backbone=backbone, num_classes=classes, image_size=8, patch_size=4)
+    if kind == "masked images":
+        config = MaskedAutoencoderConfig(encoder=image, decoder=backbone, mask_ratio=0.5)
+        return MaskedAutoencoding(MaskedAutoencoder(config), *settings)
+    if kind == "images":
+        return Classification(ImageModel(image), *settings)
+    audio = AudioConfig(
+        backbone=backbone,
+        num_classes=CLASSES,
+        sample_rate_hz=4000,
+        num_mels=8,
+        window_seconds=0.064,
+        hop_seconds=0.032,
+        patch_size=(2, 4),
+    )
+    return Classification(AudioModel(audio), *settings, multi_label=True)
+
+
+class Samples(SeededDataset[dict[str, Tensor]]):
+    """Images, or sounds (of several classes each) of one length."""
+
+    def __init__(self, kind: str, size: int) -> None:
+        self.kind, self.size = kind, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def sample(self, epoch: int, index: int) -> dict[str, Tensor]:
+        generator = sample_generator(0, index)
+        found = {"index": torch.tensor(index)}
+        if self.kind == "sounds":
+            labels = (torch.rand(CLASSES, generator=generator) < 0.5).float()
+            sound = torch.rand(2000, generator=generator) - 0.5
+            return {
+                **found,
+                "waveforms": sound,
+                "num_samples": torch.tensor(2000),
+                "labels": labels,
+            }
+        image = torch.randn(3, 8, 8, generator=generator)
+        return {**found, "images": image, "labels": torch.tensor(index % CLASSES)}
+
+
+class Data(SeededDataModule):
+    def __init__(self, kind: str, size: int, batch_size: int) -> None:
+        super().__init__(batch_size=batch_size, num_workers=0, seed=0)
+        self.kind, self.size = kind, size
+
+    def train_dataloader(self) -> Any:
+        return self.training_loader(Samples(self.kind, 16))
+
+    def val_dataloader(self) -> Any:
+        return self.evaluation_loader(Samples(self.kind, self.size))
+
+    test_dataloader = val_dataloader
+
+
+def texts(folder: Path, *, streamed: bool, validation_fraction: float) -> TextData:
+    source = TextFolder(str(folder))
+    if streamed:
+        files = str(folder / "*.txt")
+        source = HuggingFaceText("text", data_files=files, streaming=True, shuffle_buffer=5)
+    return TextData(
+        source,
+        sequence_length=16,
+        batch_size=2,
+        validation_fraction=validation_fraction,
+        test_fraction=0.2,
+    )
+
+
+def evaluations(folder: Path) -> dict[str, tuple[str, Any]]:
+    """Numbers of samples that processes cannot share evenly, or that are too few for all."""
+    return {
+        "5 images": ("images", lambda: Data("images", 5, 1)),
+        "7 images in batches": ("images", lambda: Data("images", 7, 3)),
+        "1 image": ("images", lambda: Data("images", 1, 2)),
+        "5 masked images": ("masked images", lambda: Data("masked images", 5, 2)),
+        "5 sounds": ("sounds", lambda: Data("sounds", 5, 1)),
+        "1 sound": ("sounds", lambda: Data("sounds", 1, 2)),
+        "texts": ("texts", lambda: texts(folder, streamed=False, validation_fraction=0.2)),
+        "a stream": ("texts", lambda: texts(folder, streamed=True, validation_fraction=0.2)),
+        "a short stream": ("texts", lambda: texts(folder, streamed=True, validation_fraction=0.08)),
+    }
+
+
+def trainer(num_processes: int, callbacks: Sequence[Callback] = (), **settings: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        devices=num_processes,
+        strategy="ddp" if num_processes > 1 else "auto",
+        use_distributed_sampler=False,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **settings,
+    )
+
+
+class Watch(Callback):
+    """The gradients of a step before clipping."""
+
+    gradients: dict[str, list[float]]
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any
+    ) -> None:
+        self.gradients = {
+            name: parameter.grad.flatten().tolist()
+            for name, parameter in pl_module.named_parameters()
+            if parameter.grad is not None
+        }
+
+
+def text_batch() -> dict[str, Tensor]:
+    """Eight texts with very different numbers of targets."""
+    seed_everything(1, verbose=False)
+    tokens = torch.randint(256, (8, 17))
+    lengths = torch.tensor([1, 16, 2, 9, 16, 3, 1, 7])
+    targets = tokens[:, 1:].clone()
+    targets[torch.arange(16) >= lengths[:, None]] = IGNORE_INDEX
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": targets,
+        "num_bytes": lengths,
+        "key_padding": torch.arange(16) < lengths[:, None],
+        "index": torch.arange(8),
+    }
+
+
+def image_batch() -> dict[str, Tensor]:
+    return torch.utils.data.default_collate([Samples("images", 8)[index] for index in range(8)])
+
+
+DIVISIONS = {1: [[8]], 2: [[1, 2, 1], [2, 1, 1]]}
+"""How many of eight samples are in each micro-batch, of each process in turn."""
+
+
+def gradients(kind: str, num_processes: int) -> dict[str, Any]:
+    """Of one step, which ends before there are as many micro-batches as a step may have."""
+    batch = text_batch() if kind == "texts" else image_batch()
+    watch = Watch()
+    own = trainer(
+        num_processes, [watch], accumulate_grad_batches=4, max_steps=1, gradient_clip_val=0.1
+    )
+    sizes = DIVISIONS[num_processes]
+    flat = [size for share in sizes for size in share]
+    parts = list(zip(*(tensor.split(flat) for tensor in batch.values()), strict=True))
+    share = len(sizes[0])
+    mine = parts[own.global_rank * share : (own.global_rank + 1) * share]
+    batches = [dict(zip(batch, part, strict=True)) for part in mine]
+    own.fit(task(kind), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    logged = {name: own.callback_metrics[name].item() for name in ("train/loss", "train/grad_norm")}
+    return {**logged, "gradients": watch.gradients}
+
+
+def evaluate(kind: str, data: SeededDataModule, num_processes: int) -> dict[str, Any]:
+    """The metrics of a fit's validation, where DDP makes the forward pass, and of the verbs."""
+    model = task(kind)
+    fitted = trainer(num_processes, max_steps=1, limit_train_batches=1)
+    model.optimizer_config = OptimizerConfig(1e-30)
+    fitted.fit(model, datamodule=data)
+    found = {"fit": fitted.callback_metrics}
+    for verb in ("validate", "test"):
+        (metrics,) = getattr(trainer(num_processes), verb)(model, datamodule=data, verbose=False)
+        found[verb] = metrics
+    return {
+        f"{verb} {name}": float(value)
+        for verb, metrics in found.items()
+        for name, value in metrics.items()
+        if name.startswith(("val/", "test/"))
+    }
+
+
+def run(folder: Path, num_processes: int) -> dict[str, Any]:
+    warnings.filterwarnings("ignore")
+    return {
+        "gradients": {kind: gradients(kind, num_processes) for kind in ("texts", "images")},
+        "metrics": {
+            name: evaluate(kind, make(), num_processes)
+            for name, (kind, make) in evaluations(folder).items()
+        },
+    }
+
+
+if __name__ == "__main__":
+    output = Path(sys.argv[1])
+    results = run(output, 2)
+    if torch.distributed.get_rank() == 0:
+        (output / "results.json").write_text(json.dumps(results))
+    leave_processes(0)

@@ -1,0 +1,49 @@
+"""Two processes have the gradients of one, and the metrics of its evaluations."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("run_divided.py")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, run_two_processes):
+    folder = tmp_path_factory.mktemp("divided")
+    for number in range(40):
+        text = f"Text number {number} of forty. " * (1 + number % 3)
+        (folder / f"{number}.txt").write_text(text)
+    one = runpy.run_path(str(SCRIPT))["run"](folder, 1)
+    run_two_processes(SCRIPT, folder)
+    return one, json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["texts", "images"])
+def test_gradients(results, kind):
+    """Of a step of three micro-batches of four, divided unevenly in both processes."""
+    one, two = (each["gradients"][kind] for each in results)
+    for name in ("train/loss", "train/grad_norm"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5)
+    for name, gradient in one["gradients"].items():
+        expected, found = torch.tensor(gradient), torch.tensor(two["gradients"][name])
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * one["train/grad_norm"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [
+    "5 images", "7 images in batches", "1 image", "5 masked images", "5 sounds", "1 sound", "texts",
+    "a stream", "a short stream",
+])  # fmt: skip
+def test_metrics(results, name):
+    """Of a fit's validation, of `validate` and of `test`."""
+    one, two = (each["metrics"][name] for each in results)
+    assert {key.split()[0] for key in one} == {"fit", "validate", "test"}
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_all_are_compared(results):
+    assert len(results[0]["metrics"]) == 9

@@ -1,0 +1,89 @@
+"""Weights that are not finite end a run, and never take the place of good ones."""
+
+import signal
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from diffmm.checkpoint_folders import checkpoints, fault
+from diffmm.training import Checkpoints, CleanStop
+from diffmm.training.checkpoints import BadWeights
+
+
+class Poison(Callback):
+    """Makes one weight bad after a step, as an overflow in the optimizer would."""
+
+    def __init__(self, step, value):
+        self.step, self.value = step, value
+
+    def on_train_batch_end(self, trainer, task, *args):
+        if trainer.global_step == self.step:
+            with torch.no_grad():
+                task.model.head.weight[1, 2] = self.value
+
+
+class Stop(CleanStop):
+    """Gets a signal after a step."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            self._got = signal.SIGTERM
+        super().on_train_batch_end(trainer, *args)
+
+
+@pytest.fixture
+def poisoned(make, fit, tmp_path):
+    """`poisoned(value, ...)`: what ends a run whose weight turns into `value` after step 3."""
+
+    def run(value, *callbacks, **settings):
+        with pytest.raises(BadWeights) as error:
+            fit(
+                make.task("image"),
+                [make.batch("image")],
+                callbacks=[Poison(3, value), *callbacks],
+                max_steps=9,
+                logger=False,
+                **settings,
+            )
+        return str(error.value)
+
+    return run
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("every_n_steps", [1, 2])
+def test_no_checkpoint_holds_them(poisoned, make, tmp_path, value, every_n_steps):
+    """Found when they would be saved, or by the next step's loss, whichever comes first."""
+    keeper = Checkpoints(every_n_steps=every_n_steps, every_minutes=None)
+    message = poisoned(value, keeper, enable_checkpointing=True)
+    kept = checkpoints(tmp_path / "checkpoints")
+    assert [each.step for each in kept] == ([1, 2] if every_n_steps == 1 else [2])
+    for each in kept:
+        assert fault(each.path) is None
+        state = torch.load(each.path / "state.ckpt", weights_only=True)["state_dict"]
+        assert all(weight.isfinite().all() for weight in state.values())
+    num_weights = len(list(make.image().parameters()))
+    assert message == (
+        f"1 of {num_weights} weights (the first is model.head.weight) are not finite after step 3: "
+        f"no checkpoint of them is kept, the last one is {kept[-1].path}. The step that made them "
+        f"so had a finite gradient: lower the learning rate, raise the optimizer's eps, or train "
+        f"in another precision"
+    )
+
+
+def test_without_checkpoints_the_next_step_finds_them(poisoned, tmp_path):
+    assert "there is none before them" in poisoned(float("nan"))
+    assert not (tmp_path / "bad_steps.jsonl").exists()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_stop_does_not_save_them(poisoned, tmp_path, own):
+    """By this library's checkpoints or by Lightning's."""
+    callbacks = [Checkpoints(every_minutes=None)] if own else []
+    poisoned(float("nan"), Stop(3), *callbacks, enable_checkpointing=True)
+    assert not list(tmp_path.rglob("*.ckpt"))
