@@ -99,8 +99,8 @@ class Attention(nn.Module):
         raise NotImplementedError
 
     def init_head_size(self, size: float) -> None:
-        """Start with heads whose root mean square is at most `size`, the size of a value. Those that
-        are averages of values are no larger as they are."""
+        """Start with heads whose root mean square is at most `size`, which is that of a value.
+        Averages of values already are no larger."""
 
     def project(self, x: Tensor, rope: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """The queries, keys and values of `x`, as the op takes them."""

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffmm.layers.attention import Attention
 from diffmm.layers.cache import KVCache
 from diffmm.layers.norm import LayerNorm, RMSNorm
 from diffmm.layers.rope import Rotation
@@ -28,7 +29,7 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        attention: nn.Module,
+        attention: Attention,
         feed_forward: nn.Module,
         norms: tuple[RMSNorm | LayerNorm, RMSNorm | LayerNorm],
         *,

@@ -1,10 +1,9 @@
 """The one backbone: a stack of blocks between an embedding and a head."""
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +97,8 @@ class BackboneConfig(Settings):
         for name in ("dropout", "drop_path"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0.0 < self.init_std < math.inf:
-            raise ValueError(f"init_std must be positive and finite, got {self.init_std}")
+        if self.init_std <= 0.0:
+            raise ValueError(f"init_std must be positive, got {self.init_std}")
         check_choice("attention", self.attention, ATTENTIONS)
         check_choice("norm", self.norm, NORMS)
         check_choice("feed_forward", self.feed_forward, FEED_FORWARDS)
@@ -207,7 +206,7 @@ class Backbone(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(("out_proj.weight", "down_proj.weight")):
                 nn.init.trunc_normal_(parameter, std=config.init_std * (2 * config.depth) ** -0.5)
-        for attention in (block.attention for block in self.blocks):
+        for attention in self.attentions:
             attention.init_head_size(config.init_std * config.dim**0.5)
 
     def forward(
@@ -255,15 +254,19 @@ class Backbone(nn.Module):
             cache.advance(x.shape[1])
         return self.norm(x), intermediates
 
+    @property
+    def attentions(self) -> list[Attention]:
+        """The attention layer of each block."""
+        return [cast(Block, block).attention for block in self.blocks]
+
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty cache for this backbone, on its device and in the dtype it computes in."""
-        attentions: list[Any] = [block.attention for block in self.blocks]
-        weight = attentions[0].q_proj.weight
+        weight = self.attentions[0].q_proj.weight
         kind = weight.device.type
         autocast = torch.is_autocast_enabled(kind)
         return KVCache(
-            [attention.k_shape for attention in attentions],
-            [attention.v_shape for attention in attentions],
+            [attention.k_shape for attention in self.attentions],
+            [attention.v_shape for attention in self.attentions],
             batch=batch,
             max_length=max_length,
             dtype=torch.get_autocast_dtype(kind) if autocast else weight.dtype,
