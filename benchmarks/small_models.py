@@ -151,6 +151,14 @@ def norm_gain(gain: float | None) -> Change:
 BACKBONE = f"{CONFIG}backbone."
 PARTS: dict[str, tuple[tuple[str, ...], Change | None]] = {
     "plain": ((), None),
+    "former": (
+        (
+            f"{BACKBONE}qk_norm=false",
+            f"{BACKBONE}init_std=0.02",
+            "--model.schedule.warmup_steps=40",
+        ),
+        norm_gain(1.0),
+    ),
     "qk_norm": ((f"{BACKBONE}qk_norm=true",), None),
     "qk_init": ((), rescale(("q_proj", "k_proj"))),
     "qkv_init": ((), rescale(("q_proj", "k_proj", "v_proj"))),
@@ -177,7 +185,8 @@ PARTS: dict[str, tuple[tuple[str, ...], Change | None]] = {
     "layer_scale": ((f"{BACKBONE}layer_scale=0.1",), None),
 }
 """What settings are made of, with a plus between: overrides of the recipe, and what is done to the
-new model in this order."""
+new model in this order. `former` is how the tiny recipes were before docs/lab_notes.md, "A slow
+start"."""
 ONLY_V1 = ("lambda", "no_norm", "eps", "gain")
 """Parts that mean something to v1 alone: `gain` is the start of its headwise norm's weight."""
 

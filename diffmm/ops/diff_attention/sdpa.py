@@ -12,7 +12,8 @@ def sdpa(
 ) -> Tensor:
     """`A1 V - lam * A2 V`, the two components as heads of one softmax attention.
 
-    Shapes as in `diffmm.ops.diff_attention`, with `lam` already `[B, N, H]`.
+    Shapes as in `diffmm.ops.diff_attention`, with `lam` already `[B, N, H]`. Lambda and the
+    difference are float32 (or wider), whatever the maps' outputs are rounded to.
 
     Of the ways to compose it (one call, a call a component, value halves as heads of their own,
     keys padded to the values' width), all have the right gradients in whole compiled models, to
@@ -31,4 +32,4 @@ def sdpa(
         k = k.transpose(2, 3).flatten(2, 3)  # [B, M, 2G, D]
         v = torch.cat([v, v], dim=2)  # [B, M, 2G, E]
         out1, out2 = softmax_sdpa(q, k, v, mask=mask, scale=scale).chunk(2, dim=2)
-    return out1 - lam.unsqueeze(-1).to(out1.dtype) * out2
+    return (out1 - lam.unsqueeze(-1) * out2).to(out1.dtype)
