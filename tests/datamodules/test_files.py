@@ -1,7 +1,6 @@
 """Which files are data: hidden ones never, others only where they are regular files."""
 
 import os
-import signal
 import socket
 import unicodedata
 from pathlib import Path
@@ -19,6 +18,8 @@ from datamodules.files import check_file, glob_files, list_files, read_lines, wh
 from datamodules.image_sources import FileImages, ImageFolder
 from datamodules.text import TextFolder, TokenFiles, write_token_file
 from diffmm.tokenizers import load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("within_a_minute")
 
 BYTES = load_tokenizer("bytes")
 ACCENTED = "café"
@@ -165,20 +166,6 @@ def test_links_are_followed_but_not_around(tmp_path: Path) -> None:
         images.read(2)
     with pytest.raises(BadSampleError, match=r"ring.png\) cannot be opened: Too many levels"):
         images.read(3)
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting():
-    """What waits for a named pipe's writer fails."""
-
-    def stop(signum, frame):
-        raise TimeoutError("the test waited for 30 seconds")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(30)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(params=["a named pipe", "a socket", "a device", "a folder"])
