@@ -91,7 +91,8 @@ class AudioData(LabelledData[AudioClips]):
         source: where the clips come from, a class of `datamodules.audio_sources`; by default
             synthetic `SoundEvents`, which need no files.
         sample_rate_hz: of the waveforms.
-        resample: convert clips of another rate; otherwise they are refused.
+        resample: convert clips of another rate, by SciPy's polyphase filter; otherwise they are
+            refused.
         clip_seconds: longer clips are cut to this: in training at a place drawn from the epoch and
             the clip, in evaluation as `eval_crop` says. By default clips stay whole.
         eval_crop: `"center"`, `"start"`, or `"full"` to evaluate on whole clips.

@@ -46,8 +46,10 @@ def eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "LAB":
         return _lab_to_srgb().apply(image)
     if image.has_transparency_data:
+        # Premultiplied gray, La, converts to nothing else than LA.
+        colors = image.convert("LA") if image.mode == "La" else image
         white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        return Image.alpha_composite(white, colors.convert("RGBA")).convert("RGB")
     if image.mode in ("L", "RGB"):
         return image
     return image.convert("L" if image.mode == "1" else "RGB")

@@ -86,6 +86,7 @@ class StandardLibrary(TextSource):
             path.relative_to(root).as_posix(): path.stat().st_size
             for path in glob_files(root, "**/*.py")
             if not self.LEFT_OUT.intersection(path.relative_to(root).parts)
+            and why_no_file(path) is None
         }
         if not sizes:
             raise FileNotFoundError(

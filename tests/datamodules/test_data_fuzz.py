@@ -1,7 +1,6 @@
 """Real files, cut and changed at random: each gives what it holds, or is refused by its name."""
 
 import json
-import signal
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +20,8 @@ from datamodules.text import TokenFiles, write_token_file
 from datamodules.token_documents import Document
 from diffmm.tokenizers import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("within_a_minute")
+
 
 def bounded(max_examples: int) -> settings:
     """The same examples in every run, so many of them."""
@@ -31,18 +32,6 @@ def bounded(max_examples: int) -> settings:
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-
-
-@pytest.fixture(autouse=True)
-def _no_hang():
-    def stop(signum: int, frame: Any) -> None:
-        raise TimeoutError("a file took 60 seconds")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 Edits = list[tuple[int, int]]

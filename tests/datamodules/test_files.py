@@ -1,7 +1,6 @@
 """Which files are data: hidden ones never, others only where they are regular files."""
 
 import os
-import signal
 import socket
 import unicodedata
 from pathlib import Path
@@ -17,8 +16,10 @@ from datamodules.audio_sources import Manifest, SoundFolder, SpeechCommands
 from datamodules.bad_samples import BadSampleError, BadSamples, Triage
 from datamodules.files import check_file, glob_files, list_files, read_lines, why_no_file
 from datamodules.image_sources import FileImages, ImageFolder
-from datamodules.text import TextFolder, TokenFiles, write_token_file
+from datamodules.text import StandardLibrary, TextFolder, TokenFiles, write_token_file
 from diffmm.tokenizers import load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("within_a_minute")
 
 BYTES = load_tokenizer("bytes")
 ACCENTED = "café"
@@ -167,20 +168,6 @@ def test_links_are_followed_but_not_around(tmp_path: Path) -> None:
         images.read(3)
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting():
-    """What waits for a named pipe's writer fails."""
-
-    def stop(signum, frame):
-        raise TimeoutError("the test waited for 30 seconds")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(30)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
 @pytest.fixture(params=["a named pipe", "a socket", "a device", "a folder"])
 def irregular(request: pytest.FixtureRequest, tmp_path: Path):
     """Puts something that is no regular file under a name; its kind."""
@@ -263,6 +250,14 @@ def test_no_irregular_text_is_opened(irregular, tmp_path: Path) -> None:
         list(source.documents())
     source.triage = Triage(BadSamples("substitute", max_bad_fraction=1.0))
     assert [document.text for document in source.documents()] == ["0.txt"]
+
+
+def test_no_irregular_source_is_opened(irregular, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    write(tmp_path / "a.py")
+    irregular(tmp_path / "b.py")
+    (tmp_path / "c.py").symlink_to("gone.py")
+    assert [document.key for document in StandardLibrary().documents()] == ["a.py"]
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".json", ".documents.npy"])

@@ -134,6 +134,14 @@ VALUES: dict[str, tuple[bytes, list]] = {
     ),
     "la.png": (saved(in_mode("LA", (100, 0)), "PNG"), [[[255] * 3] * 2] * 2),
     "la_opaque.tif": (saved(in_mode("LA", (100, 255)), "TIFF"), [[[100] * 3] * 2] * 2),
+    "la_premultiplied.tif": (  # half of 100 is left, and half of white shows behind it
+        tiff(np.uint8([[50, 128, 0, 0]]), _256=2, _277=2, _338=1),
+        [[[177] * 3, [255] * 3]],
+    ),
+    "rgba_premultiplied.tif": (
+        tiff(np.uint8([[0, 0, 128, 128]]), _256=1, _262=2, _277=4, _338=1),
+        [[[127, 127, 255]]],
+    ),
     "pa.tif": (saved(PA, "TIFF"), [[[127, 255, 127]] * 2] * 2),
     "palette.png": (saved(palette()[0], "PNG"), [[[0, 255, 0]] * 2] * 2),
     "palette_half.png": (
@@ -338,6 +346,7 @@ def test_gray_of_color_and_color_of_gray(folder: Path) -> None:
             np.testing.assert_allclose(images[index], expected, atol=1e-5)
 
 
+@pytest.mark.usefixtures("within_a_minute")
 def test_bad_pictures_are_replaced_where_asked(folder: Path, caplog) -> None:
     for name, (content, _) in REFUSED.items():
         (folder / "a" / name).write_bytes(content)

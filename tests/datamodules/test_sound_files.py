@@ -205,6 +205,7 @@ def test_rates_without_a_common_factor(rate_hz: int, clip) -> None:
     np.testing.assert_allclose(got[100:-100], expected[100:-100], atol=2e-3)
 
 
+@pytest.mark.usefixtures("within_a_minute")
 def test_bad_sounds_are_replaced_where_asked(tmp_path: Path, caplog) -> None:
     for name, (content, _) in BAD.items():
         (tmp_path / "a").mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """Every source gives its documents, and names what it cannot read."""
 
 import json
+import os
 import pickle
 import sysconfig
 from pathlib import Path
@@ -190,6 +191,20 @@ def test_a_byte_order_mark_is_no_text_of_a_dataset(tmp_path: Path, streaming: bo
     if streaming:
         shards = Shards(source, Triage(BadSamples()))
         assert [text for shard in range(2) for text in shards.texts(shard)] == expected
+
+
+@pytest.mark.usefixtures("within_a_minute")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hidden_files_and_pipes_are_no_part_of_a_dataset(tmp_path: Path, streaming: bool) -> None:
+    for name in ("a.txt", "._a.txt", ".hidden/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{name}\n")
+    os.mkfifo(tmp_path / "pipe.txt")
+    source = HuggingFaceText("text", data_files=f"{tmp_path}/**/*.txt", streaming=streaming)
+    assert [document.text for document in source.documents()] == ["a.txt"]
+    pipe = HuggingFaceText("text", data_files=f"{tmp_path}/pipe.txt", streaming=streaming)
+    with pytest.raises(BadSampleError, match="cannot load .*pipe.txt"):
+        list(pipe.documents())
 
 
 NO_TEXT: dict[str, tuple[list[Any], str]] = {
