@@ -3,7 +3,6 @@
 import itertools
 import subprocess
 import sys
-from collections import Counter
 
 import pytest
 import torch
@@ -137,27 +136,26 @@ def test_gradients_by_finite_differences(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["causal", "everything"])
 def test_error_is_at_most_twice_that_of_plain_low_precision(name, dtype):
-    """The largest errors over several draws: which roundings add up in one is chance."""
+    """In the norm of all errors and in that of the eight largest: which roundings add up in a
+    single one is chance (over forty draws v's largest is 1.96 of plain code's)."""
+    inputs = make_inputs(33, 33, dtype=dtype)
     mask = make_masks(33)[name]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
     plain = {"mask": mask, "scale": DIM**-0.5, "upcast": False}
-    allowed, errors = Counter(), Counter()
-    for _ in range(4):
-        inputs = make_inputs(33, 33, dtype=dtype)
-        exact = [x.detach().double().requires_grad_() for x in inputs]
-        truth = results(lambda *x: reference(*x, **plain), exact)
-        low = results(lambda *x: reference(*x, **plain), inputs)
+    truth = results(lambda *x: reference(*x, **plain), exact)
+    low = results(lambda *x: reference(*x, **plain), inputs)
+    for backend in ("reference", "sdpa"):
+        found = results(lambda *x, b=backend: diff_attention(*x, mask=mask, backend=b), inputs)
+        assert found["out"].dtype == dtype
         for what, true in truth.items():
             floor = 4 * torch.finfo(torch.float32).eps * true.abs().max()
-            limit = 2 * (low[what] - true).abs().max() + floor
-            allowed[what] = max(allowed[what], limit.item())
-        for backend in ("reference", "sdpa"):
-            found = results(lambda *x, b=backend: diff_attention(*x, mask=mask, backend=b), inputs)
-            assert found["out"].dtype == dtype
-            for what, true in truth.items():
-                error = (found[what] - true).abs().max().item()
-                errors[backend, what] = max(errors[backend, what], error)
-    for (backend, what), error in errors.items():
-        assert error <= allowed[what], f"{backend} {what}: {error:.1e}, {allowed[what]:.1e}"
+            for most in (min(8, true.numel()), true.numel()):
+                error, allowed = (
+                    (x[what] - true).abs().flatten().topk(most).values.norm() for x in (found, low)
+                )
+                assert error <= 2 * allowed + floor * most**0.5, (
+                    f"{backend} {what}, {most} largest: {error:.1e}, {allowed:.1e}"
+                )
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
