@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from diffmm.cli.errors import BadInput
 from diffmm.cli.recipes import find_recipe
 from diffmm.cli.settings import load
+from diffmm.cli.trust import add_trust_option
 
 if TYPE_CHECKING:
     from diffmm.cli.memory import Memory
@@ -26,17 +27,18 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         prog="diffmm check", allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG
     )
     parser.add_argument("recipe", help="a recipe's file or name")
+    add_trust_option(parser)
     options, overrides = parser.parse_known_args(arguments)
     values = {**load([find_recipe(options.recipe)], overrides), "run_dir": "runs"}
 
     from diffmm.cli.mistakes import find_mistakes
     from diffmm.cli.trainer import RecipeCLI
 
-    findings = find_mistakes(values)
+    findings = find_mistakes(values, trust=options.trust)
     if findings.mistakes:
         raise BadInput(*findings.mistakes)
     # The recipe's own parser may be stricter.
-    RecipeCLI(values, build=False)
+    RecipeCLI(values, build=False, trust=options.trust)
     for name, text in report(findings.model, findings.data, values).items():
         print(f"{name:<12} {text}")
     return 0

@@ -9,6 +9,7 @@ from diffmm.cli.errors import BadInput, refusing
 from diffmm.cli.fit import print_help, wants_help
 from diffmm.cli.recipes import find_recipe
 from diffmm.cli.settings import load, merge
+from diffmm.cli.trust import add_trust_option
 
 QUIET = {"trainer": {"logger": False, "enable_checkpointing": False}}
 """Evaluation writes nothing beside its result."""
@@ -27,7 +28,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if output is not None and output.exists():
         raise BadInput(f"{output} exists already: choose another --output")
     values = load([find_recipe(name) for name in options.config], overrides)
-    return evaluate(verb, values, options.weights, output)
+    return evaluate(verb, values, options.weights, output, trust=options.trust)
 
 
 def make_parser(verb: str) -> argparse.ArgumentParser:
@@ -59,6 +60,7 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
         metavar="CKPT",
         help="a run, a checkpoint, or model.safetensors (or its folder)",
     )
+    add_trust_option(parser)
     if verb == "predict":
         parser.add_argument(
             "--output", metavar="FILE", default="predictions.pt", help="predictions.pt by default"
@@ -66,7 +68,9 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
     return parser
 
 
-def evaluate(verb: str, values: dict[str, Any], weights: str, output: Path | None) -> int:
+def evaluate(
+    verb: str, values: dict[str, Any], weights: str, output: Path | None, *, trust: bool
+) -> int:
     """Run one of Lightning's evaluation loops over a recipe's data.
 
     Raises:
@@ -82,7 +86,7 @@ def evaluate(verb: str, values: dict[str, Any], weights: str, output: Path | Non
     callbacks = quiet["trainer"].get("callbacks")
     if isinstance(callbacks, list):
         quiet["trainer"]["callbacks"] = [c for c in callbacks if not saves(c)]
-    cli = RecipeCLI(quiet)
+    cli = RecipeCLI(quiet, trust=trust)
     task: Any = cli.model
     if not hasattr(task, "model"):
         raise BadInput(f"{type(task).__name__} has no model to load weights into")

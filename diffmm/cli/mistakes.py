@@ -21,6 +21,7 @@ from diffmm.cli.errors import told
 from diffmm.cli.numbers import wrong_numbers
 from diffmm.cli.references import UNKNOWN, resolve, unused_variables
 from diffmm.cli.settings import CLASS_KEYS
+from diffmm.cli.trust import PLAIN, is_code, stranger
 
 
 class Parameter(NamedTuple):
@@ -35,13 +36,19 @@ class Findings(NamedTuple):
     data: LightningDataModule | None
 
 
-def find_mistakes(values: dict[str, Any]) -> Findings:
-    """Look for all mistakes in the values of a recipe (see `diffmm.cli.settings.load`)."""
+def find_mistakes(values: dict[str, Any], *, trust: bool = True) -> Findings:
+    """Look for all mistakes in the values of a recipe (see `diffmm.cli.settings.load`).
+
+    Args:
+        values: of the recipe.
+        trust: import and call what it names outside `diffmm.cli.trust.KNOWN`; otherwise that is a
+            mistake.
+    """
     resolved, mistakes = resolve(values)
     mistakes += unused_variables(values)
     wrong, resolved = wrong_numbers(values, resolved)
     mistakes += wrong
-    finder = _Finder(mistakes)
+    finder = _Finder(mistakes, trust=trust)
     finder.check_keys(resolved, TOP, "")
     finder.check(resolved.get("seed_everything", True), bool | int, "seed_everything")
     finder.check(resolved.get("vars", {}), dict, "vars")
@@ -62,8 +69,9 @@ def find_mistakes(values: dict[str, Any]) -> Findings:
 class _Finder:
     """Checks values against types, collects mistakes and gives what was built."""
 
-    def __init__(self, mistakes: list[str]) -> None:
+    def __init__(self, mistakes: list[str], *, trust: bool) -> None:
         self.mistakes = mistakes
+        self.trust = trust
         self.has_unknown_keys = False
 
     def check(self, value: Any, hint: Any, path: str) -> Any:
@@ -73,6 +81,8 @@ class _Finder:
         options = _options(hint)
         classes = [option for option in options if inspect.isclass(option)]
         configs = [option for option in classes if dataclasses.is_dataclass(option)]
+        if isinstance(value, str) and any(map(is_code, options)) and self.is_strange(value, path):
+            return UNKNOWN
         if isinstance(value, dict) and "class_path" in value:
             return self.instance(value, [c for c in classes if c not in PLAIN], path)
         if isinstance(value, dict) and configs and dict not in classes:
@@ -120,7 +130,7 @@ class _Finder:
         """The object that a node with a `class_path` stands for."""
         self.check_keys(node, CLASS_KEYS, path)
         class_path = node["class_path"]
-        if class_path is UNKNOWN:
+        if class_path is UNKNOWN or self.is_strange(class_path, f"{path}.class_path"):
             return UNKNOWN
         try:
             cls = _import(class_path)
@@ -129,8 +139,8 @@ class _Finder:
             return UNKNOWN
         if cls is None:
             return UNKNOWN
-        if inspect.isclass(cls) and bases and not issubclass(cls, tuple(bases)):
-            expected = " or ".join(base.__name__ for base in bases)
+        if not inspect.isclass(cls) or (bases and not issubclass(cls, tuple(bases))):
+            expected = " or ".join(base.__name__ for base in bases) or "class"
             self.mistakes.append(f"{path}.class_path must name a {expected}, got {class_path!r}")
             return UNKNOWN
         arguments = self.arguments(node.get("init_args") or {}, cls, f"{path}.init_args")
@@ -138,6 +148,13 @@ class _Finder:
         if arguments is UNKNOWN or path.startswith("trainer"):
             return UNKNOWN
         return self.build(cls, {**arguments, **(node.get("dict_kwargs") or {})}, path)
+
+    def is_strange(self, class_path: Any, path: str) -> bool:
+        """Whether a class path is not to be imported: a mistake that is told."""
+        why = None if self.trust else stranger(class_path)
+        if why is not None:
+            self.mistakes.append(f"{path}: {why}")
+        return why is not None
 
     def config(self, node: dict[str, Any], cls: type, path: str) -> Any:
         """A configuration (a dataclass), which refuses what it cannot be."""
@@ -190,8 +207,6 @@ class _Finder:
 
 TOP = ("seed_everything", "vars", "run_dir", "trainer", "model", "data")
 """The keys of a recipe."""
-
-PLAIN = (int, float, bool, str, dict, list, tuple, type(None))
 
 
 def _options(hint: Any) -> list[Any]:

@@ -9,6 +9,7 @@ from diffmm.checkpoint_folders import DIRECTORY_NAME
 from diffmm.cli.errors import BadInput, refusing
 from diffmm.cli.runs import find_run
 from diffmm.cli.settings import load, merge
+from diffmm.cli.trust import add_trust_option
 
 if TYPE_CHECKING:
     from diffmm.training.replay import MicroBatch
@@ -33,10 +34,11 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--weights", metavar="CKPT", help="in place of the checkpoint that the run stopped with"
     )
+    add_trust_option(parser)
     options = parser.parse_args(arguments)
     files = [Path(options.batch)] if options.batch else batch_files(Path(options.run))
     for file in files:
-        replay_file(Path(options.run), file, options.weights)
+        replay_file(Path(options.run), file, options.weights, trust=options.trust)
     return 0
 
 
@@ -55,7 +57,7 @@ def batch_files(run: Path) -> list[Path]:
     return [file for file in files if file.name.startswith(f"{BATCH_NAME}_{step}_")]
 
 
-def replay_file(run: Path, file: Path, weights: str | None) -> None:
+def replay_file(run: Path, file: Path, weights: str | None, *, trust: bool) -> None:
     """Make the step of one process again, and print what is not finite in it.
 
     Raises:
@@ -72,7 +74,7 @@ def replay_file(run: Path, file: Path, weights: str | None) -> None:
     chosen = weights or (own if own.is_dir() else newest)
     if chosen is None:
         raise BadInput(f"{run} has no checkpoint: give --weights CKPT")
-    cli = RecipeCLI(merge(load([config]), {**ALONE, "run_dir": str(run)}))
+    cli = RecipeCLI(merge(load([config]), {**ALONE, "run_dir": str(run)}), trust=trust)
     task: Any = cli.model
     with refusing():
         load_weights(task.model, chosen)

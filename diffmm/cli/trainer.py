@@ -72,15 +72,19 @@ class RecipeCLI(SettingsCLI):
     Args:
         values: of the recipe (see `diffmm.cli.settings.load`), with its `run_dir`.
         build: make them; otherwise the values are parsed and no more.
+        trust: import and call what the recipe names outside `diffmm.cli.trust.KNOWN`; otherwise
+            that is refused before anything is imported.
 
     Raises:
         BadInput: with every mistake in the values.
     """
 
-    def __init__(self, values: dict[str, Any], *, build: bool = True) -> None:
+    def __init__(self, values: dict[str, Any], *, build: bool = True, trust: bool = True) -> None:
         self.values = values
         self.build = build
         silence_noise()
+        if not trust and (found := find_mistakes(values, trust=False).mistakes):
+            raise BadInput(*found)
         mistakes = unused_variables(values) + wrong_numbers(values, resolve(values)[0])[0]
         # Lightning would go on without data.
         mistakes += [f"{part} is missing" for part in ("model", "data") if not values.get(part)]

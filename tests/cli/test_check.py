@@ -33,7 +33,7 @@ def test_reports_size_step_and_memory(run):
     model = findings("text/stdlib_tiny").model.model
     count = sum(parameter.numel() for parameter in model.parameters())
     assert lines["model"] == "TextModel under CausalLM"
-    assert lines["attention"].startswith("diff_v1, 3 layers of")
+    assert lines["attention"].startswith("diff_v2, 3 layers of")
     assert lines["parameters"].startswith(f"{count:,} (")
     assert f"{model.embedding.weight.numel():,} in the embedding" in lines["parameters"]
     size = findings("text/stdlib_tiny").data.batch_size
