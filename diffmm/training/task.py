@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from diffmm.batch import REPEATED
@@ -34,7 +35,7 @@ from diffmm.training.checkpoints.progress import is_step_boundary
 from diffmm.training.finetuning import FineTuneConfig, freeze
 from diffmm.training.optimizer import OptimizerConfig, make_optimizer
 from diffmm.training.precision import exact_fields, keep_exact
-from diffmm.training.schedule import ScheduleConfig, make_scheduler
+from diffmm.training.schedule import ScheduleConfig, make_scheduler, set_learning_rates
 from diffmm.training.sharding import clip_gradients, gradient_norm, is_sharded, shard
 from diffmm.training.stops import CleanStop
 
@@ -156,6 +157,10 @@ class Task(LightningModule):
     def on_train_start(self) -> None:
         # Not earlier: Lightning warns of modules that are in evaluation mode before this.
         self.train()
+        # A restored optimizer has the learning rate that its schedule had then.
+        for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+            if isinstance(scheduler, LambdaLR):
+                set_learning_rates(scheduler)
 
     def train(self, mode: bool = True) -> "Task":
         super().train(mode)
