@@ -23,7 +23,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
-from diffmm.batch import REPEATED
 from diffmm.layers.block import Block
 from diffmm.models.backbone import Backbone
 from diffmm.models.description import MODELS, describe, unwrap
@@ -32,6 +31,7 @@ from diffmm.training.accumulation import AccumulatedLoss, LossSum
 from diffmm.training.bad_numbers import BadNumbers, measured_norm
 from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
 from diffmm.training.checkpoints.progress import is_step_boundary
+from diffmm.training.evaluation import counted
 from diffmm.training.finetuning import FineTuneConfig, freeze
 from diffmm.training.optimizer import OptimizerConfig, make_optimizer
 from diffmm.training.precision import exact_fields, keep_exact
@@ -196,10 +196,10 @@ class Task(LightningModule):
             self.accumulated.complete(self.model.parameters(), num_accumulated)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("val", batch)
+        self._evaluate("val", counted(batch, batch_idx, self.trainer.val_dataloaders), batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("test", batch)
+        self._evaluate("test", counted(batch, batch_idx, self.trainer.test_dataloaders), batch)
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
@@ -247,12 +247,13 @@ class Task(LightningModule):
         if self.description is not None:
             checkpoint["model"] = self.description
 
-    def _evaluate(self, stage: str, batch: Any) -> None:
-        metrics = dict(self.metrics[stage].items())  # type: ignore[operator]
-        if REPEATED in batch:
-            # Other processes wait for this forward pass; what comes of it counts nowhere.
-            metrics = {name: each.to(self.device) for name, each in self.make_metrics().items()}
-        self.update_metrics(batch, metrics)
+    def _evaluate(self, stage: str, counting: Any, batch: Any) -> None:
+        if counting is not None:
+            self.update_metrics(counting, dict(self.metrics[stage].items()))  # type: ignore[operator]
+            return
+        # Other processes wait for this forward pass; what comes of it counts nowhere.
+        unused = {name: metric.to(self.device) for name, metric in self.make_metrics().items()}
+        self.update_metrics(batch, unused)
 
     def _log_metrics(self, stage: str) -> None:
         for name, metric in self.metrics[stage].items():  # type: ignore[operator]
