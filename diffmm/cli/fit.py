@@ -194,10 +194,7 @@ def train(
     if is_new or longer is not None:
         trainer.callbacks.insert(0, ConfigSaver(run_dir, comment, values))
     first_step = step_of(checkpoint)
-    if longer is not None:
-        line = outlook(cli.model, trainer, longer.schedule, first_step)
-        if trainer.is_global_zero:
-            print(f"{run_dir} {line}")
+    line = longer and outlook(cli.model, trainer, longer.schedule, first_step)
     code, message = 0, ""
     try:
         with (
@@ -206,6 +203,8 @@ def train(
             refusing_before_training(cli, checkpoint),
         ):
             check_weights(cli, checkpoint)
+            if line is not None and trainer.is_global_zero:
+                print(f"{run_dir} {line}")
             cli.trainer.fit(
                 cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True
             )

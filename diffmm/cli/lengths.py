@@ -62,7 +62,11 @@ def leaves(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def step_of(checkpoint: Path | None) -> int:
-    """How many steps a run has made by its state."""
+    """How many steps a run has made by its state.
+
+    Raises:
+        BadInput: if the state cannot be read.
+    """
     if checkpoint is None:
         return 0
     manifest = read_manifest(checkpoint.parent)
@@ -70,7 +74,11 @@ def step_of(checkpoint: Path | None) -> int:
         return manifest["step"]
     import torch
 
-    return torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["global_step"]
+    try:
+        # As Lightning's own callback writes it.
+        return torch.load(checkpoint, "cpu", mmap=True, weights_only=True)["global_step"]
+    except Exception as error:
+        raise BadInput(f"{checkpoint} is no checkpoint of a run: {error}") from error
 
 
 def outlook(task: Any, trainer: Any, schedule: dict[str, Any] | None, step: int) -> str:

@@ -117,8 +117,7 @@ class Task(LightningModule):
     def setup(self, stage: str) -> None:
         if not is_sharded(self.model) and type(unwrap(self.model)) in MODELS.values():
             self.description = describe(self.model)
-        if fields := exact_fields(self.model):
-            keep_exact(self.trainer.precision_plugin, fields)
+        keep_exact(self.trainer.precision_plugin, exact_fields(self.model))
         if self.device_mesh is None:
             self._compile([self.model])
 

@@ -304,6 +304,26 @@ def test_a_run_of_epochs_goes_on_for_longer(run, recipe):
     assert steps_of(directory) == 6
 
 
+@pytest.mark.filterwarnings("ignore:this checkpoint was not saved by Checkpoints")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+def test_a_run_with_lightning_s_own_checkpoint_goes_on_for_longer(run, finished):
+    state = torch.load(find_state(finished), weights_only=True)
+    for found in checkpoints(finished / "checkpoints"):
+        shutil.rmtree(found.path)
+    path = finished / "checkpoints" / "last.ckpt"
+    del state["exact_resume"], state["callbacks"]
+    torch.save(state, path)
+    result = run("fit", "--resume", finished, "--trainer.max_steps", "6")
+    assert result.code == 0, result.err
+    assert f"{finished} goes on from step 4 to step 6; " in result.out
+    for found in checkpoints(finished / "checkpoints"):
+        shutil.rmtree(found.path)
+    path.write_bytes(b"nothing")
+    result = run("fit", "--resume", finished, "--trainer.max_steps", "7")
+    assert result.code == 2
+    assert result.mistakes[0].startswith(f"{path} is no checkpoint of a run: ")
+
+
 def test_a_run_that_has_ended_says_so(run, finished):
     result = run("fit", "--resume", finished)
     assert result.code == 0
