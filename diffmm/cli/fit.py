@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffmm.checkpoint_folders import find_state
 from diffmm.cli.errors import BadInput, RunFailed, refusing
+from diffmm.cli.lengths import Longer, lengthened, outlook, step_of
 from diffmm.cli.recipes import find_recipe, header
 from diffmm.cli.runs import find_run, new_run, nothing_half_written, same_run, warn
 from diffmm.cli.settings import load, override
@@ -34,12 +35,12 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     refuse_ckpt_path(verb, overrides)
     recipe = (options.config or [None])[-1]
     if verb == "fit" and options.resume not in (None, AUTO):
-        if recipe or overrides or options.name or options.run_dir:
+        if recipe or options.name or options.run_dir:
             raise BadInput(
-                "--resume goes on with a run as it was: it takes no recipe, name or other setting. "
-                "A new run from its weights is `diffmm finetune`"
+                "--resume goes on with a run as it was: it takes no recipe or name. A new run from "
+                "its weights is `diffmm finetune`"
             )
-        return resume(Path(options.resume))
+        return resume(Path(options.resume), overrides)
     if recipe is None:
         raise BadInput(f"diffmm {verb} needs --config RECIPE (diffmm recipes lists them)")
     paths = [find_recipe(name) for name in options.config]
@@ -81,9 +82,9 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "--resume",
             metavar="RUN",
-            help="go on with the run in this directory from its newest whole checkpoint; 'auto': "
-            "with the run of just these settings (the latest, or the one of --name or --run_dir), "
-            "or else start it",
+            help="go on with the run in this directory from its newest whole checkpoint (for "
+            "longer: --trainer.max_steps N); 'auto': with the run of just these settings (the "
+            "latest, or the one of --name or --run_dir), or else start it",
         )
     else:
         parser.add_argument(
@@ -127,12 +128,24 @@ def refuse_ckpt_path(verb: str, overrides: Sequence[str]) -> None:
         )
 
 
-def resume(run_dir: Path) -> int:
-    """Go on with a run, under its own config, from its newest whole checkpoint."""
+def resume(run_dir: Path, overrides: Sequence[str] = ()) -> int:
+    """Go on with a run from its newest whole checkpoint, under its own config, but perhaps for
+    longer."""
     config, checkpoint = find_run(str(run_dir))
     if checkpoint is None:
         warn(f"{run_dir} has no checkpoint yet: it starts again from its beginning")
-    return train(run_dir, load([config]), checkpoint=checkpoint, is_new=False)
+    longer = lengthened(config, overrides)
+    if longer is None:
+        return train(run_dir, load([config]), checkpoint=checkpoint, is_new=False)
+    comment = header(config.read_text(encoding="utf-8"))
+    return train(
+        run_dir,
+        longer.values,
+        comment=comment,
+        checkpoint=checkpoint,
+        is_new=False,
+        longer=longer,
+    )
 
 
 def train(
@@ -142,6 +155,7 @@ def train(
     comment: str = "",
     checkpoint: Path | None = None,
     is_new: bool = True,
+    longer: Longer | None = None,
 ) -> int:
     """Fit a recipe in its run directory.
 
@@ -151,6 +165,7 @@ def train(
         comment: heads the saved config.
         checkpoint: where to go on; from the beginning without.
         is_new: the config is still to be saved.
+        longer: what was given to a run that goes on with another length.
 
     Returns:
         The exit code: 0, or 130 or 143 if a signal stopped the run.
@@ -176,9 +191,11 @@ def train(
     if checkpoint is not None:
         forget_first_weights(cli)
     trainer: Any = cli.trainer
-    if is_new:
+    if is_new or longer is not None:
         trainer.callbacks.insert(0, ConfigSaver(run_dir, comment, values))
-    code, message = 0, f"run: {run_dir}"
+    first_step = step_of(checkpoint)
+    line = longer and outlook(cli.model, trainer, longer.schedule, first_step)
+    code, message = 0, ""
     try:
         with (
             nothing_half_written(run_dir),
@@ -186,9 +203,12 @@ def train(
             refusing_before_training(cli, checkpoint),
         ):
             check_weights(cli, checkpoint)
+            if line is not None and trainer.is_global_zero:
+                print(f"{run_dir} {line}")
             cli.trainer.fit(
                 cli.model, datamodule=cli.datamodule, ckpt_path=checkpoint, weights_only=True
             )
+        message = ending(trainer, run_dir, is_resumed=checkpoint is not None, since=first_step)
     except SIGTERMException as stop:
         code, message = int(stop.code or 0), f"stopped: go on with `diffmm fit --resume {run_dir}`"
     except (TooManyBadNumbers, BadWeights, SaveFailed) as error:
@@ -201,6 +221,24 @@ def train(
         print(message)
     leave_processes(code)
     return code
+
+
+def ending(trainer: Any, run_dir: Path, *, is_resumed: bool, since: int) -> str:
+    """What a run that has come to an end by itself says last."""
+    from diffmm.training.checkpoints.exact import is_out_of_time
+    from diffmm.training.checkpoints.progress import is_complete
+
+    step = trainer.global_step
+    if is_out_of_time(trainer) and not is_complete(trainer):
+        return f"max_time is up after step {step}: go on with `diffmm fit --resume {run_dir}`"
+    if not is_resumed or step > since:
+        return f"run: {run_dir}"
+    if trainer.should_stop:
+        return f"run: {run_dir}, which a callback has ended after step {step}: it does not go on"
+    return (
+        f"run: {run_dir}, which has ended after step {step}: to go on for longer, add "
+        f"--trainer.max_steps N (or max_epochs)"
+    )
 
 
 def forget_first_weights(cli: "RecipeCLI") -> None:

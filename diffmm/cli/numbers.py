@@ -6,7 +6,7 @@ from diffmm.checks import number_fault
 from diffmm.cli.errors import told
 from diffmm.cli.references import UNKNOWN, walk, without
 
-Path = tuple[str | int, ...]
+Place = tuple[str | int, ...]
 """Where a setting stands in a recipe."""
 
 LEAST = {
@@ -52,12 +52,12 @@ def wrong_numbers(
     """
     written, anywhere, out_of_range = faults(values), faults(resolved), trainer_faults(resolved)
     # What several settings refer to is told once, where it stands.
-    told = {**(written or anywhere), **out_of_range}
-    mistakes = [f"{'.'.join(map(str, path))} {fault}" for path, fault in told.items()]
+    found = {**(written or anywhere), **out_of_range}
+    mistakes = [f"{'.'.join(map(str, path))} {fault}" for path, fault in found.items()]
     return mistakes, without(resolved, anywhere.keys() | out_of_range.keys(), instead=UNKNOWN)
 
 
-def faults(values: dict[str, Any]) -> dict[Path, str]:
+def faults(values: dict[str, Any]) -> dict[Place, str]:
     """What is wrong with numbers, wherever they stand."""
     return {
         path: f"{fault}, got {value}"
@@ -66,10 +66,10 @@ def faults(values: dict[str, Any]) -> dict[Path, str]:
     }
 
 
-def trainer_faults(values: dict[str, Any]) -> dict[Path, str]:
+def trainer_faults(values: dict[str, Any]) -> dict[Place, str]:
     """What is wrong with settings of the trainer, and with the seed, that are numbers or times."""
     trainer = values.get("trainer")
-    found: dict[Path, str] = {
+    found: dict[Place, str] = {
         ("trainer", name): f"must be {fault}, got {value}"
         for name, value in (trainer.items() if isinstance(trainer, dict) else ())
         if not number_fault(value) and (fault := trainer_fault(name, value))

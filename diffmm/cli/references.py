@@ -46,10 +46,15 @@ def resolve(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return resolved(values, ()), mistakes
 
 
+def used_variables(values: dict[str, Any]) -> list[str]:
+    """The names of the variables that something refers to."""
+    text = " ".join(value for _, value in walk(values) if isinstance(value, str))
+    return sorted(set(re.findall(r"\$\{vars\.(\w+)", text)))
+
+
 def unused_variables(values: dict[str, Any]) -> list[str]:
     """A line for each variable that nothing refers to, and that therefore changes nothing."""
-    text = " ".join(value for _, value in walk(values) if isinstance(value, str))
-    used = sorted(set(re.findall(r"\$\{vars\.(\w+)", text)))
+    used = used_variables(values)
     return [
         f"vars.{name} changes nothing: nothing refers to it{did_you_mean(name, used)}"
         for name in values.get("vars") or {}

@@ -64,3 +64,11 @@ class ScheduleConfig(Settings):
 def make_scheduler(optimizer: Optimizer, config: ScheduleConfig) -> LambdaLR:
     """A torch scheduler that scales every group's learning rate by `config.factor(step)`."""
     return LambdaLR(optimizer, config.factor)
+
+
+def set_learning_rates(scheduler: LambdaLR) -> None:
+    """Give every group the learning rate that the scheduler, which may have been changed, has for
+    the next step."""
+    rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    for group, (base, factor) in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = base * factor(scheduler.last_epoch)

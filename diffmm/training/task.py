@@ -20,9 +20,9 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
-from diffmm.batch import REPEATED
 from diffmm.layers.block import Block
 from diffmm.models.backbone import Backbone
 from diffmm.models.description import MODELS, describe, unwrap
@@ -31,10 +31,11 @@ from diffmm.training.accumulation import AccumulatedLoss, LossSum
 from diffmm.training.bad_numbers import BadNumbers, measured_norm
 from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
 from diffmm.training.checkpoints.progress import is_step_boundary
+from diffmm.training.evaluation import counted
 from diffmm.training.finetuning import FineTuneConfig, freeze
 from diffmm.training.optimizer import OptimizerConfig, make_optimizer
 from diffmm.training.precision import exact_fields, keep_exact
-from diffmm.training.schedule import ScheduleConfig, make_scheduler
+from diffmm.training.schedule import ScheduleConfig, make_scheduler, set_learning_rates
 from diffmm.training.sharding import clip_gradients, gradient_norm, is_sharded, shard
 from diffmm.training.stops import CleanStop
 
@@ -116,8 +117,7 @@ class Task(LightningModule):
     def setup(self, stage: str) -> None:
         if not is_sharded(self.model) and type(unwrap(self.model)) in MODELS.values():
             self.description = describe(self.model)
-        if fields := exact_fields(self.model):
-            keep_exact(self.trainer.precision_plugin, fields)
+        keep_exact(self.trainer.precision_plugin, exact_fields(self.model))
         if self.device_mesh is None:
             self._compile([self.model])
 
@@ -156,6 +156,10 @@ class Task(LightningModule):
     def on_train_start(self) -> None:
         # Not earlier: Lightning warns of modules that are in evaluation mode before this.
         self.train()
+        # A restored optimizer has the learning rate that its schedule had then.
+        for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
+            if isinstance(scheduler, LambdaLR):
+                set_learning_rates(scheduler)
 
     def train(self, mode: bool = True) -> "Task":
         super().train(mode)
@@ -191,10 +195,10 @@ class Task(LightningModule):
             self.accumulated.complete(self.model.parameters(), num_accumulated)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("val", batch)
+        self._evaluate("val", counted(batch, batch_idx, self.trainer.val_dataloaders), batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate("test", batch)
+        self._evaluate("test", counted(batch, batch_idx, self.trainer.test_dataloaders), batch)
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
@@ -242,12 +246,13 @@ class Task(LightningModule):
         if self.description is not None:
             checkpoint["model"] = self.description
 
-    def _evaluate(self, stage: str, batch: Any) -> None:
-        metrics = dict(self.metrics[stage].items())  # type: ignore[operator]
-        if REPEATED in batch:
-            # Other processes wait for this forward pass; what comes of it counts nowhere.
-            metrics = {name: each.to(self.device) for name, each in self.make_metrics().items()}
-        self.update_metrics(batch, metrics)
+    def _evaluate(self, stage: str, counting: Any, batch: Any) -> None:
+        if counting is not None:
+            self.update_metrics(counting, dict(self.metrics[stage].items()))  # type: ignore[operator]
+            return
+        # Other processes wait for this forward pass; what comes of it counts nowhere.
+        unused = {name: metric.to(self.device) for name, metric in self.make_metrics().items()}
+        self.update_metrics(batch, unused)
 
     def _log_metrics(self, stage: str) -> None:
         for name, metric in self.metrics[stage].items():  # type: ignore[operator]

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import (
+    Callback,
+    LightningDataModule,
+    LightningModule,
+    Trainer,
+    seed_everything,
+)
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -120,6 +126,22 @@ class Data(SeededDataModule):
     test_dataloader = val_dataloader
 
 
+class PlainData(LightningDataModule):
+    """Loaders that know of no processes: Lightning gives them samplers that do."""
+
+    def __init__(self, size: int, batch_size: int) -> None:
+        super().__init__()
+        self.size, self.batch_size = size, batch_size
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(Samples("images", 16), self.batch_size)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(Samples("images", self.size), self.batch_size)
+
+    test_dataloader = val_dataloader
+
+
 def texts(folder: Path, *, streamed: bool, validation_fraction: float) -> TextData:
     source = TextFolder(str(folder))
     if streamed:
@@ -140,6 +162,9 @@ def evaluations(folder: Path) -> dict[str, tuple[str, Any]]:
         "5 images": ("images", lambda: Data("images", 5, 1)),
         "7 images in batches": ("images", lambda: Data("images", 7, 3)),
         "1 image": ("images", lambda: Data("images", 1, 2)),
+        "5 images of a plain loader": ("images", lambda: PlainData(5, 1)),
+        "7 images of a plain loader": ("images", lambda: PlainData(7, 2)),
+        "1 image of a plain loader": ("images", lambda: PlainData(1, 2)),
         "5 masked images": ("masked images", lambda: Data("masked images", 5, 2)),
         "5 sounds": ("sounds", lambda: Data("sounds", 5, 1)),
         "1 sound": ("sounds", lambda: Data("sounds", 1, 2)),
@@ -154,7 +179,6 @@ def trainer(num_processes: int, callbacks: Sequence[Callback] = (), **settings: 
         accelerator="cpu",
         devices=num_processes,
         strategy="ddp" if num_processes > 1 else "auto",
-        use_distributed_sampler=False,
         callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
@@ -209,7 +233,12 @@ def gradients(kind: str, num_processes: int) -> dict[str, Any]:
     batch = text_batch() if kind == "texts" else image_batch()
     watch = Watch()
     own = trainer(
-        num_processes, [watch], accumulate_grad_batches=4, max_steps=1, gradient_clip_val=0.1
+        num_processes,
+        [watch],
+        accumulate_grad_batches=4,
+        max_steps=1,
+        gradient_clip_val=0.1,
+        use_distributed_sampler=False,
     )
     sizes = DIVISIONS[num_processes]
     flat = [size for share in sizes for size in share]
@@ -222,7 +251,7 @@ def gradients(kind: str, num_processes: int) -> dict[str, Any]:
     return {**logged, "gradients": watch.gradients}
 
 
-def evaluate(kind: str, data: SeededDataModule, num_processes: int) -> dict[str, Any]:
+def evaluate(kind: str, data: LightningDataModule, num_processes: int) -> dict[str, Any]:
     """The metrics of a fit's validation, where DDP makes the forward pass, and of the verbs."""
     model = task(kind)
     fitted = trainer(num_processes, max_steps=1, limit_train_batches=1)

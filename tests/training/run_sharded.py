@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, StackDataset
 
+from diffmm.batch import IGNORE_INDEX
 from diffmm.cli.trainer import leave_processes
 from diffmm.models import BackboneConfig, ImageConfig, ImageModel, TextConfig, TextModel
 from diffmm.training import CausalLM, Classification, OptimizerConfig, ScheduleConfig
@@ -59,7 +60,9 @@ def task_and_data(
         return Classification(ImageModel(config), **settings), StackDataset(**batch)
     tokens = torch.randint(24, (NUM_SAMPLES, 17))
     num_bytes = torch.full((NUM_SAMPLES,), 16)
-    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "num_bytes": num_bytes}
+    targets = tokens[:, 1:].clone()
+    targets[index % GLOBAL_BATCH < GLOBAL_BATCH // 2, 5:] = IGNORE_INDEX
+    batch = {"tokens": tokens[:, :-1], "targets": targets, "num_bytes": num_bytes}
     backbone = BackboneConfig(dim, 2, 8, attention=case, rope="1d", **shared)
     model = TextModel(TextConfig(24, 16, backbone))
     return CausalLM(model, **settings), StackDataset(**batch, index=index)
@@ -82,6 +85,8 @@ class Recorded(Callback):
                 self.gradients[name] = whole(parameter.grad)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return
         for name in CURVES:
             self.curves[name].append(trainer.callback_metrics[name].item())
 
@@ -89,15 +94,16 @@ class Recorded(Callback):
 class Shares:
     """Each process its own share of the samples, once it is known which."""
 
-    def __init__(self, samples: StackDataset) -> None:
-        self.samples = samples
+    def __init__(self, samples: StackDataset, accumulate: int) -> None:
+        self.samples, self.accumulate = samples, accumulate
         self.trainer: Trainer | None = None
 
     def __iter__(self) -> Any:
         assert self.trainer is not None
         rank, count = data_share(self.trainer)
         sampler = DistributedSampler(self.samples, count, rank, shuffle=False)
-        return iter(DataLoader(self.samples, GLOBAL_BATCH // count, sampler=sampler))
+        size = GLOBAL_BATCH // count // self.accumulate
+        return iter(DataLoader(self.samples, size, sampler=sampler))
 
 
 def fit(
@@ -110,12 +116,14 @@ def fit(
     ckpt_path: Path | None = None,
     accelerator: str = "cpu",
     precision: Any = "32-true",
+    accumulate: int = 1,
 ) -> tuple[Trainer, Recorded]:
     recorded = Recorded()
     trainer = Trainer(
         accelerator=accelerator,
         precision=precision,
         gradient_clip_val=0.3,
+        accumulate_grad_batches=accumulate,
         devices=num_processes,
         strategy=strategy,
         use_distributed_sampler=False,
@@ -128,7 +136,7 @@ def fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    shares = Shares(samples)
+    shares = Shares(samples, accumulate)
     shares.trainer = trainer
     trainer.fit(task, shares, ckpt_path=ckpt_path, weights_only=True)
     return trainer, recorded
@@ -147,6 +155,7 @@ def run(
     variant: str = "",
     accelerator: str = "cpu",
     precision: str = "32-true",
+    accumulate: int = 1,
     **changes: Any,
 ) -> None:
     """Write the curve, the gradients of the first step and the weights after two steps, with a
@@ -157,10 +166,11 @@ def run(
         folder: for the files, called `CASE_STRATEGY_NUM` with the variant at their end.
         case, changes: of `task_and_data`.
         strategy, num_processes, accelerator, precision: of the trainer.
+        accumulate: into how many micro-batches a process's share of a step is divided.
         variant: tells runs apart that are the same in all else that is in their name.
     """
     setting: dict[str, Any] = {"strategy": strategy, "num_processes": num_processes}
-    setting |= {"accelerator": accelerator, "precision": precision}
+    setting |= {"accelerator": accelerator, "precision": precision, "accumulate": accumulate}
     name = f"{case}_{strategy}_{num_processes}{variant}"
     task, samples = task_and_data(case, **changes)
     trainer, recorded = fit(task, samples, max_steps=2, **setting)

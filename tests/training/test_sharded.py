@@ -19,7 +19,7 @@ from diffmm.training import FSDP2Strategy
 SCRIPT = Path(__file__).with_name("run_sharded.py")
 CASES = ("softmax", "diff_v1", "diff_v2", "image")
 NAMES = ("case", "strategy", "num_processes", "variant")
-COMPILED = "_compiled"
+COMPILED, ACCUMULATED = "_compiled", "_accumulated"
 RUNS = [
     ("diff_v1", "fsdp2", 2, ""),
     ("diff_v1", "fsdp2_tp2", 2, COMPILED),
@@ -27,6 +27,8 @@ RUNS = [
     ("diff_v2", "fsdp2_tp2", 2, ""),
     ("image", "fsdp2_tp2", 2, ""),
     ("diff_v2", "ddp", 2, ""),
+    ("softmax", "fsdp2", 2, ACCUMULATED),
+    ("diff_v2", "fsdp2_tp2", 2, ACCUMULATED),
     ("diff_v1", "fsdp2_tp2", 4, ""),
 ]
 
@@ -45,7 +47,11 @@ def runs(tmp_path_factory, script):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for count in (2, 4):
         wanted = [
-            {**dict(zip(NAMES, run, strict=True)), "compile": run[3] == COMPILED}
+            {
+                **dict(zip(NAMES, run, strict=True)),
+                "compile": run[3] == COMPILED,
+                "accumulate": 2 if run[3] == ACCUMULATED else 1,
+            }
             for run in RUNS
             if run[2] == count
         ]

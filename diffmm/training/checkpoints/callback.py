@@ -22,6 +22,7 @@ from diffmm.training.checkpoints.exact import (
     check_exact,
     exact_state,
     restore_exact,
+    start_timers,
     trust_data,
 )
 from diffmm.training.checkpoints.finite import check_weights
@@ -157,6 +158,7 @@ class Checkpoints(Checkpoint):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         trust_data(trainer, checkpoint)
+        start_timers(trainer, checkpoint)
         if EXACT_KEY not in checkpoint:
             rank_zero_warn(
                 "this checkpoint was not saved by Checkpoints: the run goes on with its weights "

@@ -104,8 +104,19 @@ def gather(trainer: Trainer, own: Any) -> list[Any]:
     return every
 
 
+def start_timers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let a time limit (`max_time`) be that of each start: one that was used up would end a run
+    that goes on before its first step."""
+    for timer in timers(trainer):
+        checkpoint.get("callbacks", {}).pop(timer.state_key, None)
+
+
+def timers(trainer: Trainer) -> list[Timer]:
+    """What watches the time."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+
+
 def is_out_of_time(trainer: Trainer) -> bool:
     """Whether a time limit (`max_time`) has been reached."""
-    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
-    remaining = [timer.time_remaining() for timer in timers]
+    remaining = [timer.time_remaining() for timer in timers(trainer)]
     return any(seconds is not None and seconds <= 0.0 for seconds in remaining)

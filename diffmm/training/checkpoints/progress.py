@@ -45,6 +45,13 @@ def training_ends(trainer: Trainer) -> bool:
     return trainer.should_stop or steps_done or (last_epoch and is_epoch_end(trainer))
 
 
+def is_complete(trainer: Trainer) -> bool:
+    """Whether a fit that has returned has made all its steps or epochs."""
+    loop = trainer.fit_loop
+    epochs_done = loop.max_epochs not in (None, -1) and trainer.current_epoch >= loop.max_epochs
+    return epochs_done or 0 <= loop.max_steps <= trainer.global_step
+
+
 def settle(trainer: Trainer, fit_loop: dict[str, Any]) -> None:
     """Change the fit loop's saved counters to what they are when the batch is over.
 
