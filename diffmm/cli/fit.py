@@ -14,6 +14,7 @@ from diffmm.cli.lengths import Longer, lengthened, outlook, step_of
 from diffmm.cli.recipes import find_recipe, header
 from diffmm.cli.runs import find_run, new_run, nothing_half_written, same_run, warn
 from diffmm.cli.settings import load, override
+from diffmm.cli.trust import add_trust_option
 
 if TYPE_CHECKING:
     from diffmm.cli.trainer import RecipeCLI
@@ -40,7 +41,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
                 "--resume goes on with a run as it was: it takes no recipe or name. A new run from "
                 "its weights is `diffmm finetune`"
             )
-        return resume(Path(options.resume), overrides)
+        return resume(Path(options.resume), overrides, trust=options.trust)
     if recipe is None:
         raise BadInput(f"diffmm {verb} needs --config RECIPE (diffmm recipes lists them)")
     paths = [find_recipe(name) for name in options.config]
@@ -55,7 +56,8 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if verb == "fit" and options.resume == AUTO:
         run_dir = same_run(recipe, values, options.name, options.run_dir)
         if run_dir is not None:
-            return resume(run_dir)
+            # Its values are those of the recipe at hand.
+            return resume(run_dir, trust=True)
     run_dir = new_run(recipe, options.name, options.run_dir)
     return train(run_dir, values, comment=header(paths[-1].read_text(encoding="utf-8")))
 
@@ -92,6 +94,8 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
             metavar="CKPT",
             help="start from these: a run, a checkpoint, or model.safetensors (or its folder)",
         )
+    if verb == "fit":
+        add_trust_option(parser)
     parser.add_argument("--name", help="of the run, in place of the time")
     parser.add_argument("--run_dir", metavar="DIR", help="in place of runs/RECIPE/NAME")
     return parser
@@ -128,15 +132,16 @@ def refuse_ckpt_path(verb: str, overrides: Sequence[str]) -> None:
         )
 
 
-def resume(run_dir: Path, overrides: Sequence[str] = ()) -> int:
+def resume(run_dir: Path, overrides: Sequence[str] = (), *, trust: bool) -> int:
     """Go on with a run from its newest whole checkpoint, under its own config, but perhaps for
-    longer."""
+    longer. Code that the config names outside `diffmm.cli.trust.KNOWN` is refused without
+    `trust`."""
     config, checkpoint = find_run(str(run_dir))
     if checkpoint is None:
         warn(f"{run_dir} has no checkpoint yet: it starts again from its beginning")
     longer = lengthened(config, overrides)
     if longer is None:
-        return train(run_dir, load([config]), checkpoint=checkpoint, is_new=False)
+        return train(run_dir, load([config]), checkpoint=checkpoint, is_new=False, trust=trust)
     comment = header(config.read_text(encoding="utf-8"))
     return train(
         run_dir,
@@ -145,6 +150,7 @@ def resume(run_dir: Path, overrides: Sequence[str] = ()) -> int:
         checkpoint=checkpoint,
         is_new=False,
         longer=longer,
+        trust=trust,
     )
 
 
@@ -156,6 +162,7 @@ def train(
     checkpoint: Path | None = None,
     is_new: bool = True,
     longer: Longer | None = None,
+    trust: bool = True,
 ) -> int:
     """Fit a recipe in its run directory.
 
@@ -166,6 +173,8 @@ def train(
         checkpoint: where to go on; from the beginning without.
         is_new: the config is still to be saved.
         longer: what was given to a run that goes on with another length.
+        trust: run also code that the values name outside `diffmm.cli.trust.KNOWN`: a recipe of the
+            user's own is given to be run.
 
     Returns:
         The exit code: 0, or 130 or 143 if a signal stopped the run.
@@ -187,7 +196,7 @@ def train(
     from diffmm.training.bad_numbers import TooManyBadNumbers
     from diffmm.training.checkpoints import BadWeights, SaveFailed
 
-    cli = RecipeCLI({**values, "run_dir": str(run_dir)})
+    cli = RecipeCLI({**values, "run_dir": str(run_dir)}, trust=trust)
     if checkpoint is not None:
         forget_first_weights(cli)
     trainer: Any = cli.trainer
