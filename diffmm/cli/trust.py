@@ -7,6 +7,7 @@ its own code may be run.
 
 import argparse
 import enum
+import importlib.util
 import inspect
 import os
 import re
@@ -42,11 +43,13 @@ def add_trust_option(parser: argparse.ArgumentParser) -> None:
 
 
 def stranger(class_path: Any) -> str | None:
-    """Why a class path is not imported, in words, or `None` for one of `KNOWN` packages and for a
-    name without a package, which only stands for what is imported already."""
+    """Why a class path is not imported, in words, or `None` for one of `KNOWN` packages or of none
+    that is there, and for a name without a package, which only stands for what is imported."""
     if not isinstance(class_path, str) or not CLASS_PATH.fullmatch(class_path):
         return None
-    if class_path.partition(".")[0] in KNOWN:
+    package = class_path.partition(".")[0]
+    # Finding a top-level package does not import it.
+    if package in KNOWN or importlib.util.find_spec(package) is None:
         return None
     return (
         f"{class_path!r} is code from outside diffmm, datamodules, torch, timm and lightning: if "

@@ -120,7 +120,7 @@ IMAGE = {
         "'diff_v1', 'diff_v2', got 'diff_v3'; did you mean 'diff_v2'?",
     ),
     "heads that cannot be paired": (
-        {f"{BACKBONE}.num_heads": 3, f"{BACKBONE}.head_dim": 16},
+        {"vars.attention": "diff_v1", f"{BACKBONE}.num_heads": 3, f"{BACKBONE}.head_dim": 16},
         "model.init_args.model.init_args.config.backbone: diff_v1 pairs its heads, so "
         "num_heads must be even, got 3",
     ),
@@ -185,6 +185,7 @@ def test_every_mistake_is_told_at_once(run, recipe, verb):
         **{
             "trainer.max_stesp": 3,
             "trainer.limit_val_batches": "some",
+            "vars.attention": "diff_v1",
             f"{BACKBONE}.num_heads": 3,
             f"{BACKBONE}.head_dim": 16,
             "model.optimizer.learning_rate": -1.0,

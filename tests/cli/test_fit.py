@@ -28,13 +28,13 @@ def test_overrides_reach_all_that_refers_to_them(attention):
     cli = built(
         "image/digits_mae_tiny",
         f"--vars.attention={attention}",
-        *("--vars.learning_rate", "1e-5", "--vars.steps", "77", "--vars.seed", "5"),
+        *("--vars.learning_rate", "1e-5", "--vars.steps", "177", "--vars.seed", "5"),
     )
     config = cli.model.model.config
     assert config.encoder.backbone.attention == attention
     assert config.decoder.attention == attention
     assert cli.model.optimizer_config.learning_rate == 1e-5
-    assert cli.model.schedule_config.total_steps == cli.trainer.max_steps == 77
+    assert cli.model.schedule_config.total_steps == cli.trainer.max_steps == 177
     assert cli.model.seed == cli.datamodule.seed == 5
     assert os.environ["PL_GLOBAL_SEED"] == "5"
 
