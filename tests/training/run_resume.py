@@ -149,6 +149,9 @@ if __name__ == "__main__":
         "epochs": compare(folder / "epochs", stop=7),
         "within a step": compare(folder / "within", stop=8, accumulate_grad_batches=3),
         "sharded": compare(folder / "sharded", stop=4, sharded=True),
+        "sharded, within a step": compare(
+            folder / "sharded_within", stop=8, sharded=True, accumulate_grad_batches=3
+        ),
         "of one process": run(folder / "grown", resume=folder / "one", dropout=0.0, devices=2),
         "for one process": run(folder / "two", stop=5, dropout=0.0, devices=2),
     }

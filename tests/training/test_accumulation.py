@@ -8,6 +8,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from diffmm.batch import IGNORE_INDEX
 from diffmm.checkpoint_folders import find_state
 from diffmm.training import Checkpoints
+from diffmm.training.checkpoints.exact import gradient_of
 
 TASKS = ("causal_lm", "masked_lm", "image", "multi_label", "audio", "image_mae", "audio_mae")
 
@@ -205,3 +206,8 @@ def test_a_step_that_was_cut_off_is_taken_up(make, fit, tmp_path, is_bad, monkey
         assert torch.equal(weight, other.state_dict()[name]), name
     if not is_bad:
         assert whole.losses == rest.losses
+
+
+def test_a_share_of_a_gradient_is_for_the_same_strategy():
+    with pytest.raises(ValueError, match="which another strategy cannot finish exactly: resume"):
+        gradient_of(torch.zeros(4), torch.zeros(2))

@@ -42,7 +42,10 @@ def two(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize(("name", "stop"), [("epochs", 7), ("within a step", 8), ("sharded", 4)])
+@pytest.mark.parametrize(
+    ("name", "stop"),
+    [("epochs", 7), ("within a step", 8), ("sharded", 4), ("sharded, within a step", 8)],
+)
 def test_two_processes_go_on_with_the_same_bits(two, name, stop):
     assert two[name] == {"same batches": True, "same weights": True, "stopped after": stop}
 

@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from diffmm.training.checkpoints import progress
 from diffmm.training.checkpoints.random_state import (
@@ -28,7 +30,7 @@ def exact_state(trainer: Trainer) -> dict[str, Any]:
     own: dict[str, Any] = {"random": random_state(trainer.strategy.root_device)}
     if not progress.is_step_boundary(trainer):
         own["gradients"] = {
-            name: parameter.grad.cpu()
+            name: local(parameter.grad).to("cpu", copy=True)
             for name, parameter in trainer.lightning_module.named_parameters()
             if parameter.grad is not None
         }
@@ -85,7 +87,37 @@ def restore_exact(trainer: Trainer, state: dict[str, Any]) -> None:
     gradients = processes[rank].get("gradients", {})
     for name, parameter in trainer.lightning_module.named_parameters():
         if name in gradients:
-            parameter.grad = gradients[name].to(parameter)
+            parameter.grad = gradient_of(parameter, gradients[name])
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's share of a tensor; all of it where it is not sharded."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def gradient_of(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """A parameter's gradient from this process's share of it.
+
+    Raises:
+        ValueError: if the parameter is sharded in another way than it was.
+    """
+    share = local(parameter)
+    if gradient.shape != share.shape:
+        raise ValueError(
+            "the checkpoint stands within an accumulated step, which another strategy cannot "
+            "finish exactly: resume with the one it was saved under"
+        )
+    gradient = gradient.to(share)
+    if not isinstance(parameter, DTensor):
+        return gradient
+    return DTensor.from_local(
+        gradient,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def trust_data(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
