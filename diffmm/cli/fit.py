@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmm.checkpoint_folders import find_state
+from diffmm.cli.claims import claimed
 from diffmm.cli.errors import BadInput, RunFailed, refusing
 from diffmm.cli.lengths import Longer, lengthened, outlook, step_of
 from diffmm.cli.recipes import find_recipe, header
-from diffmm.cli.runs import find_run, new_run, nothing_half_written, same_run, warn
+from diffmm.cli.runs import find_run, new_run, same_run, saved_config, warn
 from diffmm.cli.settings import load, override
 from diffmm.cli.trust import add_trust_option
 
@@ -41,7 +42,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
                 "--resume goes on with a run as it was: it takes no recipe or name. A new run from "
                 "its weights is `diffmm finetune`"
             )
-        return resume(Path(options.resume), overrides, trust=options.trust)
+        return leave(resume(Path(options.resume), overrides, trust=options.trust))
     if recipe is None:
         raise BadInput(f"diffmm {verb} needs --config RECIPE (diffmm recipes lists them)")
     paths = [find_recipe(name) for name in options.config]
@@ -57,9 +58,20 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         run_dir = same_run(recipe, values, options.name, options.run_dir)
         if run_dir is not None:
             # Its values are those of the recipe at hand.
-            return resume(run_dir, trust=True)
+            return leave(resume(run_dir, trust=True))
     run_dir = new_run(recipe, options.name, options.run_dir)
-    return train(run_dir, values, comment=header(paths[-1].read_text(encoding="utf-8")))
+    comment = header(paths[-1].read_text(encoding="utf-8"))
+    with claimed(run_dir):
+        code = train(run_dir, values, comment=comment)
+    return leave(code)
+
+
+def leave(code: int) -> int:
+    """Part from the run's other processes, if there are any."""
+    from diffmm.cli.trainer import leave_processes
+
+    leave_processes(code)
+    return code
 
 
 def make_parser(verb: str) -> argparse.ArgumentParser:
@@ -136,22 +148,25 @@ def resume(run_dir: Path, overrides: Sequence[str] = (), *, trust: bool) -> int:
     """Go on with a run from its newest whole checkpoint, under its own config, but perhaps for
     longer. Code that the config names outside `diffmm.cli.trust.KNOWN` is refused without
     `trust`."""
-    config, checkpoint = find_run(str(run_dir))
-    if checkpoint is None:
-        warn(f"{run_dir} has no checkpoint yet: it starts again from its beginning")
-    longer = lengthened(config, overrides)
-    if longer is None:
-        return train(run_dir, load([config]), checkpoint=checkpoint, is_new=False, trust=trust)
-    comment = header(config.read_text(encoding="utf-8"))
-    return train(
-        run_dir,
-        longer.values,
-        comment=comment,
-        checkpoint=checkpoint,
-        is_new=False,
-        longer=longer,
-        trust=trust,
-    )
+    saved_config(run_dir)
+    with claimed(run_dir):
+        config, checkpoint = find_run(str(run_dir))
+        if checkpoint is None:
+            warn(f"{run_dir} has no checkpoint yet: it starts again from its beginning")
+        longer = lengthened(config, overrides)
+        if longer is None:
+            values, comment = load([config]), ""
+        else:
+            values, comment = longer.values, header(config.read_text(encoding="utf-8"))
+        return train(
+            run_dir,
+            values,
+            comment=comment,
+            checkpoint=checkpoint,
+            is_new=False,
+            longer=longer,
+            trust=trust,
+        )
 
 
 def train(
@@ -190,7 +205,6 @@ def train(
     from diffmm.cli.trainer import (
         ConfigSaver,
         RecipeCLI,
-        leave_processes,
         refusing_before_training,
     )
     from diffmm.training.bad_numbers import TooManyBadNumbers
@@ -207,7 +221,6 @@ def train(
     code, message = 0, ""
     try:
         with (
-            nothing_half_written(run_dir),
             command_for_processes(run_dir, is_new=is_new),
             refusing_before_training(cli, checkpoint),
         ):
@@ -228,7 +241,6 @@ def train(
         raise RunFailed(advice(error, values, run_dir, cli.trainer.global_step)) from error
     if cli.trainer.is_global_zero:
         print(message)
-    leave_processes(code)
     return code
 
 

@@ -5,11 +5,8 @@ that a secret from the environment is not in it), `checkpoints/` and what the lo
 """
 
 import os
-import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +77,22 @@ def find_run(run: str) -> tuple[Path, Path | None]:
         BadInput: if it is no run directory, or none of its checkpoints is whole.
     """
     directory = Path(run)
-    if not (directory / CONFIG_NAME).is_file():
-        raise BadInput(f"{run} is no run directory: there is no {directory / CONFIG_NAME}")
+    config = saved_config(directory)
     with refusing():
         state = find_state(directory, warn=warn)
-    return directory / CONFIG_NAME, None if state == directory else state
+    return config, None if state == directory else state
+
+
+def saved_config(run: Path) -> Path:
+    """The saved config of a run.
+
+    Raises:
+        BadInput: if it is no run directory.
+    """
+    config = run / CONFIG_NAME
+    if not config.is_file():
+        raise BadInput(f"{run} is no run directory: there is no {config}")
+    return config
 
 
 def same_run(
@@ -105,8 +113,13 @@ def same_run(
                 f"as it is (--resume {named})"
             )
         return named
-    runs = [path.parent for path in (RUNS / run_name(recipe)).glob(f"*/{CONFIG_NAME}")]
-    same = [run for run in runs if load_file(run / CONFIG_NAME) == values]
+    same = []
+    for path in sorted((RUNS / run_name(recipe)).glob(f"*/{CONFIG_NAME}")):
+        try:
+            if load_file(path) == values:
+                same.append(path.parent)
+        except BadInput as error:
+            warn(f"{path.parent} is passed over: {error}")
     return max(same, key=lambda run: (run / CONFIG_NAME).stat().st_mtime_ns, default=None)
 
 
@@ -120,18 +133,3 @@ def save_config(run: Path, header: str, values: dict[str, Any]) -> None:
 def warn(line: str) -> None:
     """Tell something that the user should know, but that stops nothing."""
     print(f"diffmm: warning: {line}", file=sys.stderr)
-
-
-@contextmanager
-def nothing_half_written(run: Path) -> Iterator[None]:
-    """If the block refuses its input, remove the run directory and the folders made for it."""
-    missing = [path for path in (run, *run.parents) if not path.exists()]
-    try:
-        yield
-    except BadInput:
-        for path in missing:
-            if path == run:
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
-        raise
