@@ -208,6 +208,20 @@ def test_a_step_that_was_cut_off_is_taken_up(make, fit, tmp_path, is_bad, monkey
         assert whole.losses == rest.losses
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")
+def test_a_step_that_an_earlier_version_was_cut_off_in_is_refused(make, fit, tmp_path):
+    settings = {"accumulate_grad_batches": 2, "enable_checkpointing": True, "logger": False}
+    batch = make.batch("image")
+    with pytest.raises(StoppedError):
+        fit(make.task("image"), [batch], callbacks=[Stop(), Checkpoints()], **settings)
+    state = torch.load(find_state(tmp_path), weights_only=True)
+    del state["exact_resume"]["processes"][0]["accumulated"]
+    torch.save(state, tmp_path / "earlier.ckpt")
+    with pytest.raises(ValueError, match="does not know how many targets that has had"):
+        fit(make.task("image"), [batch], callbacks=[Checkpoints()],
+            ckpt_path=tmp_path / "earlier.ckpt", **settings)  # fmt: skip
+
+
 def test_a_share_of_a_gradient_is_for_the_same_strategy():
     with pytest.raises(ValueError, match="which another strategy cannot finish exactly: resume"):
         gradient_of(torch.zeros(4), torch.zeros(2))

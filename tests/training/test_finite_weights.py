@@ -59,9 +59,9 @@ def poisoned(make, fit, tmp_path):
 @pytest.mark.parametrize("every_n_steps", [1, 2])
 def test_no_checkpoint_holds_them(poisoned, make, tmp_path, value, every_n_steps):
     """Found when they would be saved, or by the next step's loss, whichever comes first."""
-    keeper = Checkpoints(every_n_steps=every_n_steps, every_minutes=None)
+    keeper = Checkpoints(tmp_path / "kept", every_n_steps=every_n_steps, every_minutes=None)
     message = poisoned(value, keeper, enable_checkpointing=True)
-    kept = checkpoints(tmp_path / "checkpoints")
+    kept = checkpoints(tmp_path / "kept")
     assert [each.step for each in kept] == ([1, 2] if every_n_steps == 1 else [2])
     for each in kept:
         assert fault(each.path) is None

@@ -248,7 +248,7 @@ class Checkpoints(Checkpoint):
         if self._saved_at == self._place(trainer) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert self.dirpath is not None
-        check_weights(trainer, self.dirpath)
+        check_weights(trainer)
         self._settle(trainer)
         logs.flush(trainer)
         self._is_step_logged = False

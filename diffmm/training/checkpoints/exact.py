@@ -58,6 +58,13 @@ def check_exact(trainer: Trainer, state: dict[str, Any]) -> None:
             f"resume with {then}"
         )
     processes, world_size = state["processes"], trainer.world_size
+    if hasattr(trainer.lightning_module, "accumulated") and (
+        "gradients" in processes[0] and "accumulated" not in processes[0]
+    ):
+        raise ValueError(
+            "the checkpoint stands within an accumulated step and does not know how many targets "
+            "that has had, as those of earlier versions: go on from another one"
+        )
     if len(processes) == world_size:
         return
     if "gradients" in processes[0]:

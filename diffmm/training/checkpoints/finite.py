@@ -18,12 +18,8 @@ class BadWeights(RuntimeError):
     """A run's weights are NaN or infinite."""
 
 
-def check_weights(trainer: Trainer, directory: Path | None = None) -> None:
-    """Refuse weights that are not finite. All processes call it at the same step.
-
-    Args:
-        trainer: within `fit`.
-        directory: of the run's checkpoints, by default `checkpoints` in the `default_root_dir`.
+def check_weights(trainer: Trainer) -> None:
+    """Refuse weights that are not finite. All processes call it at the same step, within `fit`.
 
     Raises:
         BadWeights: on every process, naming the first such weight and the last checkpoint.
@@ -35,7 +31,8 @@ def check_weights(trainer: Trainer, directory: Path | None = None) -> None:
     if largest.isfinite():
         return
     bad = [name for name, weight in weights.items() if not largest_magnitude([weight]).isfinite()]
-    kept = checkpoints(directory or Path(trainer.default_root_dir) / DIRECTORY_NAME)
+    directory = getattr(trainer.checkpoint_callback, "dirpath", None)
+    kept = checkpoints(Path(directory or Path(trainer.default_root_dir) / DIRECTORY_NAME))
     last = f"the last one is {kept[-1].path}" if kept else "there is none before them"
     what = f"{len(bad)} of {len(weights)} weights (the first is {bad[0]})" if bad else "weights"
     where = "" if bad else " in another process"
