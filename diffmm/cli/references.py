@@ -11,6 +11,9 @@ from diffmm.checks import did_you_mean
 
 REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.\[\]]*)\}")
 
+MAX_SIZE = 1 << 20
+"""Characters and nodes of a recipe whose references are resolved."""
+
 UNKNOWN = object()
 """Stands for a value that cannot be told, because of a mistake that was told already."""
 
@@ -18,8 +21,13 @@ UNKNOWN = object()
 def resolve(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """All references replaced by what they refer to, and a line for each that is broken.
 
-    A broken one is replaced by `UNKNOWN`.
+    A broken one is replaced by `UNKNOWN`. Where references to references would stand for more than
+    `MAX_SIZE`, none is resolved.
     """
+    if _resolved_size(values) > MAX_SIZE:
+        told = f"the references between settings stand for more than {MAX_SIZE:,} characters"
+        paths = {path for path, value in walk(values) if isinstance(value, str) and "${" in value}
+        return without(values, paths, instead=UNKNOWN), [told]
     unreadable = {path: told for path, value in walk(values) if (told := _unreadable(value))}
     tree = OmegaConf.create(without(values, unreadable, instead=None))
     names = [".".join(map(str, path)) for path, _ in walk(values)]
@@ -87,6 +95,29 @@ def without(
     if isinstance(value, list):
         return [without(item, left_out, *path, i, instead=instead) for i, item in enumerate(value)]
     return value
+
+
+def _resolved_size(values: dict[str, Any]) -> int:
+    """About as many characters and nodes as the values have once references are resolved."""
+    nodes = {".".join(map(str, path)): value for path, value in walk(values)}
+    known: dict[str, int] = {}
+
+    def size(value: Any) -> int:
+        if isinstance(value, dict):
+            return 1 + sum(map(size, value.values()))
+        if isinstance(value, list):
+            return 1 + sum(map(size, value))
+        if not isinstance(value, str):
+            return 1
+        return len(value) + sum(map(of_name, REFERENCE.findall(value)))
+
+    def of_name(name: str) -> int:
+        if name not in known:
+            known[name] = 0  # what refers to itself is told elsewhere
+            known[name] = size(nodes[name]) if name in nodes else 0
+        return known[name]
+
+    return size(values)
 
 
 def _unreadable(value: Any) -> str | None:

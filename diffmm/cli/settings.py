@@ -4,39 +4,16 @@ References (`${vars.attention}`, `${oc.env:TOKEN}`) are left as they are written
 when the tree is parsed, after all overrides, and never in what a run saves.
 """
 
-import re
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffmm.cli.errors import BadInput
+from diffmm.cli.yaml_text import MAX_BYTES, parse
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 """What stands in a node that says which class to make."""
-
-
-class Loader(yaml.SafeLoader):
-    """YAML with the floats of YAML 1.2 (`1e-3` is one), and without repeated keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands here twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
 
 
 def load(recipes: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -65,8 +42,9 @@ def load_file(path: Path) -> dict[str, Any]:
         BadInput: naming the file, and the line if it is not YAML.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        with path.open(encoding="utf-8") as file:
+            values = parse(file.read(MAX_BYTES + 1))
+    except (ValueError, OSError) as error:
         raise BadInput(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise BadInput(f"{path} is no recipe: it holds no keys")
@@ -90,8 +68,8 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
                 raise BadInput(f"{key} needs a value")
             text = rest.pop(0)
         try:
-            value = yaml.load(text, Loader)
-        except yaml.YAMLError:
+            value = parse(text)
+        except ValueError:
             value = text
         pairs.append((key.removeprefix("--"), value))
     return pairs
