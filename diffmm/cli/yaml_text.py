@@ -64,8 +64,9 @@ def parse(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError:
         raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep") from None
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"it holds a number that cannot be read: {error}") from error
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        # Of PyYAML's own constructors: an integer of thousands of digits, `!!int` of nothing.
+        raise ValueError(f"it holds a value that cannot be read: {error}") from error
     _size(values, (), {})
     return values
 
