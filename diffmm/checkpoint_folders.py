@@ -18,8 +18,8 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypeGuard
 
 DIRECTORY_NAME = "checkpoints"
 """Where a run keeps them."""
@@ -174,12 +174,48 @@ def checkpoints(directory: Path) -> list[Checkpoint]:
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What a folder's manifest says; `None` if there is none, or it is damaged."""
+    path = folder / MANIFEST_NAME
     try:
-        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        # Anything but a file, such as a pipe, might never answer.
+        manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        is_whole = _is_manifest(manifest) and manifest[SEAL] == seal(manifest)
+    except (OSError, ValueError, RecursionError):
         return None
-    is_whole = isinstance(manifest, dict) and manifest.get(SEAL) == seal(manifest)
     return manifest if is_whole else None
+
+
+def _is_manifest(found: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether a manifest has all that is asked of it, of the right types. One that names no file
+    vouches for nothing."""
+    if not isinstance(found, dict) or not isinstance(found.get(SEAL), str):
+        return False
+    files, metrics = found.get("files"), found.get("metrics", {})
+    return (
+        all(_is_count(found.get(name)) for name in ("step", "number"))
+        and isinstance(metrics, dict)
+        and all(isinstance(value, int | float) for value in metrics.values())
+        and isinstance(files, dict)
+        and bool(files)
+        and all(_is_inside(name) and _is_entry(entry) for name, entry in files.items())
+    )
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_entry(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and _is_count(entry.get("size"))
+        and isinstance(entry.get("sha256"), str)
+    )
+
+
+def _is_inside(name: str) -> bool:
+    """Whether the name of a file stays in its folder."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def fault(folder: Path, *, read: bool = True) -> str | None:
@@ -198,6 +234,8 @@ def fault(folder: Path, *, read: bool = True) -> str | None:
         path = folder / name
         try:
             size = path.stat().st_size
+            if not path.is_file():
+                return f"{name} is no file"
             if size != entry["size"]:
                 return f"{name} has {size} bytes of {entry['size']}"
             if read and measure(path)[1] != entry["sha256"]:

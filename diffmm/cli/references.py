@@ -25,9 +25,9 @@ def resolve(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     `MAX_SIZE`, none is resolved.
     """
     if _resolved_size(values) > MAX_SIZE:
-        told = f"the references between settings stand for more than {MAX_SIZE:,} characters"
+        mistake = f"the references between settings stand for more than {MAX_SIZE:,} characters"
         paths = {path for path, value in walk(values) if isinstance(value, str) and "${" in value}
-        return without(values, paths, instead=UNKNOWN), [told]
+        return without(values, paths, instead=UNKNOWN), [mistake]
     unreadable = {path: told for path, value in walk(values) if (told := _unreadable(value))}
     tree = OmegaConf.create(without(values, unreadable, instead=None))
     names = [".".join(map(str, path)) for path, _ in walk(values)]

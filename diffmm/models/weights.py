@@ -9,6 +9,7 @@ stands for the file in it, and a run for its newest whole checkpoint.
 import json
 import os
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,10 +91,8 @@ def load_model(path: str | Path) -> nn.Module:
             f"{file} says nothing about the model its weights belong to: "
             f"build the model and fill it with load_weights"
         )
-    try:
-        model = build(description)
-    except ValueError as error:
-        raise ValueError(f"{file} describes a model that cannot be built: {error}") from error
+    _check_fit(_outline(description, weights, file), weights, set(), file)
+    model = build(description)
     _fill(model, weights, set(), file)
     return model.eval()
 
@@ -199,8 +198,46 @@ def _under(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     }
 
 
+def _outline(description: Any, weights: dict[str, Tensor], file: Path) -> nn.Module:
+    """The model that a file describes, on no device: no description takes memory."""
+    for depth in _depths(description):
+        if depth > len(weights):
+            raise ValueError(
+                f"{file} describes a model of {depth} blocks, and holds {len(weights)} tensors"
+            )
+    try:
+        with torch.device("meta"):
+            return build(description)
+    except (ValueError, ArithmeticError, RuntimeError, TypeError) as error:
+        told = str(error).splitlines()[0]
+        raise ValueError(f"{file} describes a model that cannot be built: {told}") from error
+
+
+def _depths(description: Any) -> Iterator[int]:
+    """How many blocks a description asks for, in every backbone of it."""
+    if isinstance(description, dict):
+        for name, value in description.items():
+            if name == "depth" and isinstance(value, int):
+                yield value
+            yield from _depths(value)
+
+
 def _fill(model: nn.Module, weights: dict[str, Tensor], skipped: set[str], file: Path) -> None:
     """Load `weights` into all of the model but `skipped`, or refuse and leave it untouched."""
+    weights = _check_fit(model, weights, skipped, file)
+    model.load_state_dict(weights, strict=False)
+
+
+def _check_fit(
+    model: nn.Module, weights: dict[str, Tensor], skipped: set[str], file: Path
+) -> dict[str, Tensor]:
+    """`weights` with all names of those that are tied, if they fit all of the model but `skipped`;
+    it may be on no device."""
+    for name, tensor in weights.items():
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise ValueError(
+                f"{file} holds less of {name} than its shape {tuple(tensor.shape)} says"
+            )
     weights = dict(weights)
     for alias, name in _aliases(model).items():
         if alias in skipped or name not in weights:
@@ -225,7 +262,7 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], skipped: set[str], file:
             ". Only the head differs: skip_head=True starts with a new one" if only_head else ""
         )
         raise ValueError(f"{file} does not fit {type(model).__name__}: {told}{advice}")
-    model.load_state_dict(weights, strict=False)
+    return weights
 
 
 def _listed(kind: str, names: list[str]) -> str:

@@ -293,6 +293,41 @@ def test_a_description_that_cannot_be_built_is_refused(tmp_path, spoil, message)
         load_model(file)
 
 
+def test_no_description_takes_more_memory_than_the_file_has_weights(tmp_path, monkeypatch):
+    """Shapes are compared on no device: a model of terabytes is not made to be refused."""
+    made = []
+    original = torch.empty
+
+    def watched(*size, **options):
+        tensor = original(*size, **options)
+        made.append(0 if tensor.is_meta else tensor.numel())
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", watched)
+    for changes, message in (
+        ({"dim": 1 << 20, "num_heads": 1 << 10}, "does not fit TextModel: .* of another shape"),
+        ({"depth": 1 << 40}, f"describes a model of {1 << 40} blocks, and holds"),
+        ({"dim": 1 << 50, "num_heads": 1 << 10}, "describes a model that cannot be built"),
+    ):
+        description = describe(text_model())
+        description["config"]["backbone"].update(changes)
+        file = save_checkpoint(text_model(), tmp_path / "huge.ckpt", {"model": description})
+        with pytest.raises(ValueError, match=f"huge.ckpt {message}"):
+            load_model(file)
+    assert 0 < max(made) < 1 << 20
+
+
+def test_a_tensor_that_says_more_than_it_holds_is_refused(tmp_path):
+    model, file = text_model(), tmp_path / "run.ckpt"
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    state["model.embedding.weight"] = torch.zeros(1).expand(1 << 20, 1 << 20)
+    torch.save({"state_dict": state, "model": describe(model)}, file)
+    message = r"run.ckpt holds less of embedding.weight than its shape \(1048576, 1048576\) says"
+    with pytest.raises(ValueError, match=message):
+        load_model(file)
+    assert_refused_untouched(model, file, message)
+
+
 def test_models_of_others_have_no_description():
     backbone = Backbone(BackboneConfig(dim=32, depth=1, num_heads=4))
     with pytest.raises(ValueError, match=r"Backbone is none of diffmm.models.TextModel"):

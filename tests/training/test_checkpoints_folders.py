@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 
 import pytest
 
@@ -11,6 +12,7 @@ from diffmm import checkpoint_folders
 from diffmm.checkpoint_folders import (
     LATEST_NAME,
     MANIFEST_NAME,
+    SEAL,
     STATE_NAME,
     best,
     checkpoints,
@@ -20,6 +22,7 @@ from diffmm.checkpoint_folders import (
     find_whole,
     finish,
     prune,
+    seal,
     start,
 )
 
@@ -69,6 +72,19 @@ def test_there_may_be_none_yet(directory):
     assert find_whole(directory) is None
 
 
+def reseal(folder, alter):
+    """Alter a manifest, and give it a seal that fits: as somebody who means harm would."""
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    alter(manifest)
+    manifest[SEAL] = seal(manifest)
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 def change(path, old, new):
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
@@ -108,6 +124,38 @@ DAMAGE = {
         lambda folder: change(folder / MANIFEST_NAME, '"number": 3', '"number": 7'),
         "its manifest.json is damaged",
     ),
+    "deep nesting": (
+        lambda folder: (folder / MANIFEST_NAME).write_text("[" * 100_000),
+        "its manifest.json is damaged",
+    ),
+    "a pipe for a manifest": (
+        lambda folder: pipe(folder / MANIFEST_NAME),
+        "its manifest.json is damaged",
+    ),
+    "a pipe for a state": (lambda folder: pipe(folder / STATE_NAME), "state.ckpt is no file"),
+}
+SEALED = {
+    "no files": lambda manifest: manifest.update(files={}),
+    "files in a list": lambda manifest: manifest.update(files=[STATE_NAME]),
+    "a file without a size": lambda manifest: manifest["files"][STATE_NAME].pop("size"),
+    "a hash that is no text": lambda manifest: manifest["files"][STATE_NAME].update(sha256=1),
+    "a file elsewhere": lambda manifest: manifest["files"].update(
+        {"../step_00000002/state.ckpt": manifest["files"][STATE_NAME]}
+    ),
+    "a file from the root": lambda manifest: manifest["files"].update(
+        {"/etc/passwd": manifest["files"][STATE_NAME]}
+    ),
+    "no step": lambda manifest: manifest.pop("step"),
+    "a step that is no number": lambda manifest: manifest.update(step="3"),
+    "a step below zero": lambda manifest: manifest.update(step=-3),
+    "no number": lambda manifest: manifest.pop("number"),
+    "half a number": lambda manifest: manifest.update(number=2.5),
+    "metrics in a list": lambda manifest: manifest.update(metrics=[1.0]),
+    "a metric that is no number": lambda manifest: manifest["metrics"].update({"val/loss": "low"}),
+}
+DAMAGE |= {
+    what: (partial(reseal, alter=alter), "its manifest.json is damaged")
+    for what, alter in SEALED.items()
 }
 
 

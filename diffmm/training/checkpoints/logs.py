@@ -11,12 +11,14 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from diffmm.checkpoint_folders import write_text
 
 LIST_NAME = "LOGS"
-"""Beside the checkpoints: the folders of a run's CSV files, one for each time it was started."""
+"""Beside the checkpoints: the folders of a run's CSV files, one for each time it was started.
+Files outside the run are nobody's to cut back."""
 
 
 def begin(trainer: Trainer, directory: Path, step: int) -> None:
@@ -28,15 +30,16 @@ def begin(trainer: Trainer, directory: Path, step: int) -> None:
         step: how many steps are kept.
     """
     listed = directory / LIST_NAME
-    before = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []
+    before = read_list(listed)
     for folder in before:
         file = directory / folder / "metrics.csv"
-        if file.exists():
+        if file.is_file():
             keep_rows(file, step)
     folders = list(before)
     for logger in trainer.loggers:
         if isinstance(logger, CSVLogger):
-            folders.append(os.path.relpath(logger.log_dir, directory))
+            folder = os.path.relpath(logger.log_dir, directory)
+            folders += [folder] if is_in_run(directory, folder) else []
         elif isinstance(logger, TensorBoardLogger) and before:
             # As SummaryWriter does it for its `purge_step`.
             start = SessionLog(status=SessionLog.START)
@@ -44,6 +47,28 @@ def begin(trainer: Trainer, directory: Path, step: int) -> None:
     if folders != before:
         directory.mkdir(parents=True, exist_ok=True)
         write_text(listed, "".join(f"{folder}\n" for folder in dict.fromkeys(folders)))
+
+
+def read_list(listed: Path) -> list[str]:
+    """The folders that a list of logs names, as far as they are in the run."""
+    try:
+        lines = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        rank_zero_warn(f"{listed} cannot be read, and no log of before is cut back: {error}")
+        return []
+    outside = [folder for folder in lines if not is_in_run(listed.parent, folder)]
+    if outside:
+        rank_zero_warn(f"{listed} names folders outside the run, which are left alone: {outside}")
+    return [folder for folder in lines if folder not in outside]
+
+
+def is_in_run(directory: Path, folder: str) -> bool:
+    """Whether a folder, told from a run's `checkpoints`, is in the run, links followed."""
+    try:
+        file = (directory / folder / "metrics.csv").resolve()
+        return file.is_relative_to(directory.parent.resolve())
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def keep_rows(file: Path, step: int) -> None:
