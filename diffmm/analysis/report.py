@@ -105,12 +105,13 @@ def _table(sections: Sequence[Section]) -> str:
     for section in sections:
         rows = "".join(
             f'<tr><td class="name {run.attention}">{NAMES[run.attention]}</td>'
-            f"<td>{run.num_parameters:,}</td><td>{run.num_steps:,}</td><td>{run.loss:.4f}</td>"
+            f"<td>{run.num_parameters:,}</td><td>{run.learning_rate:g}</td>"
+            f"<td>{run.num_steps:,}</td><td>{run.loss:.4f}</td>"
             f"<td>{run.metric_text}</td><td>{run.seconds:.1f}</td></tr>"
             for run in section.results
         )
         metric = section.results[0].metric_name
-        heads = ("parameters", "steps", "loss", metric, "seconds")
+        heads = ("parameters", "learning rate", "steps", "loss", metric, "seconds")
         bodies.append(
             f'<tbody><tr><th scope="rowgroup">{escape(section.title)}</th>'
             f"{''.join(f'<th>{head}</th>' for head in heads)}</tr>{rows}</tbody>"

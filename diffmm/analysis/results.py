@@ -16,9 +16,10 @@ class RunResult:
         attention: `softmax`, `diff_v1` or `diff_v2`.
         recipe: that trained it.
         num_parameters: of the model.
+        learning_rate: the peak.
         num_steps: optimizer steps.
         loss: on the validation data after the last step, in nats.
-        metric_name: of the number that a reader would ask for: `accuracy` or `bits a byte`.
+        metric_name: of the number that a reader would ask for: `accuracy` or `bits per byte`.
         metric: its value on the validation data after the last step, accuracy in [0, 1].
         seconds: from building the model to the last validation.
         train_curve: of the training loss.
@@ -29,6 +30,7 @@ class RunResult:
     attention: str
     recipe: str
     num_parameters: int
+    learning_rate: float
     num_steps: int
     loss: float
     metric_name: str
@@ -51,6 +53,7 @@ class RunResult:
             "attention": self.attention,
             "recipe": self.recipe,
             "parameters": self.num_parameters,
+            "learning_rate": self.learning_rate,
             "steps": self.num_steps,
             "loss": round(self.loss, 4),
             "metric": self.metric_name,
@@ -59,7 +62,15 @@ class RunResult:
         }
 
 
-COLUMNS = ("modality", "attention", "parameters", "loss", "accuracy or bits a byte", "seconds")
+COLUMNS = (
+    "modality",
+    "attention",
+    "parameters",
+    "learning rate",
+    "loss",
+    "accuracy or bits per byte",
+    "seconds",
+)
 
 
 def table(results: Sequence[RunResult]) -> str:
@@ -69,6 +80,7 @@ def table(results: Sequence[RunResult]) -> str:
             run.modality,
             run.attention,
             f"{run.num_parameters:,}",
+            f"{run.learning_rate:g}",
             f"{run.loss:.4f}",
             run.metric_text if run.metric_name == "accuracy" else f"{run.metric_text} bits",
             f"{run.seconds:.1f}",

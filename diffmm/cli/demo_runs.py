@@ -49,6 +49,7 @@ def train(modality: Modality, values: dict[str, Any], run_dir: Path, progress: s
         attention=attention,
         recipe=modality.recipe,
         num_parameters=sum(p.numel() for p in cli.model.model.parameters()),
+        learning_rate=cli.model.optimizer_config.learning_rate,
         num_steps=cli.trainer.global_step,
         loss=metrics["val/loss"],
         metric_name=modality.metric_name,

@@ -38,6 +38,7 @@ def result(modality: str, metric_name: str, number: int, attention: str) -> RunR
         attention=attention,
         recipe=f"{modality}/tiny",
         num_parameters=123_456 + number,
+        learning_rate=0.004,
         num_steps=80,
         loss=1.2345 + number,
         metric_name=metric_name,
@@ -94,7 +95,7 @@ def sections(exhibits):
             maps_caption="Rows look at columns.",
         )
         for modality, metric in (
-            ("text", "bits a byte"),
+            ("text", "bits per byte"),
             ("image", "accuracy"),
             ("audio", "accuracy"),
         )
@@ -254,9 +255,9 @@ def test_labels_stay_where_they_are_if_there_is_room():
 
 
 def test_the_printed_table_lines_up():
-    runs = [result("text", "bits a byte", 0, "softmax"), result("image", "accuracy", 1, "diff_v1")]
+    runs = [result("text", "bits per byte", 0, "softmax"), result("image", "accuracy", 1, "diff_v1")]
     lines = table(runs)
     header, rule, first, second = lines.splitlines()
     assert len({len(header), len(rule), len(first), len(second)}) == 1
-    assert first.split() == ["text", "softmax", "123,456", "1.2345", "0.912", "bits", "20.5"]
+    assert first.split() == ["text", "softmax", "123,456", "0.004", "1.2345", "0.912", "bits", "20.5"]
     assert second.split() == ["image", "diff_v1", "123,457", "2.2345", "90.2%", "21.5"]

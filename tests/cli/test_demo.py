@@ -31,8 +31,9 @@ def test_two_steps_of_everything(tmp_path, capsys):
     for run in runs:
         assert run["steps"] == 2
         assert run["seconds"] > 0.0
-        cells = [run["modality"], run["attention"], f"{run['parameters']:,}", f"{run['loss']:.4f}"]
-        assert cells in [line.split()[:4] for line in printed.splitlines()]
+        cells = [run["modality"], run["attention"], f"{run['parameters']:,}"]
+        cells += [f"{run['learning_rate']:g}", f"{run['loss']:.4f}"]
+        assert cells in [line.split()[:5] for line in printed.splitlines()]
         assert f"{run['loss']:.4f}" in page
     for modality in MODALITIES:
         counts = [run["parameters"] for run in runs if run["modality"] == modality]
