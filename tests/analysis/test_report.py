@@ -255,9 +255,21 @@ def test_labels_stay_where_they_are_if_there_is_room():
 
 
 def test_the_printed_table_lines_up():
-    runs = [result("text", "bits per byte", 0, "softmax"), result("image", "accuracy", 1, "diff_v1")]
+    runs = [
+        result("text", "bits per byte", 0, "softmax"),
+        result("image", "accuracy", 1, "diff_v1"),
+    ]
     lines = table(runs)
     header, rule, first, second = lines.splitlines()
     assert len({len(header), len(rule), len(first), len(second)}) == 1
-    assert first.split() == ["text", "softmax", "123,456", "0.004", "1.2345", "0.912", "bits", "20.5"]
-    assert second.split() == ["image", "diff_v1", "123,457", "2.2345", "90.2%", "21.5"]
+    assert first.split() == [
+        "text",
+        "softmax",
+        "123,456",
+        "0.004",
+        "1.2345",
+        "0.912",
+        "bits",
+        "20.5",
+    ]
+    assert second.split() == ["image", "diff_v1", "123,457", "0.004", "2.2345", "90.2%", "21.5"]
