@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffmm.checks import check_choice
 from diffmm.layers.cache import KVCache
+from diffmm.layers.linear import Linear
 from diffmm.layers.norm import CosineNorm, RMSNorm, widen
 from diffmm.layers.rope import Rotation, apply_rope
 from diffmm.ops import AttentionMask, diff_attention, softmax_attention
@@ -83,10 +84,10 @@ class Attention(nn.Module):
         self.layer_index = layer_index
         self.backend = backend
         self.q_shape, self.k_shape, self.v_shape = self.head_shapes()
-        self.q_proj = nn.Linear(dim, math.prod(self.q_shape), bias=qkv_bias)
-        self.k_proj = nn.Linear(dim, math.prod(self.k_shape), bias=qkv_bias)
-        self.v_proj = nn.Linear(dim, math.prod(self.v_shape), bias=qkv_bias)
-        self.out_proj = nn.Linear(num_heads * self.head_dim, dim, bias=out_bias)
+        self.q_proj = Linear(dim, math.prod(self.q_shape), bias=qkv_bias)
+        self.k_proj = Linear(dim, math.prod(self.k_shape), bias=qkv_bias)
+        self.v_proj = Linear(dim, math.prod(self.v_shape), bias=qkv_bias)
+        self.out_proj = Linear(num_heads * self.head_dim, dim, bias=out_bias)
         self.q_norm: nn.Module = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm: nn.Module = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
 
@@ -214,8 +215,14 @@ class DiffAttentionV1(Attention):
         self.sign = -1.0 if combine == "add" else 1.0
         self.lambda_init = lambda_init_at(self.layer_index) if lambda_init is None else lambda_init
         for name in self.LAMBDA_NAMES:
-            setattr(self, name, nn.Parameter(0.1 * widen(torch.randn(self.head_dim))))
+            setattr(self, name, nn.Parameter(widen(torch.empty(self.head_dim))))
+        self.reset_parameters()
         self.norm = RMSNorm(2 * self.head_dim, eps=1e-5) if headwise_norm else None
+
+    def reset_parameters(self) -> None:
+        """Start the lambda vectors anew, at N(0, 0.1)."""
+        for name in self.LAMBDA_NAMES:
+            nn.init.normal_(getattr(self, name), std=0.1)
 
     def head_shapes(self) -> HeadShapes:
         for name, count in (("num_heads", self.num_heads), ("num_kv_heads", self.num_kv_heads)):
@@ -232,7 +239,8 @@ class DiffAttentionV1(Attention):
         # Nearly uniform maps give all tokens one vector, which the norm would blow up to size 1:
         # in a narrow model that drowns the tokens themselves (docs/lab_notes.md, "A slow start").
         if self.norm is not None:
-            nn.init.constant_(self.norm.weight, min(1.0, size))
+            self.norm.init_weight = min(1.0, size)
+            self.norm.reset_parameters()
 
     def lam(self, x: Tensor) -> Tensor:
         """This layer's lambda, a float32 scalar (the same for every `x`)."""
@@ -284,7 +292,7 @@ class DiffAttentionV2(Attention):
         check_choice("combine", combine, ("subtract", "add"))
         super().__init__(dim, **shared)
         self.sign = -1.0 if combine == "add" else 1.0
-        self.lambda_proj = nn.Linear(dim, self.num_heads, bias=False)
+        self.lambda_proj = Linear(dim, self.num_heads, bias=False)
 
     def head_shapes(self) -> HeadShapes:
         return (

@@ -81,11 +81,16 @@ class Branch(nn.Module):
         self, dim: int, dropout: float, drop_path: float, layer_scale: float | None
     ) -> None:
         super().__init__()
-        self.scale = (
-            nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale is not None else None
-        )
+        self.layer_scale = layer_scale
+        self.scale = nn.Parameter(torch.empty(dim)) if layer_scale is not None else None
         self.dropout = nn.Dropout(dropout)
         self.drop_path = drop_path
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start the factors anew."""
+        if self.scale is not None and self.layer_scale is not None:
+            nn.init.constant_(self.scale, self.layer_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.scale is not None:

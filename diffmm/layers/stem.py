@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 
+from diffmm.layers.linear import Conv1d
 from diffmm.layers.patch import PatchEmbedding, Size
 from diffmm.layers.spectrogram import Count, zero_beyond
 
@@ -85,7 +86,7 @@ class FrameStem(nn.Module):
         self.strides = strides
         channels = (num_mels, dim)
         self.convs = nn.ModuleList(
-            nn.Conv1d(inputs, dim, self.WIDTH, stride=stride, padding=self.WIDTH // 2)
+            Conv1d(inputs, dim, self.WIDTH, stride=stride, padding=self.WIDTH // 2)
             for inputs, stride in zip(channels, strides, strict=True)
         )
 

@@ -13,6 +13,7 @@ from diffmm.layers.attention import ATTENTIONS, Attention
 from diffmm.layers.block import Block
 from diffmm.layers.cache import KVCache
 from diffmm.layers.feed_forward import FEED_FORWARDS
+from diffmm.layers.linear import Started
 from diffmm.layers.norm import NORMS
 from diffmm.layers.rope import RotaryEmbedding
 from diffmm.ops import AttentionMask
@@ -203,9 +204,9 @@ class Backbone(nn.Module):
         self.norm = NORMS[config.norm](config.dim)
         self.apply(partial(init_weights, std=config.init_std))
         # Two branches a block are added up: scaled so, their sum does not grow with depth.
-        for name, parameter in self.named_parameters():
-            if name.endswith(("out_proj.weight", "down_proj.weight")):
-                nn.init.trunc_normal_(parameter, std=config.init_std * (2 * config.depth) ** -0.5)
+        for name, module in self.named_modules():
+            if name.endswith(("out_proj", "down_proj")):
+                init_weights(module, config.init_std * (2 * config.depth) ** -0.5)
         for attention in self.attentions:
             attention.init_head_size(config.init_std * config.dim**0.5)
 
@@ -263,7 +264,7 @@ class Backbone(nn.Module):
         """An empty cache for this backbone, on its device and in the dtype it computes in."""
         weight = self.attentions[0].q_proj.weight
         kind = weight.device.type
-        autocast = torch.is_autocast_enabled(kind)
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
         return KVCache(
             [attention.k_shape for attention in self.attentions],
             [attention.v_shape for attention in self.attentions],
@@ -275,8 +276,8 @@ class Backbone(nn.Module):
 
 
 def init_weights(module: nn.Module, std: float = INIT_STD) -> None:
-    """Linear and embedding weights from a normal distribution, biases zero."""
-    if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=std)
-    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+    """Start a layer of `diffmm.layers.linear` with weights of this size, now and at each
+    `reset_parameters`; leave every other as it is."""
+    if isinstance(module, Started):
+        module.init_std = std
+        module.reset_parameters()
