@@ -245,8 +245,9 @@ class DiffAttentionV1(Attention):
     def lam(self, x: Tensor) -> Tensor:
         """This layer's lambda, a float32 scalar (the same for every `x`)."""
         q1, k1, q2, k2 = (shared_by_heads(getattr(self, name)) for name in self.LAMBDA_NAMES)
-        first, second = (q1 * k1).sum().exp(), (q2 * k2).sum().exp()
-        return self.sign * (first - second + self.lambda_init)
+        # With an axis: torch 2.11 gives a scalar plus a Python number a tangent in float64.
+        first, second = ((q * k).sum(0, keepdim=True).exp() for q, k in ((q1, k1), (q2, k2)))
+        return (self.sign * (first - second + self.lambda_init)).squeeze(0)
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         q = q.expand(-1, -1, -1, 2, -1)
