@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmm.checks import check_choice
-from diffmm.layers.cache import KVCache
+from diffmm.layers.cache import LayerCache
 from diffmm.layers.linear import Linear
 from diffmm.layers.norm import CosineNorm, RMSNorm, widen
 from diffmm.layers.rope import Rotation, apply_rope
@@ -44,8 +44,8 @@ class Attention(nn.Module):
         num_kv_heads: key and value heads, counted in the same way; `num_heads` by default. Fewer
             means grouped keys.
         head_dim: `D`, `dim / num_heads` by default.
-        layer_index: the layer's number from 0. It picks the layer's place in the cache, and in v1
-            lambda's start, so it stays with a layer whatever happens to its neighbours.
+        layer_index: the layer's number from 0, in v1 lambda's start. It stays with a layer whatever
+            happens to its neighbours.
         qkv_bias: whether the query, key and value projections have a bias.
         out_bias: whether the output projection has one.
         qk_norm: whether queries and keys get an RMSNorm over `D` each.
@@ -119,12 +119,12 @@ class Attention(nn.Module):
         *,
         mask: AttentionMask,
         rope: Rotation | None = None,
-        cache: KVCache | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """`[B, N, dim]` to `[B, N, dim]`. With a cache, `mask` speaks of all keys seen so far."""
         q, k, v = self.project(x, rope)
         if cache is not None:
-            k, v = cache.update(self.layer_index, k, v)
+            k, v = cache.update(k, v)
         return self.out_proj(self.attend(x, q, k, v, mask).flatten(2))
 
 

@@ -217,26 +217,26 @@ class Backbone(nn.Module):
         mask: AttentionMask,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor:
-        """Args:
-        x: `[B, N, dim]` embedded tokens.
-        mask: what each token sees.
-        positions: of the tokens, `[N]` or `[B, N]` (with a last axis of 2 for 2-D rope);
-            0, 1, 2, ... by default, after what the cache holds. Unused without rope.
-        cache: keys and values of earlier tokens, to which these are added.
-        """
-        return self.forward_intermediates(x, (), mask=mask, positions=positions, cache=cache)[0]
+        indices: Collection[int] | None = None,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Run the blocks and the final norm.
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: Collection[int],
-        *,
-        mask: AttentionMask,
-        positions: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """As `forward`, with the outputs of the blocks in `indices`, before the final norm."""
+        Args:
+            x: `[B, N, dim]` embedded tokens.
+            mask: what each token sees.
+            positions: of the tokens, `[N]` or `[B, N]` (with a last axis of 2 for 2-D rope);
+                0, 1, 2, ... by default, after what the cache holds. Unused without rope.
+            cache: keys and values of earlier tokens, to which these are added.
+            indices: blocks whose outputs, before the final norm, are wanted too.
+
+        Returns:
+            `[B, N, dim]`, and with `indices` the outputs of those blocks, in their order, in a list
+            beside it.
+
+        Raises:
+            ValueError: for 2-D rope without positions, or a cache of another number of layers or
+                without room for these tokens.
+        """
         rope = None
         if self.rope is not None:
             if positions is None:
@@ -246,14 +246,18 @@ class Backbone(nn.Module):
                 positions = torch.arange(start, start + x.shape[1], device=x.device)
             rope = self.rope(positions)
         recompute = self.activation_checkpointing and self.training
+        count = len(self.blocks)
+        # By place and not by `layer_index`, which blocks that were copied have in common.
+        caches = [None] * count if cache is None else cache.layers(count)
         intermediates = []
-        for index, block in enumerate(self.blocks):
-            x = block(x, mask=mask, rope=rope, cache=cache, recompute=recompute)
-            if index in indices:
+        for index, (block, own) in enumerate(zip(self.blocks, caches, strict=True)):
+            x = block(x, mask=mask, rope=rope, cache=own, recompute=recompute)
+            if indices is not None and index in indices:
                 intermediates.append(x)
         if cache is not None:
             cache.advance(x.shape[1])
-        return self.norm(x), intermediates
+        x = self.norm(x)
+        return x if indices is None else (x, intermediates)
 
     @property
     def attentions(self) -> list[Attention]:

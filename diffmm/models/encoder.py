@@ -160,9 +160,10 @@ class Encoder(nn.Module):
                 prefix = prefix + self.positions.prefix
             embedded = self.with_prefix(embedded, prefix)
         tokens, positions, key_padding = embedded
-        return self.backbone.forward_intermediates(
-            tokens, indices, mask=AttentionMask(key_padding=key_padding), positions=positions
-        )
+        mask = AttentionMask(key_padding=key_padding)
+        if not indices:
+            return self.backbone(tokens, mask=mask, positions=positions), []
+        return self.backbone(tokens, mask=mask, positions=positions, indices=indices)
 
     def with_prefix(self, embedded: Embedded, prefix: Tensor) -> Embedded:
         """Put special tokens, `[P, dim]` or `[B, P, dim]`, in front of patches."""

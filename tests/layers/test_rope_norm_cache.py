@@ -146,10 +146,10 @@ def test_the_cache_grows_and_refuses_to_overflow():
     cache = KVCache([(2, 4)], [(2, 3)], batch=1, max_length=5, dtype=torch.float32, device="cpu")
     first, second = torch.randn(1, 3, 2, 4), torch.randn(1, 2, 2, 4)
     values = torch.randn(1, 3, 2, 3)
-    cache.update(0, first, values)
+    cache.layers(1)[0].update(first, values)
     cache.advance(3)
-    keys, _ = cache.update(0, second, values[:, :2])
+    keys, _ = cache.layers(1)[0].update(second, values[:, :2])
     torch.testing.assert_close(keys, torch.cat([first, second], dim=1))
     cache.advance(2)
     with pytest.raises(ValueError, match="the cache holds 5 tokens, but 6 are needed"):
-        cache.update(0, second[:, :1], values[:, :1])
+        cache.layers(1)[0].update(second[:, :1], values[:, :1])

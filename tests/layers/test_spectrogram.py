@@ -97,6 +97,12 @@ def test_meta_device() -> None:
         assert layer(torch.randn(2, 800))[0].shape == (2, 40, 10)
 
 
+@pytest.mark.parametrize(("num_samples", "window"), [(800, 256), (901, 200)])
+def test_the_operator_of_power_spectra_is_well_formed(num_samples: int, window: int) -> None:
+    args = (torch.randn(2, num_samples), torch.hann_window(window), 256, 80)
+    torch.library.opcheck(torch.ops.diffmm.power_spectrum.default, args)
+
+
 def test_zero_beyond() -> None:
     x = torch.ones(2, 3, 4)
     assert zero_beyond(x, torch.tensor([1, 4])).sum(dim=(1, 2)).tolist() == [3, 12]

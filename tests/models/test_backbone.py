@@ -1,5 +1,7 @@
 """The backbone and its configuration."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
@@ -29,6 +31,35 @@ def test_prefill_and_steps_equal_one_forward(attention):
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda blocks: blocks.append(deepcopy(blocks[1])),
+        lambda blocks: blocks.append(blocks[0]),
+        lambda blocks: blocks.__delitem__(0),
+        lambda blocks: blocks.insert(0, blocks.pop(2)),
+        lambda blocks: blocks.__setitem__(1, config(num_kv_heads=4).make_block(1)),
+    ],
+    ids=["copied", "shared", "dropped", "moved", "of another shape"],
+)
+def test_the_cache_is_right_whatever_was_done_to_the_blocks(attention, change):
+    backbone = Backbone(config(attention=attention, num_kv_heads=2))
+    change(backbone.blocks)
+    x, cache = torch.randn(2, 6, 32), backbone.new_cache(2, 6)
+    pieces = [backbone(piece, mask=CAUSAL, cache=cache) for piece in x.split([3, 2, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), backbone(x, mask=CAUSAL))
+
+
+def test_a_cache_of_another_model_is_refused():
+    backbone = Backbone(config())
+    cache = backbone.new_cache(1, 6)
+    del backbone.blocks[2]
+    with pytest.raises(ValueError, match="the cache is for 3 layers, but the model has 2: make"):
+        backbone(torch.randn(1, 2, 32), mask=CAUSAL, cache=cache)
+    assert cache.length == 0
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
 def test_activation_checkpointing_changes_no_gradient(attention):
     backbone = Backbone(config(attention=attention))
     x = torch.randn(2, 9, 32)
@@ -44,7 +75,7 @@ def test_activation_checkpointing_changes_no_gradient(attention):
 def test_intermediates_are_the_blocks_outputs():
     backbone = Backbone(config())
     x = torch.randn(1, 5, 32)
-    out, kept = backbone.forward_intermediates(x, (0, 2), mask=CAUSAL)
+    out, kept = backbone(x, indices=(0, 2), mask=CAUSAL)
     assert len(kept) == 2
     torch.testing.assert_close(backbone.norm(kept[1]), out)
     torch.testing.assert_close(
