@@ -15,7 +15,8 @@ class KVCache:
     second step, and decoding neither recompiles nor reads keys that are not there yet.
 
     It is a pytree of torch's, so that `torch.export` takes it as an input. What is exported writes
-    into the buffers, but cannot count: call `advance` after each of its steps.
+    into the buffers, but cannot count: call `advance` after each of its steps. Likewise a copy by
+    `tree_map` counts for itself.
 
     Args:
         key_shapes: a layer's key shape without batch and tokens, for every layer.

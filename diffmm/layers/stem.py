@@ -50,7 +50,9 @@ class PatchStem(nn.Module):
 
     def grid(self, num_frames: int) -> tuple[int, ...]:
         """Tokens in time and in frequency."""
-        return max(1, self.num_steps(num_frames)), self.num_bands
+        num_steps = self.num_steps(num_frames)
+        # Not `max`, which inductor cannot compare with other symbolic sizes.
+        return (num_steps if num_steps >= 1 else 1), self.num_bands
 
     def fill(self, spectrogram: Tensor) -> Tensor:
         """`[B, num_mels, T]` as an image `[B, 1, T', num_mels]` of whole patches in time."""
