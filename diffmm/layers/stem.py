@@ -59,7 +59,9 @@ class PatchStem(nn.Module):
         num_frames = spectrogram.shape[2]
         patch, stride = self.patch_size[0], self.stride[0]
         whole = (self.grid(num_frames)[0] - 1) * stride + patch
-        return pad(spectrogram, (0, whole - num_frames)).transpose(1, 2).unsqueeze(1)
+        # Contiguous: inductor sorts the strides of a view that the backward pass needs, which it
+        # cannot where they are symbols.
+        return pad(spectrogram, (0, whole - num_frames)).transpose(1, 2).unsqueeze(1).contiguous()
 
     def forward(self, spectrogram: Tensor, num_frames: Tensor | None = None) -> Tensor:
         """`[B, num_mels, T]`, zero beyond a clip's frames, to `[B, N, dim]`."""
