@@ -39,7 +39,11 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"[{MAX_NEW_TOKENS}, or what the model's max_length leaves]",
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest [0.8]"
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="0 takes the likeliest; so does anything below 1e-6 [0.8]",
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="among the K likeliest tokens")
     parser.add_argument(
@@ -80,6 +84,8 @@ def generate(options: argparse.Namespace) -> None:
     ids = tokenizer.encode(prompt)
     if not ids:
         raise BadInput("the prompt is empty: give it a character at least")
+    if not -(2**63) <= options.seed < 2**64:
+        raise BadInput(f"seed must be a number of 64 bits, got {options.seed}")
     max_new_tokens = options.max_new_tokens
     if max_new_tokens is None:
         max_new_tokens = max(1, min(MAX_NEW_TOKENS, model.config.max_length - len(ids)))

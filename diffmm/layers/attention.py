@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from diffmm.checks import check_choice
-from diffmm.layers.cache import KVCache
+from diffmm.layers.cache import LayerCache
+from diffmm.layers.linear import Linear
 from diffmm.layers.norm import CosineNorm, RMSNorm, widen
 from diffmm.layers.rope import Rotation, apply_rope
 from diffmm.ops import AttentionMask, diff_attention, softmax_attention
@@ -43,8 +44,8 @@ class Attention(nn.Module):
         num_kv_heads: key and value heads, counted in the same way; `num_heads` by default. Fewer
             means grouped keys.
         head_dim: `D`, `dim / num_heads` by default.
-        layer_index: the layer's number from 0. It picks the layer's place in the cache, and in v1
-            lambda's start, so it stays with a layer whatever happens to its neighbours.
+        layer_index: the layer's number from 0, in v1 lambda's start. It stays with a layer whatever
+            happens to its neighbours.
         qkv_bias: whether the query, key and value projections have a bias.
         out_bias: whether the output projection has one.
         qk_norm: whether queries and keys get an RMSNorm over `D` each.
@@ -83,10 +84,10 @@ class Attention(nn.Module):
         self.layer_index = layer_index
         self.backend = backend
         self.q_shape, self.k_shape, self.v_shape = self.head_shapes()
-        self.q_proj = nn.Linear(dim, math.prod(self.q_shape), bias=qkv_bias)
-        self.k_proj = nn.Linear(dim, math.prod(self.k_shape), bias=qkv_bias)
-        self.v_proj = nn.Linear(dim, math.prod(self.v_shape), bias=qkv_bias)
-        self.out_proj = nn.Linear(num_heads * self.head_dim, dim, bias=out_bias)
+        self.q_proj = Linear(dim, math.prod(self.q_shape), bias=qkv_bias)
+        self.k_proj = Linear(dim, math.prod(self.k_shape), bias=qkv_bias)
+        self.v_proj = Linear(dim, math.prod(self.v_shape), bias=qkv_bias)
+        self.out_proj = Linear(num_heads * self.head_dim, dim, bias=out_bias)
         self.q_norm: nn.Module = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm: nn.Module = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
 
@@ -118,12 +119,12 @@ class Attention(nn.Module):
         *,
         mask: AttentionMask,
         rope: Rotation | None = None,
-        cache: KVCache | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """`[B, N, dim]` to `[B, N, dim]`. With a cache, `mask` speaks of all keys seen so far."""
         q, k, v = self.project(x, rope)
         if cache is not None:
-            k, v = cache.update(self.layer_index, k, v)
+            k, v = cache.update(k, v)
         return self.out_proj(self.attend(x, q, k, v, mask).flatten(2))
 
 
@@ -214,8 +215,14 @@ class DiffAttentionV1(Attention):
         self.sign = -1.0 if combine == "add" else 1.0
         self.lambda_init = lambda_init_at(self.layer_index) if lambda_init is None else lambda_init
         for name in self.LAMBDA_NAMES:
-            setattr(self, name, nn.Parameter(0.1 * widen(torch.randn(self.head_dim))))
+            setattr(self, name, nn.Parameter(widen(torch.empty(self.head_dim))))
+        self.reset_parameters()
         self.norm = RMSNorm(2 * self.head_dim, eps=1e-5) if headwise_norm else None
+
+    def reset_parameters(self) -> None:
+        """Start the lambda vectors anew, at N(0, 0.1)."""
+        for name in self.LAMBDA_NAMES:
+            nn.init.normal_(getattr(self, name), std=0.1)
 
     def head_shapes(self) -> HeadShapes:
         for name, count in (("num_heads", self.num_heads), ("num_kv_heads", self.num_kv_heads)):
@@ -232,13 +239,15 @@ class DiffAttentionV1(Attention):
         # Nearly uniform maps give all tokens one vector, which the norm would blow up to size 1:
         # in a narrow model that drowns the tokens themselves (docs/lab_notes.md, "A slow start").
         if self.norm is not None:
-            nn.init.constant_(self.norm.weight, min(1.0, size))
+            self.norm.init_weight = min(1.0, size)
+            self.norm.reset_parameters()
 
     def lam(self, x: Tensor) -> Tensor:
         """This layer's lambda, a float32 scalar (the same for every `x`)."""
         q1, k1, q2, k2 = (shared_by_heads(getattr(self, name)) for name in self.LAMBDA_NAMES)
-        first, second = (q1 * k1).sum().exp(), (q2 * k2).sum().exp()
-        return self.sign * (first - second + self.lambda_init)
+        # With an axis: torch 2.11 gives a scalar plus a Python number a tangent in float64.
+        first, second = ((q * k).sum(0, keepdim=True).exp() for q, k in ((q1, k1), (q2, k2)))
+        return (self.sign * (first - second + self.lambda_init)).squeeze(0)
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         q = q.expand(-1, -1, -1, 2, -1)
@@ -284,7 +293,7 @@ class DiffAttentionV2(Attention):
         check_choice("combine", combine, ("subtract", "add"))
         super().__init__(dim, **shared)
         self.sign = -1.0 if combine == "add" else 1.0
-        self.lambda_proj = nn.Linear(dim, self.num_heads, bias=False)
+        self.lambda_proj = Linear(dim, self.num_heads, bias=False)
 
     def head_shapes(self) -> HeadShapes:
         return (

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffmm.layers.attention import Attention
-from diffmm.layers.cache import KVCache
+from diffmm.layers.cache import LayerCache
 from diffmm.layers.norm import LayerNorm, RMSNorm
 from diffmm.layers.rope import Rotation
 from diffmm.ops import AttentionMask
@@ -51,7 +51,7 @@ class Block(nn.Module):
         *,
         mask: AttentionMask,
         rope: Rotation | None = None,
-        cache: KVCache | None = None,
+        cache: LayerCache | None = None,
         recompute: bool = False,
     ) -> Tensor:
         """`[B, N, dim]` to `[B, N, dim]`. With `recompute`, and then without a cache, nothing
@@ -66,7 +66,7 @@ class Block(nn.Module):
         x: Tensor,
         mask: AttentionMask,
         rope: Rotation | None,
-        cache: KVCache | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """What `forward` does, whether once or twice."""
         attended = self.attention(self.attention_norm(x), mask=mask, rope=rope, cache=cache)
@@ -81,11 +81,16 @@ class Branch(nn.Module):
         self, dim: int, dropout: float, drop_path: float, layer_scale: float | None
     ) -> None:
         super().__init__()
-        self.scale = (
-            nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale is not None else None
-        )
+        self.layer_scale = layer_scale
+        self.scale = nn.Parameter(torch.empty(dim)) if layer_scale is not None else None
         self.dropout = nn.Dropout(dropout)
         self.drop_path = drop_path
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start the factors anew."""
+        if self.scale is not None and self.layer_scale is not None:
+            nn.init.constant_(self.scale, self.layer_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.scale is not None:

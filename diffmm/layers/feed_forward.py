@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
+from diffmm.layers.linear import Linear
+
 
 class SwiGLU(nn.Module):
     """`(silu(x W1) * x W3) W2` (Shazeer 2020), as in the paper's decoder.
@@ -17,9 +19,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, width: int, *, bias: bool = False) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, width, bias=bias)
-        self.up_proj = nn.Linear(dim, width, bias=bias)
-        self.down_proj = nn.Linear(width, dim, bias=bias)
+        self.gate_proj = Linear(dim, width, bias=bias)
+        self.up_proj = Linear(dim, width, bias=bias)
+        self.down_proj = Linear(width, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
@@ -32,8 +34,8 @@ class GELU(nn.Module):
 
     def __init__(self, dim: int, width: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(dim, width, bias=bias)
-        self.down_proj = nn.Linear(width, dim, bias=bias)
+        self.up_proj = Linear(dim, width, bias=bias)
+        self.down_proj = Linear(width, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(gelu(self.up_proj(x)))

@@ -17,12 +17,21 @@ class RMSNorm(nn.Module):
     Args:
         dim: size of the last axis.
         eps: keeps a row of zeros finite; it also bounds the gain at `eps ** -0.5`.
+
+    Attributes:
+        init_weight: where `reset_parameters` starts the weights, 1 at first.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.init_weight = 1.0
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start anew."""
+        nn.init.constant_(self.weight, self.init_weight)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = widen(x)
@@ -55,9 +64,13 @@ class CosineNorm(nn.Module):
 
     def __init__(self, num_heads: int | None = None) -> None:
         super().__init__()
-        self.logit_scale = (
-            nn.Parameter(torch.full((num_heads, 1), math.log(10.0))) if num_heads else None
-        )
+        self.logit_scale = nn.Parameter(torch.empty(num_heads, 1)) if num_heads else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start the temperatures anew, at 10."""
+        if self.logit_scale is not None:
+            nn.init.constant_(self.logit_scale, math.log(10.0))
 
     def forward(self, x: Tensor) -> Tensor:
         wide = nn.functional.normalize(widen(x), dim=-1, eps=1e-6)

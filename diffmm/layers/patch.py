@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from diffmm.layers.linear import Conv2d
+
 Size = tuple[int, int]
 
 
@@ -45,7 +47,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.stride = stride or patch_size
-        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=self.stride)
+        self.proj = Conv2d(in_channels, dim, patch_size, stride=self.stride)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(images).flatten(2).transpose(1, 2)

@@ -17,12 +17,20 @@ class LearnedPositions(nn.Module):
         grid: its size, over one axis or two.
         dim: of the tokens.
         num_prefix: tokens without a place in the grid (class, registers).
+        init_std: standard deviation of the vectors at the start.
     """
 
-    def __init__(self, grid: Grid, dim: int, num_prefix: int) -> None:
+    def __init__(self, grid: Grid, dim: int, num_prefix: int, init_std: float = 0.02) -> None:
         super().__init__()
-        self.grid = nn.Parameter(torch.zeros(*grid, dim))
-        self.prefix = nn.Parameter(torch.zeros(num_prefix, dim)) if num_prefix else None
+        self.init_std = init_std
+        self.grid = nn.Parameter(torch.empty(*grid, dim))
+        self.prefix = nn.Parameter(torch.empty(num_prefix, dim)) if num_prefix else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start anew."""
+        for parameter in self.parameters():
+            nn.init.trunc_normal_(parameter, std=self.init_std)
 
     def forward(self, num_tokens: int) -> Tensor:
         """Those of the first `N` places, row by row: `[N, dim]`."""

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from diffmm.layers.constant import Constant
+
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines, each `[N, D/2]` or `[B, N, D/2]`."""
 
@@ -30,15 +32,17 @@ class RotaryEmbedding(nn.Module):
                 f"rotary embedding over {num_axes} axes needs a head_dim that is a multiple of "
                 f"{2 * num_axes}, got {head_dim}"
             )
-        self.axis_dim = head_dim // num_axes
         self.base = base
         self.num_axes = num_axes
+        axis_dim = head_dim // num_axes
+        # In Python's float64, so that every device has the same, also one that knows none.
+        frequencies = [base ** (-step / axis_dim) for step in range(0, axis_dim, 2)]
+        self.frequencies = Constant(torch.tensor(frequencies, dtype=torch.float32, device="cpu"))
 
     def forward(self, positions: Tensor) -> Rotation:
         """`positions` is `[N]` or `[B, N]`, with a last axis of `num_axes` where there are several.
 
-        Always in float32: at position 10,000 a bfloat16 angle is off by whole turns. For the same
-        reason frequencies are no buffer, which would be cast with its module.
+        Always in float32: at position 10,000 a bfloat16 angle is off by whole turns.
         """
         if self.num_axes == 1:
             positions = positions.unsqueeze(-1)
@@ -47,31 +51,29 @@ class RotaryEmbedding(nn.Module):
         # which, unless strict, finds torch's own operators here.)
         once = torch.compiler.is_dynamo_compiling() and positions.shape[-2] > 1
         if once and not positions.requires_grad:
-            return _rotation_once(positions, self.axis_dim, self.base)
-        return rotation_at(positions, self.axis_dim, self.base)
+            return _rotation_once(positions, self.frequencies.value)
+        return rotation_at(positions, self.frequencies.value)
 
 
-def rotation_at(positions: Tensor, axis_dim: int, base: float) -> Rotation:
-    """The rotation at `positions`, `[..., N, axes]`, for `axis_dim` dims an axis. Frequencies are
-    made in float64, so that every device rounds to the same."""
-    steps = torch.arange(0, axis_dim, 2, device=positions.device, dtype=torch.float64)
-    frequencies = (base ** (-steps / axis_dim)).float()
-    angles = positions.float().unsqueeze(-1) * frequencies  # [..., N, axes, axis_dim/2]
+def rotation_at(positions: Tensor, frequencies: Tensor) -> Rotation:
+    """The rotation at `positions`, `[..., N, axes]`, by the `frequencies` of the pairs of an axis,
+    `[axis_dim / 2]`."""
+    angles = positions.float().unsqueeze(-1) * frequencies.float()  # [..., N, axes, axis_dim/2]
     angles = angles.flatten(-2)
     return angles.cos(), angles.sin()
 
 
 @torch.library.custom_op("diffmm::rotation_at", mutates_args=())
-def _rotation_once(positions: Tensor, axis_dim: int, base: float) -> tuple[Tensor, Tensor]:
+def _rotation_once(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """`rotation_at` in memory: `torch.compile` does not see into an operator of one's own."""
-    cos, sin = rotation_at(positions, axis_dim, base)
+    cos, sin = rotation_at(positions, frequencies)
     return cos.contiguous(), sin.contiguous()
 
 
 @_rotation_once.register_fake
-def _(positions: Tensor, axis_dim: int, base: float) -> tuple[Tensor, Tensor]:
+def _(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     *tokens, num_axes = positions.shape
-    shape = (*tokens, num_axes * (axis_dim // 2))
+    shape = (*tokens, num_axes * frequencies.shape[0])
     cos, sin = (positions.new_empty(shape, dtype=torch.float32) for _ in range(2))
     return cos, sin
 

@@ -1,13 +1,14 @@
 """From a waveform to a log-mel spectrogram."""
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+
+from diffmm.layers.constant import Constant
 
 Count = TypeVar("Count", int, Tensor)
 """A number of samples or frames: of a batch, or of each of its clips."""
@@ -27,8 +28,9 @@ class LogMelSpectrogram(nn.Module):
     Computed in float32 (or wider), under autocast and in a module cast to half too: the smallest
     energies that matter are 1e-11 of the largest.
 
-    It is left out of compiled graphs: inductor has no kernels for complex numbers, and would take
-    longer to compile the Fourier transform than all the rest.
+    A compiled graph has the power spectrum as one operator that it does not see through: inductor
+    has no kernels for complex numbers, and would take longer to compile the Fourier transform than
+    all the rest. (Where the waveforms' own gradient is wanted it does see them.)
 
     Args:
         sample_rate_hz: of the waveforms.
@@ -67,14 +69,10 @@ class LogMelSpectrogram(nn.Module):
             )
         self.mean, self.std = mean, std
         self.num_fft = fft_size(self.window_samples, sample_rate_hz, num_mels)
-        self.mel = _mel_transform(
-            sample_rate=sample_rate_hz,
-            n_fft=self.num_fft,
-            win_length=self.window_samples,
-            hop_length=self.hop_samples,
-            n_mels=num_mels,
-            center=False,
+        self.window = Constant(
+            torch.hann_window(self.window_samples, dtype=torch.float32, device="cpu")
         )
+        self.filters = Constant(mel_filters(self.num_fft, sample_rate_hz, num_mels))
 
     def num_frames(self, num_samples: Count) -> Count:
         """`ceil(num_samples / hop)`."""
@@ -83,7 +81,7 @@ class LogMelSpectrogram(nn.Module):
     def forward(
         self, waveforms: Tensor, num_samples: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Never compiled: inductor has no complex numbers.
+        """Waveforms to spectrograms.
 
         Args:
             waveforms: `[B, S]`, mono, in [-1, 1].
@@ -97,12 +95,6 @@ class LogMelSpectrogram(nn.Module):
         Raises:
             ValueError: for tensors of another shape, or without samples.
         """
-        # Not a decorator: that would import Dynamo, and with it Triton, when a model is imported.
-        return torch.compiler.disable(self._compute)(waveforms, num_samples)
-
-    def _compute(
-        self, waveforms: Tensor, num_samples: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
         check_waveforms(waveforms, num_samples)
         num_frames = None
         if num_samples is not None:
@@ -112,25 +104,43 @@ class LogMelSpectrogram(nn.Module):
         length = (self.num_frames(waveforms.shape[1]) - 1) * self.hop_samples + self.num_fft
         left = (self.num_fft - self.hop_samples) // 2
         with _no_autocast(waveforms.device.type):
-            waveforms = waveforms.to(next(self.mel.buffers()).dtype)
+            window, filters = self.window.value, self.filters.value
+            waveforms = waveforms.to(window.dtype)
             waveforms = pad(waveforms, (left, length - left - waveforms.shape[1]))
-            log_mel = self.mel(waveforms).clamp(min=LOG_FLOOR).log()
-            log_mel = (log_mel - self.mean) / self.std
+            mel = (self._power(waveforms, window) @ filters).transpose(1, 2)
+            log_mel = (mel.clamp(min=LOG_FLOOR).log() - self.mean) / self.std
         if num_frames is not None:
             log_mel = zero_beyond(log_mel, num_frames)
         return log_mel, num_frames
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LogMelSpectrogram":
-        """Move the module as usual, but leave window and filters their precision."""
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype.itemsize < 4 else moved
-
-        return super()._apply(move, recurse)
+    def _power(self, waveforms: Tensor, window: Tensor) -> Tensor:
+        if torch.compiler.is_dynamo_compiling() and not waveforms.requires_grad:
+            return _power_unseen(waveforms, window, self.num_fft, self.hop_samples)
+        return power_spectrum(waveforms, window, self.num_fft, self.hop_samples)
 
     def extra_repr(self) -> str:
         return f"mean={self.mean}, std={self.std}"
+
+
+def power_spectrum(waveforms: Tensor, window: Tensor, num_fft: int, hop: int) -> Tensor:
+    """Squared magnitudes of the Fourier transform of windows that start every `hop` samples:
+    `[B, S]` to `[B, T, num_fft / 2 + 1]`. A window shorter than `num_fft` stands in its middle."""
+    spectrum = torch.stft(
+        waveforms, num_fft, hop, len(window), window, center=False, return_complex=True
+    )
+    return spectrum.transpose(1, 2).abs().square()
+
+
+@torch.library.custom_op("diffmm::power_spectrum", mutates_args=())
+def _power_unseen(waveforms: Tensor, window: Tensor, num_fft: int, hop: int) -> Tensor:
+    """`power_spectrum` of which `torch.compile` does not see the complex numbers."""
+    return power_spectrum(waveforms, window, num_fft, hop).contiguous()
+
+
+@_power_unseen.register_fake
+def _(waveforms: Tensor, window: Tensor, num_fft: int, hop: int) -> Tensor:
+    batch, num_samples = waveforms.shape
+    return waveforms.new_empty(batch, (num_samples - num_fft) // hop + 1, num_fft // 2 + 1)
 
 
 def fft_size(window_samples: int, sample_rate_hz: int, num_mels: int) -> int:
@@ -175,20 +185,18 @@ def _no_autocast(device_type: str) -> AbstractContextManager[object]:
     return torch.autocast(device_type, enabled=False)
 
 
-def _mel_transform(**arguments: int) -> nn.Module:
-    """torchaudio's transform. Its buffers follow from the config, so no checkpoint holds them."""
-    from torchaudio.transforms import MelSpectrogram  # a model of text or images needs none of it
+def mel_filters(num_fft: int, sample_rate_hz: int, num_mels: int) -> Tensor:
+    """torchaudio's triangles, `[num_fft / 2 + 1, num_mels]` in float32 on the CPU."""
+    from torchaudio.functional import melscale_fbanks  # a model of text or images needs none of it
 
-    # It looks at the filters' values, which a tensor on the meta device has not, and makes them in
-    # the default dtype, which may be half.
+    # It makes them in the default dtype, which may be half, on the default device, which may be
+    # the meta device, and looks at their values.
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
         with torch.device("cpu"):
-            mel = MelSpectrogram(**arguments)
+            return melscale_fbanks(
+                num_fft // 2 + 1, 0.0, sample_rate_hz / 2, num_mels, sample_rate_hz
+            )
     finally:
         torch.set_default_dtype(default)
-    for module in mel.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, buffer, persistent=False)
-    return mel.to(torch.get_default_device())

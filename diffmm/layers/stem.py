@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
 
+from diffmm.layers.linear import Conv1d
 from diffmm.layers.patch import PatchEmbedding, Size
 from diffmm.layers.spectrogram import Count, zero_beyond
 
@@ -49,14 +50,18 @@ class PatchStem(nn.Module):
 
     def grid(self, num_frames: int) -> tuple[int, ...]:
         """Tokens in time and in frequency."""
-        return max(1, self.num_steps(num_frames)), self.num_bands
+        num_steps = self.num_steps(num_frames)
+        # Not `max`, which inductor cannot compare with other symbolic sizes.
+        return (num_steps if num_steps >= 1 else 1), self.num_bands
 
     def fill(self, spectrogram: Tensor) -> Tensor:
         """`[B, num_mels, T]` as an image `[B, 1, T', num_mels]` of whole patches in time."""
         num_frames = spectrogram.shape[2]
         patch, stride = self.patch_size[0], self.stride[0]
         whole = (self.grid(num_frames)[0] - 1) * stride + patch
-        return pad(spectrogram, (0, whole - num_frames)).transpose(1, 2).unsqueeze(1)
+        # Contiguous: inductor sorts the strides of a view that the backward pass needs, which it
+        # cannot where they are symbols.
+        return pad(spectrogram, (0, whole - num_frames)).transpose(1, 2).unsqueeze(1).contiguous()
 
     def forward(self, spectrogram: Tensor, num_frames: Tensor | None = None) -> Tensor:
         """`[B, num_mels, T]`, zero beyond a clip's frames, to `[B, N, dim]`."""
@@ -85,7 +90,7 @@ class FrameStem(nn.Module):
         self.strides = strides
         channels = (num_mels, dim)
         self.convs = nn.ModuleList(
-            nn.Conv1d(inputs, dim, self.WIDTH, stride=stride, padding=self.WIDTH // 2)
+            Conv1d(inputs, dim, self.WIDTH, stride=stride, padding=self.WIDTH // 2)
             for inputs, stride in zip(channels, strides, strict=True)
         )
 

@@ -13,6 +13,7 @@ from diffmm.layers.attention import ATTENTIONS, Attention
 from diffmm.layers.block import Block
 from diffmm.layers.cache import KVCache
 from diffmm.layers.feed_forward import FEED_FORWARDS
+from diffmm.layers.linear import Started
 from diffmm.layers.norm import NORMS
 from diffmm.layers.rope import RotaryEmbedding
 from diffmm.ops import AttentionMask
@@ -203,9 +204,9 @@ class Backbone(nn.Module):
         self.norm = NORMS[config.norm](config.dim)
         self.apply(partial(init_weights, std=config.init_std))
         # Two branches a block are added up: scaled so, their sum does not grow with depth.
-        for name, parameter in self.named_parameters():
-            if name.endswith(("out_proj.weight", "down_proj.weight")):
-                nn.init.trunc_normal_(parameter, std=config.init_std * (2 * config.depth) ** -0.5)
+        for name, module in self.named_modules():
+            if name.endswith(("out_proj", "down_proj")):
+                init_weights(module, config.init_std * (2 * config.depth) ** -0.5)
         for attention in self.attentions:
             attention.init_head_size(config.init_std * config.dim**0.5)
 
@@ -216,26 +217,26 @@ class Backbone(nn.Module):
         mask: AttentionMask,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor:
-        """Args:
-        x: `[B, N, dim]` embedded tokens.
-        mask: what each token sees.
-        positions: of the tokens, `[N]` or `[B, N]` (with a last axis of 2 for 2-D rope);
-            0, 1, 2, ... by default, after what the cache holds. Unused without rope.
-        cache: keys and values of earlier tokens, to which these are added.
-        """
-        return self.forward_intermediates(x, (), mask=mask, positions=positions, cache=cache)[0]
+        indices: Collection[int] | None = None,
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Run the blocks and the final norm.
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: Collection[int],
-        *,
-        mask: AttentionMask,
-        positions: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """As `forward`, with the outputs of the blocks in `indices`, before the final norm."""
+        Args:
+            x: `[B, N, dim]` embedded tokens.
+            mask: what each token sees.
+            positions: of the tokens, `[N]` or `[B, N]` (with a last axis of 2 for 2-D rope);
+                0, 1, 2, ... by default, after what the cache holds. Unused without rope.
+            cache: keys and values of earlier tokens, to which these are added.
+            indices: blocks whose outputs, before the final norm, are wanted too.
+
+        Returns:
+            `[B, N, dim]`, and with `indices` the outputs of those blocks, in their order, in a list
+            beside it.
+
+        Raises:
+            ValueError: for 2-D rope without positions, or a cache of another number of layers or
+                without room for these tokens.
+        """
         rope = None
         if self.rope is not None:
             if positions is None:
@@ -245,14 +246,18 @@ class Backbone(nn.Module):
                 positions = torch.arange(start, start + x.shape[1], device=x.device)
             rope = self.rope(positions)
         recompute = self.activation_checkpointing and self.training
+        count = len(self.blocks)
+        # By place and not by `layer_index`, which blocks that were copied have in common.
+        caches = [None] * count if cache is None else cache.layers(count)
         intermediates = []
-        for index, block in enumerate(self.blocks):
-            x = block(x, mask=mask, rope=rope, cache=cache, recompute=recompute)
-            if index in indices:
+        for index, (block, own) in enumerate(zip(self.blocks, caches, strict=True)):
+            x = block(x, mask=mask, rope=rope, cache=own, recompute=recompute)
+            if indices is not None and index in indices:
                 intermediates.append(x)
         if cache is not None:
             cache.advance(x.shape[1])
-        return self.norm(x), intermediates
+        x = self.norm(x)
+        return x if indices is None else (x, intermediates)
 
     @property
     def attentions(self) -> list[Attention]:
@@ -263,7 +268,7 @@ class Backbone(nn.Module):
         """An empty cache for this backbone, on its device and in the dtype it computes in."""
         weight = self.attentions[0].q_proj.weight
         kind = weight.device.type
-        autocast = torch.is_autocast_enabled(kind)
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
         return KVCache(
             [attention.k_shape for attention in self.attentions],
             [attention.v_shape for attention in self.attentions],
@@ -275,8 +280,8 @@ class Backbone(nn.Module):
 
 
 def init_weights(module: nn.Module, std: float = INIT_STD) -> None:
-    """Linear and embedding weights from a normal distribution, biases zero."""
-    if isinstance(module, nn.Linear | nn.Embedding | nn.Conv1d | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=std)
-    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+    """Start a layer of `diffmm.layers.linear` with weights of this size, now and at each
+    `reset_parameters`; leave every other as it is."""
+    if isinstance(module, Started):
+        module.init_std = std
+        module.reset_parameters()

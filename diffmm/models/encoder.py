@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from diffmm.checks import Settings, check_choice
+from diffmm.layers.linear import Linear
 from diffmm.layers.norm import widen
 from diffmm.layers.positions import Grid, LearnedPositions, resample
 from diffmm.models.backbone import Backbone, BackboneConfig, init_weights
@@ -106,22 +107,22 @@ class Encoder(nn.Module):
         self.config = config
         self.max_grid = max_grid
         dim, num_prefix = config.backbone.dim, self.num_prefix_tokens
-        self.class_token = nn.Parameter(torch.zeros(1, dim)) if config.class_token else None
+        self.class_token = nn.Parameter(torch.empty(1, dim)) if config.class_token else None
         self.registers = (
-            nn.Parameter(torch.zeros(config.num_registers, dim)) if config.num_registers else None
+            nn.Parameter(torch.empty(config.num_registers, dim)) if config.num_registers else None
         )
         self.positions = None
         if config.learned_positions:
             assert max_grid is not None
-            self.positions = LearnedPositions(max_grid, dim, num_prefix)
+            self.positions = LearnedPositions(max_grid, dim, num_prefix, config.backbone.init_std)
         self.backbone = Backbone(config.backbone)
         self.head = _make_head(config.backbone, config.num_classes)
-        learned = [self.class_token, self.registers]
-        if self.positions is not None:
-            learned += [self.positions.grid, self.positions.prefix]
-        for parameter in learned:
-            if parameter is not None:
-                nn.init.trunc_normal_(parameter, std=config.backbone.init_std)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start class token and registers anew."""
+        for parameter in self.parameters(recurse=False):
+            nn.init.trunc_normal_(parameter, std=self.config.backbone.init_std)
 
     @property
     def num_classes(self) -> int:
@@ -159,9 +160,10 @@ class Encoder(nn.Module):
                 prefix = prefix + self.positions.prefix
             embedded = self.with_prefix(embedded, prefix)
         tokens, positions, key_padding = embedded
-        return self.backbone.forward_intermediates(
-            tokens, indices, mask=AttentionMask(key_padding=key_padding), positions=positions
-        )
+        mask = AttentionMask(key_padding=key_padding)
+        if not indices:
+            return self.backbone(tokens, mask=mask, positions=positions), []
+        return self.backbone(tokens, mask=mask, positions=positions, indices=indices)
 
     def with_prefix(self, embedded: Embedded, prefix: Tensor) -> Embedded:
         """Put special tokens, `[P, dim]` or `[B, P, dim]`, in front of patches."""
@@ -263,6 +265,6 @@ class Encoder(nn.Module):
 
 
 def _make_head(backbone: BackboneConfig, num_classes: int) -> nn.Module:
-    head = nn.Linear(backbone.dim, num_classes) if num_classes else nn.Identity()
+    head = Linear(backbone.dim, num_classes) if num_classes else nn.Identity()
     init_weights(head, backbone.init_std)
     return head

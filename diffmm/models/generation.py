@@ -1,5 +1,7 @@
 """Continuing text with a decoder, token by token."""
 
+import math
+import numbers
 from collections.abc import Collection, Iterator
 
 import torch
@@ -8,6 +10,9 @@ from torch import Tensor
 from diffmm.models.description import unwrap
 from diffmm.models.text import TextModel
 from diffmm.ops import AttentionMask
+
+GREEDY_BELOW = 1e-6
+"""A smaller temperature is none: logits that it divides could leave float32."""
 
 
 def generate(
@@ -65,7 +70,7 @@ def stream(
         model: a decoder in evaluation mode, compiled or not.
         tokens: `[B, N]` prompts.
         max_new_tokens: most tokens to write after each, at least 1.
-        temperature: divides the logits; 0 takes the likeliest token always.
+        temperature: divides the logits; below 1e-6 the likeliest token is taken always.
         top_k: sample among the `k` likeliest tokens only.
         top_p: sample among the likeliest tokens that together have at least this probability, in
             (0, 1]; applied after `top_k`.
@@ -135,12 +140,12 @@ def sample(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """`[B]` ids drawn from `logits`, `[B, V]`. Arguments as in `stream`."""
-    if temperature == 0:
+    if temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
     # Likeliest first, so that both cuts are prefixes.
     num_kept = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
     logits, ids = logits.float().topk(num_kept, dim=-1)
-    probabilities = (logits / temperature).softmax(dim=-1)
+    probabilities = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)
     if top_p is not None:
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
@@ -165,8 +170,7 @@ def _check_prompt(
         raise ValueError(
             f"prompts must be [B, N] with a token at least, got shape {tuple(tokens.shape)}"
         )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    _check_count("max_new_tokens", max_new_tokens)
     if tokens.shape[1] + max_new_tokens > max_length:
         raise ValueError(
             f"a prompt of {tokens.shape[1]} tokens and max_new_tokens={max_new_tokens} are more "
@@ -188,10 +192,15 @@ def _check_prompt(
         )
 
 
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
+
+
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 (greedy) or more, and finite, got {temperature}")
+    if top_k is not None:
+        _check_count("top_k", top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")

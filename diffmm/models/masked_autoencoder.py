@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmm.checks import Settings
+from diffmm.layers.linear import Linear
 from diffmm.layers.positions import LearnedPositions
 from diffmm.models.audio import NO_PATCHES, AudioConfig, AudioModel
 from diffmm.models.backbone import Backbone, BackboneConfig, init_weights
@@ -97,18 +98,23 @@ class MaskedAutoencoder(nn.Module):
             self.encoder = AudioModel(config.encoder)
         assert config.encoder.patch_shape is not None
         dim = config.decoder.dim
-        self.decoder_embedding = nn.Linear(self.encoder.num_features, dim)
-        self.mask_token = nn.Parameter(torch.zeros(dim))
+        self.decoder_embedding = Linear(self.encoder.num_features, dim)
+        self.mask_token = nn.Parameter(torch.empty(dim))
         self.positions = None
         if config.decoder.rope == "none":
             assert self.encoder.max_grid is not None
-            self.positions = LearnedPositions(self.encoder.max_grid, dim, num_prefix=0)
-            nn.init.trunc_normal_(self.positions.grid, std=config.decoder.init_std)
+            self.positions = LearnedPositions(
+                self.encoder.max_grid, dim, num_prefix=0, init_std=config.decoder.init_std
+            )
         self.decoder = Backbone(config.decoder)
-        self.decoder_head = nn.Linear(dim, math.prod(config.encoder.patch_shape))
+        self.decoder_head = Linear(dim, math.prod(config.encoder.patch_shape))
         for module in (self.decoder_embedding, self.decoder_head):
             init_weights(module, config.decoder.init_std)
-        nn.init.trunc_normal_(self.mask_token, std=config.decoder.init_std)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start the mask token anew."""
+        nn.init.trunc_normal_(self.mask_token, std=self.config.decoder.init_std)
 
     def forward(self, *inputs: Tensor, noise: Tensor | None = None) -> MaskedPrediction:
         """Args:

@@ -1,12 +1,14 @@
 """The text model: a decoder, or with another mask an encoder."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from diffmm.checks import Settings
 from diffmm.layers.cache import KVCache
-from diffmm.models.backbone import Backbone, BackboneConfig
+from diffmm.layers.linear import Embedding, Linear
+from diffmm.models.backbone import Backbone, BackboneConfig, init_weights
 from diffmm.ops import AttentionMask
 
 
@@ -48,13 +50,15 @@ class TextModel(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.backbone.dim)
+        self.embedding = Embedding(config.vocab_size, config.backbone.dim)
         self.backbone = Backbone(config.backbone)
-        self.head = nn.Linear(config.backbone.dim, config.vocab_size, bias=False)
+        self.head = Linear(config.backbone.dim, config.vocab_size, bias=False)
         for module in (self.embedding, self.head):
-            nn.init.trunc_normal_(module.weight, std=config.backbone.init_std)
+            init_weights(module, config.backbone.init_std)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        self.register_load_state_dict_pre_hook(TextModel._remember_tie)
+        self.register_load_state_dict_post_hook(TextModel._tie_again)
 
     def forward(
         self,
@@ -96,6 +100,22 @@ class TextModel(nn.Module):
         if mask is None:
             mask = AttentionMask(causal=self.config.causal)
         return self.backbone(self.embedding(tokens), mask=mask, positions=positions, cache=cache)
+
+    # `to_empty` and `load_state_dict(assign=True)` give every module parameters of its own. What
+    # was tied before (a head put in later was not) is tied after.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TextModel":
+        self._remember_tie()
+        super()._apply(fn, recurse)
+        self._tie_again()
+        return self
+
+    def _remember_tie(self, *_: object) -> None:
+        self._is_tied = getattr(self.head, "weight", None) is self.embedding.weight
+
+    def _tie_again(self, *_: object) -> None:
+        if self._is_tied:
+            self.head.weight = self.embedding.weight
 
     def new_cache(self, batch: int, max_length: int | None = None) -> KVCache:
         """An empty cache for `batch` sequences of up to `max_length` tokens (the model's own

@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from diffmm.ops.mask import AttentionMask
 
@@ -54,3 +55,8 @@ def check_backend(backend: str, backends: Collection[str]) -> None:
     """
     if backend not in ("auto", *backends):
         raise ValueError(f"unknown backend {backend!r}: choose one of {['auto', *backends]}")
+
+
+def in_forward_mode() -> bool:
+    """Whether derivatives are computed forward, by `torch.func.jvp`, `jacfwd` or `dual_level`."""
+    return forward_ad._current_level >= 0

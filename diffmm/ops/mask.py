@@ -1,9 +1,13 @@
 """The one mask type: what each query may attend to."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
+
+TENSORS = ("prefix_lengths", "document_ids", "key_padding")
 
 
 @dataclass(frozen=True)
@@ -12,6 +16,9 @@ class AttentionMask:
 
     With `N` queries and `M` keys the queries are the **last** `N` positions: query `n` stands at
     position `n + M - N` (bottom-right alignment, which is what decoding with a cache needs).
+
+    It is a pytree of torch's whose leaves are its tensors, so that `torch.export` takes it as an
+    input.
 
     Args:
         causal: a query sees no key after its own position.
@@ -59,10 +66,7 @@ class AttentionMask:
     @property
     def per_sample(self) -> bool:
         """Whether the mask differs between the samples of a batch."""
-        return any(
-            tensor is not None
-            for tensor in (self.prefix_lengths, self.document_ids, self.key_padding)
-        )
+        return any(getattr(self, name) is not None for name in TENSORS)
 
     @property
     def is_full(self) -> bool:
@@ -80,7 +84,7 @@ class AttentionMask:
         Raises:
             ValueError: naming the tensor and both shapes.
         """
-        for name in ("prefix_lengths", "document_ids", "key_padding"):
+        for name in TENSORS:
             tensor = getattr(self, name)
             wanted = (batch,) if name == "prefix_lengths" else (batch, num_keys)
             if tensor is not None and tuple(tensor.shape) != wanted:
@@ -107,7 +111,8 @@ class AttentionMask:
                 f"document_ids needs a key for every query, got {num_queries} queries "
                 f"and {num_keys} keys"
             )
-        for tensor in (self.prefix_lengths, self.document_ids, self.key_padding):
+        for name in TENSORS:
+            tensor = getattr(self, name)
             if device is None and tensor is not None:
                 device = tensor.device
         key = torch.arange(num_keys, device=device)
@@ -128,3 +133,35 @@ class AttentionMask:
         if self.key_padding is not None:
             visible = visible & self.key_padding[:, None, None, :]
         return visible
+
+
+def _flatten(mask: AttentionMask) -> tuple[list[Any], tuple[bool, int | None]]:
+    return [getattr(mask, name) for name in TENSORS], (mask.causal, mask.window)
+
+
+def _flatten_with_names(
+    mask: AttentionMask,
+) -> tuple[list[tuple[Any, Any]], tuple[bool, int | None]]:
+    tensors, rest = _flatten(mask)
+    names = [_pytree.GetAttrKey(name) for name in TENSORS]
+    return list(zip(names, tensors, strict=True)), rest
+
+
+def _unflatten(tensors: Any, rest: tuple[bool, int | None]) -> AttentionMask:
+    # Unchecked: torch puts all kinds of leaves into its trees.
+    mask = object.__new__(AttentionMask)
+    fields = dict(zip(("causal", "window", *TENSORS), (*rest, *tensors), strict=True))
+    for name, value in fields.items():
+        object.__setattr__(mask, name, value)
+    return mask
+
+
+_pytree.register_pytree_node(
+    AttentionMask,
+    _flatten,
+    _unflatten,
+    flatten_with_keys_fn=_flatten_with_names,
+    serialized_type_name="diffmm.ops.AttentionMask",
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+)

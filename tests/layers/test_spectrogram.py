@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from diffmm.layers.spectrogram import LogMelSpectrogram, fft_size, zero_beyond
+from diffmm.layers.stem import PatchStem
 
 RATE = 8000
 
@@ -78,7 +80,7 @@ def test_always_float32() -> None:
 def test_no_band_is_empty(rate: int, num_mels: int) -> None:
     # torchaudio would warn of an empty band, and warnings are errors here.
     layer = LogMelSpectrogram(rate, num_mels=num_mels, window_seconds=0.025, hop_seconds=0.010)
-    assert (layer.mel.mel_scale.fb.sum(dim=0) > 0).all()
+    assert (layer.filters.value.sum(dim=0) > 0).all()
 
 
 def test_fft_size_is_a_power_of_two_that_holds_the_window() -> None:
@@ -95,6 +97,30 @@ def test_meta_device() -> None:
     with torch.device("meta"):
         layer = spectrogram()
         assert layer(torch.randn(2, 800))[0].shape == (2, 40, 10)
+
+
+@pytest.mark.parametrize(("num_samples", "window"), [(800, 256), (901, 200)])
+def test_the_operator_of_power_spectra_is_well_formed(num_samples: int, window: int) -> None:
+    args = (torch.randn(2, num_samples), torch.hann_window(window), 256, 80)
+    torch.library.opcheck(torch.ops.diffmm.power_spectrum.default, args)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_sounds_of_any_length_compile_to_machine_code() -> None:
+    layer = nn.ModuleDict({"spectrogram": spectrogram(), "stem": PatchStem(40, 8, (16, 16))})
+
+    def tokens(clips: Tensor) -> Tensor:
+        return layer["stem"](layer["spectrogram"](clips)[0])
+
+    compiled = torch.compile(tokens, fullgraph=True, dynamic=True)
+    clips = torch.randn(2, 4000)
+    found, expected = [], []
+    for call, results in ((compiled, found), (tokens, expected)):
+        layer.zero_grad()
+        out = call(clips)
+        out.square().sum().backward()
+        results += [out, *(parameter.grad for parameter in layer.parameters())]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_zero_beyond() -> None:

@@ -193,15 +193,29 @@ def test_rope_takes_any_length() -> None:
         assert model(torch.randn(1, num_samples)).isfinite().all()
 
 
-@torch.no_grad()
-def test_compiled() -> None:
-    model = AudioModel(config("frame", backbone={"depth": 1})).eval()
-    compiled = torch.compile(model, backend="aot_eager")
+@pytest.mark.parametrize(("stem", "dynamic"), [("frame", None), ("patch", True)])
+def test_compiled(stem: str, dynamic: bool | None) -> None:
+    model = AudioModel(config(stem, backbone={"depth": 1})).eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for num_samples in (4000, 6000):
         clips, lengths = torch.randn(2, num_samples), torch.tensor([3000, num_samples])
-        torch.testing.assert_close(
-            compiled(clips, lengths), model(clips, lengths), rtol=1e-4, atol=1e-5
-        )
+        found, expected = [], []
+        for call, gradients in ((compiled, found), (model, expected)):
+            model.zero_grad()
+            out = call(clips, lengths)
+            out.square().sum().backward()
+            gradients += [out, *(p.grad for p in model.parameters())]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_with_gradients_of_the_waveforms() -> None:
+    model = AudioModel(config("patch", backbone={"depth": 1})).eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    clips = torch.randn(2, 4000, requires_grad=True)
+    found, expected = (
+        torch.autograd.grad(call(clips).square().sum(), clips) for call in (compiled, model)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

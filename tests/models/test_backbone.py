@@ -1,7 +1,10 @@
 """The backbone and its configuration."""
 
+from copy import deepcopy
+
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from diffmm.layers import DiffAttentionV1
 from diffmm.models import Backbone, BackboneConfig
@@ -9,6 +12,9 @@ from diffmm.ops import AttentionMask
 
 ATTENTIONS = ("softmax", "diff_v1", "diff_v2")
 CAUSAL = AttentionMask(causal=True)
+
+# What torch does for forward-mode derivatives of its own operators.
+TORCH_SCRIPTS = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
 
 def config(**changes) -> BackboneConfig:
@@ -22,6 +28,35 @@ def test_prefill_and_steps_equal_one_forward(attention):
     cache = backbone.new_cache(2, 9)
     pieces = [backbone(piece, mask=CAUSAL, cache=cache) for piece in x.split([4, 3, 1, 1], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), backbone(x, mask=CAUSAL))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda blocks: blocks.append(deepcopy(blocks[1])),
+        lambda blocks: blocks.append(blocks[0]),
+        lambda blocks: blocks.__delitem__(0),
+        lambda blocks: blocks.insert(0, blocks.pop(2)),
+        lambda blocks: blocks.__setitem__(1, config(num_kv_heads=4).make_block(1)),
+    ],
+    ids=["copied", "shared", "dropped", "moved", "of another shape"],
+)
+def test_the_cache_is_right_whatever_was_done_to_the_blocks(attention, change):
+    backbone = Backbone(config(attention=attention, num_kv_heads=2))
+    change(backbone.blocks)
+    x, cache = torch.randn(2, 6, 32), backbone.new_cache(2, 6)
+    pieces = [backbone(piece, mask=CAUSAL, cache=cache) for piece in x.split([3, 2, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), backbone(x, mask=CAUSAL))
+
+
+def test_a_cache_of_another_model_is_refused():
+    backbone = Backbone(config())
+    cache = backbone.new_cache(1, 6)
+    del backbone.blocks[2]
+    with pytest.raises(ValueError, match="the cache is for 3 layers, but the model has 2: make"):
+        backbone(torch.randn(1, 2, 32), mask=CAUSAL, cache=cache)
+    assert cache.length == 0
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -40,7 +75,7 @@ def test_activation_checkpointing_changes_no_gradient(attention):
 def test_intermediates_are_the_blocks_outputs():
     backbone = Backbone(config())
     x = torch.randn(1, 5, 32)
-    out, kept = backbone.forward_intermediates(x, (0, 2), mask=CAUSAL)
+    out, kept = backbone(x, indices=(0, 2), mask=CAUSAL)
     assert len(kept) == 2
     torch.testing.assert_close(backbone.norm(kept[1]), out)
     torch.testing.assert_close(
@@ -181,3 +216,44 @@ def test_two_axes_need_positions():
     backbone = Backbone(config(rope="2d"))
     with pytest.raises(ValueError, match=r"2-D rope needs positions of shape \[N, 2\], got None"):
         backbone(torch.randn(1, 4, 32), mask=AttentionMask())
+
+
+@TORCH_SCRIPTS
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("mask", [AttentionMask(), CAUSAL, AttentionMask(window=2)], ids=repr)
+def test_forward_mode_derivatives_are_those_of_reverse_mode(attention, backend, mask):
+    backbone = Backbone(config(attention=attention, backend=backend, depth=2)).double()
+    weights, x = dict(backbone.named_parameters()), torch.randn(2, 5, 32, dtype=torch.float64)
+
+    def out(weights, x):
+        return torch.func.functional_call(backbone, weights, (x,), {"mask": mask})
+
+    tangents = ({n: torch.randn_like(p) for n, p in weights.items()}, torch.randn_like(x))
+    features, forward = torch.func.jvp(out, (weights, x), tangents)
+    weighted = torch.randn_like(features)
+    _, vjp = torch.func.vjp(out, weights, x)
+    pairs = zip(tree_leaves(vjp(weighted)), tree_leaves(tangents), strict=True)
+    torch.testing.assert_close((forward * weighted).sum(), sum((a * b).sum() for a, b in pairs))
+    # And forward over reverse: a Hessian times a vector.
+    loss = torch.func.grad(lambda x: out(weights, x).square().sum())
+    _, product = torch.func.jvp(loss, (x,), (tangents[1],))
+    step = 1e-5 * tangents[1]
+    torch.testing.assert_close(
+        product, (loss(x + step) - loss(x - step)) / 2e-5, rtol=1e-4, atol=1e-4
+    )
+
+
+@TORCH_SCRIPTS
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_forward_mode_derivatives_in_float32(attention):
+    backbone = Backbone(config(attention=attention))
+    weights, x = dict(backbone.named_parameters()), torch.randn(2, 5, 32)
+    ones = {name: torch.ones_like(weight) for name, weight in weights.items()}
+    _, tangent = torch.func.jvp(
+        lambda w: torch.func.functional_call(backbone, w, (x,), {"mask": CAUSAL}),
+        (weights,),
+        (ones,),
+    )
+    assert tangent.dtype == torch.float32
+    assert tangent.isfinite().all()

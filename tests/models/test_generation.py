@@ -1,5 +1,7 @@
 """Generation: greedy, sampled, batched, streamed, and every refusal."""
 
+import math
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -128,7 +130,20 @@ def test_the_same_generator_draws_the_same():
     drawn(3)
     assert torch.equal(torch.rand(1), before), "the default generator was used"
     greedy = generate(model, tokens, max_new_tokens=16, temperature=0)
-    assert torch.equal(drawn(1, temperature=1e-4), greedy)
+    for temperature in (1e-4, 1e-6, 1e-7, 1e-40, 5e-324):
+        assert torch.equal(drawn(1, temperature=temperature), greedy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0, 1e-300, 1e-40, 9e-7, 1e-6, 1e-3])
+def test_cold_samples_are_the_likeliest(temperature, dtype):
+    logits = torch.tensor([[0.0, 3e4, -math.inf, 2e4]], dtype=dtype)
+    assert sample(logits.expand(50, -1), temperature, top_p=0.9).eq(1).all()
+
+
+def test_hot_samples_are_even():
+    drawn = sample(torch.tensor([[0.0, 3e4]]).expand(500, -1), 1e300)
+    assert 200 < drawn.sum() < 300
 
 
 def frequencies(logits, **options):
@@ -224,13 +239,23 @@ def test_a_compiled_model_writes_the_same_and_is_compiled_a_bounded_number_of_ti
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
         (
             {"max_new_tokens": 44},
             "prompt of 5 tokens and max_new_tokens=44 are more than the model's max_length=48",
         ),
-        ({"temperature": -0.1}, r"temperature must be 0 \(greedy\) or more, got -0.1"),
-        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"temperature": -0.1}, r"temperature must be 0 \(greedy\) or more, and finite, got -0.1"),
+        ({"temperature": math.nan}, "temperature must be .* and finite, got nan"),
+        ({"temperature": math.inf}, "temperature must be .* and finite, got inf"),
+        ({"temperature": -math.inf}, "temperature must be .* and finite, got -inf"),
+        ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
+        ({"top_k": 2.5}, "top_k must be a whole number of at least 1, got 2.5"),
+        ({"top_k": math.nan}, "top_k must be a whole number of at least 1, got nan"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number of at least 1, got 2.5"),
+        ({"max_new_tokens": math.nan}, "max_new_tokens must be a whole number .*, got nan"),
+        ({"max_new_tokens": 10**30}, "are more than the model's max_length=48"),
+        ({"top_p": math.nan}, r"top_p must be in \(0, 1\], got nan"),
+        ({"top_p": math.inf}, r"top_p must be in \(0, 1\], got inf"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.1}, r"top_p must be in \(0, 1\], got 1.1"),
         (

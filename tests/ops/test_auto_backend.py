@@ -78,3 +78,12 @@ def test_elsewhere_than_cuda(monkeypatch):
 def test_the_docstring_says_where():
     assert "Hopper" in diff_attention.__doc__
     assert "Hopper" in choose_backend.__doc__
+
+
+def test_forward_mode_derivatives_are_no_kernels(monkeypatch):
+    assert choice(monkeypatch) == "triton"
+    q, k, v = torch.randn(1, 2, 2, 2, 8), torch.randn(1, 2, 2, 2, 8), torch.randn(1, 2, 2, 16)
+    with torch.autograd.forward_ad.dual_level():
+        assert choice(monkeypatch) == "sdpa"
+        with pytest.raises(ValueError, match="backend 'triton' has no forward-mode derivatives"):
+            diff_attention(q, k, v, 0.5, mask=AttentionMask(), backend="triton")

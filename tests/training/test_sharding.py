@@ -1,14 +1,25 @@
 """How models are split, and what is refused because it cannot be. On a mesh of processes that are
 not there, since nothing here is computed."""
 
+import math
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from diffmm.models import BackboneConfig, ImageConfig, ImageModel, TextConfig, TextModel
+from diffmm.models import (
+    AudioConfig,
+    AudioModel,
+    BackboneConfig,
+    ImageConfig,
+    ImageModel,
+    TextConfig,
+    TextModel,
+)
 from diffmm.models.weights import save_model
 from diffmm.training import FineTuneConfig
 from diffmm.training.sharding import gradient_norm, is_sharded, shard
@@ -25,6 +36,11 @@ def text(vocab_size=24, num_heads=16, **changes):
     settings = {"attention": "diff_v1", "feed_forward_width": 64, "rope": "1d"}
     backbone = BackboneConfig(64, 1, num_heads, **{**settings, **changes})
     return TextModel(TextConfig(vocab_size, 8, backbone))
+
+
+def audio():
+    backbone = BackboneConfig(64, 1, 4, rope="2d")
+    return AudioModel(AudioConfig(backbone=backbone, sample_rate_hz=8000, num_mels=32))
 
 
 @pytest.mark.parametrize(
@@ -58,6 +74,29 @@ def test_heads_are_split_and_names_are_kept(mesh):
     assert local[f"{attention}.out_proj.weight"] == (64, 64 // 4)
     assert local["embedding.weight"] == (24 // 4, 64)
     assert model.head.weight is model.embedding.weight
+
+
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not have:UserWarning")
+@pytest.mark.parametrize("kind", ["text", "audio"])
+def test_a_model_sharded_on_the_meta_device_starts_there(kind, mesh, monkeypatch):
+    """What PyTorch's and Lightning's guides to FSDP2 do."""
+    with torch.device("meta"):
+        model = text() if kind == "text" else audio()
+    for module in (*model.backbone.blocks, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (4,)))
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda x, **o: empty_like(x, **o).fill_(math.nan))
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for name, parameter in model.named_parameters():
+        assert parameter.to_local().isfinite().all(), name
+    for name, buffer in model.named_buffers():
+        assert buffer.isfinite().all(), name
+    if kind == "text":
+        assert model.head.weight is model.embedding.weight
+        assert len(list(model.parameters())) == len(list(text().parameters()))
 
 
 def test_weights_of_two_types_are_refused(mesh):

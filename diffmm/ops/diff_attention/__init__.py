@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffmm.ops.checks import check_backend, check_qkv
+from diffmm.ops.checks import check_backend, check_qkv, in_forward_mode
 from diffmm.ops.diff_attention.reference import reference
 from diffmm.ops.diff_attention.sdpa import sdpa
 from diffmm.ops.mask import AttentionMask
@@ -16,6 +16,11 @@ def _triton(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *, mask: AttentionMask, scale: float
 ) -> Tensor:
     """The fused kernels; Triton is imported at the first call."""
+    if in_forward_mode():
+        raise ValueError(
+            "backend 'triton' has no forward-mode derivatives: use 'sdpa' or 'reference' for "
+            "torch.func.jvp and jacfwd"
+        )
     try:
         from diffmm.ops.diff_attention.triton import triton_backend
     except ImportError as error:
@@ -58,6 +63,7 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
         and E <= 256
         and D % 8 == E % 8 == 0
         and scale > 0
+        and not in_forward_mode()
         and torch.cuda.get_device_properties(q.device).major == 9
     )
     if not serves or N > M:

@@ -1,8 +1,12 @@
 """Softmax attention by torch's fused `scaled_dot_product_attention`."""
 
+from typing import Any
+
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from diffmm.ops.checks import in_forward_mode
 from diffmm.ops.mask import AttentionMask
 
 
@@ -34,10 +38,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, scale: float) 
         is_grouped = True
 
     if is_full or is_causal:
-        out = scaled_dot_product_attention(
-            q, k, v, is_causal=is_causal, scale=scale, enable_gqa=is_grouped
-        )
-        return out.transpose(1, 2)
+        options = {"is_causal": is_causal, "scale": scale, "enable_gqa": is_grouped}
+        return _torchs(q, k, v, **options).transpose(1, 2)
 
     # Kernels that take a mask do not take grouped keys.
     if is_grouped:
@@ -45,5 +47,13 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, scale: float) 
         v = v.repeat_interleave(heads_per_group, dim=1)
     visible = mask.to_bool(num_queries, num_keys, q.device)
     sees_nothing = ~visible.any(dim=-1, keepdim=True)
-    out = scaled_dot_product_attention(q, k, v, attn_mask=visible | sees_nothing, scale=scale)
+    out = _torchs(q, k, v, attn_mask=visible | sees_nothing, scale=scale)
     return out.masked_fill(sees_nothing, 0.0).transpose(1, 2)
+
+
+def _torchs(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """By torch's plain kernel where derivatives go forward, which the fused ones do not have."""
+    if not in_forward_mode():
+        return scaled_dot_product_attention(q, k, v, **options)
+    with sdpa_kernel(SDPBackend.MATH):
+        return scaled_dot_product_attention(q, k, v, **options)

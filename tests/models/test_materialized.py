@@ -1,0 +1,190 @@
+"""Models that leave the meta device, in memory of their own, are whole."""
+
+import pickle
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from diffmm.models import (
+    AudioConfig,
+    AudioModel,
+    BackboneConfig,
+    ImageConfig,
+    ImageModel,
+    MaskedAutoencoder,
+    MaskedAutoencoderConfig,
+    TextConfig,
+    TextModel,
+)
+
+
+def backbone(rope="2d", **changes):
+    given = {"dim": 64, "depth": 2, "num_heads": 4, "rope": rope, "init_std": 0.05, "qk_norm": True}
+    return BackboneConfig(**given | changes)
+
+
+def image_config(num_classes=5, **changes):
+    return ImageConfig(
+        backbone=backbone(layer_scale=0.1, **changes),
+        image_size=16,
+        patch_size=4,
+        num_classes=num_classes,
+        num_registers=2,
+        learned_positions=True,
+    )
+
+
+def text():
+    config = TextConfig(vocab_size=50, max_length=20, backbone=backbone("1d"))
+    return TextModel(config), torch.randint(50, (2, 9))
+
+
+def untied_text():
+    softmax = backbone("1d", attention="softmax", qk_norm=False, cosine_logits=True)
+    config = TextConfig(vocab_size=50, max_length=20, backbone=softmax, tie_embeddings=False)
+    return TextModel(config), torch.randint(50, (2, 9))
+
+
+def image():
+    config = image_config(attention="diff_v2", qkv_bias=True, norm="layernorm")
+    return ImageModel(config), torch.randn(2, 3, 16, 16)
+
+
+def audio(stem="patch"):
+    rope = "2d" if stem == "patch" else "1d"
+    config = AudioConfig(
+        backbone=backbone(rope, feed_forward="gelu"),
+        sample_rate_hz=8000,
+        num_mels=32,
+        num_classes=5,
+        stem=stem,
+    )
+    return AudioModel(config), torch.randn(2, 4000)
+
+
+def frames():
+    return audio("frame")
+
+
+def masked():
+    config = MaskedAutoencoderConfig(image_config(0), backbone("none", depth=1))
+    return MaskedAutoencoder(config), torch.randn(2, 3, 16, 16)
+
+
+MODELS = (text, untied_text, image, audio, frames, masked)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """What `to_empty` leaves unwritten is NaN."""
+    empty_like = torch.empty_like
+
+    def poisoned(tensor, **options):
+        new = empty_like(tensor, **options)
+        return new.fill_(float("nan")) if new.is_floating_point() else new
+
+    monkeypatch.setattr(torch, "empty_like", poisoned)
+
+
+def on_meta(make):
+    with torch.device("meta"):
+        return make()[0].eval()
+
+
+def outputs(model, inputs):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        return torch.cat([x.flatten().float() for x in tree_leaves(model(inputs))])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("make", MODELS)
+def test_weights_make_a_model_from_the_meta_device_whole(make, assign):
+    model, inputs = make()
+    empty = on_meta(make).to_empty(device="cpu")
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    empty.load_state_dict(weights, assign=assign)
+    assert outputs(empty, inputs).equal(outputs(model.eval(), inputs))
+    assert len(list(empty.parameters())) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_reset_parameters_starts_a_model_anew_in_any_order(make):
+    model, inputs = make()
+    for order in (list, reversed):
+        empty = on_meta(make).to_empty(device="cpu")
+        for module in order(list(empty.modules())):
+            own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            # As FSDP2's users and Lightning do. A module without it is left NaN.
+            if own and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        assert outputs(empty, inputs).isfinite().all()
+        found = {**dict(empty.named_parameters()), **dict(empty.named_buffers())}
+        expected = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            if not tensor.std(correction=0) > 0 or "lambda_" in name or name.endswith(".value"):
+                continue
+            few = 5 / tensor.numel() ** 0.5
+            assert found[name].std().item() == pytest.approx(tensor.std().item(), rel=few), name
+        for name, tensor in expected.items():
+            if name.endswith(".value") or not tensor.std(correction=0) > 0:
+                assert found[name].equal(tensor), name
+
+
+def test_lambda_vectors_start_anew_at_a_tenth():
+    layer = text()[0].backbone.blocks[1].attention
+    torch.manual_seed(4)
+    layer.reset_parameters()
+    torch.manual_seed(4)
+    for name in layer.LAMBDA_NAMES:
+        torch.testing.assert_close(getattr(layer, name).detach(), 0.1 * torch.randn(16))
+
+
+@pytest.mark.parametrize("copied", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_ties_outlast_copies_and_moves(copied):
+    model = copied(text()[0])
+    for moved in (
+        model,
+        model.double(),
+        model.to_empty(device="meta"),
+        model.to_empty(device="cpu"),
+    ):
+        assert moved.head.weight is moved.embedding.weight
+
+
+def test_a_head_put_in_later_is_not_tied():
+    model, tokens = text()
+    model.head = nn.Linear(64, 7)
+    model.float().double().float()
+    model.load_state_dict(model.state_dict(), assign=True)
+    assert model(tokens).shape == (2, 9, 7)
+    model.head = nn.Identity()
+    assert model.double().float()(tokens).shape == (2, 9, 64)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Devices such as Apple's have no float64."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                assert tensor.dtype != torch.float64, func
+        return made
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_no_float64_is_made_on_the_device(make):
+    with torch.device("meta"), NoFloat64():
+        model, inputs = make()
+        out = model(inputs.to("meta"))
+        loss = out.loss if make is masked else out.float().square().mean()
+        loss.backward()
+        if isinstance(model, TextModel):
+            cache = model.new_cache(2)
+            model(inputs.to("meta"), cache=cache)
