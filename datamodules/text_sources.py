@@ -179,6 +179,10 @@ class TextFolder(TextSource):
 
     def _files(self) -> list[Path]:
         folder = Path(self.path)
+        if folder.exists() and not folder.is_dir():
+            raise FileNotFoundError(
+                f"{self.path} is no folder: give its folder as path, and its name as pattern"
+            )
         if not folder.is_dir():
             raise FileNotFoundError(f"text folder {self.path} is not there")
         files = glob_files(folder, self.pattern)

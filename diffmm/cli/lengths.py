@@ -38,8 +38,8 @@ def lengthened(config: Path, overrides: Sequence[str]) -> Longer | None:
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if others := [name for name in changed if name not in LENGTHS]:
         raise BadInput(
-            f"--resume goes on with a run as it was, but for its length ({', '.join(LENGTHS)}): "
-            f"{', '.join(others)} would be another. A new run from its weights is `diffmm finetune`"
+            f"--resume can change only the length of a run ({', '.join(LENGTHS)}), and not "
+            f"{', '.join(others)}. A new run from its weights is `diffmm finetune`"
         )
     if not changed:
         return None

@@ -141,7 +141,9 @@ class _Finder:
             return UNKNOWN
         if not inspect.isclass(cls) or (bases and not issubclass(cls, tuple(bases))):
             expected = " or ".join(base.__name__ for base in bases) or "class"
-            self.mistakes.append(f"{path}.class_path must name a {expected}, got {class_path!r}")
+            self.mistakes.append(
+                f"{path}.class_path must name {article(expected)} {expected}, got {class_path!r}"
+            )
             return UNKNOWN
         arguments = self.arguments(node.get("init_args") or {}, cls, f"{path}.init_args")
         # What the trainer holds (loggers, strategies) may act when made: it is looked at only.
@@ -290,6 +292,11 @@ def _import(class_path: Any) -> Any:
         public = [n for n in dir(module) if n[:1].isupper()]
         raise ImportError(f"{module_name} has no {name}{did_you_mean(name, public)}")
     return found
+
+
+def article(noun: str) -> str:
+    """The indefinite article of a class's name."""
+    return "an" if noun[:1] in "AEIOU" else "a"
 
 
 def _name(hint: Any) -> str:

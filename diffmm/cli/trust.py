@@ -52,8 +52,8 @@ def stranger(class_path: Any) -> str | None:
     if package in KNOWN or importlib.util.find_spec(package) is None:
         return None
     return (
-        f"{class_path!r} is code from outside diffmm, datamodules, torch, timm and lightning: if "
-        f"you know who wrote this recipe, say --trust"
+        f"{class_path!r} is code from outside diffmm, datamodules, torch, timm and lightning: add "
+        f"--trust if you trust whoever wrote this recipe"
     )
 
 

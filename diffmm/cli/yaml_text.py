@@ -83,7 +83,7 @@ def _size(value: Any, path: tuple[str | int, ...], known: dict[int, int | None])
     if id(value) in known:
         size = known[id(value)]
         if size is None:
-            raise ValueError(f"{'.'.join(map(str, path))} is an alias of what it stands in")
+            raise ValueError(f"{'.'.join(map(str, path))} is an alias of its own parent")
         return size
     known[id(value)] = None
     size = 1

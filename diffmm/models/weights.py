@@ -9,6 +9,7 @@ stands for the file in it, and a run for its newest whole checkpoint.
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,6 +166,11 @@ def _read(file: Path) -> _Contents:
             return _Contents(weights, json.loads(text) if text is not None else None)
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+    if not zipfile.is_zipfile(file):
+        raise ValueError(
+            f"{file} is not a whole checkpoint of tensors and plain values: it is no archive, as "
+            f"torch.save writes them"
+        )
     try:
         # Mapped, so that the optimizer's state is not read.
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

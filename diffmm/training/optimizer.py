@@ -14,6 +14,9 @@ from diffmm.checks import Settings
 DECAYING = (nn.Linear, nn.Conv1d, nn.Conv2d)
 """Modules whose `weight` takes weight decay."""
 
+LARGEST_RATE = 1000.0
+"""AdamW moves a weight by about its learning rate in every step: more is a slip of the pen."""
+
 
 @dataclass(frozen=True)
 class OptimizerConfig(Settings):
@@ -50,10 +53,14 @@ class OptimizerConfig(Settings):
         super().__post_init__()
         for name in ("learning_rate", "lambda_learning_rate", "eps"):
             value = getattr(self, name)
-            if value is not None and not value > 0.0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if self.weight_decay < 0.0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+            if value is not None and not 0.0 < value <= LARGEST_RATE:
+                raise ValueError(
+                    f"{name} must be positive and at most {LARGEST_RATE:g}, got {value}"
+                )
+        if not 0.0 <= self.weight_decay <= LARGEST_RATE:
+            raise ValueError(
+                f"weight_decay must be in [0, {LARGEST_RATE:g}], got {self.weight_decay}"
+            )
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
         if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:

@@ -135,7 +135,7 @@ IMAGE = {
     ),
     "a number out of its range": (
         {"model.optimizer.learning_rate": -1.0, "vars.learning_rate": None},
-        "model.init_args.optimizer: learning_rate must be positive, got -1.0",
+        "model.init_args.optimizer: learning_rate must be positive and at most 1000, got -1.0",
     ),
     "a broken reference": (
         {"model.optimizer.learning_rate": "${vars.learning_rat}"},

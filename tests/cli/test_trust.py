@@ -126,7 +126,7 @@ def test_own_code_runs_when_it_is_trusted(run, recipe, strange):
         ("model", "os.system", "model.class_path must name a LightningModule, got 'os.system'"),
         ("data", "os.system", "data.class_path must name a LightningDataModule"),
         ("model.model", "torch.hub.load", "class_path must name a Module, got 'torch.hub.load'"),
-        ("data.source", "datamodules.text.StandardLibrary", "must name a ImageSource"),
+        ("data.source", "datamodules.text.StandardLibrary", "must name an ImageSource"),
     ],
 )
 def test_what_is_no_class_of_the_expected_base_is_not_called(key, value, message, recipe):

@@ -20,7 +20,7 @@ MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
 )
 REFUSED = {
     "aliases of aliases": (LAUGHS, "aliases stand for more than 100,000 values"),
-    "an alias of itself": ("a: &a [1, *a]", "a.1 is an alias of what it stands in"),
+    "an alias of itself": ("a: &a [1, *a]", "a.1 is an alias of its own parent"),
     "deep lists": ("a: " + "[" * 20_000, f"nested more than {MAX_DEPTH} levels deep"),
     "rather deep lists": ("a: " + "[" * 150 + "]" * 150, f"more than {MAX_DEPTH} levels deep"),
     "a huge integer": ("a: " + "9" * 5000, "a value that cannot be read"),

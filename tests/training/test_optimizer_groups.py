@@ -122,10 +122,14 @@ def test_the_optimizer_takes_the_settings(make):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
-        ({"lambda_learning_rate": -1.0}, "lambda_learning_rate must be positive, got -1.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive and at most 1000, got 0.0"),
+        (
+            {"lambda_learning_rate": -1.0},
+            "lambda_learning_rate must be positive and at most 1000, got -1.0",
+        ),
         ({"eps": 0.0}, "eps must be positive"),
-        ({"weight_decay": -0.1}, "weight_decay must not be negative, got -0.1"),
+        ({"weight_decay": -0.1}, r"weight_decay must be in \[0, 1000\], got -0.1"),
+        ({"learning_rate": 1e15}, r"must be positive and at most 1000, got 1000000000000000.0"),
         ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\), got \(0.9, 1.0\)"),
         ({"layer_decay": 1.5}, r"layer_decay must be in \(0, 1\], got 1.5"),
     ],
