@@ -1,7 +1,6 @@
 """Loggers that cannot write: one line, and training goes on."""
 
 import csv
-import errno
 import resource
 import signal
 import warnings
@@ -106,6 +105,5 @@ def test_a_mistake_in_a_logger_is_none_of_a_disk(fit, make):
 def test_a_logger_that_cannot_begin_ends_the_run(fit, make, tmp_path):
     (tmp_path / "taken").touch()
     logger = CSVLogger(tmp_path / "taken")
-    with pytest.raises(OSError) as error:
+    with pytest.raises(OSError, match="taken"):
         fit(make.task("image"), [make.batch("image")], logger=logger)
-    assert error.value.errno in (errno.EEXIST, errno.ENOTDIR)
