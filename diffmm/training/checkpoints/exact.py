@@ -28,7 +28,7 @@ SETTINGS = (
     "limit_train_batches",
     "overfit_batches",
 )
-"""Of a trainer, that decide what the next steps are, and that no part of a checkpoint depends on."""
+"""Of a trainer: they decide what the next steps are."""
 
 
 def exact_state(trainer: Trainer) -> dict[str, Any]:
