@@ -13,6 +13,7 @@ from datamodules.audio_reader import ClipReader
 from datamodules.audio_sources import AudioSource
 from datamodules.bad_samples import BadSampleError, BadSamples
 from datamodules.buckets import BucketSampler
+from datamodules.fingerprints import Fingerprint
 from datamodules.labelled import LabelledData, LabelledDataset
 from datamodules.sampling import sample_rng
 from datamodules.sound_events import SoundEvents
@@ -148,6 +149,15 @@ class AudioData(LabelledData[AudioClips]):
         self.eval_crop = eval_crop
         self.batching = batching
         self.augment = augment
+
+    def fingerprint(self) -> Fingerprint:
+        return {
+            **super().fingerprint(),
+            "sample_rate_hz": self.sample_rate_hz,
+            "clip_samples": self.clip_samples,
+            "batching": self.batching,
+            "augment": str(self.augment),
+        }
 
     def dataset(self, samples: AudioClips, *, training: bool) -> AudioDataset:
         augmenter = None

@@ -3,6 +3,7 @@
 from typing import Any
 
 from datamodules.bad_samples import BadSamples
+from datamodules.fingerprints import Fingerprint
 from datamodules.image_sources import Digits, ImageSource, LabelledImages
 from datamodules.image_transform import ImageTransform, Transform
 from datamodules.labelled import LabelledData, LabelledDataset
@@ -98,11 +99,20 @@ class ImageData(LabelledData[LabelledImages]):
         check_choice("channels", self.channels, MODES)
         self.image_size = (height, width)
         transform = transform or ImageTransform()
+        self._transform = f"{transform} over {source.transform}"
         self.transforms = {
             training: transform.build(
                 source.transform, self.image_size, self.channels, training=training
             )
             for training in (True, False)
+        }
+
+    def fingerprint(self) -> Fingerprint:
+        return {
+            **super().fingerprint(),
+            "image_size": self.image_size,
+            "channels": self.channels,
+            "transform": self._transform,
         }
 
     def dataset(self, samples: LabelledImages, *, training: bool) -> ImageDataset:

@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision import datasets
 
 from datamodules.bad_samples import BadSampleError
+from datamodules.fingerprints import Fingerprint, digest
 from datamodules.image_files import MAX_PIXELS, PILLOWS_MOST, read_image
 from datamodules.image_transform import ImageTransform
 from datamodules.sources import (
@@ -71,6 +72,10 @@ class ArrayImages(LabelledImages):
 
     def describe(self, index: int) -> str:
         return f"image {index}"
+
+    def fingerprint(self) -> Fingerprint:
+        pixels = digest([str(self.pixels.shape), np.ascontiguousarray(self.pixels).tobytes()])
+        return {**super().fingerprint(), "contents of images": pixels}
 
     def read(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index])

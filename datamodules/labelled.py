@@ -7,6 +7,7 @@ from typing import Any, Generic
 from torch.utils.data import DataLoader, default_collate
 
 from datamodules.bad_samples import BadSamples
+from datamodules.fingerprints import Fingerprint
 from datamodules.loading import SeededDataModule
 from datamodules.sampling import SeededDataset
 from datamodules.sources import Labelled, Samples, Source, Splits
@@ -85,6 +86,9 @@ class LabelledData(SeededDataModule, Generic[Samples]):
     @abstractmethod
     def dataset(self, samples: Samples, *, training: bool) -> LabelledDataset:
         """`samples` as the model sees them, with the randomness of training or without."""
+
+    def fingerprint(self) -> Fingerprint:
+        return self.splits.train.fingerprint()
 
     def train_dataloader(self) -> DataLoader[Any]:
         dataset = self.dataset(self.splits.train, training=True)

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from datamodules.bad_samples import BadSamples, Triage
 from datamodules.evaluation import EvaluationLoader, EvaluationSampler
+from datamodules.fingerprints import Fingerprint, changes
 from datamodules.sampling import EpochSampler, OverfitSampler, SeededDataset
 from diffmm.workers import WorkerLoader, ignore_stop_signals
 
@@ -23,6 +25,10 @@ class SeededDataModule(LightningDataModule):
         num_workers: processes that load beside the training one; 0 loads in it.
         seed: of the order, augmentation and masking, at least 0.
         bad_samples: what to do about samples that cannot be read; by default to stop.
+
+    Attributes:
+        allow_changed_data: whether a checkpoint of other data is told of and no more; otherwise it
+            is refused.
 
     Raises:
         ValueError: for a number out of its range.
@@ -50,6 +56,8 @@ class SeededDataModule(LightningDataModule):
         self.bad_samples = bad_samples or BadSamples()
         self._sampler: EpochSampler | None = None
         self._restored: dict[str, Any] | None = None
+        self._fingerprint: Fingerprint = {}
+        self.allow_changed_data = False
 
     @property
     def rank(self) -> int:
@@ -114,16 +122,22 @@ class SeededDataModule(LightningDataModule):
             return {}
         batches: int = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
         size = self.batch_size * self.world_size
-        return {**self._sampler.state_dict(batches * size), "global_batch_size": size}
+        place = self._sampler.state_dict(batches * size)
+        return {**place, "global_batch_size": size, "data": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state` when training begins.
 
         Raises:
-            ValueError: (when training begins) if it is of other data, another seed, or batches of
-                another size (of all processes together).
+            ValueError: (when training begins) if it is of other data (unless those are allowed),
+                another seed, or batches of another size (of all processes together).
         """
         self._restored = state
+
+    def fingerprint(self) -> Fingerprint:
+        """What the training batches are made of, for a checkpoint: known after `setup`, the same on
+        every process, and soon told. Whoever knows more adds to it."""
+        return {}
 
     def triage(self) -> Triage:
         """What this process does about bad samples, as its list of them now stands."""
@@ -141,11 +155,25 @@ class SeededDataModule(LightningDataModule):
                 rank=self.rank,
                 world_size=self.world_size,
             )
+        self._fingerprint = self.fingerprint()
         if self._restored:
             self._check_batch_size(self._restored["global_batch_size"])
-            sampler.load_state_dict(self._restored)
+            self._check_data(self._restored.get("data", {}))
+            sampler.load_state_dict(self._restored, any_order=self.allow_changed_data)
         self._sampler, self._restored = sampler, None
         return self._loader(WorkerLoader, dataset, collate, sampler=sampler, drop_last=True)
+
+    def _check_data(self, then: Fingerprint) -> None:
+        found = changes(then, self._fingerprint)
+        if not found:
+            return
+        told = f"the training data are not those of the checkpoint ({'; '.join(found)})"
+        if not self.allow_changed_data:
+            raise ValueError(
+                f"{told}: resume with the data as they were, or say --allow-changed-data to go on "
+                f"with them as they are"
+            )
+        rank_zero_warn(f"{told}: the run goes on at the same place of the new ones")
 
     def _check_batch_size(self, then: int) -> None:
         now = self.batch_size * self.world_size

@@ -185,14 +185,19 @@ class EpochSampler(DistributedSampler[SampleKey]):
         """Where this epoch stands, after `position` samples of all processes together."""
         return {"epoch": self.epoch, "position": position, "order": self._order()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], *, any_order: bool = False) -> None:
         """Start the next iteration at the epoch and position of `state`.
+
+        Args:
+            state: of `state_dict`.
+            any_order: whether it may be of another dataset, seed or order. Where there are fewer
+                samples now than its position, the epoch is over.
 
         Raises:
             ValueError: if `state` is of another dataset, seed or order, or the number of processes
                 does not divide its position.
         """
-        if state["order"] != self._order():
+        if state["order"] != self._order() and not any_order:
             raise ValueError(
                 f"the order of samples was {state['order']} and is now {self._order()}: "
                 f"resume with the same data and seed"

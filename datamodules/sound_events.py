@@ -15,6 +15,7 @@ from scipy.signal import lfilter
 
 from datamodules.audio_clips import AudioClips, ClipInfo
 from datamodules.audio_sources import AudioSource
+from datamodules.fingerprints import Fingerprint
 from datamodules.sampling import sample_rng
 from datamodules.sources import Labels, Splits
 
@@ -260,6 +261,9 @@ class SyntheticClips(AudioClips):
 
     def describe(self, index: int) -> str:
         return f"synthetic clip {index}"
+
+    def fingerprint(self) -> Fingerprint:
+        return {**super().fingerprint(), "source": str(vars(self.source))}
 
     def info(self, index: int) -> ClipInfo:
         return ClipInfo(int(self._num_samples[index]), self.source.sample_rate_hz)

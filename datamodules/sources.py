@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from datamodules.files import composed, is_hidden, list_files
+from datamodules.fingerprints import Fingerprint, digest, of_files
 
 Labels = tuple[int, ...]
 """The classes of one sample: exactly one of them, unless the splits are `multi_label`."""
@@ -32,6 +33,13 @@ class Labelled(ABC):
     def file(self, index: int) -> Path | None:
         """The file of a sample, if it has one of its own."""
         return None
+
+    def fingerprint(self) -> Fingerprint:
+        """What the samples are, cheaply: their number, labels and files."""
+        count = len(self.labels)
+        files = [file for file in map(self.file, range(count)) if file is not None]
+        labels = digest(str(tuple(sample)) for sample in self.labels)
+        return {"samples": count, "labels": labels, **(of_files(files) if files else {})}
 
 
 Samples = TypeVar("Samples", bound=Labelled)

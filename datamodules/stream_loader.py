@@ -161,21 +161,25 @@ class StreamLoader(WorkerLoader[Any]):
         return {**self._state, "places": dict(sorted(places.items()))}
 
 
-def continued(new: StreamState, old: dict[str, Any]) -> StreamState:
+def continued(new: StreamState, old: dict[str, Any], *, any_stream: bool = False) -> StreamState:
     """`old`, from a checkpoint, for a run that would begin at `new`.
+
+    Args:
+        new, old: where a stream stands.
+        any_stream: whether `old` may be of another stream than `new`.
 
     Raises:
         ValueError: if it is of another stream.
     """
     was = old.get("stream") or {}
     changed = [name for name, value in new["stream"].items() if was.get(name) != value]
-    if changed:
+    if changed and not any_stream:
         then = ", ".join(f"{name}={was.get(name)!r}" for name in changed)
         now = ", ".join(f"{name}={new['stream'][name]!r}" for name in changed)
         raise ValueError(
             f"the stream had {then} and now has {now}: resume with the same data and seed"
         )
-    return StreamState(**{**old, "places": dict(old["places"])})  # type: ignore[typeddict-item]
+    return StreamState(**{**old, "stream": new["stream"], "places": dict(old["places"])})  # type: ignore[typeddict-item]
 
 
 def check_turns(state: StreamState, *, batch_size: int, world_size: int, num_workers: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch.utils.data import DataLoader
 
 from datamodules.bad_samples import BadSamples
+from datamodules.fingerprints import Fingerprint, of_files
 from datamodules.loading import SeededDataModule
 from datamodules.stream_loader import (
     StreamedWindows,
@@ -193,6 +194,20 @@ class TextData(SeededDataModule):
         for split in _SPLITS_OF_STAGE[stage]:
             self._dataset(split)
 
+    def fingerprint(self) -> Fingerprint:
+        corpus, low, high = self._share("training")
+        settings = {
+            "tokenizer": self.tokenizer.fingerprint,
+            "sequence_length": self.sequence_length,
+            "packing": self.packing,
+            "document_mask": self.document_mask,
+            "objective": self.objective,
+            "mask_probability": self.mask_probability,
+        }
+        if isinstance(corpus, HuggingFaceText) and corpus.streaming:
+            return {**settings, **of_files(self._shards(corpus).names)}
+        return {**settings, **self._part(corpus, low, high).fingerprint()}
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Packed or padded windows of the training documents, shuffled."""
         if isinstance(self.source, HuggingFaceText) and self.source.streaming:
@@ -204,7 +219,9 @@ class TextData(SeededDataModule):
         return self.training_loader(dataset, self._task.collate)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() if self._stream is None else {**self._stream.state_dict()}
+        if self._stream is None:
+            return super().state_dict()
+        return {**self._stream.state_dict(), "data": self._fingerprint}
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         # A trainer fetches ahead, but what it moves to its device it takes.
@@ -235,8 +252,7 @@ class TextData(SeededDataModule):
         if isinstance(corpus, HuggingFaceText) and corpus.streaming:
             return self._streamed(corpus, low, high)
         documents = self._load(corpus)
-        part = documents.stretch if self.split_by == "position" else documents.held_out
-        windows = TextWindows(part(low, high), self._task)
+        windows = TextWindows(self._part(corpus, low, high), self._task)
         if not len(windows):
             way_out = "split_by: position, " if self.split_by == "key" else ""
             raise ValueError(
@@ -245,6 +261,12 @@ class TextData(SeededDataModule):
                 f"{way_out}other fractions, or a validation_source and a test_source"
             )
         return windows
+
+    def _part(self, corpus: Corpus, low: float, high: float) -> TokenDocuments:
+        """The documents of a split, or what of them is in it."""
+        documents = self._load(corpus)
+        by_position = self.split_by == "position"
+        return documents.stretch(low, high) if by_position else documents.held_out(low, high)
 
     def _streamed(
         self, source: HuggingFaceText, low: float, high: float, state: StreamState | None = None
@@ -256,9 +278,7 @@ class TextData(SeededDataModule):
                 f"overfit_batches learns the first batches by heart, and a stream does not come "
                 f"back to them: {source!r} needs streaming=False for it"
             )
-        if source not in self._opened:
-            self._opened[source] = Shards(source, self.triage())
-        shards = self._opened[source]
+        shards = self._shards(source)
         # Evaluation does not depend on how many processes and workers share it.
         num_shares = state["num_shares"] if state else self.stream_shares or len(shards)
         triage = self.triage()
@@ -283,6 +303,11 @@ class TextData(SeededDataModule):
             world_size=self.world_size,
         )
 
+    def _shards(self, source: HuggingFaceText) -> Shards:
+        if source not in self._opened:
+            self._opened[source] = Shards(source, self.triage())
+        return self._opened[source]
+
     def _training_stream(self, source: HuggingFaceText) -> StreamLoader:
         """The training stream, from its beginning or where a checkpoint left it."""
         _, low, high = self._share("training")
@@ -302,8 +327,11 @@ class TextData(SeededDataModule):
             },
             quarantined=sorted(self.triage().quarantined),
         )
+        self._fingerprint = self.fingerprint()
         if self._restored:
-            state = continued(state, self._restored)
+            restored = dict(self._restored)
+            self._check_data(restored.pop("data", {}))
+            state = continued(state, restored, any_stream=self.allow_changed_data)
             self._check_batch_size(state["global_batch_size"])
             self._restored = None
         check_turns(

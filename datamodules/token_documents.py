@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.bad_samples import BadSampleError
+from datamodules.fingerprints import Fingerprint, digest, spread
 from diffmm.tokenizers import Tokenizer
 
 ENCODED_AT_ONCE = 64  # documents a tokenizer sees at once
@@ -99,6 +101,23 @@ class TokenDocuments:
         array = int(np.searchsorted(self._offsets, begin, side="right")) - 1
         begin = begin - self._offsets[array]
         return self.arrays[array][begin + start : begin + stop].astype(np.int64)
+
+    def fingerprint(self) -> Fingerprint:
+        """What the documents are, cheaply: their number, length and names, and some of their
+        tokens."""
+        return {
+            "documents": len(self),
+            "tokens": int(self.lengths.sum()),
+            "names of documents": digest([self.keys.tobytes()]),
+            "sizes of documents": digest([self.lengths.tobytes()]),
+            "contents of documents": digest(map(self._beginning, spread(range(len(self)), 64))),
+        }
+
+    def _beginning(self, document: int) -> bytes:
+        try:
+            return self.read(document, 0, min(int(self.lengths[document]), 1024)).tobytes()
+        except BadSampleError:
+            return b""  # which is met again when its turn comes
 
     def held_out(self, low: float, high: float) -> "TokenDocuments":
         """The documents whose keys, as fractions of all keys, lie in `[low, high)`."""

@@ -6,11 +6,13 @@ Only the verb that is called is imported, so that help and the small verbs answe
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from diffmm import __version__
 from diffmm.checks import did_you_mean
-from diffmm.cli.errors import BadInput, RunFailed
+from diffmm.cli.endings import ClosedOutput, Terminated, flush_output, is_unheard, terminable
+from diffmm.cli.errors import BadInput, RunFailed, told
 
 
 class Verb(NamedTuple):
@@ -35,26 +37,21 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 1 for a failed run or `doctor`, 2 for bad input,
-    130 after Ctrl-C, 143 if another signal stopped a run.
+    """Run a command and return its exit code: 0, 1 for a failed run or `doctor`, 2 for bad input
+    and for a file that cannot be read or written, 130 after Ctrl-C, 143 if another signal stopped
+    it, 141 if nobody reads what it prints.
 
     Args:
         arguments: what follows `diffmm`; the process's own by default.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return 0
-    if arguments[0] == "--version":
-        print(f"diffmm {__version__}")
-        return 0
-    verb, *rest = arguments
     try:
-        if verb not in VERBS:
-            raise BadInput(
-                f"there is no command {verb!r}{did_you_mean(verb, VERBS)} (diffmm --help)"
-            )
-        return importlib.import_module(f"diffmm.cli.{VERBS[verb].module}").run(verb, rest)
+        with terminable():
+            code = _run(arguments)
+            flush_output()
+            return code
+    except ClosedOutput:
+        return 141
     except BadInput as error:
         for line in error.lines:
             print(f"diffmm: error: {line}", file=sys.stderr)
@@ -62,8 +59,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunFailed as error:
         print(f"diffmm: error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and is_unheard():
+            with suppress(OSError):
+                flush_output()
+            return 141
+        print(f"diffmm: error: {told(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
+    except Terminated:
+        return 143
+    except SystemExit as end:
+        # Lightning's way out after a Ctrl-C.
+        if isinstance(end.__context__, KeyboardInterrupt):
+            return 130
+        raise
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        print(f"diffmm {__version__}")
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        raise BadInput(f"there is no command {verb!r}{did_you_mean(verb, VERBS)} (diffmm --help)")
+    return importlib.import_module(f"diffmm.cli.{VERBS[verb].module}").run(verb, rest)
 
 
 def usage() -> str:

@@ -68,10 +68,18 @@ def report(task: Any, data: Any, values: dict[str, Any]) -> dict[str, str]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trained < total:
         lines["trained"] = f"{trained:,}"
-    shapes = fake_shapes(task, data)
-    if shapes is not None:
-        lines["step"] = step_size(trainer, data, shapes)
-        lines["memory"] = f"about {told(step_memory(task, shapes, trainer))}"
+    try:
+        shapes = fake_shapes(task, data)
+        if shapes is not None:
+            lines["step"] = step_size(trainer, data, shapes)
+            lines["memory"] = f"about {told(step_memory(task, shapes, trainer))}"
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise BadInput(
+            f"a step of data.init_args.batch_size={data.batch_size} samples has tensors larger "
+            f"than any memory: {str(error).splitlines()[0]}"
+        ) from error
     return lines
 
 

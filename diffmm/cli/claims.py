@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from diffmm.checkpoint_folders import write_text
 from diffmm.cli.errors import BadInput
+from diffmm.cli.runs import CONFIG_NAME
 
 LOCK_NAME = "run.lock"
 
@@ -22,8 +24,10 @@ LOCK_NAME = "run.lock"
 def claimed(run: Path) -> Iterator[None]:
     """Own a run directory, which is made if it is not there, until the block ends.
 
-    If the block refuses its input, folders that were made for it are removed. Of the several
-    processes of a run the first one owns the directory for all.
+    If the block refuses its input, or is stopped before the run has begun (has its `config.yaml`),
+    what it has made is removed: the directory itself, or in one that was there before its new
+    folders and, below those of a run, its new files. Of the several processes of a run the first
+    one owns the directory for all.
 
     Raises:
         BadInput: if another process owns it, with its number, its machine and since when.
@@ -31,28 +35,57 @@ def claimed(run: Path) -> Iterator[None]:
     if not is_first_process():
         yield
         return
+    was_run = (run / CONFIG_NAME).exists()
+    config = (run / CONFIG_NAME).read_text("utf-8", "replace") if was_run else None
+    before = _content(run, deep=was_run)
     missing = [path for path in (run, *run.parents) if not path.exists()]
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = _lock(run)
     except OSError as error:
+        _remove(run, missing)
         raise BadInput(f"{run} cannot be written: {error}") from error
     # Workers are forked: a copy of theirs would hold the lock after this process is gone.
     held = [lock]
     os.register_at_fork(after_in_child=lambda: _close(held))
     try:
         yield
-    except BadInput:
-        for path in missing:
-            if path == run:
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+    except (BadInput, KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, BadInput) or not (run / CONFIG_NAME).exists():
+            _remove(run, missing)
+            if run not in missing:
+                _put_back(run, before, deep=was_run)
+            if config is not None and (run / CONFIG_NAME).read_text("utf-8") != config:
+                write_text(run / CONFIG_NAME, config)
         raise
     finally:
         with suppress(FileNotFoundError):
             (run / LOCK_NAME).unlink()
         _close(held)
+
+
+def _content(run: Path, *, deep: bool) -> set[Path]:
+    """What is in a directory, or also below it."""
+    return set(run.rglob("*") if deep else run.iterdir()) if run.is_dir() else set()
+
+
+def _remove(run: Path, missing: list[Path]) -> None:
+    """Remove the folders that were missing before."""
+    for path in missing:
+        if path == run:
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def _put_back(run: Path, before: set[Path], *, deep: bool) -> None:
+    """Remove what has come into a directory that was there before."""
+    for path in _content(run, deep=deep) - before:
+        # A new file beside the run's own is perhaps the user's: a log that the shell writes.
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.parent != run or path.name == CONFIG_NAME:
+            path.unlink(missing_ok=True)
 
 
 def _close(held: list[int]) -> None:

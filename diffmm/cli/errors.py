@@ -1,5 +1,6 @@
 """What a user got wrong."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,15 +19,18 @@ class RunFailed(Exception):
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """The library's own refusals (`ValueError`, `FileNotFoundError`) become `BadInput`."""
+    """The library's own refusals (`ValueError`), and files that cannot be read or written
+    (`OSError`), become `BadInput`."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise BadInput(told(error)) from error
 
 
 def told(error: BaseException) -> str:
     """The message of an error, without the traceback of the worker process it came from."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
     lines = [line for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

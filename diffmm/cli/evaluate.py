@@ -27,6 +27,8 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     output = Path(options.output) if verb == "predict" else None
     if output is not None and output.exists():
         raise BadInput(f"{output} exists already: choose another --output")
+    if output is not None and not output.parent.is_dir():
+        raise BadInput(f"there is no folder {output.parent} to write {output.name} to")
     values = load([find_recipe(name) for name in options.config], overrides)
     return evaluate(verb, values, options.weights, output, trust=options.trust)
 
@@ -76,9 +78,7 @@ def evaluate(
     Raises:
         BadInput: for mistakes in the recipe, and for weights of another architecture.
     """
-    import torch
-
-    from diffmm.cli.predictions import gathered, joined
+    from diffmm.cli.predictions import gathered, joined, save
     from diffmm.cli.trainer import RecipeCLI, leave_processes, refusing_before_training
     from diffmm.models.weights import load_weights
 
@@ -92,10 +92,12 @@ def evaluate(
         raise BadInput(f"{type(task).__name__} has no model to load weights into")
     with refusing():
         load_weights(task.model, weights)
+    # Lightning's own lets an evaluation go on after SIGTERM, or end it with 0.
+    cli.trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     with refusing_before_training(cli):
         results = getattr(cli.trainer, verb)(task, datamodule=cli.datamodule)
     if output is not None and (batches := gathered(results)) is not None:
-        torch.save(joined(batches), output)
+        save(joined(batches), output)
         print(output)
     leave_processes(0)
     return 0

@@ -36,13 +36,19 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         return print_help(parser, options, overrides)
     refuse_ckpt_path(verb, overrides)
     recipe = (options.config or [None])[-1]
+    if verb == "fit" and options.allow_changed_data and options.resume is None:
+        raise BadInput("--allow-changed-data is for a run that goes on: it needs --resume")
     if verb == "fit" and options.resume not in (None, AUTO):
         if recipe or options.name or options.run_dir:
             raise BadInput(
                 "--resume goes on with a run as it was: it takes no recipe or name. A new run from "
                 "its weights is `diffmm finetune`"
             )
-        return leave(resume(Path(options.resume), overrides, trust=options.trust))
+        allowed = {
+            "trust": options.trust,
+            "allow_changed_data": options.allow_changed_data,
+        }
+        return leave(resume(Path(options.resume), overrides, **allowed))
     if recipe is None:
         raise BadInput(f"diffmm {verb} needs --config RECIPE (diffmm recipes lists them)")
     paths = [find_recipe(name) for name in options.config]
@@ -58,7 +64,8 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         run_dir = same_run(recipe, values, options.name, options.run_dir)
         if run_dir is not None:
             # Its values are those of the recipe at hand.
-            return leave(resume(run_dir, trust=True))
+            changed = options.allow_changed_data
+            return leave(resume(run_dir, trust=True, allow_changed_data=changed))
     run_dir = new_run(recipe, options.name, options.run_dir)
     comment = header(paths[-1].read_text(encoding="utf-8"))
     with claimed(run_dir):
@@ -107,6 +114,11 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
             help="start from these: a run, a checkpoint, or model.safetensors (or its folder)",
         )
     if verb == "fit":
+        parser.add_argument(
+            "--allow-changed-data",
+            action="store_true",
+            help="with --resume: go on though the data are not those that the run began with",
+        )
         add_trust_option(parser)
     parser.add_argument("--name", help="of the run, in place of the time")
     parser.add_argument("--run_dir", metavar="DIR", help="in place of runs/RECIPE/NAME")
@@ -144,10 +156,12 @@ def refuse_ckpt_path(verb: str, overrides: Sequence[str]) -> None:
         )
 
 
-def resume(run_dir: Path, overrides: Sequence[str] = (), *, trust: bool) -> int:
+def resume(
+    run_dir: Path, overrides: Sequence[str] = (), *, trust: bool, allow_changed_data: bool
+) -> int:
     """Go on with a run from its newest whole checkpoint, under its own config, but perhaps for
     longer. Code that the config names outside `diffmm.cli.trust.KNOWN` is refused without
-    `trust`."""
+    `trust`, and data that the run did not begin with without `allow_changed_data`."""
     saved_config(run_dir)
     with claimed(run_dir):
         config, checkpoint = find_run(str(run_dir))
@@ -166,6 +180,7 @@ def resume(run_dir: Path, overrides: Sequence[str] = (), *, trust: bool) -> int:
             is_new=False,
             longer=longer,
             trust=trust,
+            allow_changed_data=allow_changed_data,
         )
 
 
@@ -178,6 +193,7 @@ def train(
     is_new: bool = True,
     longer: Longer | None = None,
     trust: bool = True,
+    allow_changed_data: bool = False,
 ) -> int:
     """Fit a recipe in its run directory.
 
@@ -190,6 +206,7 @@ def train(
         longer: what was given to a run that goes on with another length.
         trust: run also code that the values name outside `diffmm.cli.trust.KNOWN`: a recipe of the
             user's own is given to be run.
+        allow_changed_data: go on with other data than those of the checkpoint.
 
     Returns:
         The exit code: 0, or 130 or 143 if a signal stopped the run.
@@ -213,6 +230,8 @@ def train(
     cli = RecipeCLI({**values, "run_dir": str(run_dir)}, trust=trust)
     if checkpoint is not None:
         forget_first_weights(cli)
+    if allow_changed_data:
+        cli.datamodule.allow_changed_data = True
     trainer: Any = cli.trainer
     if is_new or longer is not None:
         trainer.callbacks.insert(0, ConfigSaver(run_dir, comment, values))

@@ -1,9 +1,13 @@
 """What `diffmm predict` writes: one dict for all batches of all processes."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from diffmm.cli.errors import RunFailed, told
 
 Batch = dict[str, Tensor]
 
@@ -39,3 +43,24 @@ def gathered(batches: list[Batch]) -> list[Batch] | None:
         for row, index in enumerate(batch["index"].tolist()):
             rows.setdefault(index, {name: tensor[row : row + 1] for name, tensor in batch.items()})
     return [rows[index] for index in sorted(rows)]
+
+
+def save(predictions: dict[str, Any], path: Path) -> None:
+    """Write predictions to a file, whole or not at all.
+
+    Raises:
+        RunFailed: if they cannot be written: the disk is full, say.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(predictions, file)
+        unfinished.replace(path)
+    except (OSError, RuntimeError) as error:
+        # torch wraps the error of a file that it cannot write to in one of its own.
+        cause: BaseException = error
+        while not isinstance(cause, OSError) and cause.__context__ is not None:
+            cause = cause.__context__
+        raise RunFailed(f"the predictions could not be written to {path}: {told(cause)}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -124,5 +124,9 @@ def copy_recipe(name: str, target: str | None = None) -> Path:
         raise BadInput(f"there is no folder {path.parent} to copy {name} to")
     if path.exists():
         raise BadInput(f"{path} exists already: choose another path")
-    shutil.copyfile(source, path)
+    try:
+        shutil.copyfile(source, path)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise BadInput(f"{path} cannot be written: {error.strerror}") from error
     return path

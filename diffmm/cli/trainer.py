@@ -33,12 +33,12 @@ from diffmm.cli.runs import save_config
 
 REFUSALS = (
     ValueError,
-    FileNotFoundError,
+    OSError,
     ArgumentError,
     OmegaConfBaseException,
     MisconfigurationException,
 )
-"""How the library, the parser and Lightning refuse what a user gave them."""
+"""How the library, the parser and Lightning refuse what a user gave them, and the system a file."""
 
 
 NOISE = (
@@ -222,7 +222,7 @@ def refusing_before_training(cli: RecipeCLI, checkpoint: Path | None = None) -> 
     try:
         yield
     except REFUSALS as error:
-        if training.has_begun and isinstance(error, DataError):
+        if training.has_begun and isinstance(error, DataError | OSError):
             raise RunFailed(told(error)) from error
         if training.has_begun:
             raise

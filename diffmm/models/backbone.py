@@ -20,6 +20,9 @@ from diffmm.ops import AttentionMask
 
 INIT_STD = 0.02
 
+MAX_DEPTH = 10_000
+"""More layers would only take the time to be made."""
+
 ROPE_AXES = {"none": 0, "1d": 1, "2d": 2}
 
 
@@ -95,6 +98,8 @@ class BackboneConfig(Settings):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.depth > MAX_DEPTH:
+            raise ValueError(f"depth must be at most {MAX_DEPTH:,}, got {self.depth:,}")
         for name in ("dropout", "drop_path"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

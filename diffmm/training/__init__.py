@@ -6,6 +6,7 @@ from diffmm.training.checkpoints import Checkpoints
 from diffmm.training.classification import Classification
 from diffmm.training.finetuning import FineTuneConfig
 from diffmm.training.language import CausalLM, MaskedLM
+from diffmm.training.loggers import LoggersMayFail
 from diffmm.training.masked_autoencoding import MaskedAutoencoding
 from diffmm.training.mixing import MixingConfig
 from diffmm.training.optimizer import OptimizerConfig
@@ -23,6 +24,7 @@ __all__ = [
     "FSDP2Strategy",
     "FineTuneConfig",
     "LambdaMonitor",
+    "LoggersMayFail",
     "MaskedAutoencoding",
     "MaskedLM",
     "MixingConfig",

@@ -33,6 +33,7 @@ from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
 from diffmm.training.checkpoints.progress import is_step_boundary
 from diffmm.training.evaluation import counted
 from diffmm.training.finetuning import FineTuneConfig, freeze
+from diffmm.training.loggers import LoggersMayFail
 from diffmm.training.optimizer import OptimizerConfig, make_optimizer
 from diffmm.training.precision import exact_fields, keep_exact
 from diffmm.training.schedule import ScheduleConfig, make_scheduler, set_learning_rates
@@ -234,9 +235,9 @@ class Task(LightningModule):
         }
 
     def configure_callbacks(self) -> list[Callback]:
-        """Lambda and speed are logged, bad steps skipped and signals obeyed without a recipe asking
-        for it."""
-        defaults = (LambdaMonitor(), SpeedMonitor(), BadNumbers(), CleanStop())
+        """Lambda and speed are logged, bad steps skipped, failing loggers put up with and signals
+        obeyed without a recipe asking for it."""
+        defaults = (LambdaMonitor(), SpeedMonitor(), BadNumbers(), LoggersMayFail(), CleanStop())
         given = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         return [callback for callback in defaults if type(callback) not in given]
 

@@ -1,5 +1,6 @@
 """A run that stopped anywhere goes on with the same samples, hooks and bits."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -377,3 +378,16 @@ def test_what_would_not_be_exact_is_refused(go, tmp_path):
         go("second", ckpt=ckpt, data={"batch_size": 4})
     with pytest.raises(ValueError, match="resume with the same data and seed"):
         go("second", ckpt=ckpt, data={"seed": 5})
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"gradient_clip_val": 0.5}, "gradient_clip_val=0.5 in place of None"),
+        ({"precision": "bf16-mixed"}, "precision='bf16-mixed' in place of '32-true'"),
+    ],
+)
+def test_changed_settings_of_the_trainer_are_told(go, tmp_path, changes, told):
+    go("first", stop=3)
+    with pytest.warns(UserWarning, match=re.escape(f"the run goes on with {told}")):
+        go("first", ckpt=find_state(tmp_path / "first"), **changes)

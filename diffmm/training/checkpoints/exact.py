@@ -21,6 +21,16 @@ EXACT_KEY = "exact_resume"
 """Where a checkpoint keeps it."""
 
 
+SETTINGS = (
+    "precision",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "limit_train_batches",
+    "overfit_batches",
+)
+"""Of a trainer: they decide what the next steps are."""
+
+
 def exact_state(trainer: Trainer) -> dict[str, Any]:
     """Random states of every process, gradients and losses that no step has taken yet, and what
     they are of.
@@ -40,6 +50,7 @@ def exact_state(trainer: Trainer) -> dict[str, Any]:
     return {
         "processes": gather(trainer, own),
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "settings": {name: getattr(trainer, name) for name in SETTINGS},
         # A run that a criterion has ended does not begin again; one that ran out of time may.
         "should_stop": trainer.should_stop and not is_out_of_time(trainer),
     }
@@ -57,6 +68,12 @@ def check_exact(trainer: Trainer, state: dict[str, Any]) -> None:
             f"the run took steps of {then} batches each, accumulate_grad_batches is now {now}: "
             f"resume with {then}"
         )
+    for name, value in state.get("settings", {}).items():
+        if value != getattr(trainer, name):
+            rank_zero_warn(
+                f"the run goes on with {name}={getattr(trainer, name)!r} in place of {value!r}: "
+                f"its next steps are not what they would have been"
+            )
     processes, world_size = state["processes"], trainer.world_size
     if hasattr(trainer.lightning_module, "accumulated") and (
         "gradients" in processes[0] and "accumulated" not in processes[0]
