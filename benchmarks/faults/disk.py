@@ -104,9 +104,6 @@ def full_for_a_while(run: Run, whole: Run) -> Fault:
             wrong.append(f"whole were {before}, none was when the disk was full")
         if "could not be written" not in attempt.printed:
             wrong.append("the failed save was not told")
-        # A limit on files leaves logs, which are small, alone.
-        if isinstance(disk, Tmpfs) and "Logger could not write" not in attempt.printed:
-            wrong.append("the failed log was not told")
         return Fault(f"full disk for a while ({disk.name})", run.name).and_lost(wrong)
 
 

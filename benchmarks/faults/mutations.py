@@ -112,7 +112,7 @@ def mutate_states(run: Run, count: int, rng: random.Random) -> Iterator[Fault]:
         unfinished = checkpoint_folders.start(run.checkpoints, state["global_step"])
         torch.save(changed, unfinished / STATE_NAME)
         checkpoint_folders.finish(unfinished, facts)
-        lost = outcome("fit", "--resume", str(run.directory))
+        lost = outcome("fit", "--resume", str(run.directory), "--trust")
         return Fault("checkpoints: values changed", f"{run.name}: {told}").and_lost(lost)
 
     yield from _examples(look, count, rng)

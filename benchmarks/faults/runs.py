@@ -142,7 +142,7 @@ class Run:
 
     def start(self, how: str = "auto") -> Attempt:
         """Start it or (`auto`) go on with it by the same command, or go on (`resume`)."""
-        arguments = ["fit", "--resume", str(self.directory)]
+        arguments = ["fit", "--resume", str(self.directory), "--trust"]
         if how != "resume":
             arguments = ["fit", "--config", str(self.folder / "recipe.yaml")]
             arguments += ["--resume", "auto", "--run_dir", str(self.directory)]
