@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.faults import damage, disk, kills, mutations, signals
+from benchmarks.faults import damage, disk, kills, mutations, neighbours, signals, strangers
 from benchmarks.faults.runs import MODALITIES, Run, finish
 from benchmarks.faults.tally import Fault, save, table
 
@@ -91,11 +91,27 @@ def injected_mutations(bench: Bench, rng: random.Random, quick: bool) -> Iterato
     yield from mutations.mutate_states(run, 8 if quick else 60, rng)
 
 
+def injected_neighbours(bench: Bench, rng: random.Random, quick: bool) -> Iterator[Fault]:
+    whole = bench.whole("text", 1)
+    for how in ("auto",) if quick else ("auto", "resume"):
+        yield neighbours.second_process(bench.new("text"), whole, how)
+    for change in list(neighbours.CHANGES)[: 1 if quick else None]:
+        yield neighbours.changed_data(bench.new("text"), whole, change, rng)
+
+
+def injected_strangers(bench: Bench, rng: random.Random, quick: bool) -> Iterator[Fault]:
+    yield from strangers.pipes(bench.whole("text", 1), bench.folder / "strangers")
+    yield from strangers.lies(bench.folder / "strangers")
+    yield from strangers.sealed_lies(bench.whole("text", 1), bench.folder / "strangers")
+
+
 PARTS = {
     "kills": injected_kills,
     "signals": injected_signals,
     "damage": injected_damage,
     "disks": injected_full_disks,
+    "neighbours": injected_neighbours,
+    "strangers": injected_strangers,
     "mutations": injected_mutations,
 }
 

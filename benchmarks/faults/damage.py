@@ -99,6 +99,7 @@ def _wrong_choice(folder: Path, best: str | None, damaged: list[str]) -> list[st
 def resume_damaged(run: Run, whole: Run, way: str, rng: random.Random) -> Fault:
     """Damage the newest checkpoints of a run that was cut off, and let it go on to its end."""
     shutil.copytree(whole.directory, run.directory)
+    shutil.copytree(whole.samples, run.samples)
     # As if it had been killed after its best checkpoint.
     config = run.directory / "config.yaml"
     config.write_text(config.read_text().replace(str(whole.directory), str(run.directory)))

@@ -1,5 +1,6 @@
 """A disk that is full, for a while or for good."""
 
+import csv
 import resource
 import subprocess
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ SMALL_FILE_BYTES = 2**16
 
 
 class Disk(Protocol):
-    """Where a run's checkpoints are."""
+    """Where a run's directory is: checkpoints, logs and all."""
 
     name: str
 
@@ -85,7 +86,7 @@ def small_disk(folder: Path) -> Iterator[Disk]:
 def full_for_a_while(run: Run, whole: Run) -> Fault:
     """Some saves fail; the run goes on, and saves again when there is room."""
     run.write_recipe(**{"trainer.callbacks.0.max_failed_saves": 1000})
-    with small_disk(run.checkpoints) as disk:
+    with small_disk(run.directory) as disk:
         attempt = run.start()
         wait(attempt, lambda: run.num_batches() > NUM_STEPS // 4, SECONDS_A_RUN)
         before = {found.step for found in run.whole()}
@@ -98,7 +99,7 @@ def full_for_a_while(run: Run, whole: Run) -> Fault:
         if any(codes):
             wrong.append(f"exit codes {codes}: {attempt.printed[-2000:]}")
         else:
-            wrong += differences(run, whole)
+            wrong += differences(run, whole) + rows_missing(run)
         if before and not during:
             wrong.append(f"whole were {before}, none was when the disk was full")
         if "could not be written" not in attempt.printed:
@@ -106,9 +107,16 @@ def full_for_a_while(run: Run, whole: Run) -> Fault:
         return Fault(f"full disk for a while ({disk.name})", run.name).and_lost(wrong)
 
 
+def rows_missing(run: Run) -> list[str]:
+    """Steps that are not in a run's CSV file, or more than once."""
+    with (run.directory / "csv" / "version_0" / "metrics.csv").open(newline="") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    return [] if steps == list(range(NUM_STEPS)) else [f"the CSV file has the steps {steps}"]
+
+
 def full_for_good(run: Run, whole: Run) -> Fault:
     """The run ends with a message, and goes on when there is room."""
-    with small_disk(run.checkpoints) as disk:
+    with small_disk(run.directory) as disk:
         attempt = run.start()
         wait(attempt, lambda: run.num_batches() > NUM_STEPS // 4, SECONDS_A_RUN)
         disk.fill(attempt)

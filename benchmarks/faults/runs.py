@@ -39,7 +39,7 @@ COMMON: dict[str, Any] = {
         },
         {
             "class_path": "benchmarks.faults.recorder.SampleRecorder",
-            "init_args": {"folder": "${run_dir}/samples"},
+            "init_args": {"folder": "${run_dir}/../samples"},
         },
     ],
     "model.model.config.backbone.dropout": 0.1,
@@ -108,6 +108,11 @@ class Run:
         return self.directory / "checkpoints"
 
     @property
+    def samples(self) -> Path:
+        """What its processes note; not in its directory, whose disk may be full."""
+        return self.folder / "samples"
+
+    @property
     def name(self) -> str:
         return f"{self.modality}, {self.num_processes} processes, {self.num_workers} workers"
 
@@ -137,7 +142,7 @@ class Run:
 
     def start(self, how: str = "auto") -> Attempt:
         """Start it or (`auto`) go on with it by the same command, or go on (`resume`)."""
-        arguments = ["fit", "--resume", str(self.directory)]
+        arguments = ["fit", "--resume", str(self.directory), "--trust"]
         if how != "resume":
             arguments = ["fit", "--config", str(self.folder / "recipe.yaml")]
             arguments += ["--resume", "auto", "--run_dir", str(self.directory)]
@@ -149,7 +154,7 @@ class Run:
 
     def records(self) -> list[Record]:
         """What each process has noted."""
-        return [read_record(self.directory / "samples", rank) for rank in range(self.num_processes)]
+        return [read_record(self.samples, rank) for rank in range(self.num_processes)]
 
     def times_begun(self) -> int:
         """How often training has begun or gone on."""
@@ -160,7 +165,7 @@ class Run:
         return self._count("place")
 
     def _count(self, key: str) -> int:
-        path = record_path(self.directory / "samples", 0)
+        path = record_path(self.samples, 0)
         return path.read_bytes().count(f'"{key}"'.encode()) if path.exists() else 0
 
 

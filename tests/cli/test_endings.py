@@ -59,6 +59,8 @@ def command(recipe, tmp_path):
 def test_a_signal_in_every_phase(run, command, monkeypatch, phase, number):
     verb, target = PHASES[phase]
     arguments = command(verb)
+    # A shell leaves its background jobs deaf to it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = {each: signal.getsignal(each) for each in CODES}
     original = pkgutil.resolve_name(target)
     sent = []

@@ -31,6 +31,7 @@ def test_nothing_is_lost(tmp_path):
     faults = json.loads((tmp_path / "faults.json").read_text())
     kinds = {fault["kind"] for fault in faults}
     assert kinds >= {"SIGTERM", "SIGUSR1", "SIGINT", "checkpoints: bytes flipped"}
+    assert kinds >= {"two runs in one folder", "changed data", "FIFOs", "headers that lie"}
     assert any(kind.startswith("SIGKILL") for kind in kinds)
     assert [fault for fault in faults if fault["lost"]] == []
     assert f"| **all** | {len(faults)} | {len(faults)} | 0 |" in result.stdout
@@ -50,7 +51,7 @@ def run(tmp_path):
         unfinished = checkpoint_folders.start(run.checkpoints, step)
         torch.save(state, unfinished / STATE_NAME)
         checkpoint_folders.finish(unfinished, {"step": step})
-    samples = record_path(run.directory / "samples", 0)
+    samples = record_path(run.samples, 0)
     samples.parent.mkdir()
     lines = [{"begins": 0}]
     for step in range(4):
@@ -101,7 +102,7 @@ def test_other_samples_are_seen(run, place, samples, digest, told):
     """Even if the batch was made rightly another time."""
     other = copy(run, "second")
     line = {"place": [0, place], "step": place, "samples": samples, "digest": digest}
-    with record_path(other.directory / "samples", 0).open("a") as file:
+    with record_path(other.samples, 0).open("a") as file:
         file.write(f"{json.dumps(line)}\n")
     (difference,) = differences(other, run)
     assert told in difference
