@@ -58,7 +58,9 @@ def find_mistakes(values: dict[str, Any], *, trust: bool = True) -> Findings:
     is_whole = isinstance(model, LightningModule) and isinstance(data, LightningDataModule)
     # A misspelt key leaves a default in its place, and that may disagree with anything.
     if is_whole and not finder.has_unknown_keys:
-        mistakes += disagreements(model, data, (resolved.get("trainer") or {}).get("precision"))
+        trainer = resolved.get("trainer")
+        precision = trainer.get("precision") if isinstance(trainer, dict) else None
+        mistakes += disagreements(model, data, precision)
     return Findings(
         list(dict.fromkeys(mistakes)),
         model if isinstance(model, LightningModule) else None,

@@ -62,10 +62,10 @@ def used_variables(values: dict[str, Any]) -> list[str]:
 
 def unused_variables(values: dict[str, Any]) -> list[str]:
     """A line for each variable that nothing refers to, and that therefore changes nothing."""
-    used = used_variables(values)
+    used, variables = used_variables(values), values.get("vars")
     return [
         f"vars.{name} changes nothing: nothing refers to it{did_you_mean(name, used)}"
-        for name in values.get("vars") or {}
+        for name in (variables if isinstance(variables, dict) else {})
         if name not in used
     ]
 

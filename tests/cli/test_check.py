@@ -138,3 +138,12 @@ def test_a_misspelt_key_hides_no_other_mistake(run):
     assert "unknown key trainer.max_stepps; did you mean 'max_steps'?" in result.err
     assert "backbone.dimm; did you mean 'dim'?" in result.err
     assert "attention must be one of 'softmax', 'diff_v1', 'diff_v2', got 'diff_v3'" in result.err
+
+
+@pytest.mark.parametrize("value", [float("inf"), 10**20, 3, "text", [1], True])
+@pytest.mark.parametrize("key", ["trainer", "model", "data", "vars", "seed_everything"])
+def test_a_value_in_the_place_of_a_part(run, recipe, key, value):
+    result = run("check", recipe(**{key: value}))
+    is_seed = key == "seed_everything" and value in (3, True)
+    assert result.code == (0 if is_seed else 2)
+    assert is_seed or any(key in line for line in result.mistakes)
