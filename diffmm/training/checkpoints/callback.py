@@ -115,6 +115,10 @@ class Checkpoints(Checkpoint):
         best = checkpoint_folders.best(self.dirpath, self.monitor, self.mode)
         return str(best[0].path / STATE_NAME) if best else ""
 
+    def rest(self) -> None:
+        """Wait until no checkpoint is being written."""
+        self._writer.rest()
+
     def save_now(self, trainer: Trainer, *, reason: str) -> Path:
         """Save and wait until that is done: before a run stops, say.
 

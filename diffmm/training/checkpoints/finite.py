@@ -31,7 +31,10 @@ def check_weights(trainer: Trainer) -> None:
     if largest.isfinite():
         return
     bad = [name for name, weight in weights.items() if not largest_magnitude([weight]).isfinite()]
-    directory = getattr(trainer.checkpoint_callback, "dirpath", None)
+    keeper = trainer.checkpoint_callback
+    if rest := getattr(keeper, "rest", None):
+        rest()  # The last one may still be on its way to the disk.
+    directory = getattr(keeper, "dirpath", None)
     kept = checkpoints(Path(directory or Path(trainer.default_root_dir) / DIRECTORY_NAME))
     last = f"the last one is {kept[-1].path}" if kept else "there is none before them"
     what = f"{len(bad)} of {len(weights)} weights (the first is {bad[0]})" if bad else "weights"

@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -87,6 +87,11 @@ class Writer:
     def is_busy(self) -> bool:
         """Whether a save is being written."""
         return self._running is not None and not self._running.done()
+
+    def rest(self) -> None:
+        """Wait until nothing is being written; what became of it can still be asked for."""
+        if self._running is not None:
+            wait([self._running])
 
     def wait(self) -> Path | SaveFailed | None:
         """What became of the save that was begun last, when it is done; `None` after that."""
