@@ -61,6 +61,8 @@ def test_a_signal_in_every_phase(run, command, monkeypatch, phase, number):
     arguments = command(verb)
     # A shell leaves its background jobs deaf to it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # As in a process of its own, whatever ran in this one before.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     handlers = {each: signal.getsignal(each) for each in CODES}
     original = pkgutil.resolve_name(target)
     sent = []

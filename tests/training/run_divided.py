@@ -23,8 +23,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.loading import SeededDataModule
 from datamodules.sampling import SeededDataset, sample_generator
-from datamodules.text import TextData
-from datamodules.text import HuggingFaceText, TextFolder
+from datamodules.text import HuggingFaceText, TextData, TextFolder
 from diffmm.batch import IGNORE_INDEX
 from diffmm.cli.trainer import leave_processes
 from diffmm.models import (
