@@ -51,7 +51,9 @@ class OptimizerConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("learning_rate", "lambda_learning_rate", "eps"):
+        if self.eps <= 0.0:
+            raise ValueError(f"eps must be positive, got {self.eps}")
+        for name in ("learning_rate", "lambda_learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0.0 < value <= LARGEST_RATE:
                 raise ValueError(
