@@ -62,9 +62,10 @@ def test_a_forked_worker_does_not_hold_it(tmp_path):
             os.read(read, 1)
             os._exit(0)
     with claimed(tmp_path):
-        pass
+        held = (tmp_path / LOCK_NAME).read_text()
+    assert f'"process": {os.getpid()}' in held
     os.write(write, b"x")
-    os.waitpid(worker, 0)
+    assert os.waitpid(worker, 0) == (worker, 0)
 
 
 def test_folders_that_were_made_for_a_refused_run_are_removed(tmp_path):

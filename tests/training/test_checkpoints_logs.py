@@ -56,6 +56,7 @@ def test_a_pipe_for_a_csv_file_is_not_opened(run):
     (run / "csv/metrics.csv").unlink()
     os.mkfifo(run / "csv/metrics.csv")
     go_on(run, "../csv\n")
+    assert (run / "csv/metrics.csv").is_fifo()
 
 
 def test_loggers_outside_the_run_are_not_listed(run):
