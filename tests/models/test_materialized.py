@@ -167,20 +167,25 @@ def test_a_head_put_in_later_is_not_tied():
     assert model.double().float()(tokens).shape == (2, 9, 64)
 
 
-class NoFloat64(TorchDispatchMode):
-    """Devices such as Apple's have no float64."""
+class WatchesFloat64(TorchDispatchMode):
+    """Counts tensors on the device, and those that devices such as Apple's cannot have."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_tensors, self.wide = 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **kwargs or {})
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
-                assert tensor.dtype != torch.float64, func
+                self.num_tensors += 1
+                self.wide += [func] if tensor.dtype == torch.float64 else []
         return made
 
 
 @pytest.mark.parametrize("make", MODELS)
 def test_no_float64_is_made_on_the_device(make):
-    with torch.device("meta"), NoFloat64():
+    with torch.device("meta"), WatchesFloat64() as seen:
         model, inputs = make()
         out = model(inputs.to("meta"))
         loss = out.loss if make is masked else out.float().square().mean()
@@ -188,3 +193,5 @@ def test_no_float64_is_made_on_the_device(make):
         if isinstance(model, TextModel):
             cache = model.new_cache(2)
             model(inputs.to("meta"), cache=cache)
+    assert seen.num_tensors > 100
+    assert seen.wide == []
