@@ -73,6 +73,7 @@ TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "masked_digits": ("image/digits_mae_tiny", ()),
     "sounds": ("audio/sound_events_tiny", ()),
     "masked_sounds": ("audio/sound_events_mae_tiny", ()),
+    "mixed_sounds": ("audio/sound_events_multilabel_tiny", ()),
     "text_25m": ("text/stdlib_tiny", LARGER),
 }
 """A recipe and what is changed in it."""
@@ -432,8 +433,11 @@ def run_cell(
 
 
 def headline(row: dict[str, Any]) -> float:
-    """Accuracy in percent, or the loss."""
-    return float(100 * row["accuracy"] if "accuracy" in row else row["loss"])
+    """Accuracy or mean average precision in percent, or the loss."""
+    for name in ("accuracy", "mean_average_precision"):
+        if name in row:
+            return float(100 * row[name])
+    return float(row["loss"])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
