@@ -5,13 +5,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from diffmm.cli.errors import BadInput
-from diffmm.cli.recipes import find_recipe
-from diffmm.cli.settings import load
-from diffmm.cli.trust import add_trust_option
+from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.errors import InputError
+from diffmm.recipes.settings import load
+from diffmm.recipes.trust import add_trust_option
 
 if TYPE_CHECKING:
-    from diffmm.cli.memory import Memory
+    from diffmm.recipes.memory import Memory
 
 DESCRIPTION = """Build a recipe's model without memory or data, print its size, and tell every
 mistake in the recipe. Exits with 2 if there is one."""
@@ -31,12 +31,12 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     options, overrides = parser.parse_known_args(arguments)
     values = {**load([find_recipe(options.recipe)], overrides), "run_dir": "runs"}
 
-    from diffmm.cli.mistakes import find_mistakes
-    from diffmm.cli.trainer import RecipeCLI
+    from diffmm.recipes.mistakes import find_mistakes
+    from diffmm.recipes.trainer import RecipeCLI
 
     findings = find_mistakes(values, trust=options.trust)
     if findings.mistakes:
-        raise BadInput(*findings.mistakes)
+        raise InputError(*findings.mistakes)
     # The recipe's own parser may be stricter.
     RecipeCLI(values, build=False, trust=options.trust)
     for name, text in report(findings.model, findings.data, values).items():
@@ -46,8 +46,8 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 def report(task: Any, data: Any, values: dict[str, Any]) -> dict[str, str]:
     """What a recipe's model and steps are, in words."""
-    from diffmm.cli.memory import fake_shapes
-    from diffmm.cli.references import resolve
+    from diffmm.recipes.memory import fake_shapes
+    from diffmm.recipes.references import resolve
 
     trainer = resolve(values)[0].get("trainer") or {}
     model = getattr(task, "model", task)
@@ -72,11 +72,11 @@ def report(task: Any, data: Any, values: dict[str, Any]) -> dict[str, str]:
         shapes = fake_shapes(task, data)
         if shapes is not None:
             lines["step"] = step_size(trainer, data, shapes)
-            lines["memory"] = f"about {told(step_memory(task, shapes, trainer))}"
+            lines["memory"] = f"about {message_of(step_memory(task, shapes, trainer))}"
     except RuntimeError as error:
         if "overflow" not in str(error):
             raise
-        raise BadInput(
+        raise InputError(
             f"a step of data.init_args.batch_size={data.batch_size} samples has tensors larger "
             f"than any memory: {str(error).splitlines()[0]}"
         ) from error
@@ -85,7 +85,7 @@ def report(task: Any, data: Any, values: dict[str, Any]) -> dict[str, str]:
 
 def step_memory(task: Any, shapes: dict[str, Any], trainer: dict[str, Any]) -> "Memory":
     """What a training step on batches of `shapes` takes, under the settings of a trainer."""
-    from diffmm.cli.memory import estimate_memory
+    from diffmm.recipes.memory import estimate_memory
 
     return estimate_memory(
         task,
@@ -96,7 +96,7 @@ def step_memory(task: Any, shapes: dict[str, Any], trainer: dict[str, Any]) -> "
     )
 
 
-def told(memory: "Memory") -> str:
+def message_of(memory: "Memory") -> str:
     """An estimate in words."""
     parts = {f.name: getattr(memory, f.name) for f in dataclasses.fields(memory)}
     split = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffmm.checks import check_choice
 from diffmm.layers.cache import LayerCache
 from diffmm.layers.linear import Linear
-from diffmm.layers.norm import CosineNorm, RMSNorm, widen
+from diffmm.layers.norm import CosineNorm, RMSNorm, upcast
 from diffmm.layers.rope import Rotation, apply_rope
 from diffmm.ops import AttentionMask, diff_attention, softmax_attention
 
@@ -215,7 +215,7 @@ class DiffAttentionV1(Attention):
         self.sign = -1.0 if combine == "add" else 1.0
         self.lambda_init = lambda_init_at(self.layer_index) if lambda_init is None else lambda_init
         for name in self.LAMBDA_NAMES:
-            setattr(self, name, nn.Parameter(widen(torch.empty(self.head_dim))))
+            setattr(self, name, nn.Parameter(upcast(torch.empty(self.head_dim))))
         self.reset_parameters()
         self.norm = RMSNorm(2 * self.head_dim, eps=1e-5) if headwise_norm else None
 
@@ -304,7 +304,7 @@ class DiffAttentionV2(Attention):
 
     def lam(self, x: Tensor) -> Tensor:
         """Lambda of each token and head, `[B, N, H]` in float32, between 0 and 1."""
-        return self.sign * widen(self.lambda_proj(x)).sigmoid()
+        return self.sign * upcast(self.lambda_proj(x)).sigmoid()
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         return diff_attention(q, k, v, self.lam(x), mask=mask, backend=self.backend)

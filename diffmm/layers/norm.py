@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-def widen(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """`x` in float32, or as it is where it is wider."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
         nn.init.constant_(self.weight, self.init_weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = widen(x)
+        wide = upcast(x)
         wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
         return (wide * self.weight).to(x.dtype)
 
@@ -73,7 +73,7 @@ class CosineNorm(nn.Module):
             nn.init.constant_(self.logit_scale, math.log(10.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = nn.functional.normalize(widen(x), dim=-1, eps=1e-6)
+        wide = nn.functional.normalize(upcast(x), dim=-1, eps=1e-6)
         if self.logit_scale is not None:
             wide = wide * self.logit_scale.clamp(max=math.log(100.0)).exp()
         return wide.to(x.dtype)

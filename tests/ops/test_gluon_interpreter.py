@@ -82,7 +82,7 @@ def test_copies_and_products():
 def test_faults_of_one_partition(fault, error, message):
     with pytest.raises(Exception, match=message) as found:
         square(fault)
-    assert found.typename == error
+    assert found.typename == f"{error}Error"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -108,7 +108,7 @@ def test_faults_between_partitions(fault, error, message, seed):
     """Found whoever happens to go first."""
     with pytest.raises(Exception, match=message) as found:
         gram(fault, seed)
-    assert found.typename == error
+    assert found.typename == f"{error}Error"
 
 
 def test_pointers_stay_in_their_tensor():
