@@ -13,7 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from diffmm.analysis.results import Curve, RunResult
 from diffmm.cli.demo import Modality
-from diffmm.recipes.trainer import ConfigSaver, RecipeCLI
+from diffmm.recipes.trainer import RecipeCLI
+from diffmm.runs.saving import ConfigSaver
 
 POINTS = 40
 """Of a training curve."""

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from diffmm.checkpoint_folders import find_state
 from diffmm.recipes.catalog import find_recipe, header
-from diffmm.recipes.errors import InputError, RunFailedError, refusing
+from diffmm.recipes.errors import InputError, RunFailedError, refusing, warn
 from diffmm.recipes.lengths import Longer, lengthened, outlook, step_of
 from diffmm.recipes.settings import load, override
 from diffmm.recipes.trust import add_trust_option
 from diffmm.runs.claims import claimed
-from diffmm.runs.directories import find_run, new_run, same_run, saved_config, warn
+from diffmm.runs.directories import find_run, new_run, same_run, saved_config
 
 if TYPE_CHECKING:
     from diffmm.recipes.trainer import RecipeCLI
@@ -219,11 +219,8 @@ def train(
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from diffmm.recipes.out_of_memory import advice, is_out_of_memory
-    from diffmm.recipes.trainer import (
-        ConfigSaver,
-        RecipeCLI,
-        refusing_before_training,
-    )
+    from diffmm.recipes.trainer import RecipeCLI, refusing_before_training
+    from diffmm.runs.saving import ConfigSaver
     from diffmm.training.resilience.checkpoints import NonFiniteWeightsError, SaveFailedError
     from diffmm.training.resilience.non_finite import TooManyNonFiniteStepsError
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffmm.checkpoint_folders import find_state
-from diffmm.recipes.errors import InputError, refusing
-from diffmm.runs.directories import warn
+from diffmm.recipes.errors import InputError, refusing, warn
 
 MAX_NEW_TOKENS = 200
 

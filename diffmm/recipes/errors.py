@@ -1,6 +1,7 @@
 """What a user got wrong."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,3 +38,8 @@ def message_of(error: BaseException) -> str:
     if "Original Traceback" in str(error):
         return lines[-1].partition(": ")[2] or lines[-1]
     return " ".join(lines)
+
+
+def warn(line: str) -> None:
+    """Tell something that the user should know, but that stops nothing."""
+    print(f"diffmm: warning: {line}", file=sys.stderr)

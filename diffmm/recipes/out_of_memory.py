@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 
 from diffmm.checkpoint_folders import find_whole
-from diffmm.cli.check import gib, message_of, num_devices, step_memory
+from diffmm.recipes.errors import warn
 from diffmm.recipes.memory import Memory, fake_shapes
 from diffmm.recipes.mistakes import find_mistakes
 from diffmm.recipes.references import REFERENCE, resolve
 from diffmm.recipes.settings import override
-from diffmm.runs.directories import warn
+from diffmm.recipes.summary import gib, memory_text, num_devices, step_memory
 
 SIGNS = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -65,7 +65,7 @@ def advice(error: BaseException, values: dict[str, Any], run_dir: Path, step: in
     lines = [f"out of memory after {step} steps: {words}"]
     values = {**values, "run_dir": str(run_dir)}
     if (memory := estimate(values)) is not None:
-        lines += [f"a step takes about {message_of(memory)}", *_helpful(values, memory)]
+        lines += [f"a step takes about {memory_text(memory)}", *_helpful(values, memory)]
     with suppress(ValueError):  # there are checkpoints, but none is whole
         checkpoint = find_whole(run_dir / "checkpoints", warn=warn)
         if checkpoint is not None:

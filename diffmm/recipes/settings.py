@@ -11,6 +11,7 @@ from typing import Any
 
 from diffmm.recipes.errors import InputError
 from diffmm.recipes.yaml_text import MAX_BYTES, parse
+from diffmm.renamed import with_new_names
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 """What stands in a node that says which class to make."""
@@ -36,7 +37,7 @@ def load(recipes: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, An
 
 
 def load_file(path: Path) -> dict[str, Any]:
-    """The values of one YAML file.
+    """The values of one YAML file, old names in it replaced by those of today with a warning.
 
     Raises:
         InputError: naming the file, and the line if it is not YAML.
@@ -48,7 +49,8 @@ def load_file(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} is no recipe: it holds no keys")
-    return values
+    renamed: dict[str, Any] = with_new_names(values, str(path))
+    return renamed
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:

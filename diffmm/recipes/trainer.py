@@ -29,7 +29,6 @@ from diffmm.recipes.errors import InputError, RunFailedError, message_of
 from diffmm.recipes.mistakes import find_mistakes
 from diffmm.recipes.numbers import wrong_numbers
 from diffmm.recipes.references import resolve, unused_variables
-from diffmm.runs.directories import save_config
 
 REFUSALS = (
     ValueError,
@@ -138,19 +137,6 @@ def print_settings(arguments: Sequence[str]) -> None:
             SettingsCLI(**parser_settings(), args=list(arguments))
     except ArgumentError as error:
         raise InputError(message_of(error)) from error
-
-
-class ConfigSaver(Callback):
-    """Saves what a run was started with, as soon as nothing has refused it."""
-
-    def __init__(self, run_dir: Path, comment: str, values: dict[str, Any]) -> None:
-        self.run_dir = run_dir
-        self.comment = comment
-        self.values = values
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            save_config(self.run_dir, self.comment, self.values)
 
 
 class _TrainingWatcher(Callback):

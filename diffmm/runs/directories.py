@@ -5,7 +5,6 @@ that a secret from the environment is not in it), `checkpoints/` and what the lo
 """
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import yaml
 
 from diffmm.checkpoint_folders import find_state, write_text
-from diffmm.recipes.errors import InputError, refusing
+from diffmm.recipes.errors import InputError, refusing, warn
 from diffmm.recipes.settings import load_file
 
 CONFIG_NAME = "config.yaml"
@@ -128,8 +127,3 @@ def save_config(run: Path, header: str, values: dict[str, Any]) -> None:
     run.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
     write_text(run / CONFIG_NAME, f"{header}{text}")
-
-
-def warn(line: str) -> None:
-    """Tell something that the user should know, but that stops nothing."""
-    print(f"diffmm: warning: {line}", file=sys.stderr)

@@ -27,6 +27,7 @@ from diffmm.layers.block import Block
 from diffmm.models.backbone import Backbone
 from diffmm.models.description import MODELS, describe, unwrap
 from diffmm.models.weights import load_weights
+from diffmm.renamed import STATES, weights_with_new_names
 from diffmm.training.accumulation import AccumulatedLoss, LossSum
 from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
 from diffmm.training.evaluation import counted
@@ -246,6 +247,12 @@ class Task(LightningModule):
         )
         given = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         return [callback for callback in defaults if type(callback) not in given]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint from before some names changed loads all the same."""
+        checkpoint["state_dict"] = weights_with_new_names(checkpoint["state_dict"])
+        states = checkpoint.get("callbacks", {})
+        checkpoint["callbacks"] = {STATES.get(name, name): state for name, state in states.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint says which model its weights belong to."""

@@ -32,7 +32,7 @@ PHASES = {
     "evaluation": ("validate", "diffmm.training.Classification.validation_step"),
     "prediction": ("predict", "diffmm.training.Classification.predict_step"),
     "writing": ("predict", "torch.save"),
-    "check": ("check", "diffmm.cli.check.report"),
+    "check": ("check", "diffmm.recipes.summary.report"),
 }
 
 

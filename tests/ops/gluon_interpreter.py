@@ -10,7 +10,8 @@ the worst moment that it may: a copy to shared memory empties its destination at
 late, and products and copies to global memory hold their operands until they are waited for.
 
 `RaceError` is raised for what the hardware leaves undefined, `DeadlockError` where no partition can
-go on. Memory that nobody wrote is NaN. Layouts are carried along and checked by nobody but the compiler.
+go on. Memory that nobody wrote is NaN. Layouts are carried along and checked by nobody but the
+compiler.
 """
 
 import inspect

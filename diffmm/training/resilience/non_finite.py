@@ -53,7 +53,8 @@ class NonFiniteGuard(Callback):
     When the run stops, each process at fault writes the last step's micro-batches to
     `bad_batch_step_00001234_rank_0.pt`; a checkpoint is saved, whose weights are those that met the
     first of the bad steps; and `TooManyNonFiniteStepsError` is raised.
-    `diffmm.training.resilience.replay` makes the step again; a run that goes on from that checkpoint goes on after it.
+    `diffmm.training.resilience.replay` makes the step again; a run that goes on from that
+    checkpoint goes on after it.
 
     Where the weights themselves are not finite, no step can be: `NonFiniteWeightsError` ends the
     run at once.
