@@ -6,7 +6,6 @@ from torch.utils.checkpoint import checkpoint
 
 from diffmm.layers.attention import Attention
 from diffmm.layers.cache import LayerCache
-from diffmm.layers.norm import LayerNorm, RMSNorm
 from diffmm.layers.rope import Rotation
 from diffmm.ops import AttentionMask
 
@@ -31,7 +30,7 @@ class Block(nn.Module):
         self,
         attention: Attention,
         feed_forward: nn.Module,
-        norms: tuple[RMSNorm | LayerNorm, RMSNorm | LayerNorm],
+        norms: tuple[nn.Module, nn.Module],
         *,
         dim: int,
         dropout: float = 0.0,

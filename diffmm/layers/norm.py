@@ -1,9 +1,12 @@
 """Normalizations. All compute in float32 (or wider) and give back their input's dtype."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from diffmm.layers.registry import Layer, registration
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -79,4 +82,10 @@ class CosineNorm(nn.Module):
         return wide.to(x.dtype)
 
 
-NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+"""What `BackboneConfig.norm` may be: classes made from a width."""
+
+
+def register_norm(name: str) -> Callable[[Layer], Layer]:
+    """A class decorator with which `BackboneConfig(norm=name)` takes a norm, `Norm(dim)`."""
+    return registration(NORMS, name)

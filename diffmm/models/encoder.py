@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from diffmm.checks import Settings, check_choice
-from diffmm.layers.linear import Linear
+from diffmm.layers.linear import Linear, init_weights
 from diffmm.layers.norm import upcast
 from diffmm.layers.positions import Grid, LearnedPositions, resample
-from diffmm.models.backbone import Backbone, BackboneConfig, init_weights
+from diffmm.models.backbone import Backbone, BackboneConfig
 from diffmm.ops import AttentionMask
 
 POOLS = ("cls", "mean")
@@ -212,7 +212,7 @@ class Encoder(nn.Module):
         """
         changes: dict[str, Any] = {} if global_pool is None else {"pool": global_pool}
         self.config = replace(self.config, num_classes=num_classes, **changes)
-        weight = self.backbone.norm.weight
+        weight = next(self.backbone.parameters())
         head = _make_head(self.config.backbone, num_classes)
         self.head = head.to(device=weight.device, dtype=weight.dtype).train(self.training)
 
