@@ -130,12 +130,13 @@ class BackboneConfig(Settings):
         # A multiple that tensor cores like, yet fine enough to keep the counts within 0.5%.
         step = min(64, 1 << max(0, (self.dim // 32).bit_length() - 1))
         width = max(1, round(8 * self.dim / num_matrices / step)) * step
-        if extra := self._extra_parameters():
+        if extra := self.extra_parameters:
             # Taken off the rounded width, so that only one rounding parts the two models.
             width = max(1, round((width - extra / (num_matrices * self.dim)) / step)) * step
         return width
 
-    def _extra_parameters(self) -> int:
+    @property
+    def extra_parameters(self) -> int:
         """How many more parameters the projections of this attention have than those of softmax
         attention with as many heads. (Norms and lambda vectors are lost in rounding.)"""
         with torch.device("meta"):
