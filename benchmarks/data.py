@@ -27,12 +27,12 @@ import lightning
 import torch
 from torch.utils._pytree import tree_map
 
-from diffmm.cli.memory import plain_trainer
-from diffmm.cli.out_of_memory import setting_key
-from diffmm.cli.recipes import find_recipe, recipe_names
-from diffmm.cli.references import resolve
-from diffmm.cli.settings import load, override
-from diffmm.cli.trainer import RecipeCLI
+from diffmm.recipes.catalog import find_recipe, recipe_names
+from diffmm.recipes.memory import plain_trainer
+from diffmm.recipes.out_of_memory import setting_key
+from diffmm.recipes.references import resolve
+from diffmm.recipes.settings import load, override
+from diffmm.recipes.trainer import RecipeCLI
 
 ONE_DEVICE = {
     "trainer.accelerator": "auto",

@@ -4,7 +4,7 @@
 
 Each class gets `--per-class` training images and a third as many for validation, 64 x 64 pixels of
 gray: upper case, of random size, place, tilt, ink and paper, with a little noise. The folder is
-what `datamodules.image_sources.ImageFolder` reads, and what somebody's first own data look like.
+what `datamodules.image.ImageFolder` reads, and what somebody's first own data look like.
 On Debian the packages fonts-dejavu, fonts-liberation and fonts-freefont-ttf for training, and
 fonts-lato and fonts-urw-base35 for validation, bring fonts enough.
 """

@@ -4,7 +4,7 @@ Widths are the softmax model's; v2 gives the parameters of its extra queries bac
 feed-forward (see `BackboneConfig.feed_forward_width`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timm
@@ -22,7 +22,7 @@ from diffmm.models import (
     TextModel,
 )
 
-ATTENTIONS = {"softmax": "softmax", "v1": "diff_v1", "v2": "diff_v2"}
+ATTENTIONS = {"softmax": "softmax", "v1": "diff_v1", "v2": "diff_v2", "grouped": "diff_grouped"}
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class TextSize:
         depth: blocks.
         num_heads: query heads of the softmax model.
         num_kv_heads: its key and value heads.
-        width: of its feed-forward and of v1's.
-        v2_width: of v2's feed-forward, for about as many parameters.
+        width: of its feed-forward; the others' have as many parameters in all, in steps of 64.
         vocab_size: token ids.
     """
 
@@ -44,7 +43,6 @@ class TextSize:
     num_heads: int
     num_kv_heads: int
     width: int
-    v2_width: int
     vocab_size: int
 
     def ours(self, kind: str, backend: str, length: int) -> TextModel:
@@ -55,10 +53,13 @@ class TextSize:
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             attention=ATTENTIONS[kind],
-            feed_forward_width=self.v2_width if kind == "v2" else self.width,
+            feed_forward_width=self.width,
             rope="1d",
             backend=backend,
         )
+        fewer = backbone.extra_parameters / (3 * self.dim)
+        width = 64 * round((self.width - fewer) / 64) if fewer else self.width
+        backbone = replace(backbone, feed_forward_width=width)
         return TextModel(TextConfig(self.vocab_size, length, backbone, tie_embeddings=False))
 
     def hugging_face(self, kind: str, length: int) -> nn.Module:
@@ -148,9 +149,10 @@ class EncoderSize:
         return timm.create_model("vit_base_patch16_224", num_heads=num_heads, **sizes)
 
 
-TEXT_748M = TextSize(2048, 12, 16, 16, 5632, 4928, 32000)
-TEXT_SMOKE = TextSize(64, 2, 4, 2, 192, 168, 256)
+TEXT_748M = TextSize(2048, 12, 16, 16, 5632, 32000)
+TEXT_SMOKE = TextSize(64, 2, 8, 2, 192, 256)
+TEXT_KV4 = TextSize(2048, 12, 16, 4, 5632, 32000)
 # Grouped keys, so that 64 contexts of 32K tokens take 34 GB in bfloat16.
-TEXT_GROUPED = TextSize(2048, 8, 16, 4, 5632, 4928, 32000)
+TEXT_GROUPED = TextSize(2048, 8, 16, 4, 5632, 32000)
 VIT_B = EncoderSize(768, 12, 12)
 VIT_SMOKE = EncoderSize(64, 2, 4)

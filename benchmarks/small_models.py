@@ -32,10 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffmm.cli.recipes import find_recipe
-from diffmm.cli.settings import load
-from diffmm.cli.trainer import RecipeCLI
 from diffmm.layers.attention import Attention, DiffAttentionV1
+from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.settings import load
+from diffmm.recipes.trainer import RecipeCLI
 from diffmm.training.optimizer import parameter_groups
 
 Batch = dict[str, Tensor]
@@ -43,7 +43,7 @@ Change = Callable[[nn.Module], None]
 
 CONFIG = "--model.model.config."
 LETTERS = (
-    "--data.source={class_path: datamodules.image_sources.ImageFolder, "
+    "--data.source={class_path: datamodules.image.ImageFolder, "
     "init_args: {train: LETTERS/train, val: LETTERS/val}}",
     "--data.channels=1",
     "--data.num_workers=2",

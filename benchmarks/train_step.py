@@ -7,6 +7,8 @@ and loss are one `torch.compile` with static shapes, alike for every model. Case
 
 * text2048, text8192: a decoder of 748 M parameters (dim 2048, 12 blocks, 16 heads of 128), 16,384
   tokens a step, beside HF's Llama and DiffLlama with torch's fused attention;
+* text8192-kv4: the same with 4 key and value heads, as grouped differential attention needs them
+  (4 signal heads to a noise head);
 * vit: ViT-B/16 at 224, 256 images a step, beside timm's, and timm's with `attn_layer="diff"` for
   as many pairs as ours (`timm-diff`) and as it comes, with twice as many of half the width
   (`timm-diff-12`);
@@ -34,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.models import TEXT_748M, TEXT_SMOKE, VIT_B, VIT_SMOKE
+from benchmarks.models import TEXT_748M, TEXT_KV4, TEXT_SMOKE, VIT_B, VIT_SMOKE
 
 Maker = Callable[[], nn.Module]
 
@@ -70,10 +72,10 @@ def ours(make: Callable[[str, str], nn.Module], others: dict[str, Maker]) -> dic
     }
 
 
-def text_case(length: int, *, smoke: bool) -> Case:
-    """Next-token prediction over sequences of `length`."""
-    size = TEXT_SMOKE if smoke else TEXT_748M
-    name, tokens_per_step = f"text{length}", 16384
+def text_case(length: int, *, grouped: bool = False, smoke: bool) -> Case:
+    """Next-token prediction over sequences of `length`; `grouped` has four query heads to a key."""
+    size = TEXT_SMOKE if smoke else TEXT_KV4 if grouped else TEXT_748M
+    name, tokens_per_step = f"text{length}" + "-kv4" * grouped, 16384
     if smoke:
         length, tokens_per_step = 32, 64
 
@@ -89,6 +91,11 @@ def text_case(length: int, *, smoke: bool) -> Case:
         ours(
             partial(size.ours, length=length),
             {
+                "grouped": partial(size.ours, "grouped", "auto", length),
+                "grouped-triton": partial(size.ours, "grouped", "triton", length),
+            }
+            if grouped
+            else {
                 "hf-llama": partial(size.hugging_face, "softmax", length),
                 "hf-diffllama": partial(size.hugging_face, "v1", length),
             },
@@ -135,6 +142,7 @@ def all_cases(*, smoke: bool) -> dict[str, Case]:
         "text2048": text_case(2048, smoke=smoke),
         "vit": vit_case(smoke=smoke),
         "text8192": text_case(8192, smoke=smoke),
+        "text8192-kv4": text_case(8192, grouped=True, smoke=smoke),
         "audio": audio_case(smoke=smoke),
     }
 

@@ -11,9 +11,9 @@ import pytest
 import datamodules
 import diffmm.models
 import diffmm.training
-from datamodules.audio_augment import AudioAugment
-from datamodules.bad_samples import BadSamples
-from datamodules.image_transform import ImageTransform
+from datamodules.audio.augment import AudioAugment
+from datamodules.image.transform import ImageTransform
+from datamodules.shared.bad_samples import BadSamples
 from diffmm.checks import Settings, number_fault
 from diffmm.models import AudioConfig, BackboneConfig, ImageConfig, MaskedAutoencoderConfig
 from diffmm.training import MixingConfig, OptimizerConfig, ScheduleConfig

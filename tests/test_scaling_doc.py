@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from diffmm.cli.check import num_devices, tensor_parallel_size
-from diffmm.cli.memory import estimate_memory, fake_shapes
-from diffmm.cli.mistakes import find_mistakes
-from diffmm.cli.recipes import find_recipe
-from diffmm.cli.references import resolve
-from diffmm.cli.settings import load
+from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.memory import estimate_memory, fake_shapes
+from diffmm.recipes.mistakes import find_mistakes
+from diffmm.recipes.references import resolve
+from diffmm.recipes.settings import load
+from diffmm.recipes.summary import num_devices, tensor_parallel_size
 from diffmm.training.parallel import StrategyRegistry
 
 DOC = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")

@@ -24,8 +24,8 @@ from diffmm import checkpoint_folders
 from diffmm.checkpoint_folders import STATE_NAME
 from diffmm.cli import main
 from diffmm.cli.demo_runs import quiet
-from diffmm.cli.recipes import find_recipe
-from diffmm.cli.references import walk
+from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.references import walk
 
 SECONDS_A_COMMAND = 60
 

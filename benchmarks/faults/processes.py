@@ -20,8 +20,8 @@ PRELOADED = (
     "datamodules",
     "datasets",
     "diffmm.cli.fit",
-    "diffmm.cli.out_of_memory",
-    "diffmm.cli.trainer",
+    "diffmm.recipes.out_of_memory",
+    "diffmm.recipes.trainer",
     "diffmm.training",
 )
 

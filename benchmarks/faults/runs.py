@@ -12,8 +12,8 @@ import yaml
 from benchmarks.faults.processes import Attempt
 from benchmarks.faults.recorder import Record, read_record, record_path
 from diffmm.checkpoint_folders import Checkpoint, checkpoints, fault, find_state
-from diffmm.cli.recipes import find_recipe
-from diffmm.cli.settings import load, override
+from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.settings import load, override
 
 NUM_STEPS = 40
 SAVED_EVERY = 2

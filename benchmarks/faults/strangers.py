@@ -16,11 +16,11 @@ from PIL import Image
 from benchmarks.faults.mutations import outcome
 from benchmarks.faults.runs import Run
 from benchmarks.faults.tally import Fault
-from datamodules.text import write_token_file
-from datamodules.token_documents import Document
+from datamodules.text.data import write_token_file
+from datamodules.text.token_documents import Document
 from diffmm.checkpoint_folders import LATEST_NAME, MANIFEST_NAME, SEAL, STATE_NAME, seal
-from diffmm.cli.recipes import find_recipe
-from diffmm.cli.settings import load, override
+from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.settings import load, override
 from diffmm.tokenizers import load_tokenizer
 
 QUICK: dict[str, Any] = {
@@ -145,12 +145,12 @@ def data(folder: Path, name: str) -> tuple[Path, Path]:
         "text": ("text/stdlib_tiny", "datamodules.text.TextFolder", {"path": str(files)}),
         "image": (
             "image/digits_tiny",
-            "datamodules.image_sources.ImageFolder",
+            "datamodules.image.ImageFolder",
             {"train": str(files), "val": str(files)},
         ),
         "audio": (
             "audio/sound_events_tiny",
-            "datamodules.audio_sources.SoundFolder",
+            "datamodules.audio.SoundFolder",
             {"folder": str(files), "val": str(files)},
         ),
     }[name]

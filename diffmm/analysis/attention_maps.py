@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffmm.layers.attention import Attention, DiffAttentionV1, DiffAttentionV2, SoftmaxAttention
+from diffmm.layers.attention import Attention
 from diffmm.layers.rope import Rotation
 from diffmm.ops import AttentionMask
 from diffmm.ops.softmax_attention.reference import attention_map
@@ -103,21 +103,14 @@ def layer_maps(
     q, k, _ = layer.project(x, rope)
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k = q.to(dtype), k.to(dtype)
-    if isinstance(layer, SoftmaxAttention):
-        q, k = q.unsqueeze(3), k.unsqueeze(3)  # one component
-        scale, lam = layer.scale, None
-    elif isinstance(layer, DiffAttentionV1 | DiffAttentionV2):
-        q = q.expand(-1, -1, -1, 2, -1)
-        scale = layer.head_dim**-0.5
-        lam = layer.lam(x).to(dtype).expand(q.shape[:3]).transpose(1, 2)
-    else:
-        raise ValueError(
-            f"maps are known of softmax, diff_v1 and diff_v2, not of a {type(layer).__name__}"
-        )
+    q, k = layer.components(q, k)
+    lam = layer.lam(x)
+    if lam is not None:
+        lam = lam.to(dtype).expand(q.shape[:3]).transpose(1, 2)
     visible = mask.to_bool(q.shape[1], k.shape[1], q.device)
     k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2).permute(3, 0, 2, 1, 4)
     components = tuple(
-        attention_map(q[:, :, :, i].transpose(1, 2), k[min(i, len(k) - 1)], visible, scale)
+        attention_map(q[:, :, :, i].transpose(1, 2), k[min(i, len(k) - 1)], visible, layer.scale)
         for i in range(q.shape[3])
     )
     return LayerMaps(name, components, lam)

@@ -11,8 +11,14 @@ from typing import NamedTuple
 
 from diffmm import __version__
 from diffmm.checks import did_you_mean
-from diffmm.cli.endings import ClosedOutput, Terminated, flush_output, is_unheard, terminable
-from diffmm.cli.errors import BadInput, RunFailed, told
+from diffmm.cli.endings import (
+    ClosedOutputError,
+    TerminatedError,
+    flush_output,
+    is_unheard,
+    terminable,
+)
+from diffmm.recipes.errors import InputError, RunFailedError, message_of
 
 
 class Verb(NamedTuple):
@@ -50,13 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = _run(arguments)
             flush_output()
             return code
-    except ClosedOutput:
+    except ClosedOutputError:
         return 141
-    except BadInput as error:
+    except InputError as error:
         for line in error.lines:
             print(f"diffmm: error: {line}", file=sys.stderr)
         return 2
-    except RunFailed as error:
+    except RunFailedError as error:
         print(f"diffmm: error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -64,11 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with suppress(OSError):
                 flush_output()
             return 141
-        print(f"diffmm: error: {told(error)}", file=sys.stderr)
+        print(f"diffmm: error: {message_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except Terminated:
+    except TerminatedError:
         return 143
     except SystemExit as end:
         # Lightning's way out after a Ctrl-C.
@@ -86,7 +92,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     verb, *rest = arguments
     if verb not in VERBS:
-        raise BadInput(f"there is no command {verb!r}{did_you_mean(verb, VERBS)} (diffmm --help)")
+        raise InputError(f"there is no command {verb!r}{did_you_mean(verb, VERBS)} (diffmm --help)")
     return importlib.import_module(f"diffmm.cli.{VERBS[verb].module}").run(verb, rest)
 
 

@@ -1,17 +1,12 @@
 """`diffmm check`: what a recipe is, and what is wrong with it, before anything is spent."""
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
-from diffmm.cli.errors import BadInput
-from diffmm.cli.recipes import find_recipe
-from diffmm.cli.settings import load
-from diffmm.cli.trust import add_trust_option
-
-if TYPE_CHECKING:
-    from diffmm.cli.memory import Memory
+from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.errors import InputError
+from diffmm.recipes.settings import load
+from diffmm.recipes.trust import add_trust_option
 
 DESCRIPTION = """Build a recipe's model without memory or data, print its size, and tell every
 mistake in the recipe. Exits with 2 if there is one."""
@@ -31,116 +26,15 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     options, overrides = parser.parse_known_args(arguments)
     values = {**load([find_recipe(options.recipe)], overrides), "run_dir": "runs"}
 
-    from diffmm.cli.mistakes import find_mistakes
-    from diffmm.cli.trainer import RecipeCLI
+    from diffmm.recipes.mistakes import find_mistakes
+    from diffmm.recipes.summary import report
+    from diffmm.recipes.trainer import RecipeCLI
 
     findings = find_mistakes(values, trust=options.trust)
     if findings.mistakes:
-        raise BadInput(*findings.mistakes)
+        raise InputError(*findings.mistakes)
     # The recipe's own parser may be stricter.
     RecipeCLI(values, build=False, trust=options.trust)
     for name, text in report(findings.model, findings.data, values).items():
         print(f"{name:<12} {text}")
     return 0
-
-
-def report(task: Any, data: Any, values: dict[str, Any]) -> dict[str, str]:
-    """What a recipe's model and steps are, in words."""
-    from diffmm.cli.memory import fake_shapes
-    from diffmm.cli.references import resolve
-
-    trainer = resolve(values)[0].get("trainer") or {}
-    model = getattr(task, "model", task)
-    lines = {"model": f"{type(model).__name__} under {type(task).__name__}"}
-    config = getattr(model, "config", None)
-    backbone = getattr(getattr(config, "encoder", config), "backbone", None)
-    if backbone is not None:
-        lines["attention"] = (
-            f"{backbone.attention}, {backbone.depth} layers of {backbone.num_heads} heads of "
-            f"{backbone.resolved_head_dim}, width {backbone.dim}, feed-forward "
-            f"{backbone.resolved_feed_forward_width}"
-        )
-    total = sum(p.numel() for p in model.parameters())
-    embedding = getattr(getattr(model, "embedding", None), "weight", None)
-    lines["parameters"] = f"{total:,} ({total / 1e6:,.1f} M)"
-    if embedding is not None:
-        lines["parameters"] += f", of which {embedding.numel():,} in the embedding"
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if trained < total:
-        lines["trained"] = f"{trained:,}"
-    try:
-        shapes = fake_shapes(task, data)
-        if shapes is not None:
-            lines["step"] = step_size(trainer, data, shapes)
-            lines["memory"] = f"about {told(step_memory(task, shapes, trainer))}"
-    except RuntimeError as error:
-        if "overflow" not in str(error):
-            raise
-        raise BadInput(
-            f"a step of data.init_args.batch_size={data.batch_size} samples has tensors larger "
-            f"than any memory: {str(error).splitlines()[0]}"
-        ) from error
-    return lines
-
-
-def step_memory(task: Any, shapes: dict[str, Any], trainer: dict[str, Any]) -> "Memory":
-    """What a training step on batches of `shapes` takes, under the settings of a trainer."""
-    from diffmm.cli.memory import estimate_memory
-
-    return estimate_memory(
-        task,
-        shapes,
-        precision=str(trainer.get("precision") or "32-true"),
-        num_shards=num_devices(trainer) if "fsdp" in str(trainer.get("strategy")).lower() else 1,
-        num_splits=tensor_parallel_size(trainer),
-    )
-
-
-def told(memory: "Memory") -> str:
-    """An estimate in words."""
-    parts = {f.name: getattr(memory, f.name) for f in dataclasses.fields(memory)}
-    split = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
-    return f"{gib(memory.total)} a device: {split}"
-
-
-def step_size(trainer: dict[str, Any], data: Any, shapes: dict[str, Any]) -> str:
-    """Samples, and tokens of a text, of one optimizer step."""
-    accumulated, split = trainer.get("accumulate_grad_batches") or 1, tensor_parallel_size(trainer)
-    known = num_devices(trainer) // split
-    samples = data.batch_size * accumulated * known
-    text = f"{samples:,} samples"
-    if "tokens" in shapes:
-        text += f", {samples * shapes['tokens'][0][1]:,} tokens"
-    detail = f"{data.batch_size} a batch"
-    detail += f" x {accumulated} batches" if accumulated > 1 else ""
-    who = "devices" if split == 1 else f"groups of {split} devices"
-    detail += f" x {known} {who}" if known > 1 else ""
-    devices = trainer.get("devices", "auto")
-    if not isinstance(devices, int) or devices < 1:
-        detail += f", for each device (devices: {devices})"
-    return f"{text} ({detail})"
-
-
-def num_devices(trainer: dict[str, Any]) -> int:
-    """Of all nodes; one where the recipe leaves it to the machine."""
-    devices = trainer.get("devices", "auto")
-    known = devices if isinstance(devices, int) and devices > 0 else 1
-    return known * (trainer.get("num_nodes") or 1)
-
-
-def tensor_parallel_size(trainer: dict[str, Any]) -> int:
-    """How many devices share the heads of a block, and so compute on the same samples."""
-    from diffmm.training.parallel import StrategyRegistry
-
-    strategy = trainer.get("strategy")
-    settings: dict[str, Any] = {}
-    if isinstance(strategy, dict):
-        settings = strategy.get("init_args") or {}
-    elif strategy in StrategyRegistry:
-        settings = StrategyRegistry[strategy]["init_params"]
-    return settings.get("tensor_parallel_size", 1)
-
-
-def gib(num_bytes: int) -> str:
-    """Bytes in a unit that suits them."""
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:.1f} MiB"

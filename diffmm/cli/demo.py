@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffmm import __version__
-from diffmm.cli.errors import BadInput
-from diffmm.cli.recipes import description, find_recipe
-from diffmm.cli.settings import load, override
+from diffmm.recipes.catalog import description, find_recipe
+from diffmm.recipes.errors import InputError
+from diffmm.recipes.settings import load, override
 
 if TYPE_CHECKING:
     from diffmm.analysis.report import Section
@@ -86,7 +86,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     )
     options = parser.parse_args(arguments)
     if options.max_steps is not None and options.max_steps < 1:
-        raise BadInput(f"--max-steps must be at least 1, got {options.max_steps}")
+        raise InputError(f"--max-steps must be at least 1, got {options.max_steps}")
     demo(options.output, max_steps=options.max_steps)
     return 0
 
@@ -100,7 +100,7 @@ def demo(output: Path, *, max_steps: int | None = None) -> None:
         max_steps: of every run; as their recipes say by default.
 
     Raises:
-        BadInput: if `output` holds anything else.
+        InputError: if `output` holds anything else.
     """
     start = time.monotonic()
     with replacing(output) as directory:
@@ -160,10 +160,10 @@ def replacing(target: Path) -> Iterator[Path]:
     """A new directory, which takes the place of `target` when the block ends well.
 
     Raises:
-        BadInput: if `target` holds something that is no demo.
+        InputError: if `target` holds something that is no demo.
     """
     if target.exists() and not (target.is_dir() and _is_ours(target)):
-        raise BadInput(
+        raise InputError(
             f"{target} is there and holds no earlier demo: give another --output, or remove it"
         )
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from diffmm.analysis.results import Curve, RunResult
 from diffmm.cli.demo import Modality
-from diffmm.cli.trainer import ConfigSaver, RecipeCLI
+from diffmm.recipes.trainer import RecipeCLI
+from diffmm.runs.saving import ConfigSaver
 
 POINTS = 40
 """Of a training curve."""
@@ -30,7 +31,7 @@ def train(modality: Modality, values: dict[str, Any], run_dir: Path, progress: s
 
     Args:
         modality: of the recipe.
-        values: of the recipe, as `diffmm.cli.settings.load` gives them.
+        values: of the recipe, as `diffmm.recipes.settings.load` gives them.
         run_dir: where the run is kept, as any other.
         progress: how the line on it begins.
     """

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 
-class Terminated(SystemExit):
+class TerminatedError(SystemExit):
     """SIGTERM came: what has been begun is put away, and the command exits with 143."""
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Terminated(SystemExit):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM raise `Terminated`, where nothing else (a run that saves first) obeys it.
+    """Let SIGTERM raise `TerminatedError`, where nothing else (a run that saves first) obeys it.
 
     Ctrl-C keeps its handler, which Lightning takes away when it has come once.
     """
@@ -31,7 +31,7 @@ def terminable() -> Iterator[None]:
 
     def obey(number: int, frame: FrameType | None) -> None:
         if os.getpid() == process:
-            raise Terminated
+            raise TerminatedError
         # A forked process, which has nothing to put away.
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
@@ -61,11 +61,11 @@ def flush_output() -> None:
             os.dup2(nowhere, sys.stdout.fileno())
             os.close(nowhere)
         if is_closed:
-            raise ClosedOutput from None
+            raise ClosedOutputError from None
         raise
 
 
-class ClosedOutput(BrokenPipeError):
+class ClosedOutputError(BrokenPipeError):
     """Nobody reads what this command prints any more: `diffmm recipes | head -1`."""
 
 

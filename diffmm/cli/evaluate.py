@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffmm.cli.errors import BadInput, refusing
 from diffmm.cli.fit import print_help, wants_help
-from diffmm.cli.recipes import find_recipe
-from diffmm.cli.settings import load, merge
-from diffmm.cli.trust import add_trust_option
+from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.errors import InputError, refusing
+from diffmm.recipes.settings import load, merge
+from diffmm.recipes.trust import add_trust_option
 
 QUIET = {"trainer": {"logger": False, "enable_checkpointing": False}}
 """Evaluation writes nothing beside its result."""
@@ -23,12 +23,12 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         return print_help(parser, options, overrides)
     for name in ("config", "weights"):
         if getattr(options, name) is None:
-            raise BadInput(f"diffmm {verb} needs --{name} {name.upper()}")
+            raise InputError(f"diffmm {verb} needs --{name} {name.upper()}")
     output = Path(options.output) if verb == "predict" else None
     if output is not None and output.exists():
-        raise BadInput(f"{output} exists already: choose another --output")
+        raise InputError(f"{output} exists already: choose another --output")
     if output is not None and not output.parent.is_dir():
-        raise BadInput(f"there is no folder {output.parent} to write {output.name} to")
+        raise InputError(f"there is no folder {output.parent} to write {output.name} to")
     values = load([find_recipe(name) for name in options.config], overrides)
     return evaluate(verb, values, options.weights, output, trust=options.trust)
 
@@ -76,11 +76,11 @@ def evaluate(
     """Run one of Lightning's evaluation loops over a recipe's data.
 
     Raises:
-        BadInput: for mistakes in the recipe, and for weights of another architecture.
+        InputError: for mistakes in the recipe, and for weights of another architecture.
     """
     from diffmm.cli.predictions import gathered, joined, save
-    from diffmm.cli.trainer import RecipeCLI, leave_processes, refusing_before_training
     from diffmm.models.weights import load_weights
+    from diffmm.recipes.trainer import RecipeCLI, leave_processes, refusing_before_training
 
     quiet = merge(values, {**QUIET, "run_dir": "runs"})
     callbacks = quiet["trainer"].get("callbacks")
@@ -89,7 +89,7 @@ def evaluate(
     cli = RecipeCLI(quiet, trust=trust)
     task: Any = cli.model
     if not hasattr(task, "model"):
-        raise BadInput(f"{type(task).__name__} has no model to load weights into")
+        raise InputError(f"{type(task).__name__} has no model to load weights into")
     with refusing():
         load_weights(task.model, weights)
     # Lightning's own lets an evaluation go on after SIGTERM, or end it with 0.

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmm.checkpoint_folders import find_state
-from diffmm.cli.claims import claimed
-from diffmm.cli.errors import BadInput, RunFailed, refusing
-from diffmm.cli.lengths import Longer, lengthened, outlook, step_of
-from diffmm.cli.recipes import find_recipe, header
-from diffmm.cli.runs import find_run, new_run, same_run, saved_config, warn
-from diffmm.cli.settings import load, override
-from diffmm.cli.trust import add_trust_option
+from diffmm.recipes.catalog import find_recipe, header
+from diffmm.recipes.errors import InputError, RunFailedError, refusing, warn
+from diffmm.recipes.lengths import Longer, lengthened, outlook, step_of
+from diffmm.recipes.settings import load, override
+from diffmm.recipes.trust import add_trust_option
+from diffmm.runs.claims import claimed
+from diffmm.runs.directories import find_run, new_run, same_run, saved_config
 
 if TYPE_CHECKING:
-    from diffmm.cli.trainer import RecipeCLI
+    from diffmm.recipes.trainer import RecipeCLI
 
 AUTO = "auto"
 
@@ -37,10 +37,10 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     refuse_ckpt_path(verb, overrides)
     recipe = (options.config or [None])[-1]
     if verb == "fit" and options.allow_changed_data and options.resume is None:
-        raise BadInput("--allow-changed-data is for a run that goes on: it needs --resume")
+        raise InputError("--allow-changed-data is for a run that goes on: it needs --resume")
     if verb == "fit" and options.resume not in (None, AUTO):
         if recipe or options.name or options.run_dir:
-            raise BadInput(
+            raise InputError(
                 "--resume goes on with a run as it was: it takes no recipe or name. A new run from "
                 "its weights is `diffmm finetune`"
             )
@@ -50,12 +50,12 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         }
         return leave(resume(Path(options.resume), overrides, **allowed))
     if recipe is None:
-        raise BadInput(f"diffmm {verb} needs --config RECIPE (diffmm recipes lists them)")
+        raise InputError(f"diffmm {verb} needs --config RECIPE (diffmm recipes lists them)")
     paths = [find_recipe(name) for name in options.config]
     values = load(paths, overrides)
     if verb == "finetune":
         if options.weights is None:
-            raise BadInput("diffmm finetune needs --weights CKPT: what to start from")
+            raise InputError("diffmm finetune needs --weights CKPT: what to start from")
         with refusing():
             # Of a run, the checkpoint that is its newest now.
             weights = find_state(Path(options.weights), warn=warn)
@@ -75,7 +75,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 def leave(code: int) -> int:
     """Part from the run's other processes, if there are any."""
-    from diffmm.cli.trainer import leave_processes
+    from diffmm.recipes.trainer import leave_processes
 
     leave_processes(code)
     return code
@@ -134,7 +134,7 @@ def print_help(
     parser: argparse.ArgumentParser, options: argparse.Namespace, overrides: Sequence[str]
 ) -> int:
     """The help of a verb and of all settings, or of a class."""
-    from diffmm.cli.trainer import print_settings
+    from diffmm.recipes.trainer import print_settings
 
     if options.help:
         parser.print_help()
@@ -147,10 +147,10 @@ def refuse_ckpt_path(verb: str, overrides: Sequence[str]) -> None:
     """Lightning's own option would start a run that is neither new nor resumed.
 
     Raises:
-        BadInput: naming what to use.
+        InputError: naming what to use.
     """
     if any(argument.partition("=")[0] == "--ckpt_path" for argument in overrides):
-        raise BadInput(
+        raise InputError(
             f"diffmm {verb} takes no --ckpt_path: a run goes on with `diffmm fit --resume RUN`, "
             f"and a new one starts from weights with `diffmm finetune --weights CKPT`"
         )
@@ -160,7 +160,7 @@ def resume(
     run_dir: Path, overrides: Sequence[str] = (), *, trust: bool, allow_changed_data: bool
 ) -> int:
     """Go on with a run from its newest whole checkpoint, under its own config, but perhaps for
-    longer. Code that the config names outside `diffmm.cli.trust.KNOWN` is refused without
+    longer. Code that the config names outside `diffmm.recipes.trust.KNOWN` is refused without
     `trust`, and data that the run did not begin with without `allow_changed_data`."""
     saved_config(run_dir)
     with claimed(run_dir):
@@ -204,28 +204,25 @@ def train(
         checkpoint: where to go on; from the beginning without.
         is_new: the config is still to be saved.
         longer: what was given to a run that goes on with another length.
-        trust: run also code that the values name outside `diffmm.cli.trust.KNOWN`: a recipe of the
-            user's own is given to be run.
+        trust: run also code that the values name outside `diffmm.recipes.trust.KNOWN`, since a
+            recipe of the user's own is given to be run.
         allow_changed_data: go on with other data than those of the checkpoint.
 
     Returns:
         The exit code: 0, or 130 or 143 if a signal stopped the run.
 
     Raises:
-        BadInput: before the first step, leaving nothing behind.
-        RunFailed: if there were too many bad numbers or samples, weights that are not finite,
+        InputError: before the first step, leaving nothing behind.
+        RunFailedError: if there were too many bad numbers or samples, weights that are not finite,
             checkpoints that could not be written, or not enough memory.
     """
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from diffmm.cli.out_of_memory import advice, is_out_of_memory
-    from diffmm.cli.trainer import (
-        ConfigSaver,
-        RecipeCLI,
-        refusing_before_training,
-    )
-    from diffmm.training.bad_numbers import TooManyBadNumbers
-    from diffmm.training.checkpoints import BadWeights, SaveFailed
+    from diffmm.recipes.out_of_memory import advice, is_out_of_memory
+    from diffmm.recipes.trainer import RecipeCLI, refusing_before_training
+    from diffmm.runs.saving import ConfigSaver
+    from diffmm.training.resilience.checkpoints import NonFiniteWeightsError, SaveFailedError
+    from diffmm.training.resilience.non_finite import TooManyNonFiniteStepsError
 
     cli = RecipeCLI({**values, "run_dir": str(run_dir)}, trust=trust)
     if checkpoint is not None:
@@ -252,12 +249,12 @@ def train(
         message = ending(trainer, run_dir, is_resumed=checkpoint is not None, since=first_step)
     except SIGTERMException as stop:
         code, message = int(stop.code or 0), f"stopped: go on with `diffmm fit --resume {run_dir}`"
-    except (TooManyBadNumbers, BadWeights, SaveFailed) as error:
-        raise RunFailed(str(error)) from error
+    except (TooManyNonFiniteStepsError, NonFiniteWeightsError, SaveFailedError) as error:
+        raise RunFailedError(str(error)) from error
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise RunFailed(advice(error, values, run_dir, cli.trainer.global_step)) from error
+        raise RunFailedError(advice(error, values, run_dir, cli.trainer.global_step)) from error
     if cli.trainer.is_global_zero:
         print(message)
     return code
@@ -265,8 +262,8 @@ def train(
 
 def ending(trainer: Any, run_dir: Path, *, is_resumed: bool, since: int) -> str:
     """What a run that has come to an end by itself says last."""
-    from diffmm.training.checkpoints.exact import is_out_of_time
-    from diffmm.training.checkpoints.progress import is_complete
+    from diffmm.training.resilience.checkpoints.exact import is_out_of_time
+    from diffmm.training.resilience.checkpoints.progress import is_complete
 
     step = trainer.global_step
     if is_out_of_time(trainer) and not is_complete(trainer):
@@ -292,7 +289,7 @@ def check_weights(cli: "RecipeCLI", checkpoint: Path | None) -> None:
     """Refuse a checkpoint that does not fit before anything is written.
 
     Raises:
-        BadInput: naming the keys and shapes that differ.
+        InputError: naming the keys and shapes that differ.
     """
     from diffmm.models.weights import load_weights
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffmm.checkpoint_folders import find_state
-from diffmm.cli.errors import BadInput, refusing
-from diffmm.cli.runs import warn
+from diffmm.recipes.errors import InputError, refusing, warn
 
 MAX_NEW_TOKENS = 200
 
@@ -61,7 +60,7 @@ def generate(options: argparse.Namespace) -> None:
     """Write the continuation.
 
     Raises:
-        ValueError, FileNotFoundError, BadInput: naming the file or the option at fault.
+        ValueError, FileNotFoundError, InputError: naming the file or the option at fault.
     """
     import torch
 
@@ -73,19 +72,19 @@ def generate(options: argparse.Namespace) -> None:
     path = find_state(Path(options.checkpoint), warn=warn)
     model = load_model(path)
     if not isinstance(model, TextModel):
-        raise BadInput(f"{path} holds a {type(model).__name__}: only a text model writes text")
+        raise InputError(f"{path} holds a {type(model).__name__}: only a text model writes text")
     tokenizer = load_tokenizer(options.tokenizer or tokenizer_name(path))
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise BadInput(
+        raise InputError(
             f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, the model of {path} "
             f"knows {model.config.vocab_size}: give the one it was trained with (--tokenizer)"
         )
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     ids = tokenizer.encode(prompt)
     if not ids:
-        raise BadInput("the prompt is empty: give it a character at least")
+        raise InputError("the prompt is empty: give it a character at least")
     if not -(2**63) <= options.seed < 2**64:
-        raise BadInput(f"seed must be a number of 64 bits, got {options.seed}")
+        raise InputError(f"seed must be a number of 64 bits, got {options.seed}")
     max_new_tokens = options.max_new_tokens
     if max_new_tokens is None:
         max_new_tokens = max(1, min(MAX_NEW_TOKENS, model.config.max_length - len(ids)))
@@ -112,7 +111,7 @@ def tokenizer_name(path: Path) -> str:
     """The tokenizer that a checkpoint names.
 
     Raises:
-        BadInput: if it names none.
+        InputError: if it names none.
     """
     import torch
 
@@ -120,7 +119,7 @@ def tokenizer_name(path: Path) -> str:
     if path.suffix == ".ckpt":
         name = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("tokenizer")
     if name is None:
-        raise BadInput(f"{path} names no tokenizer: give it (--tokenizer bytes)")
+        raise InputError(f"{path} names no tokenizer: give it (--tokenizer bytes)")
     return name
 
 
@@ -128,7 +127,7 @@ def find_device(name: str) -> str:
     """The device that is asked for; `auto` is the accelerator where there is one.
 
     Raises:
-        BadInput: for one that is not there.
+        InputError: for one that is not there.
     """
     import torch
 
@@ -138,5 +137,5 @@ def find_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"there is no device {name!r}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"there is no device {name!r}: {str(error).splitlines()[0]}") from error
     return name

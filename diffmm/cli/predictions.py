@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmm.cli.errors import RunFailed, told
+from diffmm.recipes.errors import RunFailedError, message_of
 
 Batch = dict[str, Tensor]
 
@@ -49,7 +49,7 @@ def save(predictions: dict[str, Any], path: Path) -> None:
     """Write predictions to a file, whole or not at all.
 
     Raises:
-        RunFailed: if they cannot be written: the disk is full, say.
+        RunFailedError: if they cannot be written: the disk is full, say.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -61,6 +61,8 @@ def save(predictions: dict[str, Any], path: Path) -> None:
         cause: BaseException = error
         while not isinstance(cause, OSError) and cause.__context__ is not None:
             cause = cause.__context__
-        raise RunFailed(f"the predictions could not be written to {path}: {told(cause)}") from error
+        raise RunFailedError(
+            f"the predictions could not be written to {path}: {message_of(cause)}"
+        ) from error
     finally:
         unfinished.unlink(missing_ok=True)

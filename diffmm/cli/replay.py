@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmm.checkpoint_folders import DIRECTORY_NAME
-from diffmm.cli.errors import BadInput, refusing
-from diffmm.cli.runs import find_run
-from diffmm.cli.settings import load, merge
-from diffmm.cli.trust import add_trust_option
+from diffmm.recipes.errors import InputError, refusing
+from diffmm.recipes.settings import load, merge
+from diffmm.recipes.trust import add_trust_option
+from diffmm.runs.directories import find_run
 
 if TYPE_CHECKING:
-    from diffmm.training.replay import MicroBatch
+    from diffmm.training.resilience.replay import MicroBatch
 
 ALONE = {"trainer": {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}}
 """One process makes the step, and writes nothing."""
@@ -46,13 +46,13 @@ def batch_files(run: Path) -> list[Path]:
     """What a run left behind of the last step that it stopped at, one file a process at fault.
 
     Raises:
-        BadInput: if it left nothing.
+        InputError: if it left nothing.
     """
-    from diffmm.training.bad_numbers import BATCH_NAME
+    from diffmm.training.resilience.non_finite import BATCH_NAME
 
     files = sorted(run.glob(f"{BATCH_NAME}_*.pt"))
     if not files:
-        raise BadInput(f"{run} has no {BATCH_NAME}_*.pt: it did not stop for bad numbers")
+        raise InputError(f"{run} has no {BATCH_NAME}_*.pt: it did not stop for bad numbers")
     step = files[-1].name.removeprefix(f"{BATCH_NAME}_").split("_")[0]
     return [file for file in files if file.name.startswith(f"{BATCH_NAME}_{step}_")]
 
@@ -61,11 +61,11 @@ def replay_file(run: Path, file: Path, weights: str | None, *, trust: bool) -> N
     """Make the step of one process again, and print what is not finite in it.
 
     Raises:
-        BadInput: for a file that is no such batch, or weights that do not fit.
+        InputError: for a file that is no such batch, or weights that do not fit.
     """
-    from diffmm.cli.trainer import RecipeCLI
     from diffmm.models.weights import load_weights
-    from diffmm.training.replay import load_batches, replay
+    from diffmm.recipes.trainer import RecipeCLI
+    from diffmm.training.resilience.replay import load_batches, replay
 
     config, newest = find_run(str(run))
     with refusing():
@@ -73,17 +73,17 @@ def replay_file(run: Path, file: Path, weights: str | None, *, trust: bool) -> N
     own = run / DIRECTORY_NAME / f"step_{content['step']:08d}"
     chosen = weights or (own if own.is_dir() else newest)
     if chosen is None:
-        raise BadInput(f"{run} has no checkpoint: give --weights CKPT")
+        raise InputError(f"{run} has no checkpoint: give --weights CKPT")
     cli = RecipeCLI(merge(load([config]), {**ALONE, "run_dir": str(run)}), trust=trust)
     task: Any = cli.model
     with refusing():
         load_weights(task.model, chosen)
     print(f"{file}, with the weights of {chosen}")
     for number, found in enumerate(replay(cli.trainer, task, content)):
-        print(f"  micro-batch {number}: {told(found)}")
+        print(f"  micro-batch {number}: {message_of(found)}")
 
 
-def told(found: "MicroBatch") -> str:
+def message_of(found: "MicroBatch") -> str:
     """One line about a micro-batch."""
     parts = [f"loss {found.loss:.6g}"]
     if found.fields:

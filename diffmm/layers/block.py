@@ -6,7 +6,6 @@ from torch.utils.checkpoint import checkpoint
 
 from diffmm.layers.attention import Attention
 from diffmm.layers.cache import LayerCache
-from diffmm.layers.norm import LayerNorm, RMSNorm
 from diffmm.layers.rope import Rotation
 from diffmm.ops import AttentionMask
 
@@ -31,7 +30,7 @@ class Block(nn.Module):
         self,
         attention: Attention,
         feed_forward: nn.Module,
-        norms: tuple[RMSNorm | LayerNorm, RMSNorm | LayerNorm],
+        norms: tuple[nn.Module, nn.Module],
         *,
         dim: int,
         dropout: float = 0.0,
@@ -42,8 +41,8 @@ class Block(nn.Module):
         self.attention_norm, self.feed_forward_norm = norms
         self.attention = attention
         self.feed_forward = feed_forward
-        self.attention_branch = Branch(dim, dropout, drop_path, layer_scale)
-        self.feed_forward_branch = Branch(dim, dropout, drop_path, layer_scale)
+        self.attention_branch = ResidualBranch(dim, dropout, drop_path, layer_scale)
+        self.feed_forward_branch = ResidualBranch(dim, dropout, drop_path, layer_scale)
 
     def forward(
         self,
@@ -74,7 +73,7 @@ class Block(nn.Module):
         return x + self.feed_forward_branch(self.feed_forward(self.feed_forward_norm(x)))
 
 
-class Branch(nn.Module):
+class ResidualBranch(nn.Module):
     """What happens to a branch's output before it is added: scale, dropout, stochastic depth."""
 
     def __init__(

@@ -4,6 +4,9 @@ from typing import Any
 
 from torch import nn
 
+INIT_STD = 0.02
+"""Standard deviation of weights at the start, where a config gives no other."""
+
 
 class Started(nn.Module):
     """What the layers of this file share.
@@ -41,3 +44,24 @@ class Conv1d(Started, nn.Conv1d):
 
 class Conv2d(Started, nn.Conv2d):
     """`torch.nn.Conv2d`."""
+
+
+class Conv3d(Started, nn.Conv3d):
+    """`torch.nn.Conv3d`."""
+
+
+PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers whose `weight` starts at a size of its own and takes weight decay."""
+
+
+def init_weights(module: nn.Module, std: float) -> None:
+    """Start a projection or an embedding with weights of this size and biases of zero; leave every
+    other module as it is. The layers of this file then start so at each `reset_parameters`."""
+    if isinstance(module, Started):
+        module.init_std = std
+        module.reset_parameters()
+    elif isinstance(module, (*PROJECTIONS, nn.Embedding)):
+        nn.init.trunc_normal_(module.weight, std=std)
+        bias: Any = getattr(module, "bias", None)
+        if bias is not None:
+            nn.init.zeros_(bias)

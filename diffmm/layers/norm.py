@@ -1,12 +1,15 @@
 """Normalizations. All compute in float32 (or wider) and give back their input's dtype."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from diffmm.layers.registry import Layer, registration
 
-def widen(x: Tensor) -> Tensor:
+
+def upcast(x: Tensor) -> Tensor:
     """`x` in float32, or as it is where it is wider."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -34,7 +37,7 @@ class RMSNorm(nn.Module):
         nn.init.constant_(self.weight, self.init_weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = widen(x)
+        wide = upcast(x)
         wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
         return (wide * self.weight).to(x.dtype)
 
@@ -73,10 +76,16 @@ class CosineNorm(nn.Module):
             nn.init.constant_(self.logit_scale, math.log(10.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = nn.functional.normalize(widen(x), dim=-1, eps=1e-6)
+        wide = nn.functional.normalize(upcast(x), dim=-1, eps=1e-6)
         if self.logit_scale is not None:
             wide = wide * self.logit_scale.clamp(max=math.log(100.0)).exp()
         return wide.to(x.dtype)
 
 
-NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+"""What `BackboneConfig.norm` may be: classes made from a width."""
+
+
+def register_norm(name: str) -> Callable[[Layer], Layer]:
+    """A class decorator with which `BackboneConfig(norm=name)` takes a norm, `Norm(dim)`."""
+    return registration(NORMS, name)

@@ -3,17 +3,18 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from diffmm.checks import check_choice
+from diffmm.layers.linear import INIT_STD, init_weights
 from diffmm.layers.patch import as_size, patchify
 from diffmm.layers.positions import Grid, coordinates, resample
 from diffmm.layers.spectrogram import LogMelSpectrogram, check_waveforms, zero_beyond
 from diffmm.layers.stem import FrameStem, PatchStem
-from diffmm.models.backbone import init_weights
 from diffmm.models.encoder import Embedded, Encoder, EncoderConfig
 
 NO_PATCHES = "only patches that do not overlap can be told apart: use stem 'patch', no patch_stride"
@@ -133,7 +134,7 @@ class AudioModel(Encoder):
             grid = stem.grid(spectrogram.num_frames(config.samples_in(config.clip_seconds)))
         super().__init__(config, grid)
         self.spectrogram, self.stem, self.augment = spectrogram, stem, None
-        self.stem.apply(init_weights)
+        self.stem.apply(partial(init_weights, std=INIT_STD))
 
     def forward(self, waveforms: Tensor, num_samples: Tensor | None = None) -> Tensor:
         """Logits `[B, num_classes]` (features without a head).
@@ -193,7 +194,7 @@ class AudioModel(Encoder):
             if num_frames is not None:
                 log_mel = zero_beyond(log_mel, num_frames)
         grid = self.stem.grid(log_mel.shape[2])
-        tokens = self.stem(log_mel.to(self.backbone.norm.weight.dtype), num_frames)
+        tokens = self.stem(log_mel.to(next(self.stem.parameters()).dtype), num_frames)
         if self.positions is not None:
             tokens = tokens + self.positions(tokens.shape[1])
         key_padding = self._key_padding(num_frames, grid) if num_frames is not None else None

@@ -11,6 +11,7 @@ from diffmm.models.audio import AudioModel
 from diffmm.models.image import ImageModel
 from diffmm.models.masked_autoencoder import MaskedAutoencoder
 from diffmm.models.text import TextModel
+from diffmm.renamed import with_new_names
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,6 +50,7 @@ def build(description: dict[str, Any]) -> nn.Module:
     """
     if not isinstance(description, dict) or set(description) != {"class_path", "config"}:
         raise ValueError(f"a description has a class_path and a config, got {description!r:.200}")
+    description = with_new_names(description, "the model's description")
     check_choice("class_path", description["class_path"], MODELS)
     model_class = MODELS[description["class_path"]]
     return model_class(configured(_config_class(model_class), description["config"]))

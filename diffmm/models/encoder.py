@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from diffmm.checks import Settings, check_choice
-from diffmm.layers.linear import Linear
-from diffmm.layers.norm import widen
+from diffmm.layers.linear import Linear, init_weights
+from diffmm.layers.norm import upcast
 from diffmm.layers.positions import Grid, LearnedPositions, resample
-from diffmm.models.backbone import Backbone, BackboneConfig, init_weights
+from diffmm.models.backbone import Backbone, BackboneConfig
 from diffmm.ops import AttentionMask
 
 POOLS = ("cls", "mean")
@@ -25,8 +25,8 @@ class EncoderConfig(Settings):
     Attributes:
         backbone: its blocks, with rotary positions of the modality or none.
         num_classes: outputs of the head; 0 means no head, and pooled features come out.
-        class_token: whether a learned token leads the sequence.
-        num_registers: learned tokens after it that nobody reads (Darcet et al. 2024).
+        cls_token: whether a learned token leads the sequence.
+        num_reg_tokens: learned tokens after it that nobody reads (Darcet et al. 2024).
         pool: what the head reads: the class token, or the mean over patches alone.
         learned_positions: a learned embedding for every place, beside or in place of rotary ones.
 
@@ -36,19 +36,19 @@ class EncoderConfig(Settings):
 
     backbone: BackboneConfig
     num_classes: int = 0
-    class_token: bool = True
-    num_registers: int = 0
+    cls_token: bool = True
+    num_reg_tokens: int = 0
     pool: Literal["cls", "mean"] = "cls"
     learned_positions: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_classes", "num_registers"):
+        for name in ("num_classes", "num_reg_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         check_choice("pool", self.pool, POOLS)
-        if self.pool == "cls" and not self.class_token:
-            raise ValueError("pool='cls' needs class_token=True: set it, or pool='mean'")
+        if self.pool == "cls" and not self.cls_token:
+            raise ValueError("pool='cls' needs cls_token=True: set it, or pool='mean'")
         if self.backbone.rope not in ("none", self.rope_kind):
             raise ValueError(
                 f"the tokens here have {self.rope_kind} positions, but the backbone's rope is "
@@ -107,9 +107,9 @@ class Encoder(nn.Module):
         self.config = config
         self.max_grid = max_grid
         dim, num_prefix = config.backbone.dim, self.num_prefix_tokens
-        self.class_token = nn.Parameter(torch.empty(1, dim)) if config.class_token else None
-        self.registers = (
-            nn.Parameter(torch.empty(config.num_registers, dim)) if config.num_registers else None
+        self.cls_token = nn.Parameter(torch.empty(1, dim)) if config.cls_token else None
+        self.reg_token = (
+            nn.Parameter(torch.empty(config.num_reg_tokens, dim)) if config.num_reg_tokens else None
         )
         self.positions = None
         if config.learned_positions:
@@ -137,7 +137,7 @@ class Encoder(nn.Module):
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens in front of the patches: class token and registers."""
-        return int(self.config.class_token) + self.config.num_registers
+        return int(self.config.cls_token) + self.config.num_reg_tokens
 
     def encode(
         self, embedded: Embedded, indices: Sequence[int] = ()
@@ -151,7 +151,7 @@ class Encoder(nn.Module):
             the outputs of the blocks in `indices`, before it.
         """
         parts: list[Tensor] = [
-            part for part in (self.class_token, self.registers) if part is not None
+            part for part in (self.cls_token, self.reg_token) if part is not None
         ]
         if parts:
             prefix = torch.cat(parts)
@@ -196,7 +196,7 @@ class Encoder(nn.Module):
             if key_padding is None:
                 pooled = patches.mean(dim=1)
             else:
-                real = widen(patches).masked_fill(~key_padding[..., None], 0.0).sum(dim=1)
+                real = upcast(patches).masked_fill(~key_padding[..., None], 0.0).sum(dim=1)
                 pooled = (real / key_padding.sum(dim=1, keepdim=True)).to(features.dtype)
         return pooled if pre_logits else self.head(pooled)
 
@@ -212,7 +212,7 @@ class Encoder(nn.Module):
         """
         changes: dict[str, Any] = {} if global_pool is None else {"pool": global_pool}
         self.config = replace(self.config, num_classes=num_classes, **changes)
-        weight = self.backbone.norm.weight
+        weight = next(self.backbone.parameters())
         head = _make_head(self.config.backbone, num_classes)
         self.head = head.to(device=weight.device, dtype=weight.dtype).train(self.training)
 

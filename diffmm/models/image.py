@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
 
 from diffmm.checks import check_choice
+from diffmm.layers.linear import INIT_STD, init_weights
 from diffmm.layers.patch import PatchEmbedding, Size, as_size, patchify
 from diffmm.layers.positions import coordinates
-from diffmm.models.backbone import init_weights
 from diffmm.models.encoder import Embedded, Encoder, EncoderConfig
 
 
@@ -79,7 +80,7 @@ class ImageModel(Encoder):
         self.patch_embedding = PatchEmbedding(
             config.in_channels, config.backbone.dim, as_size(config.patch_size)
         )
-        self.patch_embedding.apply(init_weights)
+        self.patch_embedding.apply(partial(init_weights, std=INIT_STD))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits `[B, num_classes]` of `images`, `[B, C, H, W]` (features without a head).

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from diffmm.checks import Settings
-from diffmm.layers.linear import Linear
+from diffmm.layers.linear import Linear, init_weights
 from diffmm.layers.positions import LearnedPositions
 from diffmm.models.audio import NO_PATCHES, AudioConfig, AudioModel
-from diffmm.models.backbone import Backbone, BackboneConfig, init_weights
+from diffmm.models.backbone import Backbone, BackboneConfig
 from diffmm.models.encoder import Embedded, Encoder
 from diffmm.models.image import ImageConfig, ImageModel
 from diffmm.ops import AttentionMask

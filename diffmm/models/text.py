@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from diffmm.checks import Settings
 from diffmm.layers.cache import KVCache
-from diffmm.layers.linear import Embedding, Linear
-from diffmm.models.backbone import Backbone, BackboneConfig, init_weights
+from diffmm.layers.linear import Embedding, Linear, init_weights
+from diffmm.models.backbone import Backbone, BackboneConfig
 from diffmm.ops import AttentionMask
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from diffmm.checkpoint_folders import STATE_NAME, find_state
 from diffmm.models.backbone import BackboneConfig
 from diffmm.models.description import build, configured, describe, unwrap
+from diffmm.renamed import weights_with_new_names
 
 __all__ = ["build", "describe", "load_model", "load_weights", "save_model"]
 
@@ -162,6 +163,7 @@ def _read(file: Path) -> _Contents:
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata() or {}
                 weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            weights = weights_with_new_names(weights)
             text = metadata.get(DESCRIPTION_KEY)
             return _Contents(weights, json.loads(text) if text is not None else None)
         except (SafetensorError, json.JSONDecodeError) as error:
@@ -187,6 +189,7 @@ def _read(file: Path) -> _Contents:
     averaged = averaging is None or averaging["n_averaged"] > 0
     weights = checkpoint["state_dict" if averaged else "current_model_state"]
     weights = _under(weights, CHECKPOINT_PREFIX) if isinstance(weights, dict) else {}
+    weights = weights_with_new_names(weights)
     for name, value in weights.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{file} holds a {type(value).__name__} as {name}, not a tensor")

@@ -9,14 +9,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from diffmm.layers.attention import DiffAttentionV1, DiffAttentionV2
+from diffmm.layers.attention import Attention
 from diffmm.training.parallel import data_share
 
 
 class LambdaMonitor(Callback):
     """Logs `lambda/layer_00`, ...: the mean of each differential layer's lambda.
 
-    In v1 that is the layer's one lambda; in v2 the mean over the heads and tokens of the batch's
+    Where each head and token has a lambda of its own, that is the mean over those of the batch's
     first sample. It is measured at logging steps, by one more forward pass of that sample without
     gradients, eager and in evaluation mode. So training itself carries no hooks (which compiled and
     recomputed blocks could not have), draws the same random numbers with and without this
@@ -45,24 +45,26 @@ class LambdaMonitor(Callback):
             pl_module.log(f"lambda/layer_{index:02d}", mean)
 
 
-def differential_layers(module: nn.Module) -> dict[int, nn.Module]:
+def differential_layers(module: nn.Module) -> dict[int, Attention]:
     """The differential attention layers of a module's first backbone, by layer index."""
-    layers: dict[int, nn.Module] = {}
+    layers: dict[int, Attention] = {}
     for layer in module.modules():
-        if isinstance(layer, DiffAttentionV1 | DiffAttentionV2):
+        if isinstance(layer, Attention) and layer.is_differential:
             layers.setdefault(layer.layer_index, layer)
     return layers
 
 
 def mean_lambdas(
-    task: LightningModule, layers: dict[int, nn.Module], batch: dict[str, Tensor]
+    task: LightningModule, layers: dict[int, Attention], batch: dict[str, Tensor]
 ) -> dict[int, Tensor]:
     """The mean lambda of each layer while `task` predicts `batch`."""
     means: dict[int, Tensor] = {}
 
     def watch(index: int) -> Any:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            means[index] = layer.lam(args[0]).mean()  # type: ignore[operator]
+        def hook(layer: Attention, args: tuple[Tensor, ...]) -> None:
+            lam = layer.lam(args[0])
+            assert lam is not None
+            means[index] = lam.mean()
 
         return hook
 

@@ -10,9 +10,7 @@ import torch
 from torch import nn
 
 from diffmm.checks import Settings
-
-DECAYING = (nn.Linear, nn.Conv1d, nn.Conv2d)
-"""Modules whose `weight` takes weight decay."""
+from diffmm.layers.linear import PROJECTIONS
 
 LARGEST_RATE = 1000.0
 """AdamW moves a weight by about its learning rate in every step: more is a slip of the pen."""
@@ -173,5 +171,5 @@ def _decaying(model: nn.Module) -> Iterator[str]:
     """Names of the parameters that decay, as `named_parameters` has them."""
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for prefix, module in model.named_modules():
-        if isinstance(module, DECAYING) and id(module.weight) not in tied:
+        if isinstance(module, PROJECTIONS) and id(module.weight) not in tied:
             yield f"{prefix}.weight" if prefix else "weight"

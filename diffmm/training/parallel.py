@@ -15,6 +15,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from diffmm.renamed import weights_with_new_names
+
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -77,7 +79,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             checkpoint_path, map_location="cpu", weights_only=tensors_only, mmap=True
         )
         whole = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.model, checkpoint["state_dict"], options=whole)
+        weights = weights_with_new_names(checkpoint["state_dict"])
+        set_model_state_dict(self.model, weights, options=whole)
         states = checkpoint.get("optimizer_states", [])
         for optimizer, state in zip(self.optimizers, states, strict=True):
             named: Any = get_optimizer_state_dict(self.model, optimizer)

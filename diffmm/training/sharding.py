@@ -6,7 +6,8 @@ on one device. Lambda and norms thus never leave float32, and the numbers are th
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.distributed.tensor.parallel import (
 
 from diffmm.layers.attention import Attention
 from diffmm.layers.block import Block
+from diffmm.layers.registry import Split
 from diffmm.models.text import TextModel
 
 DATA_PARALLEL, TENSOR_PARALLEL = "data_parallel", "tensor_parallel"
@@ -79,10 +81,10 @@ def split_heads(model: nn.Module, mesh: DeviceMesh) -> None:
         _check_share("vocab_size", model.config.vocab_size, mesh.size())
     for block in blocks:
         assert isinstance(block.attention, Attention)
-        parallelize_module(block.attention, mesh, _attention_plan(block.attention))
+        parallelize_module(block.attention, mesh, _plan(block.attention))
         # What is left are lambda vectors, of which every device needs all.
         distribute_module(block.attention, mesh)
-        parallelize_module(block.feed_forward, mesh, _feed_forward_plan(block.feed_forward))
+        parallelize_module(block.feed_forward, mesh, _plan(block.feed_forward))
     if isinstance(model, TextModel):
         plan: dict[str, ParallelStyle] = {
             "embedding": RowwiseParallel(input_layouts=Replicate()),
@@ -93,25 +95,30 @@ def split_heads(model: nn.Module, mesh: DeviceMesh) -> None:
             model.head.weight = model.embedding.weight
 
 
-def _attention_plan(attention: Attention) -> dict[str, ParallelStyle]:
-    """Projections by heads; what norms heads sees a share of them."""
-    styles: dict[str, ParallelStyle] = {
-        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "lambda_proj"), ColwiseParallel()),
-        **dict.fromkeys(
-            ("q_norm", "k_norm", "norm"), SequenceParallel(sequence_dim=2, use_local_output=True)
-        ),
-        "out_proj": RowwiseParallel(),
-    }
-    parts = dict(attention.named_children())
-    return {"": _whole_input(), **{name: styles[name] for name in parts}}
+STYLES: dict[Split, Callable[[], ParallelStyle]] = {
+    "columns": ColwiseParallel,
+    "rows": RowwiseParallel,
+    "heads": partial(SequenceParallel, sequence_dim=2, use_local_output=True),
+}
+"""What a layer's `split` means. Norms see a share of the heads."""
 
 
-def _feed_forward_plan(feed_forward: nn.Module) -> dict[str, ParallelStyle]:
-    names = [name for name, _ in feed_forward.named_children()]
-    return {
-        "": _whole_input(),
-        **{n: RowwiseParallel() if n == "down_proj" else ColwiseParallel() for n in names},
-    }
+def _plan(layer: nn.Module) -> dict[str, ParallelStyle]:
+    """How a layer's children are divided, by what it declares.
+
+    Raises:
+        ValueError: If it declares nothing of one that has parameters.
+    """
+    split: dict[str, Split] = getattr(layer, "split", {})
+    children = [name for name, child in layer.named_children() if list(child.parameters())]
+    for name in children:
+        if name not in split:
+            kind = type(layer).__name__
+            raise ValueError(
+                f"{kind} does not say how tensor parallelism splits its {name}: add it to "
+                f"{kind}.split, or use fsdp2 or ddp"
+            )
+    return {"": _whole_input(), **{name: STYLES[split[name]]() for name in children}}
 
 
 def _whole_input() -> ParallelStyle:
@@ -122,9 +129,8 @@ def _whole_input() -> ParallelStyle:
 def _check_shares(block: Block, num_devices: int) -> None:
     attention = block.attention
     assert isinstance(attention, Attention)
-    kind = type(attention).__name__
-    _check_share(f"{kind}'s number of heads", attention.q_shape[0], num_devices)
-    _check_share(f"{kind}'s number of key groups", attention.k_shape[0], num_devices)
+    for name, count in attention.shares.items():
+        _check_share(f"{type(attention).__name__}'s {name}", count, num_devices)
     down_proj: Any = block.feed_forward.down_proj
     _check_share("feed_forward_width", down_proj.in_features, num_devices)
 

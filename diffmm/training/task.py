@@ -7,7 +7,7 @@ Every task logs under the same names:
 | `train/loss` | the mean over all targets of a step, at every logging step |
 | `train/learning_rate` | the peak times the schedule's factor, at every logging step |
 | `train/grad_norm` | of all gradients, before clipping, at every logging step |
-| `train/skipped_steps` | so far, from the first one on (see `BadNumbers`), at every logging step |
+| `train/skipped_steps` | so far, from the first on (see `NonFiniteGuard`), at every logging step |
 | `train/samples_per_second`, `train/tokens_per_second` | over all processes, since the last one |
 | `lambda/layer_00`, ... | mean lambda of each differential layer, at every logging step |
 | `val/loss`, ... | the task's metrics (see there), once a validation; `test/loss`, ... likewise |
@@ -27,18 +27,19 @@ from diffmm.layers.block import Block
 from diffmm.models.backbone import Backbone
 from diffmm.models.description import MODELS, describe, unwrap
 from diffmm.models.weights import load_weights
+from diffmm.renamed import STATES, weights_with_new_names
 from diffmm.training.accumulation import AccumulatedLoss, LossSum
-from diffmm.training.bad_numbers import BadNumbers, measured_norm
 from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
-from diffmm.training.checkpoints.progress import is_step_boundary
 from diffmm.training.evaluation import counted
 from diffmm.training.finetuning import FineTuneConfig, freeze
-from diffmm.training.loggers import LoggersMayFail
 from diffmm.training.optimizer import OptimizerConfig, make_optimizer
 from diffmm.training.precision import exact_fields, keep_exact
+from diffmm.training.resilience.checkpoints.progress import is_step_boundary
+from diffmm.training.resilience.loggers import LoggersMayFail
+from diffmm.training.resilience.non_finite import NonFiniteGuard, measured_norm
+from diffmm.training.resilience.shutdown import GracefulShutdown
 from diffmm.training.schedule import ScheduleConfig, make_scheduler, set_learning_rates
 from diffmm.training.sharding import clip_gradients, gradient_norm, is_sharded, shard
-from diffmm.training.stops import CleanStop
 
 
 class Task(LightningModule):
@@ -190,7 +191,7 @@ class Task(LightningModule):
         return loss
 
     def on_after_backward(self) -> None:
-        # Before a gradient scaler, `BadNumbers` and clipping look at the gradients.
+        # Before a gradient scaler, `NonFiniteGuard` and clipping look at the gradients.
         num_accumulated = self.trainer.accumulate_grad_batches
         if num_accumulated > 1 and is_step_boundary(self.trainer):
             self.accumulated.complete(self.model.parameters(), num_accumulated)
@@ -213,7 +214,7 @@ class Task(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer says, by the norm that `BadNumbers` has measured, and log it."""
+        """Clip as the trainer says, by the norm that `NonFiniteGuard` has measured, and log it."""
         parameters = list(self.trainer.precision_plugin.main_params(optimizer))
         norm = measured_norm(self.trainer)
         if norm is None:
@@ -237,9 +238,21 @@ class Task(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Lambda and speed are logged, bad steps skipped, failing loggers put up with and signals
         obeyed without a recipe asking for it."""
-        defaults = (LambdaMonitor(), SpeedMonitor(), BadNumbers(), LoggersMayFail(), CleanStop())
+        defaults = (
+            LambdaMonitor(),
+            SpeedMonitor(),
+            NonFiniteGuard(),
+            LoggersMayFail(),
+            GracefulShutdown(),
+        )
         given = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         return [callback for callback in defaults if type(callback) not in given]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint from before some names changed loads all the same."""
+        checkpoint["state_dict"] = weights_with_new_names(checkpoint["state_dict"])
+        states = checkpoint.get("callbacks", {})
+        checkpoint["callbacks"] = {STATES.get(name, name): state for name, state in states.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint says which model its weights belong to."""

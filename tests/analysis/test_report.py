@@ -62,7 +62,7 @@ def exhibits():
                 image_size=8,
                 patch_size=2,
                 in_channels=1,
-                num_registers=1,
+                num_reg_tokens=1,
             )
         )
         audio[attention] = AudioModel(
@@ -72,7 +72,7 @@ def exhibits():
                 sample_rate_hz=8000,
                 num_mels=20,
                 patch_size=8,
-                class_token=False,
+                cls_token=False,
                 pool="mean",
             )
         )

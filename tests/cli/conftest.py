@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from diffmm.cli import main
-from diffmm.cli.recipes import find_recipe
-from diffmm.cli.settings import load, override
+from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.settings import load, override
 
 IGNORED_WARNINGS = (
     # Lightning 2.6 under torch 2.11.

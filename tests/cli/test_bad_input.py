@@ -265,7 +265,7 @@ def test_an_unreadable_image_is_named(run, recipe, tmp_path):
             folder = tmp_path / "images" / split / name
             folder.mkdir(parents=True)
             (folder / "broken.png").write_bytes(b"no image")
-    source = {"class_path": "datamodules.image_sources.ImageFolder"}
+    source = {"class_path": "datamodules.image.ImageFolder"}
     source["init_args"] = {s: str(tmp_path / "images" / s) for s in ("train", "val")}
     changes = {"data.source": source, "data.channels": 1, "data.batch_size": 2}
     changes["data.num_workers"] = 1

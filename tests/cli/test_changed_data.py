@@ -19,7 +19,7 @@ def interrupted(run, recipe, tmp_path):
             pixels = rng.integers(0, 255, (8, 8), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
     folder = {"train": str(tmp_path / "images"), "val": str(tmp_path / "images")}
-    source = {"class_path": "datamodules.image_sources.ImageFolder", "init_args": folder}
+    source = {"class_path": "datamodules.image.ImageFolder", "init_args": folder}
     path = recipe(
         **{"data.source": source, "data.batch_size": 2, "data.channels": 1, "data.image_size": 8},
         **{"model.model.config.num_classes": 2, "trainer.max_steps": 3},

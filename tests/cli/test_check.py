@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from diffmm.cli.memory import HALF_PRECISIONS, estimate_memory, fake_shapes
-from diffmm.cli.mistakes import find_mistakes
-from diffmm.cli.recipes import find_recipe
-from diffmm.cli.settings import load
+from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.memory import HALF_PRECISIONS, estimate_memory, fake_shapes
+from diffmm.recipes.mistakes import find_mistakes
+from diffmm.recipes.settings import load
 
 TINY = ("text/stdlib_tiny", "image/digits_tiny", "audio/sound_events_multilabel_tiny")
 

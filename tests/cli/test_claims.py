@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from diffmm.cli.claims import LOCK_NAME, claimed, is_first_process
-from diffmm.cli.errors import BadInput
+from diffmm.recipes.errors import InputError
+from diffmm.runs.claims import LOCK_NAME, claimed, is_first_process
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from diffmm.cli.claims import claimed
+from diffmm.runs.claims import claimed
 with claimed(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -43,7 +43,10 @@ def test_the_kernel_lets_go_of_a_dead_owner(start, tmp_path, wait_until):
     folder = tmp_path / "run"
     with start([sys.executable, "-c", HOLD, str(folder)], {}) as process:
         wait_until(lambda: (folder / LOCK_NAME).exists() and (folder / LOCK_NAME).stat().st_size)
-        with pytest.raises(BadInput, match=f"in use by process {process.pid} on"), claimed(folder):
+        with (
+            pytest.raises(InputError, match=f"in use by process {process.pid} on"),
+            claimed(folder),
+        ):
             pass
         process.send_signal(signal.SIGKILL)
         process.wait(30)
@@ -68,12 +71,12 @@ def test_a_forked_worker_does_not_hold_it(tmp_path):
 
 
 def test_folders_that_were_made_for_a_refused_run_are_removed(tmp_path):
-    with pytest.raises(BadInput, match="no"), claimed(tmp_path / "a" / "b"):
-        raise BadInput("no")
+    with pytest.raises(InputError, match="no"), claimed(tmp_path / "a" / "b"):
+        raise InputError("no")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a").mkdir()
-    with pytest.raises(BadInput, match="no"), claimed(tmp_path / "a"):
-        raise BadInput("no")
+    with pytest.raises(InputError, match="no"), claimed(tmp_path / "a"):
+        raise InputError("no")
     assert list((tmp_path / "a").iterdir()) == []
 
 
@@ -86,13 +89,16 @@ def test_the_first_process_owns_it_for_all(name, tmp_path, monkeypatch):
             pass
         monkeypatch.setenv(name, "0")
         assert is_first_process()
-        with pytest.raises(BadInput, match="in use"), claimed(tmp_path):
+        with pytest.raises(InputError, match="in use"), claimed(tmp_path):
             pass
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(BadInput, match="cannot be written: .*file"), claimed(tmp_path / "file/run"):
+    with (
+        pytest.raises(InputError, match="cannot be written: .*file"),
+        claimed(tmp_path / "file/run"),
+    ):
         pass
 
 

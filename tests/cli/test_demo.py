@@ -10,7 +10,7 @@ from diffmm.cli import main
 from diffmm.cli.demo import replacing
 from diffmm.cli.demo_runs import Witness, means
 from diffmm.cli.demo_samples import repeated_word
-from diffmm.cli.errors import BadInput
+from diffmm.recipes.errors import InputError
 
 MODALITIES = ("text", "image", "audio")
 ATTENTIONS = ("softmax", "diff_v1", "diff_v2")
@@ -84,7 +84,7 @@ def test_steps_below_one_are_refused(capsys):
 
 def test_a_file_in_the_way_is_refused(tmp_path):
     (tmp_path / "demo").touch()
-    with pytest.raises(BadInput, match="holds no earlier demo"), replacing(tmp_path / "demo"):
+    with pytest.raises(InputError, match="holds no earlier demo"), replacing(tmp_path / "demo"):
         pass
 
 

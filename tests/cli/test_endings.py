@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from diffmm.cli import main
-from diffmm.cli.claims import claimed
-from diffmm.cli.errors import BadInput
-from diffmm.cli.settings import load
-from diffmm.cli.trainer import RecipeCLI
 from diffmm.models.weights import save_model
+from diffmm.recipes.errors import InputError
+from diffmm.recipes.settings import load
+from diffmm.recipes.trainer import RecipeCLI
+from diffmm.runs.claims import claimed
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="a file that is always full")
@@ -25,14 +25,14 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 PHASES = {
     "import": ("validate", "diffmm.cli.importlib.import_module"),
-    "building": ("fit", "diffmm.cli.trainer.RecipeCLI.instantiate_trainer"),
-    "data": ("fit", "datamodules.image_sources.Digits.splits"),
+    "building": ("fit", "diffmm.recipes.trainer.RecipeCLI.instantiate_trainer"),
+    "data": ("fit", "datamodules.image.Digits.splits"),
     "training": ("fit", "diffmm.training.Classification.training_step"),
     "validation": ("fit", "diffmm.training.Classification.validation_step"),
     "evaluation": ("validate", "diffmm.training.Classification.validation_step"),
     "prediction": ("predict", "diffmm.training.Classification.predict_step"),
     "writing": ("predict", "torch.save"),
-    "check": ("check", "diffmm.cli.check.report"),
+    "check": ("check", "diffmm.recipes.summary.report"),
 }
 
 
@@ -166,7 +166,7 @@ def test_data_that_may_not_be_read(run, recipe, monkeypatch, tmp_path):
     for name in "ab":
         (folder / name).mkdir(parents=True)
     source = {
-        "class_path": "datamodules.image_sources.ImageFolder",
+        "class_path": "datamodules.image.ImageFolder",
         "init_args": {"train": str(folder), "val": str(folder)},
     }
     path = recipe(**{"data.source": source})
@@ -174,7 +174,7 @@ def test_data_that_may_not_be_read(run, recipe, monkeypatch, tmp_path):
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied", str(folder))
 
-    monkeypatch.setattr("datamodules.sources.list_files", refuse)
+    monkeypatch.setattr("datamodules.shared.sources.list_files", refuse)
     result = run("fit", "--config", path)
     assert (result.code, result.mistakes) == (2, [f"{folder}: Permission denied"])
     assert os.listdir(".") == []
@@ -225,9 +225,9 @@ def test_what_comes_beside_a_refused_run_is_kept(tmp_path):
         (run / "tee.txt").touch()
         (run / "tensorboard").mkdir()
         (run / "config.yaml").touch()
-        raise BadInput("no")
+        raise InputError("no")
 
-    with pytest.raises(BadInput, match="no"), claimed(run):
+    with pytest.raises(InputError, match="no"), claimed(run):
         fill()
     assert os.listdir(run) == ["tee.txt"]
 

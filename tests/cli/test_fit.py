@@ -12,10 +12,10 @@ import yaml
 
 from diffmm.checkpoint_folders import find_state
 from diffmm.cli.fit import command_for_processes
-from diffmm.cli.recipes import find_recipe
-from diffmm.cli.runs import new_run
-from diffmm.cli.settings import load
-from diffmm.cli.trainer import RecipeCLI
+from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.settings import load
+from diffmm.recipes.trainer import RecipeCLI
+from diffmm.runs.directories import new_run
 from diffmm.training import Classification
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from datamodules.bad_samples import BadSampleError
-from datamodules.image_sources import ArrayImages
+from datamodules.image.sources import ArrayImages
+from datamodules.shared.bad_samples import BadSampleError
 from diffmm.checkpoint_folders import find_whole
-from diffmm.cli.out_of_memory import Remedy, estimate, is_out_of_memory, remedies
-from diffmm.cli.recipes import find_recipe
-from diffmm.cli.settings import load
+from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.out_of_memory import Remedy, estimate, is_out_of_memory, remedies
+from diffmm.recipes.settings import load
 from diffmm.training import CausalLM
 
 CUDA = (

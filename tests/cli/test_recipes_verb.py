@@ -2,7 +2,7 @@
 
 import diffmm
 from diffmm.cli import recipes
-from diffmm.cli.recipes import description, fields, recipe_names
+from diffmm.recipes.catalog import description, fields, recipe_names
 
 
 def test_lists_every_recipe_with_a_line(run):

@@ -12,12 +12,12 @@ import torch
 import yaml
 
 from diffmm.checkpoint_folders import find_state
-from diffmm.cli.check import num_devices
 from diffmm.cli.fit import make_parser
-from diffmm.cli.mistakes import find_mistakes
-from diffmm.cli.recipes import find_recipe
-from diffmm.cli.references import resolve
-from diffmm.cli.settings import load
+from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.mistakes import find_mistakes
+from diffmm.recipes.references import resolve
+from diffmm.recipes.settings import load
+from diffmm.recipes.summary import num_devices
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"

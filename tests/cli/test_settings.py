@@ -2,9 +2,9 @@
 
 import pytest
 
-from diffmm.cli.errors import BadInput
-from diffmm.cli.references import UNKNOWN, resolve, unused_variables
-from diffmm.cli.settings import load, load_file, merge, override, parse_overrides
+from diffmm.recipes.errors import InputError
+from diffmm.recipes.references import UNKNOWN, resolve, unused_variables
+from diffmm.recipes.settings import load, load_file, merge, override, parse_overrides
 
 
 def test_overrides_are_yaml_with_and_without_an_equals_sign():
@@ -28,7 +28,7 @@ def test_overrides_are_yaml_with_and_without_an_equals_sign():
     ],
 )
 def test_an_override_needs_a_key_and_a_value(given, message):
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(InputError) as caught:
         parse_overrides(given)
     assert caught.value.lines == [message]
 
@@ -64,7 +64,7 @@ def test_an_override_reaches_into_lists_and_adds_to_them():
         node("b.B"),
         {"class_path": "c.C", "init_args": {"every": 2}},
     ]
-    with pytest.raises(BadInput, match="the list has 3 items, there is no item 3"):
+    with pytest.raises(InputError, match="the list has 3 items, there is no item 3"):
         override(values, "callbacks.3.rate", 1)
 
 
@@ -94,7 +94,7 @@ def test_later_recipes_win_and_overrides_over_them(tmp_path):
 def test_a_broken_file_is_named(tmp_path, text, message):
     path = tmp_path / "broken.yaml"
     path.write_text(text)
-    with pytest.raises(BadInput, match=message) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         load_file(path)
     assert len(caught.value.lines) == 1
     assert str(path) in caught.value.lines[0]

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffmm.cli.mistakes import find_mistakes
-from diffmm.cli.settings import load, override
-from diffmm.cli.trainer import RecipeCLI
+from diffmm.recipes.mistakes import find_mistakes
+from diffmm.recipes.settings import load, override
+from diffmm.recipes.trainer import RecipeCLI
 
 LEFT_BEHIND = "was_here"
 MODULE = f"""

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmm.cli.errors import BadInput
-from diffmm.cli.references import resolve
-from diffmm.cli.settings import load_file, parse_overrides
-from diffmm.cli.yaml_text import MAX_BYTES, MAX_DEPTH, parse
+from diffmm.recipes.errors import InputError
+from diffmm.recipes.references import resolve
+from diffmm.recipes.settings import load_file, parse_overrides
+from diffmm.recipes.yaml_text import MAX_BYTES, MAX_DEPTH, parse
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
@@ -46,7 +46,7 @@ def test_files_that_are_no_recipe_are_refused_in_one_line(what, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     start = time.monotonic()
-    with pytest.raises(BadInput) as refusal:
+    with pytest.raises(InputError) as refusal:
         load_file(path)
     assert time.monotonic() - start < 10
     (line,) = refusal.value.lines

@@ -7,13 +7,13 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule
 
-from datamodules.audio import AudioData
-from datamodules.audio_augment import AudioAugment, Augmenter
-from datamodules.audio_clips import FileClips
-from datamodules.audio_reader import ClipReader
-from datamodules.audio_sources import SoundFolder
-from datamodules.buckets import BucketSampler
-from datamodules.sound_events import SoundEvents
+from datamodules.audio.augment import AudioAugment, Augmenter
+from datamodules.audio.buckets import BucketSampler
+from datamodules.audio.clips import FileClips
+from datamodules.audio.data import AudioData
+from datamodules.audio.reader import ClipReader
+from datamodules.audio.sound_events import SoundEvents
+from datamodules.audio.sources import SoundFolder
 
 RATE_HZ = 8000
 
@@ -328,7 +328,7 @@ def test_a_recipe_says_it_in_yaml():
     class_path: datamodules.AudioData
     init_args:
       source:
-        class_path: datamodules.sound_events.SoundEvents
+        class_path: datamodules.audio.SoundEvents
         init_args: {num_clips: 8, sample_rate_hz: 8000, clip_seconds: [0.2, 0.5]}
       sample_rate_hz: 8000
       clip_seconds: 0.3

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from datamodules.audio_clips import FileClips
-from datamodules.audio_sources import Manifest, SoundFolder, SpeechCommands
+from datamodules.audio.clips import FileClips
+from datamodules.audio.sources import Manifest, SoundFolder, SpeechCommands
 
 
 def write_sound(path, seconds=0.1, rate_hz=16000, channels=1, seed=0):

@@ -12,17 +12,17 @@ import soundfile
 import torch
 from PIL import Image
 
-from datamodules.audio import AudioData
-from datamodules.audio_sources import SoundFolder
-from datamodules.bad_samples import (
+from datamodules.audio.data import AudioData
+from datamodules.audio.sources import SoundFolder
+from datamodules.image.data import ImageData
+from datamodules.image.sources import ImageFolder
+from datamodules.shared.bad_samples import (
     BadSampleError,
     BadSamples,
     TooManyBadSamplesError,
     Triage,
 )
-from datamodules.image import ImageData
-from datamodules.image_sources import ImageFolder
-from datamodules.sampling import SeededDataset
+from datamodules.shared.sampling import SeededDataset
 
 RATE_HZ = 8000
 

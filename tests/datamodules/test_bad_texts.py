@@ -10,10 +10,15 @@ import pyarrow.parquet
 import pytest
 
 from datamodules import TextData
-from datamodules.bad_samples import BadSampleError, BadSamples, TooManyBadSamplesError, Triage
-from datamodules.text import HuggingFaceText, TextFolder, TokenFiles, write_token_file
-from datamodules.text_sources import Corpus
-from datamodules.token_documents import TokenDocuments
+from datamodules.shared.bad_samples import (
+    BadSampleError,
+    BadSamples,
+    TooManyBadSamplesError,
+    Triage,
+)
+from datamodules.text.data import HuggingFaceText, TextFolder, TokenFiles, write_token_file
+from datamodules.text.sources import Corpus
+from datamodules.text.token_documents import TokenDocuments
 from diffmm.tokenizers import load_tokenizer
 
 BYTES = load_tokenizer("bytes")

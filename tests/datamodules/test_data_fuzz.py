@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datamodules.audio_clips import FileClips
-from datamodules.audio_reader import ClipReader
-from datamodules.image_sources import FileImages
-from datamodules.text import TokenFiles, write_token_file
-from datamodules.token_documents import Document
+from datamodules.audio.clips import FileClips
+from datamodules.audio.reader import ClipReader
+from datamodules.image.sources import FileImages
+from datamodules.text.data import TokenFiles, write_token_file
+from datamodules.text.token_documents import Document
 from diffmm.tokenizers import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("within_a_minute")

@@ -10,13 +10,13 @@ import pytest
 import soundfile
 from PIL import Image
 
-from datamodules.audio_augment import AudioAugment, Augmenter
-from datamodules.audio_clips import FileClips
-from datamodules.audio_sources import Manifest, SoundFolder, SpeechCommands
-from datamodules.bad_samples import BadSampleError, BadSamples, Triage
-from datamodules.files import check_file, glob_files, list_files, read_lines, why_no_file
-from datamodules.image_sources import FileImages, ImageFolder
-from datamodules.text import StandardLibrary, TextFolder, TokenFiles, write_token_file
+from datamodules.audio.augment import AudioAugment, Augmenter
+from datamodules.audio.clips import FileClips
+from datamodules.audio.sources import Manifest, SoundFolder, SpeechCommands
+from datamodules.image.sources import FileImages, ImageFolder
+from datamodules.shared.bad_samples import BadSampleError, BadSamples, Triage
+from datamodules.shared.files import check_file, glob_files, list_files, read_lines, why_no_file
+from datamodules.text.data import StandardLibrary, TextFolder, TokenFiles, write_token_file
 from diffmm.tokenizers import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("within_a_minute")

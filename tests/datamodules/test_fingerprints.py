@@ -9,13 +9,13 @@ import soundfile
 from PIL import Image
 
 from datamodules import AudioData, ImageData, TextData
-from datamodules.audio_sources import SoundFolder
-from datamodules.fingerprints import NUM_BEGINNINGS, changes, of_files
-from datamodules.image_sources import ImageFolder
-from datamodules.image_transform import ImageTransform
-from datamodules.sound_events import SoundEvents
-from datamodules.text import HuggingFaceText, TextFolder, TokenFiles, write_token_file
-from datamodules.token_documents import Document
+from datamodules.audio.sound_events import SoundEvents
+from datamodules.audio.sources import SoundFolder
+from datamodules.image.sources import ImageFolder
+from datamodules.image.transform import ImageTransform
+from datamodules.shared.fingerprints import NUM_BEGINNINGS, changes, of_files
+from datamodules.text.data import HuggingFaceText, TextFolder, TokenFiles, write_token_file
+from datamodules.text.token_documents import Document
 from diffmm.tokenizers import load_tokenizer
 
 

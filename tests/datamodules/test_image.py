@@ -9,9 +9,9 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
-from datamodules.image import ImageData
-from datamodules.image_sources import CIFAR10, Digits, ImageFolder
-from datamodules.image_transform import ImageTransform
+from datamodules.image.data import ImageData
+from datamodules.image.sources import CIFAR10, Digits, ImageFolder
+from datamodules.image.transform import ImageTransform
 
 
 class Dots(Digits):
@@ -287,7 +287,7 @@ def test_a_recipe_says_it_in_yaml(tmp_path):
     class_path: datamodules.ImageData
     init_args:
       source:
-        class_path: datamodules.image_sources.ImageFolder
+        class_path: datamodules.image.ImageFolder
         init_args: {{train: {tmp_path}/train, val: {tmp_path}/val}}
       image_size: 24
       transform: {{auto_augment: rand-m9-mstd0.5, re_prob: 0.25, scale: [0.5, 1.0]}}

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from datamodules.bad_samples import BadSampleError, BadSamples
-from datamodules.image import ImageData
-from datamodules.image_files import read_image
-from datamodules.image_sources import FileImages, ImageFolder
-from datamodules.image_transform import ImageTransform
+from datamodules.image.data import ImageData
+from datamodules.image.files import read_image
+from datamodules.image.sources import FileImages, ImageFolder
+from datamodules.image.transform import ImageTransform
+from datamodules.shared.bad_samples import BadSampleError, BadSamples
 
 GRAYS = np.array([[0, 60, 128], [129, 254, 255]], np.uint8)
 WIDE = GRAYS.astype(np.uint16) * 257  # 0 to 65,535

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from torchvision import datasets
 
-from datamodules.image_sources import CIFAR10, CIFAR100, Digits, ImageFolder
+from datamodules.image.sources import CIFAR10, CIFAR100, Digits, ImageFolder
 
 
 def test_digits_are_split_evenly_and_always_alike():

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 import datamodules
-from datamodules.evaluation import EvaluationLoader, EvaluationSampler
-from datamodules.loading import SeededDataModule
-from datamodules.sampling import (
+from datamodules.shared.evaluation import EvaluationLoader, EvaluationSampler
+from datamodules.shared.loading import SeededDataModule
+from datamodules.shared.sampling import (
     EpochSampler,
     SeededDataset,
     sample_generator,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.sound_events import EVENTS, SoundEvents, background
+from datamodules.audio.sound_events import EVENTS, SoundEvents, background
 
 RATE_HZ = 16000
 

@@ -12,11 +12,11 @@ import pytest
 import soundfile
 
 from datamodules import audio_clips
-from datamodules.audio import AudioData
-from datamodules.audio_clips import FileClips
-from datamodules.audio_reader import ClipReader
-from datamodules.audio_sources import SoundFolder
-from datamodules.bad_samples import BadSampleError, BadSamples
+from datamodules.audio.clips import FileClips
+from datamodules.audio.data import AudioData
+from datamodules.audio.reader import ClipReader
+from datamodules.audio.sources import SoundFolder
+from datamodules.shared.bad_samples import BadSampleError, BadSamples
 
 RATE_HZ = 8000
 NOISE = np.random.default_rng(0).integers(-(2**14), 2**14, 20_000).astype(np.float32) / 2**15

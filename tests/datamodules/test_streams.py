@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from datamodules import TextData
-from datamodules.bad_samples import BadSampleError, BadSamples, TooManyBadSamplesError
-from datamodules.text import HuggingFaceText
+from datamodules.shared.bad_samples import BadSampleError, BadSamples, TooManyBadSamplesError
+from datamodules.text.data import HuggingFaceText
 from diffmm.checks import DataError
 from diffmm.tokenizers import load_tokenizer
 

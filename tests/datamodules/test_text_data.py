@@ -12,14 +12,14 @@ import torch
 from tokenizers import models, pre_tokenizers
 
 from datamodules import TextData
-from datamodules.text import (
+from datamodules.text.data import (
     HuggingFaceText,
     StandardLibrary,
     TextFolder,
     TokenFiles,
     write_token_file,
 )
-from datamodules.text_sources import Corpus, TextSource
+from datamodules.text.sources import Corpus, TextSource
 from diffmm.batch import IGNORE_INDEX, TextBatch
 from diffmm.tokenizers import load_tokenizer
 

@@ -12,17 +12,17 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from datamodules.bad_samples import BadSampleError, BadSamples, Triage
-from datamodules.text import HuggingFaceText, StandardLibrary, TextFolder, TokenFiles
-from datamodules.text_shards import Shards
-from datamodules.token_documents import (
+from datamodules.shared.bad_samples import BadSampleError, BadSamples, Triage
+from datamodules.text.data import HuggingFaceText, StandardLibrary, TextFolder, TokenFiles
+from datamodules.text.shards import Shards
+from datamodules.text.token_documents import (
     Document,
     TokenDocuments,
     in_split,
     key_number,
     tokenize,
 )
-from datamodules.token_files import write_token_file
+from datamodules.text.token_files import write_token_file
 from diffmm.tokenizers import Tokenizer, load_tokenizer
 
 BYTES = load_tokenizer("bytes")

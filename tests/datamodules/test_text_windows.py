@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.packing import PackedCut, PaddedCut
-from datamodules.text_windows import TextWindows, WindowTask
-from datamodules.token_documents import Document, TokenDocuments, tokenize
+from datamodules.text.packing import PackedCut, PaddedCut
+from datamodules.text.token_documents import Document, TokenDocuments, tokenize
+from datamodules.text.windows import TextWindows, WindowTask
 from diffmm.batch import IGNORE_INDEX
 from diffmm.tokenizers import load_tokenizer
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from datamodules import TextData
-from datamodules.bad_samples import BadSampleError, BadSamples, Triage
-from datamodules.text import TokenFiles, write_token_file
-from datamodules.token_documents import Document
-from datamodules.token_files import DOCUMENT_FIELDS
+from datamodules.shared.bad_samples import BadSampleError, BadSamples, Triage
+from datamodules.text.data import TokenFiles, write_token_file
+from datamodules.text.token_documents import Document
+from datamodules.text.token_files import DOCUMENT_FIELDS
 from diffmm.tokenizers import load_tokenizer
 
 BYTES = load_tokenizer("bytes")

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from diffmm.layers import ATTENTIONS, DiffAttentionV1, DiffAttentionV2, RotaryEmbedding
+from diffmm.layers import ATTENTIONS, DiffAttentionV1, DiffAttentionV2, KVCache, RotaryEmbedding
 from diffmm.layers import SoftmaxAttention as Softmax
-from diffmm.layers.attention import lambda_init_at
+from diffmm.layers.attention import lambda_init_at, register_attention
 from diffmm.ops import AttentionMask
 from diffmm.ops.diff_attention import BACKENDS
 
@@ -15,16 +15,29 @@ DIM = 64
 CAUSAL = AttentionMask(causal=True)
 
 
+def make(kind: str, **changes):
+    """An attention layer with four heads; a noise head of `diff_grouped` serves two of them."""
+    own = {"num_kv_heads": 2, "signal_per_noise": 2} if kind == "diff_grouped" else {}
+    return ATTENTIONS[kind](DIM, **{"num_heads": 4, **own, **changes})
+
+
 def num_parameters(layer: torch.nn.Module) -> int:
     return sum(p.numel() for p in layer.parameters())
 
 
 @pytest.mark.parametrize("kind", list(ATTENTIONS))
-@pytest.mark.parametrize("num_kv_heads", [None, 2])
-def test_every_parameter_has_a_finite_gradient(kind, num_kv_heads):
-    layer = ATTENTIONS[kind](
-        DIM, num_heads=4, num_kv_heads=num_kv_heads, qkv_bias=True, out_bias=True, qk_norm=True
-    )
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_kv_heads": 2},
+        {"output_gate": "head", "exclusive": True},
+        {"output_gate": "element"},
+    ],
+    ids=str,
+)
+def test_every_parameter_has_a_finite_gradient(kind, changes):
+    layer = make(kind, qkv_bias=True, out_bias=True, qk_norm=True, **changes)
     rope = RotaryEmbedding(layer.head_dim)(torch.arange(7))
     out = layer(torch.randn(2, 7, DIM), mask=CAUSAL, rope=rope)
     assert out.shape == (2, 7, DIM)
@@ -38,13 +51,14 @@ def test_every_parameter_has_a_finite_gradient(kind, num_kv_heads):
 def test_head_counts_are_those_of_the_softmax_model():
     shapes = {
         kind: (layer.q_shape, layer.k_shape, layer.v_shape, layer.out_proj.in_features)
-        for kind, attention in ATTENTIONS.items()
-        for layer in [attention(DIM, num_heads=8, num_kv_heads=4)]
+        for kind in ATTENTIONS
+        for layer in [make(kind, num_heads=8, num_kv_heads=4)]
     }
     assert shapes == {
         "softmax": ((8, 8), (4, 8), (4, 8), 64),
         "diff_v1": ((4, 2, 8), (2, 2, 8), (2, 16), 64),
         "diff_v2": ((8, 2, 8), (4, 1, 8), (4, 8), 64),
+        "diff_grouped": ((4, 3, 8), (4, 8), (4, 8), 64),
     }
 
 
@@ -55,7 +69,7 @@ def test_v1_has_the_parameters_of_softmax_and_its_lambdas():
 
 @pytest.mark.parametrize("kind", list(ATTENTIONS))
 def test_backends_share_one_state_dict_and_agree(kind):
-    layers = [ATTENTIONS[kind](DIM, num_heads=4, num_kv_heads=2, backend=b) for b in BACKENDS]
+    layers = [make(kind, num_kv_heads=2, backend=b) for b in BACKENDS]
     layers[1].load_state_dict(layers[0].state_dict())
     x = torch.randn(2, 9, DIM)
     torch.testing.assert_close(layers[1](x, mask=CAUSAL), layers[0](x, mask=CAUSAL))
@@ -161,7 +175,7 @@ def test_addition_flips_lambda(attention):
 
 
 def test_cosine_logits_ignore_the_length_of_queries_and_keys():
-    layer = Softmax(DIM, num_heads=4, cosine=True)
+    layer = Softmax(DIM, num_heads=4, cosine_logits=True)
     x = torch.randn(2, 6, DIM)
     before = layer(x, mask=CAUSAL)
     with torch.no_grad():
@@ -179,7 +193,7 @@ def test_cosine_logits_ignore_the_length_of_queries_and_keys():
     [
         (lambda: Softmax(DIM, num_heads=5), "num_heads must divide dim, got 5 heads for dim 64"),
         (lambda: Softmax(DIM, num_heads=4, num_kv_heads=3), "got 3 and 4"),
-        (lambda: Softmax(DIM, num_heads=4, cosine=True, qk_norm=True), "drop qk_norm"),
+        (lambda: Softmax(DIM, num_heads=4, cosine_logits=True, qk_norm=True), "drop qk_norm"),
         (
             lambda: DiffAttentionV1(60, num_heads=5),
             "diff_v1 pairs its heads, so num_heads must be even, got 5",
@@ -198,3 +212,126 @@ def test_cosine_logits_ignore_the_length_of_queries_and_keys():
 def test_bad_arguments_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def gated(layer, x):
+    """A layer's output, computed step by step: heads, without their own values, normed, gated."""
+    q, k, v = layer.project(x, None)
+    heads = layer.attend(x, q, k, v, CAUSAL)
+    if layer.exclusive:
+        direction = v / v.norm(dim=-1, keepdim=True)
+        direction = direction.repeat_interleave(heads.shape[2] // v.shape[2], dim=2)
+        heads = heads - (heads * direction).sum(-1, keepdim=True) * direction
+    heads = layer.finish(heads)
+    if layer.gate_proj is not None:
+        gates = layer.gate_proj(x).sigmoid()
+        per_head = gates.shape[-1] == heads.shape[2]
+        heads = heads * (gates.unsqueeze(-1) if per_head else gates.view_as(heads))
+    return layer.out_proj(heads.flatten(2))
+
+
+@pytest.mark.parametrize("kind", list(ATTENTIONS))
+@pytest.mark.parametrize("output_gate", [None, "head", "element"])
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_gates_and_exclusion_are_their_equations(kind, output_gate, exclusive):
+    layer = make(kind, output_gate=output_gate, exclusive=exclusive)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 6, DIM)
+    torch.testing.assert_close(layer(x, mask=CAUSAL), gated(layer, x))
+
+
+@pytest.mark.parametrize("kind", list(ATTENTIONS))
+def test_exclusive_heads_are_orthogonal_to_their_own_values(kind):
+    layer = make(kind, exclusive=True)
+    x, seen = torch.randn(2, 6, DIM), []
+    layer.finish = lambda heads: seen.append(heads) or heads
+    layer(x, mask=CAUSAL)
+    value = layer.project(x, None)[2]
+    own = value.repeat_interleave(seen[0].shape[2] // value.shape[2], dim=2)
+    torch.testing.assert_close(
+        (seen[0] * own).sum(-1), torch.zeros(own.shape[:3]), atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("kind", list(ATTENTIONS))
+def test_gates_and_exclusion_look_at_the_tokens_that_come_with_a_cache(kind):
+    layer = make(kind, output_gate="element", exclusive=True)
+    x = torch.randn(2, 6, DIM)
+    cache = KVCache(
+        [layer.k_shape], [layer.v_shape], batch=2, max_length=6, dtype=x.dtype, device="cpu"
+    )
+    parts = []
+    for start, end in ((0, 4), (4, 5), (5, 6)):
+        parts.append(layer(x[:, start:end], mask=CAUSAL, cache=cache.layers(1)[0]))
+        cache.advance(end - start)
+    torch.testing.assert_close(torch.cat(parts, 1), layer(x, mask=CAUSAL))
+
+
+def test_grouped_with_one_signal_per_noise_head_is_v2_to_the_bit():
+    v2 = make("diff_v2", num_kv_heads=2, output_gate="head", exclusive=True)
+    grouped = make("diff_grouped", signal_per_noise=1, output_gate="head", exclusive=True)
+    grouped.load_state_dict(v2.state_dict())
+    x = torch.randn(2, 6, DIM)
+    outs = [layer(x, mask=CAUSAL) for layer in (v2, grouped)]
+    torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=0)
+    grads = [
+        torch.autograd.grad(out.square().sum(), list(layer.parameters()))
+        for out, layer in zip(outs, (v2, grouped), strict=True)
+    ]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_grouped_is_v2_whose_noise_heads_are_copies():
+    grouped = make("diff_grouped")
+    v2 = make("diff_v2", num_kv_heads=2)
+    state = grouped.state_dict()
+    raw = state["q_proj.weight"].view(2, 3, 16, DIM)
+    pairs = torch.stack([raw[:, :2], raw[:, 2:].expand(-1, 2, -1, -1)], dim=2)
+    v2.load_state_dict({**state, "q_proj.weight": pairs.reshape(-1, DIM)})
+    x = torch.randn(2, 6, DIM)
+    torch.testing.assert_close(grouped(x, mask=CAUSAL), v2(x, mask=CAUSAL))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"signal_per_noise": 3},
+            "must divide num_heads / signal_per_noise, got 4 heads and 2 key",
+        ),
+        ({"num_kv_heads": 4}, "got 4 heads and 4 key and value heads: give fewer num_kv_heads"),
+        ({"signal_per_noise": 0}, "signal_per_noise must be at least 1, got 0"),
+        (
+            {"output_gate": "layer"},
+            "output_gate must be one of None, 'head', 'element', got 'layer'",
+        ),
+    ],
+)
+def test_grouped_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make("diff_grouped", **changes)
+
+
+@pytest.mark.parametrize("kind", list(ATTENTIONS))
+def test_layers_declare_what_they_are(kind):
+    layer = make(kind, output_gate="head", qk_norm=True)
+    with_parameters = {n for n, part in layer.named_children() if list(part.parameters())}
+    assert with_parameters <= layer.split.keys()
+    assert layer.label
+    assert layer.equation
+    assert layer.is_differential == (layer.lam(torch.randn(1, 3, DIM)) is not None)
+    assert {"num_heads", "output_gate", "backend"} <= set(layer.config_fields())
+
+
+def test_a_registered_name_belongs_to_one_class():
+    @register_attention("for_this_test")
+    class Mine(Softmax):
+        pass
+
+    assert ATTENTIONS.pop("for_this_test") is Mine
+    with pytest.raises(ValueError, match="'softmax' is diffmm.layers.attention.softmax.SoftmaxAtt"):
+        register_attention("softmax")(Mine)
+    with pytest.raises(ValueError, match="'lin' must be a subclass of Attention, got <class"):
+        register_attention("lin")(torch.nn.Linear)

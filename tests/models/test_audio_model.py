@@ -42,7 +42,7 @@ def real(features: Tensor, padding: Tensor, num_prefix: int) -> Tensor:
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 @pytest.mark.parametrize("stem", STEMS)
 def test_padding_changes_no_feature(stem: str, positions: str, pool: str) -> None:
-    model = AudioModel(config(stem, positions, pool=pool, num_registers=1)).eval()
+    model = AudioModel(config(stem, positions, pool=pool, num_reg_tokens=1)).eval()
     for parameter in model.stem.parameters():  # biases too: they are what leaks past an end
         nn.init.normal_(parameter, std=0.3)
     clips = torch.randn(2, 8000)  # noise after the end: it must not be heard either
@@ -78,7 +78,7 @@ def test_padding_is_not_a_silent_clip(stem: str) -> None:
 @pytest.mark.parametrize("stem", ["patch", "frame"])
 def test_every_parameter_learns(stem: str, attention: str) -> None:
     model = AudioModel(
-        config(stem, "learned", backbone={"attention": attention}, num_registers=1, pool="mean")
+        config(stem, "learned", backbone={"attention": attention}, num_reg_tokens=1, pool="mean")
     )
     lengths = torch.tensor([3000, 8000])
     model(torch.randn(2, 8000), lengths).square().sum().backward()

@@ -128,14 +128,16 @@ def test_weights_start_as_large_as_they_are_told():
         assert projection.weight.std().item() == pytest.approx(0.1 / 6**0.5, rel=0.05)
 
 
-@pytest.mark.parametrize(("dim", "init_std", "size"), [(64, 0.02, 0.16), (64, 0.2, 1.0)])
+@pytest.mark.parametrize(
+    ("dim", "init_std", "size"), [(64, 0.02, 0.16), (64, 0.2, 1.0), (512, 0.02, 1.0)]
+)
 def test_heads_of_v1_start_no_larger_than_values(dim, init_std, size):
     backbone = Backbone(config(dim=dim, attention="diff_v1", init_std=init_std))
     x = torch.randn(2, 50, dim)
     for block in backbone.blocks:
         attention = block.attention
         q, k, v = attention.project(x, None)
-        heads = attention.attend(x, q, k, v, AttentionMask())
+        heads = attention.finish(attention.attend(x, q, k, v, AttentionMask()))
         sizes = heads.square().mean(-1).sqrt() / (1.0 - attention.lambda_init)
         # The norm's eps makes them a little smaller.
         assert 0.8 * size < sizes.mean() <= size * 1.001
@@ -186,7 +188,8 @@ def test_a_given_width_is_obeyed():
         ({"attention": "diff_v3"}, "attention must be one of .* got 'diff_v3'; did you mean"),
         ({"norm": "batchnorm"}, "norm must be one of 'rmsnorm', 'layernorm', got 'batchnorm'"),
         ({"feed_forward": "relu"}, "feed_forward must be one of 'swiglu', 'gelu', got 'relu'"),
-        ({"rope": "3d"}, "rope must be one of .* got '3d'"),
+        ({"rope": "4d"}, "rope must be one of .* got '4d'"),
+        ({"rope": "3d"}, "over 3 axes needs a head_dim that is a multiple of 6"),
         ({"rope": "2d", "head_dim": 6}, "a multiple of 4, got 6"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"init_std": 0.0}, "init_std must be positive, got 0.0"),

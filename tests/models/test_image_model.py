@@ -41,7 +41,7 @@ def vit_config(dim: int, depth: int, num_heads: int, **changes: Any) -> ImageCon
 def from_timm(weights: dict[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
     """timm's ViT weights under our names."""
     renamed = {
-        "class_token": weights["cls_token"][0],
+        "cls_token": weights["cls_token"][0],
         "positions.prefix": weights["pos_embed"][0, :1],
         "positions.grid": weights["pos_embed"][0, 1:].unflatten(0, grid),
     }
@@ -105,7 +105,7 @@ def test_same_numbers_as_timm() -> None:
 def test_every_parameter_learns(attention: str, pool: str) -> None:
     model = ImageModel(
         config(
-            backbone={"attention": attention}, learned_positions=True, num_registers=2, pool=pool
+            backbone={"attention": attention}, learned_positions=True, num_reg_tokens=2, pool=pool
         )
     )
     model(torch.randn(2, 3, 16, 16)).square().sum().backward()
@@ -118,7 +118,7 @@ def test_every_parameter_learns(attention: str, pool: str) -> None:
 def test_shapes() -> None:
     images = torch.randn(2, 1, 16, 24)
     model = ImageModel(
-        config(image_size=(16, 24), patch_size=(4, 8), in_channels=1, num_registers=3)
+        config(image_size=(16, 24), patch_size=(4, 8), in_channels=1, num_reg_tokens=3)
     )
     assert (model.num_features, model.num_prefix_tokens, model.num_classes) == (32, 4, 5)
     assert model.num_patches(images) == 12
@@ -139,12 +139,12 @@ def test_shapes() -> None:
 
 def test_pooling() -> None:
     images = torch.randn(2, 3, 16, 16)
-    model = ImageModel(config(num_registers=2, num_classes=0))
+    model = ImageModel(config(num_reg_tokens=2, num_classes=0))
     features = model.forward_features(images)
     torch.testing.assert_close(model(images), features[:, 0])
     model.reset_classifier(0, "mean")
     torch.testing.assert_close(model(images), features[:, 3:].mean(dim=1))
-    bare = ImageModel(config(class_token=False, pool="mean", num_classes=0))
+    bare = ImageModel(config(cls_token=False, pool="mean", num_classes=0))
     assert bare.num_prefix_tokens == 0
     assert bare(images).shape == (2, 32)
 
@@ -163,14 +163,14 @@ def test_reset_classifier() -> None:
 
 
 def test_rope_sees_places_and_special_tokens_have_none() -> None:
-    model = ImageModel(config(class_token=False, pool="mean", num_classes=0)).eval()
+    model = ImageModel(config(cls_token=False, pool="mean", num_classes=0)).eval()
     images = torch.randn(1, 3, 16, 16)
     features = model.forward_features(images)
     # Without positions attention could not tell transposed patches apart.
     moved = model.forward_features(images.roll(4, dims=3))
     grid = features.unflatten(1, (4, 4)).roll(1, dims=2).flatten(1, 2)
     assert (moved - grid).abs().max() > 1e-3
-    model = ImageModel(config(num_registers=1))
+    model = ImageModel(config(num_reg_tokens=1))
     embedded = model.embed(images)
     full = model.with_prefix(embedded, torch.randn(2, 32))
     assert full.positions[:2].tolist() == [[0, 0], [0, 0]]
@@ -239,7 +239,7 @@ def test_bfloat16_and_autocast() -> None:
 
 
 def test_compiled() -> None:
-    model = ImageModel(config(backbone={"depth": 1}, num_registers=1, pool="mean")).eval()
+    model = ImageModel(config(backbone={"depth": 1}, num_reg_tokens=1, pool="mean")).eval()
     images = torch.randn(2, 3, 16, 16)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-5)
@@ -255,7 +255,7 @@ def test_compiled() -> None:
         ({"in_channels": 0}, r"in_channels must be at least 1, got 0"),
         ({"num_classes": -1}, r"num_classes must be at least 0, got -1"),
         ({"pool": "max"}, r"pool must be one of 'cls', 'mean', got 'max'"),
-        ({"class_token": False}, r"pool='cls' needs class_token=True: set it, or pool='mean'"),
+        ({"cls_token": False}, r"pool='cls' needs cls_token=True: set it, or pool='mean'"),
         ({"backbone": {"rope": "1d"}}, r"tokens here have 2d positions.*rope is '1d'"),
         ({"backbone": {"rope": "none"}}, r"tokens have no positions.*learned_positions=True"),
     ],

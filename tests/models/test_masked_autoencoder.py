@@ -39,7 +39,7 @@ def audio_config(**changes: Any) -> AudioConfig:
         "patch_size": 8,
         "backbone": backbone(),
         "clip_seconds": 1.0,
-        "num_registers": 1,
+        "num_reg_tokens": 1,
     }
     return AudioConfig(**(settings | changes))
 

@@ -33,7 +33,7 @@ def image_config(num_classes=5, **changes):
         image_size=16,
         patch_size=4,
         num_classes=num_classes,
-        num_registers=2,
+        num_reg_tokens=2,
         learned_positions=True,
     )
 

@@ -9,8 +9,9 @@ others can notice chance decides who goes on. What the hardware does in the back
 the worst moment that it may: a copy to shared memory empties its destination at once and fills it
 late, and products and copies to global memory hold their operands until they are waited for.
 
-`Race` is raised for what the hardware leaves undefined, `Deadlock` where no partition can go on.
-Memory that nobody wrote is NaN. Layouts are carried along and checked by nobody but the compiler.
+`RaceError` is raised for what the hardware leaves undefined, `DeadlockError` where no partition can
+go on. Memory that nobody wrote is NaN. Layouts are carried along and checked by nobody but the
+compiler.
 """
 
 import inspect
@@ -28,7 +29,7 @@ from gluon_memory import (
     Barrier,
     Copy,
     Descriptor,
-    Race,
+    RaceError,
     Reading,
     Shared,
     State,
@@ -188,7 +189,7 @@ class Program(Turns):
 
     def _barrier(self, barrier: Shared) -> Barrier:
         if barrier.data.data_ptr() not in self._barriers:
-            raise Race(f"the barrier of {line()} was not initialized")
+            raise RaceError(f"the barrier of {line()} was not initialized")
         return self._barriers[barrier.data.data_ptr()]
 
     def _arrive(self, barrier: Barrier, **what: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 Clock = dict[Any, int]  # Of every partition and barrier: the last moment that is known of it.
 
 
-class Race(Exception):
+class RaceError(Exception):
     """Memory or a barrier used in a way that the hardware leaves undefined."""
 
 
@@ -157,11 +157,11 @@ class Shared:
     def _read(self, state: State, event: Event, in_background: bool = False) -> State:
         write = state.write
         if write is None:
-            raise Race(f"the {event.what} of {event.line} reads what nobody wrote")
+            raise RaceError(f"the {event.what} of {event.line} reads what nobody wrote")
         self._must_know(event, write)
         fenced = write.what != "store" or self.program.turn.knows_a_fence_after(write)
         if in_background and not fenced:
-            raise Race(f"the {event.what} of {event.line} needs a fence after {write.line}")
+            raise RaceError(f"the {event.what} of {event.line} needs a fence after {write.line}")
         reads = {e for e in state.reads if e.actor is not event.actor}
         return state._replace(reads=frozenset(reads | {event}))
 
@@ -173,7 +173,7 @@ class Shared:
         clock = self.program.turn.clock
         for e in earlier:
             if e is not None and clock.get(e.actor, 0) < e.time:
-                raise Race(
+                raise RaceError(
                     f"the {event.what} of {event.line} does not wait for the {e.what} of {e.line}"
                 )
 
@@ -201,7 +201,7 @@ class Barrier:
         self.arrivals -= arrivals
         self.bytes -= bytes
         if self.arrivals < 0 or self.bytes < 0:
-            raise Race(f"too much arrives by {at} at {self}")
+            raise RaceError(f"too much arrives by {at} at {self}")
         if self.arrivals == self.bytes == 0:
             self.phase, self.arrivals = self.phase + 1, self.count
             learn(self.clock, {**self.arrived, self: self.phase})

@@ -5,10 +5,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from gluon_memory import Clock, Copy, Event, Race, Reading, UnfinishedProduct, learn, line
+from gluon_memory import Clock, Copy, Event, RaceError, Reading, UnfinishedProduct, learn, line
 
 
-class Deadlock(Exception):
+class DeadlockError(Exception):
     """Every partition waits for something that cannot come."""
 
 
@@ -44,7 +44,7 @@ class Partition:
 
     def end(self) -> None:
         for left in (*self.products, *self.stores):
-            raise Race(f"nobody waits for the {left.event.what} of {left.event.line}")
+            raise RaceError(f"nobody waits for the {left.event.what} of {left.event.line}")
         self.is_over = True
 
 
@@ -74,7 +74,7 @@ class Turns:
             for thread in self._threads:
                 thread.join()
         for copy in self.copies:
-            raise Race(f"nobody waits for the copy of {copy.line}")
+            raise RaceError(f"nobody waits for the copy of {copy.line}")
 
     def run_beside(self, bodies: list[Callable[[], Any]]) -> Any:
         """The first one here, the others in partitions of their own; returns what it returns."""
@@ -113,7 +113,7 @@ class Turns:
             self.turn.go.release()
             self._back.acquire()
         else:
-            raise Deadlock("\n".join(map(str, left)))
+            raise DeadlockError("\n".join(map(str, left)))
 
     def _start(self, body: Callable[[], Any], name: str, clock: Clock) -> Partition:
         partition = Partition(name, clock)

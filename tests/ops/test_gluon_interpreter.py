@@ -8,6 +8,8 @@ triton = pytest.importorskip("triton", reason="needs the package triton")
 if not triton.__version__.startswith("3.6."):
     pytest.skip("Gluon is known as of Triton 3.6", allow_module_level=True)
 
+RACE, DEADLOCK = "RaceError", "DeadlockError"
+
 
 def launch(name, inputs, *args, seed=0):
     """Run one of the kernels, with 64 x 64 blocks of `inputs` described."""
@@ -63,20 +65,20 @@ def test_copies_and_products():
 @pytest.mark.parametrize(
     ("fault", "error", "message"),
     [
-        ("not initialized", "Race", r"the barrier of small_kernels.py:\d+ was not initialized"),
-        ("too few bytes", "Race", r"too much arrives by .* at .*lacks 0 arrivals, -4096 bytes\)"),
-        ("too many bytes", "Deadlock", r"square_kernel waits at small_kernels.py:\d+ for parity 0 "
+        ("not initialized", RACE, r"the barrier of small_kernels.py:\d+ was not initialized"),
+        ("too few bytes", RACE, r"too much arrives by .* at .*lacks 0 arrivals, -4096 bytes\)"),
+        ("too many bytes", DEADLOCK, r"square_kernel waits at small_kernels.py:\d+ for parity 0 "
          r"of barrier 0 of small_kernels.py:\d+ \(phase 0 lacks 0 arrivals, 8192 bytes\)"),
-        ("other phase", "Race", "the load of .* does not wait for the copy of"),
-        ("copy not waited for", "Race", "the load of .* does not wait for the copy of"),
-        ("nothing brought", "Race", "the load of .* reads what nobody wrote"),
-        ("no fence", "Race", "the product of .* needs a fence after small_kernels"),
-        ("stored meanwhile", "Race", "the store of .* does not wait for the product of"),
-        ("refilled", "Race", "the copy of .* does not wait for the product of"),
+        ("other phase", RACE, "the load of .* does not wait for the copy of"),
+        ("copy not waited for", RACE, "the load of .* does not wait for the copy of"),
+        ("nothing brought", RACE, "the load of .* reads what nobody wrote"),
+        ("no fence", RACE, "the product of .* needs a fence after small_kernels"),
+        ("stored meanwhile", RACE, "the store of .* does not wait for the product of"),
+        ("refilled", RACE, "the copy of .* does not wait for the product of"),
         ("another waited for", "TypeError", "unsupported operand .*'UnfinishedProduct'"),
         ("product not waited for", "TypeError", "unsupported operand .*'UnfinishedProduct'"),
-        ("stored while copied", "Race", "the store of .* does not wait for the copy of"),
-        ("copy back not waited for", "Race", "nobody waits for the copy of"),
+        ("stored while copied", RACE, "the store of .* does not wait for the copy of"),
+        ("copy back not waited for", RACE, "nobody waits for the copy of"),
     ],
 )  # fmt: skip
 def test_faults_of_one_partition(fault, error, message):
@@ -95,13 +97,13 @@ def test_partitions(seed):
 @pytest.mark.parametrize(
     ("fault", "error", "message"),
     [
-        ("no room", "Deadlock", r"gram_kernel waits .* for parity \d of barrier .* lacks 1 arrivals"
+        ("no room", DEADLOCK, r"gram_kernel waits .* for parity \d of barrier .* lacks 1 arrivals"
          r".*\npartition 1 waits .* for parity 0 of .* \(phase 0 lacks 1 arrivals, 0 bytes\)"),
-        ("room twice", "Race", "too much arrives by .* at barrier .* lacks -1 arrivals"),
-        ("room too early", "Race", "the copy of .* does not wait for the product of"),
-        ("no wait for room", "Race", "the copy of .* does not wait for|too much arrives"),
-        ("no wait for data", "Race", "the product of .* (reads what nobody wrote|does not wait)"),
-        ("fence by another", "Race", "the product of .* needs a fence after small_kernels"),
+        ("room twice", RACE, "too much arrives by .* at barrier .* lacks -1 arrivals"),
+        ("room too early", RACE, "the copy of .* does not wait for the product of"),
+        ("no wait for room", RACE, "the copy of .* does not wait for|too much arrives"),
+        ("no wait for data", RACE, "the product of .* (reads what nobody wrote|does not wait)"),
+        ("fence by another", RACE, "the product of .* needs a fence after small_kernels"),
     ],
 )  # fmt: skip
 def test_faults_between_partitions(fault, error, message, seed):

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from diffmm.cli.check import num_devices
-from diffmm.cli.memory import fake_shapes
-from diffmm.cli.mistakes import find_mistakes
-from diffmm.cli.recipes import FIELDS, description, fields, recipe_names, recipe_root
-from diffmm.cli.references import resolve
-from diffmm.cli.settings import load
-from diffmm.cli.trainer import RecipeCLI, silence_noise
+from diffmm.recipes.catalog import FIELDS, description, fields, recipe_names, recipe_root
+from diffmm.recipes.memory import fake_shapes
+from diffmm.recipes.mistakes import find_mistakes
+from diffmm.recipes.references import resolve
+from diffmm.recipes.settings import load
+from diffmm.recipes.summary import num_devices
+from diffmm.recipes.trainer import RecipeCLI, silence_noise
 
 ATTENTIONS = ("softmax", "diff_v1", "diff_v2")
 

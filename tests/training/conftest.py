@@ -85,7 +85,7 @@ class Make:
             num_classes=num_classes,
             image_size=8,
             patch_size=2,
-            num_registers=1,
+            num_reg_tokens=1,
             learned_positions=True,
         )
 

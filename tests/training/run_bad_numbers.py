@@ -13,10 +13,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch.utils.data import DataLoader
 
-from diffmm.cli.trainer import leave_processes
-from diffmm.training import BadNumbers, Checkpoints, CleanStop
-from diffmm.training.bad_numbers import TooManyBadNumbers
-from diffmm.training.checkpoints import BadWeights
+from diffmm.recipes.trainer import leave_processes
+from diffmm.training import Checkpoints, GracefulShutdown, NonFiniteGuard
+from diffmm.training.resilience.checkpoints import NonFiniteWeightsError
+from diffmm.training.resilience.non_finite import TooManyNonFiniteStepsError
 
 STEPS = ["", "loss of 1", "", "gradient of 0", "", "losses", "loss of 1"]
 """What is bad about each step."""
@@ -82,7 +82,12 @@ def main(output: Path) -> None:
         max_steps=len(STEPS),
         use_distributed_sampler=False,
         # In this order the last one sees the step's end before the run is stopped.
-        callbacks=[watch, CleanStop(), BadNumbers(max_in_a_row=2), Checkpoints(every_minutes=None)],
+        callbacks=[
+            watch,
+            GracefulShutdown(),
+            NonFiniteGuard(max_in_a_row=2),
+            Checkpoints(every_minutes=None),
+        ],
         gradient_clip_val=1.0,
         logger=False,
         enable_progress_bar=False,
@@ -96,7 +101,7 @@ def main(output: Path) -> None:
     errors = []
     try:
         trainer.fit(Model(), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
-    except TooManyBadNumbers as stop:
+    except TooManyNonFiniteStepsError as stop:
         errors.append(str(stop))
     result = {"weights": watch.weights, "num_reduces": watch.num_reduces, "errors": errors}
     trainer = Trainer(
@@ -112,7 +117,7 @@ def main(output: Path) -> None:
     )
     try:
         trainer.fit(Model(), DataLoader(batches[:1] * 3, batch_size=None))  # type: ignore[arg-type]
-    except BadWeights as stop:
+    except NonFiniteWeightsError as stop:
         errors.append(str(stop))
     (output / f"{rank}.json").write_text(json.dumps(result))
     leave_processes(0)

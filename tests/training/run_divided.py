@@ -21,11 +21,10 @@ from lightning.pytorch import (
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.loading import SeededDataModule
-from datamodules.sampling import SeededDataset, sample_generator
-from datamodules.text import HuggingFaceText, TextData, TextFolder
+from datamodules.shared.loading import SeededDataModule
+from datamodules.shared.sampling import SeededDataset, sample_generator
+from datamodules.text.data import HuggingFaceText, TextData, TextFolder
 from diffmm.batch import IGNORE_INDEX
-from diffmm.cli.trainer import leave_processes
 from diffmm.models import (
     AudioConfig,
     AudioModel,
@@ -37,6 +36,7 @@ from diffmm.models import (
     TextConfig,
     TextModel,
 )
+from diffmm.recipes.trainer import leave_processes
 from diffmm.training import (
     CausalLM,
     Classification,

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, StackDataset
 
 from diffmm.batch import IGNORE_INDEX
-from diffmm.cli.trainer import leave_processes
 from diffmm.models import BackboneConfig, ImageConfig, ImageModel, TextConfig, TextModel
+from diffmm.recipes.trainer import leave_processes
 from diffmm.training import Classification, MaskedLM, OptimizerConfig, ScheduleConfig
 
 GLOBAL_BATCH, NUM_SAMPLES, NUM_STEPS = 8, 24, 6

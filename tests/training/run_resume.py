@@ -16,10 +16,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
-from datamodules.loading import SeededDataModule
-from datamodules.sampling import SeededDataset, sample_generator
+from datamodules.shared.loading import SeededDataModule
+from datamodules.shared.sampling import SeededDataset, sample_generator
 from diffmm.checkpoint_folders import find_state
-from diffmm.cli.trainer import leave_processes
+from diffmm.recipes.trainer import leave_processes
 from diffmm.training import Checkpoints
 
 NUM_STEPS, GLOBAL_BATCH = 11, 16

@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, StackDataset
 
 from diffmm.batch import IGNORE_INDEX
-from diffmm.cli.trainer import leave_processes
 from diffmm.models import BackboneConfig, ImageConfig, ImageModel, TextConfig, TextModel
+from diffmm.recipes.trainer import leave_processes
 from diffmm.training import CausalLM, Classification, OptimizerConfig, ScheduleConfig
 from diffmm.training.parallel import data_share
 from diffmm.training.task import Task

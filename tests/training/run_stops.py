@@ -14,12 +14,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from datamodules.loading import SeededDataModule
-from datamodules.sampling import SeededDataset, sample_generator
+from datamodules.shared.loading import SeededDataModule
+from datamodules.shared.sampling import SeededDataset, sample_generator
 from diffmm.checkpoint_folders import STATE_NAME, find_whole, read_manifest
-from diffmm.cli.trainer import leave_processes
-from diffmm.training.checkpoints import Checkpoints
-from diffmm.training.stops import CleanStop
+from diffmm.recipes.trainer import leave_processes
+from diffmm.training.resilience.checkpoints import Checkpoints
+from diffmm.training.resilience.shutdown import GracefulShutdown
 
 NUM_STEPS = 14
 
@@ -120,7 +120,9 @@ def run(
         "default_root_dir": directory,
     }
     keeper = Impatient(every_minutes=None)
-    trainer = Trainer(**{**defaults, **settings}, callbacks=[*callbacks, CleanStop(), keeper])
+    trainer = Trainer(
+        **{**defaults, **settings}, callbacks=[*callbacks, GracefulShutdown(), keeper]
+    )
     data = Data(batch_size=8 // trainer.world_size, num_workers=num_workers)
     model, code, saved = Model(), None, None
     whole = find_whole(directory / "checkpoints") if resume else None

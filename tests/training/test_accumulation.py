@@ -8,7 +8,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from diffmm.batch import IGNORE_INDEX
 from diffmm.checkpoint_folders import find_state
 from diffmm.training import Checkpoints
-from diffmm.training.checkpoints.exact import gradient_of
+from diffmm.training.resilience.checkpoints.exact import gradient_of
 
 TASKS = ("causal_lm", "masked_lm", "image", "multi_label", "audio", "image_mae", "audio_mae")
 

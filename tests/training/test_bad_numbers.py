@@ -10,9 +10,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
 
-from diffmm.training import BadNumbers, Checkpoints, OptimizerConfig, ScheduleConfig
-from diffmm.training.bad_numbers import TooManyBadNumbers
-from diffmm.training.replay import MicroBatch, load_batches, replay
+from diffmm.training import Checkpoints, NonFiniteGuard, OptimizerConfig, ScheduleConfig
+from diffmm.training.resilience.non_finite import TooManyNonFiniteStepsError
+from diffmm.training.resilience.replay import MicroBatch, load_batches, replay
 
 
 class Stream:
@@ -176,7 +176,7 @@ def test_weights_of_layers_that_keep_statistics_stay_finite(trainer):
     for rows in (data, torch.cat([data[:4], data[8:]])):
         torch.manual_seed(0)
         model = Model()
-        run = trainer(callbacks=[BadNumbers()], max_steps=len(rows) // 4, logger=False)
+        run = trainer(callbacks=[NonFiniteGuard()], max_steps=len(rows) // 4, logger=False)
         run.fit(model, DataLoader(rows, 4))
         results.append(model.state_dict())
     assert_same(*results)
@@ -187,8 +187,8 @@ def test_weights_of_layers_that_keep_statistics_stay_finite(trainer):
 def stopped(train, stream, tmp_path):
     """A run that ended at its third bad step in a row, and the error."""
     keeper = Checkpoints(every_n_steps=1, every_minutes=None, keep_last=9)
-    callbacks = [BadNumbers(max_in_a_row=3), keeper]
-    with pytest.raises(TooManyBadNumbers) as error:
+    callbacks = [NonFiniteGuard(max_in_a_row=3), keeper]
+    with pytest.raises(TooManyNonFiniteStepsError) as error:
         train(stream(".x.xxx."), callbacks=callbacks, enable_checkpointing=True)
     return str(error.value)
 
@@ -220,7 +220,7 @@ def test_too_many_in_a_row_stop_the_run(stopped, tmp_path, stream):
     torch.testing.assert_close(batch, stream.bad, equal_nan=True, rtol=0, atol=0)
     # The last good one is intact, and the weights are still those.
     assert_same(checkpoint(tmp_path, 3)["state_dict"], checkpoint(tmp_path, 6)["state_dict"])
-    assert checkpoint(tmp_path, 6)["callbacks"]["BadNumbers"] == {
+    assert checkpoint(tmp_path, 6)["callbacks"]["NonFiniteGuard"] == {
         "num_in_a_row": 0,
         "num_skipped": 4,
     }
@@ -257,14 +257,14 @@ def test_a_resumed_run_counts_on(train, stream, tmp_path):
     """Two bad steps, a save, and one more: three in a row."""
     keeper = Checkpoints(every_n_steps=3, every_minutes=None)
     settings = {"enable_checkpointing": True, "logger": False}
-    train(stream(".xx"), callbacks=[BadNumbers(3), keeper], **settings)
-    assert checkpoint(tmp_path, 3)["callbacks"]["BadNumbers"]["num_in_a_row"] == 2
+    train(stream(".xx"), callbacks=[NonFiniteGuard(3), keeper], **settings)
+    assert checkpoint(tmp_path, 3)["callbacks"]["NonFiniteGuard"]["num_in_a_row"] == 2
     path = tmp_path / "checkpoints" / "step_00000003" / "state.ckpt"
-    with pytest.raises(TooManyBadNumbers, match="^3 steps in a row .* step 4:"):
+    with pytest.raises(TooManyNonFiniteStepsError, match="^3 steps in a row .* step 4:"):
         train(
             stream("x.."),
             steps=6,
-            callbacks=[BadNumbers(3), Checkpoints(every_minutes=None)],
+            callbacks=[NonFiniteGuard(3), Checkpoints(every_minutes=None)],
             ckpt_path=path,
             **settings,
         )
@@ -322,7 +322,7 @@ def test_the_norm_is_that_of_clipping(train, stream):
 
 def test_refusals():
     with pytest.raises(ValueError, match="max_in_a_row must be at least 1, got 0"):
-        BadNumbers(0)
+        NonFiniteGuard(0)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, Timer
 from diffmm.checkpoint_folders import MANIFEST_NAME, checkpoints, fault, find_state, find_whole
 from diffmm.models.weights import load_model
 from diffmm.training import Checkpoints
-from diffmm.training.checkpoints import SaveFailed, callback, snapshot, writer
+from diffmm.training.resilience.checkpoints import SaveFailedError, callback, snapshot, writer
 
 STEPS = 6
 
@@ -189,7 +189,7 @@ def test_too_many_failed_saves_in_a_row_stop_the_run(saved, full_disk, tmp_path)
     full_disk({2, 4, 5})
     with (
         pytest.warns(UserWarning, match="1 of 2 failed saves that stop it"),
-        pytest.raises(SaveFailed, match="the checkpoint of step 5 could not be written"),
+        pytest.raises(SaveFailedError, match="the checkpoint of step 5 could not be written"),
     ):
         saved(every_n_steps=1, keep_last=9, max_failed_saves=2, steps=9, background=False)
     assert [found.step for found in checkpoints(tmp_path / "checkpoints")] == [1, 3]
@@ -199,7 +199,7 @@ def test_a_run_whose_end_is_not_saved_has_failed(saved, full_disk):
     full_disk({2})
     with (
         pytest.warns(UserWarning, match="Training goes on"),
-        pytest.raises(SaveFailed, match="of step 6"),
+        pytest.raises(SaveFailedError, match="of step 6"),
     ):
         saved(every_n_steps=3)
 

@@ -6,7 +6,7 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from diffmm.training.checkpoints.logs import LIST_NAME, begin
+from diffmm.training.resilience.checkpoints.logs import LIST_NAME, begin
 
 ROWS = "step,loss\n0,1.0\n5,0.5\n9,0.1\n"
 

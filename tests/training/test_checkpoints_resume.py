@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torchaudio.transforms import FrequencyMasking
 
 from datamodules import AudioData, ImageData, TextData
-from datamodules.audio_augment import AudioAugment
-from datamodules.loading import SeededDataModule
-from datamodules.sampling import SeededDataset, sample_generator
-from datamodules.sound_events import SoundEvents
-from datamodules.text import HuggingFaceText, TextFolder
+from datamodules.audio.augment import AudioAugment
+from datamodules.audio.sound_events import SoundEvents
+from datamodules.shared.loading import SeededDataModule
+from datamodules.shared.sampling import SeededDataset, sample_generator
+from datamodules.text.data import HuggingFaceText, TextFolder
 from diffmm.checkpoint_folders import STATE_NAME, checkpoints, find_state
 from diffmm.models import (
     AudioConfig,

@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch import Callback
 
 from diffmm.checkpoint_folders import checkpoints, fault
-from diffmm.training import Checkpoints, CleanStop
-from diffmm.training.checkpoints import BadWeights
+from diffmm.training import Checkpoints, GracefulShutdown
+from diffmm.training.resilience.checkpoints import NonFiniteWeightsError
 
 
 class Poison(Callback):
@@ -23,7 +23,7 @@ class Poison(Callback):
                 task.model.head.weight[1, 2] = self.value
 
 
-class Stop(CleanStop):
+class Stop(GracefulShutdown):
     """Gets a signal after a step."""
 
     def __init__(self, step):
@@ -41,7 +41,7 @@ def poisoned(make, fit, tmp_path):
     """`poisoned(value, ...)`: what ends a run whose weight turns into `value` after step 3."""
 
     def run(value, *callbacks, **settings):
-        with pytest.raises(BadWeights) as error:
+        with pytest.raises(NonFiniteWeightsError) as error:
             fit(
                 make.task("image"),
                 [make.batch("image")],

@@ -8,7 +8,7 @@ from diffmm.training import OptimizerConfig
 from diffmm.training.optimizer import layer_of, make_optimizer, parameter_groups
 
 EXEMPT = (
-    "norm", "bias", "lambda_", "embedding.weight", "positions", "class_token", "registers",
+    "norm", "bias", "lambda_", "embedding.weight", "positions", "cls_token", "reg_token",
     "mask_token", "logit_scale", "branch.scale",
 )  # fmt: skip
 

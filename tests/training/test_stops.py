@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.utils.data import DataLoader
 
 from diffmm import forks
-from diffmm.training.stops import SIGNALS, CleanStop, requeue_slurm_job
+from diffmm.training.resilience.shutdown import SIGNALS, GracefulShutdown, requeue_slurm_job
 from diffmm.workers import STOP_SIGNALS, WorkerLoader, ignore_stop_signals
 
 SCRIPT = Path(__file__).with_name("run_stops.py")
@@ -260,7 +260,7 @@ def test_handlers_are_back_after_an_end_and_after_an_error(tmp_path):
 
 def test_a_trainer_stops_again_and_again(tmp_path, trainer):
     """The same trainer and callback, in a second fit."""
-    stop = CleanStop()
+    stop = GracefulShutdown()
     run_trainer = trainer(callbacks=[Send("on_before_backward", 1, TERM), stop], max_steps=4)
     data = DataLoader(Numbers(), 4)
     with pytest.raises(SystemExit):
@@ -281,7 +281,7 @@ def test_in_another_thread_it_does_nothing(tmp_path):
 def test_without_checkpoints_of_this_library(tmp_path, trainer, caplog):
     for enabled in (True, False):
         run_trainer = trainer(
-            callbacks=[Send("on_before_backward", 1, TERM), CleanStop()],
+            callbacks=[Send("on_before_backward", 1, TERM), GracefulShutdown()],
             max_steps=4,
             enable_checkpointing=enabled,
         )

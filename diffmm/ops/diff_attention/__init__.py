@@ -1,7 +1,7 @@
 """Differential attention: one function, several backends, one truth."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ def diff_attention(
     if k.ndim != 5 or k.shape[3] not in (1, 2):
         raise ValueError(f"k must be [B, M, G, C, D] with C of 1 or 2, got shape {tuple(k.shape)}")
     check_qkv(q, k, v, mask)
-    lam = _as_map(lam, q)
+    lam = as_map(lam, q.shape[:3], q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     check_backend(backend, BACKENDS)
     if backend == "auto":
@@ -130,11 +130,10 @@ def diff_attention(
     return BACKENDS[backend](q, k, v, lam, mask=mask, scale=scale)
 
 
-def _as_map(lam: Tensor | float, q: Tensor) -> Tensor:
-    """`lam` as `[B, N, H]` in float32, or float64 where q is."""
+def as_map(lam: Tensor | float, shape: Sequence[int], q: Tensor) -> Tensor:
+    """`lam` in the shape `[B, N, H]`, in float32, or float64 where q is."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lam = torch.as_tensor(lam, dtype=dtype, device=q.device)
-    shape = q.shape[:3]
     try:
         return lam.expand(shape)
     except RuntimeError:

@@ -1,0 +1,82 @@
+"""Batches of like length, so that little of them is padding."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datamodules.shared.sampling import EpochSampler, SampleKey, sample_rng
+
+
+class BucketSampler(EpochSampler):
+    """An `EpochSampler` in whose order the samples of one batch are of like length.
+
+    Each epoch's random order is cut into pools of `pool_batches` batches (of all processes
+    together); a pool is sorted by length and cut into batches, which come in random order. So all
+    processes get samples of like length at the same step, and none waits for another. It is a
+    function of `(seed, epoch)`, and feeds a loader of `batch_size` that drops the last batch.
+
+    Args:
+        lengths: of each sample, in any unit.
+        batch_size: samples a batch of one process.
+        pool_batches: batches a pool; more means less padding, and less randomness.
+        seed, rank, world_size: as in `EpochSampler`.
+
+    Raises:
+        ValueError: if the samples do not fill one batch of every process.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        batch_size: int,
+        pool_batches: int = 50,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if len(lengths) < batch_size * world_size:
+            raise ValueError(
+                f"{len(lengths)} training samples do not fill one batch: batch_size is "
+                f"{batch_size} on {world_size} process(es); lower it or give more data"
+            )
+        super().__init__(
+            len(lengths),
+            shuffle=True,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+        )
+        self.lengths = np.asarray(lengths)
+        self.global_batch_size = batch_size * world_size
+        self.pool_batches = pool_batches
+
+    def _order(self) -> dict[str, Any]:
+        return {
+            **super()._order(),
+            "global_batch_size": self.global_batch_size,
+            "pool_batches": self.pool_batches,
+        }
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        order = self._bucketed()[: self.total_size]
+        for index in order[self._position + self.rank :: self.num_replicas]:
+            yield self.epoch, int(index)
+
+    def _bucketed(self) -> NDArray[np.int64]:
+        rng, size = sample_rng(self.seed, self.epoch), self.global_batch_size
+        order = rng.permutation(len(self.lengths))
+        num_whole = len(order) // size * size
+        pools = np.split(
+            order[:num_whole], range(self.pool_batches * size, num_whole, self.pool_batches * size)
+        )
+        batches = [
+            batch
+            for pool in pools
+            for batch in pool[np.argsort(self.lengths[pool], kind="stable")].reshape(-1, size)
+        ]
+        # What fills no batch comes last, where the loader drops it.
+        shuffled = [batches[i] for i in rng.permutation(len(batches))]
+        return np.concatenate([*shuffled, order[num_whole:]])

@@ -1,0 +1,204 @@
+"""Sounds and their classes, as batches of waveforms."""
+
+import sys
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from datamodules.audio.augment import AudioAugment, Augmenter
+from datamodules.audio.buckets import BucketSampler
+from datamodules.audio.clips import AudioClips
+from datamodules.audio.reader import ClipReader
+from datamodules.audio.sound_events import SoundEvents
+from datamodules.audio.sources import AudioSource
+from datamodules.shared.bad_samples import BadSampleError, BadSamples
+from datamodules.shared.fingerprints import Fingerprint
+from datamodules.shared.labelled import LabelledData, LabelledDataset
+from datamodules.shared.sampling import sample_rng
+from datamodules.shared.sources import Splits
+from diffmm.batch import AudioBatch
+from diffmm.checks import check_choice
+
+EVAL_POSITIONS = {"start": 0.0, "center": 0.5, "full": 0.0}
+BATCHINGS = ("padded", "bucketed", "fixed")
+
+
+class AudioDataset(LabelledDataset):
+    """Clips of a split, decoded, cut and varied.
+
+    Args:
+        splits: where the clips belong; it knows the classes.
+        reader: of the clips.
+        max_samples: longer clips are cut to this length; `None` keeps them whole.
+        position: of the cut, in [0, 1]; `None` draws it from `(seed, epoch, index)`.
+        augmenter: varies the clips, drawing likewise; `None` leaves them as they are.
+        batch_samples: the length of a batch; `None` for that of its longest clip.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self,
+        splits: Splits[AudioClips],
+        reader: ClipReader,
+        *,
+        max_samples: int | None,
+        position: float | None,
+        augmenter: Augmenter | None,
+        batch_samples: int | None,
+        seed: int,
+    ) -> None:
+        super().__init__(reader.clips, seed=seed)
+        self.splits = splits
+        self.reader = reader
+        self.max_samples = max_samples
+        self.position = position
+        self.augmenter = augmenter
+        self.batch_samples = batch_samples
+
+    def sample(self, epoch: int, index: int) -> dict[str, Any]:
+        rng = sample_rng(self.seed, epoch, index)
+        position = rng.random() if self.position is None else self.position
+        waveform = self.reader.read(index, max_samples=self.max_samples, position=position)
+        if self.augmenter is not None:
+            waveform = self.augmenter(waveform, rng)
+        return {
+            # Resampling, gain and noise may overshoot.
+            "waveforms": np.clip(waveform, -1.0, 1.0),
+            "num_samples": len(waveform),
+            "labels": self.splits.target(self.reader.clips.labels[index]),
+            "index": index,
+        }
+
+    def collate(self, samples: list[dict[str, Any]]) -> AudioBatch:
+        """Pad the clips to one length, with zeros after their ends."""
+        length = self.batch_samples or max(sample["num_samples"] for sample in samples)
+        padded = np.zeros((len(samples), length), np.float32)
+        for row, sample in zip(padded, samples, strict=True):
+            row[: sample["num_samples"]] = sample["waveforms"]
+        return AudioBatch(
+            waveforms=torch.from_numpy(padded),
+            num_samples=torch.tensor([sample["num_samples"] for sample in samples]),
+            labels=torch.stack([sample["labels"] for sample in samples]),
+            index=torch.tensor([sample["index"] for sample in samples]),
+        )
+
+
+class AudioData(LabelledData[AudioClips]):
+    """Sounds of known classes, as `AudioBatch`es; SpecAugment and mixup happen in the task.
+
+    Args:
+        source: where the clips come from, a class of `datamodules.audio.sources`; by default
+            synthetic `SoundEvents`, which need no files.
+        sample_rate_hz: of the waveforms.
+        resample: convert clips of another rate, by SciPy's polyphase filter; otherwise they are
+            refused.
+        clip_seconds: longer clips are cut to this: in training at a place drawn from the epoch and
+            the clip, in evaluation as `eval_crop` says. By default clips stay whole.
+        eval_crop: `"center"`, `"start"`, or `"full"` to evaluate on whole clips.
+        batching: `"padded"`: batches are as long as their longest clip. `"bucketed"`: so they are,
+            and training batches are of clips of like length. `"fixed"`: all batches are
+            `clip_seconds` long, so that shapes are static (for compiled models).
+        augment: how training clips are varied; not at all by default.
+        batch_size: clips a batch of one process.
+        num_workers: processes that load beside the training one.
+        seed: of the order, the crops and the augmentation.
+        bad_samples: what to do about clips that cannot be read; by default to stop.
+
+    Raises:
+        ValueError: naming the argument that is wrong.
+    """
+
+    def __init__(
+        self,
+        source: AudioSource | None = None,
+        *,
+        sample_rate_hz: int = 16000,
+        resample: bool = False,
+        clip_seconds: float | None = None,
+        eval_crop: Literal["center", "start", "full"] = "center",
+        batching: Literal["padded", "bucketed", "fixed"] = "padded",
+        augment: AudioAugment | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        bad_samples: BadSamples | None = None,
+    ) -> None:
+        super().__init__(
+            source or SoundEvents(sample_rate_hz=sample_rate_hz),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            bad_samples=bad_samples,
+        )
+        check_choice("eval_crop", eval_crop, EVAL_POSITIONS)
+        check_choice("batching", batching, BATCHINGS)
+        if sample_rate_hz < 1:
+            raise ValueError(f"sample_rate_hz must be at least 1, got {sample_rate_hz}")
+        if clip_seconds is not None and clip_seconds * sample_rate_hz < 1:
+            raise ValueError(f"clip_seconds must be at least one sample long, got {clip_seconds}")
+        if batching == "fixed" and (clip_seconds is None or eval_crop == "full"):
+            raise ValueError(
+                f"batching='fixed' cuts and pads every clip to clip_seconds: it needs one, and "
+                f"eval_crop 'center' or 'start'; got {clip_seconds} and {eval_crop!r}"
+            )
+        self.sample_rate_hz = sample_rate_hz
+        self.resample = resample
+        self.clip_samples = None if clip_seconds is None else round(clip_seconds * sample_rate_hz)
+        self.eval_crop = eval_crop
+        self.batching = batching
+        self.augment = augment
+
+    def fingerprint(self) -> Fingerprint:
+        return {
+            **super().fingerprint(),
+            "sample_rate_hz": self.sample_rate_hz,
+            "clip_samples": self.clip_samples,
+            "batching": self.batching,
+            "augment": str(self.augment),
+        }
+
+    def dataset(self, samples: AudioClips, *, training: bool) -> AudioDataset:
+        augmenter = None
+        if training and self.augment is not None:
+            augmenter = Augmenter(
+                self.augment, sample_rate_hz=self.sample_rate_hz, resample=self.resample
+            )
+        whole = not training and self.eval_crop == "full"
+        return AudioDataset(
+            self.splits,
+            self._reader(samples),
+            max_samples=None if whole else self.clip_samples,
+            position=None if training else EVAL_POSITIONS[self.eval_crop],
+            augmenter=augmenter,
+            batch_samples=self.clip_samples if self.batching == "fixed" else None,
+            seed=self.seed,
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        if self.batching != "bucketed":
+            return super().train_dataloader()
+        dataset = self.dataset(self.splits.train, training=True)
+        reader = self._reader(self.splits.train)
+        longest = self.clip_samples or sys.maxsize
+        sampler = BucketSampler(
+            [min(self._length(reader, index), longest) for index in range(len(dataset))],
+            batch_size=self.batch_size,
+            seed=self.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        return self._sampled_loader(dataset, dataset.collate, sampler)
+
+    def _length(self, reader: ClipReader, index: int) -> int:
+        """To sort by; a clip that cannot be read has none, and is met again when its turn comes."""
+        try:
+            return reader.num_samples(index)
+        except BadSampleError:
+            if self.bad_samples.policy == "raise":
+                raise
+            return 0
+
+    def _reader(self, clips: AudioClips) -> ClipReader:
+        return ClipReader(clips, sample_rate_hz=self.sample_rate_hz, resample=self.resample)

@@ -1,0 +1,97 @@
+"""Reading a stretch of a clip at the model's sample rate."""
+
+from functools import lru_cache
+from math import gcd
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.signal import firwin, resample_poly
+
+from datamodules.audio.clips import AudioClips
+from datamodules.shared.bad_samples import BadSampleError
+
+Waveform = NDArray[np.float32]
+
+MAX_TERM = 400_000
+"""Two rates are converted where their ratio, in lowest terms, has no larger term. The filter is 20
+times as long: at most 32 MB, computed in 1.5 s."""
+MAX_RAISE = 100
+"""A rate is raised to no more than this multiple: a header of 1 Hz would fill the memory."""
+
+
+class ClipReader:
+    """Clips at one sample rate, whole or cut to a length.
+
+    Args:
+        clips: what to read.
+        sample_rate_hz: of the waveforms that come out.
+        resample: convert clips of other rates; otherwise they are refused.
+    """
+
+    def __init__(self, clips: AudioClips, *, sample_rate_hz: int, resample: bool) -> None:
+        self.clips = clips
+        self.sample_rate_hz = sample_rate_hz
+        self.resample = resample
+
+    def num_samples(self, index: int) -> int:
+        """A clip's whole length at this reader's sample rate.
+
+        Raises:
+            ValueError: naming the clip, if it cannot be read.
+        """
+        total, rate_hz = self.clips.info(index)
+        return -(-total * self.sample_rate_hz // rate_hz)
+
+    def read(
+        self, index: int, *, max_samples: int | None = None, position: float = 0.0
+    ) -> Waveform:
+        """`[S]` float32: a clip, cut to `max_samples` if it is longer.
+
+        Only the stretch itself is decoded, wherever in a long recording it is.
+
+        Args:
+            index: the clip.
+            max_samples: the most samples that come out; `None` for the whole clip.
+            position: in [0, 1], where the cut is: at the beginning (0), the middle, the end (1).
+
+        Raises:
+            ValueError: naming the clip, if it cannot be read, or has another sample rate than this
+                reader's and `resample` is false, naming both.
+            BadSampleError: naming the clip, if its rate cannot be converted: see `MAX_TERM` and
+                `MAX_RAISE`.
+        """
+        total, rate_hz = self.clips.info(index)
+        if rate_hz != self.sample_rate_hz and not self.resample:
+            raise ValueError(
+                f"{self.clips.describe(index)} has a sample rate of {rate_hz} Hz, not "
+                f"{self.sample_rate_hz} Hz: set resample: true, or sample_rate_hz to its rate"
+            )
+        up, down = self._ratio(index, rate_hz)
+        start, length = 0, total
+        if max_samples is not None:
+            length = min(total, -(-max_samples * rate_hz // self.sample_rate_hz))
+            start = round(position * (total - length))
+        waveform = self.clips.read(index, start, length)
+        if up != down:
+            waveform = resample_poly(waveform, up, down, window=_low_pass(max(up, down)))
+        return waveform[:max_samples]
+
+    def _ratio(self, index: int, rate_hz: int) -> tuple[int, int]:
+        """This reader's sample rate to a clip's, in lowest terms."""
+        shared = gcd(self.sample_rate_hz, rate_hz)
+        up, down = self.sample_rate_hz // shared, rate_hz // shared
+        if max(up, down) > MAX_TERM or up > MAX_RAISE * down:
+            raise BadSampleError(
+                f"{self.clips.describe(index)} has a sample rate of {rate_hz} Hz, which cannot be "
+                f"converted to {self.sample_rate_hz} Hz: convert the file, or set sample_rate_hz "
+                f"to a rate that shares a larger factor with it",
+                self.clips.file(index),
+            )
+        return up, down
+
+
+@lru_cache(maxsize=8)
+def _low_pass(term: int) -> NDArray[np.float32]:
+    """The filter of SciPy's `resample_poly` for a ratio with this larger term, which it would
+    compute for each clip: ten zero crossings a side, in a Kaiser window."""
+    return firwin(20 * term + 1, 1 / term, window=("kaiser", 5.0)).astype(np.float32)

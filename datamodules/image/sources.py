@@ -1,0 +1,243 @@
+"""Where images come from: scikit-learn's digits, CIFAR, folders by class."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision import datasets
+
+from datamodules.image.files import MAX_PIXELS, PILLOWS_MOST, read_image
+from datamodules.image.transform import ImageTransform
+from datamodules.shared.bad_samples import BadSampleError
+from datamodules.shared.fingerprints import Fingerprint, digest
+from datamodules.shared.sources import (
+    ClassFolder,
+    Labelled,
+    Labels,
+    Source,
+    Splits,
+    check_same_classes,
+    hold_out,
+)
+from diffmm.checks import DataError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class LabelledImages(Labelled):
+    """The images of one split, decoded one at a time."""
+
+    @abstractmethod
+    def read(self, index: int) -> Image.Image:
+        """An image in mode L or RGB.
+
+        Raises:
+            BadSampleError: naming the image, if it cannot be read.
+        """
+
+
+class ImageSource(Source[LabelledImages]):
+    """Images in training, validation and test splits, and how they are best looked at.
+
+    Attributes:
+        image_size: their height and width, if nothing else is asked for.
+        channels: 1 for gray, 3 for color images, likewise.
+        transform: what this source's images need other than timm's defaults.
+    """
+
+    image_size: ClassVar[int] = 224
+    channels: ClassVar[int] = 3
+    transform: ClassVar[ImageTransform] = ImageTransform()
+
+
+class ArrayImages(LabelledImages):
+    """Images in memory.
+
+    Args:
+        pixels: `[N, H, W]` gray or `[N, H, W, 3]` color, uint8.
+        labels: of each image.
+    """
+
+    def __init__(self, pixels: NDArray[np.uint8], labels: Sequence[int]) -> None:
+        self.pixels = pixels
+        self.labels = [(int(label),) for label in labels]
+
+    def subset(self, indices: Sequence[int]) -> "ArrayImages":
+        """The images of these numbers."""
+        return ArrayImages(self.pixels[indices], [self.labels[i][0] for i in indices])
+
+    def describe(self, index: int) -> str:
+        return f"image {index}"
+
+    def fingerprint(self) -> Fingerprint:
+        pixels = digest([str(self.pixels.shape), np.ascontiguousarray(self.pixels).tobytes()])
+        return {**super().fingerprint(), "contents of images": pixels}
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
+
+
+class FileImages(LabelledImages):
+    """Image files, read by `read_image`."""
+
+    def __init__(
+        self, paths: Sequence[Path], labels: Sequence[Labels], max_pixels: int = MAX_PIXELS
+    ) -> None:
+        self.paths = paths
+        self.labels = labels
+        self.max_pixels = max_pixels
+
+    def describe(self, index: int) -> str:
+        return f"image {index} ({self.paths[index]})"
+
+    def file(self, index: int) -> Path:
+        return self.paths[index]
+
+    def read(self, index: int) -> Image.Image:
+        try:
+            return read_image(self.paths[index], self.max_pixels)
+        except DataError as error:
+            fault, cause = str(error), error.__cause__
+        except Exception as error:  # of many types: the decoders'
+            fault, cause = f"cannot be decoded: {error or type(error).__name__}", error
+        raise BadSampleError(f"{self.describe(index)} {fault}", self.paths[index]) from cause
+
+
+class Digits(ImageSource):
+    """scikit-learn's digits (Alpaydin and Kaynak, 1998): 1797 gray images of 8 x 8, 10 classes.
+
+    They come with scikit-learn, so that nothing is downloaded. Validation and test images are the
+    same.
+
+    Args:
+        val_fraction: this share of each class is held out for validation, the same in every run.
+    """
+
+    image_size = 8
+    channels = 1
+    # Mean and deviation of all pixels. A mirrored digit is another sign, and a crop of so few
+    # pixels loses what tells them apart.
+    transform = ImageTransform(
+        mean=(0.305,),
+        std=(0.376,),
+        crop_pct=1.0,
+        scale=(0.8, 1.0),
+        ratio=(0.9, 1.1),
+        hflip=0.0,
+        color_jitter=0.0,
+    )
+
+    def __init__(self, val_fraction: float = 0.2) -> None:
+        self.val_fraction = val_fraction
+
+    def splits(self) -> Splits[LabelledImages]:
+        # Imported here: it takes half a second, and the other sources need none of it.
+        from sklearn.datasets import load_digits
+
+        digits: Any = load_digits()
+        pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+        images = ArrayImages(pixels, digits.target)
+        train, val = hold_out(images.labels, self.val_fraction)
+        held_out = images.subset(val)
+        return Splits([str(digit) for digit in range(10)], images.subset(train), held_out, held_out)
+
+
+class CIFAR10(ImageSource):
+    """CIFAR-10 (Krizhevsky, 2009): 50,000 training and 10,000 test images of 32 x 32, 10 classes.
+
+    As torchvision downloads it: `root/cifar-10-batches-py/data_batch_1` and so on.
+
+    Args:
+        root: the folder that holds `cifar-10-batches-py`.
+        download: fetch it (170 MB) if it is not there.
+        val_fraction: this share of each class's training images is held out for validation, the
+            same in every run. By default validation is on the test images, as most reports do it.
+    """
+
+    image_size = 32
+    transform = ImageTransform(
+        mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616), crop_pct=1.0
+    )
+    dataset: ClassVar[type[datasets.CIFAR10]] = datasets.CIFAR10
+
+    def __init__(
+        self, root: str, *, download: bool = False, val_fraction: float | None = None
+    ) -> None:
+        self.root = root
+        self.download = download
+        self.val_fraction = val_fraction
+
+    def prepare(self) -> None:
+        if self.download:
+            self.dataset(self.root, download=True)
+
+    def splits(self) -> Splits[LabelledImages]:
+        folder = Path(self.root, self.dataset.base_folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"no folder {folder}: give the root of an existing copy, or download: true"
+            )
+        try:
+            train, test = (self.dataset(self.root, train=train) for train in (True, False))
+        except RuntimeError as error:
+            raise ValueError(
+                f"{folder} is incomplete or corrupted: delete it, and download: true"
+            ) from error
+        train_images, test_images = (ArrayImages(d.data, d.targets) for d in (train, test))
+        if self.val_fraction is None:
+            return Splits(train.classes, train_images, test_images, test_images)
+        kept, held_out = hold_out(train_images.labels, self.val_fraction)
+        return Splits(
+            train.classes, train_images.subset(kept), train_images.subset(held_out), test_images
+        )
+
+
+class CIFAR100(CIFAR10):
+    """CIFAR-100 (Krizhevsky, 2009): as CIFAR-10, of 100 classes, in `root/cifar-100-python`."""
+
+    transform = ImageTransform(
+        mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762), crop_pct=1.0
+    )
+    dataset = datasets.CIFAR100
+
+
+class ImageFolder(ImageSource):
+    """Image files in a folder a class, as ImageNet's: `train/<class>/*.JPEG`, `val/<class>/*.JPEG`.
+
+    Files are listed by their names (`EXTENSIONS`), hidden ones left out, and decoded by their
+    content: see `datamodules.image.files.read_image` for what becomes of orientation, transparency,
+    16 bits and floats. Classes are compared by their names in Unicode's composed form: folders
+    that differ in form alone are one class, as they are one folder on other systems.
+
+    Args:
+        train, val: folders of the same classes.
+        test: another one; the validation images by default.
+        max_pixels: larger images are refused before they take memory; 178,956,970 at most, which
+            is what Pillow opens.
+    """
+
+    def __init__(
+        self, train: str, val: str, test: str | None = None, *, max_pixels: int = MAX_PIXELS
+    ) -> None:
+        if not 1 <= max_pixels <= PILLOWS_MOST:
+            raise ValueError(f"max_pixels must lie in [1, {PILLOWS_MOST}], got {max_pixels}")
+        self.train = train
+        self.val = val
+        self.test = test
+        self.max_pixels = max_pixels
+
+    def splits(self) -> Splits[LabelledImages]:
+        class_names, paths, labels = ClassFolder.read(self.train, EXTENSIONS)
+        train = FileImages(paths, labels, self.max_pixels)
+        val = self._images(self.val, class_names)
+        test = self._images(self.test, class_names) if self.test is not None else val
+        return Splits(class_names, train, val, test)
+
+    def _images(self, folder: str, expected: list[str]) -> FileImages:
+        class_names, paths, labels = ClassFolder.read(folder, EXTENSIONS)
+        check_same_classes(self.train, expected, folder, class_names)
+        return FileImages(paths, labels, self.max_pixels)

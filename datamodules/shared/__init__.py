@@ -1,0 +1,1 @@
+"""What the datamodules of all modalities share."""

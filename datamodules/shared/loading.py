@@ -1,0 +1,221 @@
+"""What the datamodules share: loaders that know the seed, the epoch and the process."""
+
+from collections.abc import Callable, Iterable, Sized
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from datamodules.shared.bad_samples import BadSamples, Triage
+from datamodules.shared.evaluation import EvaluationLoader, EvaluationSampler
+from datamodules.shared.fingerprints import Fingerprint, changes
+from datamodules.shared.sampling import EpochSampler, OverfitSampler, SeededDataset
+from diffmm.workers import WorkerLoader, ignore_stop_signals
+
+Collate = Callable[[list[Any]], Any]
+
+
+class SeededDataModule(LightningDataModule):
+    """A datamodule whose batches depend on its arguments and `seed`, not on its workers.
+
+    Args:
+        batch_size: samples a batch of one process.
+        num_workers: processes that load beside the training one; 0 loads in it.
+        seed: of the order, augmentation and masking, at least 0.
+        bad_samples: what to do about samples that cannot be read; by default to stop.
+
+    Attributes:
+        allow_changed_data: whether a checkpoint of other data is told of and no more; otherwise it
+            is refused.
+
+    Raises:
+        ValueError: for a number out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        bad_samples: BadSamples | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.bad_samples = bad_samples or BadSamples()
+        self._sampler: EpochSampler | None = None
+        self._restored: dict[str, Any] | None = None
+        self._fingerprint: Fingerprint = {}
+        self.allow_changed_data = False
+
+    @property
+    def rank(self) -> int:
+        """The number of this process among those that get samples of their own, 0 before a trainer
+        is attached."""
+        return self._processes["rank"]
+
+    @property
+    def world_size(self) -> int:
+        """How many processes get samples of their own, 1 before a trainer is attached."""
+        return self._processes["num_replicas"]
+
+    @property
+    def _processes(self) -> dict[str, int]:
+        # The strategy knows: processes that are parallel over heads work on the same samples.
+        strategy: Any = self.trainer.strategy if self.trainer else None
+        return getattr(strategy, "distributed_sampler_kwargs", {"num_replicas": 1, "rank": 0})
+
+    def training_loader(
+        self, dataset: Dataset[Any], collate: Collate | None = None
+    ) -> DataLoader[Any]:
+        """Full batches of `dataset`, in a new order each epoch.
+
+        Raises:
+            ValueError: if the samples do not fill one batch of every process.
+        """
+        assert isinstance(dataset, Sized)
+        if len(dataset) < self.batch_size * self.world_size:
+            raise ValueError(
+                f"{len(dataset)} training samples do not fill one batch: batch_size is "
+                f"{self.batch_size} on {self.world_size} process(es); lower it or give more data"
+            )
+        sampler = EpochSampler(
+            len(dataset),
+            shuffle=True,
+            seed=self.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        return self._sampled_loader(dataset, collate, sampler)
+
+    def evaluation_loader(
+        self, dataset: Dataset[Any], collate: Collate | None = None
+    ) -> DataLoader[Any]:
+        """All of `dataset` in order, the same in every epoch: on several processes each sample in
+        one of them, in as many batches everywhere (see `datamodules.shared.evaluation`)."""
+        sampler = None
+        if not isinstance(dataset, IterableDataset):
+            assert isinstance(dataset, Sized)
+            sampler = EvaluationSampler(
+                len(dataset),
+                batch_size=self.batch_size,
+                rank=self.rank,
+                world_size=self.world_size,
+            )
+        return self._loader(EvaluationLoader, dataset, collate, sampler=sampler)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands in the data, for a checkpoint between two batches; the same on
+        every process. Lightning keeps it."""
+        if self._sampler is None or self.trainer is None:
+            return {}
+        batches: int = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        size = self.batch_size * self.world_size
+        place = self._sampler.state_dict(batches * size)
+        return {**place, "global_batch_size": size, "data": self._fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state` when training begins.
+
+        Raises:
+            ValueError: (when training begins) if it is of other data (unless those are allowed),
+                another seed, or batches of another size (of all processes together).
+        """
+        self._restored = state
+
+    def fingerprint(self) -> Fingerprint:
+        """What the training batches are made of, for a checkpoint: known after `setup`, the same on
+        every process, and soon told. Whoever knows more adds to it."""
+        return {}
+
+    def triage(self) -> Triage:
+        """What this process does about bad samples, as its list of them now stands."""
+        return Triage(self.bad_samples, self.trainer.default_root_dir if self.trainer else None)
+
+    def _sampled_loader(
+        self, dataset: Dataset[Any], collate: Collate | None, sampler: EpochSampler
+    ) -> DataLoader[Any]:
+        """The training loader of samples in the order of `sampler`, or of what `overfit_batches`
+        wants again and again."""
+        if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            sampler = OverfitSampler(
+                len(sampler.dataset),  # type: ignore[arg-type]
+                seed=self.seed,
+                rank=self.rank,
+                world_size=self.world_size,
+            )
+        self._fingerprint = self.fingerprint()
+        if self._restored:
+            self._check_batch_size(self._restored["global_batch_size"])
+            self._check_data(self._restored.get("data", {}))
+            sampler.load_state_dict(self._restored, any_order=self.allow_changed_data)
+        self._sampler, self._restored = sampler, None
+        return self._loader(WorkerLoader, dataset, collate, sampler=sampler, drop_last=True)
+
+    def _check_data(self, then: Fingerprint) -> None:
+        found = changes(then, self._fingerprint)
+        if not found:
+            return
+        told = f"the training data are not those of the checkpoint ({'; '.join(found)})"
+        if not self.allow_changed_data:
+            raise ValueError(
+                f"{told}: resume with the data as they were, or say --allow-changed-data to go on "
+                f"with them as they are"
+            )
+        rank_zero_warn(f"{told}: the run goes on at the same place of the new ones")
+
+    def _check_batch_size(self, then: int) -> None:
+        now = self.batch_size * self.world_size
+        if then != now:
+            advice = (
+                f"with batch_size {then // self.world_size}"
+                if then % self.world_size == 0
+                else f"on a number of processes that divides {then}"
+            )
+            raise ValueError(
+                f"a batch of all processes was {then} samples and is now {now} (batch_size "
+                f"{self.batch_size} on {self.world_size} process(es)): resume {advice}"
+            )
+
+    def _loader(
+        self,
+        kind: type[WorkerLoader[Any]],
+        dataset: Dataset[Any],
+        collate: Collate | None,
+        *,
+        sampler: Iterable[Any] | None = None,
+        drop_last: bool = False,
+    ) -> DataLoader[Any]:
+        if isinstance(dataset, SeededDataset):
+            dataset.triage = self.triage()
+        return kind(
+            dataset,
+            sampler=sampler,
+            drop_last=drop_last,
+            persistent_workers=self.num_workers > 0,
+            **self._loading(collate),
+        )
+
+    def _loading(self, collate: Collate | None) -> dict[str, Any]:
+        """What every loader is told."""
+        return {
+            "batch_size": self.batch_size,
+            "collate_fn": collate,
+            "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+            "worker_init_fn": ignore_stop_signals,
+            # Workers' seeds, which no sample depends on: without it every loader that begins takes
+            # a number from the generator of dropout, more of them the fewer workers persist.
+            "generator": torch.Generator(),
+        }

@@ -1,0 +1,42 @@
+"""The attention layers, a file each: they take the same arguments and describe themselves."""
+
+from collections.abc import Callable
+
+from diffmm.layers.attention.base import Attention, AttentionArgs, HeadShapes, shared_by_heads
+from diffmm.layers.attention.diff_grouped import GroupedDiffAttention
+from diffmm.layers.attention.diff_v1 import DiffAttentionV1, lambda_init_at
+from diffmm.layers.attention.diff_v2 import DiffAttentionV2
+from diffmm.layers.attention.softmax import SoftmaxAttention
+from diffmm.layers.registry import Layer, registration
+
+ATTENTIONS: dict[str, type[Attention]] = {
+    "softmax": SoftmaxAttention,
+    "diff_v1": DiffAttentionV1,
+    "diff_v2": DiffAttentionV2,
+    "diff_grouped": GroupedDiffAttention,
+}
+"""What `BackboneConfig.attention` may be."""
+
+
+def register_attention(name: str) -> Callable[[Layer], Layer]:
+    """A class decorator with which `BackboneConfig(attention=name)` takes an `Attention`.
+
+    Raises:
+        ValueError: If the name is taken, or the class is no `Attention`.
+    """
+    return registration(ATTENTIONS, name, Attention)  # type: ignore[arg-type]
+
+
+__all__ = [
+    "ATTENTIONS",
+    "Attention",
+    "AttentionArgs",
+    "DiffAttentionV1",
+    "DiffAttentionV2",
+    "GroupedDiffAttention",
+    "HeadShapes",
+    "SoftmaxAttention",
+    "lambda_init_at",
+    "register_attention",
+    "shared_by_heads",
+]

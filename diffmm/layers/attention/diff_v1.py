@@ -1,0 +1,135 @@
+"""Differential attention, first version."""
+
+import math
+from collections.abc import Callable
+from typing import ClassVar, Literal, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from diffmm.checks import check_choice
+from diffmm.layers.attention.base import (
+    Attention,
+    AttentionArgs,
+    HeadShapes,
+    Split,
+    shared_by_heads,
+)
+from diffmm.layers.norm import RMSNorm, upcast
+from diffmm.ops import AttentionMask, diff_attention
+
+
+def lambda_init_at(layer_index: int) -> float:
+    """`0.8 - 0.6 exp(-0.3 layer_index)`, where lambda starts in v1 (Ye et al. 2025, section 2.1;
+    the paper counts layers from 1)."""
+    return 0.8 - 0.6 * math.exp(-0.3 * layer_index)
+
+
+class DiffAttentionV1(Attention):
+    """Differential attention (Ye et al. 2025, eqs. 1 to 3): one lambda per layer, values `2D` wide.
+
+        head_i = (1 - lambda_init) RMSNorm((A1_i - lambda A2_i) V_i)
+        lambda = exp(lambda_q1·lambda_k1) - exp(lambda_q2·lambda_k2) + lambda_init
+
+    for `num_heads / 2` differential heads; raw head `2i + c` of the projections is component `c`
+    of head `i`. The lambda vectors are float32 and stay so when the module is cast to half.
+
+    Args:
+        dim: As in `Attention`, like the shared arguments that are not listed; `num_heads` and
+            `num_kv_heads` must be even.
+        share: Let both components use one query (`"q"`) or one key (`"k"`), an ablation.
+        lambda_init: A constant in place of the layer's `lambda_init_at(layer_index)`.
+        headwise_norm: Whether heads are normalized. Without it the factor `1 - lambda_init`, which
+            is that norm's scale, goes too.
+        combine: `"add"` gives `A1 + lambda A2`, an ablation.
+    """
+
+    label = "diff v1"
+    equation = (
+        "(<i>A</i>₁ − <i>λ A</i>₂) <i>V</i>, half as many heads with values twice as wide, "
+        "one learned <i>λ</i> per layer, heads normalized"
+    )
+    is_differential = True
+    split: ClassVar[dict[str, Split]] = {**Attention.split, "norm": "heads"}
+
+    LAMBDA_NAMES = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+
+    lambda_q1: nn.Parameter
+    lambda_k1: nn.Parameter
+    lambda_q2: nn.Parameter
+    lambda_k2: nn.Parameter
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        share: Literal["q", "k"] | None = None,
+        lambda_init: float | None = None,
+        headwise_norm: bool = True,
+        combine: Literal["subtract", "add"] = "subtract",
+        **shared: Unpack[AttentionArgs],
+    ) -> None:
+        check_choice("share", share, (None, "q", "k"))
+        check_choice("combine", combine, ("subtract", "add"))
+        self.num_keys, self.num_queries = 1 if share == "k" else 2, 1 if share == "q" else 2
+        super().__init__(dim, **shared)
+        self.sign = -1.0 if combine == "add" else 1.0
+        self.lambda_init = lambda_init_at(self.layer_index) if lambda_init is None else lambda_init
+        for name in self.LAMBDA_NAMES:
+            setattr(self, name, nn.Parameter(upcast(torch.empty(self.head_dim))))
+        self.reset_parameters()
+        self.norm = RMSNorm(2 * self.head_dim, eps=1e-5) if headwise_norm else None
+
+    def reset_parameters(self) -> None:
+        """Start the lambda vectors anew, at N(0, 0.1)."""
+        for name in self.LAMBDA_NAMES:
+            nn.init.normal_(getattr(self, name), std=0.1)
+
+    def head_shapes(self) -> HeadShapes:
+        for name, count in (("num_heads", self.num_heads), ("num_kv_heads", self.num_kv_heads)):
+            if count % 2:
+                raise ValueError(f"diff_v1 pairs its heads, so {name} must be even, got {count}")
+        num_pairs, num_groups, head_dim = self.num_heads // 2, self.num_kv_heads // 2, self.head_dim
+        return (
+            (num_pairs, self.num_queries, head_dim),
+            (num_groups, self.num_keys, head_dim),
+            (num_groups, 2 * head_dim),
+        )
+
+    def init_head_size(self, size: float) -> None:
+        # Nearly uniform maps give all tokens one vector, which the norm would blow up to size 1:
+        # in a narrow model that drowns the tokens themselves (docs/lab_notes.md, "A slow start").
+        if self.norm is not None:
+            self.norm.init_weight = min(1.0, size)
+            self.norm.reset_parameters()
+
+    def lam(self, x: Tensor) -> Tensor:
+        """This layer's lambda, a float32 scalar (the same for every `x`)."""
+        q1, k1, q2, k2 = (shared_by_heads(getattr(self, name)) for name in self.LAMBDA_NAMES)
+        # With an axis: torch 2.11 gives a scalar plus a Python number a tangent in float64.
+        first, second = ((q * k).sum(0, keepdim=True).exp() for q, k in ((q1, k1), (q2, k2)))
+        return (self.sign * (first - second + self.lambda_init)).squeeze(0)
+
+    def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+        q, k = self.components(q, k)
+        return diff_attention(q, k, v, self.lam(x), mask=mask, backend=self.backend)
+
+    def components(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return q.expand(-1, -1, -1, 2, -1), k
+
+    def finish(self, heads: Tensor) -> Tensor:
+        if self.norm is None:
+            return heads
+        return self.norm(heads) * (1.0 - self.lambda_init)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DiffAttentionV1":
+        """Move the module as usual, but leave the lambda vectors their precision: in bfloat16
+        lambda would be off by 1e-3."""
+        lambdas = [getattr(self, name) for name in self.LAMBDA_NAMES]
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            keep = moved.dtype.itemsize < 4 and any(tensor is lam for lam in lambdas)
+            return tensor.to(moved.device) if keep else moved
+
+        return super()._apply(move, recurse)

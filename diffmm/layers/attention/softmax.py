@@ -1,0 +1,42 @@
+"""Softmax attention."""
+
+from typing import Unpack
+
+from torch import Tensor
+
+from diffmm.layers.attention.base import Attention, AttentionArgs, HeadShapes
+from diffmm.layers.norm import CosineNorm
+from diffmm.ops import AttentionMask, softmax_attention
+
+
+class SoftmaxAttention(Attention):
+    """`softmax(Q Kᵀ / √D) V`: the layer that all others are compared with.
+
+    Args:
+        dim: As in `Attention`, like the shared arguments that are not listed.
+        cosine_logits: Cosine-normalized logits with a learned temperature per head in place of
+            `Q Kᵀ / √D` (SwinV2, Liu et al. 2022); excludes `qk_norm`.
+    """
+
+    label = "softmax"
+    equation = "<i>A V</i>, where <i>A</i> = softmax(<i>Q K</i>ᵀ / √<i>d</i>)"
+
+    def __init__(
+        self, dim: int, *, cosine_logits: bool = False, **shared: Unpack[AttentionArgs]
+    ) -> None:
+        super().__init__(dim, **shared)
+        if cosine_logits and shared.get("qk_norm"):
+            raise ValueError("cosine_logits=True normalizes queries and keys already: drop qk_norm")
+        if cosine_logits:
+            self.scale = 1.0
+            self.q_norm, self.k_norm = CosineNorm(self.num_heads), CosineNorm()
+
+    def head_shapes(self) -> HeadShapes:
+        key = (self.num_kv_heads, self.head_dim)
+        return (self.num_heads, self.head_dim), key, key
+
+    def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+        return softmax_attention(q, k, v, mask=mask, scale=self.scale, backend=self.backend)
+
+    def components(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return q.unsqueeze(3), k.unsqueeze(3)

@@ -1,0 +1,105 @@
+"""Grouped differential attention: signal heads that share a noise head."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffmm.ops.checks import check_backend, check_qkv
+from diffmm.ops.diff_attention import as_map, choose_backend, diff_attention
+from diffmm.ops.grouped_diff_attention.reference import reference
+from diffmm.ops.mask import AttentionMask
+from diffmm.ops.softmax_attention.sdpa import sdpa as softmax_sdpa
+
+
+def grouped_diff_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor | float,
+    *,
+    mask: AttentionMask,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Differential attention in which `R` signal heads share one noise head (Lim et al. 2025):
+
+        (A_i - lam_i * A_noise(i)) V,   A = softmax(scale * Q Kᵀ + mask)
+
+    With `R = 1` this is `diff_attention` with shared keys, to the bit.
+
+    Args:
+        q: `[B, N, J, R + 1, D]`: of each of `J` noise heads the `R` signal queries, then the noise
+            query that they share. There are `H = J * R` heads; head `i` has noise head `i // R`.
+        k: `[B, M, G, D]` keys; `G` divides `J`, head `i` reads group `i // (H // G)`.
+        v: `[B, M, G, E]` values.
+        lam: Broadcasts to `[B, N, H]`; kept in float32 (float64 for float64 inputs).
+        mask: What each query sees.
+        scale: Multiplies the scores before the softmax, `D ** -0.5` by default.
+        backend: `"reference"` (materialises the maps, any device), `"sdpa"` (one softmax attention
+            of all signal and noise heads by torch's fused kernels), `"triton"` (the fused kernels
+            of `diff_attention`, which compute a noise head once for each of its signal heads), or
+            `"auto"`: `"triton"` where `diff_attention` would choose it and torch's kernels would
+            need a dense mask, else `"sdpa"`.
+
+    Returns:
+        `[B, N, H, E]` in q's dtype. Gradients go to q, k, v and lam. A row that sees no key is
+        zero, and so are its gradients, on every backend.
+
+    Raises:
+        ValueError: For shapes, dtypes or devices that do not fit, or a backend unknown by name.
+    """
+    if q.ndim != 5 or q.shape[3] < 2:
+        raise ValueError(
+            f"q must be [B, N, J, R + 1, D] with R of at least 1, got shape {tuple(q.shape)}"
+        )
+    if k.ndim != 4:
+        raise ValueError(f"k must be [B, M, G, D], got shape {tuple(k.shape)}")
+    check_qkv(q, k, v, mask)
+    num_signals = q.shape[3] - 1
+    if num_signals == 1:
+        key = k.unsqueeze(3)
+        return diff_attention(q, key, v, lam, mask=mask, scale=scale, backend=backend)
+    lam = as_map(lam, (*q.shape[:2], q.shape[2] * num_signals), q)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    check_backend(backend, BACKENDS)
+    if backend == "auto":
+        is_plain = mask.is_full or (mask.is_causal and q.shape[1] in (1, k.shape[1]))
+        backend = "sdpa" if is_plain else _for_other_masks(q, k, v, mask, scale)
+    return BACKENDS[backend](q, k, v, lam, mask=mask, scale=scale)
+
+
+def paired(q: Tensor) -> Tensor:
+    """`[B, N, J, R + 1, D]` as the queries of `diff_attention`, `[B, N, J * R, 2, D]`: every signal
+    query beside its noise query."""
+    signal, noise = q[:, :, :, :-1], q[:, :, :, -1:]
+    return torch.stack([signal, noise.expand_as(signal)], dim=4).flatten(2, 3)
+
+
+def _for_other_masks(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> str:
+    return choose_backend(paired(q), k.unsqueeze(3), v, mask, scale)
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *, mask: AttentionMask, scale: float
+) -> Tensor:
+    # Raw head (R + 1) j + c already reads group j // (J // G).
+    heads = softmax_sdpa(q.flatten(2, 3), k, v, mask=mask, scale=scale)
+    heads = heads.unflatten(2, q.shape[2:4])  # [B, N, J, R + 1, E]
+    signal, noise = heads[:, :, :, :-1], heads[:, :, :, -1:]
+    lam = lam.unflatten(2, (-1, signal.shape[3])).unsqueeze(-1)
+    return (signal - lam * noise).to(heads.dtype).flatten(2, 3)
+
+
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *, mask: AttentionMask, scale: float
+) -> Tensor:
+    key = k.unsqueeze(3)
+    return diff_attention(paired(q), key, v, lam, mask=mask, scale=scale, backend="triton")
+
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference,
+    "sdpa": _sdpa,
+    "triton": _triton,
+}

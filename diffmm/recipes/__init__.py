@@ -1,0 +1,1 @@
+"""The language of recipes: files, overrides, references, all mistakes, and what they build."""

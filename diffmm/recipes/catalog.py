@@ -1,0 +1,104 @@
+"""The recipes that come along: where they are, what they say about themselves.
+
+A recipe's header is a comment block. Its first line says what the recipe is; `FIELDS` follow, one
+a paragraph: `# Command: diffmm fit --config text/stdlib_tiny`.
+"""
+
+import difflib
+import re
+import shutil
+from pathlib import Path
+
+import diffmm
+from diffmm.recipes.errors import InputError
+
+FIELDS = ("Command", "Hardware", "Time", "Metric", "Measured")
+"""What every header says. `Measured` tells which of the figures above it somebody measured."""
+
+
+def recipe_root() -> Path:
+    """The folder of the recipes: inside an installed package, or beside it in its repository."""
+    package = Path(diffmm.__file__).parent
+    installed = package / "_recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of all shipped recipes, such as `text/stdlib_tiny`."""
+    root = recipe_root()
+    return sorted(
+        path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml")
+    )
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file of a recipe, given by its path or by the name of a shipped one.
+
+    Raises:
+        InputError: if there is none, with the nearest name.
+    """
+    path = Path(recipe).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise InputError(f"there is no recipe file {recipe}")
+    names = recipe_names()
+    if recipe in names:
+        return recipe_root() / f"{recipe}.yaml"
+    # Somebody may know a recipe without its folder.
+    by_file = {name.rpartition("/")[2]: name for name in names}
+    near = difflib.get_close_matches(recipe, [*names, *by_file], n=1)
+    hint = f"; did you mean {by_file.get(near[0], near[0])!r}?" if near else ""
+    raise InputError(f"there is no recipe {recipe!r}{hint} (diffmm recipes lists them)")
+
+
+def header(text: str) -> str:
+    """The comment at the top of a recipe."""
+    block = re.match(r"(?:#.*\n)*", text)
+    assert block is not None
+    return block[0]
+
+
+def description(text: str) -> str:
+    """The header's first line."""
+    return header(text).partition("\n")[0].removeprefix("#").strip()
+
+
+def fields(text: str) -> dict[str, str]:
+    """The header's fields, their continuation lines joined."""
+    found: dict[str, str] = {}
+    current = None
+    for line in (line.removeprefix("#").strip() for line in header(text).splitlines()[1:]):
+        match = re.match(rf"({'|'.join(FIELDS)}): +(.*)", line)
+        if match:
+            current = match[1]
+            found[current] = match[2]
+        elif not line:
+            current = None
+        elif current:
+            found[current] += f" {line}"
+    return found
+
+
+def copy_recipe(name: str, target: str | None = None) -> Path:
+    """Copy a recipe to a new file and return that.
+
+    Raises:
+        InputError: if there is no such recipe, no folder to copy to, or a file already.
+    """
+    source = find_recipe(name)
+    path = Path(target or source.name)
+    if path.is_dir():
+        path = path / source.name
+    if path.suffix not in (".yaml", ".yml"):
+        raise InputError(f"a recipe's name ends in .yaml, got {path}")
+    if not path.parent.is_dir():
+        raise InputError(f"there is no folder {path.parent} to copy {name} to")
+    if path.exists():
+        raise InputError(f"{path} exists already: choose another path")
+    try:
+        shutil.copyfile(source, path)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+    return path

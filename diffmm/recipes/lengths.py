@@ -1,0 +1,117 @@
+"""Runs that go on for longer than was meant: `diffmm fit --resume RUN --trainer.max_steps N`.
+
+The schedule of the learning rate stays as it is, and the rate at its final value, unless the
+schedule's own length (`total_steps`) is given, too.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffmm.checkpoint_folders import read_manifest
+from diffmm.recipes.errors import InputError
+from diffmm.recipes.references import resolve, used_variables, walk
+from diffmm.recipes.settings import load
+
+SCHEDULE = "model.init_args.schedule.total_steps"
+LENGTHS = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", SCHEDULE)
+"""What may be given when a run goes on; settings that these refer to may be, too."""
+
+
+class Longer(NamedTuple):
+    """A run that goes on with another length."""
+
+    values: dict[str, Any]
+    """Of its recipe, unresolved, with what was given."""
+    schedule: dict[str, Any] | None
+    """Of the learning rate, as it was."""
+
+
+def lengthened(config: Path, overrides: Sequence[str]) -> Longer | None:
+    """A run whose length is changed by `overrides`; nothing if they change nothing.
+
+    Raises:
+        InputError: if they change anything else.
+    """
+    before, after = load([config]), load([config], overrides)
+    old, new = (leaves(values) for values in (before, after))
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if others := [name for name in changed if name not in LENGTHS]:
+        raise InputError(
+            f"--resume can change only the length of a run ({', '.join(LENGTHS)}), and not "
+            f"{', '.join(others)}. A new run from its weights is `diffmm finetune`"
+        )
+    if not changed:
+        return None
+    # What nothing refers to any more would be a mistake.
+    left = set(used_variables(before)) - set(used_variables(after))
+    if isinstance(after.get("vars"), dict):
+        after["vars"] = {name: v for name, v in after["vars"].items() if name not in left}
+    model = resolve(before)[0].get("model") or {}
+    return Longer(after, (model.get("init_args") or {}).get("schedule"))
+
+
+def leaves(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a recipe by their dotted names, without references and what is only referred
+    to."""
+    return {
+        ".".join(map(str, path)): value
+        for path, value in walk(resolve(values)[0])
+        if path[0] != "vars" and not (isinstance(value, dict | list) and value)
+    }
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """How many steps a run has made by its state.
+
+    Raises:
+        InputError: if the state cannot be read.
+    """
+    if checkpoint is None:
+        return 0
+    manifest = read_manifest(checkpoint.parent)
+    if manifest is not None:
+        return manifest["step"]
+    import torch
+
+    try:
+        # As Lightning's own callback writes it.
+        return torch.load(checkpoint, "cpu", mmap=True, weights_only=True)["global_step"]
+    except Exception as error:
+        raise InputError(f"{checkpoint} is no checkpoint of a run: {error}") from error
+
+
+def outlook(task: Any, trainer: Any, schedule: dict[str, Any] | None, step: int) -> str:
+    """What becomes of a run from its step `step` on, in one line.
+
+    Args:
+        task: with the learning rate and its schedule as they now are.
+        trainer: with the length as it now is.
+        schedule: as it was.
+        step: how many have been made.
+
+    Raises:
+        InputError: if no step is left, or the learning rate would be 0 in all that are.
+    """
+    end = trainer.max_steps
+    if 0 <= end <= step:
+        raise InputError(
+            f"the run has made {step} steps already: trainer.max_steps must be more, got {end}"
+        )
+    goes_on = f"goes on from step {step}" + (f" to step {end}" if end > 0 else "")
+    now = getattr(task, "schedule_config", None)
+    if now is None:
+        return goes_on
+    peak, was = task.optimizer_config.learning_rate, type(now)(**(schedule or {}))
+    final = (end if end > 0 else max(step + 1, now.total_steps)) - 1
+    rate, last = peak * now.factor(step), peak * now.factor(final)
+    if rate == last == 0.0:
+        raise InputError(
+            f"the learning rate has come down to 0 at step {now.total_steps}, and nothing would be "
+            f"learned after it: give a longer schedule, too (--model.schedule.total_steps "
+            f"{final + 1})"
+        )
+    is_same = was.total_steps == now.total_steps
+    where = f"at step {now.total_steps}{', as before' if is_same else f', not {was.total_steps}'}"
+    then = f"stays at {rate:.3g}" if rate == last else f"is {rate:.3g} now and {last:.3g} at last"
+    return f"{goes_on}; its schedule ends {where}: the learning rate {then}"

@@ -1,0 +1,316 @@
+"""Every mistake in a recipe at once.
+
+A recipe is walked beside the signatures of the classes it names. What is right is built on the way
+up (models on no device), so that what a class itself refuses is found as well.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import types
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from diffmm.checks import did_you_mean
+from diffmm.recipes.agreement import disagreements
+from diffmm.recipes.errors import message_of
+from diffmm.recipes.numbers import wrong_numbers
+from diffmm.recipes.references import UNKNOWN, resolve, unused_variables
+from diffmm.recipes.settings import CLASS_KEYS
+from diffmm.recipes.trust import PLAIN, is_code, stranger
+
+
+class Parameter(NamedTuple):
+    hint: Any
+    required: bool
+
+
+class Findings(NamedTuple):
+    mistakes: list[str]
+    model: LightningModule | None
+    """On the meta device; `None` if it could not be made."""
+    data: LightningDataModule | None
+
+
+def find_mistakes(values: dict[str, Any], *, trust: bool = True) -> Findings:
+    """Look for all mistakes in the values of a recipe (see `diffmm.recipes.settings.load`).
+
+    Args:
+        values: of the recipe.
+        trust: import and call what it names outside `diffmm.recipes.trust.KNOWN`; otherwise that
+            is a mistake.
+    """
+    resolved, mistakes = resolve(values)
+    mistakes += unused_variables(values)
+    wrong, resolved = wrong_numbers(values, resolved)
+    mistakes += wrong
+    finder = _Finder(mistakes, trust=trust)
+    finder.check_keys(resolved, TOP, "")
+    finder.check(resolved.get("seed_everything", True), bool | int, "seed_everything")
+    finder.check(resolved.get("vars", {}), dict, "vars")
+    finder.arguments(resolved.get("trainer") or {}, Trainer, "trainer")
+    model = finder.check(resolved.get("model", {}), LightningModule, "model")
+    data = finder.check(resolved.get("data", {}), LightningDataModule, "data")
+    is_whole = isinstance(model, LightningModule) and isinstance(data, LightningDataModule)
+    # A misspelt key leaves a default in its place, and that may disagree with anything.
+    if is_whole and not finder.has_unknown_keys:
+        trainer = resolved.get("trainer")
+        precision = trainer.get("precision") if isinstance(trainer, dict) else None
+        mistakes += disagreements(model, data, precision)
+    return Findings(
+        list(dict.fromkeys(mistakes)),
+        model if isinstance(model, LightningModule) else None,
+        data if isinstance(data, LightningDataModule) else None,
+    )
+
+
+class _Finder:
+    """Checks values against types, collects mistakes and gives what was built."""
+
+    def __init__(self, mistakes: list[str], *, trust: bool) -> None:
+        self.mistakes = mistakes
+        self.trust = trust
+        self.has_unknown_keys = False
+
+    def check(self, value: Any, hint: Any, path: str) -> Any:
+        """`value` as `hint` would have it, or `UNKNOWN` after a mistake."""
+        if value is UNKNOWN:
+            return UNKNOWN
+        options = _options(hint)
+        classes = [option for option in options if inspect.isclass(option)]
+        configs = [option for option in classes if dataclasses.is_dataclass(option)]
+        if isinstance(value, str) and any(map(is_code, options)) and self.is_strange(value, path):
+            return UNKNOWN
+        if isinstance(value, dict) and "class_path" in value:
+            return self.instance(value, [c for c in classes if c not in PLAIN], path)
+        if isinstance(value, dict) and configs and dict not in classes:
+            return self.config(value, _nearest_config(value, configs), path)
+        if isinstance(value, list):
+            items = [item for option in options for item in _item_hints(option)]
+            if items and _holds_nodes(value):
+                hint = Union[tuple(items)]  # noqa: UP007
+                return _whole([self.check(v, hint, f"{path}.{i}") for i, v in enumerate(value)])
+        if isinstance(value, dict) and not value and _is_module(classes):
+            self.mistakes.append(f"{path} is missing: it needs a class_path and init_args")
+            return UNKNOWN
+        if isinstance(value, dict) and any(issubclass(c, torch.nn.Module) for c in classes):
+            self.mistakes.append(f"{path}.class_path is missing: it says which class to make")
+            return UNKNOWN
+        if _has_unknown(value):
+            return UNKNOWN
+        return self.leaf(value, hint, path)
+
+    def leaf(self, value: Any, hint: Any, path: str) -> Any:
+        """A plain value, converted as the recipe's parser would convert it."""
+        for option in _options(hint):
+            if get_origin(option) is Literal and len(_options(hint)) == 1:
+                choices = get_args(option)
+                if value not in choices:
+                    listed = ", ".join(map(repr, choices))
+                    self.mistakes.append(
+                        f"{path} must be one of {listed}, got {value!r}"
+                        f"{did_you_mean(value, choices)}"
+                    )
+                    return UNKNOWN
+        parser = ArgumentParser(exit_on_error=False)
+        try:
+            parser.add_argument("--value", type=hint)
+        except ValueError:
+            # A type that the parser cannot check, it does not check in a recipe either.
+            return value
+        try:
+            return parser.parse_object({"value": value}).value
+        except ArgumentError:
+            self.mistakes.append(f"{path} must be {_name(hint)}, got {value!r}")
+            return UNKNOWN
+
+    def instance(self, node: dict[str, Any], bases: list[type], path: str) -> Any:
+        """The object that a node with a `class_path` stands for."""
+        self.check_keys(node, CLASS_KEYS, path)
+        class_path = node["class_path"]
+        if class_path is UNKNOWN or self.is_strange(class_path, f"{path}.class_path"):
+            return UNKNOWN
+        try:
+            cls = _import(class_path)
+        except ImportError as error:
+            self.mistakes.append(f"{path}.class_path: {error}")
+            return UNKNOWN
+        if cls is None:
+            return UNKNOWN
+        if not inspect.isclass(cls) or (bases and not issubclass(cls, tuple(bases))):
+            expected = " or ".join(base.__name__ for base in bases) or "class"
+            self.mistakes.append(
+                f"{path}.class_path must name {article(expected)} {expected}, got {class_path!r}"
+            )
+            return UNKNOWN
+        arguments = self.arguments(node.get("init_args") or {}, cls, f"{path}.init_args")
+        # What the trainer holds (loggers, strategies) may act when made: it is looked at only.
+        if arguments is UNKNOWN or path.startswith("trainer"):
+            return UNKNOWN
+        return self.build(cls, {**arguments, **(node.get("dict_kwargs") or {})}, path)
+
+    def is_strange(self, class_path: Any, path: str) -> bool:
+        """Whether a class path is not to be imported: a mistake that is told."""
+        why = None if self.trust else stranger(class_path)
+        if why is not None:
+            self.mistakes.append(f"{path}: {why}")
+        return why is not None
+
+    def config(self, node: dict[str, Any], cls: type, path: str) -> Any:
+        """A configuration (a dataclass), which refuses what it cannot be."""
+        arguments = self.arguments(node, cls, path)
+        return UNKNOWN if arguments is UNKNOWN else self.build(cls, arguments, path)
+
+    def arguments(self, values: Any, cls: Any, path: str) -> Any:
+        """The arguments of a class, checked, or `UNKNOWN` after a mistake in any."""
+        if not isinstance(values, dict):
+            self.mistakes.append(f"{path} must hold keys and values, got {values!r}")
+            return UNKNOWN
+        parameters = _parameters(cls)
+        # Keys that nobody knows do not keep the rest from being looked at.
+        self.check_keys(values, parameters, path)
+        before = len(self.mistakes)
+        for name, parameter in parameters.items():
+            if parameter.required and name not in values:
+                self.mistakes.append(f"{path}.{name} is missing: {cls.__name__} needs it")
+        checked = {
+            name: self.check(value, parameters[name].hint, f"{path}.{name}")
+            for name, value in values.items()
+            if name in parameters
+        }
+        return UNKNOWN if len(self.mistakes) > before else _whole(checked)
+
+    def build(self, cls: type, arguments: dict[str, Any], path: str) -> Any:
+        """An object of `cls`, on no device."""
+        try:
+            with torch.device("meta"):
+                return cls(**arguments)
+        except (ValueError, FileNotFoundError) as error:
+            self.mistakes.append(f"{path}: {message_of(error)}")
+        except Exception as error:
+            # No refusal: a class that did not reckon with such values.
+            self.mistakes.append(
+                f"{path}: {cls.__name__} cannot be made of these values "
+                f"({type(error).__name__}: {message_of(error)})"
+            )
+        return UNKNOWN
+
+    def check_keys(self, values: dict[str, Any], known: Iterable[str], path: str) -> None:
+        """Refuse keys that are not `known`, with the nearest that is."""
+        known = list(known)
+        for key in values:
+            if key not in known:
+                place = f"{path}.{key}" if path else str(key)
+                self.mistakes.append(f"unknown key {place}{did_you_mean(key, known)}")
+                self.has_unknown_keys = True
+
+
+TOP = ("seed_everything", "vars", "run_dir", "trainer", "model", "data")
+"""The keys of a recipe."""
+
+
+def _options(hint: Any) -> list[Any]:
+    """The members of a union, or the one type that is none."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return [option for member in get_args(hint) for option in _options(member)]
+    return [hint]
+
+
+def _item_hints(hint: Any) -> tuple[Any, ...]:
+    origin = get_origin(hint)
+    is_sequence = inspect.isclass(origin) and issubclass(list, origin)
+    return get_args(hint) if is_sequence else ()
+
+
+def _holds_nodes(items: list[Any]) -> bool:
+    return any(isinstance(item, dict) for item in items)
+
+
+def _is_module(classes: list[type]) -> bool:
+    return any(issubclass(c, LightningModule | LightningDataModule) for c in classes)
+
+
+def _nearest_config(node: dict[str, Any], configs: list[type]) -> type:
+    """Of several dataclasses the one with most of the node's keys."""
+    return max(configs, key=lambda c: len(set(node) & {f.name for f in dataclasses.fields(c)}))
+
+
+def _whole(container: Any) -> Any:
+    """A container of known values, or `UNKNOWN`."""
+    return UNKNOWN if _has_unknown(container) else container
+
+
+def _has_unknown(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_unknown, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_unknown, value))
+    return value is UNKNOWN
+
+
+def _parameters(cls: Any) -> dict[str, Parameter]:
+    """The arguments a class takes, with their types; `Any` for those it hands to its parents."""
+    function = cls.__init__ if inspect.isclass(cls) else cls
+    try:
+        hints = get_type_hints(function)
+    except NameError:
+        # Annotated with names that are imported for type checkers only.
+        hints = {}
+    signature = inspect.signature(function).parameters.values()
+    found = {
+        p.name: Parameter(hints.get(p.name, Any), p.default is p.empty)
+        for p in signature
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"
+    }
+    if any(p.kind is p.VAR_KEYWORD for p in signature):
+        # The recipe's parser finds by the source what becomes of **kwargs.
+        parser = ArgumentParser(exit_on_error=False)
+        for name in parser.add_class_arguments(cls, fail_untyped=False, sub_configs=True):
+            found.setdefault(name, Parameter(Any, required=False))
+    return found
+
+
+def _import(class_path: Any) -> Any:
+    """The class, or `None` for a short name, which the recipe's parser alone understands.
+
+    Raises:
+        ImportError: saying what is not there, with the nearest name.
+    """
+    if not isinstance(class_path, str):
+        raise ImportError(f"expected the path of a class, got {class_path!r}")
+    module_name, _, name = class_path.rpartition(".")
+    if not module_name:
+        return None
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"there is no module {error.name!r} (for {class_path!r})") from error
+    found = getattr(module, name, None)
+    if found is None:
+        public = [n for n in dir(module) if n[:1].isupper()]
+        raise ImportError(f"{module_name} has no {name}{did_you_mean(name, public)}")
+    return found
+
+
+def article(noun: str) -> str:
+    """The indefinite article of a class's name."""
+    return "an" if noun[:1] in "AEIOU" else "a"
+
+
+def _name(hint: Any) -> str:
+    """A type in words."""
+    names = [
+        "null"
+        if option is type(None)
+        else option.__name__
+        if inspect.isclass(option) and get_origin(option) is None
+        else " or ".join(map(repr, get_args(option)))
+        if get_origin(option) is Literal
+        else str(option).replace("typing.", "")
+        for option in _options(hint)
+    ]
+    return " or ".join(names)

@@ -1,0 +1,169 @@
+"""What helps a run that does not fit into memory: settings, and what a step takes with each."""
+
+import shlex
+from collections.abc import Iterator
+from contextlib import suppress
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from diffmm.checkpoint_folders import find_whole
+from diffmm.recipes.errors import warn
+from diffmm.recipes.memory import Memory, fake_shapes
+from diffmm.recipes.mistakes import find_mistakes
+from diffmm.recipes.references import REFERENCE, resolve
+from diffmm.recipes.settings import override
+from diffmm.recipes.summary import gib, memory_text, num_devices, step_memory
+
+SIGNS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""How torch says it in a plain `RuntimeError`."""
+
+MANY_DEVICES = 8
+"""What sharding is reckoned with, for a run on one device."""
+
+
+class Remedy(NamedTuple):
+    """Settings under which a step takes less memory."""
+
+    what: str
+    settings: dict[str, Any]
+
+    @property
+    def flags(self) -> str:
+        """As they are written on a command line."""
+        return " ".join(
+            f"--{key} {shlex.quote(str(value).lower() if value is True else str(value))}"
+            for key, value in self.settings.items()
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a step failed for want of memory, a device's or the machine's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+
+
+def advice(error: BaseException, values: dict[str, Any], run_dir: Path, step: int) -> str:
+    """What to tell a user whose run ended for want of memory.
+
+    Args:
+        error: how it ended.
+        values: of the recipe.
+        run_dir: of the run.
+        step: how many steps were made.
+    """
+    words = " ".join(str(error).split()).partition(" If reserved but")[0] or type(error).__name__
+    lines = [f"out of memory after {step} steps: {words}"]
+    values = {**values, "run_dir": str(run_dir)}
+    if (memory := estimate(values)) is not None:
+        lines += [f"a step takes about {memory_text(memory)}", *_helpful(values, memory)]
+    with suppress(ValueError):  # there are checkpoints, but none is whole
+        checkpoint = find_whole(run_dir / "checkpoints", warn=warn)
+        if checkpoint is not None:
+            lines.append(
+                f"the last checkpoint is whole: {checkpoint}. To start from its weights with other "
+                f"settings: diffmm finetune --config {run_dir}/config.yaml --weights {run_dir} ..."
+            )
+    return "\n".join(lines)
+
+
+def _helpful(values: dict[str, Any], memory: Memory) -> Iterator[str]:
+    """A line for each remedy that takes less than `memory`, and one for all of them."""
+    together: dict[str, Any] = {}
+    found = []
+    for remedy in remedies(values):
+        less = estimate(_with(values, remedy.settings))
+        if less is not None and less.total < memory.total:
+            found.append(f"  {gib(less.total):>10}  {remedy.flags}  ({remedy.what})")
+            together |= remedy.settings
+    if found:
+        yield "it would take about"
+        yield from found
+    if len(found) > 1 and (least := estimate(_with(values, together))) is not None:
+        yield f"  {gib(least.total):>10}  with all of them"
+
+
+def estimate(values: dict[str, Any]) -> Memory | None:
+    """What a step of a recipe takes, as `diffmm check` reckons; `None` where it cannot."""
+    found = find_mistakes(values)
+    shapes = None if found.mistakes else fake_shapes(found.model, found.data)
+    if shapes is None:
+        return None
+    return step_memory(found.model, shapes, resolve(values)[0].get("trainer") or {})
+
+
+def remedies(values: dict[str, Any]) -> Iterator[Remedy]:
+    """What may help, in the order in which to try it: first what changes nothing but time."""
+    resolved = resolve(values)[0]
+    trainer, data, model = (resolved.get(name) or {} for name in ("trainer", "data", "model"))
+    batch_size = _arguments(data).get("batch_size")
+    accumulated = trainer.get("accumulate_grad_batches") or 1
+    if isinstance(batch_size, int) and batch_size > 1:
+        parts = next(n for n in range(2, batch_size + 1) if batch_size % n == 0)
+        yield Remedy(
+            f"the same step in {parts * accumulated} parts",
+            {
+                setting_key(values, "data.batch_size"): batch_size // parts,
+                "trainer.accumulate_grad_batches": parts * accumulated,
+            },
+        )
+    if not _arguments(model).get("activation_checkpointing"):
+        yield Remedy(
+            "blocks are computed again in the backward pass: about a third slower",
+            {setting_key(values, "model.activation_checkpointing"): True},
+        )
+    if str(trainer.get("precision") or "32-true") in ("32", "32-true"):
+        yield Remedy(
+            "activations in half precision",
+            {setting_key(values, "trainer.precision"): "bf16-mixed"},
+        )
+    if "fsdp" in str(trainer.get("strategy")).lower() or trainer.get("accelerator") == "cpu":
+        return
+    if num_devices(trainer) > 1:
+        yield Remedy(
+            "weights, gradients and moments shared out over the devices",
+            {setting_key(values, "trainer.strategy"): "fsdp2"},
+        )
+    else:
+        devices = max(torch.cuda.device_count(), 1)
+        devices = devices if devices > 1 else MANY_DEVICES
+        yield Remedy(
+            f"on {devices} devices, which share weights, gradients and moments; divide the batches "
+            f"too, for the same step",
+            {
+                setting_key(values, "trainer.strategy"): "fsdp2",
+                setting_key(values, "trainer.devices"): devices,
+            },
+        )
+
+
+def _with(values: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    changed = deepcopy(values)
+    for key, value in settings.items():
+        override(changed, key, value)
+    return changed
+
+
+def _arguments(node: dict[str, Any]) -> dict[str, Any]:
+    return node.get("init_args") or {}
+
+
+def setting_key(values: dict[str, Any], key: str) -> str:
+    """Where a setting is made: at `key`, or at the variable that it refers to."""
+    node: Any = values
+    for part in key.split("."):
+        node = (node.get("init_args") or {}) if "class_path" in node else node
+        node = node.get(part)
+        if not isinstance(node, dict):
+            break
+    reference = REFERENCE.fullmatch(node) if isinstance(node, str) else None
+    return reference[1] if reference else key

@@ -1,0 +1,153 @@
+"""A recipe with the overrides of a command line, as one tree of plain values.
+
+References (`${vars.attention}`, `${oc.env:TOKEN}`) are left as they are written: they are resolved
+when the tree is parsed, after all overrides, and never in what a run saves.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from diffmm.recipes.errors import InputError
+from diffmm.recipes.yaml_text import MAX_BYTES, parse
+from diffmm.renamed import with_new_names
+
+CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
+"""What stands in a node that says which class to make."""
+
+
+def load(recipes: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The values of one or more recipes, later ones over earlier ones, then the overrides.
+
+    Args:
+        recipes: YAML files.
+        overrides: `--key value` or `--key=value` with dotted keys. `init_args` may be left out of
+            a key; a number picks from a list, and `key+` adds to one.
+
+    Raises:
+        InputError: for a file that is not a mapping in YAML, or an override without a value.
+    """
+    values: dict[str, Any] = {}
+    for recipe in recipes:
+        values = merge(values, load_file(recipe))
+    for key, value in parse_overrides(overrides):
+        override(values, key, value)
+    return values
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """The values of one YAML file, old names in it replaced by those of today with a warning.
+
+    Raises:
+        InputError: naming the file, and the line if it is not YAML.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            values = parse(file.read(MAX_BYTES + 1))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is no recipe: it holds no keys")
+    renamed: dict[str, Any] = with_new_names(values, str(path))
+    return renamed
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """Keys and values of `--key value` and `--key=value`.
+
+    Raises:
+        InputError: for what is neither.
+    """
+    pairs = []
+    rest = list(arguments)
+    while rest:
+        key, equals, text = rest.pop(0).partition("=")
+        if not key.startswith("--") or len(key) < 3:
+            raise InputError(f"expected --key value, got {key!r}")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise InputError(f"{key} needs a value")
+            text = rest.pop(0)
+        try:
+            value = parse(text)
+        except ValueError:
+            value = text
+        pairs.append((key.removeprefix("--"), value))
+    return pairs
+
+
+def merge(below: Any, above: Any) -> Any:
+    """`above` over `below`: mappings key by key, but another class with its own arguments."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return deepcopy(above)
+    if "class_path" in above and above["class_path"] != below.get("class_path"):
+        return deepcopy(above)
+    merged = dict(below)
+    for key, value in above.items():
+        merged[key] = merge(below[key], value) if key in below else deepcopy(value)
+    return merged
+
+
+def override(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set one dotted key, in place.
+
+    Raises:
+        InputError: if the key leads outside a list.
+    """
+    *parents, last = key.split(".")
+    node: Any = values
+    for part in parents:
+        node = _inside(node, part, key)
+    last, adds = last.removesuffix("+"), last.endswith("+")
+    if isinstance(node, list):
+        if last.isdigit():
+            node[_position(node, last, key)] = value
+            return
+        node = _added_last(node, key)
+    if _is_class(node) and last not in CLASS_KEYS:
+        node = node.setdefault("init_args", {})
+    if adds:
+        present = node.get(last)
+        items = present if isinstance(present, list) else [] if present is None else [present]
+        node[last] = [*items, *(value if isinstance(value, list) else [value])]
+    elif _is_class(node.get(last)) and isinstance(value, str):
+        node[last] = {**node[last], "class_path": value}
+    else:
+        node[last] = value
+
+
+def _inside(node: Any, part: str, key: str) -> Any:
+    """The node below `node`, made if it is not there or is no node."""
+    if isinstance(node, list):
+        if not part.isdigit():
+            return _inside(_added_last(node, key), part, key)
+        at: Any = _position(node, part, key)
+    else:
+        if _is_class(node) and part not in CLASS_KEYS:
+            node = node.setdefault("init_args", {})
+        at = part
+    child = node[at] if isinstance(node, list) else node.get(at)
+    if not isinstance(child, dict | list):
+        is_class_name = isinstance(child, str) and "${" not in child
+        child = node[at] = {"class_path": child} if is_class_name else {}
+    return child
+
+
+def _added_last(node: list[Any], key: str) -> dict[str, Any]:
+    """The item of a list that a key without a number means."""
+    if not node:
+        raise InputError(f"--{key}: the list is empty, there is nothing to set in it")
+    if not isinstance(node[-1], dict):
+        node[-1] = {"class_path": node[-1]}
+    return node[-1]
+
+
+def _position(node: list[Any], part: str, key: str) -> int:
+    if int(part) >= len(node):
+        raise InputError(f"--{key}: the list has {len(node)} items, there is no item {part}")
+    return int(part)
+
+
+def _is_class(node: Any) -> bool:
+    return isinstance(node, dict) and "class_path" in node

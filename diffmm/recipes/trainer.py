@@ -1,0 +1,222 @@
+"""LightningCLI, set up the house's way: for one recipe, whose overrides are merged already.
+
+An override reaches everything that refers to it, since references are resolved last (the parser
+mode `omegaconf+`). No checkpoint changes a setting behind the recipe's back.
+"""
+
+import atexit
+import logging
+import os
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
+
+from diffmm.checks import DataError
+from diffmm.recipes.agreement import disagreements
+from diffmm.recipes.errors import InputError, RunFailedError, message_of
+from diffmm.recipes.mistakes import find_mistakes
+from diffmm.recipes.numbers import wrong_numbers
+from diffmm.recipes.references import resolve, unused_variables
+
+REFUSALS = (
+    ValueError,
+    OSError,
+    ArgumentError,
+    OmegaConfBaseException,
+    MisconfigurationException,
+)
+"""How the library, the parser and Lightning refuse what a user gave them, and the system a file."""
+
+
+NOISE = (
+    # Lightning calls its parser by an older name, and torch's pytrees by an older class.
+    r"\s*(By default only one Jsonargparse|``instantiate_classes``)",
+    ".*LeafSpec",
+    # A run that goes on has its directory already; a new one gets a new one.
+    "Checkpoint directory .* exists and is not empty",
+    # Which is just what is meant.
+    "You have overridden `on_before_batch_transfer` in `LightningModule`",
+    # Task refuses what this warns of.
+    "You're using the WeightAveraging callback with a model that overrides",
+)
+"""Warnings about the stack that nobody who trains a recipe can do anything about."""
+
+
+class SettingsCLI(LightningCLI):
+    """Lightning's settings, and the keys of a recipe that are not Lightning's."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--vars", type=dict, default={}, help="to refer to: ${vars.name}")
+        parser.add_argument("--run_dir", type=str, default=None, help="where the run is kept")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+
+class RecipeCLI(SettingsCLI):
+    """The model, the data and the trainer of a recipe.
+
+    Args:
+        values: of the recipe (see `diffmm.recipes.settings.load`), with its `run_dir`.
+        build: make them; otherwise the values are parsed and no more.
+        trust: import and call what the recipe names outside `diffmm.recipes.trust.KNOWN`; otherwise
+            that is refused before anything is imported.
+
+    Raises:
+        InputError: with every mistake in the values.
+    """
+
+    def __init__(self, values: dict[str, Any], *, build: bool = True, trust: bool = True) -> None:
+        self.values = values
+        self.build = build
+        silence_noise()
+        if not trust and (found := find_mistakes(values, trust=False).mistakes):
+            raise InputError(*found)
+        mistakes = unused_variables(values) + wrong_numbers(values, resolve(values)[0])[0]
+        # Lightning would go on without data.
+        mistakes += [f"{part} is missing" for part in ("model", "data") if not values.get(part)]
+        try:
+            if not mistakes:
+                super().__init__(**parser_settings(), args=[])
+                if build:
+                    precision = self.trainer.precision
+                    mistakes = disagreements(self.model, self.datamodule, precision)
+        except REFUSALS as error:
+            raise InputError(*(find_mistakes(values).mistakes or [message_of(error)])) from error
+        except (AttributeError, KeyError, TypeError) as error:
+            # Of a class that did not reckon with a mistake, or a mistake in a class.
+            if found := find_mistakes(values).mistakes:
+                raise InputError(*found) from error
+            raise
+        if mistakes:
+            raise InputError(*(find_mistakes(values).mistakes or mistakes))
+
+    def _set_seed(self) -> None:
+        if self.build:
+            super()._set_seed()
+
+    def instantiate_classes(self) -> None:
+        if self.build:
+            super().instantiate_classes()
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_string(yaml.safe_dump(self.values, sort_keys=False))
+
+    def instantiate_trainer(self, **changes: Any) -> Trainer:
+        """A recipe's `limit_val_batches: 1` (one batch) stays that.
+
+        The parser tries the types of `Optional[Union[int, float]]` in turn and may find `1.0` (all
+        batches) first: Python gives them in the order in which anything wrote that union first.
+        """
+        values = resolve(self.values)[0].get("trainer") or {}
+        whole = {
+            key: value
+            for key, value in values.items()
+            if type(value) is int and type(self.config_init.trainer.get(key)) is float
+        }
+        return super().instantiate_trainer(**{**whole, **changes})
+
+
+def print_settings(arguments: Sequence[str]) -> None:
+    """Print all settings that a recipe can have (`--help`), or those of a class
+    (`--model.help diffmm.training.CausalLM`)."""
+    try:
+        with suppress(SystemExit):
+            SettingsCLI(**parser_settings(), args=list(arguments))
+    except ArgumentError as error:
+        raise InputError(message_of(error)) from error
+
+
+class _TrainingWatcher(Callback):
+    """Knows whether a batch has been trained on, or was about to be."""
+
+    has_begun = False
+    has_made_a_batch = False
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.has_begun = True
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.has_made_a_batch = True
+
+
+def parser_settings() -> dict[str, Any]:
+    """Arguments of `LightningCLI`."""
+    jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    return {
+        "model_class": LightningModule,
+        "datamodule_class": LightningDataModule,
+        "subclass_mode_model": True,
+        "subclass_mode_data": True,
+        "run": False,
+        "parser_kwargs": {"parser_mode": "omegaconf+", "exit_on_error": False},
+        # A run saves its recipe unresolved (see `diffmm.runs.directories`).
+        "save_config_callback": None,
+        "load_from_checkpoint_support": False,
+        "auto_configure_optimizers": False,
+    }
+
+
+def silence_noise() -> None:
+    """Leave `NOISE`, and Lightning's advertisement of a logger, out of what a run says."""
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
+
+
+def leave_processes(code: int) -> None:
+    """Part from the other processes and end this one, if there are any.
+
+    The interpreter's own end would also destroy what their connection leaves behind in C++, whose
+    threads at times abort a process that has ended well.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@contextmanager
+def refusing_before_training(cli: RecipeCLI, checkpoint: Path | None = None) -> Iterator[None]:
+    """What is refused before the first batch is bad input; a failure in training is a failure.
+
+    Where a run goes on from `checkpoint`, a failure up to the end of its first batch names it.
+    """
+    training = _TrainingWatcher()
+    callbacks: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    callbacks.insert(0, training)
+    try:
+        yield
+    except REFUSALS as error:
+        if training.has_begun and isinstance(error, DataError | OSError):
+            raise RunFailedError(message_of(error)) from error
+        if training.has_begun:
+            raise
+        raise InputError(message_of(error)) from error
+    except Exception as error:
+        if checkpoint is not None and not training.has_made_a_batch:
+            error.add_note(
+                f"raised as the run went on from {checkpoint}: if that is not as the run saved it, "
+                f"remove its folder, and the one before is used"
+            )
+        raise

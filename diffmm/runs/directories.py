@@ -1,0 +1,129 @@
+"""Run directories: `runs/<recipe>/<time or name>`, one a run.
+
+A run directory holds `config.yaml` (the recipe with all overrides, references left as written, so
+that a secret from the environment is not in it), `checkpoints/` and what the loggers write.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffmm.checkpoint_folders import find_state, write_text
+from diffmm.recipes.errors import InputError, refusing, warn
+from diffmm.recipes.settings import load_file
+
+CONFIG_NAME = "config.yaml"
+RUNS = Path("runs")
+
+
+def run_name(recipe: str) -> str:
+    """The folder of a recipe's runs below `runs`: its own name, or that of its file."""
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        return recipe
+    # The saved config of a run stands in runs/<recipe>/<run>/.
+    is_saved = path.name == CONFIG_NAME
+    return path.resolve().parent.parent.name if is_saved else path.stem
+
+
+def new_run(recipe: str, name: str | None, directory: str | None) -> Path:
+    """The directory of a new run; nothing is made yet.
+
+    Args:
+        recipe: as on the command line.
+        name: in place of the time.
+        directory: in place of `runs/<recipe>/<name>`.
+
+    Raises:
+        InputError: if there is a run already, or if each of several processes that something else
+            has started would make up a time of its own.
+    """
+    if name is None and directory is None and is_one_of_several():
+        raise InputError(
+            "a run whose processes torchrun or srun start needs a name, the same for all of them: "
+            "--name NAME (with --resume auto, the same command goes on with it)"
+        )
+    if directory is not None:
+        run = Path(directory)
+    elif name is not None:
+        run = RUNS / run_name(recipe) / name
+    else:
+        start = run = RUNS / run_name(recipe) / time.strftime("%Y-%m-%d_%H-%M-%S")
+        number = 1
+        while run.exists():
+            number += 1
+            run = start.with_name(f"{start.name}_{number}")
+    if (run / CONFIG_NAME).exists():
+        raise InputError(
+            f"{run} holds a run already: choose another name, or go on with it (--resume {run})"
+        )
+    return run
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun, srun or the like have started this process beside others."""
+    counts = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    return any(int(count) > 1 for count in counts if count.isdecimal())
+
+
+def find_run(run: str) -> tuple[Path, Path | None]:
+    """The saved config of a run, and the state of its newest whole checkpoint if it has any.
+
+    Raises:
+        InputError: if it is no run directory, or none of its checkpoints is whole.
+    """
+    directory = Path(run)
+    config = saved_config(directory)
+    with refusing():
+        state = find_state(directory, warn=warn)
+    return config, None if state == directory else state
+
+
+def saved_config(run: Path) -> Path:
+    """The saved config of a run.
+
+    Raises:
+        InputError: if it is no run directory.
+    """
+    config = run / CONFIG_NAME
+    if not config.is_file():
+        raise InputError(f"{run} is no run directory: there is no {config}")
+    return config
+
+
+def same_run(
+    recipe: str, values: dict[str, Any], name: str | None, directory: str | None
+) -> Path | None:
+    """The run of a recipe that has just these values: the named one, or else the latest.
+
+    Raises:
+        InputError: if the named one has other values.
+    """
+    if name is not None or directory is not None:
+        named = Path(directory) if directory is not None else RUNS / run_name(recipe) / str(name)
+        if not (named / CONFIG_NAME).is_file():
+            return None
+        if load_file(named / CONFIG_NAME) != values:
+            raise InputError(
+                f"{named} holds a run with other settings: choose another name, or go on with it "
+                f"as it is (--resume {named})"
+            )
+        return named
+    same = []
+    for path in sorted((RUNS / run_name(recipe)).glob(f"*/{CONFIG_NAME}")):
+        try:
+            if load_file(path) == values:
+                same.append(path.parent)
+        except InputError as error:
+            warn(f"{path.parent} is passed over: {error}")
+    return max(same, key=lambda run: (run / CONFIG_NAME).stat().st_mtime_ns, default=None)
+
+
+def save_config(run: Path, header: str, values: dict[str, Any]) -> None:
+    """Write a run's `config.yaml`, whole or not at all."""
+    run.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    write_text(run / CONFIG_NAME, f"{header}{text}")

@@ -1,0 +1,56 @@
+"""Weights that are not finite: no checkpoint of them takes the place of a good one."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.distributed import ReduceOp
+from torch.distributed.tensor import DTensor
+
+from diffmm.checkpoint_folders import DIRECTORY_NAME, checkpoints
+from diffmm.training.sharding import by_mesh
+
+
+class NonFiniteWeightsError(RuntimeError):
+    """A run's weights are NaN or infinite."""
+
+
+def check_weights(trainer: Trainer) -> None:
+    """Refuse weights that are not finite. All processes call it at the same step, within `fit`.
+
+    Raises:
+        NonFiniteWeightsError: on every process, with the first such weight and the last
+            checkpoint.
+    """
+    weights = dict(trainer.lightning_module.named_parameters())
+    largest = largest_magnitude(weights.values())
+    if trainer.world_size > 1:
+        torch.distributed.all_reduce(largest, ReduceOp.MAX)
+    if largest.isfinite():
+        return
+    bad = [name for name, weight in weights.items() if not largest_magnitude([weight]).isfinite()]
+    keeper = trainer.checkpoint_callback
+    if rest := getattr(keeper, "rest", None):
+        rest()  # The last one may still be on its way to the disk.
+    directory = getattr(keeper, "dirpath", None)
+    kept = checkpoints(Path(directory or Path(trainer.default_root_dir) / DIRECTORY_NAME))
+    last = f"the last one is {kept[-1].path}" if kept else "there is none before them"
+    what = f"{len(bad)} of {len(weights)} weights (the first is {bad[0]})" if bad else "weights"
+    where = "" if bad else " in another process"
+    raise NonFiniteWeightsError(
+        f"{what} are not finite{where} after step {trainer.global_step}: no checkpoint of them is "
+        f"kept, {last}. The step that made them so had a finite gradient: lower the learning rate, "
+        f"raise the optimizer's eps, or train in another precision"
+    )
+
+
+def largest_magnitude(tensors: Iterable[Tensor]) -> Tensor:
+    """Of all numbers in the tensors: not finite if any of them is not. A scalar in float32."""
+    groups = by_mesh(tensor.detach() for tensor in tensors if tensor.numel())
+    norms = [nn.utils.get_total_norm(group, math.inf) for group in groups]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    # A maximum of several processes passes over NaN.
+    return torch.stack([norm.float() for norm in whole]).max().nan_to_num(math.inf, math.inf)

@@ -1,0 +1,56 @@
+"""Checkpoints of which every process writes its own share (FSDP2, tensor parallelism)."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch.distributed.tensor import DTensor
+
+from diffmm import checkpoint_folders
+from diffmm.checkpoint_folders import STATE_NAME
+from diffmm.training.resilience.checkpoints.exact import gather
+from diffmm.training.resilience.checkpoints.snapshot import num_bytes, snapshot
+from diffmm.training.resilience.checkpoints.writer import SaveFailedError, failed
+
+TENSORS = ("state_dict", "optimizer_states")
+"""Parts of a state that are sharded."""
+
+
+def is_sharded(state: dict[str, Any]) -> bool:
+    """Whether each process has but its share of the weights."""
+    return any(isinstance(tensor, DTensor) for tensor in state["state_dict"].values())
+
+
+def write_sharded(
+    trainer: Trainer, directory: Path, state: dict[str, Any], facts: dict[str, Any]
+) -> Path | SaveFailedError:
+    """Write a checkpoint with all processes together, and return its folder or what went wrong."""
+    needed = num_bytes(state) * trainer.world_size
+    plain = snapshot({key: value for key, value in state.items() if key not in TENSORS})
+    shares = {key: state[key] for key in TENSORS if key in state}
+    unfinished: Path | None = None
+    error: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            unfinished = checkpoint_folders.start(directory, facts["step"])
+        except OSError as refused:
+            error = refused
+    unfinished = trainer.strategy.broadcast(unfinished)
+    if unfinished is not None:
+        try:
+            trainer.strategy.save_checkpoint({**plain, **shares}, unfinished / STATE_NAME)
+        except Exception as refused:
+            error = refused
+    failures = [told for told in gather(trainer, error and str(error)) if told]
+    outcome: Path | SaveFailedError | None = None
+    if trainer.is_global_zero:
+        try:
+            if failures or unfinished is None:
+                raise OSError(failures[0])
+            outcome = checkpoint_folders.finish(unfinished, facts)
+        except OSError as refused:
+            if unfinished is not None:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            outcome = failed(directory, facts["step"], needed, refused)
+    return trainer.strategy.broadcast(outcome)  # type: ignore[return-value]

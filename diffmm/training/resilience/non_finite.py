@@ -1,0 +1,277 @@
+"""Steps whose loss or gradient is not finite: found before the weights take them."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.distributed import ReduceOp
+from torch.optim import Optimizer
+
+from diffmm.training.resilience.checkpoints import check_weights
+from diffmm.training.resilience.shutdown import GracefulShutdown, save_before_end
+from diffmm.training.sharding import gradient_norm
+
+logger = logging.getLogger(__name__)
+
+LOG_NAME = "bad_steps.jsonl"
+"""In a run's directory: one line for each skipped step."""
+
+BATCH_NAME = "bad_batch_step"
+"""The files that a run leaves behind when it stops begin so."""
+
+NUM_SHOWN = 16
+"""Sample ids of a process in a message; `LOG_NAME` has all."""
+
+
+class TooManyNonFiniteStepsError(RuntimeError):
+    """So many steps in a row had a loss or gradient that is not finite."""
+
+
+class NonFiniteGuard(Callback):
+    """Skips every optimizer step whose loss, in any micro-batch of any process, or whose gradient
+    is NaN or infinite, on all processes alike; stops the run after `max_in_a_row` of them.
+
+    A skipped step leaves the weights, the optimizer's state and the running statistics of
+    normalization layers as they were. It counts as a step in all else: the learning rate schedule,
+    the data, `global_step` and `max_steps` go on, so that a run is as long as it was meant to be,
+    and a resumed one skips what the unbroken one skipped.
+
+    Each skipped step is told in a warning and, in full, in `bad_steps.jsonl` in the trainer's
+    `default_root_dir`: the step (counted from 1: the number of the checkpoint after it), and of
+    each process at fault its rank, losses and sample ids (`batch["index"]`): those of the
+    micro-batches whose loss is not finite, or of all where only the gradient is not (then every
+    process is listed: gradients have been averaged when they are looked at). A task's losses are
+    over the targets of the step's first micro-batch. The running count is logged as
+    `train/skipped_steps` once there is any.
+
+    When the run stops, each process at fault writes the last step's micro-batches to
+    `bad_batch_step_00001234_rank_0.pt`; a checkpoint is saved, whose weights are those that met the
+    first of the bad steps; and `TooManyNonFiniteStepsError` is raised.
+    `diffmm.training.resilience.replay` makes the step again; a run that goes on from that
+    checkpoint goes on after it.
+
+    Where the weights themselves are not finite, no step can be: `NonFiniteWeightsError` ends the
+    run at once.
+
+    With a gradient scaler (`16-mixed`), infinite gradients are how it finds its scale: it skips
+    such a step itself and lowers the scale, which is no bad step as long as the scale is above 1.
+    A loss that is not finite always is one.
+
+    It costs the norm of the gradients, which clipping needs anyway, and one wait for one small
+    tensor in every optimizer step.
+
+    Args:
+        max_in_a_row: so many skipped steps, one after the other, stop the run; at least 1.
+
+    Raises:
+        ValueError: naming the argument and the value.
+    """
+
+    def __init__(self, max_in_a_row: int = 10) -> None:
+        if max_in_a_row < 1:
+            raise ValueError(f"max_in_a_row must be at least 1, got {max_in_a_row}")
+        self.max_in_a_row = max_in_a_row
+        self.num_in_a_row = 0
+        self.num_skipped = 0
+        self.norm: Tensor | None = None
+        """Of the gradients, before clipping, from when it is known to the end of the batch."""
+        self._window: list[tuple[int, Any]] = []  # micro-batches of the step, with their numbers
+        self._losses: list[Tensor] = []
+        self._statistics: list[tuple[Tensor, Tensor]] = []
+        self._clip_val: int | float | None = None  # the trainer's, while a step is skipped
+        self._report: dict[str, Any] | None = None  # of this process, if the step is skipped
+
+    def state_dict(self) -> dict[str, int]:
+        return {"num_in_a_row": self.num_in_a_row, "num_skipped": self.num_skipped}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.num_in_a_row = state_dict["num_in_a_row"]
+        self.num_skipped = state_dict["num_skipped"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_step()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._window:
+            self._statistics = [(each, each.clone()) for each in running_statistics(pl_module)]
+        self._window.append((batch_idx, batch))
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        self._losses.append(loss.detach())
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        parameters = list(trainer.precision_plugin.main_params(optimizer))
+        self.norm = gradient_norm(parameters)
+        bad_loss, bad_norm = self._agree(trainer, pl_module, self.norm)
+        if not bad_loss and not bad_norm:
+            self.num_in_a_row = 0
+        elif bad_loss or not scale_is_at_fault(trainer):
+            check_weights(trainer)
+            # An optimizer does nothing to weights that have no gradient; clipping would fail.
+            for parameter in parameters:
+                parameter.grad = None
+            self._clip_val, trainer.gradient_clip_val = trainer.gradient_clip_val, None
+            for buffer, before in self._statistics:
+                buffer.copy_(before)
+            self.num_in_a_row += 1
+            self.num_skipped += 1
+            self._tell(trainer, bad_loss)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if self.norm is None:
+            return  # gradients are being accumulated
+        if self.num_skipped:
+            pl_module.log("train/skipped_steps", float(self.num_skipped))
+        if self._report is not None:
+            trainer.gradient_clip_val = self._clip_val
+            if self.num_in_a_row >= self.max_in_a_row:
+                self._stop(trainer, self._report)
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        self._window, self._losses, self._statistics = [], [], []
+        self.norm = self._report = None
+
+    def _agree(
+        self, trainer: Trainer, pl_module: LightningModule, norm: Tensor
+    ) -> tuple[bool, bool]:
+        """Whether the loss or the gradient is bad in any process; the one wait for the GPU."""
+        stop = next((c for c in trainer.callbacks if isinstance(c, GracefulShutdown)), None)  # type: ignore[attr-defined]
+        # What came before a resume, within this step, is in the task's sum alone.
+        accumulated = getattr(pl_module, "accumulated", None)
+        before = [] if accumulated is None else [accumulated.total.to(norm)]
+        losses = torch.stack([*self._losses, *before, norm.new_zeros(())])
+        flags = torch.stack(
+            [
+                losses.isfinite().logical_not().any().to(norm),
+                norm.isfinite().logical_not().to(norm),
+                torch.full_like(norm, stop.vote if stop is not None else 0.0),
+            ]
+        )
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(flags, ReduceOp.MAX)
+        bad_loss, bad_norm, vote = flags.tolist()
+        if stop is not None:
+            stop.hear(vote)
+        return bool(bad_loss), bool(bad_norm)
+
+    def _tell(self, trainer: Trainer, bad_loss: bool) -> None:
+        """Write down a skipped step, and which processes are at fault."""
+        report: dict[str, Any] = {"rank": trainer.global_rank, "losses": [], "samples": []}
+        scale = scale_of(trainer) / trainer.accumulate_grad_batches
+        for loss, (_, batch) in zip(torch.stack(self._losses).tolist(), self._window, strict=True):
+            if not bad_loss or not math.isfinite(loss):
+                report["losses"].append(f"{loss / scale:.6g}")
+                report["samples"] += sample_ids(batch)
+        self._report = report
+        reports = [report]
+        if trainer.world_size > 1:
+            reports = [report] * trainer.world_size
+            torch.distributed.all_gather_object(reports, report)
+        reports = [each for each in reports if each["losses"]]
+        if trainer.is_global_zero:
+            step = trainer.global_step + 1
+            logger.warning(
+                f"step {step} skipped ({self.num_in_a_row} in a row): its "
+                f"{'loss' if bad_loss else 'gradient'} is not finite; "
+                f"{'; '.join(map(summary_of, reports))}"
+            )
+            fact = {"step": step, "bad": "loss" if bad_loss else "gradient", "processes": reports}
+            append(Path(trainer.default_root_dir, LOG_NAME), f"{json.dumps(fact)}\n")
+
+    def _stop(self, trainer: Trainer, report: dict[str, Any]) -> None:
+        """Save what is needed to go on and to make the step again, and end the run."""
+        directory = Path(trainer.default_root_dir)
+        name = f"{BATCH_NAME}_{trainer.global_step:08d}_rank_{trainer.global_rank}.pt"
+        if report["losses"]:
+            save_batches(
+                directory / name,
+                {
+                    "step": trainer.global_step,
+                    "epoch": trainer.current_epoch,
+                    "rank": trainer.global_rank,
+                    "batch_indices": [number for number, _ in self._window],
+                    "batches": [move_data_to_device(batch, "cpu") for _, batch in self._window],
+                },
+            )
+        skipped, self.num_in_a_row = self.num_in_a_row, 0  # a run that goes on counts anew
+        where = save_before_end(trainer, reason="bad numbers")
+        raise TooManyNonFiniteStepsError(
+            f"{skipped} steps in a row had a loss or gradient that is not finite, the last of them "
+            f"step {trainer.global_step}: none of them changed the weights"
+            f"{'' if where is None else f', which are saved in {where}'}. The batches of that step "
+            f"are in {directory}/{BATCH_NAME}_*.pt (`diffmm replay RUN` makes it again). Mend the "
+            f"data, lower the learning rate, or go on from an earlier checkpoint"
+        )
+
+
+def measured_norm(trainer: Trainer) -> Tensor | None:
+    """The norm of the gradients, before clipping, of the step that is being made, if the trainer
+    has a `NonFiniteGuard`."""
+    norms = (c.norm for c in trainer.callbacks if isinstance(c, NonFiniteGuard))  # type: ignore[attr-defined]
+    return next(norms, None)
+
+
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    """The buffers that normalization layers change as they see batches."""
+    layers = [each for each in module.modules() if getattr(each, "track_running_stats", False)]
+    return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+
+
+def scale_of(trainer: Trainer) -> float:
+    """What the loss is multiplied by before the backward pass: 1 without a gradient scaler."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else scaler.get_scale()
+
+
+def scale_is_at_fault(trainer: Trainer) -> bool:
+    """Whether gradients may be infinite for no other reason than a gradient scaler's scale."""
+    return scale_of(trainer) > 1.0
+
+
+def sample_ids(batch: Any) -> list[int]:
+    """The samples' numbers in their dataset, if the batch knows them."""
+    return batch["index"].tolist() if isinstance(batch, dict) and "index" in batch else []
+
+
+def summary_of(report: dict[str, Any]) -> str:
+    """A process's losses and samples, for a reader."""
+    samples = report["samples"]
+    shown = ", ".join(map(str, samples[:NUM_SHOWN])) or "unknown"
+    more = f" and {len(samples) - NUM_SHOWN} more" if len(samples) > NUM_SHOWN else ""
+    return f"rank {report['rank']}: loss {', '.join(report['losses'])}, samples {shown}{more}"
+
+
+def append(path: Path, line: str) -> None:
+    """Add to a log; a full disk is no reason to end a run."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError as error:
+        logger.warning(f"could not write to {path}: {error}")
+
+
+def save_batches(path: Path, content: dict[str, Any]) -> None:
+    """Write a file for `replay`, whole or not at all."""
+    unfinished = path.with_name(f".{path.name}")
+    torch.save(content, unfinished)
+    unfinished.replace(path)

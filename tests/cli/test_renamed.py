@@ -1,0 +1,95 @@
+"""Runs, recipes and weights from before names changed."""
+
+import importlib
+import json
+
+import pytest
+import torch
+import yaml
+
+from diffmm.checkpoint_folders import SEAL, find_state, measure, seal
+from diffmm.models.weights import load_model
+from diffmm.renamed import CLASSES, FIELDS, STATES, WEIGHTS, with_new_names
+
+CONFIG = "model.model.config."
+WITH_TOKENS = {f"{CONFIG}cls_token": True, f"{CONFIG}num_reg_tokens": 2, f"{CONFIG}pool": "cls"}
+
+
+def in_old_names(values):
+    """Values of today as version 0.1 had them."""
+    if isinstance(values, list):
+        return [in_old_names(value) for value in values]
+    if not isinstance(values, dict):
+        return values
+    old_fields = {new: old for old, new in FIELDS.items()}
+    old = {old_fields.get(key, key): in_old_names(value) for key, value in values.items()}
+    if old.get("class_path") == "datamodules.image.Digits":
+        old["class_path"] = "datamodules.image_sources.Digits"
+    return old
+
+
+def age(run):
+    """Give a run's config and newest checkpoint their names of version 0.1."""
+    config = run / "config.yaml"
+    config.write_text(yaml.safe_dump(in_old_names(yaml.safe_load(config.read_text()))))
+    state = find_state(run)
+    checkpoint = torch.load(state, weights_only=True)
+    old_weights = {new: old for old, new in WEIGHTS.items()}
+    checkpoint["state_dict"] = {
+        ".".join([*name.split(".")[:-1], old_weights.get(last, last)]): weight
+        for name, weight in checkpoint["state_dict"].items()
+        for last in [name.split(".")[-1]]
+    }
+    old_states = {new: old for old, new in STATES.items()}
+    checkpoint["callbacks"] = {
+        old_states.get(name, name): state for name, state in checkpoint["callbacks"].items()
+    }
+    checkpoint["model"] = in_old_names(checkpoint["model"])
+    torch.save(checkpoint, state)
+    path = state.parent / "manifest.json"
+    manifest = json.loads(path.read_text())
+    size, digest = measure(state)
+    manifest["files"][state.name] = {"size": size, "sha256": digest}
+    del manifest[SEAL]
+    path.write_text(json.dumps({**manifest, SEAL: seal(manifest)}))
+    return state
+
+
+def test_an_old_run_goes_on_and_its_weights_load(run, recipe, tmp_path):
+    path = recipe(**WITH_TOKENS, **{"trainer.max_steps": 4})
+    straight = tmp_path / "straight"
+    assert run("fit", "--config", path, "--run_dir", straight).code == 0
+    old = tmp_path / "old"
+    shorter = ("--trainer.max_steps", "2")
+    assert run("fit", "--config", path, "--run_dir", old, *shorter).code == 0
+    state = age(old)
+    saved = torch.load(state, weights_only=True)
+    assert {"model.class_token", "model.registers"} <= set(saved["state_dict"])
+    assert "BadNumbers" in saved["callbacks"]
+    with pytest.warns(FutureWarning, match="class_token is called cls_token now; num_registers"):
+        load_model(old)
+    message = (
+        "config.yaml has old names: datamodules.*Digits is called datamodules.image.Digits now"
+    )
+    with pytest.warns(FutureWarning, match=message):
+        assert run("fit", "--resume", old, "--trainer.max_steps", "4").code == 0
+    ends = [torch.load(find_state(folder), weights_only=True) for folder in (straight, old)]
+    for name, weight in ends[0]["state_dict"].items():
+        torch.testing.assert_close(ends[1]["state_dict"][name], weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("old", "new"), CLASSES.items())
+def test_every_new_name_is_there(old, new):
+    module, _, name = new.rpartition(".")
+    if name[0].isupper():
+        assert hasattr(importlib.import_module(module), name)
+    else:
+        importlib.import_module(new)
+    with pytest.warns(FutureWarning, match=f"here.yaml has old names: {old} is called {new} now"):
+        values = with_new_names({"a": [{"class_path": old}]}, "here.yaml")
+    assert values == {"a": [{"class_path": new}]}
+
+
+def test_names_that_only_begin_alike_stay():
+    values = {"class_path": "datamodules.text_sourcesX.A", "class_tokens": 1, "text": "class_token"}
+    assert with_new_names(values, "here.yaml") == values
