@@ -5,12 +5,14 @@ from diffmm.layers.attention import (
     Attention,
     DiffAttentionV1,
     DiffAttentionV2,
+    GroupedDiffAttention,
     SoftmaxAttention,
+    register_attention,
 )
 from diffmm.layers.block import Block
 from diffmm.layers.cache import KVCache
-from diffmm.layers.feed_forward import GELU, SwiGLU
-from diffmm.layers.norm import CosineNorm, LayerNorm, RMSNorm
+from diffmm.layers.feed_forward import GELU, FeedForward, SwiGLU, register_feed_forward
+from diffmm.layers.norm import CosineNorm, LayerNorm, RMSNorm, register_norm
 from diffmm.layers.rope import RotaryEmbedding, apply_rope
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "CosineNorm",
     "DiffAttentionV1",
     "DiffAttentionV2",
+    "FeedForward",
+    "GroupedDiffAttention",
     "KVCache",
     "LayerNorm",
     "RMSNorm",
@@ -28,4 +32,7 @@ __all__ = [
     "SoftmaxAttention",
     "SwiGLU",
     "apply_rope",
+    "register_attention",
+    "register_feed_forward",
+    "register_norm",
 ]

@@ -4,6 +4,7 @@ python run_sharded.py FOLDER RUNS, where RUNS is a list in JSON of keyword argum
 with the same number of processes.
 """
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -23,6 +24,10 @@ from diffmm.recipes.trainer import leave_processes
 from diffmm.training import CausalLM, Classification, OptimizerConfig, ScheduleConfig
 from diffmm.training.parallel import data_share
 from diffmm.training.task import Task
+
+# An attention of somebody else's: docs/extending.md.
+sys.path.insert(0, str(Path(__file__).parents[2] / "docs/examples"))
+importlib.import_module("own_attention")
 
 GLOBAL_BATCH, NUM_SAMPLES = 8, 16
 CURVES = ("train/loss", "train/grad_norm")
@@ -63,6 +68,8 @@ def task_and_data(
     targets = tokens[:, 1:].clone()
     targets[index % GLOBAL_BATCH < GLOBAL_BATCH // 2, 5:] = IGNORE_INDEX
     batch = {"tokens": tokens[:, :-1], "targets": targets, "num_bytes": num_bytes}
+    if case == "diff_grouped":
+        shared |= {"signal_per_noise": 2, "output_gate": "element", "exclusive": True}
     backbone = BackboneConfig(dim, 2, 8, attention=case, rope="1d", **shared)
     model = TextModel(TextConfig(24, 16, backbone))
     return CausalLM(model, **settings), StackDataset(**batch, index=index)

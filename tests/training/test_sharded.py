@@ -17,7 +17,7 @@ from diffmm.models.weights import load_model
 from diffmm.training import FSDP2Strategy
 
 SCRIPT = Path(__file__).with_name("run_sharded.py")
-CASES = ("softmax", "diff_v1", "diff_v2", "image")
+CASES = ("softmax", "diff_v1", "diff_v2", "diff_grouped", "uniform_noise", "image")
 NAMES = ("case", "strategy", "num_processes", "variant")
 COMPILED, ACCUMULATED = "_compiled", "_accumulated"
 RUNS = [
@@ -25,7 +25,11 @@ RUNS = [
     ("diff_v1", "fsdp2_tp2", 2, COMPILED),
     ("softmax", "fsdp2_tp2", 2, ""),
     ("diff_v2", "fsdp2_tp2", 2, ""),
+    ("diff_grouped", "fsdp2_tp2", 2, ""),
     ("image", "fsdp2_tp2", 2, ""),
+    ("uniform_noise", "ddp", 2, ""),
+    ("uniform_noise", "fsdp2", 2, ""),
+    ("uniform_noise", "fsdp2_tp2", 2, COMPILED),
     ("diff_v2", "ddp", 2, ""),
     ("softmax", "fsdp2", 2, ACCUMULATED),
     ("diff_v2", "fsdp2_tp2", 2, ACCUMULATED),

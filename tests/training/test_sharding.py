@@ -49,6 +49,8 @@ def audio():
         (lambda: text(num_kv_heads=4), "DiffAttentionV1's number of key groups must be a multiple "
          "of tensor_parallel_size to be split, got 2 and 4"),
         (lambda: text(num_kv_heads=2, attention="diff_v2"), "DiffAttentionV2's number of key"),
+        (lambda: text(num_kv_heads=2, attention="diff_grouped", signal_per_noise=8),
+         "GroupedDiffAttention's number of noise heads must be .* 2 and 4"),
         (lambda: text(num_heads=6, head_dim=8, attention="softmax"), "SoftmaxAttention's number"),
         (lambda: text(feed_forward_width=66), "feed_forward_width must be a multiple .* 66 and 4"),
         (lambda: text(vocab_size=26), "vocab_size must be a multiple .* 26 and 4"),
