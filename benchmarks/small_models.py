@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from diffmm.layers.attention import Attention, DiffAttentionV1
 from diffmm.recipes.catalog import find_recipe
@@ -251,7 +252,7 @@ class SmallRun:
             for batch in loader:
                 batches.append(batch)
                 if len(batches) == self.num_steps:
-                    train = {k: torch.stack([b[k] for b in batches]) for k in batch}
+                    train = {k: stacked([b[k] for b in batches]) for k in batch}
                     limit = self.trainer.limit_val_batches
                     val = list(self.data.val_dataloader())
                     return Data(train, val[:limit] if isinstance(limit, int) else val)
@@ -331,6 +332,14 @@ class SmallRun:
             with self.trainer.precision_plugin.forward_context():
                 self.task.update_metrics(batch, metrics)
         return {name: float(metric.compute()) for name, metric in metrics.items()}
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Batches of sounds end with the longest clip: zeros after the end of the shorter ones."""
+    if tensors[0].ndim != 2 or not tensors[0].is_floating_point():
+        return torch.stack(list(tensors))
+    longest = max(tensor.shape[1] for tensor in tensors)
+    return torch.stack([pad(tensor, (0, longest - tensor.shape[1])) for tensor in tensors])
 
 
 class Trace:

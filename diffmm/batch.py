@@ -4,8 +4,10 @@ Batches are plain dictionaries of tensors, so that any collate function, pinned 
 strategy can carry them. `B` is the number of samples, `N` the number of tokens.
 """
 
-from typing import NotRequired, TypedDict, final
+from collections.abc import Mapping, Sequence
+from typing import Any, NotRequired, TypedDict, final
 
+import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -14,6 +16,10 @@ IGNORE_INDEX = -100
 REPEATED = "repeated"
 """In a batch of any kind that has this key, `[B]` booleans and all true, nothing counts: other
 processes have samples left to evaluate where this one has none."""
+
+
+InputShapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Fields of a batch, each with its shape and dtype."""
 
 
 class TextBatch(TypedDict):
@@ -60,8 +66,14 @@ class AudioBatch(TypedDict):
     """`[B]` int64, the sample's number in its dataset."""
 
 
-def encoder_inputs(batch: ImageBatch | AudioBatch) -> tuple[Tensor, ...]:
-    """The positional arguments of an encoder's `forward` for this batch."""
-    if "waveforms" in batch:
-        return batch["waveforms"], batch["num_samples"]
-    return (batch["images"],)
+def inputs_of(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """The positional arguments of a model's `forward` for this batch: the fields that the model
+    declares as its `input_fields`, or the first field of the batch where it declares none (a model
+    of timm)."""
+    return tuple(batch[field] for field in input_fields(model, batch))
+
+
+def input_fields(model: Any, batch: Mapping[str, Any]) -> Sequence[str]:
+    """The fields of the batch that a model takes, the samples themselves first."""
+    declared: Sequence[str] | None = getattr(model, "input_fields", None)
+    return declared or (next(iter(batch)),)

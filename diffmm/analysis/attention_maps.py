@@ -59,7 +59,7 @@ def attention_maps(
     Args:
         model: any of this library's models, or a module with its attention layers inside.
         inputs: the positional arguments of the model's `forward`: tokens; images; waveforms and
-            the number of samples (`diffmm.batch.encoder_inputs` has them for a batch).
+            the number of samples (`diffmm.batch.inputs_of` has them for a batch).
         mask: for a text model, what each token sees, in place of its default.
         layers: which attention layers, counted from 0 in the order they run, from the end if
             negative; all by default.

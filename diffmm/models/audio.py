@@ -4,11 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from diffmm.batch import InputShapes
 from diffmm.checks import check_choice
 from diffmm.layers.linear import INIT_STD, init_weights
 from diffmm.layers.patch import as_size, patchify
@@ -44,6 +45,10 @@ class AudioConfig(EncoderConfig):
         ValueError: naming the field and the value.
     """
 
+    input_fields: ClassVar[tuple[str, ...]] = ("waveforms", "num_samples")
+    # The smallest energies of a sound are lost in bfloat16.
+    exact_fields: ClassVar[tuple[str, ...]] = ("waveforms",)
+
     sample_rate_hz: int
     num_mels: int = 128
     window_seconds: float = 0.025
@@ -76,8 +81,20 @@ class AudioConfig(EncoderConfig):
             self.make_stem()
 
     @property
-    def rope_kind(self) -> Literal["1d", "2d"]:
-        return "2d" if self.stem == "patch" else "1d"
+    def num_axes(self) -> int:
+        return 2 if self.stem == "patch" else 1
+
+    def make(self) -> "AudioModel":
+        return AudioModel(self)
+
+    def input_shapes(self, batch_size: int, length: int | None = None) -> InputShapes:
+        """`length` in samples; a clip whose length nothing bounds counts as ten seconds."""
+        if length is None:
+            length = self.samples_in(10.0 if self.clip_seconds is None else self.clip_seconds)
+        return {
+            "waveforms": ((batch_size, length), torch.float32),
+            "num_samples": ((batch_size,), torch.int64),
+        }
 
     @property
     def patch_shape(self) -> tuple[int, ...] | None:

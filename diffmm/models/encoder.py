@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from diffmm.batch import InputShapes
 from diffmm.checks import Settings, check_choice
 from diffmm.layers.linear import Linear, init_weights
 from diffmm.layers.norm import upcast
@@ -60,10 +61,35 @@ class EncoderConfig(Settings):
                 f"or learned_positions=True"
             )
 
+    input_fields: ClassVar[tuple[str, ...]]
+    """The fields of a batch that the model takes, in the order of its `forward`; the first holds
+    the samples themselves."""
+
+    exact_fields: ClassVar[tuple[str, ...]] = ()
+    """Those of them that low precision (`bf16-true`, `16-true`) must leave as they are."""
+
     @property
-    def rope_kind(self) -> Literal["1d", "2d"]:
-        """The rotary positions that fit the tokens."""
-        return "2d"
+    def num_axes(self) -> int:
+        """Axes of the tokens' positions: 2 for rows and columns."""
+        return 2
+
+    @property
+    def rope_kind(self) -> str:
+        """The rotary positions that fit the tokens, such as `"2d"`."""
+        return f"{self.num_axes}d"
+
+    def make(self) -> "Encoder":
+        """A model of this config, with new weights."""
+        raise NotImplementedError
+
+    def input_shapes(self, batch_size: int, length: int | None = None) -> InputShapes:
+        """Shape and dtype of each of `input_fields` for a batch of this many samples.
+
+        Args:
+            batch_size: Samples in the batch.
+            length: Length of a sample where that is not fixed, in the model's own units.
+        """
+        raise NotImplementedError
 
     @property
     def patch_shape(self) -> tuple[int, ...] | None:
@@ -77,8 +103,8 @@ class Embedded(NamedTuple):
     tokens: Tensor
     """`[B, N, dim]`, learned positions added."""
     positions: Tensor
-    """Rotary coordinates, `[N]` or `[B, N]`, with a last axis of 2 where they are 2-D. A backbone
-    without rope takes no notice."""
+    """Rotary coordinates, `[N]` or `[B, N]`, with a last axis of `num_axes` where there are
+    several. A backbone without rope takes no notice."""
     key_padding: Tensor | None
     """`[B, N]` booleans, true where a patch is real; None where all are."""
 
@@ -123,6 +149,11 @@ class Encoder(nn.Module):
         """Start class token and registers anew."""
         for parameter in self.parameters(recurse=False):
             nn.init.trunc_normal_(parameter, std=self.config.backbone.init_std)
+
+    @property
+    def input_fields(self) -> tuple[str, ...]:
+        """The fields of a batch that `forward` takes, in its order."""
+        return self.config.input_fields
 
     @property
     def num_classes(self) -> int:
@@ -170,7 +201,7 @@ class Encoder(nn.Module):
         tokens, positions, key_padding = embedded
         num_prefix = prefix.shape[-2]
         tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
-        coordinate_axis = (0, 0) if self.config.rope_kind == "2d" else ()
+        coordinate_axis = (0, 0) if self.config.num_axes > 1 else ()
         positions = pad(positions, (*coordinate_axis, num_prefix, 0))
         if key_padding is not None:
             key_padding = pad(key_padding, (num_prefix, 0), value=True)

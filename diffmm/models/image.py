@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
+from diffmm.batch import InputShapes
 from diffmm.checks import check_choice
 from diffmm.layers.linear import INIT_STD, init_weights
 from diffmm.layers.patch import PatchEmbedding, Size, as_size, patchify
@@ -29,6 +31,8 @@ class ImageConfig(EncoderConfig):
     Raises:
         ValueError: naming the field and the value.
     """
+
+    input_fields: ClassVar[tuple[str, ...]] = ("images",)
 
     image_size: int | tuple[int, int]
     patch_size: int | tuple[int, int] = 16
@@ -55,6 +59,13 @@ class ImageConfig(EncoderConfig):
     def patch_shape(self) -> tuple[int, ...]:
         """Height, width and channels of a patch."""
         return (*as_size(self.patch_size), self.in_channels)
+
+    def make(self) -> "ImageModel":
+        return ImageModel(self)
+
+    def input_shapes(self, batch_size: int, length: int | None = None) -> InputShapes:
+        height, width = as_size(self.image_size)
+        return {"images": ((batch_size, self.in_channels, height, width), torch.float32)}
 
     def grid_of(self, name: str) -> Size:
         """Rows and columns of patches in the image size of this name."""

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from diffmm.checks import Settings
 from diffmm.layers.linear import Linear, init_weights
 from diffmm.layers.positions import LearnedPositions
-from diffmm.models.audio import NO_PATCHES, AudioConfig, AudioModel
+from diffmm.models.audio import NO_PATCHES, AudioConfig
 from diffmm.models.backbone import Backbone, BackboneConfig
 from diffmm.models.encoder import Embedded, Encoder
-from diffmm.models.image import ImageConfig, ImageModel
+from diffmm.models.image import ImageConfig
 from diffmm.ops import AttentionMask
 
 ROUNDING = 1e-3
@@ -53,15 +53,26 @@ class MaskedAutoencoderConfig(Settings):
             )
         if self.encoder.patch_shape is None:
             raise ValueError(NO_PATCHES)
-        if self.decoder.rope not in ("none", "2d"):
+        if self.decoder.rope not in ("none", self.encoder.rope_kind):
             raise ValueError(
-                f"the decoder's rope must be 'none' or '2d', got {self.decoder.rope!r}"
+                f"the decoder's rope must be 'none' or {self.encoder.rope_kind!r}, got "
+                f"{self.decoder.rope!r}"
             )
         if self.decoder.rope == "none" and getattr(self.encoder, "clip_seconds", 1.0) is None:
             raise ValueError(
                 "the decoder's learned positions need the encoder's clip_seconds: "
                 "give it, or set the decoder's rope to '2d'"
             )
+
+    @property
+    def input_fields(self) -> tuple[str, ...]:
+        """Those of the encoder."""
+        return self.encoder.input_fields
+
+    @property
+    def exact_fields(self) -> tuple[str, ...]:
+        """The samples, whose values are compared with their patch's mean."""
+        return self.encoder.input_fields[:1]
 
 
 class MaskedPrediction(NamedTuple):
@@ -92,10 +103,8 @@ class MaskedAutoencoder(nn.Module):
     def __init__(self, config: MaskedAutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        if isinstance(config.encoder, ImageConfig):
-            self.encoder = ImageModel(config.encoder)
-        else:
-            self.encoder = AudioModel(config.encoder)
+        self.input_fields = config.input_fields
+        self.encoder = config.encoder.make()
         assert config.encoder.patch_shape is not None
         dim = config.decoder.dim
         self.decoder_embedding = Linear(self.encoder.num_features, dim)

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from diffmm.batch import InputShapes
 from diffmm.checks import Settings
 from diffmm.layers.cache import KVCache
 from diffmm.layers.linear import Embedding, Linear, init_weights
@@ -27,6 +30,8 @@ class TextConfig(Settings):
         ValueError: naming the field and the value.
     """
 
+    input_fields: ClassVar[tuple[str, ...]] = ("tokens",)
+
     vocab_size: int
     max_length: int
     backbone: BackboneConfig
@@ -43,9 +48,15 @@ class TextConfig(Settings):
                 f"a text model takes its positions from rope '1d', got {self.backbone.rope!r}"
             )
 
+    def input_shapes(self, batch_size: int, length: int | None = None) -> InputShapes:
+        """`length` in tokens, `max_length` by default."""
+        return {"tokens": ((batch_size, length or self.max_length), torch.int64)}
+
 
 class TextModel(nn.Module):
     """Token ids to logits over the vocabulary."""
+
+    input_fields = TextConfig.input_fields
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()

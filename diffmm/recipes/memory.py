@@ -27,10 +27,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from diffmm.batch import InputShapes
 from diffmm.layers.block import Block
-from diffmm.models import AudioConfig, ImageConfig, TextConfig
 from diffmm.models.backbone import Backbone
-from diffmm.training import MaskedAutoencoding
+from diffmm.training import Task
 
 HALF_PRECISIONS = ("bf16-true", "16-true")
 
@@ -176,36 +176,16 @@ class _Meter(torch.autograd.graph.saved_tensors_hooks):
         return tensor
 
 
-def fake_shapes(task: Any, data: Any) -> dict[str, Any] | None:
-    """Shapes and dtypes of a training batch, or `None` for a model or data of another kind.
-
-    A clip whose length neither the data nor the model bounds counts as ten seconds.
-    """
-    config = getattr(getattr(task, "model", None), "config", None)
+def fake_shapes(task: Any, data: Any) -> InputShapes | None:
+    """Shapes and dtypes of a training batch, or `None` for a model or data of another kind."""
+    config: Any = getattr(getattr(task, "model", None), "config", None)
     config = getattr(config, "encoder", config)
     size = getattr(data, "batch_size", None)
-    if size is None:
+    if size is None or not hasattr(config, "input_shapes") or not isinstance(task, Task):
         return None
-    shapes: dict[str, Any] = {"index": ((size,), torch.int64)}
-    if isinstance(config, TextConfig):
-        length = getattr(data, "sequence_length", config.max_length)
-        shapes |= dict.fromkeys(("tokens", "targets"), ((size, length), torch.int64))
-        if getattr(data, "packing", None) == "packed" and data.document_mask:
-            shapes["document_ids"] = ((size, length), torch.int64)
-        return shapes
-    if isinstance(config, ImageConfig):
-        rows, columns = config.grid
-        height, width, channels = config.patch_shape
-        shapes["images"] = ((size, channels, rows * height, columns * width), torch.float32)
-    elif isinstance(config, AudioConfig):
-        seconds = 10.0 if config.clip_seconds is None else config.clip_seconds
-        length = getattr(data, "clip_samples", None) or config.samples_in(seconds)
-        shapes["waveforms"] = ((size, length), torch.float32)
-        shapes["num_samples"] = ((size,), torch.int64)
-    else:
-        return None
-    if not isinstance(task, MaskedAutoencoding):
-        multi_label = getattr(task, "multi_label", False)
-        labels = ((size, task.num_classes), torch.float32) if multi_label else None
-        shapes["labels"] = labels or ((size,), torch.int64)
+    lengths = (getattr(data, name, None) for name in ("sequence_length", "clip_samples"))
+    inputs: InputShapes = config.input_shapes(size, next(filter(None, lengths), None))
+    shapes = {"index": ((size,), torch.int64), **inputs, **task.target_shapes(inputs)}
+    if getattr(data, "packing", None) == "packed" and data.document_mask:
+        shapes["document_ids"] = inputs["tokens"]
     return shapes

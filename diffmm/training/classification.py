@@ -8,7 +8,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from diffmm.batch import AudioBatch, ImageBatch, encoder_inputs
+from diffmm.batch import AudioBatch, ImageBatch, InputShapes, input_fields, inputs_of
 from diffmm.training.accumulation import LossSum
 from diffmm.training.finetuning import FineTuneConfig
 from diffmm.training.metrics import MeanAveragePrecision, RatioOfSums
@@ -96,9 +96,15 @@ class Classification(Task):
         targets = batch["labels"]
         if self.mixing is not None:
             batch, targets = self._mixed(batch, batch_idx)
-        logits = self.model(*encoder_inputs(batch))
+        logits = self.model(*inputs_of(self.model, batch))
         losses = self.loss(logits, targets, self.label_smoothing)
         return LossSum(losses.sum(), losses.new_full((), len(losses)))
+
+    def target_shapes(self, inputs: InputShapes) -> InputShapes:
+        batch_size = next(iter(inputs.values()))[0][0]
+        if self.multi_label:
+            return {"labels": ((batch_size, self.num_classes), torch.float32)}
+        return {"labels": ((batch_size,), torch.int64)}
 
     def make_metrics(self) -> dict[str, Metric]:
         # Labels have been checked already, and on a GPU torchmetrics' own check would wait.
@@ -116,14 +122,14 @@ class Classification(Task):
         return metrics
 
     def update_metrics(self, batch: ImageBatch | AudioBatch, metrics: dict[str, Metric]) -> None:
-        logits, labels = self.model(*encoder_inputs(batch)).float(), batch["labels"]
+        logits, labels = self.model(*inputs_of(self.model, batch)).float(), batch["labels"]
         metrics["loss"].update(self.loss(logits, labels).sum(), len(labels))
         for name in metrics.keys() - {"loss"}:
             metrics[name].update(logits, labels.long())
 
     def predict_step(self, batch: ImageBatch | AudioBatch, batch_idx: int = 0) -> dict[str, Tensor]:
         """Probabilities `[B, num_classes]`, which add up to 1 unless `multi_label`."""
-        logits = self.model(*encoder_inputs(batch)).float()
+        logits = self.model(*inputs_of(self.model, batch)).float()
         probabilities = logits.sigmoid() if self.multi_label else logits.softmax(dim=1)
         return {"index": batch["index"], "probabilities": probabilities}
 
@@ -144,7 +150,7 @@ class Classification(Task):
     ) -> tuple[ImageBatch | AudioBatch, Tensor]:
         """A batch of mixtures, and their soft targets."""
         assert self.mixing is not None
-        name = "images" if "images" in batch else "waveforms"
+        name = input_fields(self.model, batch)[0]
         key = (self.seed, self.current_epoch, batch_idx, data_share(self.trainer)[0])
         mixed: dict[str, Any] = dict(batch)
         mixed[name], weights = mix(mixed[name], self.mixing, key=key)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
-from diffmm.batch import IGNORE_INDEX, TextBatch
+from diffmm.batch import IGNORE_INDEX, InputShapes, TextBatch
 from diffmm.models.text import TextModel
 from diffmm.ops import AttentionMask
 from diffmm.training.accumulation import LossSum
@@ -83,6 +83,9 @@ class LanguageTask(Task):
     def loss_sum(self, batch: TextBatch, batch_idx: int) -> LossSum:
         count = (batch["targets"] != IGNORE_INDEX).sum().float()
         return LossSum(self.losses(batch).sum(), count)
+
+    def target_shapes(self, inputs: InputShapes) -> InputShapes:
+        return {"targets": inputs["tokens"]}
 
     def make_metrics(self) -> dict[str, Metric]:
         return {"loss": RatioOfSums(), "perplexity": Perplexity(), "bits_per_byte": RatioOfSums()}

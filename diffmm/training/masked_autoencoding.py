@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from diffmm.batch import AudioBatch, ImageBatch, encoder_inputs
+from diffmm.batch import AudioBatch, ImageBatch, inputs_of
 from diffmm.models.masked_autoencoder import MaskedAutoencoder, MaskedPrediction
 from diffmm.training.accumulation import LossSum
 from diffmm.training.finetuning import FineTuneConfig
@@ -60,13 +60,13 @@ class MaskedAutoencoding(Task):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         batch = super().on_before_batch_transfer(batch, dataloader_idx)
         epoch = self.current_epoch if self.trainer.training else None
-        num_patches = self.model.encoder.num_patches(*encoder_inputs(batch))
+        num_patches = self.model.encoder.num_patches(*inputs_of(self.model, batch))
         noise = mask_noise(batch["index"], num_patches, seed=self.seed, epoch=epoch)
         return {**batch, NOISE: noise}
 
     def predicted(self, batch: ImageBatch | AudioBatch) -> MaskedPrediction:
         """What the model makes of a batch."""
-        return self.model(*encoder_inputs(batch), noise=batch.get(NOISE))
+        return self.model(*inputs_of(self.model, batch), noise=batch.get(NOISE))
 
     def loss_sum(self, batch: ImageBatch | AudioBatch, batch_idx: int) -> LossSum:
         loss, _, mask = self.predicted(batch)

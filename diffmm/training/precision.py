@@ -7,19 +7,12 @@ from typing import Any
 from lightning.pytorch.plugins import Precision
 from torch import nn
 
-from diffmm.layers.spectrogram import LogMelSpectrogram
-from diffmm.models.masked_autoencoder import MaskedAutoencoder
-
 
 def exact_fields(model: nn.Module) -> tuple[str, ...]:
-    """The fields of a batch that a model needs as they are: the smallest energies of a sound, and
-    the pixels that a masked autoencoder compares with their patch's mean, are lost in bfloat16."""
-    fields = []
-    if any(isinstance(module, LogMelSpectrogram) for module in model.modules()):
-        fields.append("waveforms")
-    if isinstance(model, MaskedAutoencoder):
-        fields.append("images")
-    return tuple(fields)
+    """The fields of a batch that a model needs as they are, by what its parts declare."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    found = (getattr(config, "exact_fields", ()) for config in configs)
+    return tuple(dict.fromkeys(field for fields in found for field in fields))
 
 
 def keep_exact(plugin: Precision, fields: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
+from diffmm.batch import InputShapes
 from diffmm.layers.block import Block
 from diffmm.models.backbone import Backbone
 from diffmm.models.description import MODELS, describe, unwrap
@@ -100,6 +101,11 @@ class Task(LightningModule):
     def training_loss(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a training batch alone, a scalar."""
         return self.loss_sum(batch, batch_idx).mean()
+
+    def target_shapes(self, inputs: InputShapes) -> InputShapes:
+        """Shape and dtype of what a training batch has beside the model's inputs of these shapes:
+        nothing, unless a task says more."""
+        return {}
 
     def make_metrics(self) -> dict[str, Metric]:
         """Metrics of one evaluation, by name."""

@@ -137,7 +137,10 @@ def test_a_misspelt_key_hides_no_other_mistake(run):
     assert result.code == 2
     assert "unknown key trainer.max_stepps; did you mean 'max_steps'?" in result.err
     assert "backbone.dimm; did you mean 'dim'?" in result.err
-    assert "attention must be one of 'softmax', 'diff_v1', 'diff_v2', got 'diff_v3'" in result.err
+    assert (
+        "attention must be one of 'softmax', 'diff_v1', 'diff_v2', 'diff_grouped', got 'diff_v3'"
+        in result.err
+    )
 
 
 @pytest.mark.parametrize("value", [float("inf"), 10**20, 3, "text", [1], True])

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
-from diffmm.batch import IGNORE_INDEX, encoder_inputs
+from diffmm.batch import IGNORE_INDEX, inputs_of
 from diffmm.models import Backbone, ImageModel
 from diffmm.models.weights import load_model
 from diffmm.training import CausalLM, Classification, MaskedLM, OptimizerConfig, ScheduleConfig
@@ -275,8 +275,8 @@ def test_predictions(make):
     batch = make.batch("audio")
     task = make.task("audio").eval()
     probabilities = task.predict_step(batch)["probabilities"]
-    logits = task.model(*encoder_inputs(batch))
+    logits = task.model(*inputs_of(task.model, batch))
     torch.testing.assert_close(probabilities, logits.softmax(dim=1))
     several = make.task("audio", multi_label=True).eval()
-    logits = several.model(*encoder_inputs(batch))
+    logits = several.model(*inputs_of(several.model, batch))
     torch.testing.assert_close(several.predict_step(batch)["probabilities"], logits.sigmoid())
