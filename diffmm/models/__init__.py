@@ -2,6 +2,7 @@
 
 from diffmm.models.audio import AudioConfig, AudioModel
 from diffmm.models.backbone import Backbone, BackboneConfig
+from diffmm.models.encoder import Embedded, Encoder, EncoderConfig, register_head
 from diffmm.models.image import ImageConfig, ImageModel
 from diffmm.models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderConfig
 from diffmm.models.text import TextConfig, TextModel
@@ -11,10 +12,14 @@ __all__ = [
     "AudioModel",
     "Backbone",
     "BackboneConfig",
+    "Embedded",
+    "Encoder",
+    "EncoderConfig",
     "ImageConfig",
     "ImageModel",
     "MaskedAutoencoder",
     "MaskedAutoencoderConfig",
     "TextConfig",
     "TextModel",
+    "register_head",
 ]

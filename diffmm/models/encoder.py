@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -13,10 +14,20 @@ from diffmm.checks import Settings, check_choice
 from diffmm.layers.linear import Linear, init_weights
 from diffmm.layers.norm import upcast
 from diffmm.layers.positions import Grid, LearnedPositions, resample
+from diffmm.layers.registry import Layer, registration
 from diffmm.models.backbone import Backbone, BackboneConfig
 from diffmm.ops import AttentionMask
 
 POOLS = ("cls", "mean")
+
+HEADS: dict[str, type[nn.Module]] = {"linear": Linear}
+"""What `EncoderConfig.head` may be: classes made from a width and a number of classes."""
+
+
+def register_head(name: str) -> Callable[[Layer], Layer]:
+    """A class decorator with which `EncoderConfig(head=name)` takes a head, `Head(dim,
+    num_classes)`, that maps pooled features `[B, dim]` to logits `[B, num_classes]`."""
+    return registration(HEADS, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +40,7 @@ class EncoderConfig(Settings):
         cls_token: whether a learned token leads the sequence.
         num_reg_tokens: learned tokens after it that nobody reads (Darcet et al. 2024).
         pool: what the head reads: the class token, or the mean over patches alone.
+        head: `"linear"`, or one that `register_head` added.
         learned_positions: a learned embedding for every place, beside or in place of rotary ones.
 
     Raises:
@@ -40,6 +52,7 @@ class EncoderConfig(Settings):
     cls_token: bool = True
     num_reg_tokens: int = 0
     pool: Literal["cls", "mean"] = "cls"
+    head: str = "linear"
     learned_positions: bool = False
 
     def __post_init__(self) -> None:
@@ -48,6 +61,7 @@ class EncoderConfig(Settings):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         check_choice("pool", self.pool, POOLS)
+        check_choice("head", self.head, HEADS)
         if self.pool == "cls" and not self.cls_token:
             raise ValueError("pool='cls' needs cls_token=True: set it, or pool='mean'")
         if self.backbone.rope not in ("none", self.rope_kind):
@@ -142,7 +156,7 @@ class Encoder(nn.Module):
             assert max_grid is not None
             self.positions = LearnedPositions(max_grid, dim, num_prefix, config.backbone.init_std)
         self.backbone = Backbone(config.backbone)
-        self.head = _make_head(config.backbone, config.num_classes)
+        self.head = _make_head(config)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -244,7 +258,7 @@ class Encoder(nn.Module):
         changes: dict[str, Any] = {} if global_pool is None else {"pool": global_pool}
         self.config = replace(self.config, num_classes=num_classes, **changes)
         weight = next(self.backbone.parameters())
-        head = _make_head(self.config.backbone, num_classes)
+        head = _make_head(self.config)
         self.head = head.to(device=weight.device, dtype=weight.dtype).train(self.training)
 
     def resample_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -295,7 +309,8 @@ class Encoder(nn.Module):
         return features, [x[:, self.num_prefix_tokens :] for x in taken]
 
 
-def _make_head(backbone: BackboneConfig, num_classes: int) -> nn.Module:
-    head = Linear(backbone.dim, num_classes) if num_classes else nn.Identity()
-    init_weights(head, backbone.init_std)
-    return head
+def _make_head(config: EncoderConfig) -> nn.Module:
+    if not config.num_classes:
+        return nn.Identity()
+    head = HEADS[config.head](config.backbone.dim, config.num_classes)
+    return head.apply(partial(init_weights, std=config.backbone.init_std))

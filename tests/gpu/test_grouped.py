@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffmm.ops import AttentionMask, grouped_diff_attention
-from diffmm.ops.grouped_diff_attention.reference import reference
+from diffmm.ops.grouped_diff_attention import reference
 
 pytestmark = pytest.mark.gpu
 

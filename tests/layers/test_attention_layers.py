@@ -12,6 +12,7 @@ from diffmm.ops import AttentionMask
 from diffmm.ops.diff_attention import BACKENDS
 
 DIM = 64
+KINDS = list(ATTENTIONS)
 CAUSAL = AttentionMask(causal=True)
 
 
@@ -25,7 +26,7 @@ def num_parameters(layer: torch.nn.Module) -> int:
     return sum(p.numel() for p in layer.parameters())
 
 
-@pytest.mark.parametrize("kind", list(ATTENTIONS))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -51,7 +52,7 @@ def test_every_parameter_has_a_finite_gradient(kind, changes):
 def test_head_counts_are_those_of_the_softmax_model():
     shapes = {
         kind: (layer.q_shape, layer.k_shape, layer.v_shape, layer.out_proj.in_features)
-        for kind in ATTENTIONS
+        for kind in KINDS
         for layer in [make(kind, num_heads=8, num_kv_heads=4)]
     }
     assert shapes == {
@@ -67,7 +68,7 @@ def test_v1_has_the_parameters_of_softmax_and_its_lambdas():
     assert num_parameters(v1) == num_parameters(softmax) + 4 * 16 + 2 * 16
 
 
-@pytest.mark.parametrize("kind", list(ATTENTIONS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_backends_share_one_state_dict_and_agree(kind):
     layers = [make(kind, num_kv_heads=2, backend=b) for b in BACKENDS]
     layers[1].load_state_dict(layers[0].state_dict())
@@ -230,7 +231,7 @@ def gated(layer, x):
     return layer.out_proj(heads.flatten(2))
 
 
-@pytest.mark.parametrize("kind", list(ATTENTIONS))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("output_gate", [None, "head", "element"])
 @pytest.mark.parametrize("exclusive", [False, True])
 def test_gates_and_exclusion_are_their_equations(kind, output_gate, exclusive):
@@ -241,7 +242,7 @@ def test_gates_and_exclusion_are_their_equations(kind, output_gate, exclusive):
     torch.testing.assert_close(layer(x, mask=CAUSAL), gated(layer, x))
 
 
-@pytest.mark.parametrize("kind", list(ATTENTIONS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_exclusive_heads_are_orthogonal_to_their_own_values(kind):
     layer = make(kind, exclusive=True)
     x, seen = torch.randn(2, 6, DIM), []
@@ -254,7 +255,7 @@ def test_exclusive_heads_are_orthogonal_to_their_own_values(kind):
     )
 
 
-@pytest.mark.parametrize("kind", list(ATTENTIONS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_gates_and_exclusion_look_at_the_tokens_that_come_with_a_cache(kind):
     layer = make(kind, output_gate="element", exclusive=True)
     x = torch.randn(2, 6, DIM)
@@ -314,7 +315,7 @@ def test_grouped_refuses(changes, message):
         make("diff_grouped", **changes)
 
 
-@pytest.mark.parametrize("kind", list(ATTENTIONS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_layers_declare_what_they_are(kind):
     layer = make(kind, output_gate="head", qk_norm=True)
     with_parameters = {n for n, part in layer.named_children() if list(part.parameters())}
