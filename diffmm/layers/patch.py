@@ -1,6 +1,8 @@
 """Patches: from an image, or a spectrogram seen as one, to tokens and back."""
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from diffmm.layers.linear import Conv2d
 
@@ -30,6 +32,22 @@ def unpatchify(patches: Tensor, patch_size: Size, grid: Size) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
+def resample_patches(weight: Tensor, patch_size: Size) -> Tensor:
+    """The weight `[dim, C, h, w]` of a patch embedding for patches of another size.
+
+    By the pseudo-inverse of the resizing, so that a resized patch keeps its embedding as closely
+    as can be (FlexiViT, Beyer et al. 2023, section 3.4).
+    """
+    old = (weight.shape[-2], weight.shape[-1])
+    if old == patch_size:
+        return weight
+    basis = torch.eye(old[0] * old[1], device=weight.device).unflatten(1, old).unsqueeze(1)
+    resized = interpolate(basis, patch_size, mode="bicubic", antialias=True).flatten(1)
+    # A row of `resized` is what resizing makes of one old pixel.
+    new = weight.float().flatten(2) @ torch.linalg.pinv(resized).T
+    return new.unflatten(2, patch_size).to(weight.dtype)
+
+
 class PatchEmbedding(nn.Module):
     """A linear map of every patch: `[B, C, H, W]` to `[B, N, dim]`, row by row.
 
@@ -48,6 +66,16 @@ class PatchEmbedding(nn.Module):
         self.patch_size = patch_size
         self.stride = stride or patch_size
         self.proj = Conv2d(in_channels, dim, patch_size, stride=self.stride)
+
+    def set_patch_size(self, patch_size: Size) -> None:
+        """Take patches of another size, side by side, with resampled weights."""
+        old = self.proj
+        self.patch_size = self.stride = patch_size
+        self.proj = Conv2d(old.in_channels, old.out_channels, patch_size, stride=patch_size)
+        self.proj.init_std = old.init_std
+        weight = resample_patches(old.weight.detach(), patch_size)
+        self.proj.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)
+        self.proj.bias = old.bias
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(images).flatten(2).transpose(1, 2)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -180,28 +180,27 @@ class AudioModel(Encoder):
         waveforms: Tensor,
         num_samples: Tensor | None = None,
         indices: int | Sequence[int] | None = None,
-        *,
+        return_prefix_tokens: bool = False,
         norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NLC",
         intermediates_only: bool = False,
-    ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
-        """Features after several blocks, `[B, N, dim]` each, of patches alone.
-
-        Args:
-            waveforms: as in `forward`.
-            num_samples: as in `forward`.
-            indices: which blocks: all by default, the last so many for an integer, or those of
-                these numbers (negative ones count from the end), in ascending order.
-            norm: whether the final norm is applied to each.
-            intermediates_only: leave out the final features.
-
-        Returns:
-            What `forward_features` gives, and the list of intermediates; or the list alone.
-
-        Raises:
-            ValueError: for a block that is not there.
-        """
-        features, taken = self._intermediates(self.embed(waveforms, num_samples), indices, norm)
-        return taken if intermediates_only else (features, taken)
+        output_dict: bool = False,
+    ) -> Any:
+        """Features after several blocks, of patches; `"NCHW"` is `[B, dim, time, frequency]` (or
+        `[B, dim, time]`). All else is as in `ImageModel.forward_intermediates`."""
+        embedded = self.embed(waveforms, num_samples)
+        features, taken = self.encode(embedded, self._take_indices(indices), stop_early=stop_early)
+        return self._arranged(
+            features,
+            taken,
+            grid=self._grid(waveforms.shape[1]),
+            norm=norm,
+            output_fmt=output_fmt,
+            return_prefix_tokens=return_prefix_tokens,
+            intermediates_only=intermediates_only,
+            output_dict=output_dict,
+        )
 
     def embed(self, waveforms: Tensor, num_samples: Tensor | None = None) -> Embedded:
         """Waveforms to patch tokens, ordered by time, then by frequency."""
@@ -250,6 +249,17 @@ class AudioModel(Encoder):
         """
         self.config = replace(self.config, clip_seconds=clip_seconds)
         self._set_grid(self._grid(self.config.samples_in(clip_seconds)))
+        self._describe_to_timm()
+
+    @property
+    def reduction(self) -> int:
+        """How many frames of the spectrogram become one token."""
+        if isinstance(self.stem, PatchStem):
+            return as_size(self.config.patch_stride or self.config.patch_size or 16)[0]
+        return math.prod(self.config.frame_strides or (1, 2))
+
+    def timm_cfg(self) -> dict[str, Any]:
+        return {"sample_rate_hz": self.config.sample_rate_hz}
 
     def _resample_positions(self, positions: Tensor, grid: Grid) -> Tensor:
         return resample(positions[: grid[0]], grid)

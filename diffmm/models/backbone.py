@@ -54,6 +54,7 @@ class Backbone(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
         indices: Collection[int] | None = None,
+        stop_early: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Run the blocks and the final norm.
 
@@ -64,6 +65,7 @@ class Backbone(nn.Module):
                 0, 1, 2, ... by default, after what the cache holds. Unused without rope.
             cache: keys and values of earlier tokens, to which these are added.
             indices: blocks whose outputs, before the final norm, are wanted too.
+            stop_early: leave out the blocks after the last of `indices`.
 
         Returns:
             `[B, N, dim]`, and with `indices` the outputs of those blocks, in their order, in a list
@@ -83,6 +85,7 @@ class Backbone(nn.Module):
             rope = self.rope(positions)
         recompute = self.activation_checkpointing and self.training
         count = len(self.blocks)
+        last = max(indices, default=count - 1) if stop_early and indices is not None else count - 1
         # By place and not by `layer_index`, which blocks that were copied have in common.
         caches = [None] * count if cache is None else cache.layers(count)
         intermediates = []
@@ -90,6 +93,8 @@ class Backbone(nn.Module):
             x = block(x, mask=mask, rope=rope, cache=own, recompute=recompute)
             if indices is not None and index in indices:
                 intermediates.append(x)
+            if index == last:
+                break
         if cache is not None:
             cache.advance(x.shape[1])
         x = self.norm(x)

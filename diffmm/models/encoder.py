@@ -13,12 +13,15 @@ from diffmm.batch import InputShapes
 from diffmm.checks import Settings, check_choice
 from diffmm.layers.linear import Linear, init_weights
 from diffmm.layers.norm import upcast
+from diffmm.layers.pool import AttentionPool
 from diffmm.layers.positions import Grid, LearnedPositions, resample
 from diffmm.layers.registry import Layer, registration
 from diffmm.models.backbone import Backbone, BackboneConfig
+from diffmm.models.timm_interface import TimmInterface
 from diffmm.ops import AttentionMask
 
-POOLS = ("cls", "mean")
+POOLS = {"cls": "cls", "token": "cls", "mean": "mean", "avg": "mean", "map": "map"}
+"""Ways to pool, by our names and timm's."""
 
 HEADS: dict[str, type[nn.Module]] = {"linear": Linear}
 """What `EncoderConfig.head` may be: classes made from a width and a number of classes."""
@@ -39,7 +42,9 @@ class EncoderConfig(Settings):
         num_classes: outputs of the head; 0 means no head, and pooled features come out.
         cls_token: whether a learned token leads the sequence.
         num_reg_tokens: learned tokens after it that nobody reads (Darcet et al. 2024).
-        pool: what the head reads: the class token, or the mean over patches alone.
+        pool: what the head reads: the class token (`"cls"`, timm's `"token"`), the mean over
+            patches alone (`"mean"`, timm's `"avg"`), or what a learned query finds in all tokens
+            by attention (`"map"`, Zhai et al. 2022).
         head: `"linear"`, or one that `register_head` added.
         learned_positions: a learned embedding for every place, beside or in place of rotary ones.
 
@@ -51,7 +56,7 @@ class EncoderConfig(Settings):
     num_classes: int = 0
     cls_token: bool = True
     num_reg_tokens: int = 0
-    pool: Literal["cls", "mean"] = "cls"
+    pool: Literal["cls", "token", "mean", "avg", "map"] = "cls"
     head: str = "linear"
     learned_positions: bool = False
 
@@ -61,6 +66,7 @@ class EncoderConfig(Settings):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         check_choice("pool", self.pool, POOLS)
+        object.__setattr__(self, "pool", POOLS[self.pool])
         check_choice("head", self.head, HEADS)
         if self.pool == "cls" and not self.cls_token:
             raise ValueError("pool='cls' needs cls_token=True: set it, or pool='mean'")
@@ -123,7 +129,7 @@ class Embedded(NamedTuple):
     """`[B, N]` booleans, true where a patch is real; None where all are."""
 
 
-class Encoder(nn.Module):
+class Encoder(TimmInterface):
     """Patches to features to classes, in timm's words.
 
     A model of a modality adds `embed`, `patchify` and `num_patches`, which take its inputs.
@@ -156,8 +162,10 @@ class Encoder(nn.Module):
             assert max_grid is not None
             self.positions = LearnedPositions(max_grid, dim, num_prefix, config.backbone.init_std)
         self.backbone = Backbone(config.backbone)
+        self.pooling = _make_pooling(config)
         self.head = _make_head(config)
         self.reset_parameters()
+        self._describe_to_timm()
 
     def reset_parameters(self) -> None:
         """Start class token and registers anew."""
@@ -170,26 +178,17 @@ class Encoder(nn.Module):
         return self.config.input_fields
 
     @property
-    def num_classes(self) -> int:
-        """Outputs of the head, 0 without one."""
-        return self.config.num_classes
-
-    @property
-    def num_features(self) -> int:
-        """Width of the features."""
-        return self.config.backbone.dim
-
-    @property
     def num_prefix_tokens(self) -> int:
         """Tokens in front of the patches: class token and registers."""
         return int(self.config.cls_token) + self.config.num_reg_tokens
 
     def encode(
-        self, embedded: Embedded, indices: Sequence[int] = ()
+        self, embedded: Embedded, indices: Sequence[int] = (), *, stop_early: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
         """Run the backbone over special tokens and patches, or over some of the patches.
 
-        Special tokens stand at position 0 of every axis, where nothing is rotated.
+        Special tokens stand at position 0 of every axis, where nothing is rotated. With
+        `stop_early` the blocks after the last of `indices` are left out.
 
         Returns:
             Features `[B, P + N, dim]` after the final norm, `P` special tokens first, and likewise
@@ -208,7 +207,9 @@ class Encoder(nn.Module):
         mask = AttentionMask(key_padding=key_padding)
         if not indices:
             return self.backbone(tokens, mask=mask, positions=positions), []
-        return self.backbone(tokens, mask=mask, positions=positions, indices=indices)
+        return self.backbone(
+            tokens, mask=mask, positions=positions, indices=indices, stop_early=stop_early
+        )
 
     def with_prefix(self, embedded: Embedded, prefix: Tensor) -> Embedded:
         """Put special tokens, `[P, dim]` or `[B, P, dim]`, in front of patches."""
@@ -229,13 +230,18 @@ class Encoder(nn.Module):
         Args:
             features: `[B, P + N, dim]` from `forward_features`.
             pre_logits: stop after pooling.
-            key_padding: `[B, N]`, which patches are real, for `pool="mean"`; all by default.
+            key_padding: `[B, N]`, which patches are real, for pools other than the class token; all
+                by default.
 
         Returns:
             `[B, num_classes]`, or `[B, dim]` without a head or with `pre_logits`.
         """
         if self.config.pool == "cls":
             pooled = features[:, 0]
+        elif self.pooling is not None:
+            if key_padding is not None:
+                key_padding = pad(key_padding, (self.num_prefix_tokens, 0), value=True)
+            pooled = self.pooling(features, key_padding)
         else:
             patches = features[:, self.num_prefix_tokens :]
             if key_padding is None:
@@ -250,16 +256,32 @@ class Encoder(nn.Module):
 
         Args:
             num_classes: its outputs, 0 for none.
-            global_pool: `"cls"` or `"mean"`, unchanged by default.
+            global_pool: a way to pool, as in `EncoderConfig.pool`; unchanged by default.
 
         Raises:
             ValueError: as the config does.
         """
         changes: dict[str, Any] = {} if global_pool is None else {"pool": global_pool}
+        old_pool = self.config.pool
         self.config = replace(self.config, num_classes=num_classes, **changes)
         weight = next(self.backbone.parameters())
-        head = _make_head(self.config)
-        self.head = head.to(device=weight.device, dtype=weight.dtype).train(self.training)
+        place: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        self.head = _make_head(self.config).to(**place).train(self.training)
+        if self.config.pool != old_pool:
+            pooling = _make_pooling(self.config)
+            self.pooling = pooling and pooling.to(**place).train(self.training)
+        self._describe_to_timm()
+
+    def _describe_to_timm(self) -> None:
+        self.pretrained_cfg = self.default_cfg = {
+            "num_classes": self.num_classes,
+            "classifier": "head",
+            **self.timm_cfg(),
+        }
+
+    def timm_cfg(self) -> dict[str, Any]:
+        """What a modality adds to `pretrained_cfg`."""
+        return {}
 
     def resample_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """`weights` with their learned positions brought to this model's grid.
@@ -285,32 +307,18 @@ class Encoder(nn.Module):
             new = self._resample_positions(old.detach(), grid)
             self.positions.grid = nn.Parameter(new, requires_grad=old.requires_grad)
 
-    def _take_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        """The blocks that timm's `indices` name, in order."""
-        depth = self.config.backbone.depth
-        if indices is None:
-            return list(range(depth))
-        if isinstance(indices, int):
-            if not 1 <= indices <= depth:
-                raise ValueError(f"cannot take the last {indices} of {depth} blocks")
-            return list(range(depth - indices, depth))
-        for index in indices:
-            if not -depth <= index < depth:
-                raise ValueError(f"there is no block {index}: the backbone has {depth}")
-        return sorted({index % depth for index in indices})
-
-    def _intermediates(
-        self, embedded: Embedded, indices: int | Sequence[int] | None, norm: bool
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Final features, and the patches' features after each block named."""
-        features, taken = self.encode(embedded, self._take_indices(indices))
-        if norm:
-            taken = [self.backbone.norm(x) for x in taken]
-        return features, [x[:, self.num_prefix_tokens :] for x in taken]
-
 
 def _make_head(config: EncoderConfig) -> nn.Module:
     if not config.num_classes:
         return nn.Identity()
     head = HEADS[config.head](config.backbone.dim, config.num_classes)
     return head.apply(partial(init_weights, std=config.backbone.init_std))
+
+
+def _make_pooling(config: EncoderConfig) -> AttentionPool | None:
+    if config.pool != "map":
+        return None
+    backbone = config.backbone
+    width = 4 * backbone.dim
+    pooling = AttentionPool(backbone.dim, backbone.num_heads, width, backbone.init_std)
+    return pooling.apply(partial(init_weights, std=backbone.init_std))

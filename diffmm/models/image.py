@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from diffmm.batch import InputShapes
-from diffmm.checks import check_choice
 from diffmm.layers.linear import INIT_STD, init_weights
 from diffmm.layers.patch import PatchEmbedding, Size, as_size, patchify
 from diffmm.layers.positions import coordinates
@@ -109,32 +108,48 @@ class ImageModel(Encoder):
         self,
         images: Tensor,
         indices: int | Sequence[int] | None = None,
-        *,
+        return_prefix_tokens: bool = False,
         norm: bool = False,
+        stop_early: bool = False,
         output_fmt: Literal["NCHW", "NLC"] = "NCHW",
         intermediates_only: bool = False,
-    ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
-        """Features after several blocks, of patches alone, as timm's models give them.
+        output_dict: bool = False,
+    ) -> Any:
+        """Features after several blocks, of patches, as timm's models give them.
 
         Args:
             images: `[B, C, H, W]`.
-            indices: which blocks: all by default, the last so many for an integer, or those of
+            indices: Which blocks: all by default, the last so many for an integer, or those of
                 these numbers (negative ones count from the end), in ascending order.
-            norm: whether the final norm is applied to each.
+            return_prefix_tokens: Give each intermediate as a pair, of patches and of class and
+                register tokens, `[B, P, dim]`.
+            norm: Whether the final norm is applied to each.
+            stop_early: Leave out the blocks after the last one wanted; the final features are then
+                those of that block.
             output_fmt: `"NCHW"` for `[B, dim, rows, columns]`, `"NLC"` for `[B, N, dim]`.
-            intermediates_only: leave out the final features.
+            intermediates_only: Leave out the final features.
+            output_dict: Return a dict with `"image_features"` and `"image_intermediates"` (and
+                `"image_intermediates_prefix"`).
 
         Returns:
             What `forward_features` gives, and the list of intermediates; or the list alone.
 
         Raises:
-            ValueError: for a block that is not there, or another format.
+            ValueError: For a block that is not there, or another format.
         """
-        check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
-        features, taken = self._intermediates(self.embed(images), indices, norm)
-        if output_fmt == "NCHW":
-            taken = [x.transpose(1, 2).unflatten(2, self.config.grid).contiguous() for x in taken]
-        return taken if intermediates_only else (features, taken)
+        features, taken = self.encode(
+            self.embed(images), self._take_indices(indices), stop_early=stop_early
+        )
+        return self._arranged(
+            features,
+            taken,
+            grid=self.config.grid,
+            norm=norm,
+            output_fmt=output_fmt,
+            return_prefix_tokens=return_prefix_tokens,
+            intermediates_only=intermediates_only,
+            output_dict=output_dict,
+        )
 
     def embed(self, images: Tensor) -> Embedded:
         """`[B, C, H, W]` to patch tokens, row by row."""
@@ -156,20 +171,56 @@ class ImageModel(Encoder):
         rows, columns = self.config.grid
         return rows * columns
 
-    def set_input_size(self, image_size: int | tuple[int, int]) -> None:
-        """Take images of another size from now on.
+    def set_input_size(
+        self,
+        img_size: int | tuple[int, int] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+    ) -> None:
+        """Take images, or patches, of another size from now on (call this before making an
+        optimizer: what is resampled is a new parameter).
 
-        Learned positions are resampled (call this before making an optimizer: they are a new
-        parameter). Rotary coordinates are stretched over the grid that they were trained on, so
-        that a place in the image keeps its coordinates.
+        Learned positions are resampled to the new grid, and the patch embedding to the new patch
+        (FlexiViT, Beyer et al. 2023). Rotary coordinates are stretched over the grid that they were
+        trained on, so that a place in the image keeps its coordinates.
+
+        Args:
+            img_size: Side of the images in pixels, or height and width; unchanged by default.
+            patch_size: Side of a patch, or height and width; unchanged by default.
 
         Raises:
-            ValueError: for a size that is no multiple of the patch.
+            ValueError: For an image size that is no multiple of the patch.
         """
-        trained = self.config.rope_image_size or self.config.image_size
-        rope_image_size = trained if self.backbone.rope is not None else None
-        self.config = replace(self.config, image_size=image_size, rope_image_size=rope_image_size)
+        changes: dict[str, Any] = {}
+        if img_size is not None:
+            changes["image_size"] = img_size
+        if patch_size is not None:
+            changes["patch_size"] = patch_size
+        if self.backbone.rope is not None:
+            changes["rope_image_size"] = self._rope_image_size(patch_size)
+        self.config = replace(self.config, **changes)
+        if patch_size is not None:
+            self.patch_embedding.set_patch_size(as_size(patch_size))
         self._set_grid(self.config.grid)
+        self._describe_to_timm()
+
+    def _rope_image_size(self, patch_size: int | tuple[int, int] | None) -> Size:
+        """The image size that holds, in patches of the new size, the grid that rotary coordinates
+        were trained on."""
+        rows, columns = self.config.grid_of("rope_image_size")
+        height, width = as_size(patch_size or self.config.patch_size)
+        return rows * height, columns * width
+
+    @property
+    def reduction(self) -> int:
+        return max(as_size(self.config.patch_size))
+
+    def timm_cfg(self) -> dict[str, Any]:
+        return {
+            "input_size": (self.config.in_channels, *as_size(self.config.image_size)),
+            "fixed_input_size": True,
+            "pool_size": None,
+            "first_conv": "patch_embedding.proj",
+        }
 
     def _check(self, images: Tensor) -> None:
         size = as_size(self.config.image_size)

@@ -1,8 +1,6 @@
 """AdamW over parameter groups: what decays, what has its own learning rate."""
 
 import math
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +8,7 @@ import torch
 from torch import nn
 
 from diffmm.checks import Settings
-from diffmm.layers.linear import PROJECTIONS
+from diffmm.models.parameters import LAMBDA, decaying, layer_of
 
 LARGEST_RATE = 1000.0
 """AdamW moves a weight by about its learning rate in every step: more is a slip of the pen."""
@@ -125,14 +123,14 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         ValueError: if nothing is trainable, or if `layer_decay` is asked of a model without blocks
             in `model.backbone`.
     """
-    decaying = set(_decaying(model))
+    decay = set(decaying(model))
     num_blocks = 0 if config.layer_decay is None else _num_blocks(model)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_lambda = "lambda_" in name
-        kind = "lambda" if is_lambda else "decay" if name in decaying else "no_decay"
+        is_lambda = LAMBDA in name
+        kind = "lambda" if is_lambda else "decay" if name in decay else "no_decay"
         rate = config.learning_rate
         if is_lambda and config.lambda_learning_rate is not None:
             rate = config.lambda_learning_rate
@@ -148,15 +146,6 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     return list(groups.values())
 
 
-def layer_of(name: str, num_blocks: int) -> int:
-    """The layer that a parameter belongs to, counted from the input: 0 before the blocks, `i + 1`
-    for block `i`, `num_blocks + 1` after them."""
-    block = re.match(r"backbone\.blocks\.(\d+)\.", name)
-    if block:
-        return int(block[1]) + 1
-    return num_blocks + 1 if name.startswith(("backbone.norm.", "head.")) else 0
-
-
 def _num_blocks(model: nn.Module) -> int:
     blocks = getattr(getattr(model, "backbone", None), "blocks", None)
     if not isinstance(blocks, nn.ModuleList):
@@ -165,11 +154,3 @@ def _num_blocks(model: nn.Module) -> int:
             f"{type(model).__name__} has none: drop layer_decay"
         )
     return len(blocks)
-
-
-def _decaying(model: nn.Module) -> Iterator[str]:
-    """Names of the parameters that decay, as `named_parameters` has them."""
-    tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for prefix, module in model.named_modules():
-        if isinstance(module, PROJECTIONS) and id(module.weight) not in tied:
-            yield f"{prefix}.weight" if prefix else "weight"

@@ -1,0 +1,50 @@
+"""Pooling by attention."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from diffmm.layers.linear import Linear
+from diffmm.layers.norm import LayerNorm
+from diffmm.ops import AttentionMask, softmax_attention
+
+
+class AttentionPool(nn.Module):
+    """A learned query attends to all tokens (MAP, Zhai et al. 2022, "Scaling Vision Transformers").
+
+        o = proj(softmax(Q Kᵀ / √D) V);  pooled = o + W2 gelu(W1 norm(o))
+
+    with `Q` from the learned query and `K`, `V` from the tokens, as timm's `AttentionPoolLatent`
+    has it, whose weights have these names.
+
+    Args:
+        dim: Width of the tokens.
+        num_heads: Attention heads.
+        width: Width of the feed-forward layer.
+        init_std: Standard deviation of the query at the start.
+    """
+
+    def __init__(self, dim: int, num_heads: int, width: int, init_std: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.init_std = init_std
+        self.latent = nn.Parameter(torch.empty(1, 1, dim))
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
+        self.norm = LayerNorm(dim)
+        self.mlp = nn.ModuleDict({"fc1": Linear(dim, width), "fc2": Linear(width, dim)})
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start the query anew."""
+        nn.init.trunc_normal_(self.latent, std=self.init_std)
+
+    def forward(self, x: Tensor, key_padding: Tensor | None = None) -> Tensor:
+        """`[B, N, dim]` to `[B, dim]`; `key_padding`, `[B, N]`, is true where a token is real."""
+        q = self.q(self.latent).expand(len(x), -1, -1).unflatten(-1, (self.num_heads, -1))
+        k, v = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        mask = AttentionMask(key_padding=key_padding)
+        pooled = self.proj(softmax_attention(q, k, v, mask=mask).flatten(2)).squeeze(1)
+        hidden = gelu(self.mlp["fc1"](self.norm(pooled)))
+        return pooled + self.mlp["fc2"](hidden)
