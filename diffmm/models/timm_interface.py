@@ -92,12 +92,12 @@ class TimmInterface(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Which layer a parameter belongs to, for timm's layer decay: what stands before the
-        blocks, each block, and what comes behind them."""
+        blocks, each block (or with `coarse` all of them), and what comes behind them."""
         behind = "|".join(name.replace(".", r"\.") for name in AFTER_BLOCKS)
         # What matches nothing is a last layer of its own, above the blocks.
         return {
             "stem": rf"^(?!backbone\.blocks\.|{behind})",
-            "blocks": [(r"^backbone\.blocks\.(\d+)", None)],
+            "blocks": r"^backbone\.blocks" if coarse else [(r"^backbone\.blocks\.(\d+)", None)],
         }
 
     def prune_intermediate_layers(

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from diffmm.layers.attention import Attention
+from diffmm.training.lightning_internals import is_logging_step
 from diffmm.training.parallel import data_share
 
 
@@ -130,9 +131,3 @@ class SpeedMonitor(Callback):
     def _restart(self) -> None:
         self._start = time.monotonic()
         self._num_samples = self._num_tokens = 0
-
-
-def is_logging_step(trainer: Trainer) -> bool:
-    """Whether the trainer writes to its loggers after this batch."""
-    # Lightning's own learning rate monitor asks in this way, too: there is no public one.
-    return trainer._logger_connector.should_update_logs

@@ -100,8 +100,10 @@ def test_layer_decay_is_the_same_by_timms_groups(make):
 
 def test_every_parameter_is_in_a_group():
     model = image()
-    groups = group_parameters(model, model.group_matcher(), reverse=False)
-    assert sum(len(names) for names in groups.values()) == len(list(model.parameters()))
+    for coarse, count in ((False, 5), (True, 3)):
+        groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=False)
+        assert sum(len(names) for names in groups.values()) == len(list(model.parameters()))
+        assert len(groups) == count
 
 
 @pytest.mark.parametrize("output_fmt", ["NCHW", "NLC"])

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torch.distributed import ReduceOp
 
+from diffmm.training.lightning_internals import replace_signal_handling
 from diffmm.training.resilience.checkpoints import Checkpoints, check_weights
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -182,12 +183,9 @@ class _Handlers:
     """Stands in for what Lightning does about signals, until the trainer is torn down."""
 
     def __init__(self, stop: GracefulShutdown, trainer: Trainer) -> None:
-        self.stop, self.trainer = stop, trainer
+        self.stop = stop
         self.before = {number: signal.signal(number, stop._note) for number in SIGNALS}
-        self.lightning = trainer._signal_connector
-        trainer._signal_connector = self  # type: ignore[assignment]
-        # Of the first process alone, at every batch, and it makes a GPU wait.
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        self.put_back = replace_signal_handling(trainer, self)
 
     @property
     def received_sigterm(self) -> bool:
@@ -202,8 +200,7 @@ class _Handlers:
         for number, handler in self.before.items():
             if handler is not None:
                 signal.signal(number, handler)
-        self.trainer._signal_connector = self.lightning
-        del self.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor
+        self.put_back()
 
 
 def save_before_end(trainer: Trainer, *, reason: str) -> Path | None:

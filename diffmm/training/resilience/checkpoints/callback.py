@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from diffmm import __version__, checkpoint_folders
 from diffmm.checkpoint_folders import DIRECTORY_NAME, STATE_NAME
 from diffmm.checks import check_choice
+from diffmm.training.lightning_internals import checkpoint_of, training_has_data
 from diffmm.training.resilience.checkpoints import logs, progress
 from diffmm.training.resilience.checkpoints.exact import (
     EXACT_KEY,
@@ -152,7 +153,7 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and trainer.fit_loop._data_fetcher is not None:
+        if trainer.state.fn == TrainerFn.FITTING and training_has_data(trainer):
             progress.settle(trainer, checkpoint["loops"]["fit_loop"])
             checkpoint[EXACT_KEY] = exact_state(trainer)
 
@@ -256,7 +257,7 @@ class Checkpoints(Checkpoint):
         self._settle(trainer)
         logs.flush(trainer)
         self._is_step_logged = False
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        checkpoint = checkpoint_of(trainer)
         facts = self._facts(trainer, reason)
         self._saved_at, self._saved_at_seconds = self._place(trainer), time.monotonic()
         if is_sharded(checkpoint):

@@ -9,6 +9,13 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from diffmm.training.lightning_internals import (
+    accumulates,
+    forget_fetched_batches,
+    is_last_batch,
+    validation_follows,
+)
+
 LOOP = "epoch_loop"
 BATCHES = f"{LOOP}.batch_progress"
 VALIDATION = f"{LOOP}.val_loop.batch_progress"
@@ -16,25 +23,22 @@ VALIDATION = f"{LOOP}.val_loop.batch_progress"
 
 def validation_is_due(trainer: Trainer) -> bool:
     """Whether the trainer validates after the batch it is at, however long ago it last did."""
-    loop = trainer.fit_loop
-    if trainer._val_check_time_interval is not None or loop._data_fetcher is None:  # type: ignore[attr-defined]
-        return False
     # A trainer that was told to stop validates once more: that is no part of the schedule.
     should_stop, trainer.should_stop = trainer.should_stop, False
     try:
-        return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        return validation_follows(trainer)
     finally:
         trainer.should_stop = should_stop
 
 
 def is_step_boundary(trainer: Trainer) -> bool:
     """Whether the batch ends an optimizer step, so that no gradient is half accumulated."""
-    return not trainer.fit_loop.epoch_loop._should_accumulate()
+    return not accumulates(trainer)
 
 
 def is_epoch_end(trainer: Trainer) -> bool:
     """Whether the batch is the epoch's last."""
-    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+    return is_last_batch(trainer)
 
 
 def training_ends(trainer: Trainer) -> bool:
@@ -74,8 +78,5 @@ def settle(trainer: Trainer, fit_loop: dict[str, Any]) -> None:
 
 def end_epoch_if_over(trainer: Trainer) -> None:
     """Let a resumed epoch that was at its end come to its end, rather than take a batch more."""
-    loop = trainer.fit_loop
-    fetcher: Any = loop._data_fetcher
-    if is_epoch_end(trainer) and fetcher is not None:
-        fetcher.done = True
-        getattr(fetcher, "batches", []).clear()  # fetched ahead
+    if is_epoch_end(trainer):
+        forget_fetched_batches(trainer)

@@ -1,0 +1,121 @@
+"""What the library takes of Lightning's private parts is still where it was."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from diffmm.training import lightning_internals as internals
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec")
+
+
+class Watcher(Callback):
+    """Asks `question` at the end of every batch."""
+
+    def __init__(self, question):
+        self.question, self.answers = question, []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args) -> None:
+        self.answers.append(self.question(trainer))
+
+
+def answers(question, **settings):
+    watcher = Watcher(question)
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[watcher],
+        **{"max_epochs": 1, "limit_train_batches": 6, "limit_val_batches": 1, **settings},
+    )
+    trainer.fit(BoringModel(), BoringDataModule())
+    return watcher.answers
+
+
+def test_logging_steps():
+    found = answers(internals.is_logging_step, log_every_n_steps=3)
+    assert found == [False, False, True] * 2
+
+
+def test_data_is_there_once_batches_are_fetched():
+    assert not internals.training_has_data(Trainer(logger=False, accelerator="cpu"))
+    assert answers(internals.training_has_data) == [True] * 6
+
+
+def test_validation_follows_by_the_schedule():
+    assert answers(internals.validation_follows, val_check_interval=2) == [False, True] * 3
+    found = answers(internals.validation_follows, val_check_interval="00:01:00:00")
+    assert found == [False] * 6
+
+
+def test_accumulation_and_last_batches():
+    assert answers(internals.accumulates, accumulate_grad_batches=3) == [True, True, False] * 2
+    assert answers(internals.is_last_batch) == [False] * 5 + [True]
+
+
+def test_an_epoch_ends_when_fetched_batches_are_forgotten():
+    def forget_at_the_second(trainer):
+        if trainer.global_step == 2:
+            internals.forget_fetched_batches(trainer)
+
+    assert len(answers(forget_at_the_second)) < 5
+
+
+def test_a_checkpoint_is_what_the_trainer_saves(tmp_path):
+    def save(trainer):
+        trainer.save_checkpoint(tmp_path / "saved.ckpt")
+        return internals.checkpoint_of(trainer)
+
+    ours = answers(save, max_steps=1)[0]
+    saved = torch.load(tmp_path / "saved.ckpt", weights_only=False)
+    assert ours.keys() == saved.keys()
+    for name, weight in saved["state_dict"].items():
+        assert torch.equal(ours["state_dict"][name], weight)
+
+
+class Handling:
+    def __init__(self):
+        self.calls = []
+        self.received_sigterm = False
+
+    def register_signal_handlers(self):
+        self.calls.append("register")
+
+    def teardown(self):
+        self.calls.append("teardown")
+
+
+def test_signal_handling_is_replaced_and_put_back():
+    handling, kept = Handling(), []
+
+    class Replacing(Callback):
+        def setup(self, trainer, pl_module, stage):
+            kept.append((trainer._signal_connector, trainer.fit_loop.epoch_loop))
+            self.put_back = internals.replace_signal_handling(trainer, handling)
+
+        def on_train_batch_end(self, trainer, *args):
+            handling.received_sigterm = True
+
+    replacing = Replacing()
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[replacing],
+        enable_progress_bar=False, enable_model_summary=False, max_epochs=1,
+    )  # fmt: skip
+    with pytest.raises(SIGTERMException):
+        trainer.fit(BoringModel(), BoringDataModule())
+    assert trainer.global_step == 1
+    assert handling.calls[-1] == "teardown"
+    replacing.put_back()
+    assert trainer._signal_connector is kept[0][0]
+    assert "_broadcast_sigterm_tensor" not in vars(kept[0][1])
+
+
+def test_signals_are_left_alone(monkeypatch):
+    trainer = Trainer(accelerator="cpu", logger=False)
+    internals.leave_signals_alone(trainer)
+    monkeypatch.setattr("signal.signal", lambda *_: pytest.fail("a handler was registered"))
+    trainer._signal_connector.register_signal_handlers()
