@@ -36,8 +36,9 @@ from diffmm.training.finetuning import FineTuneConfig, freeze
 from diffmm.training.optimizer import OptimizerConfig, make_optimizer
 from diffmm.training.precision import exact_fields, keep_exact
 from diffmm.training.resilience.checkpoints.progress import is_step_boundary
+from diffmm.training.resilience.coordinator import Coordinator
 from diffmm.training.resilience.loggers import LoggersMayFail
-from diffmm.training.resilience.non_finite import NonFiniteGuard, measured_norm
+from diffmm.training.resilience.non_finite import NonFiniteGuard
 from diffmm.training.resilience.shutdown import GracefulShutdown
 from diffmm.training.schedule import ScheduleConfig, make_scheduler, set_learning_rates
 from diffmm.training.sharding import clip_gradients, gradient_norm, is_sharded, shard
@@ -222,7 +223,7 @@ class Task(LightningModule):
     ) -> None:
         """Clip as the trainer says, by the norm that `NonFiniteGuard` has measured, and log it."""
         parameters = list(self.trainer.precision_plugin.main_params(optimizer))
-        norm = measured_norm(self.trainer)
+        norm = Coordinator.of(self.trainer).norm
         if norm is None:
             norm = gradient_norm(parameters)
         if gradient_clip_val and gradient_clip_algorithm == "value":

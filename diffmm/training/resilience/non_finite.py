@@ -10,11 +10,11 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed import ReduceOp
 from torch.optim import Optimizer
 
 from diffmm.training.resilience.checkpoints import check_weights
-from diffmm.training.resilience.shutdown import GracefulShutdown, save_before_end
+from diffmm.training.resilience.coordinator import Coordinator
+from diffmm.training.resilience.shutdown import save_before_end
 from diffmm.training.sharding import gradient_norm
 
 logger = logging.getLogger(__name__)
@@ -79,8 +79,8 @@ class NonFiniteGuard(Callback):
         self.max_in_a_row = max_in_a_row
         self.num_in_a_row = 0
         self.num_skipped = 0
-        self.norm: Tensor | None = None
-        """Of the gradients, before clipping, from when it is known to the end of the batch."""
+        self._coordinator = Coordinator()  # the trainer's, once there is one
+        self._norm: Tensor | None = None  # of the gradients, before clipping
         self._window: list[tuple[int, Any]] = []  # micro-batches of the step, with their numbers
         self._losses: list[Tensor] = []
         self._statistics: list[tuple[Tensor, Tensor]] = []
@@ -95,6 +95,9 @@ class NonFiniteGuard(Callback):
         self.num_skipped = state_dict["num_skipped"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._coordinator = Coordinator.of(trainer)
+        self._coordinator.ask("loss is not finite", lambda: self._is_loss_bad(pl_module))
+        self._coordinator.ask("gradient is not finite", self._is_gradient_bad)
         self._begin_step()
 
     def on_train_batch_start(
@@ -113,8 +116,9 @@ class NonFiniteGuard(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         parameters = list(trainer.precision_plugin.main_params(optimizer))
-        self.norm = gradient_norm(parameters)
-        bad_loss, bad_norm = self._agree(trainer, pl_module, self.norm)
+        self._norm = self._coordinator.norm = gradient_norm(parameters)
+        names = ("loss is not finite", "gradient is not finite")
+        bad_loss, bad_norm = map(bool, self._coordinator.agree(trainer, names))
         if not bad_loss and not bad_norm:
             self.num_in_a_row = 0
         elif bad_loss or not scale_is_at_fault(trainer):
@@ -137,7 +141,7 @@ class NonFiniteGuard(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if self.norm is None:
+        if self._norm is None:
             return  # gradients are being accumulated
         if self.num_skipped:
             pl_module.log("train/skipped_steps", float(self.num_skipped))
@@ -149,30 +153,19 @@ class NonFiniteGuard(Callback):
 
     def _begin_step(self) -> None:
         self._window, self._losses, self._statistics = [], [], []
-        self.norm = self._report = None
+        self._norm = self._coordinator.norm = self._report = None
 
-    def _agree(
-        self, trainer: Trainer, pl_module: LightningModule, norm: Tensor
-    ) -> tuple[bool, bool]:
-        """Whether the loss or the gradient is bad in any process; the one wait for the GPU."""
-        stop = next((c for c in trainer.callbacks if isinstance(c, GracefulShutdown)), None)  # type: ignore[attr-defined]
+    def _is_loss_bad(self, pl_module: LightningModule) -> Tensor | float:
+        if self._norm is None:
+            return 0.0
         # What came before a resume, within this step, is in the task's sum alone.
         accumulated = getattr(pl_module, "accumulated", None)
-        before = [] if accumulated is None else [accumulated.total.to(norm)]
-        losses = torch.stack([*self._losses, *before, norm.new_zeros(())])
-        flags = torch.stack(
-            [
-                losses.isfinite().logical_not().any().to(norm),
-                norm.isfinite().logical_not().to(norm),
-                torch.full_like(norm, stop.vote if stop is not None else 0.0),
-            ]
-        )
-        if trainer.world_size > 1:
-            torch.distributed.all_reduce(flags, ReduceOp.MAX)
-        bad_loss, bad_norm, vote = flags.tolist()
-        if stop is not None:
-            stop.hear(vote)
-        return bool(bad_loss), bool(bad_norm)
+        before = [] if accumulated is None else [accumulated.total.to(self._norm)]
+        losses = torch.stack([*self._losses, *before, self._norm.new_zeros(())])
+        return losses.isfinite().logical_not().any()
+
+    def _is_gradient_bad(self) -> Tensor | float:
+        return 0.0 if self._norm is None else self._norm.isfinite().logical_not()
 
     def _tell(self, trainer: Trainer, bad_loss: bool) -> None:
         """Write down a skipped step, and which processes are at fault."""
@@ -222,13 +215,6 @@ class NonFiniteGuard(Callback):
             f"are in {directory}/{BATCH_NAME}_*.pt (`diffmm replay RUN` makes it again). Mend the "
             f"data, lower the learning rate, or go on from an earlier checkpoint"
         )
-
-
-def measured_norm(trainer: Trainer) -> Tensor | None:
-    """The norm of the gradients, before clipping, of the step that is being made, if the trainer
-    has a `NonFiniteGuard`."""
-    norms = (c.norm for c in trainer.callbacks if isinstance(c, NonFiniteGuard))  # type: ignore[attr-defined]
-    return next(norms, None)
 
 
 def running_statistics(module: nn.Module) -> list[Tensor]:

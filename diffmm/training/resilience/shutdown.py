@@ -17,10 +17,14 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from diffmm.training.lightning_internals import replace_signal_handling
-from diffmm.training.resilience.checkpoints import Checkpoints, check_weights
+from diffmm.training.resilience.checkpoints import check_weights
+from diffmm.training.resilience.coordinator import Coordinator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """That stop a run; where processes get several, the last of these counts."""
+
+QUESTION = "stop"
+"""What the processes are asked, see `Coordinator.ask`."""
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 """Of a process that was stopped by a signal."""
@@ -31,8 +35,8 @@ class GracefulShutdown(Callback):
     them finish the same step, save, and raise Lightning's `SIGTERMException`, a `SystemExit`, so
     that they exit with 143 (130 after SIGINT).
 
-    The processes agree at the end of every optimizer step, by an all-reduce of one number (which
-    `NonFiniteGuard`, where it is, sends along with its own), and at every batch of validation. A
+    The processes agree at the end of every optimizer step (with the `Coordinator`, which asks for
+    `NonFiniteGuard` at the same time), and at every batch of validation. A
     validation that was cut short is made again, from its beginning, when the run goes on. Before
     the first step there is nothing to save. Further signals change nothing, least of all a save.
 
@@ -56,7 +60,6 @@ class GracefulShutdown(Callback):
         self._active = False
         self._got: signal.Signals | None = None  # by this process
         self._agreed: signal.Signals | None = None  # to be obeyed, by all processes
-        self._heard = False  # whether the others' votes on this step are in already
         self._step = 0
         self._num_common_batches = 0.0
         self._random_state: Tensor | None = None  # after this fit's last step
@@ -66,24 +69,13 @@ class GracefulShutdown(Callback):
         """Whether the processes have agreed to stop."""
         return self._agreed is not None
 
-    @property
-    def vote(self) -> float:
-        """What this process knows, to be compared with the others' by `hear`; 0 is to go on."""
-        return 0.0 if self._got is None else SIGNALS.index(self._got) + 1.0
-
-    def hear(self, vote: float) -> None:
-        """Take the highest of all processes' votes on the step that is being made."""
-        self._heard = True
-        if vote > 0.0:
-            self._agreed = SIGNALS[int(vote) - 1]
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Python takes signals in its main thread alone.
         self._active = stage == "fit" and threading.current_thread() is threading.main_thread()
         self._got = self._agreed = None
-        self._heard = False
         self._random_state = None
         if self._active:
+            Coordinator.of(trainer).ask(QUESTION, self._vote)
             _Handlers(self, trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -103,7 +95,9 @@ class GracefulShutdown(Callback):
             return  # gradients are being accumulated, and would be lost
         self._step = trainer.global_step
         self._random_state = torch.get_rng_state()
-        if self._agree(trainer):
+        if self._active:
+            self._hear(*Coordinator.of(trainer).agree(trainer, [QUESTION]))
+        if self.is_stopping:
             # Lightning first logs this step, and then raises its exception.
             self._save(trainer)
 
@@ -157,10 +151,19 @@ class GracefulShutdown(Callback):
             os.write(2, b"\nstopping after this step (at once, without saving: Ctrl-\\)\n")
         self._got = got if self._got is None else max(self._got, got, key=SIGNALS.index)
 
+    def _vote(self) -> float:
+        """What this process knows; 0 is to go on."""
+        return 0.0 if self._got is None else SIGNALS.index(self._got) + 1.0
+
+    def _hear(self, vote: float) -> None:
+        """Take the highest of all processes' votes."""
+        if vote > 0.0:
+            self._agreed = SIGNALS[int(vote) - 1]
+
     def _agree(self, trainer: Trainer) -> bool:
-        if self._active and not self._heard:
-            self.hear(_largest(trainer, self.vote))
-        self._heard = False
+        """Ask all processes, outside of a step."""
+        if self._active:
+            self._hear(_largest(trainer, self._vote()))
         return self.is_stopping
 
     def _end(self, trainer: Trainer) -> None:
@@ -217,9 +220,9 @@ def save_before_end(trainer: Trainer, *, reason: str) -> Path | None:
 
 
 def _save(trainer: Trainer, reason: str) -> Path | None:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Checkpoints):
-            return callback.save_now(trainer, reason=reason)
+    saver = Coordinator.of(trainer).saver
+    if saver is not None:
+        return saver.save_now(trainer, reason=reason)
     if trainer.checkpoint_callback is None:
         return None
     check_weights(trainer)

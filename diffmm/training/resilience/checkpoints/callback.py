@@ -30,6 +30,7 @@ from diffmm.training.resilience.checkpoints.finite import check_weights
 from diffmm.training.resilience.checkpoints.sharded import is_sharded, write_sharded
 from diffmm.training.resilience.checkpoints.snapshot import available_bytes, num_bytes, snapshot
 from diffmm.training.resilience.checkpoints.writer import SaveFailedError, Writer, write
+from diffmm.training.resilience.coordinator import Coordinator
 
 SECONDS_A_MINUTE = 60.0
 STEPS_A_LOOK = 10
@@ -149,6 +150,7 @@ class Checkpoints(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.dirpath is None:
             self.dirpath = Path(trainer.default_root_dir) / DIRECTORY_NAME
+        Coordinator.of(trainer).saver = self
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
