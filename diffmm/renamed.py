@@ -24,7 +24,7 @@ CLASSES = {
 }
 """Modules and classes, and where they are now."""
 
-ARGUMENTS = {
+ARGUMENTS: dict[str, dict[str, str]] = {
     "datamodules.audio.SoundFolder": {"folder": "train"},
     "datamodules.audio.SoundTable": {
         "path_column": "file_column",
@@ -34,7 +34,7 @@ ARGUMENTS = {
 }
 """Arguments of classes, by the names that the classes have now."""
 
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     "datamodules.audio.SoundTable": {
         "file_column": "path",
         "label_column": "labels",
@@ -93,13 +93,14 @@ def _with_new_arguments(
     new_class, arguments = node.get("class_path"), node.get("init_args", {})
     if not isinstance(new_class, str) or not isinstance(arguments, dict):
         return node
-    renamed = {}
+    renamed: dict[str, Any] = {}
     for name, value in arguments.items():
-        new_name = ARGUMENTS.get(new_class, {}).get(name, name)
+        new_name = ARGUMENTS.get(new_class, {}).get(name) or str(name)
         if new_name != name and new_name not in arguments:
             found[f"{name} of {new_class}"] = new_name
-            name = new_name
-        renamed[name] = value
+            renamed[new_name] = value
+        else:
+            renamed[name] = value
     if new_class != old_class:
         renamed = {**DEFAULTS.get(new_class, {}), **renamed}
     return {**node, "init_args": renamed} if renamed or "init_args" in node else node

@@ -86,8 +86,8 @@ class TableSource(Source[Samples]):
             self._labelled(tables[name] or self.train, found, class_names)
             for name, found in rows.items()
         )
+        assert train is not None
         if val is None:
-            assert train is not None
             training, validation = held_out_samples(
                 self.samples, *train, fraction=self.val_fraction, origin=self.train
             )

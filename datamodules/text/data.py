@@ -1,5 +1,6 @@
 """Text for language models."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,7 +11,9 @@ from torch.utils.data import DataLoader
 from datamodules.shared.bad_samples import BadSamples
 from datamodules.shared.fingerprints import Fingerprint, of_files
 from datamodules.shared.loading import SeededDataModule
+from datamodules.shared.own_data import OwnData
 from datamodules.text.datasets import HuggingFaceText
+from datamodules.text.own_data import own_texts
 from datamodules.text.shards import Shards
 from datamodules.text.sources import (
     Corpus,
@@ -158,6 +161,20 @@ class TextData(SeededDataModule):
         for corpus in (self.source, validation_source, test_source):
             if cache_dir is not None and _streams(corpus):
                 raise ValueError(f"cache_dir keeps tokenized text, but {corpus!r} is streamed")
+
+    @classmethod
+    def own_data(cls, path: str, given: Mapping[str, Any], *, inputs_may_change: bool) -> OwnData:
+        """A folder of texts, or a file, as settings: plain text, or rows in JSON, Parquet or CSV.
+
+        Args:
+            path: of the folder or the file.
+            given: the arguments that the recipe has for this class, which change nothing.
+            inputs_may_change: likewise: the tokenizer stays that of the recipe.
+
+        Raises:
+            FileNotFoundError, ValueError: naming what is missing or wrong.
+        """
+        return own_texts(path)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

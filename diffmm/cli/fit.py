@@ -14,7 +14,7 @@ from diffmm.recipes.errors import InputError, RunFailedError, refusing, warn
 from diffmm.recipes.lengths import Longer, lengthened, outlook, step_of
 from diffmm.recipes.settings import load, override
 from diffmm.recipes.trust import add_trust_option
-from diffmm.runs.claims import claimed
+from diffmm.runs.claims import claimed, is_first_process
 from diffmm.runs.directories import find_run, new_run, same_run, saved_config
 
 if TYPE_CHECKING:
@@ -39,10 +39,10 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if verb == "fit" and options.allow_changed_data and options.resume is None:
         raise InputError("--allow-changed-data is for a run that goes on: it needs --resume")
     if verb == "fit" and options.resume not in (None, AUTO):
-        if recipe or options.name or options.run_dir:
+        if recipe or options.name or options.run_dir or options.data:
             raise InputError(
-                "--resume goes on with a run as it was: it takes no recipe or name. A new run from "
-                "its weights is `diffmm finetune`"
+                "--resume goes on with a run as it was: it takes no recipe, data or name. A new "
+                "run from its weights is `diffmm finetune`"
             )
         allowed = {
             "trust": options.trust,
@@ -52,7 +52,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if recipe is None:
         raise InputError(f"diffmm {verb} needs --config RECIPE (diffmm recipes lists them)")
     paths = [find_recipe(name) for name in options.config]
-    values = load(paths, overrides)
+    values = recipe_values(paths, overrides, options.data, inputs_may_change=verb == "fit")
     if verb == "finetune":
         if options.weights is None:
             raise InputError("diffmm finetune needs --weights CKPT: what to start from")
@@ -71,6 +71,38 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     with claimed(run_dir):
         code = train(run_dir, values, comment=comment)
     return leave(code)
+
+
+def recipe_values(
+    paths: Sequence[Path],
+    overrides: Sequence[str],
+    data: str | None,
+    *,
+    inputs_may_change: bool,
+    trust: bool = True,
+) -> dict[str, Any]:
+    """The values of recipes with overrides, on the user's own data if there are some: then what was
+    found in them is printed. See `diffmm.recipes.own_data.on_own_data`."""
+    if data is None:
+        return load(paths, overrides)
+    from diffmm.recipes.own_data import on_own_data
+
+    own = on_own_data(paths, overrides, data, inputs_may_change=inputs_may_change, trust=trust)
+    if is_first_process():
+        print("\n".join(f"data: {line}" for line in own.lines), flush=True)
+    return own.values
+
+
+def add_data_option(parser: argparse.ArgumentParser) -> None:
+    """`--data`, for the verbs that take a user's own data."""
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="train on this in place of the recipe's data: a folder with a folder per class (or "
+        "such folders in train and val), a CSV file of files and labels, or texts; the number of "
+        "classes and what else follows from the data is set and printed, and settings given here "
+        "win",
+    )
 
 
 def leave(code: int) -> int:
@@ -99,6 +131,7 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
         metavar="RECIPE",
         help="a recipe's file or name; of several, later ones win",
     )
+    add_data_option(parser)
     if verb == "fit":
         parser.add_argument(
             "--resume",

@@ -135,7 +135,7 @@ class _Finder:
         if class_path is UNKNOWN or self.is_strange(class_path, f"{path}.class_path"):
             return UNKNOWN
         try:
-            cls = _import(class_path)
+            cls = import_class(class_path)
         except ImportError as error:
             self.mistakes.append(f"{path}.class_path: {error}")
             return UNKNOWN
@@ -274,7 +274,7 @@ def _parameters(cls: Any) -> dict[str, Parameter]:
     return found
 
 
-def _import(class_path: Any) -> Any:
+def import_class(class_path: Any) -> Any:
     """The class, or `None` for a short name, which the recipe's parser alone understands.
 
     Raises:
