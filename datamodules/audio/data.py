@@ -180,13 +180,13 @@ class AudioData(LabelledData[AudioClips]):
         taken = [name for name in KEPT if name != "max_pixels"]
         kept = {
             name: arguments[name]
-            for name in (taken if located.is_table else ("val_fraction",))
+            for name in (taken if located.is_table else ("val", "test", "val_fraction"))
             if name in arguments
         }
         settings = {**kept, **located.arguments}
         splits = make(**settings).splits()
         rates, told_lengths = _looks(splits.train)
-        told = told_splits(path, "sounds", located, splits) + told_lengths
+        told = told_splits(path, "sounds", settings, splits) + told_lengths
         found: dict[str, Any] = {
             "source": {"class_path": f"datamodules.audio.{make.__name__}", "init_args": settings},
             **fitting_batch_size(given, 32, len(splits.train.labels)),

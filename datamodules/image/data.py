@@ -159,12 +159,12 @@ class ImageData(LabelledData[LabelledImages]):
         arguments = (given.get("source") or {}).get("init_args") or {}
         located = locate(path, "images", EXTENSIONS, arguments)
         make = ImageTable if located.is_table else ImageFolder
-        taken = KEPT if located.is_table else ("val_fraction", "max_pixels")
+        taken = KEPT if located.is_table else ("val", "test", "val_fraction", "max_pixels")
         kept = {name: arguments[name] for name in taken if name in arguments}
         settings = {**kept, **located.arguments}
         splits = make(**settings).splits()
         channels, sizes = _looks(splits.train)
-        told = told_splits(path, "images", located, splits)
+        told = told_splits(path, "images", settings, splits)
         told += f"; {MODES_IN_WORDS[channels]}, {sizes} pixels"
         node = {"class_path": f"datamodules.image.{make.__name__}", "init_args": settings}
         found: dict[str, Any] = {

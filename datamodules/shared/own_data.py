@@ -6,7 +6,7 @@ which looks at the path and returns an `OwnData`.
 
 import csv
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 """What the columns of a table are found by, in this order."""
 
 KEPT = (
+    "val",
+    "test",
     "val_fraction",
     "max_pixels",
     "file_column",
@@ -30,7 +32,8 @@ KEPT = (
     "classes",
     "multi_label",
 )
-"""Arguments of the recipe's source that its replacement takes over, where it has them."""
+"""Arguments of the recipe's source, or from the command line, that the source of the user's data
+takes over."""
 
 NUM_LOOKED_AT = 32
 """Samples that are opened to find what they are like."""
@@ -180,19 +183,23 @@ def _columns(table: Path, given: Mapping[str, Any]) -> dict[str, str]:
     return columns
 
 
-def looked_at(samples: Labelled, count: int = NUM_LOOKED_AT) -> Iterator[int]:
-    """Numbers of some samples, evenly spread, the first and the last among them."""
-    last = len(samples.labels) - 1
-    yield from sorted({round(i * last / max(1, count - 1)) for i in range(count)})
+def looked_at(samples: Labelled, count: int = NUM_LOOKED_AT) -> list[int]:
+    """Numbers of some samples, as by `looked_at_numbers`."""
+    return looked_at_numbers(len(samples.labels), count)
 
 
-def told_splits(path: str, noun: str, located: Located, splits: Splits[Any]) -> str:
+def looked_at_numbers(total: int, count: int) -> list[int]:
+    """At most `count` numbers below `total`, evenly spread, the first and the last among them."""
+    return sorted({round(i * (total - 1) / max(1, count - 1)) for i in range(count)})
+
+
+def told_splits(path: str, noun: str, settings: Mapping[str, Any], splits: Splits[Any]) -> str:
     """What was found, in words."""
     names = list(splits.class_names)
     listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     train, val = len(splits.train.labels), len(splits.val.labels)
     total = train + val + (len(splits.test.labels) if splits.test is not splits.val else 0)
-    is_held_out = "val" not in located.arguments and "split_column" not in located.arguments
+    is_held_out = not {"val", "split_column"} & settings.keys()
     text = (
         f"{path} has {total:,} {noun} of {len(names)} class{'es' if len(names) != 1 else ''} "
         f"({listed}): {train:,} for training, {val:,} "

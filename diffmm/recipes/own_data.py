@@ -17,6 +17,9 @@ from diffmm.recipes.trust import stranger
 
 Place = tuple[str | int, ...]
 
+LOCATIONS = ("train", "val", "test", "root")
+"""Arguments of the recipe's own source that say where its data are, and nothing of the user's."""
+
 INPUT_SIZE = ("image_size",)
 """A setting of models that see images: beside it stands how many channels they have."""
 
@@ -53,8 +56,13 @@ def on_own_data(
     Raises:
         InputError: if the recipe's data take no path, or for what is wrong with those at `path`.
     """
-    # Overrides may say how to look at the data: --data.source.val_fraction.
-    looked = {**load(recipes, overrides), "run_dir": "runs"}
+    looked = {**load(recipes), "run_dir": "runs"}
+    for place in [place for place, _ in walk(looked) if place[-1] in LOCATIONS]:
+        if place[:-1] == ("data", "init_args", "source", "init_args"):
+            del looked["data"]["init_args"]["source"]["init_args"][place[-1]]
+    # Overrides may say how to look at the data (--data.source.val_fraction) and where else.
+    for key, value in parse_overrides(overrides):
+        override(looked, key, value)
     node = resolve(looked)[0].get("data")
     node = node if isinstance(node, dict) else {}
     class_path = node.get("class_path")
