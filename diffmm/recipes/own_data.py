@@ -57,9 +57,9 @@ def on_own_data(
         InputError: if the recipe's data take no path, or for what is wrong with those at `path`.
     """
     looked = {**load(recipes), "run_dir": "runs"}
-    for place in [place for place, _ in walk(looked) if place[-1] in LOCATIONS]:
-        if place[:-1] == ("data", "init_args", "source", "init_args"):
-            del looked["data"]["init_args"]["source"]["init_args"][place[-1]]
+    for where in [where for where, _ in walk(looked) if where[-1] in LOCATIONS]:
+        if where[:-1] == ("data", "init_args", "source", "init_args"):
+            del looked["data"]["init_args"]["source"]["init_args"][where[-1]]
     # Overrides may say how to look at the data (--data.source.val_fraction) and where else.
     for key, value in parse_overrides(overrides):
         override(looked, key, value)
