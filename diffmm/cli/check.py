@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from diffmm.cli.fit import add_data_option, recipe_values
+from diffmm.cli.options import add_data_option, recipe_values
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError, refusing, warn
 from diffmm.recipes.trust import add_trust_option

@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmm.checkpoint_folders import find_state
+from diffmm.cli.options import (
+    add_data_option,
+    print_help,
+    printed,
+    recipe_values,
+    wants_help,
+)
 from diffmm.recipes.catalog import find_recipe, header
 from diffmm.recipes.errors import InputError, RunFailedError, refusing, warn
 from diffmm.recipes.lengths import Longer, lengthened, outlook, step_of
 from diffmm.recipes.settings import load, override
 from diffmm.recipes.trust import add_trust_option
-from diffmm.runs.claims import claimed, is_first_process
-from diffmm.runs.directories import find_run, new_run, same_run, saved_config
+from diffmm.runs.claims import claimed
+from diffmm.runs.directories import config_text, find_run, new_run, same_run, saved_config
 
 if TYPE_CHECKING:
     from diffmm.recipes.trainer import RecipeCLI
@@ -52,7 +59,13 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if recipe is None:
         raise InputError(f"diffmm {verb} needs --config RECIPE (diffmm recipes lists them)")
     paths = [find_recipe(name) for name in options.config]
-    values = recipe_values(paths, overrides, options.data, inputs_may_change=verb == "fit")
+    values = recipe_values(
+        paths,
+        overrides,
+        options.data,
+        inputs_may_change=verb == "fit",
+        aside=options.print_config is not None,
+    )
     if verb == "finetune":
         if options.weights is None:
             raise InputError("diffmm finetune needs --weights CKPT: what to start from")
@@ -60,6 +73,10 @@ def run(verb: str, arguments: Sequence[str]) -> int:
             # Of a run, the checkpoint that is its newest now.
             weights = find_state(Path(options.weights), warn=warn)
         override(values, "model.finetune.weights", str(weights))
+    comment = header(paths[-1].read_text(encoding="utf-8"))
+    if options.print_config is not None:
+        print(config_text(comment, printed(values, options.print_config)), end="")
+        return 0
     if verb == "fit" and options.resume == AUTO:
         run_dir = same_run(recipe, values, options.name, options.run_dir)
         if run_dir is not None:
@@ -67,42 +84,9 @@ def run(verb: str, arguments: Sequence[str]) -> int:
             changed = options.allow_changed_data
             return leave(resume(run_dir, trust=True, allow_changed_data=changed))
     run_dir = new_run(recipe, options.name, options.run_dir)
-    comment = header(paths[-1].read_text(encoding="utf-8"))
     with claimed(run_dir):
         code = train(run_dir, values, comment=comment)
     return leave(code)
-
-
-def recipe_values(
-    paths: Sequence[Path],
-    overrides: Sequence[str],
-    data: str | None,
-    *,
-    inputs_may_change: bool,
-    trust: bool = True,
-) -> dict[str, Any]:
-    """The values of recipes with overrides, on the user's own data if there are some: then what was
-    found in them is printed. See `diffmm.recipes.own_data.on_own_data`."""
-    if data is None:
-        return load(paths, overrides)
-    from diffmm.recipes.own_data import on_own_data
-
-    own = on_own_data(paths, overrides, data, inputs_may_change=inputs_may_change, trust=trust)
-    if is_first_process():
-        print("\n".join(f"data: {line}" for line in own.lines), flush=True)
-    return own.values
-
-
-def add_data_option(parser: argparse.ArgumentParser) -> None:
-    """`--data`, for the verbs that take a user's own data."""
-    parser.add_argument(
-        "--data",
-        metavar="PATH",
-        help="train on this in place of the recipe's data: a folder with a folder per class (or "
-        "such folders in train and val), a CSV file of files and labels, or texts; the number of "
-        "classes and what else follows from the data is set and printed, and settings given here "
-        "win",
-    )
 
 
 def leave(code: int) -> int:
@@ -123,7 +107,12 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
         "and logs.",
         epilog=EPILOG,
     )
-    parser.add_argument("-h", "--help", action="store_true", help="print this, and all settings")
+    parser.add_argument(
+        "-h",
+        "--help",
+        action="store_true",
+        help="print this, and all settings, or with --config those of the recipe with their values",
+    )
     parser.add_argument(
         "-c",
         "--config",
@@ -153,27 +142,17 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
             help="with --resume: go on though the data are not those that the run began with",
         )
         add_trust_option(parser)
+    parser.add_argument(
+        "--print_config",
+        nargs="?",
+        const="written",
+        choices=("written", "resolved"),
+        help="train nothing, but print the complete recipe, with overrides and data: as a run "
+        "saves it, or 'resolved', with what references refer to in their places",
+    )
     parser.add_argument("--name", help="of the run, in place of the time")
     parser.add_argument("--run_dir", metavar="DIR", help="in place of runs/RECIPE/NAME")
     return parser
-
-
-def wants_help(options: argparse.Namespace, overrides: Sequence[str]) -> bool:
-    """Whether help is asked for: of the verb, or of a class (`--model.help CLASS`)."""
-    return options.help or any(key.partition("=")[0].endswith(".help") for key in overrides)
-
-
-def print_help(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, overrides: Sequence[str]
-) -> int:
-    """The help of a verb and of all settings, or of a class."""
-    from diffmm.recipes.trainer import print_settings
-
-    if options.help:
-        parser.print_help()
-        print()
-    print_settings(["--help"] if options.help else overrides)
-    return 0
 
 
 def refuse_ckpt_path(verb: str, overrides: Sequence[str]) -> None:
@@ -254,6 +233,7 @@ def train(
     from diffmm.recipes.out_of_memory import advice, is_out_of_memory
     from diffmm.recipes.trainer import RecipeCLI, refusing_before_training
     from diffmm.runs.saving import ConfigSaver
+    from diffmm.training.progress import show_progress
     from diffmm.training.resilience.checkpoints import NonFiniteWeightsError, SaveFailedError
     from diffmm.training.resilience.non_finite import TooManyNonFiniteStepsError
 
@@ -263,6 +243,7 @@ def train(
     if allow_changed_data:
         cli.datamodule.allow_changed_data = True
     trainer: Any = cli.trainer
+    show_progress(trainer, is_terminal=sys.stdout.isatty())
     if is_new or longer is not None:
         trainer.callbacks.insert(0, ConfigSaver(run_dir, comment, values))
     first_step = step_of(checkpoint)

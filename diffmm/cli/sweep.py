@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmm.checkpoint_folders import write_text
-from diffmm.cli.fit import add_data_option
+from diffmm.cli.options import add_data_option
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError, warn
 from diffmm.recipes.settings import load, split_overrides
