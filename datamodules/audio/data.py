@@ -10,29 +10,21 @@ from torch.utils.data import DataLoader
 
 from datamodules.audio.augment import AudioAugment, Augmenter
 from datamodules.audio.buckets import BucketSampler
-from datamodules.audio.clips import EXTENSIONS, AudioClips
+from datamodules.audio.clips import AudioClips
+from datamodules.audio.own_data import own_sounds
 from datamodules.audio.reader import ClipReader
 from datamodules.audio.sound_events import SoundEvents
-from datamodules.audio.sources import AudioSource, SoundFolder, SoundTable
+from datamodules.audio.sources import AudioSource
 from datamodules.shared.bad_samples import BadSampleError, BadSamples
 from datamodules.shared.fingerprints import Fingerprint
 from datamodules.shared.labelled import LabelledData, LabelledDataset
-from datamodules.shared.own_data import (
-    KEPT,
-    OwnData,
-    fitting_batch_size,
-    locate,
-    looked_at,
-    told_splits,
-)
+from datamodules.shared.own_data import OwnData
 from datamodules.shared.sampling import sample_rng
 from datamodules.shared.sources import Splits
 from diffmm.batch import AudioBatch
 from diffmm.checks import check_choice
 
 EVAL_POSITIONS = {"start": 0.0, "center": 0.5, "full": 0.0}
-LOWEST_RATE_HZ = 8000
-"""A model takes the sample rate of a user's clips from this on: that of a telephone."""
 BATCHINGS = ("padded", "bucketed", "fixed")
 
 
@@ -174,32 +166,7 @@ class AudioData(LabelledData[AudioClips]):
         Raises:
             FileNotFoundError, ValueError: naming what is missing or wrong.
         """
-        arguments = (given.get("source") or {}).get("init_args") or {}
-        located = locate(path, "sounds", EXTENSIONS, arguments)
-        make = SoundTable if located.is_table else SoundFolder
-        taken = [name for name in KEPT if name != "max_pixels"]
-        kept = {
-            name: arguments[name]
-            for name in (taken if located.is_table else ("val", "test", "val_fraction"))
-            if name in arguments
-        }
-        settings = {**kept, **located.arguments}
-        splits = make(**settings).splits()
-        rates, told_lengths = _looks(splits.train)
-        told = told_splits(path, "sounds", settings, splits) + told_lengths
-        found: dict[str, Any] = {
-            "source": {"class_path": f"datamodules.audio.{make.__name__}", "init_args": settings},
-            **fitting_batch_size(given, 32, len(splits.train.labels)),
-        }
-        facts = {"num_classes": len(splits.class_names)}
-        rate_hz = given.get("sample_rate_hz", 16000)
-        if rates != {rate_hz}:
-            is_lower = len(rates) == 1 and LOWEST_RATE_HZ <= min(rates) < rate_hz
-            if is_lower and inputs_may_change:
-                facts["sample_rate_hz"] = min(rates)
-            else:
-                found["resample"] = True
-        return OwnData(found, facts, told)
+        return own_sounds(path, given, inputs_may_change=inputs_may_change)
 
     def fingerprint(self) -> Fingerprint:
         return {
@@ -253,23 +220,3 @@ class AudioData(LabelledData[AudioClips]):
 
     def _reader(self, clips: AudioClips) -> ClipReader:
         return ClipReader(clips, sample_rate_hz=self.sample_rate_hz, resample=self.resample)
-
-
-def _looks(clips: AudioClips) -> tuple[set[int], str]:
-    """The sample rates of some clips, and these and their lengths in words.
-
-    Raises:
-        BadSampleError: if none of them can be read.
-    """
-    infos, fault = [], None
-    for index in looked_at(clips):
-        try:
-            infos.append(clips.info(index))
-        except BadSampleError as error:
-            fault = fault or error
-    if fault is not None and not infos:
-        raise fault
-    rates = {info.sample_rate_hz for info in infos}
-    seconds = sorted(info.num_samples / info.sample_rate_hz for info in infos)
-    listed = " and ".join(f"{rate:,}" for rate in sorted(rates))
-    return rates, f"; {listed} Hz, {seconds[0]:.2g} to {seconds[-1]:.2g} s"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datamodules.shared.files import check_file, is_hidden, list_files
+from datamodules.shared.files import check_file, list_files
 from datamodules.shared.sources import Labelled, Splits
 from datamodules.shared.tables import SPLIT_NAMES
 from diffmm.checks import did_you_mean
@@ -110,9 +110,8 @@ def locate(path: str, noun: str, extensions: Sequence[str], given: Mapping[str, 
         columns = _columns(Path(tables["train"]), given)
         columns.pop("split_column", None)
         return Located(True, {**tables, **columns})
-    folders = [entry for entry in whole.iterdir() if entry.is_dir() and not is_hidden(entry)]
-    folders = [entry for entry in folders if not entry.name.startswith(".")]
-    splits = named_splits(path, [folder for folder in folders if _has_folders(folder)])
+    folders = _folders(whole)
+    splits = named_splits(path, [folder for folder in folders if _folders(folder)])
     if "train" in splits and (len(splits) > 1 or len(folders) == 1):
         return Located(False, splits)
     if not folders:
@@ -150,8 +149,9 @@ def named_splits(path: str, entries: Sequence[Path]) -> dict[str, str]:
     return found
 
 
-def _has_folders(folder: Path) -> bool:
-    return any(entry.is_dir() and not entry.name.startswith(".") for entry in folder.iterdir())
+def _folders(folder: Path) -> list[Path]:
+    """The folders in one that are not hidden."""
+    return [entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."]
 
 
 def _columns(table: Path, given: Mapping[str, Any]) -> dict[str, str]:

@@ -170,13 +170,13 @@ class TextData(SeededDataModule):
 
         Args:
             path: of the folder or the file.
-            given: the arguments that the recipe has for this class, which change nothing.
-            inputs_may_change: likewise: the tokenizer stays that of the recipe.
+            given: the arguments that the recipe has for this class.
+            inputs_may_change: changes nothing: the tokenizer stays that of the recipe.
 
         Raises:
             FileNotFoundError, ValueError: naming what is missing or wrong.
         """
-        return own_texts(path)
+        return own_texts(path, given)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -2,7 +2,7 @@
 
 import glob
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,22 @@ FEW = 100
 """Of fewer files than this, validation and test get a stretch of the tokens, and not files."""
 
 
-def own_texts(path: str) -> OwnData:
+def own_texts(path: str, given: Mapping[str, Any]) -> OwnData:
     """A folder of texts, or a file, as settings; see `TextData.own_data`."""
+    # What the recipe evaluates on is not of these texts.
+    settings: dict[str, Any] = {
+        name: None for name in ("validation_source", "test_source") if given.get(name) is not None
+    }
     whole = absolute(path)
     if whole.is_file():
         node, told, is_plain = _source(path, whole.parent, [whole])
         by_position = {"split_by": "position"} if is_plain else {}
-        return OwnData({"source": node, **by_position}, {}, f"{told}; {_held_out(by_position)}")
+        settings |= {"source": node, **by_position}
+        return OwnData(settings, {}, f"{told}; {_held_out(by_position)}")
     check_folder(whole)
     splits = named_splits(path, [entry for entry in whole.iterdir() if entry.is_dir()])
     if "train" not in splits or len(splits) == 1:
         splits = {"train": str(whole)}
-    settings: dict[str, Any] = {}
     parts = []
     num_files = 0
     for split, name in (("train", "source"), ("val", "validation_source"), ("test", "test_source")):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from diffmm.recipes.errors import InputError, refusing
 from diffmm.recipes.mistakes import import_class
-from diffmm.recipes.references import REFERENCE, resolve, walk
+from diffmm.recipes.references import REFERENCE, resolve, used_variables, walk
 from diffmm.recipes.settings import load, override, parse_overrides
 from diffmm.recipes.trust import stranger
 
@@ -82,10 +82,11 @@ def on_own_data(
             path, node.get("init_args") or {}, inputs_may_change=inputs_may_change
         )
     values = load(recipes)
+    used = used_variables(values)
     names: dict[str, tuple[Place, Any]] = {}
     for name, value in found.settings.items():
         place: Place = ("data", "init_args", name)
-        if name in ("source", "transform"):
+        if value is None or isinstance(value, dict):
             values["data"].setdefault("init_args", {})[name] = value
         else:
             names[name] = (set_through(values, place, value), value)
@@ -94,9 +95,15 @@ def on_own_data(
             names[name] = (set_through(values, place, value), value)
     for key, value in parse_overrides(overrides):
         override(values, key, value)
+    # Variables that said where the recipe's own data are say nothing any more.
+    left = set(used) - set(used_variables(values))
+    if isinstance(values.get("vars"), dict):
+        values["vars"] = {name: v for name, v in values["vars"].items() if name not in left}
     lines = [found.told]
+    final = resolve({**values, "run_dir": "runs"})[0]
+    if "num_classes" in names:
+        _check_labels(final, found.told)
     if names:
-        final = resolve({**values, "run_dir": "runs"})[0]
         told = [_told(name, place, value, final) for name, (place, value) in names.items()]
         lines.append(f"set: {', '.join(told)}")
     if found.facts.get("num_classes") == 1 and "num_classes" in names:
@@ -105,6 +112,19 @@ def on_own_data(
             f"further down, give that"
         )
     return OnOwnData(values, lines)
+
+
+def _check_labels(final: dict[str, Any], told: str) -> None:
+    """Refuse data of one label per sample for a model of several, and the other way around."""
+    source = final["data"]["init_args"]["source"].get("init_args") or {}
+    theirs = bool(source.get("multi_label", False))
+    ours = bool((final["model"].get("init_args") or {}).get("multi_label", False))
+    if theirs != ours:
+        raise InputError(
+            f"{told}. The data have multi_label={theirs}, but the recipe's model has {ours}: a CSV "
+            f"file may give several labels per sample (--data.source.multi_label true), a folder "
+            f"gives one (--model.multi_label false, and another metric to monitor)"
+        )
 
 
 def _places(values: dict[str, Any], name: str) -> Iterator[Place]:

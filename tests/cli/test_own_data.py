@@ -9,9 +9,10 @@ import soundfile
 import yaml
 from PIL import Image
 
-from datamodules.image.data import OWN_TRANSFORM
+from datamodules.image.own_data import OWN_TRANSFORM
 from datamodules.image.transform import ImageTransform
 from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.errors import InputError
 from diffmm.recipes.own_data import on_own_data
 from diffmm.recipes.references import resolve
 from diffmm.recipes.trainer import RecipeCLI
@@ -115,6 +116,13 @@ def test_folders_of_splits(tmp_path, names):
     # Weights are for the channels that the recipe says.
     values, _ = own("image/finetune", tmp_path, inputs_may_change=False)
     assert values["vars"]["channels"] == 3
+
+
+def test_data_may_lie_in_a_hidden_folder(tmp_path):
+    for name in ("a", "b"):
+        write_images(tmp_path / ".cache" / "photos" / name, 10)
+    _, lines = own("image/digits_tiny", tmp_path / ".cache" / "photos")
+    assert "2 classes (a, b)" in lines[0]
 
 
 def test_a_class_that_is_called_train_is_one(tmp_path):
@@ -307,3 +315,43 @@ def test_what_takes_no_data(run, photos):
     )
     result = run("fit", "--resume", "runs/a", "--data", photos)
     assert "it takes no recipe, data or name" in result.mistakes[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["image/imagenet_vit_s", "image/imagenet_mae", "audio/speech_commands", "text/wikitext103"],
+)
+def test_nothing_of_the_recipes_own_data_is_left(name, tmp_path):
+    kind = name.partition("/")[0]
+    for label in ("a", "b"):
+        if kind == "image":
+            write_images(tmp_path / label, 10)
+        elif kind == "audio":
+            write_sounds(tmp_path / label, 10, 16000)
+        else:
+            (tmp_path / f"{label}.txt").write_text("A text. " * 50)
+    found = on_own_data([find_recipe(name)], (), str(tmp_path), inputs_may_change=True)
+    text = yaml.safe_dump(found.values["data"])
+    assert "imagenet" not in text
+    assert "class_path: datamodules.audio.SpeechCommands" not in text
+    assert "wikitext" not in text
+    assert "imagenet" not in found.values["vars"]
+    RecipeCLI({**found.values, "run_dir": "runs"}, build=False)
+    if kind == "text":
+        arguments = found.values["data"]["init_args"]
+        assert arguments["validation_source"] is None
+        assert arguments["split_by"] == "position"
+
+
+def test_several_labels_per_sample(tmp_path):
+    for label in ("a", "b"):
+        write_sounds(tmp_path / "sounds" / label, 5, 16000)
+    given = ("--data.source.val_fraction", "0.3")
+    with pytest.raises(InputError, match="multi_label=False, but the recipe's model has True"):
+        own("audio/audioset_ast", tmp_path / "sounds", *given)
+    table = tmp_path / "a.csv"
+    table.write_text("file,label\n" + "sounds/a/0.wav,x;y\n" * 3 + "sounds/b/0.wav,y\n" * 7)
+    values, lines = own("audio/audioset_ast", table, *given)
+    assert source(values)["init_args"]["multi_label"] is True
+    assert source(values)["init_args"]["file_column"] == "file"
+    assert "2 classes (x, y)" in lines[0]
