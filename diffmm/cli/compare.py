@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,8 +138,6 @@ def shortened(cell: str) -> str:
 
 def write_csv(runs: Sequence["Summary"], path: Path) -> None:
     """The table with whole names and numbers."""
-    import io
-
     from diffmm.runs.summaries import differing, metrics_of, shown
 
     settings, metrics = differing(runs), metrics_of(runs)

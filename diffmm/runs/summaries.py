@@ -1,7 +1,7 @@
 """Several runs side by side: the settings that differ, and what came of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -50,7 +50,7 @@ class Summary:
     settings: dict[str, Any]
     resolved: dict[str, Any]
     curves: dict[str, Curve]
-    num_parameters: int | None = field(default=None)
+    num_parameters: int | None
 
     @property
     def speed(self) -> tuple[str, float] | None:
