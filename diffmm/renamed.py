@@ -5,8 +5,10 @@ import warnings
 from typing import Any
 
 CLASSES = {
+    "datamodules.audio.Manifest": "datamodules.audio.SoundTable",
     "datamodules.audio_augment": "datamodules.audio",
     "datamodules.audio_sources": "datamodules.audio",
+    "datamodules.audio_sources.Manifest": "datamodules.audio.SoundTable",
     "datamodules.image_sources": "datamodules.image",
     "datamodules.image_transform": "datamodules.image",
     "datamodules.sound_events": "datamodules.audio",
@@ -21,6 +23,25 @@ CLASSES = {
     "diffmm.training.checkpoints": "diffmm.training.resilience.checkpoints",
 }
 """Modules and classes, and where they are now."""
+
+ARGUMENTS: dict[str, dict[str, str]] = {
+    "datamodules.audio.SoundFolder": {"folder": "train"},
+    "datamodules.audio.SoundTable": {
+        "path_column": "file_column",
+        "labels_column": "label_column",
+    },
+    "datamodules.text.TextFolder": {"path": "root"},
+}
+"""Arguments of classes, by the names that the classes have now."""
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "datamodules.audio.SoundTable": {
+        "file_column": "path",
+        "label_column": "labels",
+        "multi_label": True,
+    },
+}
+"""What a class did under its old name where a recipe was silent, and now does otherwise."""
 
 FIELDS = {"class_token": "cls_token", "num_registers": "num_reg_tokens"}
 """Fields of a model's config."""
@@ -62,7 +83,27 @@ def _renamed(values: Any, found: dict[str, str]) -> Any:
         if key == "class_path" and isinstance(value, str) and (match := _OLD.match(value)):
             new_value = found[value] = CLASSES[match[1]] + value[match.end() :]
         renamed[new_key] = new_value
-    return renamed
+    return _with_new_arguments(renamed, values.get("class_path"), found)
+
+
+def _with_new_arguments(
+    node: dict[str, Any], old_class: Any, found: dict[str, str]
+) -> dict[str, Any]:
+    """A node that says which class to make, with the arguments that the class takes today."""
+    new_class, arguments = node.get("class_path"), node.get("init_args", {})
+    if not isinstance(new_class, str) or not isinstance(arguments, dict):
+        return node
+    renamed: dict[str, Any] = {}
+    for name, value in arguments.items():
+        new_name = ARGUMENTS.get(new_class, {}).get(name) or str(name)
+        if new_name != name and new_name not in arguments:
+            found[f"{name} of {new_class}"] = new_name
+            renamed[new_name] = value
+        else:
+            renamed[name] = value
+    if new_class != old_class:
+        renamed = {**DEFAULTS.get(new_class, {}), **renamed}
+    return {**node, "init_args": renamed} if renamed or "init_args" in node else node
 
 
 def weights_with_new_names(weights: dict[str, Any]) -> dict[str, Any]:

@@ -3,14 +3,14 @@
 from datamodules.audio.augment import AudioAugment
 from datamodules.audio.data import AudioData
 from datamodules.audio.sound_events import SoundEvents
-from datamodules.audio.sources import AudioSource, Manifest, SoundFolder, SpeechCommands
+from datamodules.audio.sources import AudioSource, SoundFolder, SoundTable, SpeechCommands
 
 __all__ = [
     "AudioAugment",
     "AudioData",
     "AudioSource",
-    "Manifest",
     "SoundEvents",
     "SoundFolder",
+    "SoundTable",
     "SpeechCommands",
 ]

@@ -1,6 +1,7 @@
 """Sounds and their classes, as batches of waveforms."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -10,12 +11,14 @@ from torch.utils.data import DataLoader
 from datamodules.audio.augment import AudioAugment, Augmenter
 from datamodules.audio.buckets import BucketSampler
 from datamodules.audio.clips import AudioClips
+from datamodules.audio.own_data import own_sounds
 from datamodules.audio.reader import ClipReader
 from datamodules.audio.sound_events import SoundEvents
 from datamodules.audio.sources import AudioSource
 from datamodules.shared.bad_samples import BadSampleError, BadSamples
 from datamodules.shared.fingerprints import Fingerprint
 from datamodules.shared.labelled import LabelledData, LabelledDataset
+from datamodules.shared.own_data import OwnData
 from datamodules.shared.sampling import sample_rng
 from datamodules.shared.sources import Splits
 from diffmm.batch import AudioBatch
@@ -149,6 +152,21 @@ class AudioData(LabelledData[AudioClips]):
         self.eval_crop = eval_crop
         self.batching = batching
         self.augment = augment
+
+    @classmethod
+    def own_data(cls, path: str, given: Mapping[str, Any], *, inputs_may_change: bool) -> OwnData:
+        """A folder of sounds by class, or a CSV file of sounds, as settings.
+
+        Args:
+            path: the folder or the file.
+            given: the arguments that the recipe has for this class.
+            inputs_may_change: whether the sample rate may become that of the clips. It does where
+                all those looked at have the same, lower one; otherwise clips are resampled.
+
+        Raises:
+            FileNotFoundError, ValueError: naming what is missing or wrong.
+        """
+        return own_sounds(path, given, inputs_may_change=inputs_may_change)
 
     def fingerprint(self) -> Fingerprint:
         return {

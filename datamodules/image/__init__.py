@@ -1,7 +1,14 @@
 """Images: the datamodule, and where images come from."""
 
 from datamodules.image.data import ImageData
-from datamodules.image.sources import CIFAR10, CIFAR100, Digits, ImageFolder, ImageSource
+from datamodules.image.sources import (
+    CIFAR10,
+    CIFAR100,
+    Digits,
+    ImageFolder,
+    ImageSource,
+    ImageTable,
+)
 from datamodules.image.transform import ImageTransform
 
 __all__ = [
@@ -11,5 +18,6 @@ __all__ = [
     "ImageData",
     "ImageFolder",
     "ImageSource",
+    "ImageTable",
     "ImageTransform",
 ]

@@ -1,12 +1,15 @@
 """Images and their classes, as normalized batches."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from datamodules.image.own_data import own_images
 from datamodules.image.sources import Digits, ImageSource, LabelledImages
 from datamodules.image.transform import ImageTransform, Transform
 from datamodules.shared.bad_samples import BadSamples
 from datamodules.shared.fingerprints import Fingerprint
 from datamodules.shared.labelled import LabelledData, LabelledDataset
+from datamodules.shared.own_data import OwnData
 from datamodules.shared.sampling import seeded
 from datamodules.shared.sources import Splits
 from diffmm.checks import check_choice
@@ -106,6 +109,20 @@ class ImageData(LabelledData[LabelledImages]):
             )
             for training in (True, False)
         }
+
+    @classmethod
+    def own_data(cls, path: str, given: Mapping[str, Any], *, inputs_may_change: bool) -> OwnData:
+        """A folder of images by class, or a CSV file of images, as settings.
+
+        Args:
+            path: the folder or the file.
+            given: the arguments that the recipe has for this class.
+            inputs_may_change: whether the number of channels may become that of the images.
+
+        Raises:
+            FileNotFoundError, ValueError: naming what is missing or wrong.
+        """
+        return own_images(path, given, inputs_may_change=inputs_may_change)
 
     def fingerprint(self) -> Fingerprint:
         return {

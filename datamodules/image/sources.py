@@ -1,4 +1,4 @@
-"""Where images come from: scikit-learn's digits, CIFAR, folders by class."""
+"""Where images come from: scikit-learn's digits, CIFAR, folders by class, tables."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -14,18 +14,12 @@ from datamodules.image.files import MAX_PIXELS, PILLOWS_MOST, read_image
 from datamodules.image.transform import ImageTransform
 from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.fingerprints import Fingerprint, digest
-from datamodules.shared.sources import (
-    ClassFolder,
-    Labelled,
-    Labels,
-    Source,
-    Splits,
-    check_same_classes,
-    hold_out,
-)
+from datamodules.shared.folders import FolderSource
+from datamodules.shared.sources import Labelled, Labels, Source, Splits, hold_out
+from datamodules.shared.tables import TableSource
 from diffmm.checks import DataError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp", ".gif")
 
 
 class LabelledImages(Labelled):
@@ -205,39 +199,114 @@ class CIFAR100(CIFAR10):
     dataset = datasets.CIFAR100
 
 
-class ImageFolder(ImageSource):
-    """Image files in a folder a class, as ImageNet's: `train/<class>/*.JPEG`, `val/<class>/*.JPEG`.
+class ImageFolder(FolderSource[LabelledImages], ImageSource):
+    """Image files in a folder per class, as ImageNet's: `train/<class>/*.JPEG`,
+    `val/<class>/*.JPEG`.
 
     Files are listed by their names (`EXTENSIONS`), hidden ones left out, and decoded by their
     content: see `datamodules.image.files.read_image` for what becomes of orientation, transparency,
-    16 bits and floats. Classes are compared by their names in Unicode's composed form: folders
-    that differ in form alone are one class, as they are one folder on other systems.
+    16 bits, floats and animations. Classes are compared by their names in Unicode's composed form:
+    folders that differ in form alone are one class, as they are one folder on other systems.
 
     Args:
-        train, val: folders of the same classes.
-        test: another one; the validation images by default.
+        train: folder of the training images and, without `val`, of the validation images.
+        val: folder of the validation images, of the same classes.
+        test: folder of the test images, of the same classes; the validation images by default.
+        val_fraction: without `val`, this share of each class is held out for validation, the same
+            images in every run.
         max_pixels: larger images are refused before they take memory; 178,956,970 at most, which
             is what Pillow opens.
+
+    Raises:
+        ValueError: for `max_pixels` out of its range.
+    """
+
+    extensions = EXTENSIONS
+
+    def __init__(
+        self,
+        train: str,
+        val: str | None = None,
+        test: str | None = None,
+        *,
+        val_fraction: float = 0.1,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        super().__init__(train, val, test, val_fraction=val_fraction)
+        self.max_pixels = checked_max_pixels(max_pixels)
+
+    def samples(self, paths: Sequence[Path], labels: Sequence[Labels]) -> FileImages:
+        return FileImages(paths, labels, self.max_pixels)
+
+
+class ImageTable(TableSource[LabelledImages], ImageSource):
+    """CSV files that name image files and their labels.
+
+    The first line names the columns; others than the ones given here are ignored. Images are read
+    as by `ImageFolder`.
+
+    Args:
+        train: CSV file of the training images, in UTF-8. Relative paths in it are relative to its
+            folder.
+        val: CSV file of the validation images.
+        test: CSV file of the test images; the validation images by default.
+        file_column: the column of the image files' paths.
+        label_column: the column of the labels.
+        split_column: the column of `train` that says `train`, `val` or `test` (or `training`,
+            `validation`, `valid`, `dev`, `testing`), in place of files for these.
+        label_separator: what stands between labels where `multi_label`, `";"` or `","` (in a
+            quoted field).
+        classes: a text file of class names, one per line, in the order of their numbers. By
+            default the sorted labels of the training images.
+        multi_label: whether an image may have several labels, or none; otherwise exactly one.
+        val_fraction: without validation images, this share of each class is held out, the same
+            images in every run.
+        max_pixels: as in `ImageFolder`.
+
+    Raises:
+        ValueError: for another separator, a `split_column` beside `val` or `test`, or `max_pixels`
+            out of its range.
     """
 
     def __init__(
-        self, train: str, val: str, test: str | None = None, *, max_pixels: int = MAX_PIXELS
+        self,
+        train: str,
+        val: str | None = None,
+        test: str | None = None,
+        *,
+        file_column: str = "file",
+        label_column: str = "label",
+        split_column: str | None = None,
+        label_separator: str = ";",
+        classes: str | None = None,
+        multi_label: bool = False,
+        val_fraction: float = 0.1,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
-        if not 1 <= max_pixels <= PILLOWS_MOST:
-            raise ValueError(f"max_pixels must lie in [1, {PILLOWS_MOST}], got {max_pixels}")
-        self.train = train
-        self.val = val
-        self.test = test
-        self.max_pixels = max_pixels
+        super().__init__(
+            train,
+            val,
+            test,
+            file_column=file_column,
+            label_column=label_column,
+            split_column=split_column,
+            label_separator=label_separator,
+            classes=classes,
+            multi_label=multi_label,
+            val_fraction=val_fraction,
+        )
+        self.max_pixels = checked_max_pixels(max_pixels)
 
-    def splits(self) -> Splits[LabelledImages]:
-        class_names, paths, labels = ClassFolder.read(self.train, EXTENSIONS)
-        train = FileImages(paths, labels, self.max_pixels)
-        val = self._images(self.val, class_names)
-        test = self._images(self.test, class_names) if self.test is not None else val
-        return Splits(class_names, train, val, test)
-
-    def _images(self, folder: str, expected: list[str]) -> FileImages:
-        class_names, paths, labels = ClassFolder.read(folder, EXTENSIONS)
-        check_same_classes(self.train, expected, folder, class_names)
+    def samples(self, paths: Sequence[Path], labels: Sequence[Labels]) -> FileImages:
         return FileImages(paths, labels, self.max_pixels)
+
+
+def checked_max_pixels(max_pixels: int) -> int:
+    """`max_pixels`, if Pillow opens images of that many.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if not 1 <= max_pixels <= PILLOWS_MOST:
+        raise ValueError(f"max_pixels must lie in [1, {PILLOWS_MOST}], got {max_pixels}")
+    return max_pixels

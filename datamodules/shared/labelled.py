@@ -7,6 +7,7 @@ from typing import Any, Generic
 from torch.utils.data import DataLoader, default_collate
 
 from datamodules.shared.bad_samples import BadSamples
+from datamodules.shared.examination import Examined, examine_labelled
 from datamodules.shared.fingerprints import Fingerprint
 from datamodules.shared.loading import SeededDataModule
 from datamodules.shared.sampling import SeededDataset
@@ -89,6 +90,21 @@ class LabelledData(SeededDataModule, Generic[Samples]):
 
     def fingerprint(self) -> Fingerprint:
         return self.splits.train.fingerprint()
+
+    def examine(self, limit: int) -> Examined:
+        """Count the samples of each split and class, and read `limit` of each split as they are
+        read for evaluation.
+
+        Raises:
+            FileNotFoundError, ValueError: as the source's `splits`.
+        """
+        self.setup()
+
+        def read(samples: Labelled, index: int) -> Any:
+            return self.dataset(samples, training=False).sample(0, index)  # type: ignore[arg-type]
+
+        tolerates = self.bad_samples.policy != "raise"
+        return examine_labelled(self.splits, read, limit=limit, tolerates=tolerates)
 
     def train_dataloader(self) -> DataLoader[Any]:
         dataset = self.dataset(self.splits.train, training=True)

@@ -1,16 +1,21 @@
 """Text for language models."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from torch.utils.data import DataLoader
 
 from datamodules.shared.bad_samples import BadSamples
+from datamodules.shared.examination import Examined
 from datamodules.shared.fingerprints import Fingerprint, of_files
 from datamodules.shared.loading import SeededDataModule
+from datamodules.shared.own_data import OwnData, looked_at_numbers
 from datamodules.text.datasets import HuggingFaceText
+from datamodules.text.own_data import own_texts
 from datamodules.text.shards import Shards
 from datamodules.text.sources import (
     Corpus,
@@ -159,6 +164,20 @@ class TextData(SeededDataModule):
             if cache_dir is not None and _streams(corpus):
                 raise ValueError(f"cache_dir keeps tokenized text, but {corpus!r} is streamed")
 
+    @classmethod
+    def own_data(cls, path: str, given: Mapping[str, Any], *, inputs_may_change: bool) -> OwnData:
+        """A folder of texts, or a file, as settings: plain text, or rows in JSON, Parquet or CSV.
+
+        Args:
+            path: of the folder or the file.
+            given: the arguments that the recipe has for this class.
+            inputs_may_change: changes nothing: the tokenizer stays that of the recipe.
+
+        Raises:
+            FileNotFoundError, ValueError: naming what is missing or wrong.
+        """
+        return own_texts(path, given)
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """What the text is encoded with."""
@@ -207,6 +226,29 @@ class TextData(SeededDataModule):
         if isinstance(corpus, HuggingFaceText) and corpus.streaming:
             return {**settings, **of_files(self._shards(corpus).names)}
         return {**settings, **self._part(corpus, low, high).fingerprint()}
+
+    def examine(self, limit: int) -> Examined:
+        """Count the documents and the windows of each split, and read `limit` windows of each.
+
+        Raises:
+            FileNotFoundError, ValueError: as when a run begins.
+        """
+        lines = {}
+        for split in ("training", "validation", "test"):
+            corpus, low, high = self._share(split)
+            dataset = self._dataset(split)
+            if isinstance(dataset, TextWindows):
+                documents = self._part(corpus, low, high)
+                for index in looked_at_numbers(len(dataset), limit):
+                    dataset.sample(0, index)
+                lines[split] = (
+                    f"{len(documents):,} documents, {int(documents.lengths.sum()):,} tokens, "
+                    f"{len(dataset):,} windows"
+                )
+            elif dataset is not None:
+                windows = list(islice(iter(dataset), limit))
+                lines[split] = f"streamed: the first {len(windows)} windows can be read"
+        return Examined(lines, [], [])
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Packed or padded windows of the training documents, shuffled."""

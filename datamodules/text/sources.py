@@ -113,7 +113,7 @@ class TextFolder(TextSource):
     A byte order mark at the beginning of a file is no part of its text.
 
     Args:
-        path: the folder.
+        root: the folder.
         pattern: which of its files, as in `pathlib`; `**/` also looks into its folders. Hidden
             files and folders are left out.
         separator: splits each file into documents where this string stands.
@@ -127,7 +127,7 @@ class TextFolder(TextSource):
 
     def __init__(
         self,
-        path: str,
+        root: str,
         pattern: str = "**/*.txt",
         separator: str | None = None,
         encoding: str = "utf-8",
@@ -138,7 +138,7 @@ class TextFolder(TextSource):
             "".encode(encoding)
         except LookupError as error:
             raise ValueError(f"encoding {encoding!r} is none of text that Python knows") from error
-        self.path = path
+        self.root = root
         self.pattern = pattern
         self.separator = separator
         self.encoding = encoding
@@ -148,7 +148,7 @@ class TextFolder(TextSource):
             if self.triage.is_quarantined(file):
                 continue
             # The splits follow from names: they are alike on all systems.
-            name = composed(file.relative_to(self.path).as_posix())
+            name = composed(file.relative_to(self.root).as_posix())
             self.triage.num_read += 1
             try:
                 text = self._read(file)
@@ -178,16 +178,16 @@ class TextFolder(TextSource):
         return repr([(name, stat and (stat.st_size, stat.st_mtime_ns)) for name, stat in stats])
 
     def _files(self) -> list[Path]:
-        folder = Path(self.path)
+        folder = Path(self.root)
         if folder.exists() and not folder.is_dir():
             raise FileNotFoundError(
-                f"{self.path} is no folder: give its folder as path, and its name as pattern"
+                f"{self.root} is no folder: give its folder as root, and its name as pattern"
             )
         if not folder.is_dir():
-            raise FileNotFoundError(f"text folder {self.path} is not there")
+            raise FileNotFoundError(f"text folder {self.root} is not there")
         files = glob_files(folder, self.pattern)
         if not files:
-            raise FileNotFoundError(f"no file in {self.path} matches {self.pattern!r}")
+            raise FileNotFoundError(f"no file in {self.root} matches {self.pattern!r}")
         return files
 
 

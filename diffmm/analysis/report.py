@@ -142,7 +142,7 @@ def _section(section: Section) -> str:
         'training: <span class="scale-line">negative<span class="scale"></span>positive.</span> '
         "All maps of one model and sample share a scale, so that what the subtraction leaves can "
         "be compared with what it took.</p>"
-        f"{''.join(_exhibit(exhibit) for exhibit in section.exhibits)}</section>"
+        f"{''.join(draw_exhibit(exhibit) for exhibit in section.exhibits)}</section>"
     )
 
 
@@ -153,7 +153,8 @@ def _chart(section: Section, curve: str, title: str, *, markers: bool) -> str:
     return line_chart(lines, title=title, x_label="step", markers=markers)
 
 
-def _exhibit(exhibit: Exhibit) -> str:
+def draw_exhibit(exhibit: Exhibit) -> str:
+    """A sample, and beside it what each model attends to in it."""
     if isinstance(exhibit, TextExhibit):
         return _text(exhibit)
     if isinstance(exhibit, ImageExhibit):
@@ -218,7 +219,7 @@ def _says(attention: str, view: View, answer: str) -> str:
     """A model's name, lambda and prediction, in two lines."""
     lam = "" if view.lam is None else f", λ = {view.lam:.2f}"
     return (
-        f'{NAMES[attention]}{lam}<br><span class="quiet">says {answer}, '
+        f'{NAMES.get(attention, attention)}{lam}<br><span class="quiet">says {answer}, '
         f"{100.0 * view.probability:.0f}%</span>"
     )
 

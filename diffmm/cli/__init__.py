@@ -35,6 +35,8 @@ VERBS = {
     "predict": Verb("evaluate", "write a model's predictions for a recipe's data"),
     "generate": Verb("generate", "continue a prompt with a trained text model"),
     "replay": Verb("replay", "make the step again that a run stopped at for its bad numbers"),
+    "compare": Verb("compare", "several runs side by side, as a table or a page"),
+    "sweep": Verb("sweep", "train a recipe under all combinations of some settings"),
     "check": Verb("check", "size and memory of a recipe, and every mistake in it"),
     "recipes": Verb("recipes", "list, show and copy the recipes that come along"),
     "demo": Verb("demo", "train the three attentions on text, images and sound; write a report"),

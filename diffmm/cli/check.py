@@ -2,18 +2,24 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
+from diffmm.cli.options import add_data_option, recipe_values
 from diffmm.recipes.catalog import find_recipe
-from diffmm.recipes.errors import InputError
-from diffmm.recipes.settings import load
+from diffmm.recipes.errors import InputError, refusing, warn
 from diffmm.recipes.trust import add_trust_option
 
 DESCRIPTION = """Build a recipe's model without memory or data, print its size, and tell every
-mistake in the recipe. Exits with 2 if there is one."""
+mistake in the recipe. With --read-data or --data, look at the data as well: count the samples of
+each split and class, look for their files and read some of them. Exits with 2 if there is a
+mistake."""
 
 EPILOG = """Memory is what a training step takes on each device: weights, gradients and AdamW's
 moments are exact; activations are what autograd keeps in an eager step, and the largest gradient.
 On an H100 the sum was right to 7 %; compiled steps took 16 to 26 % less."""
+
+NUM_READ = 64
+"""Samples of each split that are read."""
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
@@ -22,19 +28,77 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         prog="diffmm check", allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG
     )
     parser.add_argument("recipe", help="a recipe's file or name")
+    parser.add_argument(
+        "--read-data", action="store_true", help="look at the recipe's data as well"
+    )
+    add_data_option(parser)
     add_trust_option(parser)
     options, overrides = parser.parse_known_args(arguments)
-    values = {**load([find_recipe(options.recipe)], overrides), "run_dir": "runs"}
+    paths, trust = [find_recipe(options.recipe)], options.trust
+    values = recipe_values(paths, overrides, options.data, inputs_may_change=True, trust=trust)
+    values["run_dir"] = "runs"
 
     from diffmm.recipes.mistakes import find_mistakes
     from diffmm.recipes.summary import report
     from diffmm.recipes.trainer import RecipeCLI
 
-    findings = find_mistakes(values, trust=options.trust)
+    findings = find_mistakes(values, trust=trust)
     if findings.mistakes:
         raise InputError(*findings.mistakes)
     # The recipe's own parser may be stricter.
-    RecipeCLI(values, build=False, trust=options.trust)
+    RecipeCLI(values, build=False, trust=trust)
     for name, text in report(findings.model, findings.data, values).items():
         print(f"{name:<12} {text}")
+    if options.data or options.read_data:
+        read_data(values, findings.model, trust=trust)
     return 0
+
+
+def read_data(values: dict[str, Any], task: Any, *, trust: bool) -> None:
+    """Look at the data of a recipe without mistakes, and print what there is.
+
+    Nothing is downloaded.
+
+    Args:
+        values: of the recipe.
+        task: of the recipe, on any device.
+        trust: as in `find_mistakes`.
+
+    Raises:
+        InputError: with everything that a run would stop at.
+    """
+    from diffmm.recipes.mistakes import make_data
+
+    data: Any = make_data(values, trust=trust)
+    if not hasattr(data, "examine"):
+        raise InputError(f"data of class {type(data).__name__} cannot be looked at")
+    try:
+        with refusing():
+            found = data.examine(NUM_READ)
+    except InputError as error:
+        if isinstance(error.__cause__, FileNotFoundError) and downloads(data):
+            raise InputError("the data are not there yet: diffmm fit downloads them") from error
+        raise
+    for name, text in found.lines.items():
+        print(f"{name:<12} {text}")
+    faults = list(found.faults)
+    theirs, ours = found.num_classes, getattr(task, "num_classes", None)
+    if theirs is not None and ours is not None:
+        if theirs > ours:
+            faults.append(f"the data have {theirs} classes, but the model's num_classes is {ours}")
+        elif theirs < ours:
+            warn(f"the model's num_classes is {ours}, but the data have {theirs} classes")
+        if found.multi_label != task.multi_label:
+            faults.append(
+                f"the data's multi_label is {found.multi_label}, but the task's is "
+                f"{task.multi_label}"
+            )
+    for doubt in found.doubts:
+        warn(doubt)
+    if faults:
+        raise InputError(*faults)
+
+
+def downloads(data: Any) -> bool:
+    """Whether a run fetches what is missing of its data."""
+    return bool(getattr(getattr(data, "source", None), "download", False))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffmm.cli.fit import print_help, wants_help
+from diffmm.cli.options import print_help, wants_help
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError, refusing
 from diffmm.recipes.settings import load, merge

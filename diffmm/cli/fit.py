@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmm.checkpoint_folders import find_state
+from diffmm.cli.options import (
+    add_data_option,
+    print_help,
+    printed,
+    recipe_values,
+    wants_help,
+)
 from diffmm.recipes.catalog import find_recipe, header
 from diffmm.recipes.errors import InputError, RunFailedError, refusing, warn
 from diffmm.recipes.lengths import Longer, lengthened, outlook, step_of
 from diffmm.recipes.settings import load, override
 from diffmm.recipes.trust import add_trust_option
 from diffmm.runs.claims import claimed
-from diffmm.runs.directories import find_run, new_run, same_run, saved_config
+from diffmm.runs.directories import config_text, find_run, new_run, same_run, saved_config
 
 if TYPE_CHECKING:
     from diffmm.recipes.trainer import RecipeCLI
@@ -39,10 +46,10 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if verb == "fit" and options.allow_changed_data and options.resume is None:
         raise InputError("--allow-changed-data is for a run that goes on: it needs --resume")
     if verb == "fit" and options.resume not in (None, AUTO):
-        if recipe or options.name or options.run_dir:
+        if recipe or options.name or options.run_dir or options.data:
             raise InputError(
-                "--resume goes on with a run as it was: it takes no recipe or name. A new run from "
-                "its weights is `diffmm finetune`"
+                "--resume goes on with a run as it was: it takes no recipe, data or name. A new "
+                "run from its weights is `diffmm finetune`"
             )
         allowed = {
             "trust": options.trust,
@@ -52,7 +59,13 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if recipe is None:
         raise InputError(f"diffmm {verb} needs --config RECIPE (diffmm recipes lists them)")
     paths = [find_recipe(name) for name in options.config]
-    values = load(paths, overrides)
+    values = recipe_values(
+        paths,
+        overrides,
+        options.data,
+        inputs_may_change=verb == "fit",
+        aside=options.print_config is not None,
+    )
     if verb == "finetune":
         if options.weights is None:
             raise InputError("diffmm finetune needs --weights CKPT: what to start from")
@@ -60,6 +73,10 @@ def run(verb: str, arguments: Sequence[str]) -> int:
             # Of a run, the checkpoint that is its newest now.
             weights = find_state(Path(options.weights), warn=warn)
         override(values, "model.finetune.weights", str(weights))
+    comment = header(paths[-1].read_text(encoding="utf-8"))
+    if options.print_config is not None:
+        print(config_text(comment, printed(values, options.print_config)), end="")
+        return 0
     if verb == "fit" and options.resume == AUTO:
         run_dir = same_run(recipe, values, options.name, options.run_dir)
         if run_dir is not None:
@@ -67,7 +84,6 @@ def run(verb: str, arguments: Sequence[str]) -> int:
             changed = options.allow_changed_data
             return leave(resume(run_dir, trust=True, allow_changed_data=changed))
     run_dir = new_run(recipe, options.name, options.run_dir)
-    comment = header(paths[-1].read_text(encoding="utf-8"))
     with claimed(run_dir):
         code = train(run_dir, values, comment=comment)
     return leave(code)
@@ -91,7 +107,12 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
         "and logs.",
         epilog=EPILOG,
     )
-    parser.add_argument("-h", "--help", action="store_true", help="print this, and all settings")
+    parser.add_argument(
+        "-h",
+        "--help",
+        action="store_true",
+        help="print this, and all settings, or with --config those of the recipe with their values",
+    )
     parser.add_argument(
         "-c",
         "--config",
@@ -99,6 +120,7 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
         metavar="RECIPE",
         help="a recipe's file or name; of several, later ones win",
     )
+    add_data_option(parser)
     if verb == "fit":
         parser.add_argument(
             "--resume",
@@ -120,27 +142,17 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
             help="with --resume: go on though the data are not those that the run began with",
         )
         add_trust_option(parser)
+    parser.add_argument(
+        "--print_config",
+        nargs="?",
+        const="written",
+        choices=("written", "resolved"),
+        help="train nothing, but print the complete recipe, with overrides and data: as a run "
+        "saves it, or 'resolved', with what references refer to in their places",
+    )
     parser.add_argument("--name", help="of the run, in place of the time")
     parser.add_argument("--run_dir", metavar="DIR", help="in place of runs/RECIPE/NAME")
     return parser
-
-
-def wants_help(options: argparse.Namespace, overrides: Sequence[str]) -> bool:
-    """Whether help is asked for: of the verb, or of a class (`--model.help CLASS`)."""
-    return options.help or any(key.partition("=")[0].endswith(".help") for key in overrides)
-
-
-def print_help(
-    parser: argparse.ArgumentParser, options: argparse.Namespace, overrides: Sequence[str]
-) -> int:
-    """The help of a verb and of all settings, or of a class."""
-    from diffmm.recipes.trainer import print_settings
-
-    if options.help:
-        parser.print_help()
-        print()
-    print_settings(["--help"] if options.help else overrides)
-    return 0
 
 
 def refuse_ckpt_path(verb: str, overrides: Sequence[str]) -> None:
@@ -221,6 +233,7 @@ def train(
     from diffmm.recipes.out_of_memory import advice, is_out_of_memory
     from diffmm.recipes.trainer import RecipeCLI, refusing_before_training
     from diffmm.runs.saving import ConfigSaver
+    from diffmm.training.progress import show_progress
     from diffmm.training.resilience.checkpoints import NonFiniteWeightsError, SaveFailedError
     from diffmm.training.resilience.non_finite import TooManyNonFiniteStepsError
 
@@ -230,6 +243,7 @@ def train(
     if allow_changed_data:
         cli.datamodule.allow_changed_data = True
     trainer: Any = cli.trainer
+    show_progress(trainer, is_terminal=sys.stdout.isatty())
     if is_new or longer is not None:
         trainer.callbacks.insert(0, ConfigSaver(run_dir, comment, values))
     first_step = step_of(checkpoint)

@@ -68,12 +68,21 @@ def find_mistakes(values: dict[str, Any], *, trust: bool = True) -> Findings:
     )
 
 
+def make_data(values: dict[str, Any], *, trust: bool = True) -> LightningDataModule:
+    """The data of a recipe without mistakes, and nothing else of it."""
+    finder = _Finder([], trust=trust, device="cpu")
+    data = finder.check(resolve(values)[0].get("data", {}), LightningDataModule, "data")
+    assert isinstance(data, LightningDataModule), finder.mistakes
+    return data
+
+
 class _Finder:
     """Checks values against types, collects mistakes and gives what was built."""
 
-    def __init__(self, mistakes: list[str], *, trust: bool) -> None:
+    def __init__(self, mistakes: list[str], *, trust: bool, device: str = "meta") -> None:
         self.mistakes = mistakes
         self.trust = trust
+        self.device = device
         self.has_unknown_keys = False
 
     def check(self, value: Any, hint: Any, path: str) -> Any:
@@ -135,7 +144,7 @@ class _Finder:
         if class_path is UNKNOWN or self.is_strange(class_path, f"{path}.class_path"):
             return UNKNOWN
         try:
-            cls = _import(class_path)
+            cls = import_class(class_path)
         except ImportError as error:
             self.mistakes.append(f"{path}.class_path: {error}")
             return UNKNOWN
@@ -185,9 +194,9 @@ class _Finder:
         return UNKNOWN if len(self.mistakes) > before else _whole(checked)
 
     def build(self, cls: type, arguments: dict[str, Any], path: str) -> Any:
-        """An object of `cls`, on no device."""
+        """An object of `cls`, usually on no device."""
         try:
-            with torch.device("meta"):
+            with torch.device(self.device):
                 return cls(**arguments)
         except (ValueError, FileNotFoundError) as error:
             self.mistakes.append(f"{path}: {message_of(error)}")
@@ -274,7 +283,7 @@ def _parameters(cls: Any) -> dict[str, Parameter]:
     return found
 
 
-def _import(class_path: Any) -> Any:
+def import_class(class_path: Any) -> Any:
     """The class, or `None` for a short name, which the recipe's parser alone understands.
 
     Raises:

@@ -59,6 +59,15 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
     Raises:
         InputError: for what is neither.
     """
+    return [(key, parse_value(text)) for key, text in split_overrides(arguments)]
+
+
+def split_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Keys and values, as they are written, of `--key value` and `--key=value`.
+
+    Raises:
+        InputError: for what is neither.
+    """
     pairs = []
     rest = list(arguments)
     while rest:
@@ -69,12 +78,16 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
             if not rest or rest[0].startswith("--"):
                 raise InputError(f"{key} needs a value")
             text = rest.pop(0)
-        try:
-            value = parse(text)
-        except ValueError:
-            value = text
-        pairs.append((key.removeprefix("--"), value))
+        pairs.append((key.removeprefix("--"), text))
     return pairs
+
+
+def parse_value(text: str) -> Any:
+    """A value of the command line: YAML, or text where it is none."""
+    try:
+        return parse(text)
+    except ValueError:
+        return text
 
 
 def merge(below: Any, above: Any) -> Any:

@@ -122,8 +122,13 @@ def same_run(
     return max(same, key=lambda run: (run / CONFIG_NAME).stat().st_mtime_ns, default=None)
 
 
+def config_text(header: str, values: dict[str, Any]) -> str:
+    """A recipe as a run keeps it: the comment at its top, and its values."""
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    return f"{header}{text}"
+
+
 def save_config(run: Path, header: str, values: dict[str, Any]) -> None:
     """Write a run's `config.yaml`, whole or not at all."""
     run.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
-    write_text(run / CONFIG_NAME, f"{header}{text}")
+    write_text(run / CONFIG_NAME, config_text(header, values))

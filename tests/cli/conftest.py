@@ -111,7 +111,7 @@ def text_changes(tmp_path: Path) -> dict[str, Any]:
     return {
         "data.source": {
             "class_path": "datamodules.text.TextFolder",
-            "init_args": {"path": str(folder)},
+            "init_args": {"root": str(folder)},
         },
         "data.validation_fraction": 0.3,
         "data.batch_size": 2,

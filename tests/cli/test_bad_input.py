@@ -246,7 +246,7 @@ def test_a_model_and_data_that_disagree(run, recipe):
 def test_an_empty_folder_leaves_no_run_behind(run, recipe, tmp_path):
     (tmp_path / "empty").mkdir()
     source = {"class_path": "datamodules.text.TextFolder"}
-    source["init_args"] = {"path": str(tmp_path / "empty")}
+    source["init_args"] = {"root": str(tmp_path / "empty")}
     (mistake,) = refused(
         run, "fit", "--config", recipe("text/stdlib_tiny", **{"data.source": source})
     )

@@ -194,3 +194,31 @@ def test_weights_that_are_not_finite_end_the_run_with_one_line(run, recipe, monk
     (line,) = result.mistakes
     assert "weights (the first is model.head.weight) are not finite after step 1" in line
     assert not list(Path("runs").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("image/digits_mae_tiny", "image/digits_tiny"),
+        ("audio/sound_events_mae_tiny", "audio/sound_events_tiny"),
+    ],
+)
+def test_a_masked_autoencoder_starts_the_classifier_of_its_name(run, recipe, first, then):
+    changes = {"data.batch_size": 4}
+    if first.startswith("audio"):
+        changes |= {"data.source.num_clips": 8, "data.source.num_val_clips": 4}
+    assert run("fit", "--config", recipe(first, **changes), "--name", "first").code == 0
+    changes["vars.learning_rate"] = 1e-12
+    path = recipe(then, **changes)
+    command = ("finetune", "--config", path, "--weights", "runs/recipe/first", "--name", "then")
+    result = run(*command)
+    assert result.code == 0, result.err
+    weights, started = (
+        torch.load(find_state(Path("runs/recipe", name)), weights_only=True)["state_dict"]
+        for name in ("first", "then")
+    )
+    names = [name for name in started if not name.startswith("model.head.")]
+    assert len(names) > 40
+    for name in names:
+        before = weights[name.replace("model.", "model.encoder.", 1)]
+        torch.testing.assert_close(started[name], before, atol=1e-6, rtol=0)

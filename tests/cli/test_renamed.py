@@ -1,15 +1,17 @@
 """Runs, recipes and weights from before names changed."""
 
 import importlib
+import inspect
 import json
 
 import pytest
 import torch
 import yaml
 
+from datamodules.audio import SoundTable
 from diffmm.checkpoint_folders import SEAL, find_state, measure, seal
 from diffmm.models.weights import load_model
-from diffmm.renamed import CLASSES, FIELDS, STATES, WEIGHTS, with_new_names
+from diffmm.renamed import ARGUMENTS, CLASSES, FIELDS, STATES, WEIGHTS, with_new_names
 
 CONFIG = "model.model.config."
 WITH_TOKENS = {f"{CONFIG}cls_token": True, f"{CONFIG}num_reg_tokens": 2, f"{CONFIG}pool": "cls"}
@@ -87,7 +89,38 @@ def test_every_new_name_is_there(old, new):
         importlib.import_module(new)
     with pytest.warns(FutureWarning, match=f"here.yaml has old names: {old} is called {new} now"):
         values = with_new_names({"a": [{"class_path": old}]}, "here.yaml")
-    assert values == {"a": [{"class_path": new}]}
+    assert values["a"][0]["class_path"] == new
+
+
+@pytest.mark.parametrize(("cls", "arguments"), ARGUMENTS.items())
+def test_every_new_argument_is_there(cls, arguments):
+    module, _, name = cls.rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    for old, new in arguments.items():
+        assert new in parameters
+        assert old not in parameters
+        node = {"class_path": cls, "init_args": {old: 1, "kept": 2}}
+        with pytest.warns(FutureWarning, match=f"{old} of {cls} is called {new} now"):
+            values = with_new_names({"a": node}, "here.yaml")
+        assert values["a"]["init_args"] == {new: 1, "kept": 2}
+    # The same name elsewhere means something else.
+    other = {"class_path": "a.B", "init_args": dict.fromkeys(arguments, 1)}
+    assert with_new_names({"a": other}, "here.yaml") == {"a": other}
+
+
+def test_a_renamed_class_does_what_it_did(tmp_path):
+    """Under its old name the table had other columns, and several labels per clip."""
+    (tmp_path / "a.csv").write_text("path,tags\na.wav,x;y\n")
+    table = str(tmp_path / "a.csv")
+    old = {"train": table, "val": table, "labels_column": "tags"}
+    with pytest.warns(FutureWarning, match="Manifest is called datamodules.audio.SoundTable now"):
+        node = with_new_names(
+            {"class_path": "datamodules.audio_sources.Manifest", "init_args": old}, "here.yaml"
+        )
+    assert node["class_path"] == "datamodules.audio.SoundTable"
+    splits = SoundTable(**node["init_args"]).splits()
+    assert splits.train.labels == [(0, 1)]
+    assert splits.multi_label
 
 
 def test_names_that_only_begin_alike_stay():

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from datamodules.audio.clips import FileClips
-from datamodules.audio.sources import Manifest, SoundFolder, SpeechCommands
+from datamodules.audio.sources import SoundFolder, SoundTable, SpeechCommands
 
 
 def write_sound(path, seconds=0.1, rate_hz=16000, channels=1, seed=0):
@@ -19,7 +19,7 @@ def write_sound(path, seconds=0.1, rate_hz=16000, channels=1, seed=0):
     return waveform
 
 
-def write_csv(path, rows, columns=("path", "labels")):
+def write_csv(path, rows, columns=("file", "label")):
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
     return str(path)
@@ -172,7 +172,7 @@ def test_incomplete_speech_commands_are_named(commands):
 
 
 @pytest.fixture
-def manifests(tmp_path):
+def tables(tmp_path):
     for name in ("a", "b", "c"):
         write_sound(tmp_path / "clips" / f"{name}.flac")
     train = [
@@ -180,15 +180,15 @@ def manifests(tmp_path):
         ("clips/b.flac", "", "y"),
         (str(tmp_path / "clips" / "c.flac"), "Dog;Dog;", "z"),
     ]
-    columns = ("path", "labels", "origin")
+    columns = ("file", "label", "origin")
     return (
         write_csv(tmp_path / "train.csv", train, columns),
         write_csv(tmp_path / "val.csv", train[:1], columns),
     )
 
 
-def test_a_manifest_gives_each_clip_its_labels(manifests):
-    splits = Manifest(*manifests).splits()
+def test_a_table_gives_each_clip_its_labels(tables):
+    splits = SoundTable(*tables, multi_label=True).splits()
     assert splits.multi_label
     assert splits.class_names == ["Dog", "Music", "Speech"]
     assert splits.train.labels == [(2, 1), (), (0,)]
@@ -197,15 +197,16 @@ def test_a_manifest_gives_each_clip_its_labels(manifests):
     assert splits.target(()).tolist() == [0, 0, 0]
 
 
-def test_a_manifest_with_other_columns_separators_and_classes(tmp_path):
+def test_a_table_with_other_columns_separators_and_classes(tmp_path):
     (tmp_path / "classes.txt").write_text("/m/09x0r\n/m/04rlf\n\n/m/0bt9lr\n")
     rows = [("/m/04rlf,/m/09x0r", "a.wav"), ("/m/04rlf", "b.wav")]
-    train = write_csv(tmp_path / "train.csv", rows, ("positive_labels", "file"))
-    splits = Manifest(
+    train = write_csv(tmp_path / "train.csv", rows, ("positive_labels", "path"))
+    splits = SoundTable(
         train,
         train,
-        path_column="file",
-        labels_column="positive_labels",
+        file_column="path",
+        label_column="positive_labels",
+        multi_label=True,
         label_separator=",",
         classes=str(tmp_path / "classes.txt"),
     ).splits()
@@ -213,30 +214,30 @@ def test_a_manifest_with_other_columns_separators_and_classes(tmp_path):
     assert splits.train.labels == [(1, 0), (1,)]
 
 
-def test_a_manifest_of_one_label_a_clip(manifests, tmp_path):
+def test_a_table_of_one_label_a_clip(tables, tmp_path):
     with pytest.raises(ValueError, match=r"clip 0 \(.*a.flac\) of the train split has 2 labels"):
-        Manifest(*manifests, multi_label=False).splits()
+        SoundTable(*tables).splits()
     one = write_csv(tmp_path / "one.csv", [("clips/a.flac", "Dog"), ("clips/b.flac", "Cat")])
-    splits = Manifest(one, one, multi_label=False).splits()
+    splits = SoundTable(one, one).splits()
     assert splits.target(splits.train.labels[0]).item() == 1
 
 
-def test_bad_manifests_are_named(manifests, tmp_path):
-    train, _ = manifests
-    with pytest.raises(FileNotFoundError, match=r"no manifest .*gone.csv"):
-        Manifest(train, str(tmp_path / "gone.csv")).splits()
-    with pytest.raises(ValueError, match=r"train.csv has no column 'file', only path, labels"):
-        Manifest(train, train, path_column="file").splits()
+def test_bad_tables_are_named(tables, tmp_path):
+    train, _ = tables
+    with pytest.raises(FileNotFoundError, match=r"no table .*gone.csv"):
+        SoundTable(train, str(tmp_path / "gone.csv")).splits()
+    with pytest.raises(ValueError, match=r"train.csv has no column 'path', only file, label"):
+        SoundTable(train, train, file_column="path").splits()
     with pytest.raises(ValueError, match="label_separator must be one of ';', ',', got '|'"):
-        Manifest(train, train, label_separator="|")
+        SoundTable(train, train, label_separator="|")
     other = write_csv(tmp_path / "other.csv", [("clips/a.flac", "Musik")])
     with pytest.raises(ValueError, match=r"other.csv: .*a.flac has label 'Musik'.*'Music'\?"):
-        Manifest(train, other).splits()
-    with pytest.raises(ValueError, match=r"empty.csv names no clips"):
-        Manifest(train, write_csv(tmp_path / "empty.csv", [])).splits()
+        SoundTable(train, other).splits()
+    with pytest.raises(ValueError, match=r"empty.csv names no files"):
+        SoundTable(train, write_csv(tmp_path / "empty.csv", [])).splits()
     short = write_csv(tmp_path / "short.csv", [("clips/a.flac", "Dog"), ("clips/b.flac",)])
-    with pytest.raises(ValueError, match=r"short.csv, line 3: a path or labels are missing"):
-        Manifest(train, short).splits()
+    with pytest.raises(ValueError, match=r"short.csv, line 3: a file or labels are missing"):
+        SoundTable(train, short).splits()
     (tmp_path / "zero.csv").write_text("")
-    with pytest.raises(ValueError, match=r"zero.csv has no column 'path', only nothing"):
-        Manifest(train, str(tmp_path / "zero.csv")).splits()
+    with pytest.raises(ValueError, match=r"zero.csv has no column 'file', only nothing"):
+        SoundTable(train, str(tmp_path / "zero.csv")).splits()

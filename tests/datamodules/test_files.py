@@ -12,7 +12,7 @@ from PIL import Image
 
 from datamodules.audio.augment import AudioAugment, Augmenter
 from datamodules.audio.clips import FileClips
-from datamodules.audio.sources import Manifest, SoundFolder, SpeechCommands
+from datamodules.audio.sources import SoundFolder, SoundTable, SpeechCommands
 from datamodules.image.sources import FileImages, ImageFolder
 from datamodules.shared.bad_samples import BadSampleError, BadSamples, Triage
 from datamodules.shared.files import check_file, glob_files, list_files, read_lines, why_no_file
@@ -115,16 +115,16 @@ def test_names_that_look_the_same_are_one_class(tmp_path: Path) -> None:
 def test_labels_that_look_the_same_are_one_class(tmp_path: Path) -> None:
     write(tmp_path / "0.wav")
     manifest = tmp_path / "train.csv"
-    manifest.write_text(f"path,labels\n0.wav,{COMPOSED}\n0.wav,{DECOMPOSED}\n", "utf-8")
+    manifest.write_text(f"file,label\n0.wav,{COMPOSED}\n0.wav,{DECOMPOSED}\n", "utf-8")
     classes = tmp_path / "classes.txt"
     classes.write_text(f"\N{ZERO WIDTH NO-BREAK SPACE}{DECOMPOSED}\n", "utf-8")
     for named in (None, str(classes)):
-        splits = Manifest(str(manifest), str(manifest), classes=named).splits()
+        splits = SoundTable(str(manifest), str(manifest), classes=named).splits()
         assert splits.class_names == [COMPOSED]
         assert splits.train.labels == [(0,), (0,)]
     classes.write_text(f"{COMPOSED}\n{DECOMPOSED}\n", "utf-8")
     with pytest.raises(ValueError, match=rf"classes.txt has the class '{COMPOSED}' 2 times"):
-        Manifest(str(manifest), str(manifest), classes=str(classes)).splits()
+        SoundTable(str(manifest), str(manifest), classes=str(classes)).splits()
 
 
 def test_texts_fall_in_the_same_split_on_all_systems(tmp_path: Path) -> None:
@@ -135,14 +135,14 @@ def test_texts_fall_in_the_same_split_on_all_systems(tmp_path: Path) -> None:
     assert keys[0] == keys[1]
 
 
-def test_manifests_that_are_no_text_are_named(tmp_path: Path) -> None:
+def test_tables_that_are_no_text_are_named(tmp_path: Path) -> None:
     for name, content in (
-        ("utf16.csv", "path,labels\na.wav,b".encode("utf-16")),
-        ("long.csv", b'path,labels\na.wav,"' + b"b" * 200_000 + b'"'),
+        ("utf16.csv", "file,label\na.wav,b".encode("utf-16")),
+        ("long.csv", b'file,label\na.wav,"' + b"b" * 200_000 + b'"'),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"manifest .*{name} is no CSV file in UTF-8: "):
-            Manifest(str(tmp_path / name), str(tmp_path / name)).splits()
+        with pytest.raises(ValueError, match=rf"table .*{name} is no CSV file in UTF-8: "):
+            SoundTable(str(tmp_path / name), str(tmp_path / name)).splits()
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(ValueError, match=r"list .*latin.txt is not UTF-8 text: "):
         read_lines(tmp_path / "latin.txt", "list")
@@ -206,14 +206,14 @@ def test_only_regular_files_are_opened(irregular, tmp_path: Path) -> None:
         with pytest.raises(BadSampleError, match=rf"clip 0 \(.*a.wav\) {words}"):
             read(0)
     irregular(tmp_path / "a.csv")
-    with pytest.raises(ValueError, match=rf"manifest .*a.csv {words}"):
-        Manifest(str(tmp_path / "a.csv"), str(tmp_path / "a.csv")).splits()
+    with pytest.raises(ValueError, match=rf"table .*a.csv {words}"):
+        SoundTable(str(tmp_path / "a.csv"), str(tmp_path / "a.csv")).splits()
     irregular(tmp_path / "classes.txt")
     write(tmp_path / "b.wav")
-    (tmp_path / "b.csv").write_text("path,labels\nb.wav,x\n")
+    (tmp_path / "b.csv").write_text("file,label\nb.wav,x\n")
     csv = str(tmp_path / "b.csv")
     with pytest.raises(ValueError, match=rf"file of classes .*classes.txt {words}"):
-        Manifest(csv, csv, classes=str(tmp_path / "classes.txt")).splits()
+        SoundTable(csv, csv, classes=str(tmp_path / "classes.txt")).splits()
     irregular(tmp_path / "quarantine.txt")
     with pytest.raises(ValueError, match=rf"quarantine_file .*quarantine.txt {words}"):
         Triage(BadSamples("quarantine"), tmp_path)
@@ -276,8 +276,8 @@ def test_no_irregular_token_file_is_opened(irregular, tmp_path: Path, suffix: st
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no manifest .*gone.csv"):
-        check_file(tmp_path / "gone.csv", "manifest")
+    with pytest.raises(FileNotFoundError, match=r"no table .*gone.csv"):
+        check_file(tmp_path / "gone.csv", "table")
     assert why_no_file(write(tmp_path / "a.txt")) is None
     assert why_no_file(tmp_path / "a.txt" / "b") == "does not exist"
     assert "null" in why_no_file(f"{tmp_path}/a\0b")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from torchvision import datasets
 
-from datamodules.image.sources import CIFAR10, CIFAR100, Digits, ImageFolder
+from datamodules.image.sources import CIFAR10, CIFAR100, Digits, ImageFolder, ImageTable
 
 
 def test_digits_are_split_evenly_and_always_alike():
@@ -173,3 +173,67 @@ def test_unreadable_images_are_named(imagenet):
     (folder / "a_text.png").unlink()
     with pytest.raises(ValueError, match=r"image 0 \(.*a_text.png\) does not exist"):
         images.read(0)
+
+
+def test_an_animation_is_its_first_frame(tmp_path):
+    first = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    second = np.zeros((8, 8, 3), np.uint8)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(first).quantize(256).save(
+            tmp_path / name / "moving.GIF",
+            save_all=True,
+            append_images=[Image.fromarray(second).quantize(2)],
+        )
+    splits = ImageFolder(str(tmp_path), str(tmp_path)).splits()
+    assert [path.name for path in splits.train.paths] == ["moving.GIF"] * 2
+    # 64 colors fit a palette of 256: nothing is lost.
+    assert np.array_equal(np.asarray(splits.train.read(1)), first)
+
+
+def test_a_folder_of_images_holds_out_some_of_each_class(tmp_path):
+    for name in ("cat", "dog"):
+        for number in range(10):
+            write_image(tmp_path / "all" / name / f"{number}.png", (number, 0, 0))
+        write_image(tmp_path / "test" / name / "0.png", (9, 9, 9))
+    splits = ImageFolder(str(tmp_path / "all"), test=str(tmp_path / "test"), val_fraction=0.2)
+    splits = splits.splits()
+    assert [len(s.labels) for s in (splits.train, splits.val, splits.test)] == [16, 4, 2]
+    assert not set(splits.train.paths) & set(splits.val.paths)
+    with pytest.raises(ValueError, match="no class of .*all is large enough for val_fraction=0.01"):
+        ImageFolder(str(tmp_path / "all"), val_fraction=0.01).splits()
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Ten images of two classes in a folder beside the table that names them."""
+    rows = []
+    for number in range(10):
+        write_image(tmp_path / "bilder süß" / f"{number} 1.png", (number, 0, 0))
+        split = "train" if number < 6 else "Validation" if number < 8 else "test"
+        rows.append(f"bilder süß/{number} 1.png,{['katze', 'hünd'][number % 2]},{split}")
+    path = tmp_path / "photos.csv"
+    path.write_text("\n".join(["file,label,split", *rows]) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_a_table_of_images(table, tmp_path):
+    splits = ImageTable(table, val_fraction=0.2).splits()
+    assert splits.class_names == ["hünd", "katze"]
+    assert [len(s.labels) for s in (splits.train, splits.val)] == [8, 2]
+    splits = ImageTable(table, split_column="split").splits()
+    assert [len(s.labels) for s in (splits.train, splits.val, splits.test)] == [6, 2, 2]
+    assert splits.train.labels[:2] == [(1,), (0,)]
+    assert splits.val.read(1).getpixel((0, 0)) == (7, 0, 0)
+    with pytest.raises(ValueError, match="split_column='split' divides train into its splits"):
+        ImageTable(table, val=table, split_column="split")
+    with pytest.raises(ValueError, match=r"photos.csv, line 2: label is 'katze', and none of tr"):
+        ImageTable(table, split_column="label").splits()
+
+
+def test_a_table_with_a_class_in_val_that_is_not_in_train(table, tmp_path):
+    other = tmp_path / "val.csv"
+    other.write_text("file,label\na.png,katzen\n")
+    message = r"val.csv: .*a.png has label 'katzen', which is none of the 2 .*mean 'katze'\?"
+    with pytest.raises(ValueError, match=message):
+        ImageTable(table, str(other)).splits()

@@ -372,7 +372,7 @@ def test_lightning_advances_the_epoch(folder: Path, validation_fraction: float) 
 def test_a_recipe_names_its_sources(folder: Path) -> None:
     parser = jsonargparse.ArgumentParser()
     parser.add_subclass_arguments(lightning.LightningDataModule, "data")
-    source = {"class_path": "datamodules.text.TextFolder", "init_args": {"path": str(folder)}}
+    source = {"class_path": "datamodules.text.TextFolder", "init_args": {"root": str(folder)}}
     recipe = {
         "class_path": "datamodules.TextData",
         "init_args": {"source": source, "batch_size": 2, "objective": "masked"},
@@ -380,5 +380,5 @@ def test_a_recipe_names_its_sources(folder: Path) -> None:
     built = parser.instantiate(parser.parse_object({"data": recipe})).data
     assert isinstance(built, TextData)
     assert isinstance(built.source, TextFolder)
-    assert built.source.path == str(folder)
+    assert built.source.root == str(folder)
     assert built.objective == "masked"

@@ -1,0 +1,69 @@
+"""A user's own sounds as settings of `AudioData`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from datamodules.audio.clips import EXTENSIONS, AudioClips
+from datamodules.audio.sources import SoundFolder, SoundTable
+from datamodules.shared.bad_samples import BadSampleError
+from datamodules.shared.own_data import (
+    KEPT,
+    OwnData,
+    fitting_batch_size,
+    locate,
+    looked_at,
+    told_splits,
+)
+
+LOWEST_RATE_HZ = 8000
+"""A model takes the sample rate of a user's clips from this on: that of a telephone."""
+
+
+def own_sounds(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) -> OwnData:
+    """A folder of sounds by class, or a CSV file of sounds; see `AudioData.own_data`."""
+    arguments = (given.get("source") or {}).get("init_args") or {}
+    located = locate(path, "sounds", EXTENSIONS, arguments)
+    make = SoundTable if located.is_table else SoundFolder
+    taken = [name for name in KEPT if name != "max_pixels"]
+    kept = {
+        name: arguments[name]
+        for name in (taken if located.is_table else ("val", "test", "val_fraction"))
+        if name in arguments
+    }
+    settings = {**kept, **located.arguments}
+    splits = make(**settings).splits()
+    rates, told_lengths = _looks(splits.train)
+    told = told_splits(path, "sounds", settings, splits) + told_lengths
+    found: dict[str, Any] = {
+        "source": {"class_path": f"datamodules.audio.{make.__name__}", "init_args": settings},
+        **fitting_batch_size(given, 32, len(splits.train.labels)),
+    }
+    facts = {"num_classes": len(splits.class_names)}
+    rate_hz = given.get("sample_rate_hz", 16000)
+    if rates != {rate_hz}:
+        is_lower = len(rates) == 1 and LOWEST_RATE_HZ <= min(rates) < rate_hz
+        if is_lower and inputs_may_change:
+            facts["sample_rate_hz"] = min(rates)
+        else:
+            found["resample"] = True
+    return OwnData(found, facts, told)
+
+
+def _looks(clips: AudioClips) -> tuple[set[int], str]:
+    """The sample rates of some clips, and these and their lengths in words.
+
+    Raises:
+        BadSampleError: if none of them can be read.
+    """
+    infos, fault = [], None
+    for index in looked_at(clips):
+        try:
+            infos.append(clips.info(index))
+        except BadSampleError as error:
+            fault = fault or error
+    if fault is not None and not infos:
+        raise fault
+    rates = {info.sample_rate_hz for info in infos}
+    seconds = sorted(info.num_samples / info.sample_rate_hz for info in infos)
+    listed = " and ".join(f"{rate:,}" for rate in sorted(rates))
+    return rates, f"; {listed} Hz, {seconds[0]:.2g} to {seconds[-1]:.2g} s"

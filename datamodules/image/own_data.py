@@ -1,0 +1,89 @@
+"""A user's own images as settings of `ImageData`."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from datamodules.image.sources import EXTENSIONS, ImageFolder, ImageTable, LabelledImages
+from datamodules.image.transform import ImageTransform
+from datamodules.shared.bad_samples import BadSampleError
+from datamodules.shared.own_data import (
+    KEPT,
+    OwnData,
+    fitting_batch_size,
+    locate,
+    looked_at,
+    told_splits,
+)
+
+OWN_TRANSFORM = ImageTransform(
+    interpolation="bicubic",
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    crop_pct=0.875,
+    crop_mode="center",
+    train_crop_mode="rrc",
+    scale=(0.35, 1.0),
+    ratio=(3 / 4, 4 / 3),
+    hflip=0.0,
+    vflip=0.0,
+    color_jitter=0.2,
+)
+"""For images that nothing is known of, and written into their recipe: nothing that could change
+what an image shows. timm would crop to 8 % of the area, mirror every second image (letters and
+signs, too), and vary colors twice as much."""
+
+IN_WORDS = {1: "gray", 3: "color"}
+
+
+def own_images(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) -> OwnData:
+    """A folder of images by class, or a CSV file of images; see `ImageData.own_data`."""
+    arguments = (given.get("source") or {}).get("init_args") or {}
+    located = locate(path, "images", EXTENSIONS, arguments)
+    make = ImageTable if located.is_table else ImageFolder
+    taken = KEPT if located.is_table else ("val", "test", "val_fraction", "max_pixels")
+    kept = {name: arguments[name] for name in taken if name in arguments}
+    settings = {**kept, **located.arguments}
+    splits = make(**settings).splits()
+    channels, sizes = _looks(splits.train)
+    told = told_splits(path, "images", settings, splits)
+    told += f"; {IN_WORDS[channels]}, {sizes} pixels"
+    node = {"class_path": f"datamodules.image.{make.__name__}", "init_args": settings}
+    found: dict[str, Any] = {
+        "source": node,
+        **fitting_batch_size(given, 64, len(splits.train.labels)),
+    }
+    if given.get("transform") is None:
+        found["transform"] = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(OWN_TRANSFORM).items()
+            if value is not None
+        }
+    facts = {"num_classes": len(splits.class_names)}
+    if inputs_may_change:
+        facts["channels"] = channels
+    return OwnData(found, facts, told)
+
+
+def _looks(images: LabelledImages) -> tuple[int, str]:
+    """How many channels some images have, and how large they are, in words.
+
+    Raises:
+        BadSampleError: if none of them can be read.
+    """
+    sizes, modes, fault = [], set(), None
+    for index in looked_at(images):
+        try:
+            image = images.read(index)
+        except BadSampleError as error:
+            fault = fault or error
+            continue
+        sizes.append(image.size)
+        modes.add(image.mode)
+    if fault is not None and not sizes:
+        raise fault
+    smallest, largest = min(sizes), max(sizes)
+    text = f"{smallest[0]} x {smallest[1]}"
+    if smallest != largest:
+        text += f" to {largest[0]} x {largest[1]}"
+    return (1 if modes == {"L"} else 3), text

@@ -1,0 +1,113 @@
+"""What data are, told before anything is trained on them: `diffmm check --read-data`.
+
+A datamodule that can be examined has a method `examine(limit)`, which returns an `Examined`.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from datamodules.shared.bad_samples import BadSampleError
+from datamodules.shared.files import why_no_file
+from datamodules.shared.own_data import looked_at
+from datamodules.shared.sources import Labelled, Splits
+
+MANY_CLASSES = 12
+"""From this number on, the largest and the smallest class are named, and not all."""
+MOST_FILES = 100_000
+"""Of a split, so many files are looked for on the disk; samples are read from far fewer."""
+SHOWN = 5
+"""Faults of one kind that are told one by one."""
+
+
+class Examined(NamedTuple):
+    """What was found.
+
+    Attributes:
+        lines: by split, what there is; and how much of it was read.
+        faults: what a run would stop at, or learn nothing from.
+        doubts: what is perhaps not meant.
+        num_classes: of labelled data.
+        multi_label: whether a sample of labelled data may have several classes.
+    """
+
+    lines: dict[str, str]
+    faults: list[str]
+    doubts: list[str]
+    num_classes: int | None = None
+    multi_label: bool = False
+
+
+def examine_labelled(
+    splits: Splits[Any], read: Callable[[Labelled, int], Any], *, limit: int, tolerates: bool
+) -> Examined:
+    """Count the samples of each split and class, and read some of them.
+
+    Args:
+        splits: of the source.
+        read: makes what a model would get of one sample, by its samples and its number.
+        limit: how many samples of each split are read.
+        tolerates: whether a run goes on after a bad sample.
+    """
+    lines: dict[str, str] = {}
+    faults: list[str] = []
+    doubts: list[str] = []
+    names = list(splits.class_names)
+    parts = {"train": splits.train, "val": splits.val}
+    if splits.test is not splits.val:
+        parts["test"] = splits.test
+    num_read = 0
+    for split, samples in parts.items():
+        counts = Counter(label for labels in samples.labels for label in labels)
+        lines[split] = f"{len(samples.labels):,} samples: {_by_class(counts, names)}"
+        if missing := [name for number, name in enumerate(names) if not counts[number]]:
+            told = f"the {split} split has no sample of {_listed(missing)}"
+            (faults if split == "train" else doubts).append(told)
+        bad, count = _read_some(samples, read, limit)
+        num_read += count
+        (doubts if tolerates else faults).extend(f"{split}: {told}" for told in bad)
+    lines["read"] = f"{num_read:,} samples, the first and the last of each split among them"
+    return Examined(lines, faults, doubts, len(names), splits.multi_label)
+
+
+def _read_some(
+    samples: Labelled, read: Callable[[Labelled, int], Any], limit: int
+) -> tuple[list[str], int]:
+    """What is wrong with files that are not there and with some samples, and how many were read."""
+    gone = {}
+    for index in range(min(len(samples.labels), MOST_FILES)):
+        file = samples.file(index)
+        if file is not None and (fault := why_no_file(file)):
+            gone[index] = f"{samples.describe(index)} {fault}"
+    bad, count = [], 0
+    for index in looked_at(samples, limit):
+        if index in gone:
+            continue
+        count += 1
+        try:
+            read(samples, index)
+        except (BadSampleError, ValueError) as error:
+            bad.append(str(error))
+    return [*_some(list(gone.values()), "files"), *_some(bad, "samples")], count
+
+
+def _some(faults: Sequence[str], noun: str) -> list[str]:
+    """The first of several faults of a kind, and how many more there are."""
+    more = [f"and {len(faults) - SHOWN:,} more {noun}"] if len(faults) > SHOWN else []
+    return [*faults[:SHOWN], *more]
+
+
+def _by_class(counts: Counter[int], names: Sequence[str]) -> str:
+    if len(names) < MANY_CLASSES:
+        return "; ".join(f"{counts[number]:,} {name}" for number, name in enumerate(names))
+    ordered = sorted(range(len(names)), key=lambda number: counts[number])
+    least, most = ordered[0], ordered[-1]
+    return (
+        f"{len(names):,} classes, from {counts[least]:,} ({names[least]}) to {counts[most]:,} "
+        f"({names[most]})"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN:,} more classes" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"

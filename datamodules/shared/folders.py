@@ -1,0 +1,95 @@
+"""Sources that are a folder per class, for each split or with a share held out."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from datamodules.shared.sources import (
+    ClassFolder,
+    Labels,
+    Samples,
+    Source,
+    Splits,
+    check_same_classes,
+    hold_out,
+)
+
+
+class FolderSource(Source[Samples]):
+    """Files in a folder per class: `train/<class>/.../*`.
+
+    Hidden files and folders are left out. Folders whose names differ in Unicode form alone are one
+    class, as they are one folder on other systems.
+
+    Attributes:
+        extensions: the endings of the files, in lower case.
+    """
+
+    extensions: ClassVar[Sequence[str]]
+
+    def __init__(
+        self,
+        train: str,
+        val: str | None = None,
+        test: str | None = None,
+        *,
+        val_fraction: float = 0.1,
+    ) -> None:
+        self.train = train
+        self.val = val
+        self.test = test
+        self.val_fraction = val_fraction
+
+    @abstractmethod
+    def samples(self, paths: Sequence[Path], labels: Sequence[Labels]) -> Samples:
+        """The samples in these files."""
+
+    def splits(self) -> Splits[Samples]:
+        class_names, paths, labels = ClassFolder.read(self.train, self.extensions)
+        if self.val is None:
+            train, val = held_out_samples(
+                self.samples, paths, labels, fraction=self.val_fraction, origin=self.train
+            )
+        else:
+            train = self.samples(paths, labels)
+            val = self._evaluation_samples(self.val, class_names)
+        test = val if self.test is None else self._evaluation_samples(self.test, class_names)
+        return Splits(class_names, train, val, test)
+
+    def _evaluation_samples(self, folder: str, expected: list[str]) -> Samples:
+        class_names, paths, labels = ClassFolder.read(folder, self.extensions)
+        check_same_classes(self.train, expected, folder, class_names)
+        return self.samples(paths, labels)
+
+
+def held_out_samples(
+    samples: Callable[[Sequence[Path], Sequence[Labels]], Samples],
+    paths: Sequence[Path],
+    labels: Sequence[Labels],
+    *,
+    fraction: float,
+    origin: str,
+) -> tuple[Samples, Samples]:
+    """Training and validation samples, `fraction` of each class in the latter.
+
+    Args:
+        samples: makes samples of files and their labels.
+        paths, labels: of all of them.
+        fraction: as in `hold_out`.
+        origin: where they come from, for the message.
+
+    Raises:
+        ValueError: naming `origin`, if no class is large enough to give one.
+    """
+    kept, held_out = hold_out(labels, fraction)
+    if not held_out:
+        raise ValueError(
+            f"the val split has no samples: no class of {origin} is large enough for "
+            f"val_fraction={fraction:g} of it to be a sample; raise val_fraction, or give val"
+        )
+    train, val = (
+        samples([paths[i] for i in indices], [labels[i] for i in indices])
+        for indices in (kept, held_out)
+    )
+    return train, val

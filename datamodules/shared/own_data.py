@@ -1,0 +1,218 @@
+"""A user's own folder or table as settings of a datamodule: `diffmm fit --data PATH`.
+
+A datamodule that takes `--data` has a class method `own_data(path, given, *, inputs_may_change)`,
+which looks at the path and returns an `OwnData`.
+"""
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datamodules.shared.files import check_file, list_files
+from datamodules.shared.sources import Labelled, Splits
+from datamodules.shared.tables import SPLIT_NAMES
+from diffmm.checks import did_you_mean
+
+FILE_COLUMNS = ("file", "path", "filename", "file_name", "filepath", "image", "audio", "sound")
+LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target")
+SPLIT_COLUMNS = ("split", "set", "subset", "partition")
+"""What the columns of a table are found by, in this order."""
+
+KEPT = (
+    "val",
+    "test",
+    "val_fraction",
+    "max_pixels",
+    "file_column",
+    "label_column",
+    "split_column",
+    "label_separator",
+    "classes",
+    "multi_label",
+)
+"""Arguments of the recipe's source, or from the command line, that the source of the user's data
+takes over."""
+
+NUM_LOOKED_AT = 32
+"""Samples that are opened to find what they are like."""
+
+
+class OwnData(NamedTuple):
+    """What there is at a path.
+
+    Attributes:
+        settings: arguments of the datamodule, by name.
+        facts: what the model has to agree with: `num_classes`, `channels`, `sample_rate_hz`.
+        told: what was found, in one line.
+    """
+
+    settings: dict[str, Any]
+    facts: dict[str, int]
+    told: str
+
+
+class Located(NamedTuple):
+    """Where the splits are.
+
+    Attributes:
+        is_table: whether in CSV files, and not in folders by class.
+        arguments: `train`, perhaps `val` and `test`, and the columns of a table.
+    """
+
+    is_table: bool
+    arguments: dict[str, str]
+
+
+def absolute(path: str) -> Path:
+    """The whole path of what is there.
+
+    Raises:
+        FileNotFoundError: if there is nothing.
+        ValueError: for a name that a recipe would take for a reference.
+    """
+    whole = Path(os.path.abspath(Path(path).expanduser()))
+    if not whole.exists():
+        raise FileNotFoundError(
+            f"--data {path}: there is no such file or folder (another class of data is "
+            f"--data.class_path)"
+        )
+    if "${" in str(whole):
+        raise ValueError(f"--data {path}: its name holds ${{, which means a reference: rename it")
+    return whole
+
+
+def locate(path: str, noun: str, extensions: Sequence[str], given: Mapping[str, Any]) -> Located:
+    """Where in a folder or a table the labelled samples of each split are.
+
+    Args:
+        path: the folder, or the CSV file.
+        noun: what the samples are called: `"images"`.
+        extensions: of their files.
+        given: arguments of the recipe's source.
+
+    Raises:
+        FileNotFoundError: if there is nothing at `path`.
+        ValueError: naming what is missing in it, and how it can look.
+    """
+    whole = absolute(path)
+    if whole.is_file():
+        if whole.suffix.lower() != ".csv":
+            raise ValueError(
+                f"--data {path} is one file: give a folder with a folder of {noun} per class, or a "
+                f"CSV file that names files and labels"
+            )
+        return Located(True, {"train": str(whole), **_columns(whole, given)})
+    check_folder(whole)
+    tables = named_splits(path, [entry for entry in whole.iterdir() if entry.suffix == ".csv"])
+    if "train" in tables:
+        columns = _columns(Path(tables["train"]), given)
+        columns.pop("split_column", None)
+        return Located(True, {**tables, **columns})
+    folders = _folders(whole)
+    splits = named_splits(path, [folder for folder in folders if _folders(folder)])
+    if "train" in splits and (len(splits) > 1 or len(folders) == 1):
+        return Located(False, splits)
+    if not folders:
+        found = list_files(whole, extensions)
+        how = f"{len(found)} {noun} but no folders" if found else f"no folders and no {noun}"
+        raise ValueError(
+            f"--data {path} has {how}: sort them into a folder per class, or give a CSV file with "
+            f"the columns file and label ({noun} end in {', '.join(extensions)})"
+        )
+    return Located(False, {"train": str(whole)})
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse what is neither a folder nor a regular file."""
+    if not folder.is_dir():
+        check_file(folder, "folder or table")
+
+
+def named_splits(path: str, entries: Sequence[Path]) -> dict[str, str]:
+    """The files or folders that are called as splits are, by split.
+
+    Raises:
+        ValueError: if two are called as the same split.
+    """
+    found: dict[str, str] = {}
+    for entry in sorted(entries):
+        for split, names in SPLIT_NAMES.items():
+            if entry.stem.lower() in names:
+                if split in found:
+                    raise ValueError(
+                        f"--data {path} has both {Path(found[split]).name} and {entry.name}: "
+                        f"rename one of them"
+                    )
+                found[split] = str(entry)
+    return found
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders in one that are not hidden."""
+    return [entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."]
+
+
+def _columns(table: Path, given: Mapping[str, Any]) -> dict[str, str]:
+    """The columns of a table: the given ones where it has them, or else those of usual names."""
+    check_file(table, "table")
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            header = next(csv.reader(file), [])
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"table {table} is no CSV file in UTF-8: {error}") from error
+    columns = {}
+    for argument, names in (
+        ("file_column", FILE_COLUMNS),
+        ("label_column", LABEL_COLUMNS),
+        ("split_column", SPLIT_COLUMNS),
+    ):
+        by_name = {column.strip().lower(): column for column in reversed(header)}
+        column = next((by_name[name] for name in names if name in by_name), None)
+        if given.get(argument) in header:
+            column = given[argument]
+        if column is not None:
+            columns[argument] = column
+        elif argument != "split_column":
+            raise ValueError(
+                f"table {table} needs a column {names[0]!r} (or {', '.join(names[1:])}), separated "
+                f"by commas; its first line is {', '.join(header)!r}"
+                f"{did_you_mean(names[0], header)}; another one is --data.source.{argument}"
+            )
+    return columns
+
+
+def looked_at(samples: Labelled, count: int = NUM_LOOKED_AT) -> list[int]:
+    """Numbers of some samples, as by `looked_at_numbers`."""
+    return looked_at_numbers(len(samples.labels), count)
+
+
+def looked_at_numbers(total: int, count: int) -> list[int]:
+    """At most `count` numbers below `total`, evenly spread, the first and the last among them."""
+    return sorted({round(i * (total - 1) / max(1, count - 1)) for i in range(count)})
+
+
+def told_splits(path: str, noun: str, settings: Mapping[str, Any], splits: Splits[Any]) -> str:
+    """What was found, in words."""
+    names = list(splits.class_names)
+    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    train, val = len(splits.train.labels), len(splits.val.labels)
+    total = train + val + (len(splits.test.labels) if splits.test is not splits.val else 0)
+    is_held_out = not {"val", "split_column"} & settings.keys()
+    text = (
+        f"{path} has {total:,} {noun} of {len(names)} class{'es' if len(names) != 1 else ''} "
+        f"({listed}): {train:,} for training, {val:,} "
+        f"{'held out ' if is_held_out else ''}for validation"
+    )
+    if splits.test is not splits.val:
+        text += f", {len(splits.test.labels):,} for testing"
+    return text
+
+
+def fitting_batch_size(given: Mapping[str, Any], default: int, num_samples: int) -> dict[str, int]:
+    """A smaller `batch_size`, a power of two, where the samples do not fill the recipe's."""
+    size = given.get("batch_size", default)
+    if not isinstance(size, int) or size <= num_samples:
+        return {}
+    return {"batch_size": 1 << (num_samples.bit_length() - 1)}

@@ -1,0 +1,164 @@
+"""Sources that are CSV files, which name files and their labels."""
+
+import csv
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from datamodules.shared.files import check_file, composed, read_lines
+from datamodules.shared.folders import held_out_samples
+from datamodules.shared.sources import Labels, Samples, Source, Splits
+from diffmm.checks import DataError, check_choice, did_you_mean
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+"""What each split may be called: in a column of a table, or as a folder."""
+
+
+class Row(NamedTuple):
+    """A line of a table."""
+
+    file: Path
+    labels: list[str]
+    split: str
+    """The split that the row names, or `train`."""
+
+
+class TableSource(Source[Samples]):
+    """CSV files that name files and their labels.
+
+    The first line of each names its columns; others than the ones named here are ignored. Labels
+    that differ in Unicode form alone are one.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        val: str | None = None,
+        test: str | None = None,
+        *,
+        file_column: str = "file",
+        label_column: str = "label",
+        split_column: str | None = None,
+        label_separator: str = ";",
+        classes: str | None = None,
+        multi_label: bool = False,
+        val_fraction: float = 0.1,
+    ) -> None:
+        check_choice("label_separator", label_separator, (";", ","))
+        if split_column is not None and (val is not None or test is not None):
+            raise ValueError(
+                f"split_column={split_column!r} divides train into its splits: leave out val and "
+                f"test, or split_column"
+            )
+        self.train = train
+        self.val = val
+        self.test = test
+        self.file_column = file_column
+        self.label_column = label_column
+        self.split_column = split_column
+        self.label_separator = label_separator
+        self.classes = classes
+        self.multi_label = multi_label
+        self.val_fraction = val_fraction
+
+    @abstractmethod
+    def samples(self, paths: Sequence[Path], labels: Sequence[Labels]) -> Samples:
+        """The samples in these files."""
+
+    def splits(self) -> Splits[Samples]:
+        tables = {"train": self.train, "val": self.val, "test": self.test}
+        rows = {name: self._rows(table) if table else [] for name, table in tables.items()}
+        if self.split_column is not None:
+            rows = {name: [row for row in rows["train"] if row.split == name] for name in rows}
+            if not rows["train"]:
+                raise ValueError(
+                    f"{self.train} has no training rows: none has 'train' in column "
+                    f"{self.split_column!r}"
+                )
+        class_names = self._class_names(rows["train"])
+        train, val, test = (
+            self._labelled(tables[name] or self.train, found, class_names)
+            for name, found in rows.items()
+        )
+        assert train is not None
+        if val is None:
+            training, validation = held_out_samples(
+                self.samples, *train, fraction=self.val_fraction, origin=self.train
+            )
+        else:
+            training, validation = self.samples(*train), self.samples(*val)
+        testing = validation if test is None else self.samples(*test)
+        return Splits(class_names, training, validation, testing, self.multi_label)
+
+    def _class_names(self, train: list[Row]) -> list[str]:
+        if self.classes is None:
+            return sorted({label for row in train for label in row.labels})
+        lines = read_lines(self.classes, "file of classes")
+        class_names = [composed(line.strip()) for line in lines if line.strip()]
+        for name, count in Counter(class_names).items():
+            if count > 1:
+                raise DataError(f"{self.classes} has the class {name!r} {count} times")
+        return class_names
+
+    def _rows(self, table: str) -> list[Row]:
+        """The lines of a table.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the table, and what is wrong with it.
+        """
+        path = Path(table)
+        check_file(path, "table")
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                rows = list(self._read(path, csv.DictReader(file)))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"table {path} is no CSV file in UTF-8: {error}") from error
+        if not rows:
+            raise ValueError(f"{path} names no files")
+        return rows
+
+    def _read(self, path: Path, reader: "csv.DictReader[str]") -> Iterator[Row]:
+        columns = reader.fieldnames or []
+        for column in (self.file_column, self.label_column, self.split_column):
+            if column is not None and column not in columns:
+                raise ValueError(
+                    f"{path} has no column {column!r}, only {', '.join(columns) or 'nothing'}"
+                )
+        splits = {alias: name for name, aliases in SPLIT_NAMES.items() for alias in aliases}
+        for row in reader:
+            if not row[self.file_column] or row[self.label_column] is None:
+                raise ValueError(f"{path}, line {reader.line_num}: a file or labels are missing")
+            labels = composed(row[self.label_column]).split(self.label_separator)
+            names = list(dict.fromkeys(label.strip() for label in labels if label.strip()))
+            split = "train"
+            if self.split_column is not None:
+                written = row[self.split_column] or ""
+                split = splits.get(written.strip().lower(), "")
+                if not split:
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: {self.split_column} is {written!r}, and "
+                        f"none of {', '.join(splits)}"
+                    )
+            yield Row(path.parent / row[self.file_column], names, split)
+
+    def _labelled(
+        self, table: str, rows: list[Row], class_names: list[str]
+    ) -> tuple[list[Path], list[Labels]] | None:
+        """The files of a split and the numbers of their labels; `None` without rows."""
+        numbers = {name: number for number, name in enumerate(class_names)}
+        labels = []
+        for file, names, _ in rows:
+            for name in names:
+                if name not in numbers:
+                    raise ValueError(
+                        f"{table}: {file} has label {name!r}, which is none of the "
+                        f"{len(class_names)} classes{did_you_mean(name, class_names)}"
+                    )
+            labels.append(tuple(numbers[name] for name in names))
+        return ([row.file for row in rows], labels) if rows else None

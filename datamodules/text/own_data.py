@@ -1,0 +1,101 @@
+"""A user's own texts as settings of `TextData`."""
+
+import glob
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from datamodules.shared.files import list_files
+from datamodules.shared.own_data import OwnData, absolute, check_folder, named_splits
+
+PLAIN = (".txt", ".md", ".rst", ".tex", ".html", ".py", ".c", ".cpp", ".java", ".js", ".rs", ".go")
+"""Endings of files that are text as they are; where there are several, the first one counts."""
+
+ROWS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+"""Endings of files of rows, which the datasets library reads, by its names of their formats."""
+
+FEW = 100
+"""Of fewer files than this, validation and test get a stretch of the tokens, and not files."""
+
+
+def own_texts(path: str, given: Mapping[str, Any]) -> OwnData:
+    """A folder of texts, or a file, as settings; see `TextData.own_data`."""
+    # What the recipe evaluates on is not of these texts.
+    settings: dict[str, Any] = {
+        name: None for name in ("validation_source", "test_source") if given.get(name) is not None
+    }
+    whole = absolute(path)
+    if whole.is_file():
+        node, told, is_plain = _source(path, whole.parent, [whole])
+        by_position = {"split_by": "position"} if is_plain else {}
+        settings |= {"source": node, **by_position}
+        return OwnData(settings, {}, f"{told}; {_held_out(by_position)}")
+    check_folder(whole)
+    splits = named_splits(path, [entry for entry in whole.iterdir() if entry.is_dir()])
+    if "train" not in splits or len(splits) == 1:
+        splits = {"train": str(whole)}
+    parts = []
+    num_files = 0
+    for split, name in (("train", "source"), ("val", "validation_source"), ("test", "test_source")):
+        if split in splits:
+            folder = Path(splits[split])
+            files = list_files(folder, (*PLAIN, *ROWS))
+            settings[name], told, is_plain = _source(path, folder, files)
+            parts.append(told if len(splits) == 1 else f"{told} for {split}")
+            num_files = num_files or (len(files) if is_plain else FEW)
+    if num_files < FEW and "val" not in splits:
+        settings["split_by"] = "position"
+    if "val" in splits and "test" not in splits:
+        # Nothing is held out of the training texts for it.
+        settings["test_fraction"] = 0.0
+    held_out = "" if "val" in splits else f"; {_held_out(settings)}"
+    return OwnData(settings, {}, f"{'; '.join(parts)}{held_out}")
+
+
+def _source(path: str, folder: Path, files: Sequence[Path]) -> tuple[dict[str, Any], str, bool]:
+    """The node of a source of these files, them in words, and whether they are plain text."""
+    counts = Counter(file.suffix.lower() for file in files)
+    ending = next((e for e in (*PLAIN, *ROWS) if e in counts), None)
+    if ending is None:
+        raise ValueError(
+            f"--data {path}: no text in {folder} that ends in one of {', '.join((*PLAIN, *ROWS))}"
+        )
+    chosen = [file for file in files if file.suffix.lower() == ending]
+    size = sum(file.stat().st_size for file in chosen)
+    texts = "text" if len(chosen) == 1 else "texts"
+    told = f"{path} has {len(chosen):,} {texts} ({ending}, {_in_words(size)})"
+    if len(counts) > 1:
+        others = ", ".join(sorted(other for other in counts if other != ending))
+        told += f", and other files that are left out ({others})"
+    if ending in ROWS:
+        arguments: dict[str, Any] = {"name": ROWS[ending], "data_files": list(map(str, chosen))}
+        node = {"class_path": "datamodules.text.HuggingFaceText", "init_args": arguments}
+        return node, told, False
+    # A pattern knows capital letters.
+    if len(chosen) == 1:
+        pattern = glob.escape(chosen[0].relative_to(folder).as_posix())
+    else:
+        pattern = f"**/*{_any_case(ending, chosen)}"
+    arguments = {"root": str(folder), "pattern": pattern}
+    return {"class_path": "datamodules.text.TextFolder", "init_args": arguments}, told, True
+
+
+def _any_case(ending: str, files: Sequence[Path]) -> str:
+    """An ending as a pattern, in capital letters as well where some file has them."""
+    if all(file.suffix == ending for file in files):
+        return ending
+    return "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in ending)
+
+
+def _held_out(settings: dict[str, Any]) -> str:
+    by_position = settings.get("split_by") == "position"
+    return f"validation and test get {'the end' if by_position else 'a share'} of them"
+
+
+def _in_words(size: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.4g} {unit}"
+        size = size / 1024
+    raise AssertionError

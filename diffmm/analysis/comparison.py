@@ -1,0 +1,160 @@
+"""One self-contained HTML page about several runs: table, curves, attention maps.
+
+As `diffmm.analysis.report`: no script, nothing to load, light and dark follow the reader's system.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+
+from diffmm.analysis.charts import Line, line_chart
+from diffmm.analysis.exhibits import Exhibit
+from diffmm.analysis.report import draw_exhibit
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#b5569b", "#8a6d00", "#3f7fae", "#7a52c7", "#6b6b6b")
+"""Of the runs, in turn (after Okabe and Ito); beyond these, lines are dashed."""
+
+DASHES = ("", "7 4", "2 4", "10 4 2 4")
+
+WIDEST = 40
+"""Characters of a cell."""
+
+MOST_POINTS = 400
+"""Of a curve; longer ones are thinned out."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One metric of all runs that have it.
+
+    Attributes:
+        title: its name.
+        curves: by the runs' numbers, `(step, value)` in ascending order of steps.
+    """
+
+    title: str
+    curves: Mapping[int, Sequence[tuple[float, float]]]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page shows besides maps.
+
+    Attributes:
+        title: its heading.
+        tasks: what the runs' recipes say of themselves.
+        head, rows: of the table, in writing; a row per run.
+        charts: of the metrics.
+        facts: versions, for the last line.
+    """
+
+    title: str
+    tasks: Sequence[str]
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    charts: Sequence[Chart]
+    facts: str
+
+
+def render_comparison(page: Page, exhibits: Sequence[Exhibit], why_none: str) -> str:
+    """The page.
+
+    Args:
+        page: table and curves.
+        exhibits: samples with attention maps; their views are called by the runs' numbers, from 1.
+        why_none: why there are no exhibits.
+    """
+    style = files("diffmm.analysis").joinpath("report.css").read_text(encoding="utf-8")
+    tasks = "".join(f'<p class="lede">{escape(task)}</p>' for task in page.tasks)
+    charts = "".join(f'<figure class="card">{_chart(chart)}</figure>' for chart in page.charts)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(page.title)}</title>
+<style>
+{style}{_styles(len(page.rows))}</style>
+</head>
+<body>
+<header>
+<h1>{escape(page.title)}</h1>
+{tasks}</header>
+<main>
+<h2 id="results">Settings and results</h2>
+{_table(page)}
+<h2 id="curves">Curves</h2>
+<div class="charts">{charts}</div>
+<p class="quiet">Each number at a line's end is a run's, in the order of the table. The first tenth
+of the steps does not stretch the axis: lines may enter from outside.</p>
+{_maps(exhibits, why_none)}
+</main>
+<footer class="quiet"><p>{escape(page.facts)}</p></footer>
+</body>
+</html>
+"""
+
+
+def _styles(num_runs: int) -> str:
+    """The colors and dashes of the runs."""
+    rules = [
+        "body { max-width: 76rem; } table { max-width: none; }\n",
+        "td.name::before { content: '■ '; }\n",
+    ]
+    for number in range(num_runs):
+        color = COLORS[number % len(COLORS)]
+        dash = DASHES[number // len(COLORS) % len(DASHES)]
+        # The groups of maps are called by the runs' numbers, from 1.
+        rules.append(f".run{number}, [class='group {number + 1}'] {{ --c: {color}; }}\n")
+        if dash:
+            rules.append(f"svg .run{number} .line {{ stroke-dasharray: {dash}; }}\n")
+    return "".join(rules)
+
+
+def _table(page: Page) -> str:
+    heads = "".join(f"<th>{escape(name)}</th>" for name in page.head)
+    rows = "".join(
+        f'<tr><td class="name run{number}">{number + 1} {escape(row[0])}</td>'
+        f"{''.join(map(_cell, row[1:]))}</tr>"
+        for number, row in enumerate(page.rows)
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+        f"</div>"
+    )
+
+
+def _cell(text: str) -> str:
+    """A cell of the table; what is long is cut off, and whole where a pointer rests on it."""
+    if len(text) <= WIDEST:
+        return f"<td>{escape(text)}</td>"
+    return f'<td title="{escape(text)}">…{escape(text[1 - WIDEST :])}</td>'
+
+
+def _chart(chart: Chart) -> str:
+    lines = [
+        Line(f"run{number}", str(number + 1), _thinned(curve))
+        for number, curve in chart.curves.items()
+    ]
+    return line_chart(lines, title=chart.title, x_label="step", markers=False)
+
+
+def _thinned(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """A curve of at most about `MOST_POINTS`, the last among them; the rest are averaged."""
+    span = -(-len(curve) // MOST_POINTS)
+    groups = [curve[max(0, end - span) : end] for end in range(len(curve), 0, -span)][::-1]
+    return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+
+
+def _maps(exhibits: Sequence[Exhibit], why_none: str) -> str:
+    if not exhibits:
+        return f'<p class="quiet">No attention maps: {escape(why_none)}.</p>'
+    drawn = "".join(map(draw_exhibit, exhibits))
+    return (
+        '<h2 id="maps">What the last layer attends to</h2>'
+        '<p class="quiet">Samples of the validation data; a group is called by its run\'s number. '
+        "Weights are means over heads, of each run's newest checkpoint: "
+        '<span class="scale-line">negative<span class="scale"></span>positive.</span></p>'
+        f"{drawn}"
+    )

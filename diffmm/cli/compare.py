@@ -1,0 +1,183 @@
+"""`diffmm compare`: runs side by side, as a table, a CSV file or a page."""
+
+import argparse
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffmm.checkpoint_folders import write_text
+from diffmm.recipes.errors import InputError, warn
+
+if TYPE_CHECKING:
+    from diffmm.runs.summaries import Summary
+
+DESCRIPTION = """Print the settings in which runs differ, and of each the best and the last value of
+every validation metric, its parameters and its speed. A run that was resumed is one run, with one
+curve."""
+
+WIDEST = 40
+"""Characters of a cell that is printed."""
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Compare runs."""
+    parser = argparse.ArgumentParser(
+        prog="diffmm compare", allow_abbrev=False, description=DESCRIPTION
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a run's directory, or a folder of runs (a sweep)"
+    )
+    parser.add_argument(
+        "--output",
+        metavar="PAGE.html",
+        type=Path,
+        help="also write a page with the table, the curves and, where the runs' checkpoints and "
+        "data allow it, attention maps",
+    )
+    parser.add_argument("--csv", metavar="FILE.csv", type=Path, help="also write the table here")
+    options = parser.parse_args(arguments)
+    check_output(options.output, ".html")
+    check_output(options.csv, ".csv")
+    compare(options.runs, page=options.output, table=options.csv)
+    return 0
+
+
+def compare(paths: Sequence[str], *, page: Path | None = None, table: Path | None = None) -> None:
+    """Print the table of runs, and write it where asked.
+
+    Args:
+        paths: run directories, or folders of them.
+        page: the HTML file.
+        table: the CSV file.
+
+    Raises:
+        InputError: for what is no run.
+    """
+    from diffmm.runs.summaries import find_runs, summarize
+
+    runs = summarize(find_runs(paths))
+    print(text_table(runs))
+    for run in runs:
+        if not run.curves:
+            warn(f"{run.path} has logged nothing to a CSV file")
+    if table is not None:
+        write_csv(runs, table)
+        print(f"table: {table}")
+    if page is not None:
+        from diffmm.analysis.comparison import render_comparison
+        from diffmm.cli.compare_maps import exhibits_of
+
+        exhibits, why_none = exhibits_of(runs)
+        if why_none:
+            warn(f"the page has no attention maps: {why_none}")
+        write_text(page, render_comparison(page_of(runs), exhibits, why_none))
+        print(f"page: {page}")
+
+
+def check_output(path: Path | None, ending: str) -> None:
+    """Refuse a file that cannot be written, before anything is read.
+
+    Raises:
+        InputError: naming it.
+    """
+    if path is None:
+        return
+    if path.suffix.lower() != ending:
+        raise InputError(f"{path} must end in {ending}")
+    if not path.parent.is_dir():
+        raise InputError(f"there is no folder {path.parent} to write {path.name} to")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder")
+
+
+def rows_of(runs: Sequence["Summary"]) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of the table, in writing."""
+    from diffmm.runs.summaries import differing, metrics_of, short_settings, shown
+
+    settings, metrics = differing(runs), metrics_of(runs)
+    head = ["run", *short_settings(settings)]
+    for metric in metrics:
+        head += [f"{metric} best", "step", "last"]
+    units = dict.fromkeys(run.speed[0] for run in runs if run.speed)
+    head += ["steps", "parameters", *(unit.replace("_per_second", "/s") for unit in units)]
+    rows = []
+    for run in runs:
+        row = [run.name, *(shown(run, setting) for setting in settings)]
+        for metric in metrics:
+            best = run.best(metric)
+            row += (
+                [f"{best.value:.4g}", f"{best.step:,}", f"{best.last:.4g}"] if best else ["-"] * 3
+            )
+        size = run.num_parameters
+        row += [f"{run.steps:,}", "-" if size is None else f"{size:,}"]
+        row += [f"{run.speed[1]:,.0f}" if run.speed and run.speed[0] == u else "-" for u in units]
+        rows.append(row)
+    return head, rows
+
+
+def text_table(runs: Sequence["Summary"]) -> str:
+    """The table in plain text, words to the left and numbers to the right."""
+    head, rows = rows_of(runs)
+    columns = list(zip(head, *([shortened(cell) for cell in row] for row in rows), strict=True))
+    padded = []
+    for column in columns:
+        width = max(map(len, column))
+        is_number = all(cell[:1] in "-0123456789" for cell in column[1:])
+        padded.append([cell.rjust(width) if is_number else cell.ljust(width) for cell in column])
+    lines = ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
+    rule = "  ".join("─" * len(column[0]) for column in padded)
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def shortened(cell: str) -> str:
+    """A cell no wider than a table in a terminal can have it; the end of a path tells most."""
+    return cell if len(cell) <= WIDEST else f"…{cell[1 - WIDEST :]}"
+
+
+def write_csv(runs: Sequence["Summary"], path: Path) -> None:
+    """The table with whole names and numbers."""
+    from diffmm.runs.summaries import differing, metrics_of, shown
+
+    settings, metrics = differing(runs), metrics_of(runs)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    parts = [part for m in metrics for part in (f"{m} best", f"{m} best step", f"{m} last")]
+    units = dict.fromkeys(run.speed[0] for run in runs if run.speed)
+    writer.writerow(["run", *settings, *parts, "steps", "parameters", *units])
+    for run in runs:
+        row: list[Any] = [run.path, *(shown(run, setting) for setting in settings)]
+        for metric in metrics:
+            best = run.best(metric)
+            row += [best.value, best.step, best.last] if best else ["", "", ""]
+        row += [run.steps, "" if run.num_parameters is None else run.num_parameters]
+        row += [run.speed[1] if run.speed and run.speed[0] == unit else "" for unit in units]
+        writer.writerow(row)
+    write_text(path, text.getvalue())
+
+
+def page_of(runs: Sequence["Summary"]) -> Any:
+    """What the page shows besides maps."""
+    from diffmm import __version__
+    from diffmm.analysis.comparison import Chart, Page
+    from diffmm.runs.summaries import description_of, metrics_of
+
+    head, rows = rows_of(runs)
+    names = ["train/loss", *metrics_of(runs)]
+    charts = [
+        Chart(
+            name,
+            {number: run.curves[name] for number, run in enumerate(runs) if name in run.curves},
+        )
+        for name in names
+    ]
+    tasks = dict.fromkeys(filter(None, map(description_of, runs)))
+    return Page(
+        title=f"{len(runs)} runs of diffmm",
+        tasks=list(tasks),
+        head=head,
+        rows=rows,
+        charts=[chart for chart in charts if chart.curves],
+        facts=f"diffmm {__version__}. Made by diffmm compare.",
+    )

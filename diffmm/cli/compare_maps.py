@@ -1,0 +1,112 @@
+"""Attention maps of several runs, where their checkpoints and data allow them."""
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffmm.analysis.exhibits import Exhibit
+    from diffmm.runs.summaries import Summary
+
+MOST_RUNS = 6
+"""More models are not shown."""
+NUM_CLASSES = 3
+"""Of each of so many classes, one sample is shown."""
+NUM_BATCHES = 20
+"""Samples are looked for in so many."""
+NUM_TOKENS = 128
+OWN_TO_A_RUN = ("data.seed", "data.batch_size", "data.num_workers")
+"""Settings of the data that do not change what a sample is."""
+
+
+def exhibits_of(runs: Sequence["Summary"]) -> "tuple[list[Exhibit], str]":
+    """Samples with the maps of all runs, by the runs' numbers from 1, or why there are none."""
+    if len(runs) > MOST_RUNS:
+        return [], f"they are drawn for up to {MOST_RUNS} runs"
+    data_settings = [
+        {
+            name: value
+            for name, value in run.resolved.items()
+            if name.startswith("data.") and name not in OWN_TO_A_RUN
+        }
+        for run in runs
+    ]
+    if any(settings != data_settings[0] for settings in data_settings):
+        return [], "the runs have different data"
+    from diffmm.models.weights import load_model
+
+    try:
+        models = {str(n): load_model(run.path) for n, run in enumerate(runs, start=1)}
+        return _exhibits(models, _data(runs[0])), ""
+    except (ValueError, OSError) as error:
+        return [], " ".join(str(error).split()).rstrip(".")
+
+
+def _data(run: "Summary") -> Any:
+    """The data of a run, ready for validation.
+
+    Raises:
+        ValueError, OSError: if they are not there, or are somebody's own code.
+    """
+    from diffmm.recipes.mistakes import find_mistakes, make_data
+
+    values = {**run.values, "run_dir": str(run.path)}
+    if mistakes := find_mistakes(values, trust=False).mistakes:
+        raise ValueError(mistakes[0])
+    data: Any = make_data(values, trust=False)
+    data.num_workers = 0
+    data.setup("validate")
+    return data
+
+
+def _exhibits(models: Mapping[str, Any], data: Any) -> "list[Exhibit]":
+    """What the models attend to in some samples of the validation data."""
+    from diffmm.analysis.exhibits import Exhibit, image_exhibit, sound_exhibit, text_exhibit
+    from diffmm.models import AudioModel, ImageModel, TextModel
+
+    kinds = {type(model) for model in models.values()}
+    if len(kinds) > 1:
+        raise ValueError("the runs have models of different kinds")
+    (kind,) = kinds
+    batches = islice(iter(data.val_dataloader()), NUM_BATCHES)
+    if kind is TextModel:
+        if not all(model.config.causal for model in models.values()):
+            raise ValueError("they are drawn for causal text models")
+        tokens = next(batches)["tokens"][0][: NUM_TOKENS + 1]
+        pieces: Any = _Pieces(data.tokenizer)
+        return [text_exhibit(models, tokens[:-1], int(tokens[-1]), pieces)]
+    if kind not in (ImageModel, AudioModel) or not all(m.num_classes for m in models.values()):
+        raise ValueError(f"they are drawn for classifiers and decoders, not for {kind.__name__}")
+    names = data.class_names
+    shown: list[Exhibit] = []
+    for batch, i, label in _firsts(batches):
+        if kind is ImageModel:
+            shown.append(image_exhibit(models, batch["images"][i], label, names))
+        else:
+            waveform = batch["waveforms"][i, : batch["num_samples"][i]]
+            shown.append(sound_exhibit(models, waveform, label, names))
+    return shown
+
+
+def _firsts(batches: Any) -> list[tuple[Any, int, int]]:
+    """The first sample of each of the first classes met: its batch, its row, its class."""
+    found: dict[int, tuple[Any, int, int]] = {}
+    for batch in batches:
+        if batch["labels"].dim() > 1:
+            raise ValueError("they are drawn for one class per sample")
+        for i, label in enumerate(batch["labels"].tolist()):
+            found.setdefault(label, (batch, i, label))
+        if len(found) >= NUM_CLASSES:
+            break
+    return [found[label] for label in sorted(found)[:NUM_CLASSES]]
+
+
+class _Pieces:
+    """How every token is written."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __getitem__(self, token: Any) -> str:
+        text: str = self.tokenizer.decode([int(token)])
+        return text if text.isprintable() or text in ("\n", "\t") else "·"

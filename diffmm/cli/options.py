@@ -1,0 +1,118 @@
+"""What several verbs take and print: a user's own data, help, the complete recipe."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.errors import InputError
+from diffmm.recipes.settings import load
+from diffmm.runs.claims import is_first_process
+
+RUN_DIR = "<the run's directory>"
+"""Stands for it while references are resolved before there is one."""
+
+
+def add_data_option(parser: argparse.ArgumentParser) -> None:
+    """`--data`, for the verbs that take a user's own data."""
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="train on this in place of the recipe's data: a folder with a folder per class (or "
+        "such folders in train and val), a CSV file of files and labels, or texts; the number of "
+        "classes and what else follows from the data is set and printed, and settings given here "
+        "win",
+    )
+
+
+def recipe_values(
+    paths: Sequence[Path],
+    overrides: Sequence[str],
+    data: str | None,
+    *,
+    inputs_may_change: bool,
+    trust: bool = True,
+    aside: bool = False,
+) -> dict[str, Any]:
+    """The values of recipes with overrides, on the user's own data if there are some: then what was
+    found in them is printed. See `diffmm.recipes.own_data.on_own_data`.
+
+    Args:
+        paths, overrides, inputs_may_change, trust: as there.
+        data: where the user's own data are.
+        aside: print to stderr, since stdout is for a recipe.
+    """
+    if data is None:
+        return load(paths, overrides)
+    from diffmm.recipes.own_data import on_own_data
+
+    own = on_own_data(paths, overrides, data, inputs_may_change=inputs_may_change, trust=trust)
+    if is_first_process():
+        stream = sys.stderr if aside else sys.stdout
+        print("\n".join(f"data: {line}" for line in own.lines), file=stream, flush=True)
+    return own.values
+
+
+def wants_help(options: argparse.Namespace, overrides: Sequence[str]) -> bool:
+    """Whether help is asked for: of the verb, or of a class (`--model.help CLASS`)."""
+    return options.help or any(key.partition("=")[0].endswith(".help") for key in overrides)
+
+
+def print_help(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, overrides: Sequence[str]
+) -> int:
+    """The help of a verb and of the settings of its recipe, or of all settings, or of a class."""
+    from diffmm.recipes.trainer import print_settings
+
+    if not options.help:
+        print_settings(overrides)
+        return 0
+    if not options.config:
+        parser.print_help()
+        print()
+        print_settings(["--help"])
+        return 0
+    from diffmm.recipes.explanation import explain
+
+    paths = [find_recipe(name) for name in options.config]
+    parser.epilog = None
+    parser.print_help()
+    print(f"\nsettings of {', '.join(options.config)} (${{...}}: follows that setting):")
+    print(explain(paths, load(paths, overrides)))
+    print(
+        f"\nMore can be set than the recipe does: {parser.prog} --help lists all settings, and "
+        f"--model.help CLASS those of a class."
+    )
+    return 0
+
+
+def printed(values: dict[str, Any], form: str) -> dict[str, Any]:
+    """The values of a recipe as `--print_config` shows them: `written`, or `resolved`, which is the
+    same recipe without variables. Where its run is kept stays a reference.
+
+    Raises:
+        InputError: where references are to be resolved, for each that is broken.
+    """
+    if form == "written":
+        return values
+    from diffmm.recipes.references import resolve
+
+    resolved, mistakes = resolve({**values, "run_dir": RUN_DIR})
+    if mistakes:
+        raise InputError(*mistakes)
+    return {
+        key: _with_reference(value)
+        for key, value in resolved.items()
+        if key not in ("run_dir", "vars")
+    }
+
+
+def _with_reference(value: Any) -> Any:
+    """A tree with the reference in place of what stands for it."""
+    if isinstance(value, dict):
+        return {key: _with_reference(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_reference(item) for item in value]
+    return value.replace(RUN_DIR, "${run_dir}") if isinstance(value, str) else value

@@ -1,0 +1,205 @@
+"""`diffmm sweep`: a recipe under all combinations of some settings, one run after the other."""
+
+import argparse
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffmm.checkpoint_folders import write_text
+from diffmm.cli.options import add_data_option
+from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.errors import InputError, warn
+from diffmm.recipes.settings import load, split_overrides
+from diffmm.runs.directories import RUNS, run_name
+from diffmm.runs.sweeps import (
+    Combination,
+    combinations,
+    is_finished,
+    note,
+    read_record,
+    sweep_name,
+)
+
+DESCRIPTION = """Train a recipe under every combination of the settings that have several values,
+one run after the other, each in a folder of its own under one folder, and print them side by side
+at the end (see diffmm compare). The same command again passes over runs that are finished and goes
+on with those that were interrupted. A run that fails is told, and the others go on; the exit code
+is then 1."""
+
+EPILOG = """Everything else is a setting of the recipe; its values are divided by commas. Commas
+inside of brackets, braces or quotes divide nothing: --data.transform.scale [0.2,1.0],[0.5,1.0] is
+two lists, and --data.source.pattern "'a,b.txt'" one text. Example: diffmm sweep --config
+image/digits_tiny --vars.seed 0,1,2 --vars.attention softmax,diff_v1"""
+
+STOPPED = (130, 143)
+"""Exit codes of a run that a signal has stopped."""
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Train, or write the script that does."""
+    parser = argparse.ArgumentParser(
+        prog="diffmm sweep", allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG
+    )
+    parser.add_argument(
+        "-c",
+        "--config",
+        action="append",
+        metavar="RECIPE",
+        required=True,
+        help="a recipe's file or name; of several, later ones win",
+    )
+    add_data_option(parser)
+    parser.add_argument(
+        "--name", help="of the sweep, in place of what it varies: runs/RECIPE/NAME/RUN"
+    )
+    parser.add_argument("--sweep_dir", metavar="DIR", help="in place of runs/RECIPE/NAME")
+    parser.add_argument(
+        "--slurm",
+        metavar="FILE",
+        type=Path,
+        help="train nothing, but write a script that trains each run as a task of a SLURM array "
+        "(sbatch FILE; sbatch --gpus=1 --time=4:00:00 FILE)",
+    )
+    options, overrides = parser.parse_known_args(arguments)
+    paths = [find_recipe(name) for name in options.config]
+    pairs = split_overrides(overrides)
+    runs = combinations(pairs)
+    for one in runs:
+        load(paths, one.arguments)  # what cannot be set is told before anything is trained
+    name = options.name or sweep_name(pairs)
+    folder = Path(options.sweep_dir or RUNS / run_name(options.config[-1]) / name)
+    commands = [command(options.config, options.data, folder, one) for one in runs]
+    if options.slurm is not None:
+        return write_script(options.slurm, folder, commands, arguments)
+    return sweep(folder, runs, commands, paths, options.data)
+
+
+def command(recipes: Sequence[str], data: str | None, folder: Path, one: Combination) -> list[str]:
+    """What trains one run of a sweep, or goes on with it."""
+    configs = [part for recipe in recipes for part in ("--config", recipe)]
+    own = [] if data is None else ["--data", data]
+    place = ["--run_dir", str(folder / one.name), "--resume", "auto"]
+    return ["fit", *configs, *own, *place, *one.arguments]
+
+
+def sweep(
+    folder: Path,
+    runs: Sequence[Combination],
+    commands: Sequence[Sequence[str]],
+    recipes: Sequence[Path],
+    data: str | None,
+) -> int:
+    """Train the runs that are not finished, one after the other, and compare all.
+
+    Returns:
+        0, or 1 if a run has failed, or what a run returned that a signal has stopped.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for number, (one, arguments) in enumerate(zip(runs, commands, strict=True), start=1):
+        where = f"[{number}/{len(runs)}] {one.name}"
+        if is_finished(
+            folder / one.name, values_of(recipes, one, data), read_record(folder).get(one.name)
+        ):
+            print(f"{where}: finished already", flush=True)
+            continue
+        print(where, flush=True)
+        code = launch(arguments)
+        if code in STOPPED:
+            print(f"{where}: stopped; the same command goes on with it")
+            return code
+        note(folder, one.name, code)
+        if code:
+            failed.append(one.name)
+            warn(f"{where} has failed with exit code {code}; the others go on")
+    compare_runs(folder, runs)
+    for name in failed:
+        warn(f"failed: {name}")
+    return 1 if failed else 0
+
+
+def values_of(recipes: Sequence[Path], one: Combination, data: str | None) -> dict[str, Any]:
+    """The values that a run's config has."""
+    if data is None:
+        return load(recipes, one.arguments)
+    from diffmm.recipes.own_data import on_own_data
+
+    return on_own_data(recipes, one.arguments, data, inputs_may_change=True).values
+
+
+def launch(arguments: Sequence[str]) -> int:
+    """Run `diffmm` in a process of its own, in this one's group, and return its exit code.
+
+    A signal that stops this process is passed on, and waits until the run has saved.
+    """
+    process = subprocess.Popen([sys.executable, "-m", "diffmm.cli", *arguments])
+    try:
+        code = process.wait()
+    except BaseException as end:
+        # A Ctrl-C has reached the run as well.
+        if not isinstance(end, KeyboardInterrupt):
+            process.send_signal(signal.SIGTERM)
+        process.wait()
+        raise
+    return 128 - code if code < 0 else code
+
+
+def compare_runs(folder: Path, runs: Sequence[Combination]) -> None:
+    """Print the table of the runs that there are."""
+    from diffmm.cli.compare import compare
+    from diffmm.runs.directories import CONFIG_NAME
+
+    there = [folder / one.name for one in runs if (folder / one.name / CONFIG_NAME).is_file()]
+    if there:
+        print()
+        compare([str(run) for run in there])
+
+
+def write_script(
+    path: Path, folder: Path, commands: Sequence[Sequence[str]], arguments: Sequence[str]
+) -> int:
+    """Write the script of a SLURM array, a task per run.
+
+    Raises:
+        InputError: if there is such a file, or no folder for it.
+    """
+    if path.exists():
+        raise InputError(f"{path} exists already: choose another --slurm")
+    if not path.parent.is_dir():
+        raise InputError(f"there is no folder {path.parent} to write {path.name} to")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, script(folder, commands, arguments))
+    print(f"{path} trains {len(commands)} runs in {folder}: sbatch {shlex.quote(str(path))}")
+    print(f"Afterwards: diffmm compare {shlex.quote(str(folder))}")
+    return 0
+
+
+def script(folder: Path, commands: Sequence[Sequence[str]], arguments: Sequence[str]) -> str:
+    """The text of a SLURM array's script."""
+    python = shlex.quote(sys.executable)
+    written = " ".join(shlex.join(arguments).split())
+    tasks = "".join(
+        f"    {number}) exec srun {python} -m diffmm.cli {shlex.join(task)} ;;\n"
+        for number, task in enumerate(commands)
+    )
+    return f"""#!/usr/bin/env bash
+# Written by: diffmm sweep {written}
+#
+# A task that is stopped saves; put back into the queue, it goes on where it was.
+#
+#SBATCH --job-name=diffmm_sweep
+#SBATCH --array=0-{len(commands) - 1}
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output={folder}/slurm_%A_%a.log
+#SBATCH --signal=USR1@120
+set -euo pipefail
+cd {shlex.quote(str(Path.cwd()))}
+case "$SLURM_ARRAY_TASK_ID" in
+{tasks}    *) echo "this array has tasks 0 to {len(commands) - 1}" >&2; exit 2 ;;
+esac
+"""

@@ -1,0 +1,163 @@
+"""A recipe under all combinations of some settings: what the runs are, and which are done."""
+
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffmm.checkpoint_folders import write_text
+from diffmm.recipes.errors import InputError
+from diffmm.recipes.lengths import step_of
+from diffmm.recipes.references import resolve
+from diffmm.recipes.settings import load_file
+from diffmm.runs.directories import CONFIG_NAME, find_run
+from diffmm.runs.summaries import short_settings
+
+RECORD_NAME = "sweep.json"
+"""In the folder of a sweep: which runs have ended by themselves."""
+
+LONGEST_NAME = 120
+
+CLOSING = {"[": "]", "{": "}", "(": ")"}
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One run of a sweep.
+
+    Attributes:
+        name: of its folder: `seed=0,attention=softmax`.
+        settings: all that the command line sets, in its order: keys, and values as written.
+    """
+
+    name: str
+    settings: list[tuple[str, str]]
+
+    @property
+    def arguments(self) -> list[str]:
+        """The settings as `diffmm fit` takes them."""
+        return [f"--{key}={text}" for key, text in self.settings]
+
+
+def split_values(text: str) -> list[str]:
+    """The values that commas divide, outside of brackets, braces and quotes.
+
+    `0,1,2` is three values; `[0.2,1.0],[0.5,1.0]` is two lists, `"a,b"` one text with a comma, and
+    `[0.2,1.0]` one list, under which nothing is varied.
+    """
+    values, start, closing = [], 0, ""
+    quote = ""
+    for place, letter in enumerate(text):
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "\"'" and not text[start:place].strip():
+            quote = letter
+        elif letter in CLOSING:
+            closing += CLOSING[letter]
+        elif closing and letter == closing[-1]:
+            closing = closing[:-1]
+        elif letter == "," and not closing:
+            values.append(text[start:place].strip())
+            start = place + 1
+    return [*values, text[start:].strip()]
+
+
+def combinations(pairs: Sequence[tuple[str, str]]) -> list[Combination]:
+    """The product of all values, the last setting varying fastest.
+
+    Args:
+        pairs: keys and values as written, several values divided by commas.
+
+    Raises:
+        InputError: where nothing is varied, or a value is missing or there twice.
+    """
+    choices = [(key, split_values(text)) for key, text in pairs]
+    varied = [key for key, values in choices if len(values) > 1]
+    if not varied:
+        raise InputError(
+            "diffmm sweep needs a setting with several values, divided by commas: "
+            "--vars.seed 0,1,2 (for one run: diffmm fit)"
+        )
+    for key, values in choices:
+        for value in values:
+            if len(values) > 1 and not value:
+                raise InputError(
+                    f"--{key} {','.join(values)} has an empty value: '' in quotes is one"
+                )
+            if values.count(value) > 1:
+                raise InputError(f"--{key} has the value {value} twice")
+    if len({key for key, _ in choices}) < len(choices):
+        raise InputError("a setting is given twice: give its values once, divided by commas")
+    found: dict[str, Combination] = {}
+    for chosen in itertools.product(*(values for _, values in choices)):
+        settings = [(key, value) for (key, _), value in zip(choices, chosen, strict=True)]
+        name = _name([(key, value) for key, value in settings if key in varied])
+        while name in found:
+            name += "_"
+        found[name] = Combination(name, settings)
+    return list(found.values())
+
+
+def sweep_name(pairs: Sequence[tuple[str, str]]) -> str:
+    """What a sweep is called by what it varies: `sweep_seed_attention`."""
+    varied = [key for key, text in pairs if len(split_values(text)) > 1]
+    return "_".join(["sweep", *(re.sub(r"[^\w.-]", "_", key) for key in short_settings(varied))])
+
+
+def _name(settings: Sequence[tuple[str, str]]) -> str:
+    """A folder's name for what is varied, without letters that shells or systems take otherwise:
+    `scale=0.2-1.0` for `[0.2,1.0]`."""
+    keys = short_settings([key for key, _ in settings])
+    text = ",".join(f"{key}={value}" for key, (_, value) in zip(keys, settings, strict=True))
+    plain = [re.sub(r"[\[\]{}\"' ]", "", value).replace(",", "-") for _, value in settings]
+    name = ",".join(f"{key}={value}" for key, value in zip(keys, plain, strict=True))
+    safe = re.sub(r"[^\w.=,+-]", "_", name)
+    if safe != name or len(safe) > LONGEST_NAME:
+        # What is replaced or cut off still tells two runs apart, whatever else is varied.
+        safe = f"{safe[:LONGEST_NAME]}_{zlib.crc32(text.encode()):08x}"
+    return safe
+
+
+def read_record(folder: Path) -> dict[str, int]:
+    """The exit codes of a sweep's runs that have ended, by name; none where there is no record."""
+    try:
+        record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / RECORD_NAME} cannot be read: {error}") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{folder / RECORD_NAME} is no record of a sweep")
+    return {name: code for name, code in record.items() if isinstance(code, int)}
+
+
+def note(folder: Path, name: str, code: int) -> None:
+    """Record how a run has ended."""
+    record = {**read_record(folder), name: code}
+    write_text(folder / RECORD_NAME, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def is_finished(run: Path, values: dict[str, Any], code: int | None) -> bool:
+    """Whether nothing is left to do for a run.
+
+    Args:
+        run: its directory.
+        values: of its recipe, as they are now: a run of others is not this one.
+        code: that it ended with, if it is known to have ended.
+    """
+    if not (run / CONFIG_NAME).is_file() or load_file(run / CONFIG_NAME) != values:
+        return False
+    trainer = resolve({**values, "run_dir": str(run)})[0].get("trainer") or {}
+    max_steps = trainer.get("max_steps")
+    if isinstance(max_steps, int) and max_steps > 0:
+        try:
+            if step_of(find_run(str(run))[1]) >= max_steps:
+                return True
+        except InputError:
+            return False
+    # Epochs are over, or a callback has ended it; what stops for its time goes on.
+    return code == 0 and trainer.get("max_time") is None

@@ -1,0 +1,357 @@
+"""`--data PATH`: a recipe on the user's own folder or table."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+from PIL import Image
+
+from datamodules.image.own_data import OWN_TRANSFORM
+from datamodules.image.transform import ImageTransform
+from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.errors import InputError
+from diffmm.recipes.own_data import on_own_data
+from diffmm.recipes.references import resolve
+from diffmm.recipes.trainer import RecipeCLI
+
+SPLITS = ("train", "val", "test")
+SMALL = ("--vars.image_size", "8", "--data.batch_size", "4")
+QUICK = (
+    *("--trainer.max_steps", "2", "--trainer.val_check_interval", "1"),
+    *("--trainer.num_sanity_val_steps", "0", "--trainer.enable_model_summary", "false"),
+    *("--trainer.log_every_n_steps", "1"),
+)
+
+
+def write_images(folder, count, *, gray=False, size=(12, 10)):
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(len(folder.name))
+    for number in range(count):
+        pixels = rng.integers(0, 256, size if gray else (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"bild {number}.png")
+
+
+def write_sounds(folder, count, rate_hz):
+    folder.mkdir(parents=True)
+    for number in range(count):
+        tone = np.sin(np.arange(rate_hz // 4) * (number + 1) / 20)
+        soundfile.write(folder / f"{number}.wav", 0.5 * tone, rate_hz)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for name in ("Käse & Brot", "hund", "it's"):
+        write_images(tmp_path / "photos" / name, 10)
+    (tmp_path / "photos" / ".thumbnails").mkdir()
+    return tmp_path / "photos"
+
+
+def own(recipe, path, *overrides, inputs_may_change=True):
+    """The resolved values, and what is told."""
+    found = on_own_data(
+        [find_recipe(recipe)], overrides, str(path), inputs_may_change=inputs_may_change
+    )
+    values, mistakes = resolve({**found.values, "run_dir": "runs"})
+    assert not mistakes
+    return values, found.lines
+
+
+def source(values):
+    return values["data"]["init_args"]["source"]
+
+
+def model_config(values):
+    return values["model"]["init_args"]["model"]["init_args"]["config"]
+
+
+def test_a_folder_of_classes_trains_and_the_run_needs_no_data_option(run, photos):
+    command = ("fit", "--config", "image/digits_tiny", "--data", photos, "--name", "a")
+    result = run(*command, *QUICK, *SMALL)
+    assert result.code == 0, result.err
+    first, second = (line for line in result.out.splitlines() if line.startswith("data: "))
+    assert first == (
+        f"data: {photos} has 30 images of 3 classes (Käse & Brot, hund, it's): 27 for training, "
+        f"3 held out for validation; color, 10 x 12 pixels"
+    )
+    assert "model.model.config.num_classes 3" in second
+    assert "batch_size" not in second
+    saved = yaml.safe_load(Path("runs/image/digits_tiny/a/config.yaml").read_text("utf-8"))
+    assert model_config(saved)["num_classes"] == 3
+    assert model_config(saved)["in_channels"] == 3
+    assert saved["data"]["init_args"]["batch_size"] == 4
+    assert source(saved)["init_args"] == {"train": str(photos)}
+    longer = ("--trainer.max_steps", "4")
+    assert run("fit", "--resume", "runs/image/digits_tiny/a", *longer).code == 0
+    config = "runs/image/digits_tiny/a/config.yaml"
+    result = run("validate", "--config", config, "--weights", "runs/image/digits_tiny/a")
+    assert result.code == 0, result.err
+
+
+def test_the_same_command_goes_on_with_its_run(run, photos):
+    command = ("fit", "--config", "image/digits_tiny", "--data", photos, "--resume", "auto")
+    for _ in range(2):
+        assert run(*command, *QUICK, *SMALL).code == 0
+    assert len(list(Path("runs/image/digits_tiny").iterdir())) == 1
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("train", "validation", "test")])
+def test_folders_of_splits(tmp_path, names):
+    for name in names:
+        for label in ("a", "b"):
+            write_images(tmp_path / name / label, 2, gray=True)
+    (tmp_path / "annotations").mkdir()
+    values, lines = own("image/finetune", tmp_path)
+    splits = dict(
+        zip(("train", "val", "test"), (str(tmp_path / name) for name in names), strict=False)
+    )
+    assert source(values)["init_args"] == {**splits, "val_fraction": 0.1}
+    assert values["vars"]["num_classes"] == 2
+    assert values["vars"]["channels"] == model_config(values)["in_channels"] == 1
+    assert values["data"]["init_args"]["batch_size"] == 4
+    assert "4 for training, 4 for validation" in lines[0]
+    assert ("4 for testing" in lines[0]) == ("test" in names)
+    # Weights are for the channels that the recipe says.
+    values, _ = own("image/finetune", tmp_path, inputs_may_change=False)
+    assert values["vars"]["channels"] == 3
+
+
+def test_data_may_lie_in_a_hidden_folder(tmp_path):
+    for name in ("a", "b"):
+        write_images(tmp_path / ".cache" / "photos" / name, 10)
+    _, lines = own("image/digits_tiny", tmp_path / ".cache" / "photos")
+    assert "2 classes (a, b)" in lines[0]
+
+
+def test_a_class_that_is_called_train_is_one(tmp_path):
+    for name in ("train", "plane"):
+        write_images(tmp_path / name, 10)
+    values, lines = own("image/digits_tiny", tmp_path)
+    assert source(values)["init_args"] == {"train": str(tmp_path)}
+    assert "2 classes (plane, train)" in lines[0]
+
+
+def test_a_table_by_the_names_of_its_columns(photos):
+    table = photos.parent / "photos.csv"
+    rows = [
+        f"photos/hund/bild {n}.png,{'ab'[n % 2]},{'train' if n < 6 else 'dev'}" for n in range(10)
+    ]
+    table.write_text("\n".join(["Image,Class,Set", *rows]) + "\n", "utf-8")
+    values, lines = own("image/finetune", table)
+    assert source(values)["class_path"] == "datamodules.image.ImageTable"
+    assert source(values)["init_args"] == {
+        "train": str(table),
+        "file_column": "Image",
+        "label_column": "Class",
+        "split_column": "Set",
+        "val_fraction": 0.1,
+    }
+    assert "10 images of 2 classes (a, b): 6 for training, 4 for validation" in lines[0]
+
+
+def test_settings_of_the_command_line_win(photos):
+    given = ("--vars.num_classes", "7", "--data.source.val_fraction", "0.3")
+    values, lines = own("image/finetune", photos, *given)
+    assert model_config(values)["num_classes"] == 7
+    assert "vars.num_classes 7 (as given; the data have 3)" in lines[1]
+    assert "21 for training, 9 held out" in lines[0]
+    assert source(values)["init_args"]["val_fraction"] == 0.3
+
+
+def test_nothing_is_mirrored_unless_the_recipe_says_so(photos):
+    values, _ = own("image/digits_tiny", photos)
+    assert ImageTransform(**values["data"]["init_args"]["transform"]) == ImageTransform(
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in vars(OWN_TRANSFORM).items()}
+    )
+    assert OWN_TRANSFORM.hflip == 0.0
+    shipped = yaml.safe_load(find_recipe("image/finetune").read_text())
+    transform = shipped["data"]["init_args"]["transform"]
+    assert transform == values["data"]["init_args"]["transform"]
+    # Another recipe's own transform stays.
+    values, _ = own("image/cifar10", photos)
+    assert values["data"]["init_args"]["transform"]["hflip"] == 0.5
+
+
+def test_what_the_recipe_calls_timms_default_is_that():
+    lines = find_recipe("image/finetune").read_text().splitlines()
+    said = [line.split(":")[0].strip() for line in lines if "# timm's default" in line]
+    said.remove("color_jitter")  # which says another number
+    assert len(said) == 8
+    for training in (True, False):
+        without = ImageTransform(
+            **{k: v for k, v in OWN_TRANSFORM.given().items() if k not in said}
+        )
+        builds = [
+            t.build(ImageTransform(), (32, 32), 3, training=training)
+            for t in (OWN_TRANSFORM, without)
+        ]
+        assert str(builds[0]) == str(builds[1])
+
+
+@pytest.mark.parametrize(
+    ("rate_hz", "may_change", "rate_of_model", "resample"),
+    [
+        (8000, True, 8000, True),
+        (8000, False, 16000, True),
+        (44100, True, 16000, True),
+        (4000, True, 16000, True),
+    ],
+)
+def test_sounds_and_their_sample_rate(tmp_path, rate_hz, may_change, rate_of_model, resample):
+    for name in ("a", "b"):
+        write_sounds(tmp_path / name, 10, rate_hz)
+    recipe = [find_recipe("audio/finetune")]
+    unresolved, lines = on_own_data(recipe, (), str(tmp_path), inputs_may_change=may_change)
+    values, _ = resolve({**unresolved, "run_dir": "runs"})
+    assert model_config(values)["sample_rate_hz"] == rate_of_model
+    assert values["data"]["init_args"]["sample_rate_hz"] == rate_of_model
+    assert values["data"]["init_args"]["resample"] is resample
+    assert f"{rate_hz:,} Hz, 0.25 to 0.25 s" in lines[0]
+    RecipeCLI({**unresolved, "run_dir": "runs"}, build=False)
+
+
+def test_sounds_of_another_rate_are_resampled_in_a_recipe_that_refused_them(run, tmp_path):
+    for name in ("a", "b"):
+        write_sounds(tmp_path / "sounds" / name, 10, 11025)
+    data = tmp_path / "sounds"
+    command = ("fit", "--config", "audio/sound_events_tiny", "--data", data, "--name", "a")
+    result = run(*command, *QUICK, "--data.batch_size", "4")
+    assert result.code == 0, result.err
+    assert "data: set: data.resample True" in result.out
+
+
+def test_texts(run, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(3):
+        (texts / f"größe {number}.TXT").write_text(f"Text number {number}. " * 60)
+    (texts / "notes.md").write_text("left out")
+    command = ("fit", "--config", "text/stdlib_tiny", "--data", texts, "--name", "a", *QUICK)
+    result = run(*command, "--vars.sequence_length", "16", "--data.batch_size", "2")
+    assert result.code == 0, result.err
+    assert f"data: {texts} has 3 texts (.txt, 2.637 KiB), and other files" in result.out
+    values, _ = own("text/finetune", texts)
+    assert source(values)["init_args"] == {"root": str(texts), "pattern": "**/*.[tT][xX][tT]"}
+    assert values["data"]["init_args"]["split_by"] == "position"
+    values, _ = own("text/finetune", texts / "größe 1.TXT")
+    assert source(values)["init_args"] == {"root": str(texts), "pattern": "größe 1.TXT"}
+
+
+def test_texts_in_rows_and_in_splits(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        rows = [json.dumps({"text": f"row {n}"}) for n in range(4)]
+        (tmp_path / split / "a.jsonl").write_text("\n".join(rows))
+    values, lines = own("text/finetune", tmp_path)
+    arguments = values["data"]["init_args"]
+    assert arguments["source"]["class_path"] == "datamodules.text.HuggingFaceText"
+    assert arguments["validation_source"]["init_args"] == {
+        "name": "json",
+        "data_files": [str(tmp_path / "val" / "a.jsonl")],
+    }
+    assert arguments["test_fraction"] == 0.0
+    assert "split_by" not in arguments
+    assert "for train" in lines[0]
+
+
+def odd(kind, folder):
+    """Make what `kind` says, and give the path of it."""
+    if kind == "one class":
+        write_images(folder / "cats", 20)
+    elif kind == "empty class":
+        write_images(folder / "cats", 20)
+        (folder / "dogs").mkdir()
+    elif kind == "no folders":
+        write_images(folder / "photos", 2)
+        return folder / "photos"
+    elif kind == "class in val alone":
+        for name in ("train/a", "train/b", "val/a", "val/b", "val/c"):
+            write_images(folder / name, 2)
+    elif kind == "val twice":
+        for name in ("train/a", "val/a", "valid/a"):
+            write_images(folder / name, 2)
+    elif kind == "one file":
+        write_images(folder / "photos", 1)
+        return folder / "photos" / "bild 0.png"
+    elif kind == "semicolons":
+        (folder / "a.csv").write_text("file;label\na.png;b\n")
+        return folder / "a.csv"
+    elif kind == "a reference":
+        folder = folder / "${vars.seed}"
+        write_images(folder / "a", 2)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("one class", "has 20 images of 1 class (cats)"),
+        ("empty class", "dogs has no files of .jpg"),
+        ("no folders", "has 2 images but no folders: sort them into a folder per class, or"),
+        ("class in val alone", "has classes that"),
+        ("val twice", "has both val and valid: rename one of them"),
+        ("one file", "is one file: give a folder with a folder of images per class, or a CSV"),
+        ("semicolons", "needs a column 'file' (or path, filename"),
+        ("a reference", "its name holds ${, which means a reference"),
+        ("nothing", "has no folders and no images"),
+    ],
+)
+def test_odd_data_are_refused_in_one_line_and_nothing_is_left(run, tmp_path, kind, message):
+    path = tmp_path / "own"
+    path.mkdir()
+    result = run("fit", "--config", "image/digits_tiny", "--data", odd(kind, path))
+    assert result.code == 2
+    (mistake,) = result.mistakes
+    assert message in mistake
+    assert not list(Path().iterdir())
+
+
+def test_what_takes_no_data(run, photos):
+    result = run("fit", "--config", "image/digits_tiny", "--data", "datamodules.ImageData")
+    assert "there is no such file or folder (another class of data is --data.class_path)" in str(
+        result.mistakes
+    )
+    result = run("fit", "--resume", "runs/a", "--data", photos)
+    assert "it takes no recipe, data or name" in result.mistakes[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["image/imagenet_vit_s", "image/imagenet_mae", "audio/speech_commands", "text/wikitext103"],
+)
+def test_nothing_of_the_recipes_own_data_is_left(name, tmp_path):
+    kind = name.partition("/")[0]
+    for label in ("a", "b"):
+        if kind == "image":
+            write_images(tmp_path / label, 10)
+        elif kind == "audio":
+            write_sounds(tmp_path / label, 10, 16000)
+        else:
+            (tmp_path / f"{label}.txt").write_text("A text. " * 50)
+    found = on_own_data([find_recipe(name)], (), str(tmp_path), inputs_may_change=True)
+    text = yaml.safe_dump(found.values["data"])
+    assert "imagenet" not in text
+    assert "class_path: datamodules.audio.SpeechCommands" not in text
+    assert "wikitext" not in text
+    assert "imagenet" not in found.values["vars"]
+    RecipeCLI({**found.values, "run_dir": "runs"}, build=False)
+    if kind == "text":
+        arguments = found.values["data"]["init_args"]
+        assert arguments["validation_source"] is None
+        assert arguments["split_by"] == "position"
+
+
+def test_several_labels_per_sample(tmp_path):
+    for label in ("a", "b"):
+        write_sounds(tmp_path / "sounds" / label, 5, 16000)
+    given = ("--data.source.val_fraction", "0.3")
+    with pytest.raises(InputError, match="multi_label=False, but the recipe's model has True"):
+        own("audio/audioset_ast", tmp_path / "sounds", *given)
+    table = tmp_path / "a.csv"
+    table.write_text("file,label\n" + "sounds/a/0.wav,x;y\n" * 3 + "sounds/b/0.wav,y\n" * 7)
+    values, lines = own("audio/audioset_ast", table, *given)
+    assert source(values)["init_args"]["multi_label"] is True
+    assert source(values)["init_args"]["file_column"] == "file"
+    assert "2 classes (x, y)" in lines[0]
