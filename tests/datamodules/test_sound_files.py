@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from datamodules import audio_clips
+from datamodules.audio import clips as audio_clips
 from datamodules.audio.clips import FileClips
 from datamodules.audio.data import AudioData
 from datamodules.audio.reader import ClipReader
