@@ -154,7 +154,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return known[0] if known else self.eos_id
 
     @cached_property
-    def definition(self) -> str:  # type: ignore[override]
+    def definition(self) -> str:
         return self._inner.to_str()
 
     @cached_property

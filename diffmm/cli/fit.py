@@ -15,7 +15,7 @@ from diffmm.recipes.lengths import Longer, lengthened, outlook, step_of
 from diffmm.recipes.settings import load, override
 from diffmm.recipes.trust import add_trust_option
 from diffmm.runs.claims import claimed
-from diffmm.runs.directories import find_run, new_run, same_run, saved_config
+from diffmm.runs.directories import find_run, new_run, run_name, same_run, saved_config
 
 if TYPE_CHECKING:
     from diffmm.recipes.trainer import RecipeCLI
@@ -69,7 +69,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     run_dir = new_run(recipe, options.name, options.run_dir)
     comment = header(paths[-1].read_text(encoding="utf-8"))
     with claimed(run_dir):
-        code = train(run_dir, values, comment=comment)
+        code = train(run_dir, values, comment=comment, recipe=run_name(recipe))
     return leave(code)
 
 
@@ -194,6 +194,7 @@ def train(
     longer: Longer | None = None,
     trust: bool = True,
     allow_changed_data: bool = False,
+    recipe: str | None = None,
 ) -> int:
     """Fit a recipe in its run directory.
 
@@ -207,6 +208,7 @@ def train(
         trust: run also code that the values name outside `diffmm.recipes.trust.KNOWN`, since a
             recipe of the user's own is given to be run.
         allow_changed_data: go on with other data than those of the checkpoint.
+        recipe: its name, which travels with the weights; a run that goes on knows its own.
 
     Returns:
         The exit code: 0, or 130 or 143 if a signal stopped the run.
@@ -225,6 +227,8 @@ def train(
     from diffmm.training.resilience.non_finite import TooManyNonFiniteStepsError
 
     cli = RecipeCLI({**values, "run_dir": str(run_dir)}, trust=trust)
+    task: Any = cli.model
+    task.recipe = recipe
     if checkpoint is not None:
         forget_first_weights(cli)
     if allow_changed_data:

@@ -1,14 +1,17 @@
 """Classification of images and sounds, with one label a sample or several."""
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from diffmm.batch import AudioBatch, ImageBatch, encoder_inputs
+from diffmm.models.job import Job
 from diffmm.training.accumulation import LossSum
 from diffmm.training.finetuning import FineTuneConfig
 from diffmm.training.metrics import MeanAveragePrecision, RatioOfSums
@@ -99,6 +102,22 @@ class Classification(Task):
         logits = self.model(*encoder_inputs(batch))
         losses = self.loss(logits, targets, self.label_smoothing)
         return LossSum(losses.sum(), losses.new_full((), len(losses)))
+
+    def make_job(self, data: Any) -> Job:
+        job = super().make_job(data)
+        num_names = len(job.class_names or ())
+        if num_names > self.num_classes:
+            raise ValueError(
+                f"the data have {num_names} classes, and the model num_classes={self.num_classes}: "
+                f"set it to {num_names}"
+            )
+        if 0 < num_names < self.num_classes:
+            rank_zero_warn(
+                f"the data have {num_names} classes, and the model num_classes={self.num_classes}: "
+                f"which outputs their names belong to is not known, and checkpoints leave them out"
+            )
+            job = replace(job, class_names=None)
+        return replace(job, multi_label=self.multi_label)
 
     def make_metrics(self) -> dict[str, Metric]:
         # Labels have been checked already, and on a GPU torchmetrics' own check would wait.

@@ -13,6 +13,7 @@ Every task logs under the same names:
 | `val/loss`, ... | the task's metrics (see there), once a validation; `test/loss`, ... likewise |
 """
 
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
@@ -26,7 +27,8 @@ from torchmetrics import Metric
 from diffmm.layers.block import Block
 from diffmm.models.backbone import Backbone
 from diffmm.models.description import MODELS, describe, unwrap
-from diffmm.models.weights import load_weights
+from diffmm.models.job import Job
+from diffmm.models.weights import DESCRIPTION_KEY, JOB_KEY, load_weights
 from diffmm.renamed import STATES, weights_with_new_names
 from diffmm.training.accumulation import AccumulatedLoss, LossSum
 from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
@@ -85,6 +87,8 @@ class Task(LightningModule):
             for backbone in backbones:
                 backbone.activation_checkpointing = True
         self.description: dict[str, Any] | None = None
+        self.job: Job | None = None
+        self.recipe: str | None = None
         self.frozen = freeze(model, self.finetune)
         self.accumulated = AccumulatedLoss()
         # Lightning moves a module's metrics to its device, and leaves them out of checkpoints.
@@ -116,9 +120,21 @@ class Task(LightningModule):
         """The task's predictions for a batch, with the samples' `index`."""
         raise NotImplementedError
 
+    def make_job(self, data: Any) -> Job:
+        """What the model is for, as far as it is known: what the datamodule says of its inputs
+        (`describe_inputs`, and at least `class_names`), and what the task itself does."""
+        describe_inputs = getattr(data, "describe_inputs", None)
+        if describe_inputs is not None:
+            inputs = describe_inputs()
+        else:
+            names = getattr(data, "class_names", None)
+            inputs = {} if names is None else {"class_names": [str(name) for name in names]}
+        return Job(**inputs, recipe=self.recipe)
+
     def setup(self, stage: str) -> None:
         if not is_sharded(self.model) and type(unwrap(self.model)) in MODELS.values():
             self.description = describe(self.model)
+        self.job = self.make_job(getattr(self.trainer, "datamodule", None))
         keep_exact(self.trainer.precision_plugin, exact_fields(self.model))
         if self.device_mesh is None:
             self._compile([self.model])
@@ -249,16 +265,21 @@ class Task(LightningModule):
         return [callback for callback in defaults if type(callback) not in given]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint from before some names changed loads all the same."""
+        """A checkpoint from before some names changed loads all the same. A run that goes on keeps
+        its recipe's name."""
+        if self.job is not None and self.job.recipe is None:
+            self.job = replace(self.job, recipe=(checkpoint.get(JOB_KEY) or {}).get("recipe"))
         checkpoint["state_dict"] = weights_with_new_names(checkpoint["state_dict"])
         states = checkpoint.get("callbacks", {})
         checkpoint["callbacks"] = {STATES.get(name, name): state for name, state in states.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint says which model its weights belong to."""
+        """A checkpoint says which model its weights belong to, and what that is for."""
         # Known since `setup`: a sharded model is of another class.
         if self.description is not None:
-            checkpoint["model"] = self.description
+            checkpoint[DESCRIPTION_KEY] = self.description
+        if self.job is not None:
+            checkpoint[JOB_KEY] = self.job.plain()
 
     def _evaluate(self, stage: str, counting: Any, batch: Any) -> None:
         if counting is not None:
