@@ -206,8 +206,8 @@ class TrainedModel:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if getattr(self.model, "num_classes", 0) < 1:
             raise ValueError(
-                f"{self.origin} holds a {type(self.model).__name__} without classes: it predicts "
-                f"none of them"
+                f"{self.origin} holds a {type(self.model).__name__}, which has no classes to predict"
+                f"{'; it writes text: generate' if isinstance(self.model, TextModel) else ''}"
             )
         predictor = Predictor(
             self.model, self.reader, self.class_names, multi_label=self.job.multi_label

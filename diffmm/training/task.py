@@ -59,6 +59,12 @@ class Task(LightningModule):
     Raises:
         ValueError: if activation checkpointing or freezing is asked of a model that has no part
             for it.
+
+    Attributes:
+        job: what the model is for, which its checkpoints carry; known once a trainer has set the
+            task up.
+        recipe: the name of the recipe that it is trained by, if it has one.
+        details: the metrics of the last evaluation that are no single number, by name.
     """
 
     def __init__(
@@ -91,10 +97,8 @@ class Task(LightningModule):
         self.recipe: str | None = None
         self.frozen = freeze(model, self.finetune)
         self.accumulated = AccumulatedLoss()
-        # Lightning moves a module's metrics to its device, and leaves them out of checkpoints.
-        self.metrics = nn.ModuleDict(
-            {stage: nn.ModuleDict(self.make_metrics()) for stage in ("val", "test")}
-        )
+        self.metrics = self._new_metrics()
+        self.details: dict[str, Tensor] = {}
 
     def loss_sum(self, batch: Any, batch_idx: int) -> LossSum:
         """The loss of a training batch, as a sum over its targets and their number: what makes the
@@ -281,6 +285,12 @@ class Task(LightningModule):
         if self.job is not None:
             checkpoint[JOB_KEY] = self.job.plain()
 
+    def _new_metrics(self) -> nn.ModuleDict:
+        # Lightning moves a module's metrics to its device, and leaves them out of checkpoints.
+        return nn.ModuleDict(
+            {stage: nn.ModuleDict(self.make_metrics()) for stage in ("val", "test")}
+        )
+
     def _evaluate(self, stage: str, counting: Any, batch: Any) -> None:
         if counting is not None:
             self.update_metrics(counting, dict(self.metrics[stage].items()))  # type: ignore[operator]
@@ -291,8 +301,12 @@ class Task(LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         for name, metric in self.metrics[stage].items():  # type: ignore[operator]
-            self.log(f"{stage}/{name}", metric.compute(), prog_bar=True, sync_dist=True)
+            value = metric.compute()
             metric.reset()
+            if value.ndim:
+                self.details[name] = value.cpu()
+            else:
+                self.log(f"{stage}/{name}", value, prog_bar=True, sync_dist=True)
 
 
 def mean_over_processes(task: LightningModule, value: Tensor) -> Tensor:
