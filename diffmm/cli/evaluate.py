@@ -141,6 +141,8 @@ def evaluate(
     task: Any = cli.model
     if not hasattr(task, "model"):
         raise InputError(f"{type(task).__name__} has no model to load weights into")
+    if verb == "predict":
+        check_predictable(task, cli.datamodule, output)
     with refusing():
         load_weights(task.model, weights)
     if verb != "predict" and hasattr(task, "measure_classes"):
@@ -156,6 +158,23 @@ def evaluate(
         written_predictions(batches, cli.datamodule, task, output)
     leave_processes(0)
     return 0
+
+
+def check_predictable(task: Any, data: Any, output: Path | None) -> None:
+    """Refuse before anything is read what `diffmm predict` could not write.
+
+    Raises:
+        InputError: for data that are not predicted, and for rows of what are no classes.
+    """
+    from lightning.pytorch import LightningDataModule
+
+    if type(data).predict_dataloader is LightningDataModule.predict_dataloader:
+        raise InputError(f"{type(data).__name__} has no data to predict")
+    if output is not None and output.suffix != ".pt" and not hasattr(task, "num_classes"):
+        raise InputError(
+            f"{type(task).__name__} predicts no classes, so there are no rows of them: --output "
+            f"must end in .pt"
+        )
 
 
 def report(results: Any, task: Any, output: Path | None) -> None:

@@ -114,11 +114,11 @@ def predict_files(
             raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {settings[name]}")
     with refusing():
         trained = loaded(options, overrides, weights, settings["device"])
-        top_k = min(settings["top_k"], len(trained.class_names))
         unreadable = Unreadable(skip=settings["skip_bad"])
         predictions = trained.stream(
-            paths, top_k=top_k, batch_size=settings["batch_size"], on_error=unreadable
+            paths, top_k=settings["top_k"], batch_size=settings["batch_size"], on_error=unreadable
         )
+        top_k = min(settings["top_k"], len(trained.class_names))
         count = written(predictions, top_k, output, unreadable)
     if output is not None:
         print(f"{output}: {count:,} predictions")
@@ -198,7 +198,8 @@ def written(
         for prediction in predictions:
             count += 1
             if writer is None:
-                print(prediction, flush=True)
+                # The name of a file may be no text.
+                print(str(prediction).encode(errors="backslashreplace").decode(), flush=True)
             else:
                 writer.write(prediction)
         if not count:

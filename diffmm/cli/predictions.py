@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffmm.cli.prediction_files import writing
 from diffmm.hub.predictions import Prediction
-from diffmm.recipes.errors import InputError, RunFailedError, message_of
+from diffmm.recipes.errors import RunFailedError, message_of
 
 Batch = dict[str, Tensor]
 
@@ -23,20 +23,14 @@ def written_predictions(batches: list[Batch], data: Any, task: Any, output: Path
     for files (see `diffmm.cli.prediction_files`), with its number where it has no file.
 
     Raises:
-        InputError: for rows of predictions that are no classes.
         RunFailedError: if they cannot be written.
     """
     if output.suffix == ".pt":
         save(joined(batches), output)
-    elif "probabilities" in batches[0]:
+    else:
         with writing(output, min(TOP_K, batches[0]["probabilities"].shape[1])) as writer:
             for prediction in _ranked(batches, data, task):
                 writer.write(prediction)
-    else:
-        raise InputError(
-            f"{type(task).__name__} predicts no classes, so there are no rows: --output must end "
-            f"in .pt"
-        )
     print(output)
 
 

@@ -25,9 +25,9 @@ def list_models(filter: str = "") -> list[str]:
     Args:
         filter: a pattern with wildcards, such as `"image/*"`, or a part of the names.
 
-    >>> list_models("imagenet_vit")
+    >>> diffmm.list_models("imagenet_vit")
     ['image/imagenet_vit_b', 'image/imagenet_vit_s']
-    >>> list_models("*/imagenet_vit*")
+    >>> diffmm.list_models("*/imagenet_vit*")
     ['image/imagenet_vit_b', 'image/imagenet_vit_s']
     """
     names = recipe_names()
@@ -54,10 +54,10 @@ def create_model(
         ValueError: for a recipe that is not there, a field that neither config has (naming the
             nearest one), or a value that the config refuses.
 
-    >>> model = create_model("image/digits_tiny", attention="softmax", num_classes=5)
+    >>> model = diffmm.create_model("image/digits_tiny", attention="softmax", num_classes=5)
     >>> model.config.backbone.attention, model.num_classes
     ('softmax', 5)
-    >>> create_model("image/digits_tiny", num_clases=5)  # doctest: +ELLIPSIS
+    >>> diffmm.create_model("image/digits_tiny", num_clases=5)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ValueError: ...has no setting 'num_clases'; did you mean 'num_classes'?
     """

@@ -50,10 +50,9 @@ def load(
         ValueError: naming the file, if it cannot be read or does not describe its model, or the
             device that is not there.
 
-    >>> model = create_model("image/digits_tiny")
-    >>> saved = TrainedModel(model, Job(class_names=tuple("0123456789"))).save(folder)
-    >>> load(saved).class_names[:3]
-    ('0', '1', '2')
+    >>> trained = diffmm.load("runs/image/digits_tiny/first")
+    >>> trained.predict("seven.png").label
+    '7'
     """
     file = find_state(Path(path))
     model = load_model(file)
@@ -100,9 +99,16 @@ class TrainedModel:
     Raises:
         ValueError: if the job names another number of classes than the model has.
 
-    >>> trained = TrainedModel(create_model("image/digits_tiny"), Job(reader=digits_reader))
-    >>> trained.predict(np.zeros((8, 8), np.uint8), top_k=2).labels  # doctest: +ELLIPSIS
-    ('...', '...')
+    >>> trained = diffmm.load("runs/image/digits_tiny/first")
+    >>> trained
+    TrainedModel(ImageModel, recipe='image/digits_tiny', 10 classes)
+    >>> prediction = trained.predict("seven.png", top_k=2)
+    >>> prediction.labels[0], prediction.score > 0.5, len(prediction.labels)
+    ('7', True, 2)
+    >>> trained.save("exported").name
+    'model.safetensors'
+    >>> diffmm.load("exported").class_names[:3]
+    ('0', '1', '2')
     """
 
     def __init__(self, model: nn.Module, job: Job, *, origin: str = "the model") -> None:
@@ -205,10 +211,9 @@ class TrainedModel:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if getattr(self.model, "num_classes", 0) < 1:
-            raise ValueError(
-                f"{self.origin} holds a {type(self.model).__name__}, which has no classes to predict"
-                f"{'; it writes text: generate' if isinstance(self.model, TextModel) else ''}"
-            )
+            hint = "; it writes text (generate)" if isinstance(self.model, TextModel) else ""
+            name = type(self.model).__name__
+            raise ValueError(f"{self.origin} holds a {name}, which has no classes{hint}")
         predictor = Predictor(
             self.model, self.reader, self.class_names, multi_label=self.job.multi_label
         )

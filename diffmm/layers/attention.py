@@ -135,6 +135,10 @@ class SoftmaxAttention(Attention):
         dim: as in `Attention`, like the shared arguments that are not listed.
         cosine: cosine-normalized logits with a learned temperature a head in place of `Q Kᵀ / √D`
             (SwinV2, Liu et al. 2022); excludes `qk_norm`.
+
+    >>> layer = diffmm.SoftmaxAttention(dim=64, num_heads=4)
+    >>> layer(torch.randn(2, 10, 64), mask=diffmm.AttentionMask(causal=True)).shape
+    torch.Size([2, 10, 64])
     """
 
     def __init__(self, dim: int, *, cosine: bool = False, **shared: Unpack[AttentionArgs]) -> None:
@@ -189,6 +193,10 @@ class DiffAttentionV1(Attention):
         headwise_norm: whether heads are normalized. Without it the factor `1 - lambda_init`, which
             is that norm's scale, goes too.
         combine: `"add"` gives `A1 + lambda A2`, an ablation.
+
+    >>> layer = diffmm.DiffAttentionV1(dim=64, num_heads=4, layer_index=0)
+    >>> layer(torch.randn(2, 10, 64), mask=diffmm.AttentionMask(causal=True)).shape
+    torch.Size([2, 10, 64])
     """
 
     LAMBDA_NAMES = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
@@ -281,6 +289,10 @@ class DiffAttentionV2(Attention):
     Args:
         dim: as in `Attention`, like the shared arguments that are not listed.
         combine: `"add"` gives `A1 + lambda A2`, an ablation.
+
+    >>> layer = diffmm.DiffAttentionV2(dim=64, num_heads=4)
+    >>> layer(torch.randn(2, 10, 64), mask=diffmm.AttentionMask(causal=True)).shape
+    torch.Size([2, 10, 64])
     """
 
     def __init__(

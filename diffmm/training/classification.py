@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 from torchmetrics import Metric
@@ -107,18 +106,11 @@ class Classification(Task):
 
     def make_job(self, data: Any) -> Job:
         job = super().make_job(data)
-        num_names = len(job.class_names or ())
-        if num_names > self.num_classes:
-            raise ValueError(
-                f"the data have {num_names} classes, and the model num_classes={self.num_classes}: "
-                f"set it to {num_names}"
-            )
-        if 0 < num_names < self.num_classes:
-            rank_zero_warn(
-                f"the data have {num_names} classes, and the model num_classes={self.num_classes}: "
-                f"which outputs their names belong to is not known, and checkpoints leave them out"
-            )
-            job = replace(job, class_names=None)
+        if job.class_names is not None:
+            # Output `i` is the data's class `i`; what is beyond those is trained for none.
+            numbers = map(str, range(len(job.class_names), self.num_classes))
+            names = (*job.class_names, *numbers)[: self.num_classes]
+            job = replace(job, class_names=names)
         return replace(job, multi_label=self.multi_label)
 
     def measure_classes(self) -> None:
