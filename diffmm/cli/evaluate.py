@@ -170,7 +170,7 @@ def check_predictable(task: Any, data: Any, output: Path | None) -> None:
 
     if type(data).predict_dataloader is LightningDataModule.predict_dataloader:
         raise InputError(f"{type(data).__name__} has no data to predict")
-    if output is not None and output.suffix != ".pt" and not hasattr(task, "num_classes"):
+    if output is not None and output.suffix.lower() != ".pt" and not hasattr(task, "num_classes"):
         raise InputError(
             f"{type(task).__name__} predicts no classes, so there are no rows of them: --output "
             f"must end in .pt"

@@ -25,7 +25,7 @@ def written_predictions(batches: list[Batch], data: Any, task: Any, output: Path
     Raises:
         RunFailedError: if they cannot be written.
     """
-    if output.suffix == ".pt":
+    if output.suffix.lower() == ".pt":
         save(joined(batches), output)
     else:
         with writing(output, min(TOP_K, batches[0]["probabilities"].shape[1])) as writer:

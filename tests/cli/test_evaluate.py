@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import diffmm
 from diffmm.checkpoint_folders import find_state
 from diffmm.cli.predictions import joined
 
@@ -196,3 +198,36 @@ def test_settings_of_the_recipe_stand_beside_a_run(run, trained):
     assert result.code == 0, result.err
     counts = [int(line.split()[-2]) for line in table_of(result.out) if line[0].isdigit()]
     assert sum(counts) == 10
+
+
+def test_what_a_model_is_for_goes_on_with_a_run_and_begins_anew_with_another(run, recipe, trained):
+    _, weights = trained
+    assert run("fit", "--resume", weights, "--trainer.max_steps", "3").code == 0
+    job = diffmm.load(weights).job
+    assert (job.recipe, len(job.class_names)) == ("recipe", 10)
+    assert torch.load(find_state(weights), weights_only=True)["global_step"] == 3
+    for label in ("no", "yes"):
+        Path("folder", label).mkdir(parents=True)
+        for number in range(8):
+            Image.new("L", (9, 9), number).save(f"folder/{label}/{number}.png")
+    path = recipe(
+        **{
+            "model.model.config.num_classes": 2,
+            "data.batch_size": 4,
+            "data.source": {
+                "class_path": "datamodules.image.ImageFolder",
+                "init_args": {"train": "folder", "val": "folder"},
+            },
+            "data.channels": 1,
+        }
+    ).rename("other.yaml")
+    result = run("finetune", "--config", path, "--weights", weights, "--name", "new")
+    assert result.code == 0, result.err
+    trained_anew = diffmm.load("runs/other/new")
+    assert trained_anew.class_names == ("no", "yes")
+    assert trained_anew.job.recipe == "other"
+    # The source's own defaults are others than those of digits.
+    assert trained_anew.job.reader["init_args"]["crop_pct"] == 0.875
+    result = run("predict", "runs/other/new", "--output", "rows.csv")
+    assert result.code == 0, result.err
+    assert "folder/yes/7.png," in Path("rows.csv").read_text()
