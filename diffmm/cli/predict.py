@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from diffmm.hub.trained import TrainedModel
 
 TENSORS = ".pt"
-FILE_OPTIONS = {"top_k": 5, "batch_size": 32, "device": "auto", "skip_bad": False}
+FILE_OPTIONS = {
+    "top_k": 5,
+    "batch_size": 32,
+    "num_workers": 0,
+    "device": "auto",
+    "skip_bad": False,
+}
 """Options that are for files alone, and what they are if they are not given."""
 
 
@@ -81,6 +87,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="name files that cannot be read, and go on without them",
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="files per forward pass [32]")
+    parser.add_argument(
+        "--num-workers", type=int, metavar="N", help="processes that read beside this one [0]"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps [auto]")
     return parser
 
@@ -109,14 +118,19 @@ def predict_files(
         name: default if getattr(options, name) is None else getattr(options, name)
         for name, default in FILE_OPTIONS.items()
     }
-    for name in ("top_k", "batch_size"):
-        if settings[name] < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {settings[name]}")
+    for name, least in (("top_k", 1), ("batch_size", 1), ("num_workers", 0)):
+        if settings[name] < least:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} must be at least {least}, got {settings[name]}")
     with refusing():
         trained = loaded(options, overrides, weights, settings["device"])
         unreadable = Unreadable(skip=settings["skip_bad"])
         predictions = trained.stream(
-            paths, top_k=settings["top_k"], batch_size=settings["batch_size"], on_error=unreadable
+            paths,
+            top_k=settings["top_k"],
+            batch_size=settings["batch_size"],
+            num_workers=settings["num_workers"],
+            on_error=unreadable,
         )
         top_k = min(settings["top_k"], len(trained.class_names))
         count = written(predictions, top_k, output, unreadable)

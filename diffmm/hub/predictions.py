@@ -3,16 +3,19 @@
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset, get_worker_info
 
 from diffmm.batch import encoder_inputs
+from diffmm.workers import WorkerLoader, ignore_stop_signals
 
 OnError = Callable[[Any, Exception], None]
+Read = tuple[Any, dict[str, Any] | Exception]
 
 
 @dataclass(frozen=True)
@@ -74,28 +77,39 @@ class Predictor:
         *,
         top_k: int,
         batch_size: int,
+        num_workers: int = 0,
         on_error: OnError | None = None,
     ) -> Iterator[Prediction]:
-        """A prediction for each input, in order; no more than a batch of them is held.
+        """A prediction for each input, in order; no more than a batch of them is held, and what
+        workers have read ahead.
 
         Args:
             items: what the reader reads, and folders of it.
             top_k: classes per prediction, at most as many as there are.
             batch_size: inputs per forward pass.
+            num_workers: processes that read beside this one, each of them a batch or two ahead.
             on_error: called for an input that cannot be read with what is wrong with it, which
                 names it; then the rest goes on. By default the first one ends all.
 
         Raises:
             ValueError: naming the input that cannot be read, or the folder that holds none.
         """
-        items = expanded(items, self.reader)
-        while chunk := list(islice(items, batch_size)):
+        loader = WorkerLoader(
+            _Chunks(items, self.reader, batch_size),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            worker_init_fn=ignore_stop_signals,
+            # Without it every loader that begins takes a number from torch's own generator.
+            generator=torch.Generator(),
+        )
+        for chunk in loader:
             read = []
-            for item in chunk:
-                try:
-                    read.append((item, self.reader.read(item)))
-                except (ValueError, OSError) as error:
-                    _refuse(item, error, on_error)
+            for item, sample in chunk:
+                if isinstance(sample, Exception):
+                    _refuse(item, sample, on_error)
+                else:
+                    read.append((item, sample))
             for item, scores in self._scored(read, on_error):
                 values, classes = scores.topk(min(top_k, len(scores)))
                 yield Prediction(
@@ -132,6 +146,37 @@ class Predictor:
         moved: Any = {name: tensor.to(device) for name, tensor in batch.items()}
         logits = self.model(*encoder_inputs(moved)).float()
         return (logits.sigmoid() if self.multi_label else logits.softmax(dim=1)).cpu()
+
+
+class _Chunks(IterableDataset[list[Read]]):
+    """A batch of inputs after the other, each with what the reader made of it or with what is wrong
+    with it. Of several workers each reads every so many batches, so that they come in order."""
+
+    def __init__(self, items: Iterable[Any], reader: Any, size: int) -> None:
+        self.items = items
+        self.reader = reader
+        self.size = size
+
+    def __iter__(self) -> Iterator[list[Read]]:
+        worker = get_worker_info()
+        number, count = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        items = expanded(self.items, self.reader)
+        for turn in cycle(range(count)):
+            chunk = list(islice(items, self.size))
+            if not chunk:
+                return
+            if turn == number:
+                yield [(item, self._read(item)) for item in chunk]
+
+    def _read(self, item: Any) -> dict[str, Any] | Exception:
+        try:
+            return self.reader.read(item)
+        except (ValueError, OSError) as error:
+            return error
+
+
+def _as_it_is(chunk: list[Read]) -> list[Read]:
+    return chunk
 
 
 def expanded(items: Iterable[Any], reader: Any) -> Iterator[Any]:

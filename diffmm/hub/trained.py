@@ -194,6 +194,7 @@ class TrainedModel:
         *,
         top_k: int = 5,
         batch_size: int = 32,
+        num_workers: int = 0,
         on_error: OnError | None = None,
     ) -> Iterator[Prediction]:
         """Predictions of any number of inputs as they are made, with a batch in memory.
@@ -201,6 +202,8 @@ class TrainedModel:
         Args:
             inputs: as in `predict`; folders are walked as the predictions are taken.
             top_k, batch_size: as in `predict`.
+            num_workers: processes that read files beside this one, which then need a list of
+                inputs: each of them goes through it.
             on_error: called with an input that cannot be read and what is wrong with it; then the
                 rest goes on. By default the first one ends all.
 
@@ -210,6 +213,10 @@ class TrainedModel:
         for name, value in (("top_k", top_k), ("batch_size", batch_size)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not isinstance(num_workers, int) or num_workers < 0:
+            raise ValueError(f"num_workers must be a whole number of at least 0, got {num_workers}")
+        if num_workers and not isinstance(inputs, Sequence):
+            raise ValueError(f"num_workers={num_workers} needs a list of inputs, to be shared out")
         if getattr(self.model, "num_classes", 0) < 1:
             hint = "; it writes text (generate)" if isinstance(self.model, TextModel) else ""
             name = type(self.model).__name__
@@ -217,7 +224,9 @@ class TrainedModel:
         predictor = Predictor(
             self.model, self.reader, self.class_names, multi_label=self.job.multi_label
         )
-        return predictor.stream(inputs, top_k=top_k, batch_size=batch_size, on_error=on_error)
+        return predictor.stream(
+            inputs, top_k=top_k, batch_size=batch_size, num_workers=num_workers, on_error=on_error
+        )
 
     @property
     def tokenizer(self) -> "Tokenizer":

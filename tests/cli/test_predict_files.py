@@ -87,6 +87,24 @@ def test_rows_are_file_label_score_and_the_next(run, weights, pictures, ending):
     assert sorted(os.listdir()) == [f"out{ending}", "pictures"]
 
 
+def test_workers_change_nothing(run, weights, pictures):
+    Path("pictures/c/e.png").write_bytes(b"no picture")
+    results = [
+        run("predict", weights, "pictures/b.png", pictures, "--num-workers", count, *OPTIONS)
+        for count in (0, 2)
+    ]
+    assert [result.code for result in results] == [0, 0], results[1].err
+    assert results[0].out == results[1].out
+    assert len(results[0].out.splitlines()) == 5
+    assert results[0].err == results[1].err
+    result = run("predict", weights, pictures, "--num-workers", 2)
+    assert (result.code, len(result.mistakes)) == (2, 1)
+    assert result.mistakes[0].startswith("pictures/c/e.png cannot be decoded")
+
+
+OPTIONS = ("--skip-bad", "--batch-size", "1")
+
+
 def test_without_an_output_they_are_printed(run, weights, pictures):
     result = run("predict", weights, "pictures/b.png", "pictures/c")
     assert result.code == 0, result.err
@@ -126,6 +144,7 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_read(
         (["pictures", "nowhere.png"], "nowhere.png does not exist"),
         (["pictures", "--top-k", "0"], "--top-k must be at least 1, got 0"),
         (["pictures", "--batch-size", "-1"], "--batch-size must be at least 1, got -1"),
+        (["pictures", "--num-workers", "-1"], "--num-workers must be at least 0, got -1"),
         (["pictures", "--vars.steps", "3"], "--vars.steps is a setting of a recipe: predicting"),
         (["--top-k", "3"], "--top-k is for files: name them after the run"),
         (["--skip-bad"], "--skip-bad is for files: name them after the run"),

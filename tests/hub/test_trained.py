@@ -106,6 +106,10 @@ def test_what_it_cannot_predict(there, trained):
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             trained.predict(wrong)
+    with pytest.raises(ValueError, match="num_workers=2 needs a list of inputs"):
+        trained.stream(iter(["seven.png"]), num_workers=2)
+    with pytest.raises(ValueError, match="num_workers must be a whole number of at least 0"):
+        trained.stream(["seven.png"], num_workers=-1)
     for argument in ("top_k", "batch_size"):
         with pytest.raises(ValueError, match=f"{argument} must be a whole number of at least 1"):
             trained.predict("seven.png", **{argument: 0})
