@@ -1,6 +1,7 @@
 """One clip as the model hears it in evaluation."""
 
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -137,7 +138,7 @@ def _clip_of(item: Any) -> _ArrayClip:
             f"sample_rate_hz), got {type(item).__name__}"
         )
     waveform, rate_hz = item
-    if not isinstance(rate_hz, int) or rate_hz < 1:
+    if not isinstance(rate_hz, Integral) or rate_hz < 1:
         raise ValueError(f"sample_rate_hz must be a whole number of at least 1, got {rate_hz!r}")
     samples = np.asarray(waveform.detach().cpu() if isinstance(waveform, Tensor) else waveform)
     if samples.ndim not in (1, 2) or not samples.size or samples.dtype.kind != "f":
@@ -149,4 +150,4 @@ def _clip_of(item: Any) -> _ArrayClip:
     peak = float(np.abs(samples).max())
     if not peak <= LOUDEST:
         raise ValueError(f"a waveform has samples up to {peak:g}, where 1 is full scale: scale it")
-    return _ArrayClip(samples if samples.ndim == 1 else mono(samples.T), rate_hz)
+    return _ArrayClip(samples if samples.ndim == 1 else mono(samples.T), int(rate_hz))

@@ -58,6 +58,7 @@ class ImageReader(Settings, Reader):
         check_choice("channels", self.channels, MODES)
         if not 1 <= self.max_pixels <= PILLOWS_MOST:
             raise ValueError(f"max_pixels must lie in [1, {PILLOWS_MOST}], got {self.max_pixels}")
+        _ = self.transform  # whatever it refuses is refused now
 
     @cached_property
     def transform(self) -> Transform:

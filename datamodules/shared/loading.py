@@ -141,14 +141,16 @@ class SeededDataModule(LightningDataModule):
         return {}
 
     @property
-    def evaluation_reader(self) -> Reader:
-        """What an input goes through in evaluation, and in prediction."""
-        raise NotImplementedError
+    def evaluation_reader(self) -> Reader | None:
+        """What an input goes through in evaluation, and in prediction; none where a datamodule has
+        no reader of its own."""
+        return None
 
     def describe_inputs(self) -> dict[str, Any]:
         """How inputs are prepared and what their classes are called, as plain values that travel
         with a model's weights: known after `setup`."""
-        return {"reader": self.evaluation_reader.describe()}
+        reader = self.evaluation_reader
+        return {"reader": None if reader is None else reader.describe()}
 
     def triage(self) -> Triage:
         """What this process does about bad samples, as its list of them now stands."""

@@ -7,10 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffmm.hub.predictions import Prediction
 from diffmm.recipes.errors import InputError, RunFailedError, message_of
+
+if TYPE_CHECKING:
+    from diffmm.hub.predictions import Prediction
 
 ROWS_AT_ONCE = 4096
 """Of a Parquet file, rows held before they are written."""
@@ -33,13 +35,13 @@ class Writer(ABC):
         for rank in range(2, top_k + 1):
             self.columns += [f"label_{rank}", f"score_{rank}"]
 
-    def row(self, prediction: Prediction) -> list[Any]:
+    def row(self, prediction: "Prediction") -> list[Any]:
         """The values of the columns; scores with six digits, which is what float32 has."""
         scores = [float(f"{score:.6g}") for score in prediction.scores]
         ranked = zip(prediction.labels, scores, strict=True)
         return [prediction.file, *(value for pair in ranked for value in pair)]
 
-    def write(self, prediction: Prediction) -> None:
+    def write(self, prediction: "Prediction") -> None:
         """Add a row.
 
         Raises:
@@ -49,7 +51,7 @@ class Writer(ABC):
             self.add(prediction)
 
     @abstractmethod
-    def add(self, prediction: Prediction) -> None:
+    def add(self, prediction: "Prediction") -> None:
         """Add a row to what has been written."""
 
     @abstractmethod
@@ -67,7 +69,7 @@ class CSVWriter(Writer):
         self.writer = csv.writer(self.file, lineterminator="\n")
         self.writer.writerow(self.columns)
 
-    def add(self, prediction: Prediction) -> None:
+    def add(self, prediction: "Prediction") -> None:
         self.writer.writerow(self.row(prediction))
 
     def close(self) -> None:
@@ -81,7 +83,7 @@ class JSONLinesWriter(Writer):
         super().__init__(path, top_k)
         self.file = path.open("x", encoding="utf-8")
 
-    def add(self, prediction: Prediction) -> None:
+    def add(self, prediction: "Prediction") -> None:
         row = dict(zip(self.columns, self.row(prediction), strict=True))
         # With ASCII escapes alone, so that any name of a file can be written.
         self.file.write(f"{json.dumps(row)}\n")
@@ -105,7 +107,7 @@ class ParquetWriter(Writer):
         self.writer = parquet.ParquetWriter(path, self.schema)
         self.rows: list[list[Any]] = []
 
-    def add(self, prediction: Prediction) -> None:
+    def add(self, prediction: "Prediction") -> None:
         file, *rest = self.row(prediction)
         self.rows.append([file and file.encode("utf-8", "replace").decode(), *rest])
         if len(self.rows) == ROWS_AT_ONCE:

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +240,16 @@ def test_weights_without_a_job_take_a_recipes(run, tmp_path, pictures):
     assert run(*by_option, "--top-k", "1").out == result.out
 
 
+def test_mistakes_are_told_without_torch(tmp_path):
+    code = (
+        "import sys; from diffmm.cli import main; "
+        "codes = main(['predict', 'a', '.', '--output', 'x.txt']), main(['validate']); "
+        "sys.exit('torch' in sys.modules or codes != (2, 2))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_sounds_of_several_classes_of_any_rate(run, tmp_path):
     model = diffmm.create_model("audio/sound_events_multilabel_tiny")
     arguments = {"sample_rate_hz": 8000, "clip_samples": 16000}
@@ -255,6 +267,20 @@ def test_sounds_of_several_classes_of_any_rate(run, tmp_path):
     assert sum(rows[0][name] for name in ("score", "score_2", "score_3")) > 1.0
     prediction = diffmm.load(weights).predict((long.T, 44100))
     assert rows[0]["score"] == pytest.approx(prediction.score, abs=1e-4)
+
+
+def test_a_file_that_the_model_does_not_take_is_named(run, tmp_path):
+    """It is found by itself though it was read together with others."""
+    model = diffmm.create_model("audio/sound_events_tiny")
+    reader = {"class_path": "datamodules.audio.AudioReader", "init_args": {"sample_rate_hz": 8000}}
+    weights = diffmm.TrainedModel(model, Job(reader=reader)).save(tmp_path)
+    for name, seconds in (("a.wav", 1), ("b.wav", 9), ("c.wav", 1)):
+        soundfile.write(name, np.zeros(8000 * seconds), 8000)
+    (mistake,) = run("predict", weights, ".").mistakes
+    assert mistake.startswith("b.wav is not what the model takes: ")
+    result = run("predict", weights, ".", "--skip-bad")
+    assert result.code == 0, result.err
+    assert [line.partition(":")[0] for line in result.out.splitlines()] == ["a.wav", "c.wav"]
 
 
 def test_a_text_model_is_told_apart(run, tmp_path):

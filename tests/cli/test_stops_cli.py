@@ -85,7 +85,7 @@ def test_ctrl_c_elsewhere_prints_no_traceback(run, recipe, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("diffmm.recipes.catalog.run", interrupted)
+    monkeypatch.setattr("diffmm.cli.recipes.run", interrupted)
     assert run("recipes") == (130, "", "")
 
 

@@ -129,6 +129,15 @@ def test_a_sound_of_another_rate_is_converted_though_training_refuses_it(sounds)
     assert read["num_samples"] == 500
 
 
+def test_a_datamodule_without_a_reader_says_so():
+    class Own(ImageData):
+        evaluation_reader = None
+
+    data = Own(image_size=8, channels=1)
+    data.setup()
+    assert data.describe_inputs() == {"reader": None, "class_names": [str(n) for n in range(10)]}
+
+
 @pytest.mark.parametrize(
     ("item", "message"),
     [
