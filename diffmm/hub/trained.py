@@ -58,6 +58,8 @@ def load(
     model = load_model(file)
     job: Job = model.job or Job()  # type: ignore[assignment]
     if tokenizer is not None:
+        if reader is not None:
+            raise ValueError("give a reader or a tokenizer, which makes one, and not both")
         reader = text_reader(tokenizer)
     given: dict[str, Any] = {
         "reader": reader if reader is None or isinstance(reader, dict) else reader.describe(),

@@ -133,7 +133,7 @@ class Task(LightningModule):
         else:
             names = getattr(data, "class_names", None)
             inputs = {} if names is None else {"class_names": [str(name) for name in names]}
-        return Job(**inputs, recipe=self.recipe)
+        return Job.of({**inputs, "recipe": self.recipe})
 
     def setup(self, stage: str) -> None:
         if not is_sharded(self.model) and type(unwrap(self.model)) in MODELS.values():

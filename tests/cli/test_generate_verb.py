@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import diffmm
 from diffmm.checkpoint_folders import find_state
 from diffmm.models import BackboneConfig, ImageConfig, ImageModel
 from diffmm.models.generation import generate
@@ -48,6 +49,22 @@ def test_a_run_directory_and_exported_weights_serve_too(run, trained, tmp_path):
     assert run("generate", saved.parent, *arguments, "--tokenizer", "bytes").out == first.out
     others = {run("generate", trained, *arguments[:3], "--seed", str(s)).out for s in range(5)}
     assert len(others) > 1
+
+
+def test_a_loaded_run_writes_the_same(run, trained):
+    printed = run("generate", trained, "Text ", "--max-new-tokens", "9", "--seed", "2").out
+    loaded = diffmm.load(trained)
+    assert f"{loaded.generate('Text ', max_new_tokens=9, seed=2)}\n" == printed
+    assert "".join(loaded.write("Text ", max_new_tokens=9, seed=2)) == printed[:-1]
+    assert loaded.predict("Text ") == loaded.generate("Text ")
+    assert loaded.predict(["Text ", "a"]) == [loaded.generate("Text "), loaded.generate("a")]
+    maps = loaded.attention_maps("Text ")
+    assert [part.combined.shape for part in maps] == [(1, 4, 5, 5)] * 2
+    assert loaded.job.recipe == "recipe"
+    with pytest.raises(ValueError, match="a prompt must be text or a Path, got int"):
+        loaded.predict(3)
+    with pytest.raises(ValueError, match=r"has no classes; it writes text \(generate\)"):
+        loaded.stream(["Text "])
 
 
 def test_the_prompt_may_come_from_stdin(run, trained, monkeypatch):

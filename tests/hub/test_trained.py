@@ -262,6 +262,8 @@ def test_it_moves_and_says_what_it_is(there, trained):
         diffmm.load(RUN, device="cuda:99")
     with pytest.raises(FileNotFoundError, match="there is no file of weights at nowhere"):
         diffmm.load("nowhere")
+    with pytest.raises(ValueError, match="give a reader or a tokenizer"):
+        diffmm.load(RUN, reader=trained.reader, tokenizer="bytes")
     assert trained.job == Job.of(trained.job.plain())
 
 
