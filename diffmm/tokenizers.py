@@ -65,6 +65,12 @@ class Tokenizer(ABC):
     def fingerprint(self) -> str:
         """The same for tokenizers that make the same tokens, whatever their names."""
 
+    @property
+    def definition(self) -> str | None:
+        """What makes this tokenizer again where its file is not (see `load_tokenizer`); `None` for
+        one that is built in."""
+        return None
+
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
         """The ids of each text, encoded in parallel where the tokenizer can."""
@@ -148,8 +154,12 @@ class HuggingFaceTokenizer(Tokenizer):
         return known[0] if known else self.eos_id
 
     @cached_property
+    def definition(self) -> str:
+        return self._inner.to_str()
+
+    @cached_property
     def fingerprint(self) -> str:
-        return hashlib.sha256(self._inner.to_str().encode()).hexdigest()[:16]
+        return hashlib.sha256(self.definition.encode()).hexdigest()[:16]
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -192,12 +202,13 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, definition: str | None = None) -> Tokenizer:
     """The tokenizer called `name`.
 
     Args:
         name: `bytes`, the path of a `tokenizer.json` (or of a folder that has one), or the name of
             a repository on the Hugging Face hub that has one, such as `gpt2`.
+        definition: the text of its `tokenizer.json`, where that is at hand: nothing else is read.
 
     Raises:
         FileNotFoundError: for a path with no such file.
@@ -207,6 +218,11 @@ def load_tokenizer(name: str) -> Tokenizer:
         return ByteTokenizer()
     from tokenizers import Tokenizer as Inner
 
+    if definition is not None:
+        try:
+            return HuggingFaceTokenizer(name, Inner.from_str(definition))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"the definition of tokenizer {name!r} is none: {error}") from error
     path = Path(name)
     if path.is_dir():
         path /= "tokenizer.json"

@@ -12,6 +12,7 @@ import datamodules
 import diffmm.models
 import diffmm.training
 from datamodules.audio.augment import AudioAugment
+from datamodules.image.reader import ImageReader
 from datamodules.image.transform import ImageTransform
 from datamodules.shared.bad_samples import BadSamples
 from diffmm.checks import Settings, number_fault
@@ -30,6 +31,15 @@ VALID: tuple[Settings, ...] = (
     AudioAugment(),
     BadSamples(),
     ImageTransform(),
+    ImageReader(
+        image_size=(8, 8),
+        channels=1,
+        interpolation="bicubic",
+        crop_pct=1.0,
+        crop_mode="center",
+        mean=(0.5,),
+        std=(0.5,),
+    ),
 )
 WRONG = (math.nan, math.inf, -math.inf, 1e300, 1e-300)
 

@@ -141,7 +141,7 @@ class FileClips(AudioClips):
             raise self._bad(index, "has samples that are not finite")
         if peak > LOUDEST:
             raise self._bad(index, f"has samples up to {peak:g}, where 1 is full scale: scale it")
-        return _mono(frames)
+        return mono(frames)
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[soundfile.SoundFile]:
@@ -183,7 +183,7 @@ def _blocks(file: soundfile.SoundFile, num_samples: int) -> Iterator[NDArray[np.
             return
 
 
-def _mono(frames: NDArray[np.float32]) -> NDArray[np.float32]:
+def mono(frames: NDArray[np.float32]) -> NDArray[np.float32]:
     """`[S, channels]` as `[S]`: see `FileClips`."""
     mean = frames.mean(axis=1)
     levels = np.linalg.norm(frames, axis=0)

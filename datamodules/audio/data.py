@@ -2,17 +2,18 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from datamodules.audio.augment import AudioAugment, Augmenter
 from datamodules.audio.buckets import BucketSampler
 from datamodules.audio.clips import AudioClips
+from datamodules.audio.evaluation import POSITIONS, AudioReader, bounded
 from datamodules.audio.own_data import own_sounds
-from datamodules.audio.reader import ClipReader
+from datamodules.audio.reader import ClipReader, Waveform
 from datamodules.audio.sound_events import SoundEvents
 from datamodules.audio.sources import AudioSource
 from datamodules.shared.bad_samples import BadSampleError, BadSamples
@@ -24,7 +25,6 @@ from datamodules.shared.sources import Splits
 from diffmm.batch import AudioBatch
 from diffmm.checks import check_choice
 
-EVAL_POSITIONS = {"start": 0.0, "center": 0.5, "full": 0.0}
 BATCHINGS = ("padded", "bucketed", "fixed")
 
 
@@ -33,59 +33,61 @@ class AudioDataset(LabelledDataset):
 
     Args:
         splits: where the clips belong; it knows the classes.
-        reader: of the clips.
-        max_samples: longer clips are cut to this length; `None` keeps them whole.
-        position: of the cut, in [0, 1]; `None` draws it from `(seed, epoch, index)`.
+        clips: what is read.
+        reader: makes of a clip what the model hears in evaluation.
+        training: cut clips at a place drawn from `(seed, epoch, index)` instead.
         augmenter: varies the clips, drawing likewise; `None` leaves them as they are.
-        batch_samples: the length of a batch; `None` for that of its longest clip.
         seed: of the draws.
     """
 
     def __init__(
         self,
         splits: Splits[AudioClips],
-        reader: ClipReader,
+        clips: AudioClips,
         *,
-        max_samples: int | None,
-        position: float | None,
+        reader: AudioReader,
+        training: bool,
         augmenter: Augmenter | None,
-        batch_samples: int | None,
         seed: int,
     ) -> None:
-        super().__init__(reader.clips, seed=seed)
+        super().__init__(clips, seed=seed)
         self.splits = splits
+        self.clips = clips
         self.reader = reader
-        self.max_samples = max_samples
-        self.position = position
+        self.training = training
         self.augmenter = augmenter
-        self.batch_samples = batch_samples
 
     def sample(self, epoch: int, index: int) -> dict[str, Any]:
-        rng = sample_rng(self.seed, epoch, index)
-        position = rng.random() if self.position is None else self.position
-        waveform = self.reader.read(index, max_samples=self.max_samples, position=position)
-        if self.augmenter is not None:
-            waveform = self.augmenter(waveform, rng)
+        if self.training:
+            waveform = self._varied(epoch, index)
+        else:
+            waveform = self.reader.waveform(self.clips, index)
         return {
-            # Resampling, gain and noise may overshoot.
-            "waveforms": np.clip(waveform, -1.0, 1.0),
+            "waveforms": waveform,
             "num_samples": len(waveform),
-            "labels": self.splits.target(self.reader.clips.labels[index]),
+            "labels": self.splits.target(self.clips.labels[index]),
             "index": index,
         }
 
     def collate(self, samples: list[dict[str, Any]]) -> AudioBatch:
         """Pad the clips to one length, with zeros after their ends."""
-        length = self.batch_samples or max(sample["num_samples"] for sample in samples)
-        padded = np.zeros((len(samples), length), np.float32)
-        for row, sample in zip(padded, samples, strict=True):
-            row[: sample["num_samples"]] = sample["waveforms"]
+        inputs = self.reader.collate(samples)
         return AudioBatch(
-            waveforms=torch.from_numpy(padded),
-            num_samples=torch.tensor([sample["num_samples"] for sample in samples]),
+            waveforms=inputs["waveforms"],
+            num_samples=inputs["num_samples"],
             labels=torch.stack([sample["labels"] for sample in samples]),
             index=torch.tensor([sample["index"] for sample in samples]),
         )
+
+    def _varied(self, epoch: int, index: int) -> Waveform:
+        rng = sample_rng(self.seed, epoch, index)
+        longest = self.reader.clip_samples
+        waveform = self.reader.of(self.clips).read(
+            index, max_samples=longest, position=rng.random()
+        )
+        if self.augmenter is not None:
+            waveform = self.augmenter(waveform, rng)
+        return bounded(waveform)
 
 
 class AudioData(LabelledData[AudioClips]):
@@ -135,7 +137,7 @@ class AudioData(LabelledData[AudioClips]):
             seed=seed,
             bad_samples=bad_samples,
         )
-        check_choice("eval_crop", eval_crop, EVAL_POSITIONS)
+        check_choice("eval_crop", eval_crop, POSITIONS)
         check_choice("batching", batching, BATCHINGS)
         if sample_rate_hz < 1:
             raise ValueError(f"sample_rate_hz must be at least 1, got {sample_rate_hz}")
@@ -152,6 +154,18 @@ class AudioData(LabelledData[AudioClips]):
         self.eval_crop = eval_crop
         self.batching = batching
         self.augment = augment
+        self.reader = AudioReader(
+            sample_rate_hz=sample_rate_hz,
+            resample=resample,
+            clip_samples=self.clip_samples,
+            crop=eval_crop,
+            pad=batching == "fixed",
+        )
+
+    @property
+    def evaluation_reader(self) -> AudioReader:
+        # To refuse another rate guards training data; a sound that comes later is converted.
+        return replace(self.reader, resample=True)
 
     @classmethod
     def own_data(cls, path: str, given: Mapping[str, Any], *, inputs_may_change: bool) -> OwnData:
@@ -183,14 +197,12 @@ class AudioData(LabelledData[AudioClips]):
             augmenter = Augmenter(
                 self.augment, sample_rate_hz=self.sample_rate_hz, resample=self.resample
             )
-        whole = not training and self.eval_crop == "full"
         return AudioDataset(
             self.splits,
-            self._reader(samples),
-            max_samples=None if whole else self.clip_samples,
-            position=None if training else EVAL_POSITIONS[self.eval_crop],
+            samples,
+            reader=self.reader,
+            training=training,
             augmenter=augmenter,
-            batch_samples=self.clip_samples if self.batching == "fixed" else None,
             seed=self.seed,
         )
 
@@ -198,7 +210,7 @@ class AudioData(LabelledData[AudioClips]):
         if self.batching != "bucketed":
             return super().train_dataloader()
         dataset = self.dataset(self.splits.train, training=True)
-        reader = self._reader(self.splits.train)
+        reader = self.reader.of(self.splits.train)
         longest = self.clip_samples or sys.maxsize
         sampler = BucketSampler(
             [min(self._length(reader, index), longest) for index in range(len(dataset))],
@@ -217,6 +229,3 @@ class AudioData(LabelledData[AudioClips]):
             if self.bad_samples.policy == "raise":
                 raise
             return 0
-
-    def _reader(self, clips: AudioClips) -> ClipReader:
-        return ClipReader(clips, sample_rate_hz=self.sample_rate_hz, resample=self.resample)

@@ -1,15 +1,23 @@
-"""Images: the datamodule, and where images come from."""
+"""Images: the datamodule, where images come from, and how one is read.
 
-from datamodules.image.data import ImageData
-from datamodules.image.sources import (
-    CIFAR10,
-    CIFAR100,
-    Digits,
-    ImageFolder,
-    ImageSource,
-    ImageTable,
-)
-from datamodules.image.transform import ImageTransform
+They are imported when first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datamodules.image.data import ImageData
+    from datamodules.image.reader import ImageReader
+    from datamodules.image.sources import (
+        CIFAR10,
+        CIFAR100,
+        Digits,
+        ImageFolder,
+        ImageSource,
+        ImageTable,
+    )
+    from datamodules.image.transform import ImageTransform
 
 __all__ = [
     "CIFAR10",
@@ -17,7 +25,30 @@ __all__ = [
     "Digits",
     "ImageData",
     "ImageFolder",
+    "ImageReader",
     "ImageSource",
     "ImageTable",
     "ImageTransform",
 ]
+
+_HOMES = {
+    "CIFAR10": "datamodules.image.sources",
+    "CIFAR100": "datamodules.image.sources",
+    "Digits": "datamodules.image.sources",
+    "ImageData": "datamodules.image.data",
+    "ImageFolder": "datamodules.image.sources",
+    "ImageReader": "datamodules.image.reader",
+    "ImageSource": "datamodules.image.sources",
+    "ImageTable": "datamodules.image.sources",
+    "ImageTransform": "datamodules.image.transform",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from datamodules.image.own_data import own_images
+from datamodules.image.reader import MODES, ImageReader
 from datamodules.image.sources import Digits, ImageSource, LabelledImages
 from datamodules.image.transform import ImageTransform, Transform
 from datamodules.shared.bad_samples import BadSamples
@@ -14,8 +15,6 @@ from datamodules.shared.sampling import seeded
 from datamodules.shared.sources import Splits
 from diffmm.checks import check_choice
 
-MODES = {1: "L", 3: "RGB"}
-
 
 class ImageDataset(LabelledDataset):
     """Images of a split, decoded and transformed.
@@ -23,8 +22,9 @@ class ImageDataset(LabelledDataset):
     Args:
         splits: where the images belong; it knows the classes.
         images: what is read.
-        mode: Pillow's name of the color space.
-        transform: from an image to a tensor; its random numbers follow `(seed, epoch, index)`.
+        reader: makes of an image what the model sees in evaluation.
+        transform: in training, in place of the reader's own; its random numbers follow
+            `(seed, epoch, index)`.
         seed: of the transform.
     """
 
@@ -33,20 +33,23 @@ class ImageDataset(LabelledDataset):
         splits: Splits[LabelledImages],
         images: LabelledImages,
         *,
-        mode: str,
-        transform: Transform,
+        reader: ImageReader,
+        transform: Transform | None,
         seed: int,
     ) -> None:
         super().__init__(images, seed=seed)
         self.splits = splits
         self.images = images
-        self.mode = mode
+        self.reader = reader
         self.transform = transform
 
     def sample(self, epoch: int, index: int) -> dict[str, Any]:
-        image = self.images.read(index).convert(self.mode)
-        with seeded(self.seed, epoch, index):
-            pixels = self.transform(image)
+        image = self.images.read(index)
+        if self.transform is None:
+            pixels = self.reader.pixels(image)
+        else:
+            with seeded(self.seed, epoch, index):
+                pixels = self.transform(self.reader.convert(image))
         return {
             "images": pixels,
             "labels": self.splits.target(self.images.labels[index]),
@@ -103,12 +106,21 @@ class ImageData(LabelledData[LabelledImages]):
         self.image_size = (height, width)
         transform = transform or ImageTransform()
         self._transform = f"{transform} over {source.transform}"
-        self.transforms = {
-            training: transform.build(
-                source.transform, self.image_size, self.channels, training=training
-            )
-            for training in (True, False)
-        }
+        settings = transform.settings(source.transform, self.image_size, self.channels)
+        interpolation = settings["interpolation"]
+        self.reader = ImageReader(
+            image_size=self.image_size,
+            channels=self.channels,
+            interpolation="bicubic" if interpolation == "random" else interpolation,
+            max_pixels=source.max_pixels,
+            **{name: settings[name] for name in ("crop_pct", "crop_mode", "mean", "std")},
+        )
+        training = transform.build(source.transform, self.image_size, self.channels, training=True)
+        self.transforms = {True: training, False: self.reader.transform}
+
+    @property
+    def evaluation_reader(self) -> ImageReader:
+        return self.reader
 
     @classmethod
     def own_data(cls, path: str, given: Mapping[str, Any], *, inputs_may_change: bool) -> OwnData:
@@ -136,7 +148,7 @@ class ImageData(LabelledData[LabelledImages]):
         return ImageDataset(
             self.splits,
             samples,
-            mode=MODES[self.channels],
-            transform=self.transforms[training],
+            reader=self.reader,
+            transform=self.transforms[True] if training else None,
             seed=self.seed,
         )

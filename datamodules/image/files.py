@@ -12,6 +12,9 @@ from datamodules.image.values import eight_bits, scale_transparency
 from datamodules.shared.files import why_no_file
 from diffmm.checks import DataError
 
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp", ".gif")
+"""Of the files that are looked for in a folder."""
+
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What a file may be by its content, whatever its name: of all that Pillow opens, what pictures of
 the accepted names are in practice. (A GIF on the web is often called something else.)"""
@@ -50,16 +53,30 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         warnings.simplefilter("ignore")
         # Given a name, Pillow 13 maps a plain TIFF, and garbles it where it is to be turned.
         with path.open("rb") as file, _opened(file) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise DataError(
-                    f"has {width} x {height} pixels, more than max_pixels ({max_pixels:,}): "
-                    f"scale it down, or raise that"
-                )
+            _check_size(image, max_pixels)
             scale_transparency(image)
             image.load()
             _check_complete(image, file)
             return _upright(eight_bits(image), image)
+
+
+def picture(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An image that is in memory as `read_image` gives that of a file.
+
+    Raises:
+        DataError: (to follow a name) as `read_image`.
+    """
+    _check_size(image, max_pixels)
+    return _upright(eight_bits(image), image)
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise DataError(
+            f"has {width} x {height} pixels, more than max_pixels ({max_pixels:,}): "
+            f"scale it down, or raise that"
+        )
 
 
 def _opened(file: BinaryIO) -> ImageFile.ImageFile:

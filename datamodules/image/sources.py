@@ -10,16 +10,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision import datasets
 
-from datamodules.image.files import MAX_PIXELS, PILLOWS_MOST, read_image
+from datamodules.image.files import EXTENSIONS, MAX_PIXELS, PILLOWS_MOST
+from datamodules.image.reader import read_named
 from datamodules.image.transform import ImageTransform
-from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.fingerprints import Fingerprint, digest
 from datamodules.shared.folders import FolderSource
 from datamodules.shared.sources import Labelled, Labels, Source, Splits, hold_out
 from datamodules.shared.tables import TableSource
-from diffmm.checks import DataError
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp", ".gif")
 
 
 class LabelledImages(Labelled):
@@ -41,11 +38,13 @@ class ImageSource(Source[LabelledImages]):
         image_size: their height and width, if nothing else is asked for.
         channels: 1 for gray, 3 for color images, likewise.
         transform: what this source's images need other than timm's defaults.
+        max_pixels: larger images are refused.
     """
 
     image_size: ClassVar[int] = 224
     channels: ClassVar[int] = 3
     transform: ClassVar[ImageTransform] = ImageTransform()
+    max_pixels: int = MAX_PIXELS
 
 
 class ArrayImages(LabelledImages):
@@ -92,13 +91,7 @@ class FileImages(LabelledImages):
         return self.paths[index]
 
     def read(self, index: int) -> Image.Image:
-        try:
-            return read_image(self.paths[index], self.max_pixels)
-        except DataError as error:
-            fault, cause = str(error), error.__cause__
-        except Exception as error:  # of many types: the decoders'
-            fault, cause = f"cannot be decoded: {error or type(error).__name__}", error
-        raise BadSampleError(f"{self.describe(index)} {fault}", self.paths[index]) from cause
+        return read_named(self.paths[index], self.describe(index), self.max_pixels)
 
 
 class Digits(ImageSource):

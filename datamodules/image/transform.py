@@ -116,12 +116,7 @@ class ImageTransform(Settings):
             ValueError: if there are more or fewer means than channels, or timm knows no such
                 `auto_augment` policy, or has it for color images only.
         """
-        # timm's own defaults for these two are for three channels.
-        timms = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
-        settings = timms | defaults.given() | self.given()
-        for name in timms:
-            settings[name] = _per_channel(name, settings[name], channels)
-        settings |= resolve_data_config({**settings, "input_size": (channels, *size)})
+        settings = self.settings(defaults, size, channels)
         if settings["interpolation"] == "random" and not training:
             settings["interpolation"] = "bicubic"
         policy = settings.get("auto_augment")
@@ -131,6 +126,17 @@ class ImageTransform(Settings):
             return create_transform(**settings, is_training=training)
         except AssertionError as error:
             raise ValueError(f"auto_augment {policy!r} is no policy of timm's: {error}") from error
+
+    def settings(
+        self, defaults: "ImageTransform", size: tuple[int, int], channels: int
+    ) -> dict[str, Any]:
+        """What timm's `create_transform` is to be told. Arguments and errors as in `build`."""
+        # timm's own defaults for these two are for three channels.
+        timms = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+        settings = timms | defaults.given() | self.given()
+        for name in timms:
+            settings[name] = _per_channel(name, settings[name], channels)
+        return settings | resolve_data_config({**settings, "input_size": (channels, *size)})
 
     def given(self) -> dict[str, Any]:
         """What is not left out."""

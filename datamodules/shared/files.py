@@ -4,6 +4,7 @@ Every datamodule lists its folders here, and asks here before it opens a file: a
 keep a run waiting for a writer, beyond the reach of any signal.
 """
 
+import heapq
 import os
 import stat
 import unicodedata
@@ -19,6 +20,8 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+_AT_ONCE = 50_000
 
 
 def why_no_file(path: str | Path) -> str | None:
@@ -55,8 +58,8 @@ def check_file(path: str | Path, role: str) -> None:
         raise DataError(f"{role} {path} {fault}")
 
 
-def read_lines(path: str | Path, role: str) -> list[str]:
-    """The lines of a small text file in UTF-8, with or without a byte order mark.
+def read_text(path: str | Path, role: str) -> str:
+    """The text of a small file in UTF-8, with or without a byte order mark.
 
     Args:
         path, role: as in `check_file`.
@@ -67,9 +70,14 @@ def read_lines(path: str | Path, role: str) -> list[str]:
     """
     check_file(path, role)
     try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{role} {path} is not UTF-8 text: {error}") from error
+
+
+def read_lines(path: str | Path, role: str) -> list[str]:
+    """The lines of such a file. Arguments and errors as in `read_text`."""
+    return read_text(path, role).splitlines()
 
 
 def is_hidden(path: Path) -> bool:
@@ -98,6 +106,44 @@ def list_files(folder: str | Path, extensions: Sequence[str]) -> list[Path]:
         if name.lower().endswith(tuple(extensions))
     ]
     return [Path(parent, name) for parent, name in sorted(found)]
+
+
+def walk_files(folder: str | Path, extensions: Sequence[str]) -> Iterator[Path]:
+    """What `list_files` lists, found as it is asked for: in order of names, a folder's files where
+    its own name stands. However many files there are, the names of `_AT_ONCE` are held at most for
+    each folder on the way."""
+    yield from _walk_in_order(Path(folder), tuple(extensions), frozenset())
+
+
+def _walk_in_order(
+    folder: Path, extensions: tuple[str, ...], above: frozenset[tuple[int, int]]
+) -> Iterator[Path]:
+    status = os.stat(folder)
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return
+    for name in _names_in_order(folder):
+        path = folder / name
+        if path.is_dir():
+            yield from _walk_in_order(path, extensions, above | {identity})
+        elif name.lower().endswith(extensions):
+            yield path
+
+
+def _names_in_order(folder: Path) -> Iterator[str]:
+    """The names in a folder that are not hidden, sorted; it is looked through once for every
+    `_AT_ONCE` of them."""
+    last = ""
+    while True:
+        with os.scandir(folder) as entries:
+            names = heapq.nsmallest(
+                _AT_ONCE,
+                (e.name for e in entries if e.name > last and not e.name.startswith(".")),
+            )
+        yield from names
+        if len(names) < _AT_ONCE:
+            return
+        last = names[-1]
 
 
 def glob_files(folder: str | Path, pattern: str) -> list[Path]:

@@ -84,6 +84,9 @@ class LabelledData(SeededDataModule, Generic[Samples]):
         """How many classes there are, known after `setup`."""
         return len(self.splits.class_names)
 
+    def describe_inputs(self) -> dict[str, Any]:
+        return {**super().describe_inputs(), "class_names": self.class_names}
+
     @abstractmethod
     def dataset(self, samples: Samples, *, training: bool) -> LabelledDataset:
         """`samples` as the model sees them, with the randomness of training or without."""

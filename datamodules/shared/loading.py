@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from datamodules.shared.bad_samples import BadSamples, Triage
 from datamodules.shared.evaluation import EvaluationLoader, EvaluationSampler
 from datamodules.shared.fingerprints import Fingerprint, changes
+from datamodules.shared.reader import Reader
 from datamodules.shared.sampling import EpochSampler, OverfitSampler, SeededDataset
 from diffmm.workers import WorkerLoader, ignore_stop_signals
 
@@ -138,6 +139,18 @@ class SeededDataModule(LightningDataModule):
         """What the training batches are made of, for a checkpoint: known after `setup`, the same on
         every process, and soon told. Whoever knows more adds to it."""
         return {}
+
+    @property
+    def evaluation_reader(self) -> Reader | None:
+        """What an input goes through in evaluation, and in prediction; none where a datamodule has
+        no reader of its own."""
+        return None
+
+    def describe_inputs(self) -> dict[str, Any]:
+        """How inputs are prepared and what their classes are called, as plain values that travel
+        with a model's weights: known after `setup`."""
+        reader = self.evaluation_reader
+        return {"reader": None if reader is None else reader.describe()}
 
     def triage(self) -> Triage:
         """What this process does about bad samples, as its list of them now stands."""

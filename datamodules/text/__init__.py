@@ -1,9 +1,17 @@
-"""Text: the datamodule, and where text comes from."""
+"""Text: the datamodule, where text comes from, and how a prompt is read.
 
-from datamodules.text.data import TextData
-from datamodules.text.datasets import HuggingFaceText
-from datamodules.text.sources import Corpus, StandardLibrary, TextFolder, TextSource, TokenFiles
-from datamodules.text.token_files import write_token_file
+They are imported when first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datamodules.text.data import TextData
+    from datamodules.text.datasets import HuggingFaceText
+    from datamodules.text.reader import TextReader
+    from datamodules.text.sources import Corpus, StandardLibrary, TextFolder, TextSource, TokenFiles
+    from datamodules.text.token_files import write_token_file
 
 __all__ = [
     "Corpus",
@@ -11,7 +19,30 @@ __all__ = [
     "StandardLibrary",
     "TextData",
     "TextFolder",
+    "TextReader",
     "TextSource",
     "TokenFiles",
     "write_token_file",
 ]
+
+_HOMES = {
+    "Corpus": "datamodules.text.sources",
+    "HuggingFaceText": "datamodules.text.datasets",
+    "StandardLibrary": "datamodules.text.sources",
+    "TextData": "datamodules.text.data",
+    "TextFolder": "datamodules.text.sources",
+    "TextReader": "datamodules.text.reader",
+    "TextSource": "datamodules.text.sources",
+    "TokenFiles": "datamodules.text.sources",
+    "write_token_file": "datamodules.text.token_files",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

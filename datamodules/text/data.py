@@ -16,6 +16,7 @@ from datamodules.shared.loading import SeededDataModule
 from datamodules.shared.own_data import OwnData, looked_at_numbers
 from datamodules.text.datasets import HuggingFaceText
 from datamodules.text.own_data import own_texts
+from datamodules.text.reader import TextReader
 from datamodules.text.shards import Shards
 from datamodules.text.sources import (
     Corpus,
@@ -38,7 +39,7 @@ from datamodules.text.token_documents import TokenDocuments
 from datamodules.text.token_files import is_finished, read_token_files, write_token_file
 from datamodules.text.windows import Objective, Packing, TextWindows, WindowTask
 from diffmm.checks import check_choice
-from diffmm.tokenizers import Tokenizer, load_tokenizer
+from diffmm.tokenizers import Tokenizer
 
 __all__ = [
     "HuggingFaceText",
@@ -179,9 +180,13 @@ class TextData(SeededDataModule):
         return own_texts(path, given)
 
     @cached_property
+    def evaluation_reader(self) -> TextReader:
+        return TextReader(tokenizer=self.tokenizer_name)
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """What the text is encoded with."""
-        tokenizer = load_tokenizer(self.tokenizer_name)
+        tokenizer = self.evaluation_reader.encoder
         if self.vocab_size is not None and tokenizer.vocab_size > self.vocab_size:
             raise ValueError(
                 f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, more than the "

@@ -30,9 +30,9 @@ class Verb(NamedTuple):
 VERBS = {
     "fit": Verb("fit", "train a recipe, or go on with a run (--resume)"),
     "finetune": Verb("fit", "train a recipe from the weights of another run"),
-    "validate": Verb("evaluate", "measure weights on a recipe's validation data"),
-    "test": Verb("evaluate", "measure weights on a recipe's test data"),
-    "predict": Verb("evaluate", "write a model's predictions for a recipe's data"),
+    "validate": Verb("evaluate", "measure a run on its validation data, class by class"),
+    "test": Verb("evaluate", "measure a run on its test data, class by class"),
+    "predict": Verb("predict", "give the classes of files and folders, or of a run's test data"),
     "generate": Verb("generate", "continue a prompt with a trained text model"),
     "replay": Verb("replay", "make the step again that a run stopped at for its bad numbers"),
     "compare": Verb("compare", "several runs side by side, as a table or a page"),

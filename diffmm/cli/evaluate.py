@@ -1,73 +1,124 @@
-"""`diffmm validate`, `test` and `predict`: weights against a recipe's data. No run is written."""
+"""`diffmm validate` and `test`: weights against a recipe's data. No run is written."""
 
 import argparse
+import csv
+import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffmm.checkpoint_folders import write_text
 from diffmm.cli.options import print_help, wants_help
+from diffmm.cli.prediction_files import check_output
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError, refusing
 from diffmm.recipes.settings import load, merge
 from diffmm.recipes.trust import add_trust_option
+from diffmm.runs.directories import CONFIG_NAME
 
 QUIET = {"trainer": {"logger": False, "enable_checkpointing": False}}
 """Evaluation writes nothing beside its result."""
 
+DEPTH = 3
+"""A run's config is at most so many folders above a checkpoint's file."""
+
 
 def run(verb: str, arguments: Sequence[str]) -> int:
-    """Measure or predict, and print or write the result."""
+    """Measure, and print and write the result."""
     parser = make_parser(verb)
-    options, overrides = parser.parse_known_args(arguments)
+    options, overrides = parse(parser, arguments)
     if wants_help(options, overrides):
         return print_help(parser, options, overrides)
-    for name in ("config", "weights"):
-        if getattr(options, name) is None:
-            raise InputError(f"diffmm {verb} needs --{name} {name.upper()}")
-    output = Path(options.output) if verb == "predict" else None
-    if output is not None and output.exists():
-        raise InputError(f"{output} exists already: choose another --output")
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"there is no folder {output.parent} to write {output.name} to")
-    values = load([find_recipe(name) for name in options.config], overrides)
-    return evaluate(verb, values, options.weights, output, trust=options.trust)
+    weights = options.weights or options.run
+    if weights is None:
+        raise InputError(f"diffmm {verb} needs a RUN, or --config RECIPE and --weights WEIGHTS")
+    if options.weights is not None and options.run is not None:
+        raise InputError(f"{options.run} and --weights {options.weights}: give one of them")
+    output = None if options.output is None else Path(options.output)
+    if output is not None:
+        check_output(output, (".json", ".csv"))
+    values = recipe_values(verb, options.config, weights, overrides)
+    return evaluate(verb, values, weights, output, trust=options.trust)
 
 
 def make_parser(verb: str) -> argparse.ArgumentParser:
     """The options that are not settings of the recipe."""
-    what = {
-        "validate": "Print the metrics of weights on a recipe's validation data.",
-        "test": "Print the metrics of weights on a recipe's test data.",
-        "predict": "Write what a model predicts for a recipe's data: a dict of tensors, for "
-        "torch.load.",
-    }
+    data = "validation" if verb == "validate" else "test"
     parser = argparse.ArgumentParser(
         prog=f"diffmm {verb}",
         add_help=False,
         allow_abbrev=False,
-        description=what[verb],
+        description=f"Print the metrics of a run on its {data} data; of a classifier, those of "
+        "each class too, and what it is confused with.",
         epilog="Everything else is a setting of the recipe, as in `diffmm fit`:",
     )
     parser.add_argument("-h", "--help", action="store_true", help="print this, and all settings")
+    parser.add_argument(
+        "run",
+        nargs="?",
+        metavar="RUN",
+        help="a run, a checkpoint, or model.safetensors (or its folder)",
+    )
+    add_weights_options(parser)
+    add_trust_option(parser)
+    parser.add_argument(
+        "--output", metavar="FILE", help="write all of it, too: .json, or classes as .csv"
+    )
+    return parser
+
+
+def add_weights_options(parser: argparse.ArgumentParser) -> None:
+    """`--config` and `--weights`."""
     parser.add_argument(
         "-c",
         "--config",
         action="append",
         metavar="RECIPE",
-        help="a recipe's file or name, or a run's config.yaml",
+        help="a recipe's file or name, in place of the run's own config.yaml",
     )
-    parser.add_argument(
-        "--weights",
-        "--ckpt_path",
-        metavar="CKPT",
-        help="a run, a checkpoint, or model.safetensors (or its folder)",
+    parser.add_argument("--weights", "--ckpt_path", metavar="CKPT", help="another way to say RUN")
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """The options of a verb that has positional arguments, and the settings of a recipe among them
+    (`--key value`, `--key=value`)."""
+    own, overrides = [], []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, _ = argument.partition("=")
+        if not key.startswith("--") or key in parser._option_string_actions:
+            own.append(argument)
+            continue
+        overrides.append(argument)
+        if not equals and rest and not rest[0].startswith("--"):
+            overrides.append(rest.pop(0))
+    return parser.parse_args(own), overrides
+
+
+def recipe_values(
+    verb: str, config: Sequence[str] | None, weights: str, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """The values of the recipe that is meant: the given one, or that of the run.
+
+    Raises:
+        InputError: if the weights are in no run.
+    """
+    if config:
+        return load([find_recipe(name) for name in config], overrides)
+    path = Path(weights).absolute()
+    for folder in (path, *list(path.parents)[:DEPTH]):
+        if (folder / CONFIG_NAME).is_file():
+            return load([folder / CONFIG_NAME], overrides)
+    if not path.exists():
+        raise InputError(f"there is no file of weights at {weights}")
+    raise InputError(
+        f"{weights} is in no run, which would have a {CONFIG_NAME}: diffmm {verb} needs its recipe "
+        f"(--config RECIPE)"
     )
-    add_trust_option(parser)
-    if verb == "predict":
-        parser.add_argument(
-            "--output", metavar="FILE", default="predictions.pt", help="predictions.pt by default"
-        )
-    return parser
 
 
 def evaluate(
@@ -78,7 +129,7 @@ def evaluate(
     Raises:
         InputError: for mistakes in the recipe, and for weights of another architecture.
     """
-    from diffmm.cli.predictions import gathered, joined, save
+    from diffmm.cli.predictions import gathered, written_predictions
     from diffmm.models.weights import load_weights
     from diffmm.recipes.trainer import RecipeCLI, leave_processes, refusing_before_training
 
@@ -90,17 +141,70 @@ def evaluate(
     task: Any = cli.model
     if not hasattr(task, "model"):
         raise InputError(f"{type(task).__name__} has no model to load weights into")
+    if verb == "predict":
+        check_predictable(task, cli.datamodule, output)
     with refusing():
         load_weights(task.model, weights)
+    if verb != "predict" and hasattr(task, "measure_classes"):
+        task.measure_classes()
     # Lightning's own lets an evaluation go on after SIGTERM, or end it with 0.
     cli.trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     with refusing_before_training(cli):
         results = getattr(cli.trainer, verb)(task, datamodule=cli.datamodule)
-    if output is not None and (batches := gathered(results)) is not None:
-        save(joined(batches), output)
-        print(output)
+    if verb != "predict":
+        if cli.trainer.is_global_zero:
+            report(results, task, output)
+    elif output is not None and (batches := gathered(results)) is not None:
+        written_predictions(batches, cli.datamodule, task, output)
     leave_processes(0)
     return 0
+
+
+def check_predictable(task: Any, data: Any, output: Path | None) -> None:
+    """Refuse before anything is read what `diffmm predict` could not write.
+
+    Raises:
+        InputError: for data that are not predicted, and for rows of what are no classes.
+    """
+    from lightning.pytorch import LightningDataModule
+
+    if type(data).predict_dataloader is LightningDataModule.predict_dataloader:
+        raise InputError(f"{type(data).__name__} has no data to predict")
+    if output is not None and output.suffix.lower() != ".pt" and not hasattr(task, "num_classes"):
+        raise InputError(
+            f"{type(task).__name__} predicts no classes, so there are no rows of them: --output "
+            f"must end in .pt"
+        )
+
+
+def report(results: Any, task: Any, output: Path | None) -> None:
+    """Print how well each class is told from the others, and write it with all metrics."""
+    from diffmm.analysis.class_report import ClassReport
+
+    names = task.job.class_names if getattr(task, "job", None) is not None else None
+    details = getattr(task, "details", {})
+    classes = None
+    if (matrix := details.get("confusion_matrix")) is not None:
+        classes = ClassReport.of_confusion(matrix, names or list(map(str, range(len(matrix)))))
+    elif (table := details.get("average_precision")) is not None:
+        numbers = list(map(str, range(table.shape[1])))
+        classes = ClassReport.of_average_precision(table, names or numbers)
+    if classes is not None:
+        print(f"\n{classes.text()}")
+    if output is None:
+        return
+    metrics = {name: value for result in results for name, value in result.items()}
+    if output.suffix.lower() == ".json":
+        found = {"metrics": metrics, **(classes.data() if classes is not None else {})}
+        text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+    else:
+        table = classes.table() if classes is not None else [["metric", "value"], *metrics.items()]
+        lines = io.StringIO()
+        csv.writer(lines, lineterminator="\n").writerows(table)
+        text = lines.getvalue()
+    with refusing():
+        write_text(output, text)
+    print(output)
 
 
 def saves(callback: Any) -> bool:

@@ -22,7 +22,14 @@ from diffmm.recipes.lengths import Longer, lengthened, outlook, step_of
 from diffmm.recipes.settings import load, override
 from diffmm.recipes.trust import add_trust_option
 from diffmm.runs.claims import claimed
-from diffmm.runs.directories import config_text, find_run, new_run, same_run, saved_config
+from diffmm.runs.directories import (
+    config_text,
+    find_run,
+    new_run,
+    run_name,
+    same_run,
+    saved_config,
+)
 
 if TYPE_CHECKING:
     from diffmm.recipes.trainer import RecipeCLI
@@ -85,7 +92,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
             return leave(resume(run_dir, trust=True, allow_changed_data=changed))
     run_dir = new_run(recipe, options.name, options.run_dir)
     with claimed(run_dir):
-        code = train(run_dir, values, comment=comment)
+        code = train(run_dir, values, comment=comment, recipe=run_name(recipe))
     return leave(code)
 
 
@@ -206,6 +213,7 @@ def train(
     longer: Longer | None = None,
     trust: bool = True,
     allow_changed_data: bool = False,
+    recipe: str | None = None,
 ) -> int:
     """Fit a recipe in its run directory.
 
@@ -219,6 +227,7 @@ def train(
         trust: run also code that the values name outside `diffmm.recipes.trust.KNOWN`, since a
             recipe of the user's own is given to be run.
         allow_changed_data: go on with other data than those of the checkpoint.
+        recipe: its name, which travels with the weights; a run that goes on knows its own.
 
     Returns:
         The exit code: 0, or 130 or 143 if a signal stopped the run.
@@ -238,6 +247,8 @@ def train(
     from diffmm.training.resilience.non_finite import TooManyNonFiniteStepsError
 
     cli = RecipeCLI({**values, "run_dir": str(run_dir)}, trust=trust)
+    task: Any = cli.model
+    task.recipe = recipe
     if checkpoint is not None:
         forget_first_weights(cli)
     if allow_changed_data:

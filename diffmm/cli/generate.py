@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffmm.checkpoint_folders import find_state
-from diffmm.recipes.errors import InputError, refusing, warn
-
-MAX_NEW_TOKENS = 200
+from diffmm.recipes.errors import refusing, warn
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
@@ -35,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help=f"[{MAX_NEW_TOKENS}, or what the model's max_length leaves]",
+        help="[200, or what the model's max_length leaves]",
     )
     parser.add_argument(
         "--temperature",
@@ -60,82 +58,22 @@ def generate(options: argparse.Namespace) -> None:
     """Write the continuation.
 
     Raises:
-        ValueError, FileNotFoundError, InputError: naming the file or the option at fault.
+        ValueError, FileNotFoundError: naming the file or the option at fault.
     """
-    import torch
+    from diffmm.hub.trained import load
 
-    from diffmm.models import TextModel
-    from diffmm.models.generation import stream
-    from diffmm.models.weights import load_model
-    from diffmm.tokenizers import StreamDecoder, load_tokenizer
-
-    path = find_state(Path(options.checkpoint), warn=warn)
-    model = load_model(path)
-    if not isinstance(model, TextModel):
-        raise InputError(f"{path} holds a {type(model).__name__}: only a text model writes text")
-    tokenizer = load_tokenizer(options.tokenizer or tokenizer_name(path))
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(
-            f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, the model of {path} "
-            f"knows {model.config.vocab_size}: give the one it was trained with (--tokenizer)"
-        )
+    state = find_state(Path(options.checkpoint), warn=warn)
+    trained = load(state, device=options.device, tokenizer=options.tokenizer)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    ids = tokenizer.encode(prompt)
-    if not ids:
-        raise InputError("the prompt is empty: give it a character at least")
-    if not -(2**63) <= options.seed < 2**64:
-        raise InputError(f"seed must be a number of 64 bits, got {options.seed}")
-    max_new_tokens = options.max_new_tokens
-    if max_new_tokens is None:
-        max_new_tokens = max(1, min(MAX_NEW_TOKENS, model.config.max_length - len(ids)))
-    device = find_device(options.device)
-    model = model.to(device)
-    steps = stream(
-        model,
-        torch.tensor([ids], device=device),
-        max_new_tokens=max_new_tokens,
+    pieces = trained.write(
+        prompt,
+        max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        stop_ids=[tokenizer.eos_id],
-        generator=torch.Generator(device).manual_seed(options.seed),
+        seed=options.seed,
     )
-    decoder = StreamDecoder(tokenizer)
-    for new in steps:
-        sys.stdout.write(decoder.feed(new.tolist()))
+    for piece in pieces:
+        sys.stdout.write(piece)
         sys.stdout.flush()
-    sys.stdout.write(f"{decoder.flush()}\n")
-
-
-def tokenizer_name(path: Path) -> str:
-    """The tokenizer that a checkpoint names.
-
-    Raises:
-        InputError: if it names none.
-    """
-    import torch
-
-    name = None
-    if path.suffix == ".ckpt":
-        name = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("tokenizer")
-    if name is None:
-        raise InputError(f"{path} names no tokenizer: give it (--tokenizer bytes)")
-    return name
-
-
-def find_device(name: str) -> str:
-    """The device that is asked for; `auto` is the accelerator where there is one.
-
-    Raises:
-        InputError: for one that is not there.
-    """
-    import torch
-
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return str(accelerator) if accelerator is not None else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"there is no device {name!r}: {str(error).splitlines()[0]}") from error
-    return name
+    sys.stdout.write("\n")

@@ -1,15 +1,49 @@
 """What `diffmm predict` writes: one dict for all batches of all processes."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffmm.cli.prediction_files import writing
+from diffmm.hub.predictions import Prediction
 from diffmm.recipes.errors import RunFailedError, message_of
 
 Batch = dict[str, Tensor]
+
+TOP_K = 5
+"""Classes per row."""
+
+
+def written_predictions(batches: list[Batch], data: Any, task: Any, output: Path) -> None:
+    """Write the predictions of a recipe's data: a dict of tensors (`.pt`), or a row per sample as
+    for files (see `diffmm.cli.prediction_files`), with its number where it has no file.
+
+    Raises:
+        RunFailedError: if they cannot be written.
+    """
+    if output.suffix.lower() == ".pt":
+        save(joined(batches), output)
+    else:
+        with writing(output, min(TOP_K, batches[0]["probabilities"].shape[1])) as writer:
+            for prediction in _ranked(batches, data, task):
+                writer.write(prediction)
+    print(output)
+
+
+def _ranked(batches: list[Batch], data: Any, task: Any) -> Iterator[Prediction]:
+    names = task.job.class_names if getattr(task, "job", None) is not None else None
+    dataset = data.predict_dataloader().dataset
+    file = getattr(dataset, "file", lambda index: None)
+    for batch in batches:
+        for index, scores in zip(batch["index"].tolist(), batch["probabilities"], strict=True):
+            values, classes = scores.topk(min(TOP_K, len(scores)))
+            numbers = classes.tolist()
+            labels = tuple(names[n] if names else str(n) for n in numbers)
+            yield Prediction(labels, tuple(values.tolist()), str(file(index) or index))
 
 
 def joined(batches: list[Batch]) -> dict[str, Any]:

@@ -139,6 +139,11 @@ class AudioModel(Encoder):
     Attributes:
         augment: a module for normalized spectrograms `[B, num_mels, T]`, such as SpecAugment from
             torchaudio's maskings, used in training mode only; none by default.
+
+    >>> model = diffmm.create_model("audio/sound_events_tiny")
+    >>> waveforms, num_samples = torch.randn(2, 8000), torch.tensor([8000, 5000])
+    >>> model(waveforms, num_samples).shape
+    torch.Size([2, 10])
     """
 
     config: AudioConfig

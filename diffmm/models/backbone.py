@@ -28,6 +28,11 @@ class Backbone(nn.Module):
     Attributes:
         activation_checkpointing: whether blocks are recomputed in the backward pass in place of
             keeping their activations; a training choice, so it is set here and not in the config.
+
+    >>> config = diffmm.BackboneConfig(dim=64, depth=2, num_heads=4)
+    >>> backbone = diffmm.Backbone(config)
+    >>> backbone(torch.randn(2, 10, 64), mask=diffmm.AttentionMask()).shape
+    torch.Size([2, 10, 64])
     """
 
     def __init__(self, config: BackboneConfig) -> None:

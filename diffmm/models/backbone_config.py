@@ -61,6 +61,10 @@ class BackboneConfig(Settings):
 
     Raises:
         ValueError: naming the field and the value.
+
+    >>> config = diffmm.BackboneConfig(dim=64, depth=2, num_heads=4, attention="diff_v2")
+    >>> config.resolved_head_dim
+    16
     """
 
     dim: int

@@ -51,18 +51,36 @@ def build(description: dict[str, Any]) -> nn.Module:
     if not isinstance(description, dict) or set(description) != {"class_path", "config"}:
         raise ValueError(f"a description has a class_path and a config, got {description!r:.200}")
     description = with_new_names(description, "the model's description")
-    check_choice("class_path", description["class_path"], MODELS)
-    model_class = MODELS[description["class_path"]]
-    return model_class(configured(_config_class(model_class), description["config"]))
+    config = configured(config_class(description["class_path"]), description["config"])
+    return MODELS[description["class_path"]](config)
+
+
+def config_class(class_path: Any) -> type:
+    """The config of the model that a description names.
+
+    Raises:
+        ValueError: for a class that is none of `diffmm.models`.
+    """
+    check_choice("class_path", class_path, MODELS)
+    return get_type_hints(MODELS[class_path].__init__)["config"]
+
+
+def nested_config(config: type, name: str, values: Any) -> type:
+    """The class of the config in field `name` of a config: of several, the one that has most of
+    the names in `values`.
+
+    Raises:
+        ValueError: if the field holds none.
+    """
+    nearest = _nearest_config(get_type_hints(config)[name], values)
+    if nearest is None:
+        raise ValueError(f"{config.__name__}.{name} is no config")
+    return nearest
 
 
 def unwrap(model: Model) -> Model:
     """The model inside what `torch.compile` returns."""
     return getattr(model, "_orig_mod", model)
-
-
-def _config_class(model_class: type[nn.Module]) -> type:
-    return get_type_hints(model_class.__init__)["config"]
 
 
 def _plain(value: Any) -> Any:
@@ -72,36 +90,42 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def configured(config_class: Any, values: Any) -> Any:
-    """A config of `config_class` from plain values, with the configs nested in it."""
-    hints = get_type_hints(config_class)
+def configured(config: Any, values: Any) -> Any:
+    """An instance of `config` from plain values, with the configs nested in it."""
+    hints = get_type_hints(config)
     if not isinstance(values, dict):
-        raise ValueError(f"{config_class.__name__} needs its fields by name, got {values!r:.200}")
+        raise ValueError(f"{config.__name__} needs its fields by name, got {values!r:.200}")
     for name in values:
         if name not in hints:
-            raise ValueError(
-                f"{config_class.__name__} has no field {name!r}{did_you_mean(name, hints)}"
-            )
+            raise ValueError(f"{config.__name__} has no field {name!r}{did_you_mean(name, hints)}")
     typed = {name: _typed(hints[name], value) for name, value in values.items()}
     try:
-        return config_class(**typed)
+        return config(**typed)
     except TypeError as error:
-        raise ValueError(f"{config_class.__name__} cannot be made: {error}") from error
+        raise ValueError(f"{config.__name__} cannot be made: {error}") from error
 
 
 def _typed(hint: Any, value: Any) -> Any:
     """A plain value as its field's type has it: nested configs, and tuples where JSON has lists."""
-    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    configs = [option for option in options if dataclasses.is_dataclass(option)]
-    if configs and not (value is None and type(None) in options):
-        # A description has every field, so the names tell the configs of a union apart.
-        matching = [
-            config
-            for config in configs
-            if isinstance(value, dict)
-            and {field.name for field in dataclasses.fields(config)} == set(value)
-        ]
-        return configured((matching or configs)[0], value)
-    if isinstance(value, list) and any(get_origin(option) is tuple for option in options):
+    config = _nearest_config(hint, value)
+    if config is not None and not (value is None and type(None) in _options(hint)):
+        return configured(config, value)
+    if isinstance(value, list) and any(get_origin(option) is tuple for option in _options(hint)):
         return tuple(value)
     return value
+
+
+def _nearest_config(hint: Any, values: Any) -> type | None:
+    """Of the configs that a type allows, the one with most of the names in `values`."""
+    configs: list[Any] = [option for option in _options(hint) if dataclasses.is_dataclass(option)]
+    names = set(values) if isinstance(values, dict) else set()
+    return max(
+        configs,
+        key=lambda config: len(names & {field.name for field in dataclasses.fields(config)}),
+        default=None,
+    )
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type that is none."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)

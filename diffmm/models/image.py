@@ -81,6 +81,11 @@ class ImageModel(Encoder):
     """Images to classes (ViT, Dosovitskiy et al. 2021), in timm's words.
 
     Rotary coordinates are 2-D, rows then columns, counted in patches from 1.
+
+    >>> model = diffmm.create_model("image/cifar10", depth=2, num_classes=5)
+    >>> images = torch.randn(2, 3, 32, 32)
+    >>> model(images).shape, model.forward_features(images).shape[0]
+    (torch.Size([2, 5]), 2)
     """
 
     config: ImageConfig

@@ -96,6 +96,11 @@ class MaskedAutoencoder(nn.Module):
 
     Attributes:
         encoder: an `ImageModel` or `AudioModel`; its `state_dict` is what fine-tuning starts from.
+
+    >>> model = diffmm.create_model("image/digits_mae_tiny")
+    >>> loss, prediction, mask = model(torch.randn(2, 1, 8, 8))
+    >>> prediction.shape, int(mask.sum())  # of 16 patches each, 12 are hidden
+    (torch.Size([2, 16, 4]), 24)
     """
 
     encoder: Encoder

@@ -54,7 +54,12 @@ class TextConfig(Settings):
 
 
 class TextModel(nn.Module):
-    """Token ids to logits over the vocabulary."""
+    """Token ids to logits over the vocabulary.
+
+    >>> model = diffmm.create_model("text/stdlib_tiny")
+    >>> model(torch.tensor([list(b"def main(")])).shape  # [B, N, vocab_size]
+    torch.Size([1, 9, 320])
+    """
 
     input_fields = TextConfig.input_fields
 

@@ -1,9 +1,10 @@
 """Weights in files, and with them the architecture that they belong to, as plain data.
 
 A file of weights is one of two kinds: a Lightning checkpoint (`.ckpt`, written in training, with
-the description under the key `"model"`), or safetensors written by `save_model`. Both are read as
-tensors and plain values only: opening a file never runs code from it. The folder of a checkpoint
-stands for the file in it, and a run for its newest whole checkpoint.
+the description under the key `"model"` and what the model is for under `"job"`), or safetensors
+written by `save_model`. Both are read as tensors and plain values only: opening a file never runs
+code from it. The folder of a checkpoint stands for the file in it, and a run for its newest whole
+checkpoint.
 """
 
 import json
@@ -22,12 +23,16 @@ from torch import Tensor, nn
 from diffmm.checkpoint_folders import STATE_NAME, find_state
 from diffmm.models.backbone import BackboneConfig
 from diffmm.models.description import build, configured, describe, unwrap
-from diffmm.renamed import weights_with_new_names
+from diffmm.models.job import Job, text_reader
+from diffmm.renamed import weights_with_new_names, with_new_names
 
 __all__ = ["build", "describe", "load_model", "load_weights", "save_model"]
 
 DESCRIPTION_KEY = "model"
 """Where a file keeps its description: a key of a checkpoint, or of the safetensors metadata."""
+
+JOB_KEY = "job"
+"""Likewise what the model is for (see `diffmm.models.job`)."""
 
 WEIGHTS_NAME = "model.safetensors"
 """The file of weights in a folder written by `save_model`."""
@@ -41,7 +46,8 @@ SHOWN = 4
 
 
 def save_model(model: nn.Module, path: str | Path) -> Path:
-    """Write a model's weights and description as safetensors; `load_model` reads them back.
+    """Write a model's weights, its description and (`model.job`, if it has one) what it is for as
+    safetensors; `load_model` reads them back.
 
     The file appears whole or not at all.
 
@@ -51,9 +57,16 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
 
     Returns:
         The file.
+
+    Raises:
+        ValueError: for a model that is none of `diffmm.models`, or a job of other classes.
     """
     model = unwrap(model)
-    description = json.dumps(describe(model))
+    metadata = {"format": "pt", DESCRIPTION_KEY: json.dumps(describe(model))}
+    job: Any = getattr(model, "job", None)
+    if job is not None:
+        job.check_fit(model)
+        metadata[JOB_KEY] = json.dumps(job.plain())
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +78,7 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
     }
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        save_file(weights, unfinished, metadata={"format": "pt", DESCRIPTION_KEY: description})
+        save_file(weights, unfinished, metadata=metadata)
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -76,6 +89,7 @@ def load_model(path: str | Path) -> nn.Module:
     """The model in a file, float32 on the CPU, in evaluation mode.
 
     Of a checkpoint that was trained with Lightning's weight averaging it is the averaged model.
+    Its `job` is a `diffmm.models.job.Job`, or `None` where the file says nothing of that.
 
     Args:
         path: a run, a checkpoint's folder, a Lightning checkpoint, a `.safetensors` file or a
@@ -87,7 +101,7 @@ def load_model(path: str | Path) -> nn.Module:
             the checkpoints, if none is whole.
     """
     file = _find(path)
-    weights, description = _read(file)
+    weights, description, job = _read(file)
     if description is None:
         raise ValueError(
             f"{file} says nothing about the model its weights belong to: "
@@ -96,6 +110,7 @@ def load_model(path: str | Path) -> nn.Module:
     _check_fit(_outline(description, weights, file), weights, set(), file)
     model = build(description)
     _fill(model, weights, set(), file)
+    model.job = _job(job, model, file)  # type: ignore[assignment]
     return model.eval()
 
 
@@ -122,7 +137,7 @@ def load_weights(model: nn.Module, path: str | Path, *, skip_head: bool = False)
     """
     model = unwrap(model)
     file = _find(path)
-    weights, description = _read(file)
+    weights, description, _ = _read(file)
     expected = model.state_dict()
     if not any(name.startswith(ENCODER_PREFIX) for name in expected):
         encoder = _under(weights, ENCODER_PREFIX)
@@ -141,6 +156,7 @@ def load_weights(model: nn.Module, path: str | Path, *, skip_head: bool = False)
 class _Contents(NamedTuple):
     weights: dict[str, Tensor]
     description: dict[str, Any] | None
+    job: dict[str, Any] | None
 
 
 def _find(path: str | Path) -> Path:
@@ -164,8 +180,11 @@ def _read(file: Path) -> _Contents:
                 metadata = opened.metadata() or {}
                 weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             weights = weights_with_new_names(weights)
-            text = metadata.get(DESCRIPTION_KEY)
-            return _Contents(weights, json.loads(text) if text is not None else None)
+            told = [
+                json.loads(metadata[key]) if key in metadata else None
+                for key in (DESCRIPTION_KEY, JOB_KEY)
+            ]
+            return _Contents(weights, *told)
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
     if not zipfile.is_zipfile(file):
@@ -195,7 +214,26 @@ def _read(file: Path) -> _Contents:
             raise ValueError(f"{file} holds a {type(value).__name__} as {name}, not a tensor")
     if not weights:
         raise ValueError(f"{file} holds no weights under {CHECKPOINT_PREFIX!r}")
-    return _Contents(weights, checkpoint.get(DESCRIPTION_KEY))
+    return _Contents(weights, checkpoint.get(DESCRIPTION_KEY), _job_values(checkpoint))
+
+
+def _job_values(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """What a checkpoint says of the model's job; before there were jobs that was a tokenizer's name
+    at most."""
+    if JOB_KEY not in checkpoint and "tokenizer" in checkpoint:
+        return {"reader": text_reader(checkpoint["tokenizer"])}
+    return checkpoint.get(JOB_KEY)
+
+
+def _job(values: dict[str, Any] | None, model: nn.Module, file: Path) -> Job | None:
+    if values is None:
+        return None
+    try:
+        job = Job.of(with_new_names(values, str(file)))
+        job.check_fit(model)
+    except ValueError as error:
+        raise ValueError(f"{file} says what its model is for in a wrong way: {error}") from error
+    return job
 
 
 def _under(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

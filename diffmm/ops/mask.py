@@ -32,6 +32,11 @@ class AttentionMask:
     Raises:
         ValueError: for a window below 1, a prefix without `causal`, or a tensor of another shape
             or dtype than the above.
+
+    >>> diffmm.AttentionMask(causal=True, window=2).to_bool(3, 3)[0, 0].int()
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [0, 1, 1]], dtype=torch.int32)
     """
 
     causal: bool = False

@@ -1,17 +1,19 @@
 """Classification of images and sounds, with one label a sample or several."""
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from diffmm.batch import AudioBatch, ImageBatch, InputShapes, input_fields, inputs_of
+from diffmm.models.job import Job
 from diffmm.training.accumulation import LossSum
 from diffmm.training.finetuning import FineTuneConfig
-from diffmm.training.metrics import MeanAveragePrecision, RatioOfSums
+from diffmm.training.metrics import AveragePrecision, MeanAveragePrecision, RatioOfSums
 from diffmm.training.mixing import MixingConfig, mix
 from diffmm.training.optimizer import OptimizerConfig
 from diffmm.training.parallel import data_share
@@ -43,6 +45,8 @@ class Classification(Task):
         ValueError: for a model without classes, or a spectrogram augmentation for a model that has
             no place for it.
     """
+
+    measures_classes = False
 
     def __init__(
         self,
@@ -106,11 +110,29 @@ class Classification(Task):
             return {"labels": ((batch_size, self.num_classes), torch.float32)}
         return {"labels": ((batch_size,), torch.int64)}
 
+    def make_job(self, data: Any) -> Job:
+        job = super().make_job(data)
+        if job.class_names is not None:
+            # Output `i` is the data's class `i`; what is beyond those is trained for none.
+            numbers = map(str, range(len(job.class_names), self.num_classes))
+            names = (*job.class_names, *numbers)[: self.num_classes]
+            job = replace(job, class_names=names)
+        return replace(job, multi_label=self.multi_label)
+
+    def measure_classes(self) -> None:
+        """Measure each class by itself, too, in evaluations from now on: their `details` then have
+        `confusion_matrix`, `[true, predicted]` counts, or for `multi_label` `average_precision`
+        (see `diffmm.training.metrics.AveragePrecision`)."""
+        self.measures_classes = True
+        self.metrics = self._new_metrics()
+
     def make_metrics(self) -> dict[str, Metric]:
         # Labels have been checked already, and on a GPU torchmetrics' own check would wait.
         metrics: dict[str, Metric] = {"loss": RatioOfSums()}
         if self.multi_label:
             metrics["mean_average_precision"] = MeanAveragePrecision(self.num_classes)
+            if self.measures_classes:
+                metrics["average_precision"] = AveragePrecision(self.num_classes)
             return metrics
         top_ks = {"accuracy": 1}
         if self.num_classes > TOP_K:
@@ -118,6 +140,10 @@ class Classification(Task):
         for name, top_k in top_ks.items():
             metrics[name] = MulticlassAccuracy(
                 self.num_classes, top_k=top_k, average="micro", validate_args=False
+            )
+        if self.measures_classes:
+            metrics["confusion_matrix"] = MulticlassConfusionMatrix(
+                self.num_classes, validate_args=False
             )
         return metrics
 

@@ -1,6 +1,7 @@
 """Language modelling: the next token, or the masked ones."""
 
 import math
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
 from diffmm.batch import IGNORE_INDEX, InputShapes, TextBatch
+from diffmm.models.job import Job, text_reader
 from diffmm.models.text import TextModel
 from diffmm.ops import AttentionMask
 from diffmm.training.accumulation import LossSum
@@ -64,6 +66,10 @@ class LanguageTask(Task):
         self.config = model.config
         self.tokenizer = tokenizer
 
+    def make_job(self, data: Any) -> Job:
+        job = super().make_job(data)
+        return job if job.reader else replace(job, reader=text_reader(self.tokenizer))
+
     def losses(self, batch: TextBatch) -> Tensor:
         """The loss of each position, `[B, N]` in float32, 0 where there is no target."""
         mask = AttentionMask(
@@ -109,10 +115,6 @@ class LanguageTask(Task):
         check_range(
             "target", batch["targets"], size, of="token ids", index=index, ignore=IGNORE_INDEX
         )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["tokenizer"] = self.tokenizer
 
 
 class CausalLM(LanguageTask):

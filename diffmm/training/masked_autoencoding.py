@@ -1,5 +1,6 @@
 """Masked autoencoding of images and sounds."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from diffmm.batch import AudioBatch, ImageBatch, inputs_of
+from diffmm.models.job import Job
 from diffmm.models.masked_autoencoder import MaskedAutoencoder, MaskedPrediction
 from diffmm.training.accumulation import LossSum
 from diffmm.training.finetuning import FineTuneConfig
@@ -56,6 +58,10 @@ class MaskedAutoencoding(Task):
             activation_checkpointing=activation_checkpointing,
         )
         self.seed = seed
+
+    def make_job(self, data: Any) -> Job:
+        # The data have classes, and the model none.
+        return replace(super().make_job(data), class_names=None)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         batch = super().on_before_batch_transfer(batch, dataloader_idx)

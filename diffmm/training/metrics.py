@@ -85,22 +85,40 @@ class MeanAveragePrecision(ExactMetric):
 
     def compute(self) -> Tensor:
         """The mean, in [0, 1] or NaN."""
+        values, num_positive = self.of_classes()
+        return values[num_positive > 0].mean().float().to(self.device)
+
+    def of_classes(self) -> tuple[Tensor, Tensor]:
+        """The average precision of each class, `[num_classes]` float64 on the CPU, NaN where it has
+        no positive sample (and everywhere if a score is NaN), and how many it has."""
+        num_positive = torch.zeros(self.num_classes, dtype=torch.long)
+        values = torch.full((self.num_classes,), torch.nan, dtype=torch.float64)
         if not len(self.scores):
-            return torch.tensor(torch.nan, device=self.device)
+            return values, num_positive
         scores, targets = (
             dim_zero_cat(state).cpu().view(-1, self.num_classes)
             for state in (self.scores, self.targets)
         )
-        is_present = targets.any(dim=0)
-        if not is_present.any() or scores.isnan().any():
-            return torch.tensor(torch.nan, device=self.device)
-        mean = multilabel_average_precision(
-            ranks(scores[:, is_present]),
-            targets[:, is_present].long(),
-            num_labels=int(is_present.sum()),
-            validate_args=False,
-        )
-        return mean.float().to(self.device)
+        num_positive = targets.long().sum(dim=0)
+        is_present = num_positive > 0
+        if is_present.any() and not scores.isnan().any():
+            values[is_present] = multilabel_average_precision(
+                ranks(scores[:, is_present]),
+                targets[:, is_present].long(),
+                num_labels=int(is_present.sum()),
+                average="none",
+                validate_args=False,
+            ).double()
+        return values, num_positive
+
+
+class AveragePrecision(MeanAveragePrecision):
+    """The average precision of each class by itself."""
+
+    def compute(self) -> Tensor:
+        """`[2, num_classes]`: the average precision, in [0, 1] or NaN, and how many positive
+        samples there are."""
+        return torch.stack([values.double() for values in self.of_classes()])
 
 
 def ranks(scores: Tensor) -> Tensor:

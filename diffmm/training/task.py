@@ -13,6 +13,7 @@ Every task logs under the same names:
 | `val/loss`, ... | the task's metrics (see there), once a validation; `test/loss`, ... likewise |
 """
 
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
@@ -27,7 +28,8 @@ from diffmm.batch import InputShapes
 from diffmm.layers.block import Block
 from diffmm.models.backbone import Backbone
 from diffmm.models.description import MODELS, describe, unwrap
-from diffmm.models.weights import load_weights
+from diffmm.models.job import Job
+from diffmm.models.weights import DESCRIPTION_KEY, JOB_KEY, load_weights
 from diffmm.renamed import STATES, weights_with_new_names
 from diffmm.training.accumulation import AccumulatedLoss, LossSum
 from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
@@ -59,6 +61,12 @@ class Task(LightningModule):
     Raises:
         ValueError: if activation checkpointing or freezing is asked of a model that has no part
             for it.
+
+    Attributes:
+        job: what the model is for, which its checkpoints carry; known once a trainer has set the
+            task up.
+        recipe: the name of the recipe that it is trained by, if it has one.
+        details: the metrics of the last evaluation that are no single number, by name.
     """
 
     def __init__(
@@ -87,12 +95,12 @@ class Task(LightningModule):
             for backbone in backbones:
                 backbone.activation_checkpointing = True
         self.description: dict[str, Any] | None = None
+        self.job: Job | None = None
+        self.recipe: str | None = None
         self.frozen = freeze(model, self.finetune)
         self.accumulated = AccumulatedLoss()
-        # Lightning moves a module's metrics to its device, and leaves them out of checkpoints.
-        self.metrics = nn.ModuleDict(
-            {stage: nn.ModuleDict(self.make_metrics()) for stage in ("val", "test")}
-        )
+        self.metrics = self._new_metrics()
+        self.details: dict[str, Tensor] = {}
 
     def loss_sum(self, batch: Any, batch_idx: int) -> LossSum:
         """The loss of a training batch, as a sum over its targets and their number: what makes the
@@ -123,9 +131,21 @@ class Task(LightningModule):
         """The task's predictions for a batch, with the samples' `index`."""
         raise NotImplementedError
 
+    def make_job(self, data: Any) -> Job:
+        """What the model is for, as far as it is known: what the datamodule says of its inputs
+        (`describe_inputs`, and at least `class_names`), and what the task itself does."""
+        describe_inputs = getattr(data, "describe_inputs", None)
+        if describe_inputs is not None:
+            inputs = describe_inputs()
+        else:
+            names = getattr(data, "class_names", None)
+            inputs = {} if names is None else {"class_names": [str(name) for name in names]}
+        return Job.of({**inputs, "recipe": self.recipe})
+
     def setup(self, stage: str) -> None:
         if not is_sharded(self.model) and type(unwrap(self.model)) in MODELS.values():
             self.description = describe(self.model)
+        self.job = self.make_job(getattr(self.trainer, "datamodule", None))
         keep_exact(self.trainer.precision_plugin, exact_fields(self.model))
         if self.device_mesh is None:
             self._compile([self.model])
@@ -256,16 +276,27 @@ class Task(LightningModule):
         return [callback for callback in defaults if type(callback) not in given]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint from before some names changed loads all the same."""
+        """A checkpoint from before some names changed loads all the same. A run that goes on keeps
+        its recipe's name."""
+        if self.job is not None and self.job.recipe is None:
+            self.job = replace(self.job, recipe=(checkpoint.get(JOB_KEY) or {}).get("recipe"))
         checkpoint["state_dict"] = weights_with_new_names(checkpoint["state_dict"])
         states = checkpoint.get("callbacks", {})
         checkpoint["callbacks"] = {STATES.get(name, name): state for name, state in states.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint says which model its weights belong to."""
+        """A checkpoint says which model its weights belong to, and what that is for."""
         # Known since `setup`: a sharded model is of another class.
         if self.description is not None:
-            checkpoint["model"] = self.description
+            checkpoint[DESCRIPTION_KEY] = self.description
+        if self.job is not None:
+            checkpoint[JOB_KEY] = self.job.plain()
+
+    def _new_metrics(self) -> nn.ModuleDict:
+        # Lightning moves a module's metrics to its device, and leaves them out of checkpoints.
+        return nn.ModuleDict(
+            {stage: nn.ModuleDict(self.make_metrics()) for stage in ("val", "test")}
+        )
 
     def _evaluate(self, stage: str, counting: Any, batch: Any) -> None:
         if counting is not None:
@@ -277,8 +308,12 @@ class Task(LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         for name, metric in self.metrics[stage].items():  # type: ignore[operator]
-            self.log(f"{stage}/{name}", metric.compute(), prog_bar=True, sync_dist=True)
+            value = metric.compute()
             metric.reset()
+            if value.ndim:
+                self.details[name] = value.cpu()
+            else:
+                self.log(f"{stage}/{name}", value, prog_bar=True, sync_dist=True)
 
 
 def mean_over_processes(task: LightningModule, value: Tensor) -> Tensor:

@@ -318,7 +318,7 @@ def test_a_verb_needs_its_arguments(run):
         "diffmm finetune needs --weights CKPT: what to start from"
     ]
     assert refused(run, "test", "--config", "image/digits_tiny") == [
-        "diffmm test needs --weights WEIGHTS"
+        "diffmm test needs a RUN, or --config RECIPE and --weights WEIGHTS"
     ]
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import diffmm
+from diffmm.checkpoint_folders import find_state
 from diffmm.models import BackboneConfig, ImageConfig, ImageModel
 from diffmm.models.generation import generate
 from diffmm.models.weights import load_model, save_model
@@ -42,10 +44,27 @@ def test_a_run_directory_and_exported_weights_serve_too(run, trained, tmp_path):
     assert first.code == 0, first.err
     assert run("generate", trained, *arguments).out == first.out
     saved = save_model(load_model(trained / "checkpoints" / "step_00000002"), tmp_path / "exported")
-    exported = run("generate", saved.parent, *arguments, "--tokenizer", "bytes")
-    assert exported.out == first.out
+    # It knows its tokenizer, and another name of that is as good.
+    assert run("generate", saved.parent, *arguments).out == first.out
+    assert run("generate", saved.parent, *arguments, "--tokenizer", "bytes").out == first.out
     others = {run("generate", trained, *arguments[:3], "--seed", str(s)).out for s in range(5)}
     assert len(others) > 1
+
+
+def test_a_loaded_run_writes_the_same(run, trained):
+    printed = run("generate", trained, "Text ", "--max-new-tokens", "9", "--seed", "2").out
+    loaded = diffmm.load(trained)
+    assert f"{loaded.generate('Text ', max_new_tokens=9, seed=2)}\n" == printed
+    assert "".join(loaded.write("Text ", max_new_tokens=9, seed=2)) == printed[:-1]
+    assert loaded.predict("Text ") == loaded.generate("Text ")
+    assert loaded.predict(["Text ", "a"]) == [loaded.generate("Text "), loaded.generate("a")]
+    maps = loaded.attention_maps("Text ")
+    assert [part.combined.shape for part in maps] == [(1, 4, 5, 5)] * 2
+    assert loaded.job.recipe == "recipe"
+    with pytest.raises(ValueError, match="a prompt must be text or a Path, got int"):
+        loaded.predict(3)
+    with pytest.raises(ValueError, match=r"has no classes; it writes text \(generate\)"):
+        loaded.stream(["Text "])
 
 
 def test_the_prompt_may_come_from_stdin(run, trained, monkeypatch):
@@ -57,12 +76,25 @@ def test_the_prompt_may_come_from_stdin(run, trained, monkeypatch):
     )
 
 
+def test_a_checkpoint_from_before_jobs_names_its_tokenizer(run, trained, tmp_path):
+    state = torch.load(find_state(trained), weights_only=True)
+    assert state.pop("job")["reader"]["init_args"]["tokenizer"] == "bytes"
+    greedy = ("Text ", "--max-new-tokens", "5", "--temperature", "0")
+    torch.save({**state, "tokenizer": "bytes"}, "old.ckpt")
+    assert run("generate", "old.ckpt", *greedy).out == run("generate", trained, *greedy).out
+    torch.save(state, "older.ckpt")
+    (mistake,) = run("generate", "older.ckpt", *greedy).mistakes
+    assert mistake == "older.ckpt names no tokenizer: give it (--tokenizer bytes)"
+
+
 def test_mistakes(run, trained, tmp_path):
     backbone = BackboneConfig(dim=32, depth=1, num_heads=4, rope="2d")
     image = save_model(
         ImageModel(ImageConfig(backbone=backbone, image_size=16)), tmp_path / "image"
     )
-    text = save_model(load_model(trained / "checkpoints" / "step_00000002"), tmp_path / "text")
+    model = load_model(trained / "checkpoints" / "step_00000002")
+    model.job = None
+    text = save_model(model, tmp_path / "text")
     for arguments, message in (
         (("nowhere.ckpt", "a"), "there is no file of weights at nowhere.ckpt"),
         ((image, "a"), f"{image} holds a ImageModel: only a text model writes text"),

@@ -42,6 +42,10 @@ class DiffAttentionV1(Attention):
         headwise_norm: Whether heads are normalized. Without it the factor `1 - lambda_init`, which
             is that norm's scale, goes too.
         combine: `"add"` gives `A1 + lambda A2`, an ablation.
+
+    >>> layer = diffmm.DiffAttentionV1(dim=64, num_heads=4, layer_index=0)
+    >>> layer(torch.randn(2, 10, 64), mask=diffmm.AttentionMask(causal=True)).shape
+    torch.Size([2, 10, 64])
     """
 
     label = "diff v1"

@@ -23,6 +23,10 @@ class DiffAttentionV2(Attention):
     Args:
         dim: As in `Attention`, like the shared arguments that are not listed.
         combine: `"add"` gives `A1 + lambda A2`, an ablation.
+
+    >>> layer = diffmm.DiffAttentionV2(dim=64, num_heads=4)
+    >>> layer(torch.randn(2, 10, 64), mask=diffmm.AttentionMask(causal=True)).shape
+    torch.Size([2, 10, 64])
     """
 
     label = "diff v2"

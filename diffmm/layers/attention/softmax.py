@@ -16,6 +16,10 @@ class SoftmaxAttention(Attention):
         dim: As in `Attention`, like the shared arguments that are not listed.
         cosine_logits: Cosine-normalized logits with a learned temperature per head in place of
             `Q Kᵀ / √D` (SwinV2, Liu et al. 2022); excludes `qk_norm`.
+
+    >>> layer = diffmm.SoftmaxAttention(dim=64, num_heads=4)
+    >>> layer(torch.randn(2, 10, 64), mask=diffmm.AttentionMask(causal=True)).shape
+    torch.Size([2, 10, 64])
     """
 
     label = "softmax"

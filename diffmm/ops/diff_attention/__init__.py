@@ -116,6 +116,13 @@ def diff_attention(
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, or a backend unknown by name.
+
+    >>> q = torch.randn(2, 10, 4, 2, 16)  # [B, N, H, 2, D]
+    >>> k = torch.randn(2, 10, 2, 2, 16)  # [B, M, G, 2, D]
+    >>> v = torch.randn(2, 10, 2, 32)  # [B, M, G, E]
+    >>> mask = diffmm.AttentionMask(causal=True)
+    >>> diffmm.diff_attention(q, k, v, lam=0.8, mask=mask).shape
+    torch.Size([2, 10, 4, 32])
     """
     if q.ndim != 5 or q.shape[3] != 2:
         raise ValueError(f"q must be [B, N, H, 2, D], got shape {tuple(q.shape)}")

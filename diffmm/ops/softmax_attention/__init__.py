@@ -37,6 +37,10 @@ def softmax_attention(
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, or a backend unknown by name.
+
+    >>> q, k, v = (torch.randn(2, 10, 4, 16) for _ in "qkv")
+    >>> diffmm.softmax_attention(q, k, v, mask=diffmm.AttentionMask(window=3)).shape
+    torch.Size([2, 10, 4, 16])
     """
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(

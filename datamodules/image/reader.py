@@ -1,0 +1,144 @@
+"""One image as the model sees it in evaluation."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from datamodules.image.files import EXTENSIONS, MAX_PIXELS, PILLOWS_MOST, picture, read_image
+from datamodules.image.transform import ImageTransform, Transform
+from datamodules.shared.bad_samples import BadSampleError
+from datamodules.shared.reader import Reader
+from diffmm.checks import DataError, Settings, check_choice
+
+MODES = {1: "L", 3: "RGB"}
+"""Pillow's name of the color space of so many channels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReader(Settings, Reader):
+    """Images of any kind, resized, cropped and normalized as timm does it in evaluation.
+
+    Attributes:
+        image_size: height and width of what comes out, in pixels.
+        channels: 1 for gray images, 3 for color images.
+        interpolation, crop_pct, crop_mode, mean, std: as in `ImageTransform`, all of them given.
+        max_pixels: larger images are refused.
+
+    Raises:
+        ValueError: naming the field and the value.
+    """
+
+    class_path: ClassVar[str] = "datamodules.image.ImageReader"
+    extensions: ClassVar[tuple[str, ...]] = EXTENSIONS
+    kind: ClassVar[str] = "image"
+
+    image_size: tuple[int, int]
+    channels: int
+    interpolation: str
+    crop_pct: float
+    crop_mode: Literal["center", "squash", "border"]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("image_size", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.image_size) != 2 or not all(
+            isinstance(side, int) and side >= 1 for side in self.image_size
+        ):
+            raise ValueError(f"image_size must be a height and a width, got {self.image_size}")
+        check_choice("channels", self.channels, MODES)
+        if not 1 <= self.max_pixels <= PILLOWS_MOST:
+            raise ValueError(f"max_pixels must lie in [1, {PILLOWS_MOST}], got {self.max_pixels}")
+        _ = self.transform  # whatever it refuses is refused now
+
+    @cached_property
+    def transform(self) -> Transform:
+        """From an image of mode `MODES[channels]` to a tensor `[C, H, W]`."""
+        transform = ImageTransform(
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+            mean=self.mean,
+            std=self.std,
+        )
+        return transform.build(ImageTransform(), self.image_size, self.channels, training=False)
+
+    def convert(self, image: Image.Image) -> Image.Image:
+        """An image in the color space of the model."""
+        return image.convert(MODES[self.channels])
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """`[C, H, W]`, what the model sees of an image in mode L or RGB."""
+        return self.transform(self.convert(image))
+
+    def read(self, item: Any) -> dict[str, Any]:
+        """`{"images": [C, H, W]}` of an image.
+
+        Args:
+            item: the path of a file, a Pillow image, or pixels in uint8: a NumPy array `[H, W]` or
+                `[H, W, C]`, or a tensor `[C, H, W]`, of 1, 3 or 4 channels (the fourth is opacity).
+
+        Raises:
+            BadSampleError: naming the file, if it cannot be read.
+            ValueError: for anything else.
+        """
+        if isinstance(item, str | Path):
+            return {"images": self.pixels(self._from_file(Path(item)))}
+        if isinstance(item, Image.Image):
+            try:
+                return {"images": self.pixels(picture(item.copy(), self.max_pixels))}
+            except DataError as error:
+                raise DataError(f"an image {error}") from error
+        return {"images": self.pixels(picture(_from_array(item), self.max_pixels))}
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {"images": torch.stack([sample["images"] for sample in samples])}
+
+    def _from_file(self, path: Path) -> Image.Image:
+        return read_named(path, str(path), self.max_pixels)
+
+
+def read_named(path: Path, name: str, max_pixels: int) -> Image.Image:
+    """The picture in a file (see `read_image`); what is wrong with it is said after `name`.
+
+    Raises:
+        BadSampleError: if it cannot be read.
+    """
+    try:
+        return read_image(path, max_pixels)
+    except DataError as error:
+        fault, cause = str(error), error.__cause__
+    except Exception as error:  # of many types: the decoders'
+        fault, cause = f"cannot be decoded: {error or type(error).__name__}", error
+    raise BadSampleError(f"{name} {fault}", path) from cause
+
+
+def _from_array(item: Any) -> Image.Image:
+    if not isinstance(item, np.ndarray | Tensor):
+        raise ValueError(
+            f"an image must be a path, a Pillow image or an array, got {type(item).__name__}"
+        )
+    array = item
+    if isinstance(item, Tensor):
+        array = item.detach().cpu()
+        array = (array.permute(1, 2, 0) if array.ndim == 3 else array).numpy()
+    is_gray = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1)
+    is_color = array.ndim == 3 and array.shape[2] in (3, 4)
+    if array.dtype != np.uint8 or not (is_gray or is_color) or not array.size:
+        form = "[C, H, W]" if isinstance(item, Tensor) else "[H, W] or [H, W, C]"
+        raise ValueError(
+            f"an image in an array must be {form} in uint8, of 1, 3 or 4 channels, got "
+            f"{tuple(item.shape)} in {str(item.dtype).removeprefix('torch.')}"
+        )
+    return Image.fromarray(
+        np.ascontiguousarray(array[..., 0] if array.ndim == 3 and is_gray else array)
+    )

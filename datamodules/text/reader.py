@@ -1,0 +1,83 @@
+"""Text as a language model reads it, outside of training."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datamodules.shared.bad_samples import BadSampleError
+from datamodules.shared.files import read_text
+from datamodules.shared.reader import Reader
+from diffmm.checks import DataError
+from diffmm.tokenizers import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextReader(Reader):
+    """Text as the ids of a tokenizer.
+
+    Attributes:
+        tokenizer: its name, as in `diffmm.tokenizers.load_tokenizer`.
+        definition: the tokenizer itself (the text of its `tokenizer.json`), where it is more than
+            a name: its file, or the hub, may not be there when the weights are used.
+
+    Raises:
+        ValueError, FileNotFoundError: (when first used) as `load_tokenizer`.
+    """
+
+    class_path: ClassVar[str] = "datamodules.text.TextReader"
+    extensions: ClassVar[tuple[str, ...]] = (".txt",)
+    kind: ClassVar[str] = "text"
+
+    tokenizer: str
+    definition: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tokenizer", "definition"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (name == "tokenizer" or value is not None):
+                raise ValueError(f"{name} must be text, got {value!r:.100}")
+
+    @cached_property
+    def encoder(self) -> Tokenizer:
+        """The tokenizer."""
+        return load_tokenizer(self.tokenizer, self.definition)
+
+    def read(self, item: Any) -> dict[str, Any]:
+        """`{"tokens": [N]}`, the ids of a text.
+
+        Args:
+            item: the text itself, or the `pathlib.Path` of a file of it in UTF-8.
+
+        Raises:
+            BadSampleError: naming the file, if it cannot be read.
+            ValueError: for anything else, and for a text without a character.
+        """
+        if isinstance(item, Path):
+            try:
+                item = read_text(item, "text")
+            except (DataError, FileNotFoundError) as error:
+                raise BadSampleError(str(error), item) from error
+        if not isinstance(item, str):
+            raise ValueError(f"a prompt must be text or a Path, got {type(item).__name__}")
+        ids = self.encoder.encode(item)
+        if not ids:
+            raise ValueError("the prompt is empty: give it a character at least")
+        return {"tokens": np.array(ids)}
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Padded on the left, as generation has it, with `key_padding`."""
+        longest = max(len(sample["tokens"]) for sample in samples)
+        tokens = np.full((len(samples), longest), self.encoder.eos_id)
+        for row, sample in zip(tokens, samples, strict=True):
+            row[longest - len(sample["tokens"]) :] = sample["tokens"]
+        lengths = torch.tensor([len(sample["tokens"]) for sample in samples])
+        is_real = torch.arange(longest) >= longest - lengths[:, None]
+        return {"tokens": torch.from_numpy(tokens), "key_padding": is_real}
+
+    def describe(self) -> dict[str, Any]:
+        return Reader.describe(replace(self, definition=self.encoder.definition))

@@ -1,0 +1,221 @@
+"""`diffmm predict`: what a trained model says of files, or of its recipe's test data."""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffmm.checkpoint_folders import find_state
+from diffmm.cli.evaluate import add_weights_options, evaluate, parse, recipe_values
+from diffmm.cli.fit import print_help, wants_help
+from diffmm.cli.prediction_files import WRITERS, check_output, writing
+from diffmm.recipes.errors import InputError, message_of, refusing, warn
+from diffmm.recipes.settings import merge
+from diffmm.recipes.trust import add_trust_option
+
+if TYPE_CHECKING:
+    from diffmm.hub.predictions import Prediction
+    from diffmm.hub.trained import TrainedModel
+
+TENSORS = ".pt"
+FILE_OPTIONS = {
+    "top_k": 5,
+    "batch_size": 32,
+    "num_workers": 0,
+    "device": "auto",
+    "skip_bad": False,
+}
+"""Options that are for files alone, and what they are if they are not given."""
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Predict, and print or write the result."""
+    parser = make_parser()
+    options, overrides = parse(parser, arguments)
+    if wants_help(options, overrides):
+        return print_help(parser, options, overrides)
+    paths = list(options.paths)
+    weights = options.weights or (paths.pop(0) if paths else None)
+    if weights is None:
+        raise InputError("diffmm predict needs a RUN, and the files to predict")
+    output = None if options.output is None else Path(options.output)
+    if paths:
+        return predict_files(options, overrides, weights, paths, output)
+    if given := [name for name in FILE_OPTIONS if getattr(options, name) is not None]:
+        raise InputError(f"--{given[0].replace('_', '-')} is for files: name them after the run")
+    output = output or Path(f"predictions{TENSORS}")
+    check_output(output, (TENSORS, *WRITERS))
+    values = recipe_values(verb, options.config, weights, overrides)
+    return evaluate(verb, values, weights, output, trust=options.trust)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options that are not settings of the recipe."""
+    parser = argparse.ArgumentParser(
+        prog="diffmm predict",
+        usage="diffmm predict RUN [PATH ...] [--output FILE] [options]",
+        add_help=False,
+        allow_abbrev=False,
+        description="Give the classes of images or sounds: of the files and folders after the run, "
+        "or without any of the run's own test data.",
+        epilog="Without files, everything else is a setting of the recipe, as in `diffmm fit`:",
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="print this, and all settings")
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        metavar="RUN [PATH ...]",
+        help="a run, a checkpoint, or model.safetensors (or its folder); then files, and folders "
+        "to be searched for files",
+    )
+    add_weights_options(parser)
+    add_trust_option(parser)
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="columns file, label, score, label_2, ... as .csv, .jsonl or .parquet; files are "
+        "printed without it. Of test data also a dict of tensors [predictions.pt]",
+    )
+    parser.add_argument(
+        "--top-k", type=int, metavar="K", help="classes per file, at most as many as there are [5]"
+    )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        default=None,
+        help="name files that cannot be read, and go on without them",
+    )
+    parser.add_argument("--batch-size", type=int, metavar="N", help="files per forward pass [32]")
+    parser.add_argument(
+        "--num-workers", type=int, metavar="N", help="processes that read beside this one [0]"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps [auto]")
+    return parser
+
+
+def predict_files(
+    options: argparse.Namespace,
+    overrides: Sequence[str],
+    weights: str,
+    paths: Sequence[str],
+    output: Path | None,
+) -> int:
+    """Predict files and those in folders, one batch after the other.
+
+    Raises:
+        InputError: for an output or a path that cannot be, before the first file is read; for the
+            first file that cannot be read, unless they are to be skipped.
+    """
+    if output is not None:
+        check_output(output, tuple(WRITERS))
+    if overrides and not options.config:
+        raise InputError(f"{overrides[0]} is a setting of a recipe: predicting files takes none")
+    for path in paths:
+        if not Path(path).exists():
+            raise InputError(f"{path} does not exist")
+    settings: dict[str, Any] = {
+        name: default if getattr(options, name) is None else getattr(options, name)
+        for name, default in FILE_OPTIONS.items()
+    }
+    for name, least in (("top_k", 1), ("batch_size", 1), ("num_workers", 0)):
+        if settings[name] < least:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} must be at least {least}, got {settings[name]}")
+    with refusing():
+        trained = loaded(options, overrides, weights, settings["device"])
+        unreadable = Unreadable(skip=settings["skip_bad"])
+        predictions = trained.stream(
+            paths,
+            top_k=settings["top_k"],
+            batch_size=settings["batch_size"],
+            num_workers=settings["num_workers"],
+            on_error=unreadable,
+        )
+        top_k = min(settings["top_k"], len(trained.class_names))
+        count = written(predictions, top_k, output, unreadable)
+    if output is not None:
+        print(f"{output}: {count:,} predictions")
+    if unreadable.count:
+        warn(f"{unreadable.count:,} files could not be read, and are left out")
+    return 0
+
+
+class Unreadable:
+    """What is done about a file that cannot be read.
+
+    Args:
+        skip: name it and count it, or refuse it.
+    """
+
+    def __init__(self, *, skip: bool) -> None:
+        self.skip = skip
+        self.count = 0
+
+    def __call__(self, item: Any, error: Exception) -> None:
+        """Called with each such file and what is wrong with it, which names it.
+
+        Raises:
+            InputError: unless they are skipped.
+        """
+        if not self.skip:
+            raise InputError(f"{message_of(error)}; to go on without it, add --skip-bad") from error
+        self.count += 1
+        warn(f"{message_of(error)}; it is left out")
+
+
+def loaded(
+    options: argparse.Namespace, overrides: Sequence[str], weights: str, device: str
+) -> "TrainedModel":
+    """The model, and what it is for: as its file says, or as the data of `--config` do."""
+    from diffmm.hub.trained import load
+
+    state = find_state(Path(weights), warn=warn)
+    trained = load(state, device=device)
+    if not options.config:
+        return trained
+    from diffmm.recipes.trainer import RecipeCLI
+
+    values = recipe_values("predict", options.config, weights, overrides)
+    quiet = {"trainer": {"logger": False, "callbacks": None}, "run_dir": "runs"}
+    cli = RecipeCLI(merge(values, quiet), trust=options.trust)
+    data: Any = cli.datamodule
+    if not hasattr(data, "describe_inputs"):
+        raise InputError(f"{type(data).__name__} does not say how it prepares its inputs")
+    data.prepare_data()
+    data.setup("predict")
+    inputs = data.describe_inputs()
+    multi_label = getattr(cli.model, "multi_label", False)
+    return load(
+        state,
+        device=device,
+        reader=inputs["reader"],
+        class_names=inputs.get("class_names"),
+        multi_label=multi_label,
+    )
+
+
+def written(
+    predictions: "Iterable[Prediction]",
+    top_k: int,
+    output: Path | None,
+    unreadable: "Unreadable",
+) -> int:
+    """Print predictions or write them to a file, and count them.
+
+    Raises:
+        InputError: if no file could be read.
+        RunFailedError: if they cannot be written.
+    """
+    count = 0
+    with writing(output, top_k) if output is not None else nullcontext() as writer:
+        for prediction in predictions:
+            count += 1
+            if writer is None:
+                # The name of a file may be no text.
+                print(str(prediction).encode(errors="backslashreplace").decode(), flush=True)
+            else:
+                writer.write(prediction)
+        if not count:
+            raise InputError(f"none of the {unreadable.count:,} files could be read")
+    return count
