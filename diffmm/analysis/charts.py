@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, colours from the page's style sheet."""
+"""Line charts as inline SVG: no script, colors from the page's style sheet."""
 
 import math
 from collections.abc import Sequence
@@ -8,11 +8,16 @@ from html import escape
 WIDTH, HEIGHT = 440, 280
 LEFT, RIGHT, TOP, BOTTOM = 46, 74, 30, 40
 LABEL_HEIGHT = 17
-MARKERS = {  # drawn around the origin, about 7 units wide
-    "softmax": "M-3.2 0a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0-6.4 0",
-    "diff_v1": "M-3-3h6v6h-6z",
-    "diff_v2": "M0-3.8L3.8 3h-7.6z",
-}
+MARKERS = (  # drawn around the origin, about 7 units wide
+    "M-3.2 0a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0-6.4 0",
+    "M-3-3h6v6h-6z",
+    "M0-3.8L3.8 3h-7.6z",
+    "M0-4L4 0L0 4L-4 0z",
+    "M-1.2-3.6h2.4v2.4h2.4v2.4h-2.4v2.4h-2.4v-2.4h-2.4v-2.4h2.4z",
+)
+DASHES = ("1 4.5", "", "8 5", "12 4 2 4", "3 3")
+NUM_COLORS = 5
+"""Of the style sheet: `--series-0` and so on."""
 
 Point = tuple[float, float]
 
@@ -22,7 +27,7 @@ class Line:
     """One curve of a chart.
 
     Attributes:
-        kind: `softmax`, `diff_v1` or `diff_v2`: colour, dashes and marker.
+        kind: CSS class of its color and dashes (see `styles_of`).
         label: written at the line's end.
         points: `(x, y)` in ascending order of x.
     """
@@ -30,6 +35,23 @@ class Line:
     kind: str
     label: str
     points: Sequence[Point]
+    number: int = 0
+    """Which of the markers it has."""
+
+
+def styles_of(kinds: Sequence[str]) -> str:
+    """Style sheet rules that give each kind of line, by its number, a color and dashes."""
+    rules = []
+    for number, kind in enumerate(kinds):
+        rules.append(f".{kind} {{ --c: var(--series-{number % NUM_COLORS}); }}\n")
+        if dash := DASHES[number % len(DASHES)]:
+            rules.append(f"svg .{kind} .line {{ stroke-dasharray: {dash}; }}\n")
+    return "".join(rules)
+
+
+def marker(number: int) -> str:
+    """The path of a marker."""
+    return MARKERS[number % len(MARKERS)]
 
 
 def line_chart(
@@ -88,7 +110,7 @@ def line_chart(
                 if y >= TOP - 4:
                     parts.append(
                         f'<path class="dot" transform="translate({x:.1f} {y:.1f})" '
-                        f'd="{MARKERS[line.kind]}"><title>{escape(line.label)}, {x_label} '
+                        f'd="{marker(line.number)}"><title>{escape(line.label)}, {x_label} '
                         f"{step:g}: {value:.3f}</title></path>"
                     )
         label_x = placed[-1][0] + 9

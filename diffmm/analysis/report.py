@@ -14,24 +14,16 @@ from importlib.resources import files
 import numpy as np
 from PIL import Image
 
-from diffmm.analysis.charts import MARKERS, Line, line_chart
+from diffmm.analysis.charts import Line, line_chart, marker, styles_of
 from diffmm.analysis.exhibits import Exhibit, ImageExhibit, SoundExhibit, TextExhibit, View
 from diffmm.analysis.results import RunResult
+from diffmm.layers import ATTENTIONS
 
 Array = np.ndarray
 
-NAMES = {"softmax": "softmax", "diff_v1": "diff v1", "diff_v2": "diff v2"}
 ATTEND, OPPOSE = (0x7C, 0x4D, 0xD6), (0x12, 0x94, 0x6A)
 """Colours of positive and negative weights, also `--attend` and `--oppose` in the style sheet: of
 middle lightness, so that they stand out on white and on black."""
-
-EQUATIONS = {
-    "softmax": "<i>A V</i>, where <i>A</i> = softmax(<i>Q K</i>ᵀ / √<i>d</i>)",
-    "diff_v1": "(<i>A</i>₁ − <i>λ A</i>₂) <i>V</i>, half as many heads with values twice as wide, "
-    "one learned <i>λ</i> a layer, heads normalized",
-    "diff_v2": "(<i>A</i>₁ − <i>λ A</i>₂) <i>V</i>, twice the queries on the same keys, "
-    "a <i>λ</i> for every token and head",
-}
 
 
 @dataclass(frozen=True)
@@ -64,9 +56,11 @@ def render_report(sections: Sequence[Section], *, facts: str) -> str:
     millions = [run.num_parameters / 1e6 for run in runs]
     style = files("diffmm.analysis").joinpath("report.css").read_text(encoding="utf-8")
     links = "".join(f'<a href="#{_anchor(s)}">{escape(s.title)}</a>' for s in sections)
+    kinds = list(dict.fromkeys(run.attention for run in runs))
     equations = "".join(
-        f'<dt class="key {kind}">{_swatch(kind)}{NAMES[kind]}</dt><dd>{equation}</dd>'
-        for kind, equation in EQUATIONS.items()
+        f'<dt class="key {kind}">{_swatch(kind)}{_label(kind)}</dt>'
+        f"<dd>{ATTENTIONS[kind].equation}</dd>"
+        for kind in kinds
     )
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -75,7 +69,7 @@ def render_report(sections: Sequence[Section], *, facts: str) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>diffmm demo: softmax and differential attention</title>
 <style>
-{style}</style>
+{style}{styles_of(list(ATTENTIONS))}</style>
 </head>
 <body>
 <header>
@@ -104,7 +98,7 @@ def _table(sections: Sequence[Section]) -> str:
     bodies = []
     for section in sections:
         rows = "".join(
-            f'<tr><td class="name {run.attention}">{NAMES[run.attention]}</td>'
+            f'<tr><td class="name {run.attention}">{_label(run.attention)}</td>'
             f"<td>{run.num_parameters:,}</td><td>{run.learning_rate:g}</td>"
             f"<td>{run.num_steps:,}</td><td>{run.loss:.4f}</td>"
             f"<td>{run.metric_text}</td><td>{run.seconds:.1f}</td></tr>"
@@ -148,7 +142,8 @@ def _section(section: Section) -> str:
 
 def _chart(section: Section, curve: str, title: str, *, markers: bool) -> str:
     lines = [
-        Line(run.attention, NAMES[run.attention], getattr(run, curve)) for run in section.results
+        Line(run.attention, _label(run.attention), getattr(run, curve), _number(run.attention))
+        for run in section.results
     ]
     return line_chart(lines, title=title, x_label="step", markers=markers)
 
@@ -219,7 +214,7 @@ def _says(attention: str, view: View, answer: str) -> str:
     """A model's name, lambda and prediction, in two lines."""
     lam = "" if view.lam is None else f", λ = {view.lam:.2f}"
     return (
-        f'{NAMES.get(attention, attention)}{lam}<br><span class="quiet">says {answer}, '
+        f'{_label(attention)}{lam}<br><span class="quiet">says {answer}, '
         f"{100.0 * view.probability:.0f}%</span>"
     )
 
@@ -282,12 +277,22 @@ def _quoted(piece: str) -> str:
     return words.get(piece) or f"“{escape(piece)}”"
 
 
+def _label(attention: str) -> str:
+    """What an attention calls itself; another model's name is shown as it is."""
+    layer = ATTENTIONS.get(attention)
+    return escape(attention if layer is None else layer.label)
+
+
+def _number(attention: str) -> int:
+    return list(ATTENTIONS).index(attention) if attention in ATTENTIONS else 0
+
+
 def _swatch(kind: str) -> str:
     """A piece of a line, as in the charts."""
     return (
         f'<svg viewBox="0 0 44 14" class="{kind}" aria-hidden="true"><g class="{kind}">'
         f'<path class="line" d="M2 7H42"/>'
-        f'<path class="dot" transform="translate(22 7)" d="{MARKERS[kind]}"/></g></svg>'
+        f'<path class="dot" transform="translate(22 7)" d="{marker(_number(kind))}"/></g></svg>'
     )
 
 

@@ -13,7 +13,7 @@ class RunResult:
 
     Attributes:
         modality: what it was trained on, such as `text`.
-        attention: `softmax`, `diff_v1` or `diff_v2`.
+        attention: a name in `diffmm.layers.ATTENTIONS`.
         recipe: that trained it.
         num_parameters: of the model.
         learning_rate: the peak.
