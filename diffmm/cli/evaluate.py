@@ -132,6 +132,7 @@ def evaluate(
     from diffmm.cli.predictions import gathered, written_predictions
     from diffmm.models.weights import load_weights
     from diffmm.recipes.trainer import RecipeCLI, leave_processes, refusing_before_training
+    from diffmm.training.lightning_internals import leave_signals_alone
 
     quiet = merge(values, {**QUIET, "run_dir": "runs"})
     callbacks = quiet["trainer"].get("callbacks")
@@ -148,7 +149,7 @@ def evaluate(
     if verb != "predict" and hasattr(task, "measure_classes"):
         task.measure_classes()
     # Lightning's own lets an evaluation go on after SIGTERM, or end it with 0.
-    cli.trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    leave_signals_alone(cli.trainer)
     with refusing_before_training(cli):
         results = getattr(cli.trainer, verb)(task, datamodule=cli.datamodule)
     if verb != "predict":
