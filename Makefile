@@ -1,5 +1,6 @@
-# Two commands: `make demo` trains the three attentions on text, images and sound; `make test`
-# checks everything. Both set up .venv first: with uv if it is there, with venv and pip if not.
+# `make demo` trains the three attentions on text, images and sound; `make test` checks everything;
+# `make docs` builds the website in build/site. All set up .venv first: with uv if it is there, with
+# venv and pip if not.
 
 PYTHON ?= python3
 # Processes that test, with a core and about two GiB of memory each.
@@ -7,12 +8,12 @@ JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint tests setup clean
+.PHONY: demo test lint tests docs setup clean
 
 demo: setup
 	$(BIN)/diffmm demo
 
-test: lint tests
+test: lint docs tests
 
 lint: setup
 	$(BIN)/ruff check .
@@ -22,6 +23,9 @@ lint: setup
 
 tests: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 setup: $(STAMP)
 

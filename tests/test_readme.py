@@ -9,11 +9,15 @@ ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 
 
+FIRST, *OWN_CODE = BLOCKS
+"""The front door needs runs: `tests/test_docs.py` runs it."""
+
+
 def test_there_is_an_example_for_the_op_and_each_modality():
-    assert len(BLOCKS) == 4
+    assert len(OWN_CODE) == 4
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["op", "text", "image", "audio"])
+@pytest.mark.parametrize("block", OWN_CODE, ids=["op", "text", "image", "audio"])
 def test_examples_run(block):
     names: dict[str, object] = {}
     exec(compile(block, "README.md", "exec"), names)

@@ -1,0 +1,139 @@
+"""The guides' commands and examples run as they are printed, on small data and for a few steps."""
+
+import re
+import shlex
+import wave
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning.pytorch  # noqa: F401 (its log goes to the stderr it finds when imported)
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffmm.cli import main
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"```(sh|python)\n(.*?)```", flags=re.DOTALL)
+QUICK = {
+    "trainer.accelerator": "cpu",
+    "trainer.max_steps": 2,
+    "trainer.val_check_interval": 2,
+    "trainer.limit_val_batches": 1,
+    "trainer.num_sanity_val_steps": 0,
+    "trainer.log_every_n_steps": 1,
+    "trainer.enable_model_summary": "false",
+    "data.num_workers": 0,
+}
+"""What makes a recipe quick, beside what `SMALLER` says of its size."""
+
+SMALLER = {
+    "image/finetune": "--vars.image_size 32 --model.model.config.backbone.depth 1",
+    "audio/finetune": "--vars.clip_seconds 0.5 --model.model.config.backbone.depth 1",
+    "text/finetune": "--vars.sequence_length 64 --model.model.config.backbone.depth 1",
+}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+]
+
+
+def photos(folder: Path) -> None:
+    random = np.random.default_rng(0)
+    lines = ["file,label"]
+    for label in ("cat", "dog"):
+        (folder / "photos" / label).mkdir(parents=True)
+        for number in range(12):
+            pixels = random.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+            path = folder / "photos" / label / f"{number:03d}.png"
+            Image.fromarray(pixels).save(path)
+            lines.append(f"photos/{label}/{path.name},{label}")
+    (folder / "photos.csv").write_text("\n".join(lines) + "\n")
+    (folder / "new_photos").mkdir()
+    Image.new("RGB", (50, 30), "red").save(folder / "new_photos/001.png")
+    Image.new("L", (8, 8)).save(folder / "seven.png")
+
+
+def sounds(folder: Path) -> None:
+    random = np.random.default_rng(0)
+    for name in [*(f"sounds/{c}/{n}" for c in ("dog", "cat") for n in range(12)), "new_sounds/001"]:
+        path = folder / f"{name}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with wave.open(str(path), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(8000)
+            file.writeframes(random.integers(-3000, 3000, 4000, dtype=np.int16).tobytes())
+
+
+def texts(folder: Path) -> None:
+    (folder / "texts").mkdir()
+    for number in range(30):
+        (folder / f"texts/{number}.txt").write_text(f"Once upon a time, number {number}. " * 20)
+
+
+def run_command(line: str) -> None:
+    """A line of a guide, shortened where it trains."""
+    program, verb, *arguments = shlex.split(line)
+    assert program == "diffmm"
+    if verb in ("fit", "finetune", "sweep"):
+        recipe = arguments[arguments.index("--config") + 1]
+        arguments += [f"--{key}={value}" for key, value in QUICK.items()]
+        arguments += SMALLER.get(recipe, "").split()
+    elif verb == "check":
+        arguments += SMALLER[arguments[0]].split()
+    assert main([verb, *arguments]) == 0, line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("guide", "make_data"),
+    [
+        ("docs/images.md", photos),
+        ("docs/sounds.md", sounds),
+        ("docs/text.md", texts),
+        ("docs/load.md", None),
+        ("docs/compare.md", None),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_guides_run(
+    guide: str,
+    make_data: Callable[[Path], None] | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if make_data is not None:
+        make_data(tmp_path)
+    names: dict[str, object] = {}
+    blocks = BLOCK.findall((ROOT / guide).read_text())
+    assert blocks
+    for language, block in blocks:
+        if language == "python":
+            exec(compile(block, guide, "exec"), names)
+            continue
+        for line in block.strip().splitlines():
+            run_command(line)
+
+
+def test_the_front_door_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path)
+    run_command("diffmm fit --config image/digits_tiny --name first")
+    run_command("diffmm fit --config text/stdlib_tiny --name first --vars.sequence_length 32")
+    first = BLOCK.search((ROOT / "README.md").read_text())
+    assert first is not None
+    capsys.readouterr()
+    exec(compile(first[2], "README.md", "exec"), {})
+    assert "seven.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_linked_files_exist(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing
