@@ -25,7 +25,7 @@ Importing the package is light: a name is imported when it is first asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from diffmm.hub.registry import create_model, list_models
