@@ -59,7 +59,7 @@ def _stop(
     lost = []
     if codes != [EXIT_CODES[number]] * run.num_processes:
         lost.append(f"exit codes {codes}: {attempt.printed[-2000:]}")
-    if attempt.printed.count("stopped: go on with `diffmm fit --resume ") != 1:
+    if attempt.printed.count("stopped: resume with `diffmm fit --resume ") != 1:
         lost.append(f"it did not say how to go on: {attempt.printed[-500:]}")
     places = [list(record.batches) for record in run.records()]
     if any(each != places[0] for each in places):

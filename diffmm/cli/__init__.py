@@ -1,6 +1,6 @@
 """The command line: `diffmm VERB ...`.
 
-Only the verb that is called is imported, so that help and the small verbs answer at once.
+Only the verb that is called is imported, so that `--help` and the small verbs respond quickly.
 """
 
 import importlib
@@ -28,29 +28,31 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "fit": Verb("fit", "train a recipe, or go on with a run (--resume)"),
+    "fit": Verb("fit", "train a recipe, or resume a run (--resume)"),
     "finetune": Verb("fit", "train a recipe from the weights of another run"),
-    "validate": Verb("evaluate", "measure a run on its validation data, class by class"),
-    "test": Verb("evaluate", "measure a run on its test data, class by class"),
-    "predict": Verb("predict", "give the classes of files and folders, or of a run's test data"),
+    "validate": Verb("evaluate", "evaluate a run on its validation data, per class"),
+    "test": Verb("evaluate", "evaluate a run on its test data, per class"),
+    "predict": Verb("predict", "predict the classes of files and folders, or of a run's test data"),
     "generate": Verb("generate", "continue a prompt with a trained text model"),
-    "replay": Verb("replay", "make the step again that a run stopped at for its bad numbers"),
-    "compare": Verb("compare", "several runs side by side, as a table or a page"),
-    "sweep": Verb("sweep", "train a recipe under all combinations of some settings"),
-    "check": Verb("check", "size and memory of a recipe, and every mistake in it"),
-    "recipes": Verb("recipes", "list, show and copy the recipes that come along"),
-    "demo": Verb("demo", "train the three attentions on text, images and sound; write a report"),
-    "doctor": Verb("doctor", "whether the installed packages and the GPU work together"),
+    "replay": Verb(
+        "replay", "repeat the step at which a run stopped because of non-finite numbers"
+    ),
+    "compare": Verb("compare", "compare runs, as a table or a page"),
+    "sweep": Verb("sweep", "train a recipe with all combinations of some settings"),
+    "check": Verb("check", "report the size and memory of a recipe and every mistake in it"),
+    "recipes": Verb("recipes", "list, show and copy the shipped recipes"),
+    "demo": Verb("demo", "train three attentions on text, images and sound, and write a report"),
+    "doctor": Verb("doctor", "check that the installed packages and the GPU work together"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 for a failed run or `doctor`, 2 for bad input
     and for a file that cannot be read or written, 130 after Ctrl-C, 143 if another signal stopped
-    it, 141 if nobody reads what it prints.
+    it, 141 if its output is no longer read.
 
     Args:
-        arguments: what follows `diffmm`; the process's own by default.
+        arguments: What follows `diffmm`; the process's own arguments by default.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -108,5 +110,5 @@ def usage() -> str:
         f"{listed}\n\n"
         "Start with:      diffmm fit --config text/stdlib_tiny\n"
         "Compare with:    diffmm fit --config text/stdlib_tiny --vars.attention softmax\n"
-        "More on each:    diffmm COMMAND --help"
+        "Details:         diffmm COMMAND --help"
     )

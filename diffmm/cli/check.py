@@ -9,14 +9,13 @@ from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError, refusing, warn
 from diffmm.recipes.trust import add_trust_option
 
-DESCRIPTION = """Build a recipe's model without memory or data, print its size, and tell every
-mistake in the recipe. With --read-data or --data, look at the data as well: count the samples of
-each split and class, look for their files and read some of them. Exits with 2 if there is a
-mistake."""
+DESCRIPTION = """Build a recipe's model without memory or data, print its size, and report every
+mistake in the recipe. With --read-data or --data, also count the samples of each split and class,
+look for their files and read some of them. Exits with 2 if there is a mistake."""
 
-EPILOG = """Memory is what a training step takes on each device: weights, gradients and AdamW's
-moments are exact; activations are what autograd keeps in an eager step, and the largest gradient.
-On an H100 the sum was right to 7 %; compiled steps took 16 to 26 % less."""
+EPILOG = """Memory is that of a training step on each device: weights, gradients and AdamW's
+moments are exact; activations are what autograd saves in an eager step, plus the largest gradient.
+On an H100 the sum was accurate to 7%; compiled steps took 16 to 26% less."""
 
 NUM_READ = 64
 """Samples of each split that are read."""
@@ -27,10 +26,8 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="diffmm check", allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG
     )
-    parser.add_argument("recipe", help="a recipe's file or name")
-    parser.add_argument(
-        "--read-data", action="store_true", help="look at the recipe's data as well"
-    )
+    parser.add_argument("recipe", help="file or name of a recipe")
+    parser.add_argument("--read-data", action="store_true", help="also check the recipe's data")
     add_data_option(parser)
     add_trust_option(parser)
     options, overrides = parser.parse_known_args(arguments)
@@ -71,13 +68,15 @@ def read_data(values: dict[str, Any], task: Any, *, trust: bool) -> None:
 
     data: Any = make_data(values, trust=trust)
     if not hasattr(data, "examine"):
-        raise InputError(f"data of class {type(data).__name__} cannot be looked at")
+        raise InputError(f"data of class {type(data).__name__} cannot be examined")
     try:
         with refusing():
             found = data.examine(NUM_READ)
     except InputError as error:
         if isinstance(error.__cause__, FileNotFoundError) and downloads(data):
-            raise InputError("the data are not there yet: diffmm fit downloads them") from error
+            raise InputError(
+                "the data have not been downloaded yet: diffmm fit downloads them"
+            ) from error
         raise
     for name, text in found.lines.items():
         print(f"{name:<12} {text}")

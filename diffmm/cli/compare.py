@@ -13,9 +13,9 @@ from diffmm.recipes.errors import InputError, warn
 if TYPE_CHECKING:
     from diffmm.runs.summaries import Summary
 
-DESCRIPTION = """Print the settings in which runs differ, and of each the best and the last value of
-every validation metric, its parameters and its speed. A run that was resumed is one run, with one
-curve."""
+DESCRIPTION = """Print the settings in which runs differ, and for each run the best and the last
+value of every validation metric, the number of parameters and the speed. A resumed run is one run,
+with one curve."""
 
 WIDEST = 40
 """Characters of a cell that is printed."""
@@ -33,10 +33,12 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         "--output",
         metavar="PAGE.html",
         type=Path,
-        help="also write a page with the table, the curves and, where the runs' checkpoints and "
+        help="also write a page with the table, the curves and, if the runs' checkpoints and "
         "data allow it, attention maps",
     )
-    parser.add_argument("--csv", metavar="FILE.csv", type=Path, help="also write the table here")
+    parser.add_argument(
+        "--csv", metavar="FILE.csv", type=Path, help="also write the table to this file"
+    )
     options = parser.parse_args(arguments)
     check_output(options.output, ".html")
     check_output(options.csv, ".csv")
@@ -61,7 +63,7 @@ def compare(paths: Sequence[str], *, page: Path | None = None, table: Path | Non
     print(text_table(runs))
     for run in runs:
         if not run.curves:
-            warn(f"{run.path} has logged nothing to a CSV file")
+            warn(f"{run.path} has no metrics in a CSV file")
     if table is not None:
         write_csv(runs, table)
         print(f"table: {table}")

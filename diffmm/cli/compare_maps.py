@@ -46,7 +46,7 @@ def _data(run: "Summary") -> Any:
     """The data of a run, ready for validation.
 
     Raises:
-        ValueError, OSError: if they are not there, or are somebody's own code.
+        ValueError, OSError: If the data are missing, or need code that is not trusted.
     """
     from diffmm.recipes.mistakes import find_mistakes, make_data
 

@@ -71,7 +71,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="diffmm demo",
         description="Train softmax, diff_v1 and diff_v2 twins on text, images and sound, on the "
-        "CPU and without a network; print a table and write a report with curves and attention "
+        "CPU and offline; print a table and write a report with curves and attention "
         "maps.",
     )
     parser.add_argument(
@@ -82,7 +82,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         help="replaced when all is done (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-steps", metavar="N", type=int, help="stop every run early, for a quick look"
+        "--max-steps", metavar="N", type=int, help="number of steps of each run, for a quick look"
     )
     options = parser.parse_args(arguments)
     if options.max_steps is not None and options.max_steps < 1:
@@ -164,7 +164,7 @@ def replacing(target: Path) -> Iterator[Path]:
     """
     if target.exists() and not (target.is_dir() and _is_ours(target)):
         raise InputError(
-            f"{target} is there and holds no earlier demo: give another --output, or remove it"
+            f"{target} exists and is not an earlier demo: give another --output, or remove it"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))

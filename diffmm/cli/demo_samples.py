@@ -84,7 +84,7 @@ SAMPLES = {
     "text": Samples(
         text_samples,
         "Rows look at columns, and see only the past. The text of the held-out file stops inside a "
-        "word that stood there before; colours show what its last letter attends to. Strength is "
+        "word that stood there before; colors show what its last letter attends to. Strength is "
         "the square root of the weight.",
     ),
     "image": Samples(

@@ -1,4 +1,5 @@
-"""`diffmm doctor`: do the installed packages and the GPU work together, and what mends it."""
+"""`diffmm doctor`: whether the installed packages and the GPU work together, and how to fix
+them."""
 
 import argparse
 import importlib.metadata
@@ -42,7 +43,7 @@ class Finding(NamedTuple):
     problem: str | None = None
     """What would break, if anything."""
     packages: tuple[str, ...] = ()
-    """What to install to mend it."""
+    """What to install to fix it."""
 
 
 class Outcome(NamedTuple):
@@ -56,12 +57,12 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     """Print the report; 1 if something is broken."""
     argparse.ArgumentParser(
         prog="diffmm doctor",
-        description="Versions of the stack against what diffmm needs, the GPU, what would break "
-        "and the command that mends it. Exits with 1 if something is broken.",
+        description="Check the installed versions and the GPU against what diffmm needs, and print "
+        "the command that fixes what is broken. Exits with 1 if something is broken.",
     ).parse_args(arguments)
     if importlib.util.find_spec("packaging") is None:
-        print("BROKEN packaging  missing, and nothing can be compared without it")
-        print(f"\nTo mend it:  {sys.executable} -m pip install packaging")
+        print("BROKEN packaging  missing, and versions cannot be compared without it")
+        print(f"\nTo fix it:   {sys.executable} -m pip install packaging")
         return 1
     findings = [
         Finding("python", f"{platform.python_version()} on {platform.machine()}"),
@@ -76,7 +77,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     for finding in broken:
         print(f"\n{finding.name}: {finding.problem}")
     if broken:
-        print(f"\nTo mend it:  {remedy(broken)}")
+        print(f"\nTo fix it:   {remedy(broken)}")
     return 1 if broken else 0
 
 
@@ -109,7 +110,7 @@ def python(code: str) -> Outcome:
     )
     lines = (result.stdout if result.returncode == 0 else result.stderr).strip().splitlines()
     if result.returncode < 0:
-        lines.append(f"the process died of signal {-result.returncode}")
+        lines.append(f"the process was killed by signal {-result.returncode}")
     return Outcome(result.returncode == 0, "\n".join(lines))
 
 
@@ -131,9 +132,9 @@ def package_findings(
         bounds = str(requirement.specifier) or "any version"
         problem = None
         if version is None:
-            problem = f"is not installed, and diffmm needs {bounds}"
+            problem = f"is not installed; diffmm needs {bounds}"
         elif not requirement.specifier.contains(version, prereleases=True):
-            problem = f"{version} is outside of what diffmm needs, {bounds}"
+            problem = f"{version} does not satisfy {bounds}"
         packages = MATCHING if requirement.name in TRIO else (text,)
         findings.append(
             Finding(
@@ -205,7 +206,7 @@ def gpu_finding(python: Callable[[str], Outcome], has_driver: bool) -> Finding:
 
 
 def remedy(broken: Sequence[Finding]) -> str:
-    """The one command that mends everything."""
+    """The command that fixes everything."""
     packages = dict.fromkeys(package for finding in broken for package in finding.packages)
     pinned = {package.partition("==")[0] for package in packages if "==" in package}
     quoted = " ".join(

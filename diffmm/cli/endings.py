@@ -1,4 +1,4 @@
-"""How a command ends that ends from outside: by a signal, a closed pipe, a full disk."""
+"""How a command ends when it is stopped from outside: by a signal, a closed pipe or a full disk."""
 
 import os
 import select
@@ -66,11 +66,11 @@ def flush_output() -> None:
 
 
 class ClosedOutputError(BrokenPipeError):
-    """Nobody reads what this command prints any more: `diffmm recipes | head -1`."""
+    """The output of this command is no longer read: `diffmm recipes | head -1`."""
 
 
 def is_unheard() -> bool:
-    """Whether standard output is a pipe that nobody reads any more."""
+    """Whether standard output is a pipe whose reader has closed it."""
     try:
         place = sys.stdout.fileno()
     except (OSError, ValueError):

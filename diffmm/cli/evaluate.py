@@ -49,11 +49,13 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
         prog=f"diffmm {verb}",
         add_help=False,
         allow_abbrev=False,
-        description=f"Print the metrics of a run on its {data} data; of a classifier, those of "
-        "each class too, and what it is confused with.",
-        epilog="Everything else is a setting of the recipe, as in `diffmm fit`:",
+        description=f"Print the metrics of a run on its {data} data, and for a classifier those of "
+        "each class and a confusion matrix.",
+        epilog="All other options are settings of the recipe, as in `diffmm fit`:",
     )
-    parser.add_argument("-h", "--help", action="store_true", help="print this, and all settings")
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="print this help and all settings"
+    )
     parser.add_argument(
         "run",
         nargs="?",
@@ -63,7 +65,9 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
     add_weights_options(parser)
     add_trust_option(parser)
     parser.add_argument(
-        "--output", metavar="FILE", help="write all of it, too: .json, or classes as .csv"
+        "--output",
+        metavar="FILE",
+        help="also write the results here: all of them as .json, or the classes as .csv",
     )
     return parser
 
@@ -75,9 +79,9 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
         "--config",
         action="append",
         metavar="RECIPE",
-        help="a recipe's file or name, in place of the run's own config.yaml",
+        help="file or name of a recipe, in place of the run's own config.yaml",
     )
-    parser.add_argument("--weights", "--ckpt_path", metavar="CKPT", help="another way to say RUN")
+    parser.add_argument("--weights", "--ckpt_path", metavar="CKPT", help="the same as RUN")
 
 
 def parse(
@@ -148,7 +152,7 @@ def evaluate(
         load_weights(task.model, weights)
     if verb != "predict" and hasattr(task, "measure_classes"):
         task.measure_classes()
-    # Lightning's own lets an evaluation go on after SIGTERM, or end it with 0.
+    # Lightning's own handlers let an evaluation continue after SIGTERM, or end it with 0.
     leave_signals_alone(cli.trainer)
     with refusing_before_training(cli):
         results = getattr(cli.trainer, verb)(task, datamodule=cli.datamodule)
@@ -179,7 +183,7 @@ def check_predictable(task: Any, data: Any, output: Path | None) -> None:
 
 
 def report(results: Any, task: Any, output: Path | None) -> None:
-    """Print how well each class is told from the others, and write it with all metrics."""
+    """Print the metrics of each class, and write them with all other metrics."""
     from diffmm.analysis.class_report import ClassReport
 
     names = task.job.class_names if getattr(task, "job", None) is not None else None

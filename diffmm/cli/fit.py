@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 
 EPILOG = (
-    "Everything else is a setting of the recipe: --vars.attention softmax, --trainer.max_steps "
+    "All other options are settings of the recipe: --vars.attention softmax, --trainer.max_steps "
     "100, --model.init_args.optimizer.weight_decay 0. All of them, from Lightning and the library:"
 )
 
@@ -51,11 +51,11 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     refuse_ckpt_path(verb, overrides)
     recipe = (options.config or [None])[-1]
     if verb == "fit" and options.allow_changed_data and options.resume is None:
-        raise InputError("--allow-changed-data is for a run that goes on: it needs --resume")
+        raise InputError("--allow-changed-data is for resumed runs: it needs --resume")
     if verb == "fit" and options.resume not in (None, AUTO):
         if recipe or options.name or options.run_dir or options.data:
             raise InputError(
-                "--resume goes on with a run as it was: it takes no recipe, data or name. A new "
+                "--resume resumes a run as it was: it takes no recipe, data or name. A new "
                 "run from its weights is `diffmm finetune`"
             )
         allowed = {
@@ -75,7 +75,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     )
     if verb == "finetune":
         if options.weights is None:
-            raise InputError("diffmm finetune needs --weights CKPT: what to start from")
+            raise InputError("diffmm finetune needs --weights CKPT to start from")
         with refusing():
             # Of a run, the checkpoint that is its newest now.
             weights = find_state(Path(options.weights), warn=warn)
@@ -97,7 +97,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 
 def leave(code: int) -> int:
-    """Part from the run's other processes, if there are any."""
+    """Leave the run's process group, if there is one."""
     from diffmm.recipes.trainer import leave_processes
 
     leave_processes(code)
@@ -110,43 +110,46 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
         prog=f"diffmm {verb}",
         add_help=False,
         allow_abbrev=False,
-        description="Train a recipe. A run is kept in runs/RECIPE/TIME: its config, checkpoints "
-        "and logs.",
+        description="Train a recipe. A run is kept in runs/RECIPE/TIME, with its config, "
+        "checkpoints and logs.",
         epilog=EPILOG,
     )
     parser.add_argument(
         "-h",
         "--help",
         action="store_true",
-        help="print this, and all settings, or with --config those of the recipe with their values",
+        help=(
+            "print this help and all settings, or with --config the settings of that recipe and "
+            "their values"
+        ),
     )
     parser.add_argument(
         "-c",
         "--config",
         action="append",
         metavar="RECIPE",
-        help="a recipe's file or name; of several, later ones win",
+        help="file or name of a recipe; later ones override earlier ones",
     )
     add_data_option(parser)
     if verb == "fit":
         parser.add_argument(
             "--resume",
             metavar="RUN",
-            help="go on with the run in this directory from its newest whole checkpoint (for "
-            "longer: --trainer.max_steps N); 'auto': with the run of just these settings (the "
-            "latest, or the one of --name or --run_dir), or else start it",
+            help="resume the run in this directory from its newest complete checkpoint (for "
+            "longer, add --trainer.max_steps N); 'auto': resume the run with these settings (the "
+            "latest, or that of --name or --run_dir), or start it",
         )
     else:
         parser.add_argument(
             "--weights",
             metavar="CKPT",
-            help="start from these: a run, a checkpoint, or model.safetensors (or its folder)",
+            help="weights to start from: a run, a checkpoint, or model.safetensors (or its folder)",
         )
     if verb == "fit":
         parser.add_argument(
             "--allow-changed-data",
             action="store_true",
-            help="with --resume: go on though the data are not those that the run began with",
+            help="with --resume: resume although the data have changed since the run began",
         )
         add_trust_option(parser)
     parser.add_argument(
@@ -154,11 +157,13 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
         nargs="?",
         const="written",
         choices=("written", "resolved"),
-        help="train nothing, but print the complete recipe, with overrides and data: as a run "
-        "saves it, or 'resolved', with what references refer to in their places",
+        help="print the complete recipe, with overrides and data, and do not train: as a run "
+        "saves it, or 'resolved', with references replaced by their values",
     )
-    parser.add_argument("--name", help="of the run, in place of the time")
-    parser.add_argument("--run_dir", metavar="DIR", help="in place of runs/RECIPE/NAME")
+    parser.add_argument("--name", help="name of the run, in place of the time")
+    parser.add_argument(
+        "--run_dir", metavar="DIR", help="directory to use in place of runs/RECIPE/NAME"
+    )
     return parser
 
 
@@ -170,22 +175,22 @@ def refuse_ckpt_path(verb: str, overrides: Sequence[str]) -> None:
     """
     if any(argument.partition("=")[0] == "--ckpt_path" for argument in overrides):
         raise InputError(
-            f"diffmm {verb} takes no --ckpt_path: a run goes on with `diffmm fit --resume RUN`, "
-            f"and a new one starts from weights with `diffmm finetune --weights CKPT`"
+            f"diffmm {verb} takes no --ckpt_path: resume a run with `diffmm fit --resume RUN`, "
+            f"or start a new one from weights with `diffmm finetune --weights CKPT`"
         )
 
 
 def resume(
     run_dir: Path, overrides: Sequence[str] = (), *, trust: bool, allow_changed_data: bool
 ) -> int:
-    """Go on with a run from its newest whole checkpoint, under its own config, but perhaps for
-    longer. Code that the config names outside `diffmm.recipes.trust.KNOWN` is refused without
-    `trust`, and data that the run did not begin with without `allow_changed_data`."""
+    """Resume a run from its newest complete checkpoint, under its own config, perhaps for longer.
+    Code that the config names outside `diffmm.recipes.trust.KNOWN` is refused without
+    `trust`, and data that have changed without `allow_changed_data`."""
     saved_config(run_dir)
     with claimed(run_dir):
         config, checkpoint = find_run(str(run_dir))
         if checkpoint is None:
-            warn(f"{run_dir} has no checkpoint yet: it starts again from its beginning")
+            warn(f"{run_dir} has no checkpoint yet: it starts from the beginning")
         longer = lengthened(config, overrides)
         if longer is None:
             values, comment = load([config]), ""
@@ -218,16 +223,16 @@ def train(
     """Fit a recipe in its run directory.
 
     Args:
-        run_dir: of the run, new or not.
-        values: of the recipe, unresolved.
-        comment: heads the saved config.
-        checkpoint: where to go on; from the beginning without.
-        is_new: the config is still to be saved.
-        longer: what was given to a run that goes on with another length.
-        trust: run also code that the values name outside `diffmm.recipes.trust.KNOWN`, since a
-            recipe of the user's own is given to be run.
-        allow_changed_data: go on with other data than those of the checkpoint.
-        recipe: its name, which travels with the weights; a run that goes on knows its own.
+        run_dir: Directory of the run, which may be new.
+        values: Values of the recipe, unresolved.
+        comment: Comment at the top of the saved config.
+        checkpoint: Checkpoint to resume from; None starts from the beginning.
+        is_new: Whether the config is still to be saved.
+        longer: The new length of a resumed run, if it was given one.
+        trust: Also run code that the values name outside `diffmm.recipes.trust.KNOWN`, as for
+            a recipe of the user's own.
+        allow_changed_data: Resume even if the data differ from those of the checkpoint.
+        recipe: Its name, which travels with the weights; a resumed run knows its own.
 
     Returns:
         The exit code: 0, or 130 or 143 if a signal stopped the run.
@@ -273,7 +278,7 @@ def train(
             )
         message = ending(trainer, run_dir, is_resumed=checkpoint is not None, since=first_step)
     except SIGTERMException as stop:
-        code, message = int(stop.code or 0), f"stopped: go on with `diffmm fit --resume {run_dir}`"
+        code, message = int(stop.code or 0), f"stopped: resume with `diffmm fit --resume {run_dir}`"
     except (TooManyNonFiniteStepsError, NonFiniteWeightsError, SaveFailedError) as error:
         raise RunFailedError(str(error)) from error
     except Exception as error:
@@ -292,19 +297,19 @@ def ending(trainer: Any, run_dir: Path, *, is_resumed: bool, since: int) -> str:
 
     step = trainer.global_step
     if is_out_of_time(trainer) and not is_complete(trainer):
-        return f"max_time is up after step {step}: go on with `diffmm fit --resume {run_dir}`"
+        return f"max_time is up after step {step}: resume with `diffmm fit --resume {run_dir}`"
     if not is_resumed or step > since:
         return f"run: {run_dir}"
     if trainer.should_stop:
-        return f"run: {run_dir}, which a callback has ended after step {step}: it does not go on"
+        return f"run: {run_dir}, which a callback ended after step {step}: it cannot be resumed"
     return (
-        f"run: {run_dir}, which has ended after step {step}: to go on for longer, add "
+        f"run: {run_dir}, which is finished after step {step}: to train for longer, add "
         f"--trainer.max_steps N (or max_epochs)"
     )
 
 
 def forget_first_weights(cli: "RecipeCLI") -> None:
-    """A run that goes on needs the weights it once started from no more, and they may be gone."""
+    """A resumed run no longer needs the weights it once started from, and they may be gone."""
     task: Any = cli.model
     if getattr(task, "finetune", None) is not None:
         task.finetune = replace(task.finetune, weights=None)

@@ -21,8 +21,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(
         prog="diffmm generate",
-        description="Continue a prompt with a trained text model; only the continuation is "
-        "printed, as it comes.",
+        description="Continue a prompt with a trained text model. Only the continuation is "
+        "printed, token by token.",
     )
     parser.add_argument(
         "checkpoint",
@@ -40,16 +40,21 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         default=0.8,
         metavar="T",
-        help="0 takes the likeliest; so does anything below 1e-6 [0.8]",
+        help="sampling temperature; below 1e-6 the most likely token is taken [0.8]",
     )
-    parser.add_argument("--top-k", type=int, metavar="K", help="among the K likeliest tokens")
     parser.add_argument(
-        "--top-p", type=float, metavar="P", help="among the likeliest of together P probability"
+        "--top-k", type=int, metavar="K", help="sample from the K most likely tokens"
     )
-    parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same [0]")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample from the most likely tokens with a total probability of P",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling [0]")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps [auto]")
     parser.add_argument(
-        "--tokenizer", metavar="NAME", help="where the weights' file does not name one"
+        "--tokenizer", metavar="NAME", help="tokenizer, if the weights do not name one"
     )
     return parser
 

@@ -43,7 +43,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if paths:
         return predict_files(options, overrides, weights, paths, output)
     if given := [name for name in FILE_OPTIONS if getattr(options, name) is not None]:
-        raise InputError(f"--{given[0].replace('_', '-')} is for files: name them after the run")
+        raise InputError(f"--{given[0].replace('_', '-')} is for files: give them after the run")
     output = output or Path(f"predictions{TENSORS}")
     check_output(output, (TENSORS, *WRITERS))
     values = recipe_values(verb, options.config, weights, overrides)
@@ -57,11 +57,13 @@ def make_parser() -> argparse.ArgumentParser:
         usage="diffmm predict RUN [PATH ...] [--output FILE] [options]",
         add_help=False,
         allow_abbrev=False,
-        description="Give the classes of images or sounds: of the files and folders after the run, "
-        "or without any of the run's own test data.",
-        epilog="Without files, everything else is a setting of the recipe, as in `diffmm fit`:",
+        description="Predict the classes of the images or sounds in the files and folders after "
+        "the run, or, without any, of the run's own test data.",
+        epilog="Without files, all other options are settings of the recipe, as in `diffmm fit`:",
     )
-    parser.add_argument("-h", "--help", action="store_true", help="print this, and all settings")
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="print this help and all settings"
+    )
     parser.add_argument(
         "paths",
         nargs="*",
@@ -77,18 +79,21 @@ def make_parser() -> argparse.ArgumentParser:
         help="columns file, label, score, label_2, ... as .csv, .jsonl or .parquet; files are "
         "printed without it. Of test data also a dict of tensors [predictions.pt]",
     )
-    parser.add_argument(
-        "--top-k", type=int, metavar="K", help="classes per file, at most as many as there are [5]"
-    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="number of classes per file [5]")
     parser.add_argument(
         "--skip-bad",
         action="store_true",
         default=None,
-        help="name files that cannot be read, and go on without them",
+        help="report files that cannot be read, and skip them",
     )
-    parser.add_argument("--batch-size", type=int, metavar="N", help="files per forward pass [32]")
     parser.add_argument(
-        "--num-workers", type=int, metavar="N", help="processes that read beside this one [0]"
+        "--batch-size", type=int, metavar="N", help="number of files per forward pass [32]"
+    )
+    parser.add_argument(
+        "--num-workers",
+        type=int,
+        metavar="N",
+        help="number of worker processes that read files [0]",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps [auto]")
     return parser
@@ -137,7 +142,7 @@ def predict_files(
     if output is not None:
         print(f"{output}: {count:,} predictions")
     if unreadable.count:
-        warn(f"{unreadable.count:,} files could not be read, and are left out")
+        warn(f"{unreadable.count:,} files could not be read and were skipped")
     return 0
 
 
@@ -159,9 +164,9 @@ class Unreadable:
             InputError: unless they are skipped.
         """
         if not self.skip:
-            raise InputError(f"{message_of(error)}; to go on without it, add --skip-bad") from error
+            raise InputError(f"{message_of(error)}; to skip it, add --skip-bad") from error
         self.count += 1
-        warn(f"{message_of(error)}; it is left out")
+        warn(f"{message_of(error)}; it is skipped")
 
 
 def loaded(
@@ -181,7 +186,7 @@ def loaded(
     cli = RecipeCLI(merge(values, quiet), trust=options.trust)
     data: Any = cli.datamodule
     if not hasattr(data, "describe_inputs"):
-        raise InputError(f"{type(data).__name__} does not say how it prepares its inputs")
+        raise InputError(f"{type(data).__name__} does not describe how it prepares its inputs")
     data.prepare_data()
     data.setup("predict")
     inputs = data.describe_inputs()

@@ -47,7 +47,7 @@ class Writer(ABC):
         Raises:
             RunFailedError: if it cannot be written.
         """
-        with told(self.name):
+        with reported(self.name):
             self.add(prediction)
 
     @abstractmethod
@@ -174,16 +174,16 @@ def writing(path: Path, top_k: int) -> Iterator[Writer]:
             yield writer
             is_whole = True
         finally:
-            with told(path, quiet=not is_whole):
+            with reported(path, quiet=not is_whole):
                 writer.close()
-        with told(path):
+        with reported(path):
             unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
-def told(path: Path, *, quiet: bool = False) -> Iterator[None]:
+def reported(path: Path, *, quiet: bool = False) -> Iterator[None]:
     """A system's refusal to write becomes a failure that names the file, or nothing at all."""
     try:
         yield

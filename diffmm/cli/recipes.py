@@ -1,4 +1,4 @@
-"""`diffmm recipes`: list, show and copy the recipes that come along."""
+"""`diffmm recipes`: list, show and copy the shipped recipes."""
 
 import argparse
 import sys
@@ -16,7 +16,7 @@ from diffmm.recipes.catalog import (
 def run(verb: str, arguments: Sequence[str]) -> int:
     """`diffmm recipes [show NAME | copy NAME [PATH]]`."""
     parser = argparse.ArgumentParser(
-        prog="diffmm recipes", description="List, show and copy the recipes that come along."
+        prog="diffmm recipes", description="List, show and copy the shipped recipes."
     )
     actions = parser.add_subparsers(dest="action", title="without one of these, list all")
     show = actions.add_parser("show", help="print a recipe")

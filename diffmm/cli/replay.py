@@ -24,15 +24,17 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     """Make the step again, and print what is not finite in it."""
     parser = argparse.ArgumentParser(
         prog=f"diffmm {verb}",
-        description="Make the step again that a run stopped at because loss or gradient was not "
-        "finite, in one process: which samples, which part of the model, which gradients.",
+        description="Repeat, in one process, the step at which a run stopped because the loss or a "
+        "gradient was not finite, and report the samples, the module and the gradients at fault.",
     )
     parser.add_argument("run", metavar="RUN", help="the run's directory")
     parser.add_argument(
-        "--batch", metavar="FILE", help="in place of those in RUN: a file bad_batch_step_*.pt"
+        "--batch", metavar="FILE", help="a file bad_batch_step_*.pt, in place of those in RUN"
     )
     parser.add_argument(
-        "--weights", metavar="CKPT", help="in place of the checkpoint that the run stopped with"
+        "--weights",
+        metavar="CKPT",
+        help="weights in place of the checkpoint that the run stopped with",
     )
     add_trust_option(parser)
     options = parser.parse_args(arguments)
@@ -43,7 +45,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 
 def batch_files(run: Path) -> list[Path]:
-    """What a run left behind of the last step that it stopped at, one file a process at fault.
+    """What a run left behind of the last step that it stopped at, one file per process at fault.
 
     Raises:
         InputError: if it left nothing.
@@ -52,7 +54,9 @@ def batch_files(run: Path) -> list[Path]:
 
     files = sorted(run.glob(f"{BATCH_NAME}_*.pt"))
     if not files:
-        raise InputError(f"{run} has no {BATCH_NAME}_*.pt: it did not stop for bad numbers")
+        raise InputError(
+            f"{run} has no {BATCH_NAME}_*.pt: it did not stop because of non-finite numbers"
+        )
     step = files[-1].name.removeprefix(f"{BATCH_NAME}_").split("_")[0]
     return [file for file in files if file.name.startswith(f"{BATCH_NAME}_{step}_")]
 
@@ -94,7 +98,7 @@ def message_of(found: "MicroBatch") -> str:
         parts.append(f"alone, of the samples {listed(found.samples)}")
     if found.gradients:
         parts.append(f"in the gradients of {listed(found.gradients)}")
-    return "; ".join(parts) if len(parts) > 1 else f"{parts[0]}; all is finite"
+    return "; ".join(parts) if len(parts) > 1 else f"{parts[0]}; everything is finite"
 
 
 def listed(items: Sequence[object]) -> str:

@@ -24,16 +24,15 @@ from diffmm.runs.sweeps import (
     sweep_name,
 )
 
-DESCRIPTION = """Train a recipe under every combination of the settings that have several values,
-one run after the other, each in a folder of its own under one folder, and print them side by side
-at the end (see diffmm compare). The same command again passes over runs that are finished and goes
-on with those that were interrupted. A run that fails is told, and the others go on; the exit code
-is then 1."""
+DESCRIPTION = """Train a recipe with every combination of the settings that have several values, one
+run after the other, each in a folder of its own, and print a comparison at the end (see diffmm
+compare). The same command again skips finished runs and resumes interrupted ones. A run that fails
+is reported and the others continue; the exit code is then 1."""
 
-EPILOG = """Everything else is a setting of the recipe; its values are divided by commas. Commas
-inside of brackets, braces or quotes divide nothing: --data.transform.scale [0.2,1.0],[0.5,1.0] is
-two lists, and --data.source.pattern "'a,b.txt'" one text. Example: diffmm sweep --config
-image/digits_tiny --vars.seed 0,1,2 --vars.attention softmax,diff_v1"""
+EPILOG = """All other options are settings of the recipe, with values separated by commas. Commas
+within brackets, braces or quotes do not separate values: --data.transform.scale
+[0.2,1.0],[0.5,1.0] is two lists, and --data.source.pattern "'a,b.txt'" one string. Example:
+diffmm sweep --config image/digits_tiny --vars.seed 0,1,2 --vars.attention softmax,diff_v1"""
 
 STOPPED = (130, 143)
 """Exit codes of a run that a signal has stopped."""
@@ -50,18 +49,20 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         action="append",
         metavar="RECIPE",
         required=True,
-        help="a recipe's file or name; of several, later ones win",
+        help="file or name of a recipe; later ones override earlier ones",
     )
     add_data_option(parser)
     parser.add_argument(
-        "--name", help="of the sweep, in place of what it varies: runs/RECIPE/NAME/RUN"
+        "--name", help="name of the sweep, in place of what it varies: runs/RECIPE/NAME/RUN"
     )
-    parser.add_argument("--sweep_dir", metavar="DIR", help="in place of runs/RECIPE/NAME")
+    parser.add_argument(
+        "--sweep_dir", metavar="DIR", help="directory to use in place of runs/RECIPE/NAME"
+    )
     parser.add_argument(
         "--slurm",
         metavar="FILE",
         type=Path,
-        help="train nothing, but write a script that trains each run as a task of a SLURM array "
+        help="do not train, but write a script that trains each run as a task of a SLURM array "
         "(sbatch FILE; sbatch --gpus=1 --time=4:00:00 FILE)",
     )
     options, overrides = parser.parse_known_args(arguments)
@@ -69,7 +70,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     pairs = split_overrides(overrides)
     runs = combinations(pairs)
     for one in runs:
-        load(paths, one.arguments)  # what cannot be set is told before anything is trained
+        load(paths, one.arguments)  # mistakes are reported before anything is trained
     name = options.name or sweep_name(pairs)
     folder = Path(options.sweep_dir or RUNS / run_name(options.config[-1]) / name)
     commands = [command(options.config, options.data, folder, one) for one in runs]
@@ -79,7 +80,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 
 def command(recipes: Sequence[str], data: str | None, folder: Path, one: Combination) -> list[str]:
-    """What trains one run of a sweep, or goes on with it."""
+    """The command that trains one run of a sweep, or resumes it."""
     configs = [part for recipe in recipes for part in ("--config", recipe)]
     own = [] if data is None else ["--data", data]
     place = ["--run_dir", str(folder / one.name), "--resume", "auto"]
@@ -105,17 +106,17 @@ def sweep(
         if is_finished(
             folder / one.name, values_of(recipes, one, data), read_record(folder).get(one.name)
         ):
-            print(f"{where}: finished already", flush=True)
+            print(f"{where}: already finished", flush=True)
             continue
         print(where, flush=True)
         code = launch(arguments)
         if code in STOPPED:
-            print(f"{where}: stopped; the same command goes on with it")
+            print(f"{where}: stopped; the same command resumes it")
             return code
         note(folder, one.name, code)
         if code:
             failed.append(one.name)
-            warn(f"{where} has failed with exit code {code}; the others go on")
+            warn(f"{where} failed with exit code {code}; the others continue")
     compare_runs(folder, runs)
     for name in failed:
         warn(f"failed: {name}")
@@ -189,7 +190,7 @@ def script(folder: Path, commands: Sequence[Sequence[str]], arguments: Sequence[
     return f"""#!/usr/bin/env bash
 # Written by: diffmm sweep {written}
 #
-# A task that is stopped saves; put back into the queue, it goes on where it was.
+# A task that is stopped saves its state; requeued, it resumes from there.
 #
 #SBATCH --job-name=diffmm_sweep
 #SBATCH --array=0-{len(commands) - 1}

@@ -1,7 +1,7 @@
-"""The recipes that come along: where they are, what they say about themselves.
+"""The shipped recipes: where they are, and what their headers say.
 
 A recipe's header is a comment block. Its first line says what the recipe is; `FIELDS` follow, one
-a paragraph: `# Command: diffmm fit --config text/stdlib_tiny`.
+per paragraph: `# Command: diffmm fit --config text/stdlib_tiny`.
 """
 
 import difflib
@@ -13,7 +13,7 @@ import diffmm
 from diffmm.recipes.errors import InputError
 
 FIELDS = ("Command", "Hardware", "Time", "Metric", "Measured")
-"""What every header says. `Measured` tells which of the figures above it somebody measured."""
+"""What every header says. `Measured` says which of the figures above it were measured."""
 
 
 def recipe_root() -> Path:

@@ -1,4 +1,4 @@
-"""What a user got wrong."""
+"""Errors in what the user gave."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class InputError(Exception):
-    """Mistakes of the user, one line each; the command line prints them and exits with 2."""
+    """Mistakes in the input, one line each; the command line prints them and exits with 2."""
 
     def __init__(self, *mistakes: str) -> None:
         super().__init__("\n".join(mistakes))
@@ -15,7 +15,7 @@ class InputError(Exception):
 
 
 class RunFailedError(Exception):
-    """A run that was started well could not go on; the command line prints it and exits with 1."""
+    """A run that had started could not continue; the command line prints this and exits with 1."""
 
 
 @contextmanager
@@ -41,5 +41,5 @@ def message_of(error: BaseException) -> str:
 
 
 def warn(line: str) -> None:
-    """Tell something that the user should know, but that stops nothing."""
+    """Print a warning."""
     print(f"diffmm: warning: {line}", file=sys.stderr)

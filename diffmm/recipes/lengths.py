@@ -1,4 +1,5 @@
-"""Runs that go on for longer than was meant: `diffmm fit --resume RUN --trainer.max_steps N`.
+"""Runs that are extended beyond their planned length: `diffmm fit --resume RUN --trainer.max_steps
+N`.
 
 The schedule of the learning rate stays as it is, and the rate at its final value, unless the
 schedule's own length (`total_steps`) is given, too.
@@ -15,11 +16,11 @@ from diffmm.recipes.settings import load
 
 SCHEDULE = "model.init_args.schedule.total_steps"
 LENGTHS = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", SCHEDULE)
-"""What may be given when a run goes on; settings that these refer to may be, too."""
+"""Settings that may be changed when a run is resumed, and the settings that these refer to."""
 
 
 class Longer(NamedTuple):
-    """A run that goes on with another length."""
+    """A resumed run with another length."""
 
     values: dict[str, Any]
     """Of its recipe, unresolved, with what was given."""
@@ -38,7 +39,7 @@ def lengthened(config: Path, overrides: Sequence[str]) -> Longer | None:
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if others := [name for name in changed if name not in LENGTHS]:
         raise InputError(
-            f"--resume can change only the length of a run ({', '.join(LENGTHS)}), and not "
+            f"--resume can only change the length of a run ({', '.join(LENGTHS)}), not "
             f"{', '.join(others)}. A new run from its weights is `diffmm finetune`"
         )
     if not changed:
@@ -78,7 +79,7 @@ def step_of(checkpoint: Path | None) -> int:
         # As Lightning's own callback writes it.
         return torch.load(checkpoint, "cpu", mmap=True, weights_only=True)["global_step"]
     except Exception as error:
-        raise InputError(f"{checkpoint} is no checkpoint of a run: {error}") from error
+        raise InputError(f"{checkpoint} is not a checkpoint of a run: {error}") from error
 
 
 def outlook(task: Any, trainer: Any, schedule: dict[str, Any] | None, step: int) -> str:
@@ -96,9 +97,9 @@ def outlook(task: Any, trainer: Any, schedule: dict[str, Any] | None, step: int)
     end = trainer.max_steps
     if 0 <= end <= step:
         raise InputError(
-            f"the run has made {step} steps already: trainer.max_steps must be more, got {end}"
+            f"the run has already made {step} steps: trainer.max_steps must be larger, got {end}"
         )
-    goes_on = f"goes on from step {step}" + (f" to step {end}" if end > 0 else "")
+    goes_on = f"resumes from step {step}" + (f" to step {end}" if end > 0 else "")
     now = getattr(task, "schedule_config", None)
     if now is None:
         return goes_on
@@ -107,8 +108,8 @@ def outlook(task: Any, trainer: Any, schedule: dict[str, Any] | None, step: int)
     rate, last = peak * now.factor(step), peak * now.factor(final)
     if rate == last == 0.0:
         raise InputError(
-            f"the learning rate has come down to 0 at step {now.total_steps}, and nothing would be "
-            f"learned after it: give a longer schedule, too (--model.schedule.total_steps "
+            f"the learning rate reaches 0 at step {now.total_steps}, and nothing would be "
+            f"learned after it: also give a longer schedule (--model.schedule.total_steps "
             f"{final + 1})"
         )
     is_same = was.total_steps == now.total_steps

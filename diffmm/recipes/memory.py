@@ -1,4 +1,4 @@
-"""How much memory a training step takes, without taking it.
+"""An estimate of the memory that a training step takes.
 
 * **Weights, gradients, optimizer**: 4 bytes each for the weights and their gradients, 8 for AdamW's
   two moments, in float32; 2, 2 and 4 under a `-true` 16-bit precision. Frozen weights have neither

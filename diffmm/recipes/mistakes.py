@@ -107,7 +107,7 @@ class _Finder:
             self.mistakes.append(f"{path} is missing: it needs a class_path and init_args")
             return UNKNOWN
         if isinstance(value, dict) and any(issubclass(c, torch.nn.Module) for c in classes):
-            self.mistakes.append(f"{path}.class_path is missing: it says which class to make")
+            self.mistakes.append(f"{path}.class_path is missing: it names the class to create")
             return UNKNOWN
         if _has_unknown(value):
             return UNKNOWN
@@ -163,7 +163,7 @@ class _Finder:
         return self.build(cls, {**arguments, **(node.get("dict_kwargs") or {})}, path)
 
     def is_strange(self, class_path: Any, path: str) -> bool:
-        """Whether a class path is not to be imported: a mistake that is told."""
+        """Whether a class path must not be imported, which is reported as a mistake."""
         why = None if self.trust else stranger(class_path)
         if why is not None:
             self.mistakes.append(f"{path}: {why}")
@@ -180,7 +180,7 @@ class _Finder:
             self.mistakes.append(f"{path} must hold keys and values, got {values!r}")
             return UNKNOWN
         parameters = _parameters(cls)
-        # Keys that nobody knows do not keep the rest from being looked at.
+        # Unknown keys do not keep the rest from being checked.
         self.check_keys(values, parameters, path)
         before = len(self.mistakes)
         for name, parameter in parameters.items():
@@ -203,7 +203,7 @@ class _Finder:
         except Exception as error:
             # No refusal: a class that did not reckon with such values.
             self.mistakes.append(
-                f"{path}: {cls.__name__} cannot be made of these values "
+                f"{path}: {cls.__name__} cannot be created from these values "
                 f"({type(error).__name__}: {message_of(error)})"
             )
         return UNKNOWN
@@ -290,7 +290,7 @@ def import_class(class_path: Any) -> Any:
         ImportError: saying what is not there, with the nearest name.
     """
     if not isinstance(class_path, str):
-        raise ImportError(f"expected the path of a class, got {class_path!r}")
+        raise ImportError(f"expected a class path, got {class_path!r}")
     module_name, _, name = class_path.rpartition(".")
     if not module_name:
         return None

@@ -51,7 +51,7 @@ def wrong_numbers(
         resolved: the same without references.
     """
     written, anywhere, out_of_range = faults(values), faults(resolved), trainer_faults(resolved)
-    # What several settings refer to is told once, where it stands.
+    # What several settings refer to is reported once, where it is set.
     found = {**(written or anywhere), **out_of_range}
     mistakes = [f"{'.'.join(map(str, path))} {fault}" for path, fault in found.items()]
     return mistakes, without(resolved, anywhere.keys() | out_of_range.keys(), instead=UNKNOWN)

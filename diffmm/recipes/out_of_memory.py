@@ -70,7 +70,8 @@ def advice(error: BaseException, values: dict[str, Any], run_dir: Path, step: in
         checkpoint = find_whole(run_dir / "checkpoints", warn=warn)
         if checkpoint is not None:
             lines.append(
-                f"the last checkpoint is whole: {checkpoint}. To start from its weights with other "
+                f"the last checkpoint is complete: {checkpoint}. To start from its weights with "
+                f"other "
                 f"settings: diffmm finetune --config {run_dir}/config.yaml --weights {run_dir} ..."
             )
     return "\n".join(lines)
@@ -110,7 +111,7 @@ def remedies(values: dict[str, Any]) -> Iterator[Remedy]:
     if isinstance(batch_size, int) and batch_size > 1:
         parts = next(n for n in range(2, batch_size + 1) if batch_size % n == 0)
         yield Remedy(
-            f"the same step in {parts * accumulated} parts",
+            f"the same step in {parts * accumulated} micro-batches",
             {
                 setting_key(values, "data.batch_size"): batch_size // parts,
                 "trainer.accumulate_grad_batches": parts * accumulated,
@@ -118,7 +119,7 @@ def remedies(values: dict[str, Any]) -> Iterator[Remedy]:
         )
     if not _arguments(model).get("activation_checkpointing"):
         yield Remedy(
-            "blocks are computed again in the backward pass: about a third slower",
+            "blocks are recomputed in the backward pass: about a third slower",
             {setting_key(values, "model.activation_checkpointing"): True},
         )
     if str(trainer.get("precision") or "32-true") in ("32", "32-true"):
@@ -130,15 +131,16 @@ def remedies(values: dict[str, Any]) -> Iterator[Remedy]:
         return
     if num_devices(trainer) > 1:
         yield Remedy(
-            "weights, gradients and moments shared out over the devices",
+            "weights, gradients and moments sharded over the devices",
             {setting_key(values, "trainer.strategy"): "fsdp2"},
         )
     else:
         devices = max(torch.cuda.device_count(), 1)
         devices = devices if devices > 1 else MANY_DEVICES
         yield Remedy(
-            f"on {devices} devices, which share weights, gradients and moments; divide the batches "
-            f"too, for the same step",
+            f"on {devices} devices, with sharded weights, gradients and moments; divide the "
+            f"batches "
+            f"as well, for the same step",
             {
                 setting_key(values, "trainer.strategy"): "fsdp2",
                 setting_key(values, "trainer.devices"): devices,

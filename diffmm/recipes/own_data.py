@@ -74,7 +74,7 @@ def on_own_data(
         raise InputError(f"data.class_path: {error}") from error
     if not hasattr(data_class, "own_data"):
         raise InputError(
-            f"--data {path}: data of class {class_path} cannot look for themselves: set "
+            f"--data {path}: data of class {class_path} cannot be found by --data: set "
             f"--data.source"
         )
     with refusing():
@@ -108,8 +108,8 @@ def on_own_data(
         lines.append(f"set: {', '.join(told)}")
     if found.facts.get("num_classes") == 1 and "num_classes" in names:
         raise InputError(
-            f"{found.told}. To tell classes apart takes two at least: if they are one folder "
-            f"further down, give that"
+            f"{found.told}. A classifier needs at least two classes: if their folders are one "
+            f"level down, give that folder"
         )
     return OnOwnData(values, lines)
 

@@ -15,7 +15,7 @@ MAX_SIZE = 1 << 20
 """Characters and nodes of a recipe whose references are resolved."""
 
 UNKNOWN = object()
-"""Stands for a value that cannot be told, because of a mistake that was told already."""
+"""Stands for a value that is unknown because of a mistake that was already reported."""
 
 
 def resolve(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -64,7 +64,7 @@ def unused_variables(values: dict[str, Any]) -> list[str]:
     """A line for each variable that nothing refers to, and that therefore changes nothing."""
     used, variables = used_variables(values), values.get("vars")
     return [
-        f"vars.{name} changes nothing: nothing refers to it{did_you_mean(name, used)}"
+        f"vars.{name} has no effect: nothing refers to it{did_you_mean(name, used)}"
         for name in (variables if isinstance(variables, dict) else {})
         if name not in used
     ]
@@ -113,7 +113,7 @@ def _resolved_size(values: dict[str, Any]) -> int:
 
     def of_name(name: str) -> int:
         if name not in known:
-            known[name] = 0  # what refers to itself is told elsewhere
+            known[name] = 0  # circular references are reported elsewhere
             known[name] = size(nodes[name]) if name in nodes else 0
         return known[name]
 
@@ -137,5 +137,5 @@ def _told(
     place = ".".join(map(str, path))
     for name in REFERENCE.findall(value):
         if name not in names:
-            return f"{place} refers to {name}, which is not there{did_you_mean(name, names)}"
+            return f"{place} refers to {name}, which does not exist{did_you_mean(name, names)}"
     return f"{place}: {value} cannot be resolved: {str(error).splitlines()[0]}"

@@ -48,7 +48,7 @@ def load_file(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
-        raise InputError(f"{path} is no recipe: it holds no keys")
+        raise InputError(f"{path} is not a recipe: it holds no keys")
     renamed: dict[str, Any] = with_new_names(values, str(path))
     return renamed
 

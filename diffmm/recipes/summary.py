@@ -60,7 +60,7 @@ def memory_text(memory: Memory) -> str:
     """An estimate in words."""
     parts = {f.name: getattr(memory, f.name) for f in dataclasses.fields(memory)}
     split = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
-    return f"{gib(memory.total)} a device: {split}"
+    return f"{gib(memory.total)} per device: {split}"
 
 
 def step_size(trainer: dict[str, Any], data: Any, shapes: dict[str, Any]) -> str:
@@ -71,7 +71,7 @@ def step_size(trainer: dict[str, Any], data: Any, shapes: dict[str, Any]) -> str
     text = f"{samples:,} samples"
     if "tokens" in shapes:
         text += f", {samples * shapes['tokens'][0][1]:,} tokens"
-    detail = f"{data.batch_size} a batch"
+    detail = f"{data.batch_size} per batch"
     detail += f" x {accumulated} batches" if accumulated > 1 else ""
     who = "devices" if split == 1 else f"groups of {split} devices"
     detail += f" x {known} {who}" if known > 1 else ""
@@ -100,5 +100,5 @@ def tensor_parallel_size(trainer: dict[str, Any]) -> int:
 
 
 def gib(num_bytes: int) -> str:
-    """Bytes in a unit that suits them."""
+    """Bytes in a suitable unit."""
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:.1f} MiB"

@@ -1,4 +1,4 @@
-"""LightningCLI, set up the house's way: for one recipe, whose overrides are merged already.
+"""LightningCLI for one recipe, whose overrides have already been merged.
 
 An override reaches everything that refers to it, since references are resolved last (the parser
 mode `omegaconf+`). No checkpoint changes a setting behind the recipe's back.
@@ -37,21 +37,21 @@ REFUSALS = (
     OmegaConfBaseException,
     MisconfigurationException,
 )
-"""How the library, the parser and Lightning refuse what a user gave them, and the system a file."""
+"""The errors with which the library, the parser, Lightning and the system refuse an input."""
 
 
 NOISE = (
     # Lightning calls its parser by an older name, and torch's pytrees by an older class.
     r"\s*(By default only one Jsonargparse|``instantiate_classes``)",
     ".*LeafSpec",
-    # A run that goes on has its directory already; a new one gets a new one.
+    # A resumed run has its directory already; a new run gets a new one.
     "Checkpoint directory .* exists and is not empty",
     # Which is just what is meant.
     "You have overridden `on_before_batch_transfer` in `LightningModule`",
     # Task refuses what this warns of.
     "You're using the WeightAveraging callback with a model that overrides",
 )
-"""Warnings about the stack that nobody who trains a recipe can do anything about."""
+"""Warnings of the libraries that a user can do nothing about."""
 
 
 class SettingsCLI(LightningCLI):
@@ -85,7 +85,7 @@ class RecipeCLI(SettingsCLI):
         if not trust and (found := find_mistakes(values, trust=False).mistakes):
             raise InputError(*found)
         mistakes = unused_variables(values) + wrong_numbers(values, resolve(values)[0])[0]
-        # Lightning would go on without data.
+        # Lightning would continue without data.
         mistakes += [f"{part} is missing" for part in ("model", "data") if not values.get(part)]
         try:
             if not mistakes:
@@ -96,7 +96,7 @@ class RecipeCLI(SettingsCLI):
         except REFUSALS as error:
             raise InputError(*(find_mistakes(values).mistakes or [message_of(error)])) from error
         except (AttributeError, KeyError, TypeError) as error:
-            # Of a class that did not reckon with a mistake, or a mistake in a class.
+            # Raised by a class that does not check its arguments, or by a bug in a class.
             if found := find_mistakes(values).mistakes:
                 raise InputError(*found) from error
             raise
@@ -115,7 +115,7 @@ class RecipeCLI(SettingsCLI):
         self.config = parser.parse_string(yaml.safe_dump(self.values, sort_keys=False))
 
     def instantiate_trainer(self, **changes: Any) -> Trainer:
-        """A recipe's `limit_val_batches: 1` (one batch) stays that.
+        """Keep a recipe's `limit_val_batches: 1` (one batch) an integer.
 
         The parser tries the types of `Optional[Union[int, float]]` in turn and may find `1.0` (all
         batches) first: Python gives them in the order in which anything wrote that union first.
@@ -140,7 +140,7 @@ def print_settings(arguments: Sequence[str]) -> None:
 
 
 class _TrainingWatcher(Callback):
-    """Knows whether a batch has been trained on, or was about to be."""
+    """Remembers whether training on a batch has begun and ended."""
 
     has_begun = False
     has_made_a_batch = False
@@ -183,10 +183,10 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 
 
 def leave_processes(code: int) -> None:
-    """Part from the other processes and end this one, if there are any.
+    """Destroy the process group and end this process, if there is one.
 
-    The interpreter's own end would also destroy what their connection leaves behind in C++, whose
-    threads at times abort a process that has ended well.
+    A normal exit would also destroy C++ objects of the process group, whose threads sometimes abort
+    a process that has finished.
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -198,9 +198,9 @@ def leave_processes(code: int) -> None:
 
 @contextmanager
 def refusing_before_training(cli: RecipeCLI, checkpoint: Path | None = None) -> Iterator[None]:
-    """What is refused before the first batch is bad input; a failure in training is a failure.
+    """Turn refusals before the first batch into `InputError`s; later failures stay as they are.
 
-    Where a run goes on from `checkpoint`, a failure up to the end of its first batch names it.
+    If a run was resumed from `checkpoint`, a failure before the end of its first batch names it.
     """
     training = _TrainingWatcher()
     callbacks: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
@@ -216,7 +216,8 @@ def refusing_before_training(cli: RecipeCLI, checkpoint: Path | None = None) -> 
     except Exception as error:
         if checkpoint is not None and not training.has_made_a_batch:
             error.add_note(
-                f"raised as the run went on from {checkpoint}: if that is not as the run saved it, "
-                f"remove its folder, and the one before is used"
+                f"raised when the run was resumed from {checkpoint}: if that checkpoint is "
+                f"damaged, "
+                f"remove its folder, and the previous one is used"
             )
         raise

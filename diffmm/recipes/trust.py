@@ -1,8 +1,8 @@
-"""Whose code a recipe may name.
+"""Which code a recipe may name.
 
-A recipe names classes, and naming one imports and calls it. In a recipe or a run that somebody else
-has made, only the classes of `KNOWN` packages are imported and called, until `--trust` says that
-its own code may be run.
+A recipe names classes, and naming one imports and calls it. In a recipe or run from
+someone else, only the classes of `KNOWN` packages are imported and called, until `--trust` says
+that its own code may be run.
 """
 
 import argparse
@@ -33,18 +33,18 @@ CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
 def add_trust_option(parser: argparse.ArgumentParser) -> None:
-    """`--trust`, for the verbs that may be given somebody else's recipe or run."""
+    """`--trust`, for the verbs that may be given the recipe or run of someone else."""
     parser.add_argument(
         "--trust",
         action="store_true",
-        help="import and call also what the recipe names outside diffmm, datamodules, torch, timm "
-        "and lightning",
+        help="also import and call classes that the recipe names outside diffmm, datamodules, "
+        "torch, timm and lightning",
     )
 
 
 def stranger(class_path: Any) -> str | None:
-    """Why a class path is not imported, in words, or `None` for one of `KNOWN` packages or of none
-    that is there, and for a name without a package, which only stands for what is imported."""
+    """Why a class path must not be imported, in words; None if it belongs to one of the `KNOWN`
+    packages or to no installed one, or is a name without a package."""
     if not isinstance(class_path, str) or not CLASS_PATH.fullmatch(class_path):
         return None
     package = class_path.partition(".")[0]
@@ -52,14 +52,14 @@ def stranger(class_path: Any) -> str | None:
     if package in KNOWN or importlib.util.find_spec(package) is None:
         return None
     return (
-        f"{class_path!r} is code from outside diffmm, datamodules, torch, timm and lightning: add "
-        f"--trust if you trust whoever wrote this recipe"
+        f"{class_path!r} is outside diffmm, datamodules, torch, timm and lightning: add --trust "
+        f"if you trust the author of this recipe"
     )
 
 
 def is_code(option: Any) -> bool:
-    """Whether a type makes the recipe's parser import what a string names: a class whose instance
-    is asked for, the class itself, or a function."""
+    """Whether a type makes the parser import what a string names: an instance of a class, the class
+    itself, or a function."""
     if option is type or option is callable or "Callable" in str(option):
         return True
     origin = get_origin(option)

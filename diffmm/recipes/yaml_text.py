@@ -1,4 +1,4 @@
-"""YAML as recipes have it: plain values, of bounded size and depth, whoever wrote the file."""
+"""YAML as recipes use it: plain values of bounded size and depth."""
 
 import re
 from typing import Any
@@ -24,7 +24,7 @@ class Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise _refusal("a key is text, and no list or mapping", key)
             if key.value in seen:
-                raise _refusal(f"the key {key.value!r} stands here twice", key)
+                raise _refusal(f"the key {key.value!r} appears twice", key)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -57,7 +57,7 @@ def parse(text: str) -> Any:
             text, numbers, booleans and null, or is larger or deeper than a recipe can be.
     """
     if len(text) > MAX_BYTES:
-        raise ValueError(f"it has more than {MAX_BYTES:,} characters, which no recipe has")
+        raise ValueError(f"it has more than {MAX_BYTES:,} characters, more than a recipe may have")
     try:
         values = yaml.load(text, Loader)
     except yaml.YAMLError as error:
@@ -90,7 +90,7 @@ def _size(value: Any, path: tuple[str | int, ...], known: dict[int, int | None])
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         if isinstance(value, dict) and not isinstance(key, str):
             place = ".".join(map(str, (*path, key)))
-            raise ValueError(f"the key {place} is no text: put it in quotes")
+            raise ValueError(f"the key {place} is not a string: put it in quotes")
         size += _size(item, (*path, key), known)
         if size > MAX_NODES:
             raise ValueError(f"its aliases stand for more than {MAX_NODES:,} values")

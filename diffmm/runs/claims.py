@@ -1,7 +1,7 @@
 """A run directory belongs to one process at a time.
 
-Its owner holds a lock (`flock`) on a file in it, which the kernel lets go when the owner dies,
-however it dies: nothing is ever stale.
+Its owner holds a lock (`flock`) on a file in it, which the kernel releases when the owner dies, so
+that locks never become stale.
 """
 
 import json
@@ -22,15 +22,14 @@ LOCK_NAME = "run.lock"
 
 @contextmanager
 def claimed(run: Path) -> Iterator[None]:
-    """Own a run directory, which is made if it is not there, until the block ends.
+    """Own a run directory, which is created if necessary, until the block ends.
 
     If the block refuses its input, or is stopped before the run has begun (has its `config.yaml`),
-    what it has made is removed: the directory itself, or in one that was there before its new
-    folders and, below those of a run, its new files. Of the several processes of a run the first
-    one owns the directory for all.
+    whatever it created is removed: the directory itself, or, in an existing directory, its new
+    folders and the new files below them. The first of a run's processes owns the directory for all.
 
     Raises:
-        InputError: if another process owns it, with its number, its machine and since when.
+        InputError: If another process owns it, with its number, its machine and the time.
     """
     if not is_first_process():
         yield
@@ -116,7 +115,7 @@ def _lock(run: Path) -> int:
             owner = _owner(path)
             os.close(lock)
             raise InputError(
-                f"{run} is in use by {owner}: wait for it, end it, or choose another folder"
+                f"{run} is in use by {owner}: wait for it, stop it, or choose another directory"
             ) from None
         except OSError:
             os.close(lock)

@@ -1,4 +1,4 @@
-"""Run directories: `runs/<recipe>/<time or name>`, one a run.
+"""Run directories: `runs/<recipe>/<time or name>`, one per run.
 
 A run directory holds `config.yaml` (the recipe with all overrides, references left as written, so
 that a secret from the environment is not in it), `checkpoints/` and what the loggers write.
@@ -30,21 +30,21 @@ def run_name(recipe: str) -> str:
 
 
 def new_run(recipe: str, name: str | None, directory: str | None) -> Path:
-    """The directory of a new run; nothing is made yet.
+    """The directory of a new run, which is not created yet.
 
     Args:
-        recipe: as on the command line.
-        name: in place of the time.
-        directory: in place of `runs/<recipe>/<name>`.
+        recipe: The recipe as given on the command line.
+        name: Name of the run, in place of the time.
+        directory: Directory of the run, in place of `runs/<recipe>/<name>`.
 
     Raises:
-        InputError: if there is a run already, or if each of several processes that something else
-            has started would make up a time of its own.
+        InputError: If the directory already holds a run, or if several processes would each choose
+        a name of their own.
     """
     if name is None and directory is None and is_one_of_several():
         raise InputError(
-            "a run whose processes torchrun or srun start needs a name, the same for all of them: "
-            "--name NAME (with --resume auto, the same command goes on with it)"
+            "a run whose processes are started by torchrun or srun needs a name, the same for all: "
+            "--name NAME (with --resume auto, the same command resumes it)"
         )
     if directory is not None:
         run = Path(directory)
@@ -58,22 +58,22 @@ def new_run(recipe: str, name: str | None, directory: str | None) -> Path:
             run = start.with_name(f"{start.name}_{number}")
     if (run / CONFIG_NAME).exists():
         raise InputError(
-            f"{run} holds a run already: choose another name, or go on with it (--resume {run})"
+            f"{run} already holds a run: choose another name, or resume it (--resume {run})"
         )
     return run
 
 
 def is_one_of_several() -> bool:
-    """Whether torchrun, srun or the like have started this process beside others."""
+    """Whether this process is one of several started by torchrun, srun or the like."""
     counts = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
     return any(int(count) > 1 for count in counts if count.isdecimal())
 
 
 def find_run(run: str) -> tuple[Path, Path | None]:
-    """The saved config of a run, and the state of its newest whole checkpoint if it has any.
+    """The saved config of a run, and the state of its newest complete checkpoint, if any.
 
     Raises:
-        InputError: if it is no run directory, or none of its checkpoints is whole.
+        InputError: If it is not a run directory, or none of its checkpoints is complete.
     """
     directory = Path(run)
     config = saved_config(directory)
@@ -86,21 +86,21 @@ def saved_config(run: Path) -> Path:
     """The saved config of a run.
 
     Raises:
-        InputError: if it is no run directory.
+        InputError: If it is not a run directory.
     """
     config = run / CONFIG_NAME
     if not config.is_file():
-        raise InputError(f"{run} is no run directory: there is no {config}")
+        raise InputError(f"{run} is not a run directory: there is no {config}")
     return config
 
 
 def same_run(
     recipe: str, values: dict[str, Any], name: str | None, directory: str | None
 ) -> Path | None:
-    """The run of a recipe that has just these values: the named one, or else the latest.
+    """The run of a recipe with exactly these values: the named one, or the latest.
 
     Raises:
-        InputError: if the named one has other values.
+        InputError: If the named one has other values.
     """
     if name is not None or directory is not None:
         named = Path(directory) if directory is not None else RUNS / run_name(recipe) / str(name)
@@ -108,7 +108,7 @@ def same_run(
             return None
         if load_file(named / CONFIG_NAME) != values:
             raise InputError(
-                f"{named} holds a run with other settings: choose another name, or go on with it "
+                f"{named} holds a run with other settings: choose another name, or resume it "
                 f"as it is (--resume {named})"
             )
         return named
@@ -118,17 +118,17 @@ def same_run(
             if load_file(path) == values:
                 same.append(path.parent)
         except InputError as error:
-            warn(f"{path.parent} is passed over: {error}")
+            warn(f"{path.parent} is skipped: {error}")
     return max(same, key=lambda run: (run / CONFIG_NAME).stat().st_mtime_ns, default=None)
 
 
 def config_text(header: str, values: dict[str, Any]) -> str:
-    """A recipe as a run keeps it: the comment at its top, and its values."""
+    """The text of a run's config: the comment at its top, and the values."""
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
     return f"{header}{text}"
 
 
 def save_config(run: Path, header: str, values: dict[str, Any]) -> None:
-    """Write a run's `config.yaml`, whole or not at all."""
+    """Write a run's `config.yaml` atomically."""
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / CONFIG_NAME, config_text(header, values))

@@ -41,7 +41,7 @@ class Summary:
         settings: of its recipe, by dotted names, as they are written.
         resolved: likewise, references replaced.
         curves: of everything that it has logged.
-        num_parameters: of its model; `None` where that cannot be told.
+        num_parameters: Number of parameters of its model; None if unknown.
     """
 
     path: Path

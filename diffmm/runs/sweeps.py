@@ -159,5 +159,5 @@ def is_finished(run: Path, values: dict[str, Any], code: int | None) -> bool:
                 return True
         except InputError:
             return False
-    # Epochs are over, or a callback has ended it; what stops for its time goes on.
+    # Its epochs are over, or a callback ended it; a run that stopped at its time limit resumes.
     return code == 0 and trainer.get("max_time") is None

@@ -152,7 +152,7 @@ IMAGE = {
     ),
     "a model of no class": (
         {"model.model": {"init_args": {}}},
-        "model.init_args.model.class_path is missing: it says which class to make",
+        "model.init_args.model.class_path is missing: it names the class to create",
     ),
     "nothing for a number": (
         {"model.schedule.warmup_steps": None},
@@ -201,7 +201,7 @@ def test_every_mistake_is_told_at_once(run, recipe, verb):
 
 def test_a_misspelt_override_of_a_variable_changes_nothing_silently(run, recipe):
     assert refused(run, "fit", "--config", recipe(), "--vars.atention", "softmax") == [
-        "vars.atention changes nothing: nothing refers to it; did you mean 'attention'?"
+        "vars.atention has no effect: nothing refers to it; did you mean 'attention'?"
     ]
 
 
@@ -315,7 +315,7 @@ def test_ckpt_path_is_refused_where_it_would_mix_two_runs(run, recipe):
 def test_a_verb_needs_its_arguments(run):
     assert refused(run, "fit") == ["diffmm fit needs --config RECIPE (diffmm recipes lists them)"]
     assert refused(run, "finetune", "--config", "image/digits_tiny") == [
-        "diffmm finetune needs --weights CKPT: what to start from"
+        "diffmm finetune needs --weights CKPT to start from"
     ]
     assert refused(run, "test", "--config", "image/digits_tiny") == [
         "diffmm test needs a RUN, or --config RECIPE and --weights WEIGHTS"
@@ -324,6 +324,6 @@ def test_a_verb_needs_its_arguments(run):
 
 def test_resume_takes_a_run_as_it_was(run):
     (mistake,) = refused(run, "fit", "--resume", "nowhere")
-    assert mistake.startswith("nowhere is no run directory: there is no nowhere/config.yaml")
+    assert mistake.startswith("nowhere is not a run directory: there is no nowhere/config.yaml")
     (mistake,) = refused(run, "fit", "--resume", "nowhere", "--name", "other")
     assert mistake.startswith("--resume goes on with a run as it was")

@@ -87,5 +87,5 @@ def test_the_flag_is_for_runs_that_go_on(run, recipe):
     result = run("fit", "--config", recipe(), "--allow-changed-data")
     assert (result.code, result.mistakes) == (
         2,
-        ["--allow-changed-data is for a run that goes on: it needs --resume"],
+        ["--allow-changed-data is for resumed runs: it needs --resume"],
     )

@@ -111,7 +111,7 @@ def test_texts(run, tmp_path):
 
 def test_what_is_not_there_is_not_downloaded(run):
     result = run("check", "image/cifar10", "--read-data")
-    assert result.mistakes == ["the data are not there yet: diffmm fit downloads them"]
+    assert result.mistakes == ["the data have not been downloaded yet: diffmm fit downloads them"]
     result = run("check", "image/imagenet_vit_s", "--read-data")
     assert result.mistakes == ["no folder data/imagenet/train"]
     assert not list(Path().iterdir())

@@ -27,7 +27,7 @@ def test_two_runs_cannot_have_one_folder(run, recipe):
         assert result.code == 2
         (mistake,) = result.mistakes
         assert f"runs/mine is in use by process {os.getpid()} on " in mistake
-        assert mistake.endswith("wait for it, end it, or choose another folder")
+        assert mistake.endswith("wait for it, stop it, or choose another directory")
         assert [path.name for path in Path("runs/mine").iterdir()] == [LOCK_NAME]
     assert run("fit", "--config", path, "--run_dir", "runs/mine").code == 0
     assert not Path("runs/mine", LOCK_NAME).exists()

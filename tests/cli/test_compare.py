@@ -113,7 +113,7 @@ def test_the_table(run, tmp_path):
     assert rows[1] == ["one folder/b", "diff_v2", "substitute", *results, rows[1][-2], "100"]
     assert int(rows[0][-2].replace(",", "")) > 100_000
     assert rows[2][:3] == ["c", "diff_v2", "-"]
-    assert "diffmm: warning: c has logged nothing to a CSV file" in result.err
+    assert "diffmm: warning: c has no metrics in a CSV file" in result.err
 
 
 def test_the_table_as_csv(run):
@@ -205,7 +205,7 @@ def test_maps_of_texts(run, recipe, text_changes):
 
 def test_what_cannot_be_compared_or_written(run, tmp_path):
     assert run("compare", "nowhere").mistakes == [
-        "nowhere is no run directory: there is no nowhere/config.yaml"
+        "nowhere is not a run directory: there is no nowhere/config.yaml"
     ]
     write_run(Path("a"))
     for option, message in (

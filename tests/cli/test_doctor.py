@@ -112,7 +112,7 @@ def test_the_gpu(outcome, driver, problem, text):
 
 def test_a_process_that_dies_is_told():
     outcome = doctor.python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    assert outcome == Outcome(False, "the process died of signal 9")
+    assert outcome == Outcome(False, "the process was killed by signal 9")
     assert doctor.python("print(1)") == Outcome(True, "1")
     assert doctor.python("import no_such_thing").output.endswith("'no_such_thing'")
 

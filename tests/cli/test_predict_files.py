@@ -148,8 +148,8 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_read(
         (["pictures", "--batch-size", "-1"], "--batch-size must be at least 1, got -1"),
         (["pictures", "--num-workers", "-1"], "--num-workers must be at least 0, got -1"),
         (["pictures", "--vars.steps", "3"], "--vars.steps is a setting of a recipe: predicting"),
-        (["--top-k", "3"], "--top-k is for files: name them after the run"),
-        (["--skip-bad"], "--skip-bad is for files: name them after the run"),
+        (["--top-k", "3"], "--top-k is for files: give them after the run"),
+        (["--skip-bad"], "--skip-bad is for files: give them after the run"),
         ([], "{weights} is in no run, which would have a config.yaml: diffmm predict needs its"),
         (["pictures/c/notes.txt"], "pictures/c/notes.txt cannot be decoded: it is no BMP"),
         (["empty"], "there is no image in empty: looked for .jpg"),
@@ -171,7 +171,7 @@ def test_the_first_bad_file_ends_all_and_leaves_nothing(run, weights, pictures):
     assert result.code == 2
     (mistake,) = result.mistakes
     assert mistake.startswith("pictures/c/e.png cannot be decoded")
-    assert mistake.endswith("; to go on without it, add --skip-bad")
+    assert mistake.endswith("; to skip it, add --skip-bad")
     assert os.listdir() == ["pictures"]
 
 
@@ -185,7 +185,7 @@ def test_bad_files_can_be_skipped(run, weights, pictures):
     assert len(warnings) == 3
     assert warnings[0].startswith("diffmm: warning: pictures/c/e.png cannot be decoded")
     assert warnings[1].startswith("diffmm: warning: pictures/pipe.png is a named pipe")
-    assert warnings[2] == "diffmm: warning: 2 files could not be read, and are left out"
+    assert warnings[2] == "diffmm: warning: 2 files could not be read and were skipped"
 
 
 def test_where_all_are_bad_nothing_is_written(run, weights):

@@ -215,7 +215,7 @@ def test_resume_takes_no_recipe_or_name(run):
     result = run("fit", "--resume", "runs/x", "--name", "y")
     assert "--resume goes on with a run as it was" in result.mistakes[0]
     assert run("fit", "--resume", "runs/x").mistakes == [
-        "runs/x is no run directory: there is no runs/x/config.yaml"
+        "runs/x is not a run directory: there is no runs/x/config.yaml"
     ]
 
 

@@ -87,8 +87,8 @@ def test_later_recipes_win_and_overrides_over_them(tmp_path):
     ("text", "message"),
     [
         ("a: [1", "cannot be read"),
-        ("a: 1\nb: 2\na: 3\n", "the key 'a' stands here twice"),
-        ("- 1\n", "is no recipe: it holds no keys"),
+        ("a: 1\nb: 2\na: 3\n", "the key 'a' appears twice"),
+        ("- 1\n", "is not a recipe: it holds no keys"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path, text, message):
@@ -117,5 +117,5 @@ def test_references_are_resolved_after_overrides_and_told_when_broken(monkeypatc
 def test_a_variable_that_nothing_refers_to_is_told():
     values = {"vars": {"rate": 1, "rates": 2}, "a": "${vars.rate}"}
     assert unused_variables(values) == [
-        "vars.rates changes nothing: nothing refers to it; did you mean 'rate'?"
+        "vars.rates has no effect: nothing refers to it; did you mean 'rate'?"
     ]

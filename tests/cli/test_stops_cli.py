@@ -47,7 +47,7 @@ def test_a_signal_saves_and_tells_how_to_go_on(run, recipe, sends, number, code)
     undo()
     directory = Path("runs/recipe/first")
     assert result.code == code
-    assert result.out.splitlines()[-1] == f"stopped: go on with `diffmm fit --resume {directory}`"
+    assert result.out.splitlines()[-1] == f"stopped: resume with `diffmm fit --resume {directory}`"
     assert state_of(directory)[0] == 2
     result = run("fit", "--resume", directory)
     assert (result.code, result.out.splitlines()[-1]) == (0, f"run: {directory}")
@@ -119,7 +119,7 @@ def test_a_run_that_diverges_says_why_it_ends_and_can_be_looked_at(run, recipe, 
 
 def test_replay_refuses_what_it_cannot_make_again(run, recipe):
     assert run("replay", "nowhere").mistakes == [
-        "nowhere has no bad_batch_step_*.pt: it did not stop for bad numbers"
+        "nowhere has no bad_batch_step_*.pt: it did not stop because of non-finite numbers"
     ]
     assert run("fit", "--config", recipe(), "--name", "first").code == 0
     file = Path("x.pt")
@@ -161,6 +161,6 @@ def test_two_processes_with_workers_stop_together(recipe, tmp_path, start, wait_
             os.kill(processes_of(fit.pid)[1], signal.SIGTERM)
         out, err = fit.finish(60)
         assert fit.returncode == 143, err
-        assert out.splitlines().count("stopped: go on with `diffmm fit --resume run`") == 1
+        assert out.splitlines().count("stopped: resume with `diffmm fit --resume run`") == 1
         assert state_of(tmp_path / "run")[0] > 0
         wait_until(lambda: processes_of(fit.pid) == {}, 20)

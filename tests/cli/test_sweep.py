@@ -94,7 +94,7 @@ def test_a_sweep_trains_each_run_once_and_compares_them(run, recipe, launched):
     # Finished ones are passed over, and those are trained that are new.
     launched.clear()
     result = run(*command[:-1], "softmax,diff_v1,diff_v2")
-    assert result.out.count("finished already") == 4
+    assert result.out.count("already finished") == 4
     assert launched == ["seed=0,attention=diff_v2", "seed=1,attention=diff_v2"]
 
 
@@ -109,7 +109,7 @@ def test_an_interrupted_run_stops_the_sweep_and_goes_on(run, recipe, launched, m
     monkeypatch.setattr(Classification, "on_train_batch_end", stops)
     result = run(*command)
     assert result.code == 143
-    assert "[2/4] seed=0,attention=diff_v1: stopped; the same command goes on with it" in result.out
+    assert "[2/4] seed=0,attention=diff_v1: stopped; the same command resumes it" in result.out
     checkpoints = FOLDER / "seed=0,attention=diff_v1" / "checkpoints"
     assert {folder.name for folder in checkpoints.glob("step_*")} < {
         "step_00000002",

@@ -33,7 +33,7 @@ REFUSED = {
     "a number as key": ("a: {1: b}", "the key a.1 is no text: put it in quotes"),
     "null as key": ("~: b", "the key None is no text"),
     "a list as key": ("? [a, b]\n: c", "a key is text, and no list or mapping"),
-    "a key twice": ("a: 1\na: 2", "the key 'a' stands here twice"),
+    "a key twice": ("a: 1\na: 2", "the key 'a' appears twice"),
     "an object": ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
     "no YAML": ("a: [", "expected the node content"),
     "control characters": ("a: \x01", "special characters are not allowed"),
