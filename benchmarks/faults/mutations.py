@@ -134,7 +134,7 @@ def outcome(*arguments: str, may: bool = True) -> list[str]:
     except HangError:
         return [f"it hung for {SECONDS_A_COMMAND} s"]
     except BaseException as error:
-        if any("went on from" in note for note in getattr(error, "__notes__", ())):
+        if any("was resumed from" in note for note in getattr(error, "__notes__", ())):
             return []
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(frame.filename).name}:{frame.lineno}"

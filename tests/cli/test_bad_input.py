@@ -117,7 +117,7 @@ IMAGE = {
     "an unknown attention": (
         {"vars.attention": "diff_v3"},
         "model.init_args.model.init_args.config.backbone: attention must be one of 'softmax', "
-        "'diff_v1', 'diff_v2', got 'diff_v3'; did you mean 'diff_v2'?",
+        "'diff_v1', 'diff_v2', 'diff_grouped', got 'diff_v3'; did you mean 'diff_v2'?",
     ),
     "heads that cannot be paired": (
         {"vars.attention": "diff_v1", f"{BACKBONE}.num_heads": 3, f"{BACKBONE}.head_dim": 16},
@@ -139,7 +139,8 @@ IMAGE = {
     ),
     "a broken reference": (
         {"model.optimizer.learning_rate": "${vars.learning_rat}"},
-        "model.init_args.optimizer.learning_rate refers to vars.learning_rat, which is not there; "
+        "model.init_args.optimizer.learning_rate refers to vars.learning_rat, which does not "
+        "exist; "
         "did you mean 'vars.learning_rate'?",
     ),
     "a missing argument": (
@@ -326,4 +327,4 @@ def test_resume_takes_a_run_as_it_was(run):
     (mistake,) = refused(run, "fit", "--resume", "nowhere")
     assert mistake.startswith("nowhere is not a run directory: there is no nowhere/config.yaml")
     (mistake,) = refused(run, "fit", "--resume", "nowhere", "--name", "other")
-    assert mistake.startswith("--resume goes on with a run as it was")
+    assert mistake.startswith("--resume resumes a run as it was")

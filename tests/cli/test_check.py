@@ -38,7 +38,7 @@ def test_reports_size_step_and_memory(run):
     assert f"{model.embedding.weight.numel():,} in the embedding" in lines["parameters"]
     size = findings("text/stdlib_tiny").data.batch_size
     samples, tokens = f"{3 * size:,} samples", f"{3 * size * 128:,} tokens"
-    assert lines["step"] == f"{samples}, {tokens} ({size} a batch x 3 batches)"
+    assert lines["step"] == f"{samples}, {tokens} ({size} per batch x 3 batches)"
     assert lines["memory"].startswith("about ")
     assert not Path("runs").exists()
 
@@ -51,7 +51,7 @@ def test_counts_the_devices_and_what_is_frozen(run):
         *("--model.finetune.freeze", "all_but_head"),
     )
     lines = dict(line.split(maxsplit=1) for line in result.out.splitlines())
-    assert lines["step"] == "512 samples (64 a batch x 8 devices)"
+    assert lines["step"] == "512 samples (64 per batch x 8 devices)"
     head = findings("image/digits_tiny").model.model.head
     assert lines["trained"] == f"{sum(p.numel() for p in head.parameters()):,}"
 
@@ -70,7 +70,7 @@ def test_devices_that_share_heads_share_samples(run, strategy):
     result = run("check", "image/digits_tiny", "--trainer.devices", "4", *strategy)
     assert result.code == 0, result.err
     lines = dict(line.split(maxsplit=1) for line in result.out.splitlines())
-    assert lines["step"] == "128 samples (64 a batch x 2 groups of 2 devices)"
+    assert lines["step"] == "128 samples (64 per batch x 2 groups of 2 devices)"
     assert "gathered" in lines["memory"]
 
 

@@ -109,4 +109,4 @@ def test_auto_passes_over_a_broken_neighbour(run, recipe):
     broken.write_text("a: [")
     result = run("fit", "--config", path, "--resume", "auto")
     assert result.code == 0, result.err
-    assert "warning: runs/recipe/broken is passed over: " in result.err
+    assert "warning: runs/recipe/broken is skipped: " in result.err

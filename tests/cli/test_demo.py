@@ -65,7 +65,7 @@ def test_the_directory_is_replaced_when_all_is_done(tmp_path):
 def test_another_directory_is_left_alone(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("years of work")
     assert main(["demo", "--output", str(tmp_path)]) == 2
-    assert f"{tmp_path} is there and holds no earlier demo" in capsys.readouterr().err
+    assert f"{tmp_path} exists and is not an earlier demo" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
@@ -84,7 +84,7 @@ def test_steps_below_one_are_refused(capsys):
 
 def test_a_file_in_the_way_is_refused(tmp_path):
     (tmp_path / "demo").touch()
-    with pytest.raises(InputError, match="holds no earlier demo"), replacing(tmp_path / "demo"):
+    with pytest.raises(InputError, match="is not an earlier demo"), replacing(tmp_path / "demo"):
         pass
 
 

@@ -124,7 +124,7 @@ def test_a_run_is_never_started_twice(run, recipe):
     result = run("fit", "--config", recipe(), "--name", "first")
     assert result.code == 2
     assert result.mistakes == [
-        "runs/recipe/first holds a run already: choose another name, or go on with it "
+        "runs/recipe/first already holds a run: choose another name, or resume it "
         "(--resume runs/recipe/first)"
     ]
     assert sorted(Path("runs").rglob("*")) == before

@@ -86,7 +86,7 @@ def test_a_finished_run_goes_on_for_longer(run, finished, monkeypatch, how):
     rates = used_rates(monkeypatch)
     result = run("fit", "--resume", finished, *arguments)
     assert result.code == 0, result.err
-    assert f"{finished} goes on from step 4 to step 6; {line}\n" in result.out
+    assert f"{finished} resumes from step 4 to step 6; {line}\n" in result.out
     assert rates == pytest.approx(expected, rel=0.01)
     assert rates_of(finished)[4:] == pytest.approx(rates)
     assert state_of(finished)["global_step"] == 6
@@ -113,7 +113,7 @@ def test_a_run_of_epochs_goes_on_for_longer(run, recipe):
     directory = Path("runs/recipe/first")
     result = run("fit", "--resume", directory, "--trainer.max_epochs", "3")
     assert result.code == 0, result.err
-    assert "runs/recipe/first goes on from step 4; its schedule" in result.out
+    assert "runs/recipe/first resumes from step 4; its schedule" in result.out
     assert state_of(directory)["global_step"] == 6
 
 
@@ -128,20 +128,20 @@ def test_a_run_with_lightning_s_own_checkpoint_goes_on_for_longer(run, finished)
     torch.save(state, path)
     result = run("fit", "--resume", finished, "--trainer.max_steps", "6")
     assert result.code == 0, result.err
-    assert f"{finished} goes on from step 4 to step 6; " in result.out
+    assert f"{finished} resumes from step 4 to step 6; " in result.out
     for found in checkpoints(finished / "checkpoints"):
         shutil.rmtree(found.path)
     path.write_bytes(b"nothing")
     result = run("fit", "--resume", finished, "--trainer.max_steps", "7")
     assert result.code == 2
-    assert result.mistakes[0].startswith(f"{path} is no checkpoint of a run: ")
+    assert result.mistakes[0].startswith(f"{path} is not a checkpoint of a run: ")
 
 
 def test_a_run_that_has_ended_says_so(run, finished):
     result = run("fit", "--resume", finished)
     assert result.code == 0
     assert (
-        f"run: {finished}, which has ended after step 4: to go on for longer, add "
+        f"run: {finished}, which is finished after step 4: to train for longer, add "
         f"--trainer.max_steps N (or max_epochs)\n"
     ) in result.out
 
@@ -151,11 +151,11 @@ def test_a_run_that_has_ended_says_so(run, finished):
     [
         (
             ("--trainer.max_steps", "4", "--trainer.max_epochs", "9"),
-            "the run has made 4 steps already: trainer.max_steps must be more, got 4",
+            "the run has already made 4 steps: trainer.max_steps must be larger, got 4",
         ),
         (
             ("--trainer.max_steps", "9", "--data.batch_size", "8"),
-            "--resume can change only the length of a run (trainer.max_steps, trainer.max_epochs, "
+            "--resume can only change the length of a run (trainer.max_steps, trainer.max_epochs, "
             "trainer.max_time, model.init_args.schedule.total_steps), and not "
             "data.init_args.batch_size. A new run from its weights is `diffmm finetune`",
         ),
@@ -176,8 +176,8 @@ def test_steps_that_would_learn_nothing_are_refused(run, recipe):
     assert run("fit", "--config", path, "--name", "first").code == 0
     command = ("fit", "--resume", "runs/recipe/first", "--trainer.max_steps", "6")
     assert run(*command).mistakes == [
-        "the learning rate has come down to 0 at step 4, and nothing would be learned after it: "
-        "give a longer schedule, too (--model.schedule.total_steps 6)"
+        "the learning rate reaches 0 at step 4, and nothing would be learned after it: "
+        "also give a longer schedule (--model.schedule.total_steps 6)"
     ]
     assert run(*command, "--model.schedule.total_steps", "6").code == 0
     assert state_of(Path("runs/recipe/first"))["global_step"] == 6
@@ -200,7 +200,7 @@ def test_max_time_is_that_of_each_start(run, recipe, monkeypatch):
     for steps in (2, 4):
         assert result.code == 0, result.err
         assert state_of(directory)["global_step"] == steps
-        line = f"max_time is up after step {steps}: go on with `diffmm fit --resume {directory}`\n"
+        line = f"max_time is up after step {steps}: resume with `diffmm fit --resume {directory}`\n"
         assert (line in result.out) == (steps < 4)
         result = run("fit", "--resume", directory)
-    assert "which has ended after step 4" in result.out
+    assert "which is finished after step 4" in result.out

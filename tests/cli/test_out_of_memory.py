@@ -48,7 +48,7 @@ def test_a_run_out_of_memory_says_what_would_help(run, recipe, text_changes, mon
     assert str(error).partition(" If")[0] in first
     assert "PYTORCH_ALLOC_CONF" not in first
     assert second.startswith("a step takes about ")
-    assert " MiB a device: weights " in second
+    assert " MiB per device: weights " in second
     assert third == "it would take about"
     flags = [line.split("--", 1)[1] for line in lines if line.startswith("  ") and "--" in line]
     assert flags[0].startswith("data.batch_size 1 --trainer.accumulate_grad_batches 2  (the same")
@@ -58,7 +58,7 @@ def test_a_run_out_of_memory_says_what_would_help(run, recipe, text_changes, mon
     # The last checkpoint is there, whole, and named.
     checkpoint = find_whole(Path("kept/checkpoints"))
     assert checkpoint is not None
-    assert lines[4].startswith(f"the last checkpoint is whole: {checkpoint}. ")
+    assert lines[4].startswith(f"the last checkpoint is complete: {checkpoint}. ")
     assert "diffmm finetune --config kept/config.yaml --weights kept" in lines[4]
     monkeypatch.setattr(CausalLM, "training_step", train)
     assert run("fit", "--resume", "kept").code == 0

@@ -146,7 +146,7 @@ def test_auto_with_a_name_is_about_that_run(run, interrupted):
     assert steps_of(directory) == 2
     result = run(*command, "first", "--vars.learning_rate", "0.5")
     assert result.mistakes == [
-        "runs/recipe/first holds a run with other settings: choose another name, or go on with it "
+        "runs/recipe/first holds a run with other settings: choose another name, or resume it "
         "as it is (--resume runs/recipe/first)"
     ]
     assert run(*command[:5], "--run_dir", directory).code == 0
@@ -160,7 +160,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(run, int
     command = ("--resume", directory) if how == "run" else ("--config", path, "--resume", "auto")
     result = run("fit", *command)
     assert result.code == 0, result.err
-    assert f"warning: {directory} has no checkpoint yet: it starts again" in result.err
+    assert f"warning: {directory} has no checkpoint yet: it starts from the beginning" in result.err
     assert os.listdir("runs/recipe") == ["first"]
     assert steps_of(directory) == 4
 
@@ -213,7 +213,7 @@ def test_resume_refuses_what_would_be_another_run(run, interrupted, change, mess
 
 def test_resume_takes_no_recipe_or_name(run):
     result = run("fit", "--resume", "runs/x", "--name", "y")
-    assert "--resume goes on with a run as it was" in result.mistakes[0]
+    assert "--resume resumes a run as it was" in result.mistakes[0]
     assert run("fit", "--resume", "runs/x").mistakes == [
         "runs/x is not a run directory: there is no runs/x/config.yaml"
     ]
@@ -270,7 +270,9 @@ def test_a_failure_right_after_a_checkpoint_names_it(run, interrupted):
     with pytest.raises(KeyError, match="step") as caught:
         run("fit", "--resume", directory)
     (note,) = caught.value.__notes__
-    assert note.startswith("raised as the run went on from runs/recipe/first/checkpoints/step_0000")
+    assert note.startswith(
+        "raised when the run was resumed from runs/recipe/first/checkpoints/step_0000"
+    )
 
 
 def test_weights_that_are_no_tensors_are_refused(run, interrupted):

@@ -110,7 +110,9 @@ def test_references_are_resolved_after_overrides_and_told_when_broken(monkeypatc
     resolved, mistakes = resolve(values)
     assert resolved["a"] == {"x": 0.1, "y": "run 0.1", "z": [1, 2]}
     assert resolved["b"] == [UNKNOWN, UNKNOWN]
-    assert mistakes[0] == ("b.0 refers to vars.rat, which is not there; did you mean 'vars.rate'?")
+    assert mistakes[0] == (
+        "b.0 refers to vars.rat, which does not exist; did you mean 'vars.rate'?"
+    )
     assert mistakes[1].startswith("b.1: ${oc.env:NOT_SET} cannot be resolved")
 
 

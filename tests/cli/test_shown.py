@@ -42,7 +42,7 @@ def test_print_config_resolved_is_the_same_recipe_without_variables(run, recipe)
         *("fit", "--config", "resolved.yaml", "--seed_everything", "${nowhere}"),
         *("--print_config", "resolved"),
     )
-    assert broken.mistakes == ["seed_everything refers to nowhere, which is not there"]
+    assert broken.mistakes == ["seed_everything refers to nowhere, which does not exist"]
 
 
 def test_print_config_of_own_data_is_yaml_on_stdout(run, tmp_path):

@@ -78,7 +78,7 @@ def test_a_finetuned_run_stops_alike(run, recipe, sends):
     command = ("--config", path, "--weights", "runs/recipe/first", "--name", "second")
     result = run("finetune", *command)
     assert result.code == 143
-    assert "go on with `diffmm fit --resume runs/recipe/second`" in result.out
+    assert "resume with `diffmm fit --resume runs/recipe/second`" in result.out
 
 
 def test_ctrl_c_elsewhere_prints_no_traceback(run, recipe, monkeypatch):

@@ -144,7 +144,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(run, recipe, launched):
     result = run("sweep", "--config", recipe(), "--vars.attention", "softmax,diff_v9,diff_v1")
     assert result.code == 1
     assert len(launched) == 3
-    assert "warning: [2/3] attention=diff_v9 has failed with exit code 2" in result.err
+    assert "warning: [2/3] attention=diff_v9 failed with exit code 2" in result.err
     assert result.err.endswith("diffmm: warning: failed: attention=diff_v9\n")
     folder = Path("runs/recipe/sweep_attention")
     assert json.loads((folder / "sweep.json").read_text())["attention=diff_v9"] == 2

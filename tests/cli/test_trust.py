@@ -54,7 +54,7 @@ def strange(tmp_path, monkeypatch):
     return tmp_path / "work" / LEFT_BEHIND
 
 
-REFUSAL = "'strange_code.call' is code from outside diffmm, datamodules, torch, timm and lightning"
+REFUSAL = "'strange_code.call' is outside diffmm, datamodules, torch, timm and lightning"
 
 
 def changes(place):
@@ -102,7 +102,7 @@ def test_no_verb_runs_the_code_of_a_strange_run(run, strange_run, strange):
         assert result.code == 2, command
         assert REFUSAL in result.err, command
         assert not strange.exists(), command
-    with pytest.raises(Exception, match="is code from outside"):
+    with pytest.raises(Exception, match="is outside diffmm"):
         RecipeCLI({**load([Path(folder, "config.yaml")]), "run_dir": folder}, trust=False)
     assert not strange.exists()
 
