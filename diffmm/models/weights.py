@@ -8,8 +8,6 @@ stands for the file in it, and a run for its newest whole checkpoint.
 
 import json
 import os
-import pickle
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 
 from diffmm.checkpoint_folders import STATE_NAME, find_state
 from diffmm.models.backbone import BackboneConfig
+from diffmm.models.checkpoint_files import read_checkpoint
 from diffmm.models.description import build, configured, describe, unwrap
 from diffmm.renamed import weights_with_new_names
 
@@ -168,21 +167,7 @@ def _read(file: Path) -> _Contents:
             return _Contents(weights, json.loads(text) if text is not None else None)
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
-    if not zipfile.is_zipfile(file):
-        raise ValueError(
-            f"{file} is not a whole checkpoint of tensors and plain values: it is no archive, as "
-            f"torch.save writes them"
-        )
-    try:
-        # Mapped, so that the optimizer's state is not read.
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{file} is not a whole checkpoint of tensors and plain values: "
-            f"{(str(error) or type(error).__name__).splitlines()[0]}"
-        ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{file} is not a Lightning checkpoint: it has no state_dict")
+    checkpoint = read_checkpoint(file)
     # Lightning's weight averaging keeps the average in the state_dict, yet before its first
     # update that is the model as it was at the start.
     averaging = checkpoint.get("averaging_state")

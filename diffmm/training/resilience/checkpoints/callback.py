@@ -155,7 +155,10 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and training_has_data(trainer):
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        checkpoint[EXACT_KEY] = None  # as the learning rate finder saves it, before the first batch
+        if training_has_data(trainer):
             progress.settle(trainer, checkpoint["loops"]["fit_loop"])
             checkpoint[EXACT_KEY] = exact_state(trainer)
 
@@ -171,7 +174,7 @@ class Checkpoints(Checkpoint):
                 "this checkpoint was not saved by Checkpoints: the run goes on with its weights "
                 "and optimizer, but not exactly (it has no random states)"
             )
-        else:
+        elif checkpoint[EXACT_KEY] is not None:
             check_exact(trainer, checkpoint[EXACT_KEY])
             self._to_restore = checkpoint[EXACT_KEY]
 
