@@ -144,11 +144,8 @@ class _Contents(NamedTuple):
 
 def _find(path: str | Path) -> Path:
     path = find_state(Path(path))
-    if path.name == STATE_NAME and path.is_dir():
-        raise ValueError(
-            f"{path} is in shares, one of each process: go on with the run under the strategy "
-            f"fsdp2, whose checkpoints are whole files"
-        )
+    if path.suffix == Path(STATE_NAME).suffix and path.is_dir():
+        return path  # of shares, one of each process
     file = path / WEIGHTS_NAME if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"there is no file of weights at {file}")

@@ -36,6 +36,7 @@ from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
 from diffmm.training.evaluation import counted
 from diffmm.training.finetuning import FineTuneConfig, freeze
 from diffmm.training.optimizer import OptimizerConfig, make_optimizer
+from diffmm.training.parallel import read_any_checkpoint
 from diffmm.training.precision import exact_fields, keep_exact
 from diffmm.training.resilience.checkpoints.progress import is_step_boundary
 from diffmm.training.resilience.coordinator import Coordinator
@@ -135,6 +136,7 @@ class Task(AnyBatches):
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
+        read_any_checkpoint(self.trainer.strategy)
         if not is_sharded(self.model) and type(unwrap(self.model)) in MODELS.values():
             self.description = describe(self.model)
         keep_exact(self.trainer.precision_plugin, exact_fields(self.model))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffmm.models.checkpoint_files import read_checkpoint
 from diffmm.models.weights import load_model
 from diffmm.training import FSDP2Strategy
 
@@ -103,7 +104,7 @@ def test_checkpoints_load_under_every_strategy(case, strategy, count, variant, r
     assert_close(script["weights_of"](task), truth, 1e-3)
     assert type(load_model(path)) is type(task.model)
     paths = (folder / f"{case}_auto_1.ckpt", path)
-    one, many = (torch.load(path)["optimizer_states"][0] for path in paths)
+    one, many = (read_checkpoint(path, optimizer=True)["optimizer_states"][0] for path in paths)
     assert many["param_groups"] == one["param_groups"]
     assert many["state"].keys() == one["state"].keys()
 

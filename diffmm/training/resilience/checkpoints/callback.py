@@ -17,6 +17,7 @@ from diffmm import __version__, checkpoint_folders
 from diffmm.checkpoint_folders import DIRECTORY_NAME, STATE_NAME
 from diffmm.checks import check_choice
 from diffmm.training.lightning_internals import checkpoint_of, training_has_data
+from diffmm.training.parallel import read_any_checkpoint
 from diffmm.training.resilience.checkpoints import logs, progress
 from diffmm.training.resilience.checkpoints.exact import (
     EXACT_KEY,
@@ -151,6 +152,7 @@ class Checkpoints(Checkpoint):
         if self.dirpath is None:
             self.dirpath = Path(trainer.default_root_dir) / DIRECTORY_NAME
         Coordinator.of(trainer).saver = self
+        read_any_checkpoint(trainer.strategy)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
