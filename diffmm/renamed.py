@@ -108,9 +108,10 @@ def _with_new_arguments(
 
 def weights_with_new_names(weights: dict[str, Any]) -> dict[str, Any]:
     """A state dict, or anything keyed by parameters' names, in the names of today."""
-    return {_weight_name(name): weight for name, weight in weights.items()}
+    return {weight_name(name): weight for name, weight in weights.items()}
 
 
-def _weight_name(name: str) -> str:
+def weight_name(name: str) -> str:
+    """A parameter's name of today."""
     path, dot, last = name.rpartition(".")
     return f"{path}{dot}{WEIGHTS.get(last, last)}"

@@ -28,12 +28,15 @@ class SeededDataModule(LightningDataModule):
         bad_samples: what to do about samples that cannot be read; by default to stop.
 
     Attributes:
+        keeps_batches: that its hooks, where it has any, leave batches as they are.
         allow_changed_data: whether a checkpoint of other data is told of and no more; otherwise it
             is refused.
 
     Raises:
         ValueError: for a number out of its range.
     """
+
+    keeps_batches = True
 
     def __init__(
         self,

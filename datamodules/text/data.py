@@ -55,7 +55,7 @@ _SPLITS_OF_STAGE: dict[str | None, tuple[Split, ...]] = {
     "fit": ("training", "validation"),
     "validate": ("validation",),
     "test": ("test",),
-    "predict": (),
+    "predict": ("test",),
     None: ("training", "validation", "test"),
 }
 
@@ -281,6 +281,10 @@ class TextData(SeededDataModule):
         return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Windows of the test documents, in order; no loader where there is no such split."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Windows of the test documents, in order; no loader where there is no such split."""
         return self._evaluation_loader("test")
 

@@ -63,9 +63,17 @@ def gathered(batches: list[Batch]) -> list[Batch] | None:
     Processes take turns with the samples, some of which two may have: the first ones are repeated
     where that makes the shares equal, and a tensor-parallel group computes all of its samples
     together. Batches of one process come back as they are.
+
+    Raises:
+        RunFailedError: On every process, if batches do not say which samples they are of.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return batches
+    if any("index" not in batch for batch in batches):
+        raise RunFailedError(
+            "the predictions of several processes are put in order by the samples' index, which "
+            "these data do not give: predict with --trainer.devices 1"
+        )
     on_cpu = [{name: tensor.cpu() for name, tensor in batch.items()} for batch in batches]
     is_first = torch.distributed.get_rank() == 0
     shares: list[Any] | None = [None] * torch.distributed.get_world_size() if is_first else None

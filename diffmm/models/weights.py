@@ -9,8 +9,6 @@ checkpoint.
 
 import json
 import os
-import pickle
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 from diffmm.checkpoint_folders import STATE_NAME, find_state
 from diffmm.models.backbone import BackboneConfig
+from diffmm.models.checkpoint_files import read_checkpoint
 from diffmm.models.description import build, configured, describe, unwrap
 from diffmm.models.job import Job, text_reader
 from diffmm.renamed import weights_with_new_names, with_new_names
@@ -161,11 +160,8 @@ class _Contents(NamedTuple):
 
 def _find(path: str | Path) -> Path:
     path = find_state(Path(path))
-    if path.name == STATE_NAME and path.is_dir():
-        raise ValueError(
-            f"{path} is in shares, one of each process: go on with the run under the strategy "
-            f"fsdp2, whose checkpoints are whole files"
-        )
+    if path.suffix == Path(STATE_NAME).suffix and path.is_dir():
+        return path  # of shares, one of each process
     file = path / WEIGHTS_NAME if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"there is no file of weights at {file}")
@@ -187,21 +183,7 @@ def _read(file: Path) -> _Contents:
             return _Contents(weights, *told)
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
-    if not zipfile.is_zipfile(file):
-        raise ValueError(
-            f"{file} is not a whole checkpoint of tensors and plain values: it is no archive, as "
-            f"torch.save writes them"
-        )
-    try:
-        # Mapped, so that the optimizer's state is not read.
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{file} is not a whole checkpoint of tensors and plain values: "
-            f"{(str(error) or type(error).__name__).splitlines()[0]}"
-        ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{file} is not a Lightning checkpoint: it has no state_dict")
+    checkpoint = read_checkpoint(file)
     # Lightning's weight averaging keeps the average in the state_dict, yet before its first
     # update that is the model as it was at the start.
     averaging = checkpoint.get("averaging_state")

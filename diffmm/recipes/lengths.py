@@ -73,11 +73,11 @@ def step_of(checkpoint: Path | None) -> int:
     manifest = read_manifest(checkpoint.parent)
     if manifest is not None:
         return manifest["step"]
-    import torch
+    from diffmm.models.checkpoint_files import read_checkpoint
 
     try:
         # As Lightning's own callback writes it.
-        return torch.load(checkpoint, "cpu", mmap=True, weights_only=True)["global_step"]
+        return read_checkpoint(checkpoint, weights=False)["global_step"]
     except Exception as error:
         raise InputError(f"{checkpoint} is not a checkpoint of a run: {error}") from error
 

@@ -46,8 +46,6 @@ NOISE = (
     ".*LeafSpec",
     # A resumed run has its directory already; a new run gets a new one.
     "Checkpoint directory .* exists and is not empty",
-    # Which is just what is meant.
-    "You have overridden `on_before_batch_transfer` in `LightningModule`",
     # Task refuses what this warns of.
     "You're using the WeightAveraging callback with a model that overrides",
 )

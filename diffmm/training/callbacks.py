@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from diffmm.batch import samples_of, size_of
 from diffmm.layers.attention import Attention
 from diffmm.training.lightning_internals import is_logging_step
 from diffmm.training.parallel import data_share
@@ -39,7 +40,7 @@ class LambdaMonitor(Callback):
         layers = differential_layers(pl_module)
         if not layers:
             return
-        sample = {name: tensor[:1] for name, tensor in batch.items()}
+        sample = samples_of(batch, slice(1))
         with trainer.precision_plugin.forward_context():
             means = mean_lambdas(pl_module, layers, sample)
         for index, mean in means.items():
@@ -118,7 +119,7 @@ class SpeedMonitor(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._num_samples += len(batch["index"])
+        self._num_samples += size_of(batch)
         self._num_tokens += batch["tokens"].numel() if "tokens" in batch else 0
         if not is_logging_step(trainer):
             return

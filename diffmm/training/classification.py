@@ -1,7 +1,8 @@
 """Classification of images and sounds, with one label a sample or several."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +10,17 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from diffmm.batch import AudioBatch, ImageBatch, InputShapes, input_fields, inputs_of
+from diffmm.batch import AudioBatch, ImageBatch, InputShapes, input_fields, inputs_of, size_of
 from diffmm.models.job import Job
 from diffmm.training.accumulation import LossSum
+from diffmm.training.batches import check_range, with_index
 from diffmm.training.finetuning import FineTuneConfig
 from diffmm.training.metrics import AveragePrecision, MeanAveragePrecision, RatioOfSums
 from diffmm.training.mixing import MixingConfig, mix
 from diffmm.training.optimizer import OptimizerConfig
 from diffmm.training.parallel import data_share
 from diffmm.training.schedule import ScheduleConfig
-from diffmm.training.task import Task, check_range
+from diffmm.training.task import Task
 
 TOP_K = 5
 
@@ -47,6 +49,7 @@ class Classification(Task):
     """
 
     measures_classes = False
+    TARGETS: ClassVar[tuple[str, ...]] = ("labels",)
 
     def __init__(
         self,
@@ -157,19 +160,25 @@ class Classification(Task):
         """Probabilities `[B, num_classes]`, which add up to 1 unless `multi_label`."""
         logits = self.model(*inputs_of(self.model, batch)).float()
         probabilities = logits.sigmoid() if self.multi_label else logits.softmax(dim=1)
-        return {"index": batch["index"], "probabilities": probabilities}
+        return with_index(batch, probabilities=probabilities)
 
     def check_batch(self, batch: ImageBatch | AudioBatch) -> None:
+        if "labels" not in batch:
+            return  # of a prediction
         labels = batch["labels"]
-        size = len(batch["index"])
+        fields: Mapping[str, Any] = batch
+        size = size_of([fields[name] for name in input_fields(self.model, batch)[:1]])
         wanted = (size, self.num_classes) if self.multi_label else (size,)
         if tuple(labels.shape) != wanted:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)}, but with multi_label="
                 f"{self.multi_label} and {self.num_classes} classes they must be {wanted}"
             )
-        if not self.multi_label:
-            check_range("label", labels, self.num_classes, of="classes", index=batch["index"])
+        if self.multi_label:
+            return
+        if labels.dtype != torch.int64:
+            raise ValueError(f"labels must be int64 classes, got {labels.dtype}")
+        check_range("label", labels, self.num_classes, of="classes", index=batch.get("index"))
 
     def _mixed(
         self, batch: ImageBatch | AudioBatch, batch_idx: int

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DistributedSampler
 
-from diffmm.batch import REPEATED
+from diffmm.batch import REPEATED, samples_of, size_of
 
 
 def counted(batch: dict[str, Any], batch_idx: int, loaders: Any) -> dict[str, Any] | None:
@@ -27,8 +27,8 @@ def counted(batch: dict[str, Any], batch_idx: int, loaders: Any) -> dict[str, An
     if not isinstance(sampler, DistributedSampler) or batch_size is None:
         return batch
     first = sampler.rank + batch_idx * batch_size * sampler.num_replicas
-    size = len(batch["index"])
+    size = size_of(batch)
     num_left = max(0, -(-(len(sampler.dataset) - first) // sampler.num_replicas))  # type: ignore[arg-type]
     if num_left >= size:
         return batch
-    return {name: tensor[:num_left] for name, tensor in batch.items()} if num_left else None
+    return samples_of(batch, slice(num_left)) if num_left else None

@@ -1,9 +1,11 @@
 """Language modelling: the next token, or the masked ones."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
@@ -13,11 +15,12 @@ from diffmm.models.job import Job, text_reader
 from diffmm.models.text import TextModel
 from diffmm.ops import AttentionMask
 from diffmm.training.accumulation import LossSum
+from diffmm.training.batches import check_range, with_index
 from diffmm.training.finetuning import FineTuneConfig
 from diffmm.training.metrics import Perplexity, RatioOfSums
 from diffmm.training.optimizer import OptimizerConfig
 from diffmm.training.schedule import ScheduleConfig
-from diffmm.training.task import Task, check_range
+from diffmm.training.task import Task
 
 
 class LanguageTask(Task):
@@ -25,7 +28,7 @@ class LanguageTask(Task):
 
     Logs, besides what every task logs, `val/loss` (nats a target), `val/perplexity` (its exponent)
     and `val/bits_per_byte` (bits that all targets take over the bytes they stand for, which
-    compares models with different tokenizers).
+    compares models with different tokenizers; only where the batches know their `num_bytes`).
 
     Args:
         model: a text model.
@@ -38,6 +41,7 @@ class LanguageTask(Task):
     """
 
     CAUSAL: ClassVar[bool]
+    TARGETS: ClassVar[tuple[str, ...]] = ("targets",)
 
     def __init__(
         self,
@@ -101,16 +105,30 @@ class LanguageTask(Task):
         count = (batch["targets"] != IGNORE_INDEX).sum()
         metrics["loss"].update(total, count)
         metrics["perplexity"].update(total, count)
-        metrics["bits_per_byte"].update(total / math.log(2.0), batch["num_bytes"].sum())
+        self.unmeasured = set() if "num_bytes" in batch else {"bits_per_byte"}
+        if not self.unmeasured:
+            metrics["bits_per_byte"].update(total / math.log(2.0), batch["num_bytes"].sum())
 
     def predict_step(self, batch: TextBatch, batch_idx: int = 0) -> dict[str, Tensor]:
-        """The negative log-likelihood of each sample's targets, `[B]` nats, and their bytes."""
-        nats = self.losses(batch).sum(dim=1)
-        return {"index": batch["index"], "nats": nats, "num_bytes": batch["num_bytes"]}
+        """The negative log-likelihood of each sample's targets, `[B]` nats, and their bytes where
+        these are known."""
+        known = {"num_bytes": batch["num_bytes"]} if "num_bytes" in batch else {}
+        return with_index(batch, nats=self.losses(batch).sum(dim=1), **known)
+
+    @property
+    def needs_targets(self) -> bool:
+        return True
 
     def check_batch(self, batch: TextBatch) -> None:
         size = self.config.vocab_size
-        index = batch["index"]
+        index = batch.get("index")
+        for name in ("tokens", "targets"):
+            ids: Tensor = batch[name]
+            if ids.shape != batch["tokens"].shape or ids.ndim != 2 or ids.dtype != torch.int64:
+                raise ValueError(
+                    f"tokens and targets must be int64 of the same shape [B, N], got {name} with "
+                    f"{tuple(ids.shape)} {ids.dtype}"
+                )
         check_range("token", batch["tokens"], size, of="token ids", index=index)
         check_range(
             "target", batch["targets"], size, of="token ids", index=index, ignore=IGNORE_INDEX
@@ -118,9 +136,25 @@ class LanguageTask(Task):
 
 
 class CausalLM(LanguageTask):
-    """Predict each next token, with a causal text model."""
+    """Predict each next token, with a causal text model.
+
+    Of tokens alone, `[B, N + 1]`, all but the last are read and all but the first predicted.
+    """
 
     CAUSAL = True
+
+    def layouts(self) -> list[Sequence[str]]:
+        return [*super().layouts(), ("tokens",)]
+
+    def prepared(self, batch: Any) -> Any:
+        tokens = batch[0] if isinstance(batch, tuple | list) and len(batch) == 1 else batch
+        if isinstance(tokens, Tensor):
+            if tokens.ndim != 2 or tokens.shape[1] < 2:
+                raise ValueError(
+                    f"tokens alone must be [B, N + 1] with N >= 1, got {tuple(tokens.shape)}"
+                )
+            batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+        return super().prepared(batch)
 
 
 class MaskedLM(LanguageTask):

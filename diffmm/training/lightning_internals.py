@@ -7,7 +7,9 @@ test for each, which fails when Lightning moves it.
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 
 class SignalHandling(Protocol):
@@ -91,3 +93,34 @@ def leave_signals_alone(trainer: Trainer) -> None:
     """Have the trainer register no signal handlers."""
     connector: Any = trainer._signal_connector
     connector.register_signal_handlers = lambda: None
+
+
+class PreparesBatches(LightningModule):
+    """A module that has the last word on its batches: of the public hooks
+    (`on_before_batch_transfer`, `on_after_batch_transfer`) Lightning calls a datamodule's in place
+    of the module's, and warns where the module has them, too."""
+
+    def prepared(self, batch: Any) -> Any:
+        """What the steps and the callbacks get; called a second time, it changes nothing."""
+        raise NotImplementedError
+
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        # The batch is still on the CPU: looking at its values makes no GPU wait.
+        batch = super()._on_before_batch_transfer(batch, dataloader_idx)
+        return batch if datamodule_has_hooks(self.trainer) else self.prepared(batch)
+
+    def _apply_batch_transfer_handler(
+        self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
+    ) -> Any:
+        batch = super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
+        return self.prepared(batch) if datamodule_has_hooks(self.trainer) else batch
+
+
+def datamodule_has_hooks(trainer: Trainer) -> bool:
+    """Whether the trainer's datamodule changes batches itself: it has hooks for that, and does not
+    say `keeps_batches`."""
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    if datamodule is None or getattr(datamodule, "keeps_batches", False):
+        return False
+    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    return any(is_overridden(hook, datamodule) for hook in hooks)

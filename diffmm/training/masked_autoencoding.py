@@ -1,5 +1,6 @@
 """Masked autoencoding of images and sounds."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from diffmm.batch import AudioBatch, ImageBatch, inputs_of
+from diffmm.batch import AudioBatch, ImageBatch, inputs_of, size_of
 from diffmm.models.job import Job
 from diffmm.models.masked_autoencoder import MaskedAutoencoder, MaskedPrediction
 from diffmm.training.accumulation import LossSum
+from diffmm.training.batches import with_index
 from diffmm.training.finetuning import FineTuneConfig
 from diffmm.training.metrics import RatioOfSums
 from diffmm.training.optimizer import OptimizerConfig
@@ -28,7 +30,9 @@ class MaskedAutoencoding(Task):
 
     Which patches of a sample are hidden is drawn from the seed, the epoch and the sample's index,
     so that it depends on neither batches nor processes and a resumed run hides the same; in
-    evaluation the same ones every time. Logs, besides what every task logs, `val/loss`.
+    evaluation the same ones every time. Without an index, a batch's masks come from torch's
+    generator, and in evaluation from the seed and the sample's place in its batch. Logs, besides
+    what every task logs, `val/loss`.
 
     Args:
         model: a masked autoencoder.
@@ -63,12 +67,25 @@ class MaskedAutoencoding(Task):
         # The data have classes, and the model none.
         return replace(super().make_job(data), class_names=None)
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        batch = super().on_before_batch_transfer(batch, dataloader_idx)
+    def layouts(self) -> list[Sequence[str]]:
+        # Labelled samples serve as well.
+        return [*super().layouts(), (*self._inputs(), "labels")]
+
+    def prepared(self, batch: Any) -> Any:
+        batch = super().prepared(batch)
+        if NOISE in batch:
+            return batch
         epoch = self.current_epoch if self.trainer.training else None
-        num_patches = self.model.encoder.num_patches(*inputs_of(self.model, batch))
-        noise = mask_noise(batch["index"], num_patches, seed=self.seed, epoch=epoch)
-        return {**batch, NOISE: noise}
+        inputs = inputs_of(self.model, batch)
+        num_patches = self.model.encoder.num_patches(*inputs)
+        if "index" in batch:
+            noise = mask_noise(batch["index"], num_patches, seed=self.seed, epoch=epoch)
+        elif epoch is None:
+            places = torch.arange(size_of(inputs))
+            noise = mask_noise(places, num_patches, seed=self.seed, epoch=None)
+        else:
+            noise = torch.rand(size_of(inputs), num_patches)
+        return {**batch, NOISE: noise.to(inputs[0].device)}
 
     def predicted(self, batch: ImageBatch | AudioBatch) -> MaskedPrediction:
         """What the model makes of a batch."""
@@ -89,7 +106,7 @@ class MaskedAutoencoding(Task):
     def predict_step(self, batch: ImageBatch | AudioBatch, batch_idx: int = 0) -> dict[str, Tensor]:
         """The prediction of every patch, `[B, N, P]`, and which were hidden, `[B, N]`."""
         _, prediction, mask = self.predicted(batch)
-        return {"index": batch["index"], "prediction": prediction, "mask": mask}
+        return with_index(batch, prediction=prediction, mask=mask)
 
 
 def mask_noise(index: Tensor, num_patches: int, *, seed: int, epoch: int | None) -> Tensor:

@@ -1,11 +1,13 @@
 """Many devices, one run: what `--trainer.strategy` may be besides Lightning's own `ddp`."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -13,11 +15,19 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.optim import Optimizer
 
-from diffmm.renamed import weights_with_new_names
-
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+from diffmm.models.checkpoint_files import read_checkpoint
+from diffmm.models.sharded_states import (
+    OPTIMIZERS,
+    WEIGHTS,
+    read_metadata,
+    read_plain,
+    read_tensors,
+    renamed,
+    with_tensors,
+    write_sharded_state,
+)
+from diffmm.renamed import weight_name, weights_with_new_names
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -25,8 +35,9 @@ class FSDP2Strategy(ModelParallelStrategy):
     that `diffmm.training.Task` shards. Registered as `fsdp2`, and with tensor parallelism over 2,
     4 or 8 devices as `fsdp2_tp2`, `fsdp2_tp4` and `fsdp2_tp8`.
 
-    Its checkpoints are those of one device: a file with whole weights and moments, under the same
-    names and numbers. So they load under every strategy and on any number of devices.
+    Each process writes its own share of a checkpoint (see `diffmm.models.sharded_states`), and
+    nobody has the whole of it. It loads under every strategy and on any number of devices, as the
+    whole files of other strategies load under this one.
 
     Args:
         tensor_parallel_size: devices that share the heads of every block and compute on the same
@@ -39,9 +50,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def __init__(self, tensor_parallel_size: int = 1) -> None:
         if tensor_parallel_size < 1:
             raise ValueError(f"tensor_parallel_size must be at least 1, got {tensor_parallel_size}")
-        super().__init__(
-            tensor_parallel_size=tensor_parallel_size, save_distributed_checkpoint=False
-        )
+        super().__init__(tensor_parallel_size=tensor_parallel_size)
         self.tensor_parallel_size = tensor_parallel_size
 
     def setup_environment(self) -> None:
@@ -54,30 +63,53 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size = num_devices // self.tensor_parallel_size
         super().setup_environment()
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Whole weights on the CPU of rank 0, and nothing on the others."""
-        assert self.model is not None
-        return get_model_state_dict(self.model, options=WHOLE)
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Whole moments on the CPU of rank 0, numbered as the optimizer itself would."""
-        assert self.model is not None
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer.optimizer
-        named: Any = get_optimizer_state_dict(self.model, optimizer, options=WHOLE)
-        if not named:
-            return {}
-        names = [name for group in named["param_groups"] for name in group["params"]]
-        return _renamed(named, {name: number for number, name in enumerate(names)})
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint with all processes together, each its own share."""
+        if storage_options is not None:
+            raise TypeError("storage_options are for strategies that have a CheckpointIO")
+        path = Path(self.broadcast(filepath))
+        write_sharded_state(path, checkpoint, is_first=self.is_global_zero)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
         """Put a checkpoint of any strategy in place; every process reads what it needs of it."""
+        path = Path(self.broadcast(checkpoint_path))
+        return self._load_shares(path) if path.is_dir() else self._load_file(path, weights_only)
+
+    def _load_shares(self, path: Path) -> dict[str, Any]:
+        assert self.model is not None
+        checkpoint = read_plain(path)
+        names = {weight_name(name): name for name in read_metadata(path).state_dict_metadata}
+        weights = get_model_state_dict(self.model)
+        states: list[Any] = [get_optimizer_state_dict(self.model, o) for o in self.optimizers]
+        saved = checkpoint.get(OPTIMIZERS, [])
+        if len(saved) != len(states):
+            raise ValueError(f"{path} has {len(saved)} optimizers, the run has {len(states)}")
+        wanted: dict[str, Any] = {f"{WEIGHTS}.{name}": tensor for name, tensor in weights.items()}
+        for number, state in enumerate(states):
+            wanted |= {
+                f"{OPTIMIZERS}.{number}.{name}.{key}": value
+                for name, values in state["state"].items()
+                for key, value in values.items()
+                if isinstance(value, Tensor)
+            }
+        missing = [name for name in wanted if name not in names]
+        if missing:
+            raise ValueError(f"{path} lacks {len(missing)} tensors (the first is {missing[0]})")
+        read_tensors(path, {names[name]: tensor for name, tensor in wanted.items()}, together=True)
+        set_model_state_dict(self.model, weights)
+        for number, (optimizer, plain) in enumerate(zip(self.optimizers, saved, strict=True)):
+            today = {n: weight_name(n) for group in plain["param_groups"] for n in group["params"]}
+            state = with_tensors(renamed(plain, today), number, wanted)
+            set_optimizer_state_dict(self.model, optimizer, state)
+        return {**checkpoint, WEIGHTS: {}}
+
+    def _load_file(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
         assert self.model is not None
         # Where a strategy is set up first, Lightning does not pass on what it was told.
         tensors_only = weights_only is not False
-        checkpoint = torch.load(
-            checkpoint_path, map_location="cpu", weights_only=tensors_only, mmap=True
-        )
+        checkpoint = torch.load(path, map_location="cpu", weights_only=tensors_only, mmap=True)
         whole = StateDictOptions(full_state_dict=True)
         weights = weights_with_new_names(checkpoint["state_dict"])
         set_model_state_dict(self.model, weights, options=whole)
@@ -86,21 +118,26 @@ class FSDP2Strategy(ModelParallelStrategy):
             named: Any = get_optimizer_state_dict(self.model, optimizer)
             names = [name for group in named["param_groups"] for name in group["params"]]
             numbers = [number for group in state["param_groups"] for number in group["params"]]
-            state = _renamed(state, dict(zip(numbers, names, strict=True)))
+            state = renamed(state, dict(zip(numbers, names, strict=True)))
             set_optimizer_state_dict(self.model, optimizer, state, options=whole)
         return checkpoint
 
 
-def _renamed(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
-    """An optimizer's state with other names for its parameters."""
-    groups = [
-        {**group, "params": [names[name] for name in group["params"]]}
-        for group in state["param_groups"]
-    ]
-    return {
-        "state": {names[name]: value for name, value in state["state"].items()},
-        "param_groups": groups,
-    }
+class AnyCheckpoint(TorchCheckpointIO):
+    """Reads whole files and shares, for strategies of which every process has a whole model."""
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        if Path(path).is_dir():
+            return read_checkpoint(Path(path), optimizer=True)
+        return super().load_checkpoint(path, map_location, weights_only)
+
+
+def read_any_checkpoint(strategy: Strategy) -> None:
+    """Have a strategy with Lightning's own way to read checkpoints read shares, too."""
+    if type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = AnyCheckpoint()
 
 
 def data_share(trainer: Trainer) -> tuple[int, int]:

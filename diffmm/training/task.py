@@ -13,8 +13,8 @@ Every task logs under the same names:
 | `val/loss`, ... | the task's metrics (see there), once a validation; `test/loss`, ... likewise |
 """
 
-from dataclasses import replace
-from typing import Any
+import dataclasses
+from typing import Any, Self
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
@@ -32,21 +32,24 @@ from diffmm.models.job import Job
 from diffmm.models.weights import DESCRIPTION_KEY, JOB_KEY, load_weights
 from diffmm.renamed import STATES, weights_with_new_names
 from diffmm.training.accumulation import AccumulatedLoss, LossSum
+from diffmm.training.batches import AnyBatches
 from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
 from diffmm.training.evaluation import counted
 from diffmm.training.finetuning import FineTuneConfig, freeze
 from diffmm.training.optimizer import OptimizerConfig, make_optimizer
+from diffmm.training.parallel import read_any_checkpoint
 from diffmm.training.precision import exact_fields, keep_exact
 from diffmm.training.resilience.checkpoints.progress import is_step_boundary
 from diffmm.training.resilience.coordinator import Coordinator
 from diffmm.training.resilience.loggers import LoggersMayFail
 from diffmm.training.resilience.non_finite import NonFiniteGuard
 from diffmm.training.resilience.shutdown import GracefulShutdown
+from diffmm.training.restoring import TASK_KEY, describe_task, restore_task
 from diffmm.training.schedule import ScheduleConfig, make_scheduler, set_learning_rates
 from diffmm.training.sharding import clip_gradients, gradient_norm, is_sharded, shard
 
 
-class Task(LightningModule):
+class Task(AnyBatches):
     """A model and how it is trained; a subclass says what its loss and its metrics are.
 
     Args:
@@ -85,6 +88,7 @@ class Task(LightningModule):
         self.schedule_config = schedule
         self.finetune = finetune or FineTuneConfig()
         self.compile_model = compile
+        self.activation_checkpointing = activation_checkpointing
         if activation_checkpointing:
             backbones = [module for module in model.modules() if isinstance(module, Backbone)]
             if not backbones:
@@ -99,6 +103,7 @@ class Task(LightningModule):
         self.recipe: str | None = None
         self.frozen = freeze(model, self.finetune)
         self.accumulated = AccumulatedLoss()
+        self.unmeasured: set[str] = set()
         self.metrics = self._new_metrics()
         self.details: dict[str, Tensor] = {}
 
@@ -124,11 +129,17 @@ class Task(LightningModule):
         """Add a batch to `metrics`, made by `make_metrics`."""
         raise NotImplementedError
 
-    def check_batch(self, batch: Any) -> None:
-        """Refuse a batch, still on the CPU, that does not fit the model; takes any by default."""
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate; Lightning's learning rate finder sets it."""
+        return self.optimizer_config.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        self.optimizer_config = dataclasses.replace(self.optimizer_config, learning_rate=value)
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> dict[str, Tensor]:
-        """The task's predictions for a batch, with the samples' `index`."""
+        """The task's predictions for a batch, with the samples' `index` where the batch has it."""
         raise NotImplementedError
 
     def make_job(self, data: Any) -> Job:
@@ -143,6 +154,7 @@ class Task(LightningModule):
         return Job.of({**inputs, "recipe": self.recipe})
 
     def setup(self, stage: str) -> None:
+        read_any_checkpoint(self.trainer.strategy)
         if not is_sharded(self.model) and type(unwrap(self.model)) in MODELS.values():
             self.description = describe(self.model)
         self.job = self.make_job(getattr(self.trainer, "datamodule", None))
@@ -195,11 +207,6 @@ class Task(LightningModule):
         for module in self.frozen:
             module.training = False
         return self
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        # Here the batch is still on the CPU: looking at its values makes no GPU wait.
-        self.check_batch(batch)
-        return batch
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss_sum = self.loss_sum(batch, batch_idx)
@@ -279,13 +286,16 @@ class Task(LightningModule):
         """A checkpoint from before some names changed loads all the same. A run that goes on keeps
         its recipe's name."""
         if self.job is not None and self.job.recipe is None:
-            self.job = replace(self.job, recipe=(checkpoint.get(JOB_KEY) or {}).get("recipe"))
+            recipe = (checkpoint.get(JOB_KEY) or {}).get("recipe")
+            self.job = dataclasses.replace(self.job, recipe=recipe)
         checkpoint["state_dict"] = weights_with_new_names(checkpoint["state_dict"])
         states = checkpoint.get("callbacks", {})
         checkpoint["callbacks"] = {STATES.get(name, name): state for name, state in states.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint says which model its weights belong to, and what that is for."""
+        """A checkpoint says which task it is of, which model its weights belong to, and what that
+        model is for."""
+        checkpoint[TASK_KEY] = describe_task(self)
         # Known since `setup`: a sharded model is of another class.
         if self.description is not None:
             checkpoint[DESCRIPTION_KEY] = self.description
@@ -298,6 +308,46 @@ class Task(LightningModule):
             {stage: nn.ModuleDict(self.make_metrics()) for stage in ("val", "test")}
         )
 
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """The task in a checkpoint, with its model, weights and settings, in training mode, as
+        Lightning leaves it: call `eval()` before using the model by hand.
+
+        `Task.load_from_checkpoint` gives a task of the class that was trained; a subclass refuses
+        others. Only tensors and plain values are read.
+
+        Args:
+            checkpoint_path: A checkpoint, its folder, or a run, whose newest whole one it is then.
+            map_location: The device for the task; the CPU by default.
+            hparams_file: Not used: the checkpoint has the settings. Only `None` is taken.
+            strict: `False` warns, rather than refuses, where a subclass has weights of its own
+                that are not those of the checkpoint. The model's must fit in any case.
+            weights_only: `True` in any case; `False` is refused.
+            kwargs: The task's arguments, in place of those in the checkpoint. What is no config or
+                plain value (`augment`, a model of another library) is in none: give it here.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: Naming the file and what is wrong with it or missing in it.
+        """
+        if hparams_file is not None:
+            raise ValueError("hparams_file is not used: give settings as keyword arguments")
+        if weights_only is False:
+            raise ValueError(
+                "weights_only=False would run code from the file: leave it out, checkpoints are "
+                "tensors and plain values"
+            )
+        task = restore_task(cls, checkpoint_path, strict=strict is not False, given=kwargs)
+        return task if map_location is None else task.to(map_location)
+
     def _evaluate(self, stage: str, counting: Any, batch: Any) -> None:
         if counting is not None:
             self.update_metrics(counting, dict(self.metrics[stage].items()))  # type: ignore[operator]
@@ -308,6 +358,8 @@ class Task(LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         for name, metric in self.metrics[stage].items():  # type: ignore[operator]
+            if name in self.unmeasured:
+                continue
             value = metric.compute()
             metric.reset()
             if value.ndim:
@@ -319,34 +371,3 @@ class Task(LightningModule):
 def mean_over_processes(task: LightningModule, value: Tensor) -> Tensor:
     """The mean of `value` over the processes of the run."""
     return task.trainer.strategy.reduce(value.clone(), reduce_op="mean")
-
-
-def check_range(
-    name: str, values: Tensor, count: int, *, of: str, index: Tensor, ignore: int | None = None
-) -> None:
-    """Refuse integers outside `[0, count)`.
-
-    Looks at values on the CPU only: elsewhere it would have to wait for them.
-
-    Args:
-        name: what a value is called.
-        values: `[B, ...]`.
-        count: how many there are.
-        of: what `count` counts, for the message.
-        index: `[B]`, the samples' numbers in their dataset.
-        ignore: a value that is allowed besides.
-
-    Raises:
-        ValueError: naming the value, its sample and the count.
-    """
-    if values.device.type != "cpu":
-        return
-    wrong = (values < 0) | (values >= count)
-    if ignore is not None:
-        wrong &= values != ignore
-    if wrong.any():
-        place = tuple(wrong.nonzero()[0].tolist())
-        raise ValueError(
-            f"{name} {values[place].item()} of sample {index[place[0]].item()} is outside the "
-            f"model's {count} {of}, 0 to {count - 1}: give the model more, or mend the data"
-        )

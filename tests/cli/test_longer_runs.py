@@ -156,7 +156,7 @@ def test_a_run_that_has_ended_says_so(run, finished):
         (
             ("--trainer.max_steps", "9", "--data.batch_size", "8"),
             "--resume can only change the length of a run (trainer.max_steps, trainer.max_epochs, "
-            "trainer.max_time, model.init_args.schedule.total_steps), and not "
+            "trainer.max_time, model.init_args.schedule.total_steps), not "
             "data.init_args.batch_size. A new run from its weights is `diffmm finetune`",
         ),
         (("--trainer.max_steps", ".inf"), "trainer.max_steps must be finite, got inf"),

@@ -60,7 +60,9 @@ def test_two_machines_train_and_predict_together(run, recipe):
     printed = two_nodes("fit", "--config", path, "--name", "two", "--resume", "auto")
     assert "run: runs/recipe/two" in printed[0]
     assert "run: " not in printed[1]
-    assert find_state(Path("runs/recipe/two")).exists()
+    state = find_state(Path("runs/recipe/two"))
+    assert len(list(state.glob("*.distcp"))) == 2
+    checkpoint = state.parent
     # Another number of samples than two processes can share evenly.
     settings = ("--config", path, "--weights", "runs/recipe/two", "--data.batch_size", "7")
     printed = two_nodes("predict", *settings, "--output", "two.pt")
@@ -73,6 +75,13 @@ def test_two_machines_train_and_predict_together(run, recipe):
     assert two.keys() == one.keys()
     assert two["index"].equal(one["index"])
     torch.testing.assert_close(two["probabilities"], one["probabilities"])
+    # One process starts from the shares, and finds damage.
+    alone = ("--trainer.strategy", "auto", "--trainer.devices", "1")
+    assert run("finetune", "--config", path, "--weights", "runs/recipe/two", *alone).code == 0
+    share = next(checkpoint.glob("state.ckpt/__1_*"))
+    share.write_bytes(share.read_bytes()[:-1])
+    (mistake,) = run("predict", "--config", path, "--weights", checkpoint, *alone).mistakes
+    assert f"state.ckpt/{share.name} has " in mistake
 
 
 def test_processes_that_another_program_starts_need_a_name(run, recipe, monkeypatch):

@@ -20,7 +20,7 @@ from datamodules.shared.loading import SeededDataModule
 from datamodules.shared.sampling import SeededDataset, sample_generator
 from diffmm.checkpoint_folders import find_state
 from diffmm.recipes.trainer import leave_processes
-from diffmm.training import Checkpoints
+from diffmm.training import Checkpoints, FSDP2Strategy
 
 NUM_STEPS, GLOBAL_BATCH = 11, 16
 
@@ -101,7 +101,7 @@ def run(
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
-        strategy=ModelParallelStrategy() if sharded else "ddp" if devices > 1 else "auto",
+        strategy=FSDP2Strategy() if sharded else "ddp" if devices > 1 else "auto",
         default_root_dir=folder,
         callbacks=[Checkpoints(every_n_steps=100), *([Stop(stop)] if stop else [])],
         max_steps=NUM_STEPS,

@@ -163,11 +163,12 @@ def run(
     accelerator: str = "cpu",
     precision: str = "32-true",
     accumulate: int = 1,
+    source: str = "auto_1",
     **changes: Any,
 ) -> None:
     """Write the curve, the gradients of the first step and the weights after two steps, with a
-    checkpoint; and the weights after two more steps from `CASE_auto_1.ckpt`, which is there if one
-    process has run before, or else from its own.
+    checkpoint; and the weights after two more steps from `CASE_SOURCE.ckpt`, by default that of one
+    process, if it has run before.
 
     Args:
         folder: for the files, called `CASE_STRATEGY_NUM` with the variant at their end.
@@ -175,6 +176,7 @@ def run(
         strategy, num_processes, accelerator, precision: of the trainer.
         accumulate: into how many micro-batches a process's share of a step is divided.
         variant: tells runs apart that are the same in all else that is in their name.
+        source: the strategy and number of processes whose checkpoint it goes on from.
     """
     setting: dict[str, Any] = {"strategy": strategy, "num_processes": num_processes}
     setting |= {"accelerator": accelerator, "precision": precision, "accumulate": accumulate}
@@ -185,7 +187,7 @@ def run(
     results["weights"] = weights_of(task)
     trainer.save_checkpoint(folder / f"{name}.ckpt")
     task, samples = task_and_data(case, **changes)
-    fit(task, samples, max_steps=4, ckpt_path=folder / f"{case}_auto_1.ckpt", **setting)
+    fit(task, samples, max_steps=4, ckpt_path=folder / f"{case}_{source}.ckpt", **setting)
     results["resumed"] = weights_of(task)
     if trainer.is_global_zero:
         torch.save(results, folder / f"{name}.pt")

@@ -38,7 +38,6 @@ from diffmm.training import (
 RATE_HZ = 8000
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:You have overridden `on_before_batch_transfer`"),
     pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
 ]
 

@@ -189,7 +189,7 @@ def test_each_validation_starts_afresh(name, make, fit, tmp_path):
     metrics = task.make_metrics()
     with torch.no_grad():
         task.eval()
-        batch = task.on_before_batch_transfer(batch, 0)
+        batch = task.prepared(batch)
         task.update_metrics(batch, metrics)
     losses = logged(tmp_path)["val/loss"]
     assert len(losses) == 3

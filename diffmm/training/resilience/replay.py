@@ -11,6 +11,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from diffmm.batch import samples_of, size_of
 from diffmm.training.resilience.non_finite import sample_ids
 from diffmm.training.task import Task
 
@@ -89,12 +90,12 @@ def _replay(trainer: Trainer, task: Task, batch: dict[str, Tensor], number: int)
         task.zero_grad()
         samples = []
         with torch.no_grad():
-            ids = sample_ids(batch) or list(range(len(next(iter(batch.values())))))
+            ids = sample_ids(batch) or list(range(size_of(batch)))
             for place, sample in enumerate(ids):
-                alone = {name: tensor[place : place + 1] for name, tensor in batch.items()}
+                alone = samples_of(batch, slice(place, place + 1))
                 if not _is_finite(task.training_loss(alone, number)):
                     samples.append(sample)
-    fields = [name for name, tensor in batch.items() if not _is_finite(tensor)]
+    fields = [name for name, value in batch.items() if not _is_finite(value)]
     return MicroBatch(loss.item(), fields, next(iter(found), None), samples, gradients)
 
 
@@ -120,5 +121,5 @@ def _first_bad_output(model: nn.Module) -> Iterator[list[str]]:
             handle.remove()
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, Tensor) or bool(value.isfinite().all())

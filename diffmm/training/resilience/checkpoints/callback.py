@@ -17,6 +17,7 @@ from diffmm import __version__, checkpoint_folders
 from diffmm.checkpoint_folders import DIRECTORY_NAME, STATE_NAME
 from diffmm.checks import check_choice
 from diffmm.training.lightning_internals import checkpoint_of, training_has_data
+from diffmm.training.parallel import read_any_checkpoint
 from diffmm.training.resilience.checkpoints import logs, progress
 from diffmm.training.resilience.checkpoints.exact import (
     EXACT_KEY,
@@ -151,11 +152,15 @@ class Checkpoints(Checkpoint):
         if self.dirpath is None:
             self.dirpath = Path(trainer.default_root_dir) / DIRECTORY_NAME
         Coordinator.of(trainer).saver = self
+        read_any_checkpoint(trainer.strategy)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and training_has_data(trainer):
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        checkpoint[EXACT_KEY] = None  # as the learning rate finder saves it, before the first batch
+        if training_has_data(trainer):
             progress.settle(trainer, checkpoint["loops"]["fit_loop"])
             checkpoint[EXACT_KEY] = exact_state(trainer)
 
@@ -171,7 +176,7 @@ class Checkpoints(Checkpoint):
                 "this checkpoint was not saved by Checkpoints: the run goes on with its weights "
                 "and optimizer, but not exactly (it has no random states)"
             )
-        else:
+        elif checkpoint[EXACT_KEY] is not None:
             check_exact(trainer, checkpoint[EXACT_KEY])
             self._to_restore = checkpoint[EXACT_KEY]
 

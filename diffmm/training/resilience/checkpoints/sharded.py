@@ -26,11 +26,12 @@ def write_sharded(
     trainer: Trainer, directory: Path, state: dict[str, Any], facts: dict[str, Any]
 ) -> Path | SaveFailedError:
     """Write a checkpoint with all processes together, and return its folder or what went wrong."""
-    needed = num_bytes(state) * trainer.world_size
+    needed = num_bytes(state)  # whatever a tensor is divided into
     plain = snapshot({key: value for key, value in state.items() if key not in TENSORS})
     shares = {key: state[key] for key in TENSORS if key in state}
     unfinished: Path | None = None
     error: Exception | None = None
+    hashes: dict[str, tuple[int, str]] = {}
     if trainer.is_global_zero:
         try:
             unfinished = checkpoint_folders.start(directory, facts["step"])
@@ -40,15 +41,20 @@ def write_sharded(
     if unfinished is not None:
         try:
             trainer.strategy.save_checkpoint({**plain, **shares}, unfinished / STATE_NAME)
+            # Each process its own files: one alone would read the whole checkpoint again.
+            own = sorted((unfinished / STATE_NAME).glob(f"__{trainer.global_rank}_*"))
+            hashes = {f"{STATE_NAME}/{file.name}": checkpoint_folders.measure(file) for file in own}
         except Exception as refused:
             error = refused
-    failures = [told for told in gather(trainer, error and str(error)) if told]
+    shares_told = gather(trainer, (error and (str(error) or type(error).__name__), hashes))
+    failures = [failure for failure, _ in shares_told if failure]
+    hashes = {name: found for _, files in shares_told for name, found in files.items()}
     outcome: Path | SaveFailedError | None = None
     if trainer.is_global_zero:
         try:
             if failures or unfinished is None:
                 raise OSError(failures[0])
-            outcome = checkpoint_folders.finish(unfinished, facts)
+            outcome = checkpoint_folders.finish(unfinished, facts, hashes)
         except OSError as refused:
             if unfinished is not None:
                 shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,259 @@
+"""States of which every process has written its own share, by torch's distributed checkpoint.
+
+    state.ckpt/
+      meta.pt                   all that is no tensor of the model or the optimizer
+      .metadata                 which part of which tensor is in which file
+      __0_0.distcp, ...         the shares, a file for each process
+
+What such a folder holds does not depend on how many processes wrote it, and any number of them
+reads it. Reading runs no code from it: `.metadata` is a pickle and is read by an unpickler that
+knows the few classes that belong there; the rest are tensors and plain values.
+"""
+
+import io
+import pickle
+import warnings
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+PLAIN_NAME = "meta.pt"
+METADATA_NAME = ".metadata"
+WEIGHTS, OPTIMIZERS = "state_dict", "optimizer_states"
+"""Keys of a state whose tensors are shared out; in the files they begin the tensors' names."""
+
+
+def is_sharded_state(path: Path) -> bool:
+    """Whether this is a folder of shares."""
+    return (path / PLAIN_NAME).is_file()
+
+
+def write_sharded_state(path: Path, state: dict[str, Any], *, is_first: bool) -> None:
+    """Write a state with all processes together, each its own share of the tensors.
+
+    Args:
+        path: The folder, made if need be.
+        state: A Lightning checkpoint, with sharded weights by name under `state_dict`, and under
+            `optimizer_states` the optimizers' states by the names of the parameters.
+        is_first: Whether this process writes what is in no share.
+
+    Raises:
+        OSError: On every process, if one of them cannot write its share.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    plain = {key: value for key, value in state.items() if key not in (WEIGHTS, OPTIMIZERS)}
+    tensors = {f"{WEIGHTS}.{name}": tensor for name, tensor in state[WEIGHTS].items()}
+    plain[OPTIMIZERS] = []
+    for number, optimizer in enumerate(state.get(OPTIMIZERS, [])):
+        rest: dict[str, dict[str, Any]] = {}
+        for name, values in optimizer["state"].items():
+            rest[name] = {k: v for k, v in values.items() if not isinstance(v, Tensor)}
+            tensors |= {
+                f"{OPTIMIZERS}.{number}.{name}.{key}": value
+                for key, value in values.items()
+                if isinstance(value, Tensor)
+            }
+        plain[OPTIMIZERS].append({"state": rest, "param_groups": optimizer["param_groups"]})
+    try:
+        dcp.save(tensors, storage_writer=FileSystemWriter(path))
+    except CheckpointException as error:
+        raise OSError(_cause(error)) from error
+    if is_first:
+        torch.save(plain, path / PLAIN_NAME)
+
+
+def read_sharded_state(path: Path, *, weights: bool, optimizer: bool) -> dict[str, Any]:
+    """A state as one process would have saved it, with whole tensors on the CPU.
+
+    Args:
+        path: The folder.
+        weights: Whether to read the weights; otherwise there are none under `state_dict`.
+        optimizer: Whether to read the optimizers' tensors.
+
+    Raises:
+        ValueError: Naming the folder, if it is damaged or holds what does not belong there.
+    """
+    state = read_plain(path)
+    found = read_metadata(path)
+    wanted = tuple(
+        f"{key}." for key, is_read in ((WEIGHTS, weights), (OPTIMIZERS, optimizer)) if is_read
+    )
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in found.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and name.startswith(wanted)
+    }
+    if tensors:
+        read_tensors(path, tensors, together=False)
+    prefix = f"{WEIGHTS}."
+    state[WEIGHTS] = {
+        name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)
+    }
+    if optimizer:
+        state[OPTIMIZERS] = [
+            numbered(with_tensors(each, number, tensors))
+            for number, each in enumerate(state[OPTIMIZERS])
+        ]
+    return state
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """What a state holds beside its shares.
+
+    Raises:
+        ValueError: Naming the file.
+    """
+    file = path / PLAIN_NAME
+    try:
+        plain = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{file} is not a whole file of plain values: "
+            f"{(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error
+    if not isinstance(plain, dict):
+        raise ValueError(f"{file} holds no dict")
+    return plain
+
+
+def read_tensors(path: Path, tensors: dict[str, Tensor], *, together: bool) -> None:
+    """Fill tensors in place.
+
+    Args:
+        path: The folder.
+        tensors: By their names in the files; of a sharded one its own part is read.
+        together: Whether all processes do this at the same time, each for its own tensors.
+
+    Raises:
+        ValueError: Naming the folder and what is wrong.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(tensors, storage_reader=_Reader(path), no_dist=not together)
+    except CheckpointException as error:
+        raise ValueError(f"{path} cannot be read: {_cause(error)}") from error
+
+
+def with_tensors(
+    optimizer: dict[str, Any], number: int, tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """The plain part of an optimizer's state with its tensors, all by the parameters' names."""
+    state: dict[str, dict[str, Any]] = {k: dict(v) for k, v in optimizer["state"].items()}
+    prefix = f"{OPTIMIZERS}.{number}."
+    for full_name, tensor in tensors.items():
+        if full_name.startswith(prefix):
+            name, _, key = full_name.removeprefix(prefix).rpartition(".")
+            state.setdefault(name, {})[key] = tensor
+    return {**optimizer, "state": state}
+
+
+def numbered(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state by the numbers of the parameters, as the optimizer itself has it."""
+    names = [name for group in optimizer["param_groups"] for name in group["params"]]
+    return renamed(optimizer, {name: number for number, name in enumerate(names)})
+
+
+def renamed(optimizer: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state with other names for its parameters."""
+    groups = [
+        {**group, "params": [names[name] for name in group["params"]]}
+        for group in optimizer["param_groups"]
+    ]
+    state = {names[name]: value for name, value in optimizer["state"].items()}
+    return {"state": state, "param_groups": groups}
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What the shares are of, checked against the files.
+
+    Raises:
+        ValueError: Naming the folder and what is wrong.
+    """
+    try:
+        content = _Unpickler(io.BytesIO((path / METADATA_NAME).read_bytes())).load()
+        _check(path, content)
+    except ValueError as error:
+        raise ValueError(f"{path / METADATA_NAME} cannot be used: {error}") from error
+    except Exception as error:
+        # A pickle can fail in any way.
+        told = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path / METADATA_NAME} cannot be read: {told}") from error
+    return content
+
+
+_CLASSES: dict[str, Any] = {
+    **{
+        name: getattr(metadata, name)
+        for name in (
+            *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex"),
+            *("StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+        )
+    },
+    "_StorageInfo": filesystem._StorageInfo,
+}
+"""What metadata is made of, besides sizes, types and the path that it was written to."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows what belongs in metadata, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found: Any = None
+        if name in _CLASSES and module == _CLASSES[name].__module__:
+            found = _CLASSES[name]
+        elif module == "torch":
+            value = getattr(torch, name, None)
+            found = value if isinstance(value, torch.dtype) or value is torch.Size else None
+        elif (module, name) == ("torch.serialization", "_get_layout"):
+            found = {"torch.strided": torch.strided}.__getitem__
+        elif module in ("pathlib", "pathlib._local"):
+            found = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}.get(name)
+        if found is None:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong there")
+        return found
+
+
+def _check(path: Path, content: Any) -> None:
+    """Refuse metadata that names other files than its own, or more than they hold."""
+    if not isinstance(content, Metadata) or not isinstance(content.storage_data, dict):
+        raise ValueError("it is no metadata of a distributed checkpoint")
+    sizes: dict[str, int] = {}
+    for place in content.storage_data.values():
+        name = place.relative_path
+        if not isinstance(name, str) or Path(name).name != name or place.transform_descriptors:
+            raise ValueError(f"it has a part in {name!r:.80}, which is no file of its own")
+        if name not in sizes:
+            sizes[name] = (path / name).stat().st_size if (path / name).is_file() else -1
+        if not 0 <= place.offset <= place.offset + place.length <= sizes[name]:
+            raise ValueError(f"{name} is missing or cut off")
+    needed = 0
+    for name, entry in content.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        needed += entry.size.numel() * entry.properties.dtype.itemsize
+        if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+            raise ValueError(f"the parts of {name} do not make a tensor {tuple(entry.size)}")
+    if needed > sum(sizes.values()):
+        raise ValueError(f"it tells of {needed:,} bytes, the files have {sum(sizes.values()):,}")
+
+
+class _Reader(FileSystemReader):
+    """torch's own, but for the metadata."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        found = read_metadata(Path(self.path))
+        found.storage_meta = StorageMeta(load_id=self.load_id)
+        return found
+
+
+def _cause(error: CheckpointException) -> str:
+    """What went wrong first, in one line."""
+    first = next((each[0] for each in error.failures.values()), error)
+    return (str(first) or type(first).__name__).splitlines()[0]

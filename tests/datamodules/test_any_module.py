@@ -1,0 +1,60 @@
+"""Any Lightning module trains on a datamodule of this library, with Lightning's own defaults."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("run_any_module.py")
+FIELDS = ("images", "waveforms", "tokens")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
+]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    return tmp_path_factory.mktemp("one")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_module_that_knows_only_a_field(one_process):
+    found = runpy.run_path(str(SCRIPT))["run"](one_process, 1)
+    assert found.keys() == set(FIELDS)
+    for seen in found.values():
+        for stage in ("validation", "test", "predict"):
+            assert seen[stage] == list(range(len(seen[stage])))
+            assert seen[stage]
+        assert len(seen["training"]) == len(set(seen["training"])) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("field", FIELDS)
+def test_processes_share_the_samples_under_lightnings_own_default(field, two_processes):
+    seen = two_processes[field]
+    assert len(seen["training"]) == len(set(seen["training"])) > 0
+    for stage in ("validation", "test", "predict"):
+        # One sample may be seen by both, where that makes their numbers of batches equal.
+        assert set(seen[stage]) == set(range(max(seen[stage]) + 1))
+        assert len(seen[stage]) - len(set(seen[stage])) <= 2
