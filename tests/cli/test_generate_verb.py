@@ -108,7 +108,7 @@ def test_mistakes(run, trained, tmp_path):
         ((trained, "a", "--max-new-tokens", "0"), "max_new_tokens must be a whole number"),
         ((trained, "a", "--seed", str(2**64)), f"seed must be a number of 64 bits, got {2**64}"),
         ((trained, "a", "--device", "cuda:99"), "there is no device 'cuda:99'"),
-        ((trained, "a", "--max-new-tokens", "999"), "a prompt of 1 tokens and max_new_tokens=999"),
+        ((trained, "a", "--max-new-tokens", "999"), "a prompt of 1 tokens plus max_new_tokens=999"),
     ):
         result = run("generate", *arguments)
         assert result.code == 2

@@ -149,7 +149,7 @@ def test_the_job_stays_through_saving_and_loading(there, trained, tmp_path):
 def test_new_classes_need_new_names(there, tmp_path):
     model = load_model(RUN)
     model.reset_classifier(3)
-    with pytest.raises(ValueError, match="the model has 3 classes, and its job names 10: set"):
+    with pytest.raises(ValueError, match="the model has 3 classes, but its job names 10: set"):
         save_model(model, tmp_path)
     model.job = dataclasses.replace(model.job, class_names=("a", "b", "c"))
     assert diffmm.load(save_model(model, tmp_path)).predict("seven.png").label in "abc"
@@ -172,7 +172,7 @@ def test_a_model_without_a_job_says_what_is_missing_and_takes_it(there, trained,
         assert prediction.label == "digit 7"
         assert prediction.scores == trained.predict("seven.png").scores
     assert diffmm.load(file, reader=trained.reader).predict("seven.png").label == "7"
-    with pytest.raises(ValueError, match="the model has 10 classes, and its job names 2"):
+    with pytest.raises(ValueError, match="the model has 10 classes, but its job names 2"):
         diffmm.load(file, class_names=["a", "b"])
 
 
@@ -233,13 +233,13 @@ def test_a_reader_that_does_not_fit_is_refused(changes, message, there, trained)
     ("job", "message"),
     [
         ({"clases": []}, "a job has no field 'clases'"),
-        ({"class_names": "cat"}, "class_names must be a list of texts"),
-        ({"class_names": [1]}, "class_names must be a list of texts"),
+        ({"class_names": "cat"}, "class_names must be a list of strings"),
+        ({"class_names": [1]}, "class_names must be a list of strings"),
         ({"multi_label": 1}, "multi_label must be true or false, got 1"),
         ({"reader": "ImageReader"}, "reader must have a class_path and init_args"),
-        ({"recipe": 3}, "recipe must be a name, got 3"),
+        ({"recipe": 3}, "recipe must be a string, got 3"),
         ([], "a job needs its fields by name"),
-        ({"class_names": ["a"]}, "the model has 10 classes, and its job names 1"),
+        ({"class_names": ["a"]}, "the model has 10 classes, but its job names 1"),
     ],
 )
 def test_a_broken_job_is_told_with_its_file(job, message, there, tmp_path):

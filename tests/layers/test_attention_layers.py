@@ -302,7 +302,7 @@ def test_grouped_is_v2_whose_noise_heads_are_copies():
             {"signal_per_noise": 3},
             "must divide num_heads / signal_per_noise, got 4 heads and 2 key",
         ),
-        ({"num_kv_heads": 4}, "got 4 heads and 4 key and value heads: give fewer num_kv_heads"),
+        ({"num_kv_heads": 4}, "got 4 heads and 4 key and value heads: set a smaller num_kv_heads"),
         ({"signal_per_noise": 0}, "signal_per_noise must be at least 1, got 0"),
         (
             {"output_gate": "layer"},

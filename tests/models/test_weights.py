@@ -279,7 +279,7 @@ def test_weights_without_a_description_fill_a_model_but_make_none(tmp_path):
         ),
         (lambda d: d["config"]["backbone"].update(dim="32"), "BackboneConfig cannot be made"),
         (lambda d: d["config"].update(vocab_size=0), "vocab_size must be at least 1, got 0"),
-        (lambda d: d.pop("config"), "a description has a class_path and a config"),
+        (lambda d: d.pop("config"), "a description must have a class_path and a config"),
         (lambda d: d.update(config=[1]), r"TextConfig needs its fields by name, got \[1\]"),
     ],
 )
