@@ -54,7 +54,7 @@ def test_a_cache_of_another_model_is_refused():
     backbone = Backbone(config())
     cache = backbone.new_cache(1, 6)
     del backbone.blocks[2]
-    with pytest.raises(ValueError, match="the cache has 3 layers, but the model has 2: make"):
+    with pytest.raises(ValueError, match="the cache has 3 layers, but the model has 2: create"):
         backbone(torch.randn(1, 2, 32), mask=CAUSAL, cache=cache)
     assert cache.length == 0
 

@@ -272,12 +272,12 @@ def test_weights_without_a_description_fill_a_model_but_make_none(tmp_path):
         (lambda d: d.update(class_path="diffmm.models.TextModle"), "did you mean .*TextModel'"),
         (lambda d: d["config"].update(vocab=1), "TextConfig has no field 'vocab'; did you mean"),
         (lambda d: d["config"]["backbone"].update(deep=1), "BackboneConfig has no field 'deep'"),
-        (lambda d: d["config"].pop("vocab_size"), "TextConfig cannot be made: .*'vocab_size'"),
+        (lambda d: d["config"].pop("vocab_size"), "TextConfig cannot be created: .*'vocab_size'"),
         (
             lambda d: d["config"].update(backbone=3),
             "BackboneConfig needs its fields by name, got 3",
         ),
-        (lambda d: d["config"]["backbone"].update(dim="32"), "BackboneConfig cannot be made"),
+        (lambda d: d["config"]["backbone"].update(dim="32"), "BackboneConfig cannot be created"),
         (lambda d: d["config"].update(vocab_size=0), "vocab_size must be at least 1, got 0"),
         (lambda d: d.pop("config"), "a description must have a class_path and a config"),
         (lambda d: d.update(config=[1]), r"TextConfig needs its fields by name, got \[1\]"),
@@ -330,7 +330,7 @@ def test_a_tensor_that_says_more_than_it_holds_is_refused(tmp_path):
 
 def test_models_of_others_have_no_description():
     backbone = Backbone(BackboneConfig(dim=32, depth=1, num_heads=4))
-    with pytest.raises(ValueError, match=r"Backbone is none of diffmm.models.TextModel"):
+    with pytest.raises(ValueError, match=r"Backbone has no description: only diffmm.models.TextModel"):
         describe(backbone)
 
 
