@@ -61,7 +61,7 @@ def test_a_loaded_run_writes_the_same(run, trained):
     maps = loaded.attention_maps("Text ")
     assert [part.combined.shape for part in maps] == [(1, 4, 5, 5)] * 2
     assert loaded.job.recipe == "recipe"
-    with pytest.raises(ValueError, match="a prompt must be text or a Path, got int"):
+    with pytest.raises(ValueError, match="a prompt must be a string or a Path, got int"):
         loaded.predict(3)
     with pytest.raises(ValueError, match=r"has no classes; it writes text \(generate\)"):
         loaded.stream(["Text "])
@@ -99,10 +99,19 @@ def test_mistakes(run, trained, tmp_path):
         (("nowhere.ckpt", "a"), "there is no file of weights at nowhere.ckpt"),
         ((image, "a"), f"{image} holds a ImageModel: only a text model writes text"),
         ((text, "a"), f"{text} names no tokenizer: give it (--tokenizer bytes)"),
-        ((trained, ""), "the prompt is empty: give it a character at least"),
-        ((trained, "a", "--temperature", "-1"), "temperature must be finite and at least 0 (greedy)"),
-        ((trained, "a", "--temperature", "nan"), "temperature must be finite and at least 0 (greedy)"),
-        ((trained, "a", "--temperature", "inf"), "temperature must be finite and at least 0 (greedy)"),
+        ((trained, ""), "the prompt is empty: it needs at least one character"),
+        (
+            (trained, "a", "--temperature", "-1"),
+            "temperature must be finite and at least 0 (greedy)",
+        ),
+        (
+            (trained, "a", "--temperature", "nan"),
+            "temperature must be finite and at least 0 (greedy)",
+        ),
+        (
+            (trained, "a", "--temperature", "inf"),
+            "temperature must be finite and at least 0 (greedy)",
+        ),
         ((trained, "a", "--top-p", "nan"), "top_p must be in (0, 1], got nan"),
         ((trained, "a", "--top-k", "-3"), "top_k must be an integer of at least 1, got -3"),
         ((trained, "a", "--max-new-tokens", "0"), "max_new_tokens must be an integer"),

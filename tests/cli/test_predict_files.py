@@ -151,7 +151,10 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_read(
         (["--top-k", "3"], "--top-k is for files: name them after the run"),
         (["--skip-bad"], "--skip-bad is for files: name them after the run"),
         ([], "{weights} is in no run, which would have a config.yaml: diffmm predict needs its"),
-        (["pictures/c/notes.txt"], "pictures/c/notes.txt cannot be decoded: it is no BMP"),
+        (
+            ["pictures/c/notes.txt"],
+            "pictures/c/notes.txt cannot be decoded: Pillow does not recognize it as one of BMP",
+        ),
         (["empty"], "there is no image in empty: looked for .jpg"),
         (["pictures", "--device", "cuda:99"], "there is no device 'cuda:99'"),
     ],

@@ -99,7 +99,7 @@ def test_what_it_cannot_predict(there, trained):
         ("notes.txt", "notes.txt cannot be decoded"),
         ("empty", "there is no image in empty: looked for .jpg, .jpeg"),
         (3, "an image must be a path, a Pillow image or an array, got int"),
-        (np.zeros((4, 4)), "in uint8, of 1, 3 or 4 channels, got (4, 4) in float64"),
+        (np.zeros((4, 4)), "in uint8, with 1, 3 or 4 channels, got (4, 4) in float64"),
         (np.zeros((4, 4, 2), np.uint8), "got (4, 4, 2) in uint8"),
         (torch.zeros(4, 4, 3), "must be [C, H, W] in uint8"),
         (["seven.png", None], "got NoneType"),

@@ -332,7 +332,9 @@ def test_a_registered_name_belongs_to_one_class():
         pass
 
     assert ATTENTIONS.pop("for_this_test") is Mine
-    with pytest.raises(ValueError, match="'softmax' is already diffmm.layers.attention.softmax.SoftmaxAtt"):
+    with pytest.raises(
+        ValueError, match="'softmax' is already diffmm.layers.attention.softmax.SoftmaxAtt"
+    ):
         register_attention("softmax")(Mine)
     with pytest.raises(ValueError, match="'lin' must be a subclass of Attention, got <class"):
         register_attention("lin")(torch.nn.Linear)

@@ -330,7 +330,9 @@ def test_a_tensor_that_says_more_than_it_holds_is_refused(tmp_path):
 
 def test_models_of_others_have_no_description():
     backbone = Backbone(BackboneConfig(dim=32, depth=1, num_heads=4))
-    with pytest.raises(ValueError, match=r"Backbone has no description: only diffmm.models.TextModel"):
+    with pytest.raises(
+        ValueError, match=r"Backbone has no description: only diffmm.models.TextModel"
+    ):
         describe(backbone)
 
 

@@ -288,7 +288,9 @@ def test_bad_calls_are_refused(changes, message):
 
 def test_integer_queries_are_refused():
     integers = [x.detach().long() for x in make_inputs()]
-    with pytest.raises(ValueError, match=r"q has dtype torch\.int64; attention takes float32"):
+    with pytest.raises(
+        ValueError, match=r"q has dtype torch\.int64, but attention supports float32"
+    ):
         diff_attention(*integers, mask=AttentionMask())
 
 
