@@ -60,9 +60,7 @@ def changes(then: Fingerprint, now: Fingerprint) -> list[str]:
     found = []
     for name in [name for name in then if name in now and then[name] != now[name]]:
         is_hash = name.startswith(("names", "sizes", "contents", "labels"))
-        found.append(
-            f"{name} differ" if is_hash else f"{name}: {then[name]} before, {now[name]} now"
-        )
+        found.append(f"{name} differ" if is_hash else f"{name}: {then[name]}, now {now[name]}")
     return found
 
 

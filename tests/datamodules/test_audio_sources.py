@@ -169,7 +169,9 @@ def test_incomplete_speech_commands_are_named(commands):
     (source.folder / "zero").mkdir()
     with pytest.raises(ValueError, match=r"zero has no .wav files"):
         source.splits()
-    with pytest.raises(FileNotFoundError, match="speech_commands_v0.02: .*download: true"):
+    with pytest.raises(
+        FileNotFoundError, match="speech_commands_v0.02 does not exist: .*download: true"
+    ):
         SpeechCommands(str(commands / "elsewhere")).splits()
 
 

@@ -201,14 +201,17 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         "cannot be decoded: Pillow does not recognize it as one of BMP",
     ),
     "empty.jpg": (b"", "cannot be decoded: Pillow does not recognize it as one of BMP"),
-    "short.png": (png([b"\7"], 1, 8, 0, height=3), "has data for only a part of its 1 x 3 pixels"),
+    "short.png": (
+        png([b"\7"], 1, 8, 0, height=3),
+        "is incomplete: it has data for only a part of its 1 x 3 pixels",
+    ),
     "short.tif": (
         tiff(np.uint8([[1, 2]]), _257=4),
-        "has data for only a part of its 2 x 4 pixels",
+        "is incomplete: it has data for only a part of its 2 x 4 pixels",
     ),
     "short_planes.tif": (
         tiff(np.uint8([[1, 2]]), _277=3, _262=2, _284=2),
-        "cannot be decoded|has data for only a part",
+        "cannot be decoded|is incomplete",
     ),
 }
 
@@ -291,7 +294,9 @@ def test_the_content_decides_about_the_format(tmp_path: Path, monkeypatch) -> No
     eps = saved(Image.new("RGB", (4, 4)), "EPS")
     (tmp_path / "b.png").write_bytes(eps)
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", pytest.fail)
-    with pytest.raises(ValueError, match="it is no BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP file"):
+    with pytest.raises(
+        ValueError, match="not recognize it as one of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP"
+    ):
         read_image(tmp_path / "b.png")
 
 

@@ -141,7 +141,7 @@ def test_a_datamodule_without_a_reader_says_so():
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        (np.zeros(8), "a sound must be a path or a pair .waveform, sample_rate_hz."),
+        (np.zeros(8), "a sound must be a path or a pair (waveform, sample_rate_hz)"),
         ((np.zeros(8), 0), "sample_rate_hz must be an integer of at least 1, got 0"),
         ((np.zeros(8), 8e3), "sample_rate_hz must be an integer"),
         ((np.zeros(8, np.int16), 8000), "must be floats [S] or [channels, S]"),
@@ -204,7 +204,7 @@ def test_prompts_are_text_or_files_of_it(tmp_path):
     for item, message in (
         ("", "the prompt is empty: it needs at least one character"),
         (3, "a prompt must be a string or a Path, got int"),
-        (tmp_path / "nowhere.txt", "no text .*nowhere.txt"),
+        (tmp_path / "nowhere.txt", "text .*nowhere.txt does not exist"),
         (tmp_path / "binary.txt", "binary.txt is not UTF-8"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -212,7 +212,7 @@ def test_prompts_are_text_or_files_of_it(tmp_path):
     for settings in ({"tokenizer": 3}, {"tokenizer": "bytes", "definition": 3}):
         with pytest.raises(ValueError, match="must be a string, got 3"):
             TextReader(**settings)
-    with pytest.raises(ValueError, match="the definition of tokenizer 'mine' is none"):
+    with pytest.raises(ValueError, match="the definition of tokenizer 'mine' is invalid"):
         _ = TextReader(tokenizer="mine", definition="{}").encoder
 
 

@@ -106,7 +106,7 @@ def test_files_are_split_where_asked(folder: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_read_is_named(folder: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="text folder .*nowhere is not there"):
+    with pytest.raises(FileNotFoundError, match="text folder .*nowhere does not exist"):
         TextFolder(str(folder / "nowhere")).load(BYTES)
     with pytest.raises(FileNotFoundError, match=r"no file in .*texts matches '\*\.rst'"):
         TextFolder(str(folder), "*.rst").load(BYTES)

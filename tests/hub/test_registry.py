@@ -66,7 +66,7 @@ def test_an_override_reaches_all_that_refers_to_the_same_variable():
         ("image/digits_tiny", {"depth": "two"}, "BackboneConfig cannot be created"),
         ("image/digts_tiny", {}, "there is no recipe 'image/digts_tiny'; did you mean"),
         ("nowhere.yaml", {}, "there is no recipe file nowhere.yaml"),
-        ("image/digits_tiny", {"skip_head": True}, "skip_head=True is of no use without weights"),
+        ("image/digits_tiny", {"skip_head": True}, "skip_head=True needs weights"),
     ],
 )
 def test_what_is_refused(name, overrides, message):
