@@ -194,7 +194,7 @@ def test_no_whole_checkpoint_is_bad_input(run, interrupted):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("attention: diff_v2", "attention: softmax"), "of another architecture: attention"),
+        (("attention: diff_v2", "attention: softmax"), "another architecture: attention"),
         (("batch_size: 64", "batch_size: 32"), "was 64 samples and is now 32"),
         (("max_steps: 4", "max_steps: 4\n  accumulate_grad_batches: 2"), "took steps of 1 batches"),
     ],

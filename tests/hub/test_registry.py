@@ -104,7 +104,7 @@ def test_weights_to_start_from(tmp_path):
     assert again.num_classes == 3
     for name, weight in again.state_dict().items():
         assert name.startswith("head.") or weight.equal(model.state_dict()[name])
-    with pytest.raises(ValueError, match="skip_head=True starts with a new one"):
+    with pytest.raises(ValueError, match="skip_head=True keeps the new one"):
         create_model("image/digits_tiny", weights=file, num_classes=3)
 
 

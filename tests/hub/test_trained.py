@@ -249,7 +249,9 @@ def test_a_broken_job_is_told_with_its_file(job, message, there, tmp_path):
     torch.save({**checkpoint, "job": job}, tmp_path / "broken.ckpt")
     with pytest.raises(ValueError, match=re.escape(message)) as refused:
         diffmm.load(tmp_path / "broken.ckpt")
-    assert str(refused.value).startswith(f"{tmp_path / 'broken.ckpt'} says what its model is for")
+    assert str(refused.value).startswith(
+        f"{tmp_path / 'broken.ckpt'} has an invalid job of its model"
+    )
 
 
 def test_attention_maps_of_a_file(there, trained):
