@@ -241,7 +241,7 @@ def test_columns_of_something_else_are_named(tmp_path: Path, name: str, streamin
             assert [next(texts) for _ in range(number)] == ["a"] * number
             with pytest.raises(
                 BadSampleError,
-                match=rf"shard 0 \(.*rows.*\) cannot be read from row {number} on: .*{kind}",
+                match=rf"shard 0 \(.*rows.*\) cannot be read from row {number} onward: .*{kind}",
             ):
                 next(texts)
 
@@ -312,7 +312,7 @@ def test_token_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
         ValueError, match=r"a\.bin was written with tokenizer 'bytes' \(259 tokens\)"
     ):
         TokenFiles([str(path)]).load(Large())
-    with pytest.raises(FileExistsError, match=r"a\.bin exists already"):
+    with pytest.raises(FileExistsError, match=r"a\.bin already exists"):
         write_token_file(path, [], BYTES)
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(

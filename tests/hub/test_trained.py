@@ -273,5 +273,5 @@ def test_it_moves_and_says_what_it_is(there, trained):
 
 def test_a_model_without_classes_predicts_none():
     model = diffmm.create_model("image/digits_mae_tiny")
-    with pytest.raises(ValueError, match="holds a MaskedAutoencoder, which has no classes"):
+    with pytest.raises(ValueError, match="contains a MaskedAutoencoder, which has no classes"):
         diffmm.TrainedModel(model, Job()).predict("seven.png")
