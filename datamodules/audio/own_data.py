@@ -32,7 +32,7 @@ def own_sounds(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) 
     }
     settings = {**kept, **located.arguments}
     splits = make(**settings).splits()
-    rates, told_lengths = _looks(splits.train)
+    rates, told_lengths = _inspect(splits.train)
     told = told_splits(path, "sounds", settings, splits) + told_lengths
     found: dict[str, Any] = {
         "source": {"class_path": f"datamodules.audio.{make.__name__}", "init_args": settings},
@@ -49,7 +49,7 @@ def own_sounds(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) 
     return OwnData(found, facts, told)
 
 
-def _looks(clips: AudioClips) -> tuple[set[int], str]:
+def _inspect(clips: AudioClips) -> tuple[set[int], str]:
     """The sample rates of some clips, and a summary of rates and lengths.
 
     Raises:

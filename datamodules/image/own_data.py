@@ -45,7 +45,7 @@ def own_images(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) 
     kept = {name: arguments[name] for name in taken if name in arguments}
     settings = {**kept, **located.arguments}
     splits = make(**settings).splits()
-    channels, sizes = _looks(splits.train)
+    channels, sizes = _inspect(splits.train)
     told = told_splits(path, "images", settings, splits)
     told += f"; {IN_WORDS[channels]}, {sizes} pixels"
     node = {"class_path": f"datamodules.image.{make.__name__}", "init_args": settings}
@@ -65,7 +65,7 @@ def own_images(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) 
     return OwnData(found, facts, told)
 
 
-def _looks(images: LabelledImages) -> tuple[int, str]:
+def _inspect(images: LabelledImages) -> tuple[int, str]:
     """The number of channels of some images, and a summary of their sizes.
 
     Raises:

@@ -96,7 +96,7 @@ class Predictor:
         loader = WorkerLoader(
             _Chunks(items, self.reader, batch_size),
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=num_workers,
             worker_init_fn=ignore_stop_signals,
             # Without it, every new iterator would draw from torch's default generator.
@@ -106,7 +106,7 @@ class Predictor:
             read = []
             for item, sample in chunk:
                 if isinstance(sample, Exception):
-                    _refuse(item, sample, on_error)
+                    _raise_or_report(item, sample, on_error)
                 else:
                     read.append((item, sample))
             for item, scores in self._scored(read, on_error):
@@ -133,7 +133,7 @@ class Predictor:
                 return
             item = read[0][0]
             name = f"{item} " if isinstance(item, str | os.PathLike) else ""
-            _refuse(item, ValueError(f"{name}does not fit the model: {error}"), on_error)
+            _raise_or_report(item, ValueError(f"{name}does not fit the model: {error}"), on_error)
             return
         yield from zip((item for item, _ in read), scores, strict=True)
 
@@ -174,7 +174,7 @@ class _Chunks(IterableDataset[list[Read]]):
             return error
 
 
-def _as_it_is(chunk: list[Read]) -> list[Read]:
+def _identity(chunk: list[Read]) -> list[Read]:
     return chunk
 
 
@@ -199,7 +199,7 @@ def expanded(items: Iterable[Any], reader: Any) -> Iterator[Any]:
             )
 
 
-def _refuse(item: Any, error: Exception, on_error: OnError | None) -> None:
+def _raise_or_report(item: Any, error: Exception, on_error: OnError | None) -> None:
     if on_error is None:
         raise error
     on_error(item, error)

@@ -54,7 +54,7 @@ class RotaryEmbedding(nn.Module):
         # operators here.)
         once = torch.compiler.is_dynamo_compiling() and positions.shape[-2] > 1
         if once and not positions.requires_grad:
-            return _rotation_once(positions, self.frequencies.value)
+            return _rotation_op(positions, self.frequencies.value)
         return rotation_at(positions, self.frequencies.value)
 
 
@@ -67,13 +67,13 @@ def rotation_at(positions: Tensor, frequencies: Tensor) -> Rotation:
 
 
 @torch.library.custom_op("diffmm::rotation_at", mutates_args=())
-def _rotation_once(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def _rotation_op(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """`rotation_at` as a custom operator, which `torch.compile` neither inlines nor recomputes."""
     cos, sin = rotation_at(positions, frequencies)
     return cos.contiguous(), sin.contiguous()
 
 
-@_rotation_once.register_fake
+@_rotation_op.register_fake
 def _(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     *tokens, num_axes = positions.shape
     shape = (*tokens, num_axes * frequencies.shape[0])

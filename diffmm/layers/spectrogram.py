@@ -115,7 +115,7 @@ class LogMelSpectrogram(nn.Module):
 
     def _power(self, waveforms: Tensor, window: Tensor) -> Tensor:
         if torch.compiler.is_dynamo_compiling() and not waveforms.requires_grad:
-            return _power_unseen(waveforms, window, self.num_fft, self.hop_samples)
+            return _power_spectrum_op(waveforms, window, self.num_fft, self.hop_samples)
         return power_spectrum(waveforms, window, self.num_fft, self.hop_samples)
 
     def extra_repr(self) -> str:
@@ -132,12 +132,12 @@ def power_spectrum(waveforms: Tensor, window: Tensor, num_fft: int, hop: int) ->
 
 
 @torch.library.custom_op("diffmm::power_spectrum", mutates_args=())
-def _power_unseen(waveforms: Tensor, window: Tensor, num_fft: int, hop: int) -> Tensor:
+def _power_spectrum_op(waveforms: Tensor, window: Tensor, num_fft: int, hop: int) -> Tensor:
     """`power_spectrum` as a custom operator, which hides complex numbers from `torch.compile`."""
     return power_spectrum(waveforms, window, num_fft, hop).contiguous()
 
 
-@_power_unseen.register_fake
+@_power_spectrum_op.register_fake
 def _(waveforms: Tensor, window: Tensor, num_fft: int, hop: int) -> Tensor:
     batch, num_samples = waveforms.shape
     return waveforms.new_empty(batch, (num_samples - num_fft) // hop + 1, num_fft // 2 + 1)

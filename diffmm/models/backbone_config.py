@@ -119,7 +119,7 @@ class BackboneConfig(Settings):
         check_choice("norm", self.norm, NORMS)
         check_choice("feed_forward", self.feed_forward, FEED_FORWARDS)
         check_choice("rope", self.rope, ROPE_AXES)
-        self._refuse_fields_of_others()
+        self._check_unused_fields()
         # Building the layers on the meta device runs their own checks and allocates nothing.
         with torch.device("meta"):
             self.make_attention(0)
@@ -170,7 +170,7 @@ class BackboneConfig(Settings):
         )
         return own - others
 
-    def _refuse_fields_of_others(self) -> None:
+    def _check_unused_fields(self) -> None:
         """Raise an error for settings that this attention does not use.
 
         Raises:

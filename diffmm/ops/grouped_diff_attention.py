@@ -66,7 +66,7 @@ def grouped_diff_attention(
     check_backend(backend, BACKENDS)
     if backend == "auto":
         is_plain = mask.is_full or (mask.is_causal and q.shape[1] in (1, k.shape[1]))
-        backend = "sdpa" if is_plain else _for_other_masks(q, k, v, mask, scale)
+        backend = "sdpa" if is_plain else _backend_for_mask(q, k, v, mask, scale)
     return BACKENDS[backend](q, k, v, lam, mask=mask, scale=scale)
 
 
@@ -77,7 +77,7 @@ def paired(q: Tensor) -> Tensor:
     return torch.stack([signal, noise.expand_as(signal)], dim=4).flatten(2, 3)
 
 
-def _for_other_masks(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> str:
+def _backend_for_mask(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> str:
     return choose_backend(paired(q), k.unsqueeze(3), v, mask, scale)
 
 

@@ -215,9 +215,7 @@ class Planted:
 def test_opening_a_file_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {}, "model": Planted()}, "bad.ckpt")
-    with pytest.raises(
-        ValueError, match="bad.ckpt is not a complete checkpoint of tensors and"
-    ):
+    with pytest.raises(ValueError, match="bad.ckpt is not a complete checkpoint of tensors and"):
         load_model("bad.ckpt")
     assert not Path("planted").exists()
 
@@ -324,9 +322,7 @@ def test_a_tensor_that_says_more_than_it_holds_is_refused(tmp_path):
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     state["model.embedding.weight"] = torch.zeros(1).expand(1 << 20, 1 << 20)
     torch.save({"state_dict": state, "model": describe(model)}, file)
-    message = (
-        r"run.ckpt contains less data of embedding.weight than its shape \(1048576, 1048576\)"
-    )
+    message = r"run.ckpt contains less data of embedding.weight than its shape \(1048576, 1048576\)"
     with pytest.raises(ValueError, match=message):
         load_model(file)
     assert_refused_untouched(model, file, message)

@@ -29,7 +29,7 @@ def triton_backend(
     Raises:
         ValueError: If the kernels do not support the device, dtype, width or scale.
     """
-    _refuse(q, v, mask, scale)
+    _check_inputs(q, v, mask, scale)
     inputs = (
         q, k, v, lam, mask.causal, mask.window, mask.prefix_lengths, mask.document_ids,
         mask.key_padding, scale,
@@ -40,7 +40,7 @@ def triton_backend(
     return _attend(*inputs, for_backward)[0]
 
 
-def _refuse(q: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> None:
+def _check_inputs(q: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> None:
     D, E = q.shape[-1], v.shape[-1]
     if not (q.is_cuda or INTERPRETED):
         raise ValueError(f"backend 'triton' needs a CUDA device, but q is on {q.device}")
