@@ -111,8 +111,8 @@ def list_files(folder: str | Path, extensions: Sequence[str]) -> list[Path]:
 
 
 def walk_files(folder: str | Path, extensions: Sequence[str]) -> Iterator[Path]:
-    """Iterate lazily over the paths of `list_files`, sorted by full path. At most `_AT_ONCE` names
-    per open folder are kept in memory."""
+    """Iterate lazily over the paths of `list_files`, depth first and in order of names. At most
+    `_AT_ONCE` names per open folder are kept in memory."""
     yield from _walk_in_order(Path(folder), tuple(extensions), frozenset())
 
 
