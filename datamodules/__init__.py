@@ -1,7 +1,7 @@
-"""Datamodules: what the models of `diffmm` learn from, one file a modality.
+"""Datamodules for the models of `diffmm`, one package per modality.
 
-`TextData`, `ImageData` and `AudioData` are LightningDataModules. Each has an embedded default that
-needs no network, and takes the real thing as its source. They are imported when first asked for.
+`TextData`, `ImageData` and `AudioData` are LightningDataModules. Each has an embedded default
+source that needs no network, and sources for real data sets. They are imported on first access.
 """
 
 from importlib import import_module

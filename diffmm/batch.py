@@ -1,7 +1,7 @@
-"""What a batch is: the contract between the datamodules that make it and the models that eat it.
+"""The format of batches, shared by datamodules and models.
 
-Batches are plain dictionaries of tensors, so that any collate function, pinned memory and any
-strategy can carry them. `B` is the number of samples, `N` the number of tokens.
+Batches are plain dictionaries of tensors, so that they work with any collate function, pinned
+memory and any strategy. `B` is the number of samples, `N` the number of tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,34 +11,34 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""A target with this value takes no part in the loss."""
+"""Targets with this value are excluded from the loss."""
 
 REPEATED = "repeated"
-"""In a batch of any kind that has this key, `[B]` booleans and all true, nothing counts: other
-processes have samples left to evaluate where this one has none."""
+"""Key of `[B]` booleans, all true, that marks a repeated evaluation batch. It does not count in any
+metric: this process has run out of samples before the others."""
 
 
 InputShapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
-"""Fields of a batch, each with its shape and dtype."""
+"""Shape and dtype of each field of a batch."""
 
 
 class TextBatch(TypedDict):
-    """Token sequences and what is to be predicted at each position."""
+    """Token sequences and their targets."""
 
     tokens: Tensor
-    """`[B, N]` int64, what the model reads (for masked training, with the mask already in it)."""
+    """`[B, N]` int64, the model's input (already masked for masked training)."""
     targets: Tensor
-    """`[B, N]` int64, the token to predict at each position, `IGNORE_INDEX` where there is none.
-    For causal training this is already the next token: nobody shifts again."""
+    """`[B, N]` int64, the token to predict at each position, or `IGNORE_INDEX`. For causal training
+    targets are already shifted to the next token."""
     num_bytes: NotRequired[Tensor]
-    """`[B]` int64, how many UTF-8 bytes the predicted targets stand for (for bits per byte, which
-    is measured only where they are known)."""
+    """`[B]` int64, the number of UTF-8 bytes of the targets. Without it, bits per byte are not
+    measured."""
     document_ids: NotRequired[Tensor]
-    """`[B, N]` int64, in packed batches, which document each token belongs to."""
+    """`[B, N]` int64, the document of each token, in packed batches."""
     key_padding: NotRequired[Tensor]
     """`[B, N]` bool, true where a token is real, in padded batches."""
     index: NotRequired[Tensor]
-    """`[B]` int64, the sample's number in its dataset, for messages and the order of predictions.
+    """`[B]` int64, the index of each sample in its dataset, for messages and the order of predictions.
     The datamodules of this library always give it."""
 
 
@@ -49,9 +49,9 @@ class ImageBatch(TypedDict):
     images: Tensor
     """`[B, C, H, W]` float32, normalized by the dataset's mean and standard deviation."""
     labels: Tensor
-    """`[B]` int64, or `[B, num_classes]` float32 of zeros and ones where a sample has several."""
+    """`[B]` int64, or for multi-label data `[B, num_classes]` float32 of zeros and ones."""
     index: NotRequired[Tensor]
-    """`[B]` int64, the sample's number in its dataset, for messages and the order of predictions.
+    """`[B]` int64, the index of each sample in its dataset, for messages and the order of predictions.
     The datamodules of this library always give it."""
 
 
@@ -60,26 +60,26 @@ class AudioBatch(TypedDict):
     """Sounds and their classes."""
 
     waveforms: Tensor
-    """`[B, S]` float32 in [-1, 1], mono, at the model's sample rate, zeros after a clip's end."""
+    """`[B, S]` float32 in [-1, 1], mono, at the model's sample rate, padded with zeros."""
     num_samples: NotRequired[Tensor]
-    """`[B]` int64, how many of the `S` samples are real; all of them without it."""
+    """`[B]` int64, the number of real samples of each clip; without it, all are real."""
     labels: Tensor
-    """`[B]` int64, or `[B, num_classes]` float32 of zeros and ones where a sample has several."""
+    """`[B]` int64, or for multi-label data `[B, num_classes]` float32 of zeros and ones."""
     index: NotRequired[Tensor]
-    """`[B]` int64, the sample's number in its dataset, for messages and the order of predictions.
+    """`[B]` int64, the index of each sample in its dataset, for messages and the order of predictions.
     The datamodules of this library always give it."""
 
 
 def inputs_of(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """The positional arguments of a model's `forward` for this batch: the fields that the model
-    declares as its `input_fields`, or the first field of the batch where it declares none (a model
-    of timm). Fields after the first may be missing: the model then has its default for them."""
+    """The positional arguments of a model's `forward` for a batch: the fields in the model's
+    `input_fields`, or the first field of the batch if the model has no such attribute (as timm's
+    models). Fields after the first may be missing: the model then uses its default."""
     first, *others = input_fields(model, batch)
     return (batch[first], *(batch[field] for field in others if field in batch))
 
 
 def input_fields(model: Any, batch: Mapping[str, Any]) -> Sequence[str]:
-    """The fields of the batch that a model takes, the samples themselves first."""
+    """The names of the batch fields that a model takes, starting with the samples."""
     declared: Sequence[str] | None = getattr(model, "input_fields", None)
     return declared or (next(iter(batch)),)
 

@@ -1,15 +1,15 @@
-"""Checkpoints on disk: folders that are whole, or found out.
+"""Checkpoints on disk: folders whose manifests reveal damage.
 
     checkpoints/
-      LATEST                    names the folder that was finished last
+      LATEST                    the name of the folder that was completed last
       LOGS                      the folders of the run's CSV files
       step_00001000/
-        state.ckpt              the state; a folder where every process wrote a file of it
-        manifest.json           every file's size and SHA-256, and what the state is of
+        state.ckpt              the state; a folder if every process wrote its own file
+        manifest.json           size and SHA-256 of every file, and facts about the state
 
-A checkpoint is written to a hidden folder beside its place, flushed to the disk, and only then
-renamed. So a folder `step_*` was whole once; whether it still is, its manifest tells. Light: this
-module needs the standard library alone.
+A checkpoint is written to a hidden folder in the same directory, flushed to the disk, and only then
+renamed. A folder `step_*` was therefore complete when it was written; its manifest shows whether it
+still is. This module needs only the standard library.
 """
 
 import hashlib
@@ -22,23 +22,23 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeGuard
 
 DIRECTORY_NAME = "checkpoints"
-"""Where a run keeps them."""
+"""Name of a run's folder of checkpoints."""
 
 STATE_NAME = "state.ckpt"
 MANIFEST_NAME = "manifest.json"
 LATEST_NAME = "LATEST"
 UNFINISHED = ".unfinished-"
-"""What the names of folders that are being written start with."""
+"""Name prefix of folders that are being written."""
 REMOVED = ".removed-"
-"""What the names of folders that are being removed start with."""
+"""Name prefix of folders that are being removed."""
 SEAL = "manifest_sha256"
-"""The key in a manifest that shows damage to the manifest itself."""
+"""Key of a manifest's own hash, which reveals damage to the manifest."""
 REPLACED = "_replaced"
-"""What the name of a folder ends with for the moment in which another one takes its place."""
+"""Name suffix of a folder that is being replaced by another one."""
 
 
 class Checkpoint(NamedTuple):
-    """A folder with a manifest; its files may have been damaged since."""
+    """A folder with a manifest; its files may be damaged."""
 
     path: Path
     manifest: dict[str, Any]
@@ -49,12 +49,12 @@ class Checkpoint(NamedTuple):
 
     @property
     def order(self) -> int:
-        """Later ones have larger ones, whatever their step."""
+        """A number that increases with every checkpoint of a run, independent of the step."""
         return self.manifest["number"]
 
 
 def start(directory: Path, step: int) -> Path:
-    """A hidden, empty folder, for the files of a checkpoint."""
+    """Create a hidden, empty folder for the files of a checkpoint."""
     unfinished = directory / f"{UNFINISHED}step_{step:08d}"
     directory.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -65,12 +65,12 @@ def start(directory: Path, step: int) -> Path:
 def finish(
     unfinished: Path, facts: Mapping[str, Any], hashes: Mapping[str, tuple[int, str]] | None = None
 ) -> Path:
-    """Give a filled folder its manifest and its name, for good.
+    """Write the manifest of a complete folder and give the folder its final name.
 
     Args:
-        unfinished: made by `start`.
-        facts: for the manifest, plain values; with the `step`.
-        hashes: size and SHA-256 of files by name, where they are known; the others are read.
+        unfinished: A folder created by `start`.
+        facts: Plain values for the manifest, including the `step`.
+        hashes: Size and SHA-256 of files by name, if known; other files are read.
 
     Returns:
         The folder `step_...`.
@@ -93,7 +93,7 @@ def finish(
     final = directory / unfinished.name.removeprefix(UNFINISHED)
     aside = final.with_name(f"{final.name}{REPLACED}")
     if final.exists():
-        # Of the same step: a damaged one, or of a run that then went another way.
+        # A checkpoint of the same step: damaged, or from before the run was resumed.
         remove(aside)
         final.rename(aside)
     unfinished.rename(final)
@@ -104,7 +104,7 @@ def finish(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file, whole or not at all, and onto the disk."""
+    """Write a small file atomically and flush it to the disk."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.write_text(text, encoding="utf-8")
@@ -116,7 +116,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have the disk keep a file, or the names in a folder."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -125,20 +125,21 @@ def flush(path: Path) -> None:
 
 
 def measure(path: Path) -> tuple[int, str]:
-    """Size and SHA-256 of a file."""
+    """Compute the size and SHA-256 of a file."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), digest
 
 
 def seal(manifest: dict[str, Any]) -> str:
-    """The SHA-256 of all that a manifest says."""
+    """Compute the SHA-256 of a manifest's contents."""
     told = {key: value for key, value in manifest.items() if key != SEAL}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder; one that is cut off on the way is no checkpoint any more."""
+    """Remove a folder, which is renamed first so that an interrupted removal leaves no damaged
+    checkpoint."""
     if folder.exists():
         hidden = folder.with_name(f"{REMOVED}{folder.name}")
         shutil.rmtree(hidden, ignore_errors=True)
@@ -147,7 +148,7 @@ def remove(folder: Path) -> None:
 
 
 def clean(directory: Path) -> None:
-    """Undo or end what writes and removals that were cut off have begun."""
+    """Undo or complete interrupted writes and removals."""
     for start_of_name in (UNFINISHED, REMOVED):
         for folder in directory.glob(f"{start_of_name}*"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -163,7 +164,7 @@ def clean(directory: Path) -> None:
 
 
 def checkpoints(directory: Path) -> list[Checkpoint]:
-    """All folders with a readable manifest, from first to last."""
+    """All folders with a valid manifest, from first to last."""
     found = []
     for folder in directory.glob("step_*"):
         manifest = read_manifest(folder)
@@ -173,10 +174,10 @@ def checkpoints(directory: Path) -> list[Checkpoint]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What a folder's manifest says; `None` if there is none, or it is damaged."""
+    """Read a folder's manifest; `None` if it is missing or damaged."""
     path = folder / MANIFEST_NAME
     try:
-        # Anything but a file, such as a pipe, might never answer.
+        # Reading anything but a regular file, such as a pipe, might block.
         manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
         is_whole = _is_manifest(manifest) and manifest[SEAL] == seal(manifest)
     except (OSError, ValueError, RecursionError):
@@ -185,8 +186,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_manifest(found: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether a manifest has all that is asked of it, of the right types. One that names no file
-    vouches for nothing."""
+    """Whether a manifest has all required entries with the right types, including at least one
+    file."""
     if not isinstance(found, dict) or not isinstance(found.get(SEAL), str):
         return False
     files, metrics = found.get("files"), found.get("metrics", {})
@@ -213,17 +214,17 @@ def _is_entry(entry: object) -> bool:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether the name of a file stays in its folder."""
+    """Whether a file name stays within its folder."""
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 def fault(folder: Path, *, read: bool = True) -> str | None:
-    """What is wrong with a checkpoint; `None` if it is whole.
+    """Describe the damage of a checkpoint; `None` if it is complete.
 
     Args:
-        folder: of the checkpoint.
-        read: compare the contents of its files, too; otherwise only their sizes.
+        folder: Folder of the checkpoint.
+        read: Whether to compare the contents of files and not only their sizes.
     """
     if not (folder / MANIFEST_NAME).exists():
         return f"it has no {MANIFEST_NAME}"
@@ -235,25 +236,25 @@ def fault(folder: Path, *, read: bool = True) -> str | None:
         try:
             size = path.stat().st_size
             if not path.is_file():
-                return f"{name} is no file"
+                return f"{name} is not a regular file"
             if size != entry["size"]:
                 return f"{name} has {size} bytes of {entry['size']}"
             if read and measure(path)[1] != entry["sha256"]:
-                return f"{name} has other contents than when it was written"
+                return f"the contents of {name} have changed since it was written"
         except OSError as error:
             return f"{name} cannot be read: {error.strerror or error}"
     return None
 
 
 def find_whole(directory: Path, *, warn: Callable[[str], object] = warnings.warn) -> Path | None:
-    """The newest whole checkpoint of a directory, or `None` where there has never been one.
+    """Find the newest complete checkpoint of a directory; `None` if it has no checkpoints.
 
     Args:
-        directory: `RUN/checkpoints`.
-        warn: called with one line, if newer ones are passed over, that names each and its fault.
+        directory: The directory `RUN/checkpoints`.
+        warn: Called with a one-line message if newer checkpoints are skipped, with their faults.
 
     Raises:
-        ValueError: if there are checkpoints, but none is whole.
+        ValueError: If there are checkpoints, but none is complete.
     """
     known = checkpoints(directory)
     named = {checkpoint.path.name for checkpoint in known}
@@ -265,37 +266,37 @@ def find_whole(directory: Path, *, warn: Callable[[str], object] = warnings.warn
             faults += unfinished_after(directory, checkpoint.step)
             if faults:
                 warn(
-                    f"{directory}: uses {checkpoint.path.name}, and not {', '.join(faults)}: "
-                    f"remove what is broken"
+                    f"{directory}: using {checkpoint.path.name} instead of {', '.join(faults)}: "
+                    f"remove the damaged ones"
                 )
             return checkpoint.path
         faults.append(f"{checkpoint.path.name} ({wrong})")
     if faults:
-        raise ValueError(f"no checkpoint in {directory} is whole: {', '.join(faults)}")
+        raise ValueError(f"no checkpoint in {directory} is complete: {', '.join(faults)}")
     return None
 
 
 def find_state(path: Path, *, warn: Callable[[str], object] = warnings.warn) -> Path:
-    """The state that is meant by the path of a checkpoint's folder, of a run or of its
-    `checkpoints`: of the latter two the newest whole one. Any other path is returned as it is.
+    """Find the state file of a checkpoint folder, or of the newest complete checkpoint of a run or
+    its `checkpoints` folder. Any other path is returned unchanged.
 
     Args:
-        path: what a user gave.
-        warn: as in `find_whole`.
+        path: A path given by the user.
+        warn: As in `find_whole`.
 
     Raises:
-        ValueError: naming the fault of each, if there are checkpoints, but none that is whole.
+        ValueError: If there are checkpoints, but none is complete; the message names their faults.
     """
     if path.name.startswith("step_") and path.is_dir():
         wrong = fault(path)
         if wrong is not None:
-            raise ValueError(f"checkpoint {path} is not whole: {wrong}")
+            raise ValueError(f"checkpoint {path} is damaged: {wrong}")
         return path / STATE_NAME
     for directory in (path / DIRECTORY_NAME, path):
         whole = find_whole(directory, warn=warn)
         if whole is not None:
             return whole / STATE_NAME
-        # As Lightning's own callback writes them.
+        # Checkpoints of Lightning's own callback.
         files = directory.glob("*.ckpt") if directory.name == DIRECTORY_NAME else ()
         latest = max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
         if latest is not None:
@@ -304,23 +305,23 @@ def find_state(path: Path, *, warn: Callable[[str], object] = warnings.warn) -> 
 
 
 def unfinished_after(directory: Path, step: int) -> list[str]:
-    """Names of later checkpoints that were being written when a run was cut off."""
+    """Names of later checkpoints whose writing was interrupted."""
     prefix = f"{UNFINISHED}step_"
     names = [folder.name for folder in directory.glob(f"{prefix}*")]
     return [
-        f"{name} (it was never finished)"
+        f"{name} (it is incomplete)"
         for name in names
         if (digits := name.removeprefix(prefix)).isdigit() and int(digits) > step
     ]
 
 
 def best(directory: Path, monitor: str, mode: str) -> list[Checkpoint]:
-    """The checkpoints that a metric is known of, from best to worst; of equals the later first.
+    """The checkpoints with a metric, from best to worst; of equal ones the later first.
 
     Args:
-        directory: `RUN/checkpoints`.
-        monitor: the metric.
-        mode: whether the `min` or the `max` of it is best.
+        directory: The directory `RUN/checkpoints`.
+        monitor: Name of the metric.
+        mode: `min` if lower values are better, `max` if higher ones are.
     """
     sign = 1.0 if mode == "min" else -1.0
     measured = [
@@ -334,13 +335,15 @@ def best(directory: Path, monitor: str, mode: str) -> list[Checkpoint]:
 def prune(
     directory: Path, *, keep_last: int, keep_best: int, monitor: str | None, mode: str
 ) -> None:
-    """Remove all checkpoints but the last and the best ones.
+    """Remove all checkpoints except the last and the best ones.
 
     Args:
-        directory: `RUN/checkpoints`.
-        keep_last: how many, at least 1. Folders that are visibly broken do not count, and stay.
-        keep_best: how many of the best by `monitor`.
-        monitor, mode: as in `best`.
+        directory: The directory `RUN/checkpoints`.
+        keep_last: Number of last checkpoints to keep, at least 1. Damaged folders do not count and
+            are kept.
+        keep_best: Number of best checkpoints by `monitor` to keep.
+        monitor: Name of the metric, as in `best`.
+        mode: `min` or `max`, as in `best`.
     """
     ranked = best(directory, monitor, mode) if monitor is not None else []
     whole = [found for found in checkpoints(directory) if fault(found.path, read=False) is None]

@@ -1,4 +1,4 @@
-"""The words in which the library refuses a value."""
+"""Checks of values, and their error messages."""
 
 import difflib
 import math
@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on. The message says all that a user needs to know."""
+    """Data that cannot be used. The message is complete without a traceback."""
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
-    """Refuse a `value` that is none of `choices`.
+    """Check that `value` is one of `choices`.
 
     Raises:
-        ValueError: naming the argument, the value, the choices and the nearest one.
+        ValueError: If it is not; the message names the argument, the value, the choices and the
+            nearest one.
     """
     choices = list(choices)
     if value in choices:
@@ -24,21 +25,21 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
 
 
 def did_you_mean(value: object, choices: Iterable[object]) -> str:
-    """A hint at the nearest choice, empty where none is near."""
+    """A hint at the nearest choice, or an empty string."""
     near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 SMALLEST, LARGEST = 1e-45, 1e30
-"""Smaller numbers are 0 in float32; larger ones leave no room in it for products with others."""
+"""Smaller numbers are 0 in float32; products with larger ones may overflow float32."""
 
 MOST = 10**15
-"""No count is larger."""
+"""Maximum of integers."""
 
 
 def number_fault(value: object) -> str | None:
-    """What is wrong with a number that no run can mean: one that is infinite or NaN, or would be
-    that, or 0, in float32. `None` for any other value."""
+    """Why a number is invalid: it is infinite or NaN, or too large or too small for float32. `None`
+    for any other value."""
     if isinstance(value, int):
         return None if abs(value) <= MOST else f"must be at most {MOST:,} in size"
     if not isinstance(value, float):
@@ -52,10 +53,10 @@ def number_fault(value: object) -> str | None:
 
 @dataclass(frozen=True)
 class Settings:
-    """The base of every dataclass of settings: none of its numbers may be one that no run can mean.
+    """Base class of all dataclasses of settings, which checks that numbers are finite and in range.
 
     Raises:
-        ValueError: naming the field and the value.
+        ValueError: If a number is invalid; the message names the field and the value.
     """
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Forked processes, started again where one is born dead."""
+"""Forked processes that are started again if they hang."""
 
 import logging
 from multiprocessing.connection import Connection, Pipe
@@ -8,20 +8,20 @@ from multiprocessing.popen_fork import Popen
 logger = logging.getLogger(__name__)
 
 SECONDS_TO_BE_BORN = 10.0
-"""For a process's first try; a fork takes hundredths of one."""
+"""Timeout of the first attempt; a fork takes hundredths of a second."""
 
 
 class CheckedFork(ForkProcess):
-    """A forked process that is killed and forked again if it does not begin to run.
+    """A forked process that is killed and forked again if it does not start to run.
 
-    In Python 3.11.7 and other releases before 3.12 a child waits forever for a lock of the
-    interpreter's, if another thread held that at the moment of the fork
-    (https://github.com/python/cpython/issues/112275): one of a process group's, say, which lets go
-    of a tensor. Every try has twice the time of the one before.
+    In Python 3.11.7 and other releases before 3.12, a child waits forever for a lock of the
+    interpreter if another thread held it during the fork
+    (https://github.com/python/cpython/issues/112275), for example a thread of a process group that
+    releases a tensor. The timeout doubles with every attempt.
     """
 
     _ends: tuple[Connection, Connection]
-    """Of the pipe through which the child tells that it runs."""
+    """The ends of the pipe through which the child signals that it runs."""
 
     @staticmethod
     def _Popen(process_obj: "CheckedFork") -> Popen:  # type: ignore[override]
@@ -34,8 +34,8 @@ class CheckedFork(ForkProcess):
                 if reader.poll(seconds):
                     return child
             logger.warning(
-                f"a forked process did not begin to run within {seconds:g} seconds: forked again "
-                f"(Python 3.12 does not need this)"
+                f"a forked process did not start within {seconds:g} seconds: forking it again "
+                f"(not needed with Python 3.12)"
             )
             child.kill()
             child.wait()

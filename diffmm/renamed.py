@@ -1,4 +1,4 @@
-"""Names that have changed, so that recipes, runs and weights from before still load."""
+"""Renamed classes and arguments, so that older recipes, runs and weights still load."""
 
 import re
 import warnings
@@ -22,7 +22,7 @@ CLASSES = {
     "diffmm.training.stops.CleanStop": "diffmm.training.GracefulShutdown",
     "diffmm.training.checkpoints": "diffmm.training.resilience.checkpoints",
 }
-"""Modules and classes, and where they are now."""
+"""Old and new paths of modules and classes."""
 
 ARGUMENTS: dict[str, dict[str, str]] = {
     "datamodules.audio.SoundFolder": {"folder": "train"},
@@ -32,7 +32,7 @@ ARGUMENTS: dict[str, dict[str, str]] = {
     },
     "datamodules.text.TextFolder": {"path": "root"},
 }
-"""Arguments of classes, by the names that the classes have now."""
+"""Old and new names of arguments, by the new names of their classes."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "datamodules.audio.SoundTable": {
@@ -41,31 +41,31 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "multi_label": True,
     },
 }
-"""What a class did under its old name where a recipe was silent, and now does otherwise."""
+"""Defaults of a class under its old name that have changed."""
 
 FIELDS = {"class_token": "cls_token", "num_registers": "num_reg_tokens"}
-"""Fields of a model's config."""
+"""Old and new names of fields of model configs."""
 
 WEIGHTS = {"class_token": "cls_token", "registers": "reg_token"}
-"""Parameters, by the last part of their names."""
+"""Old and new names of parameters, by the last part of their names."""
 
 STATES = {"BadNumbers": "NonFiniteGuard", "CleanStop": "GracefulShutdown"}
-"""Callbacks whose state a checkpoint holds."""
+"""Old and new names of callbacks whose state is in checkpoints."""
 
 _OLD = re.compile(rf"({'|'.join(map(re.escape, sorted(CLASSES, key=len, reverse=True)))})(?![\w])")
 
 
 def with_new_names(values: Any, origin: str) -> Any:
-    """Plain values of a recipe, a run or a model's description in the names of today.
+    """Replace old names in the plain values of a recipe, a run or a model's description.
 
     Args:
-        values: dicts, lists and plain values; left as they are.
-        origin: the file that they are of, for the warning that names the old and the new.
+        values: Dicts, lists and plain values; not modified.
+        origin: The file of the values, for the warning about old names.
     """
     found: dict[str, str] = {}
     renamed = _renamed(values, found)
     if found:
-        listed = "; ".join(f"{old} is called {new} now" for old, new in found.items())
+        listed = "; ".join(f"{old} is now {new}" for old, new in found.items())
         warnings.warn(f"{origin} has old names: {listed}", FutureWarning, stacklevel=2)
     return renamed
 
@@ -89,7 +89,7 @@ def _renamed(values: Any, found: dict[str, str]) -> Any:
 def _with_new_arguments(
     node: dict[str, Any], old_class: Any, found: dict[str, str]
 ) -> dict[str, Any]:
-    """A node that says which class to make, with the arguments that the class takes today."""
+    """Rename the arguments of a node that names a class."""
     new_class, arguments = node.get("class_path"), node.get("init_args", {})
     if not isinstance(new_class, str) or not isinstance(arguments, dict):
         return node
@@ -107,11 +107,11 @@ def _with_new_arguments(
 
 
 def weights_with_new_names(weights: dict[str, Any]) -> dict[str, Any]:
-    """A state dict, or anything keyed by parameters' names, in the names of today."""
+    """Replace old names in a state dict, or another dict with the names of parameters as keys."""
     return {weight_name(name): weight for name, weight in weights.items()}
 
 
 def weight_name(name: str) -> str:
-    """A parameter's name of today."""
+    """The current name of a parameter."""
     path, dot, last = name.rpartition(".")
     return f"{path}{dot}{WEIGHTS.get(last, last)}"

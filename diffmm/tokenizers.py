@@ -1,4 +1,4 @@
-"""Text to tokens and back: bytes built in, and every tokenizer of Hugging Face `tokenizers`."""
+"""Tokenizers: a built-in byte tokenizer, and all tokenizers of Hugging Face `tokenizers`."""
 
 import hashlib
 import json
@@ -32,75 +32,75 @@ PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_i
 
 
 class Tokenizer(ABC):
-    """What texts are encoded with.
+    """Base class of tokenizers.
 
-    Special tokens (end of text, mask, padding) stand between texts, never for a part of one:
-    `encode` makes none, even where a text spells one out, and `decode` leaves them out.
+    Special tokens (end of text, mask, padding) never represent text: `encode` produces none, even
+    if a text contains the name of one, and `decode` skips them.
     """
 
     name: str
-    """What `load_tokenizer` was given."""
+    """The name passed to `load_tokenizer`."""
     vocab_size: int
-    """One more than the largest id."""
+    """The largest id plus one."""
     special_ids: frozenset[int]
-    """The ids that stand for no text."""
+    """The ids of special tokens."""
 
     @property
     @abstractmethod
     def eos_id(self) -> int:
-        """The end of a text. `ValueError` where the tokenizer has none."""
+        """The end-of-text id. Raises `ValueError` if the tokenizer has none."""
 
     @property
     @abstractmethod
     def mask_id(self) -> int:
-        """What hides a token in masked training. `ValueError` where the tokenizer has none."""
+        """The mask id for masked training. Raises `ValueError` if the tokenizer has none."""
 
     @property
     @abstractmethod
     def pad_id(self) -> int:
-        """What fills up a batch: the padding token, or the end of text where there is none."""
+        """The padding id, or the end-of-text id if the tokenizer has none."""
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """The same for tokenizers that make the same tokens, whatever their names."""
+        """A hash that is equal for tokenizers that produce the same tokens."""
 
     @property
     def definition(self) -> str | None:
-        """What makes this tokenizer again where its file is not (see `load_tokenizer`); `None` for
-        one that is built in."""
+        """A text that recreates this tokenizer without its file (see `load_tokenizer`); `None` for
+        a built-in tokenizer."""
         return None
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
-        """The ids of each text, encoded in parallel where the tokenizer can."""
+        """Encode several texts, in parallel if the tokenizer supports it."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, U+FFFD for bytes that are no UTF-8. Ids past the vocabulary (a model's
-        may be larger) stand for nothing."""
+        """Decode `ids`, with U+FFFD for invalid UTF-8. Ids beyond the vocabulary, which a model may
+        generate if its vocabulary is larger, are skipped."""
 
     @cached_property
     @abstractmethod
     def byte_lengths(self) -> NDArray[np.int64]:
-        """`[vocab_size]`, how many UTF-8 bytes of text each id stands for; 0 for special ids.
+        """Number of UTF-8 bytes of text per id, `[vocab_size]`; 0 for special ids.
 
-        Their sum over the ids of a text is the length of the text wherever the tokenizer is
-        lossless. Where it is not (WordPiece, lower casing), each id counts for what it adds to a
-        decoded text.
+        If the tokenizer is lossless, their sum over the ids of a text is the length of the text.
+        Otherwise (WordPiece, lowercasing) each id counts as the bytes that it adds to the decoded
+        text.
         """
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`."""
+        """Encode `text` as ids."""
         return self.encode_batch([text])[0].tolist()
 
     def num_bytes(self, ids: Iterable[int]) -> int:
-        """How many UTF-8 bytes of text `ids` stand for. See `byte_lengths`."""
+        """Number of UTF-8 bytes of text that `ids` represent; see `byte_lengths`."""
         return int(self.byte_lengths[np.fromiter(ids, np.int64)].sum())
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8 bytes as ids 0 to 255, then end of text, mask and padding."""
+    """UTF-8 bytes as ids 0 to 255, followed by end of text, mask and padding."""
 
     name = "bytes"
     vocab_size = 259
@@ -123,12 +123,12 @@ class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library.
 
     Args:
-        name: as in `load_tokenizer`, for messages.
-        inner: the library's tokenizer. Special tokens are found by their usual names.
+        name: Name of the tokenizer, as in `load_tokenizer`.
+        inner: The library's tokenizer. Special tokens are recognized by their usual names.
     """
 
     def __init__(self, name: str, inner: "tokenizers.Tokenizer") -> None:
-        # A tokenizer file may carry these; here sequences are cut and padded in batches.
+        # A tokenizer file may enable these, but datamodules cut and pad sequences.
         inner.no_padding()
         inner.no_truncation()
         inner.encode_special_tokens = True
@@ -179,14 +179,14 @@ class HuggingFaceTokenizer(Tokenizer):
         for token, id in self._ids.items():
             if id in self.special_ids:
                 continue
-            if alphabet.issuperset(token):  # each character of this alphabet stands for a byte
+            if alphabet.issuperset(token):  # each character of this alphabet represents a byte
                 lengths[id] = len(token)
             elif "ByteFallback" in steps and len(token) == 6 and token.startswith("<0x"):
                 lengths[id] = 1
             else:
                 in_context.append(id)
         if in_context:
-            # What stands first may lose its leading space: measure what is added to a first token.
+            # The first token may lose its leading space: measure what a second token adds.
             first = in_context[0]
             texts = self._inner.decode_batch([[first], *([first, id] for id in in_context)])
             alone, *pairs = (len(text.encode()) for text in texts)
@@ -197,22 +197,20 @@ class HuggingFaceTokenizer(Tokenizer):
         for name in names:
             if name in self._ids:
                 return self._ids[name]
-        raise ValueError(
-            f"tokenizer {self.name!r} has no {what} token: looked for {', '.join(names)}"
-        )
+        raise ValueError(f"tokenizer {self.name!r} has no {what} token: none of {', '.join(names)}")
 
 
 def load_tokenizer(name: str, definition: str | None = None) -> Tokenizer:
-    """The tokenizer called `name`.
+    """Load a tokenizer by name.
 
     Args:
-        name: `bytes`, the path of a `tokenizer.json` (or of a folder that has one), or the name of
-            a repository on the Hugging Face hub that has one, such as `gpt2`.
-        definition: the text of its `tokenizer.json`, where that is at hand: nothing else is read.
+        name: `bytes`, the path of a `tokenizer.json` (or of a folder that contains one), or the
+            name of a repository on the Hugging Face hub that contains one, such as `gpt2`.
+        definition: The text of the `tokenizer.json`, if available; then nothing else is read.
 
     Raises:
-        FileNotFoundError: for a path with no such file.
-        ValueError: for a file that is no tokenizer, or a name the hub does not give; naming it.
+        FileNotFoundError: If the path does not exist.
+        ValueError: If the file is not a tokenizer, or the hub does not have the name.
     """
     if name == "bytes":
         return ByteTokenizer()
@@ -222,13 +220,13 @@ def load_tokenizer(name: str, definition: str | None = None) -> Tokenizer:
         try:
             return HuggingFaceTokenizer(name, Inner.from_str(definition))
         except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"the definition of tokenizer {name!r} is none: {error}") from error
+            raise ValueError(f"the definition of tokenizer {name!r} is invalid: {error}") from error
     path = Path(name)
     if path.is_dir():
         path /= "tokenizer.json"
     if path.suffix == ".json" or path.exists():
         if not path.is_file():
-            raise FileNotFoundError(f"tokenizer {name!r}: there is no file {path}")
+            raise FileNotFoundError(f"tokenizer {name!r}: file {path} does not exist")
         try:
             return HuggingFaceTokenizer(name, Inner.from_file(str(path)))
         except Exception as error:  # the library raises bare Exceptions
@@ -237,15 +235,15 @@ def load_tokenizer(name: str, definition: str | None = None) -> Tokenizer:
             ) from error
     try:
         return HuggingFaceTokenizer(name, Inner.from_pretrained(name))
-    except Exception as error:  # of many types: the network's, the hub's, the library's
+    except Exception as error:  # of the network, the hub or the library
         raise ValueError(
-            f"tokenizer {name!r} is neither 'bytes' nor a file, and the Hugging Face hub does not "
-            f"give it ({error}){did_you_mean(name, ['bytes'])}"
+            f"tokenizer {name!r} is neither 'bytes' nor a file, and it cannot be loaded from the "
+            f"Hugging Face hub ({error}){did_you_mean(name, ['bytes'])}"
         ) from error
 
 
 class StreamDecoder:
-    """Text as its ids arrive, never a part of a character.
+    """Decodes ids incrementally, in whole characters.
 
     >>> decoder = StreamDecoder(load_tokenizer("bytes"))
     >>> [decoder.feed([id]) for id in "né".encode()], decoder.flush()
@@ -255,14 +253,14 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._num_known = 0  # ids given out whole, kept since the text of an id depends on the last
-        self._num_shown = 0  # characters given out of the text of `_ids`
+        self._num_known = 0  # ids already returned, kept as context for the next ones
+        self._num_shown = 0  # characters of the text of `_ids` already returned
 
     def feed(self, ids: Iterable[int]) -> str:
-        """The characters that are whole with these further ids; may be none yet."""
+        """Add ids and return the characters that they complete, possibly none."""
         self._ids += ids
         text = self._tokenizer.decode(self._ids)
-        # An unfinished character shows as replacement characters at the end.
+        # An incomplete character is decoded as replacement characters at the end.
         whole = len(text.rstrip(REPLACEMENT))
         piece = text[self._num_shown : whole]
         self._num_shown = max(self._num_shown, whole)
@@ -273,14 +271,14 @@ class StreamDecoder:
         return piece
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that stayed unfinished."""
+        """Return the rest of the text, with U+FFFD for an incomplete character."""
         piece = self._tokenizer.decode(self._ids)[self._num_shown :]
         self._ids, self._num_known, self._num_shown = [], 0, 0
         return piece
 
 
 def _decoder_steps(inner: "tokenizers.Tokenizer") -> set[str]:
-    """The types of the decoder's steps, as the tokenizer's file names them."""
+    """The types of the decoder's steps in the tokenizer file."""
 
     def flatten(decoder: dict[str, Any] | None) -> set[str]:
         if decoder is None:

@@ -1,4 +1,4 @@
-"""Processes that load data beside a training process."""
+"""Data loader workers of a training process."""
 
 import multiprocessing
 import os
@@ -16,22 +16,22 @@ STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM} | (
 )
 
 FORKS_CAN_HANG = sys.version_info < (3, 12) and sys.platform == "linux"
-"""Whether this is a Python whose forks `diffmm.forks` looks after, where processes are forked."""
+"""Whether forked processes of this Python can hang, which `diffmm.forks` handles."""
 
 Sample = TypeVar("Sample", covariant=True)
 
 
 class WorkerLoader(DataLoader[Sample]):
-    """A `DataLoader` whose workers are born with the signals that stop a run held back, until its
-    `worker_init_fn`, which should be `ignore_stop_signals`, says what becomes of them; and born
-    again where a Python before 3.12 lets a forked one hang."""
+    """A `DataLoader` whose workers start with stop signals blocked until its `worker_init_fn`,
+    which should be `ignore_stop_signals`, handles them. Workers that hang when forked by a Python
+    before 3.12 are started again."""
 
     def __iter__(self) -> Any:
         if self.num_workers == 0:
             return super().__iter__()
         is_forked = multiprocessing.get_start_method(allow_none=True) in (None, "fork")
         if FORKS_CAN_HANG and is_forked and self.multiprocessing_context is None:
-            from diffmm.forks import CheckedForks  # Windows has nothing that this could import
+            from diffmm.forks import CheckedForks  # cannot be imported on Windows
 
             self.multiprocessing_context = CheckedForks()
         with _stop_signals_held():
@@ -39,15 +39,17 @@ class WorkerLoader(DataLoader[Sample]):
 
 
 def ignore_stop_signals(worker_id: int) -> None:
-    """Leave the signals that stop a run to its training process: a `DataLoader`'s `worker_init_fn`.
+    """A `worker_init_fn` of a `DataLoader` that ignores stop signals, which the training process
+    handles.
 
-    A terminal, torchrun and SLURM send them to every process of a run. A worker that ended by one
-    would take along the training process, which is about to save. It still ends with that process,
-    or when that process (and nobody else) sends SIGTERM, as loaders do.
+    A terminal, torchrun and SLURM send stop signals to every process of a run. If a worker exited,
+    the training process would fail before it has saved a checkpoint. A worker still exits with the
+    training process, or when only that process sends SIGTERM, as data loaders do.
     """
     for number in STOP_SIGNALS - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
-    # Only waiting for a signal tells its sender. (macOS has no such call: SIGTERM is as before.)
+    # Only waiting for a signal reveals its sender. (macOS lacks `sigwaitinfo`; there SIGTERM keeps
+    # its default action.)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
@@ -63,7 +65,7 @@ def _end_with(parent: int) -> None:
 
 @contextmanager
 def _stop_signals_held() -> Iterator[None]:
-    """Hold them back, in this thread and in all processes it starts, until the end."""
+    """Block stop signals in this thread and in processes that it starts, during the body."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

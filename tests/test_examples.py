@@ -80,5 +80,5 @@ def test_an_attention_of_ones_own_is_seen_everywhere(example):
     assert own.UniformNoiseAttention.label == "uniform noise"
     groups = {group["name"] for group in parameter_groups(model, OptimizerConfig(1e-3))}
     assert groups == {"decay", "no_decay", "lambda"}
-    with pytest.raises(ValueError, match="share='q' means nothing to attention 'uniform_noise'"):
+    with pytest.raises(ValueError, match="share='q' is not used by attention 'uniform_noise'"):
         BackboneConfig(32, 2, 4, attention="uniform_noise", share="q")

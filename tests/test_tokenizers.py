@@ -179,7 +179,7 @@ def test_special_tokens_are_found_by_name_or_missed_clearly() -> None:
     assert BUILT["word_piece"].eos_id == 1
     assert BUILT["word_piece"].pad_id == 3
     assert BUILT["byte_fallback"].pad_id == 2  # none of its own: the end of text
-    with pytest.raises(ValueError, match=r"'byte_fallback' has no mask token: looked for \[MASK\]"):
+    with pytest.raises(ValueError, match=r"'byte_fallback' has no mask token: none of \[MASK\]"):
         _ = BUILT["byte_fallback"].mask_id
     bare = HuggingFaceTokenizer("bare", byte_level(specials=[]))
     with pytest.raises(ValueError, match=r"'bare' has no end-of-text token.*<\|endoftext\|>"):
@@ -187,9 +187,9 @@ def test_special_tokens_are_found_by_name_or_missed_clearly() -> None:
 
 
 def test_what_is_no_tokenizer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*missing\.json"):
+    with pytest.raises(FileNotFoundError, match=r"file .*missing\.json does not exist"):
         load_tokenizer(str(tmp_path / "missing.json"))
-    with pytest.raises(FileNotFoundError, match=r"no file .*tokenizer\.json"):
+    with pytest.raises(FileNotFoundError, match=r"file .*tokenizer\.json does not exist"):
         load_tokenizer(str(tmp_path))
     bad = tmp_path / "bad.json"
     bad.write_text("{}")

@@ -115,6 +115,6 @@ def resume_damaged(run: Run, whole: Run, way: str, rng: random.Random) -> Fault:
         wrong.append(f"exit codes {codes}: {attempt.printed[-2000:]}")
     else:
         wrong += differences(run, whole)
-    if f"uses {names[0]}, and not" not in attempt.printed:
+    if f"using {names[0]} instead of" not in attempt.printed:
         wrong.append(f"what it goes on with is not told: {attempt.printed[-2000:]}")
     return Fault(f"resumed, {way}", f"{run.name}: {', '.join(done)}").and_lost(wrong)

@@ -78,7 +78,7 @@ def changed_data(run: Run, whole: Run, change: str, rng: random.Random) -> Fault
             CHANGES[change](file)
     attempt = run.start("resume")
     codes = attempt.wait(SECONDS_A_RUN)
-    if codes != [2] or "are not those of the checkpoint" not in attempt.printed:
+    if codes != [2] or "differ from those of the checkpoint" not in attempt.printed:
         wrong.append(f"exit codes {codes}, not refused: {attempt.printed[-1000:]}")
     if [found.path.name for found in run.whole()] != before:
         wrong.append("the refused run has other checkpoints")

@@ -1,7 +1,4 @@
-"""Sounds: the datamodule, where sounds come from, and how one is read.
-
-They are imported when first asked for.
-"""
+"""Audio: the datamodule, its sources and the reader of sounds, imported on first access."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

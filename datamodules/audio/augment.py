@@ -1,4 +1,4 @@
-"""Making clips louder, softer and noisier."""
+"""Augmentation of clips: gain and background noise."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +13,17 @@ from diffmm.checks import Settings
 
 @dataclass(frozen=True)
 class AudioAugment(Settings):
-    """How training clips are varied; nothing is by default.
+    """Augmentation of training clips; none by default.
 
     Attributes:
-        gain_db: a clip's level is changed by a number of decibels between these two.
-        snr_db: background noise is added, this much below the clip's level, between these two.
-        noise_folder: recordings (WAV, FLAC, OGG) of the noise, at any depth, hidden ones left out.
-            White noise by default.
+        gain_db: Range from which a change of a clip's level is drawn, in decibels.
+        snr_db: Range from which the signal-to-noise ratio of added background noise is drawn, in
+            decibels.
+        noise_folder: Folder of noise recordings (WAV, FLAC, OGG) at any depth, without hidden
+            files. White noise by default.
 
     Raises:
-        ValueError: naming the argument that is wrong.
+        ValueError: If an argument is out of range.
     """
 
     gain_db: tuple[float, float] | None = None
@@ -34,21 +35,22 @@ class AudioAugment(Settings):
         for name in ("gain_db", "snr_db"):
             value = getattr(self, name)
             if value is not None and not value[0] <= value[1]:
-                raise ValueError(f"{name} must be two rising numbers, got {tuple(value)}")
+                raise ValueError(f"{name} must be two increasing numbers, got {tuple(value)}")
         if self.noise_folder is not None and self.snr_db is None:
-            raise ValueError("noise_folder is of no use without snr_db: say how loud the noise is")
+            raise ValueError("noise_folder needs snr_db, the level of the noise: set it")
 
 
 class Augmenter:
-    """`AudioAugment` at work.
+    """Applies `AudioAugment`.
 
     Args:
-        augment: what to do.
-        sample_rate_hz, resample: for the noise recordings, as for the clips.
+        augment: The augmentation.
+        sample_rate_hz: Sample rate of the clips, in Hz.
+        resample: Whether noise recordings of other sample rates are resampled.
 
     Raises:
-        FileNotFoundError: if there is no noise folder.
-        ValueError: if it holds no recordings.
+        FileNotFoundError: If the noise folder does not exist.
+        ValueError: If the noise folder contains no recordings.
     """
 
     def __init__(self, augment: AudioAugment, *, sample_rate_hz: int, resample: bool) -> None:
@@ -57,10 +59,12 @@ class Augmenter:
         if augment.noise_folder is not None:
             folder = Path(augment.noise_folder)
             if not folder.is_dir():
-                raise FileNotFoundError(f"no noise folder {folder}")
+                raise FileNotFoundError(f"noise folder {folder} does not exist")
             paths = sorted(list_files(folder, EXTENSIONS))
             if not paths:
-                raise ValueError(f"noise folder {folder} has no files of {', '.join(EXTENSIONS)}")
+                raise ValueError(
+                    f"noise folder {folder} has no files ending in {', '.join(EXTENSIONS)}"
+                )
             self.noises = ClipReader(
                 FileClips(paths, [()] * len(paths)),
                 sample_rate_hz=sample_rate_hz,
@@ -68,7 +72,7 @@ class Augmenter:
             )
 
     def __call__(self, waveform: Waveform, rng: np.random.Generator) -> Waveform:
-        """A varied copy of a waveform `[S]`."""
+        """Return an augmented copy of a waveform `[S]`."""
         if self.augment.snr_db is not None:
             ratio = 10 ** (-rng.uniform(*self.augment.snr_db) / 20)
             noise = self._noise(len(waveform), rng)
@@ -84,7 +88,7 @@ class Augmenter:
             return rng.standard_normal(num_samples, dtype=np.float32)
         index = int(rng.integers(len(self.noises.clips.labels)))
         noise = self.noises.read(index, max_samples=num_samples, position=rng.random())
-        return np.resize(noise, num_samples)  # a short recording repeats
+        return np.resize(noise, num_samples)  # repeats short recordings
 
 
 def _rms(waveform: Waveform) -> float:

@@ -1,4 +1,4 @@
-"""Batches of like length, so that little of them is padding."""
+"""Batches of clips of similar length, which need little padding."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,21 +10,23 @@ from datamodules.shared.sampling import EpochSampler, SampleKey, sample_rng
 
 
 class BucketSampler(EpochSampler):
-    """An `EpochSampler` in whose order the samples of one batch are of like length.
+    """An `EpochSampler` whose batches contain samples of similar length.
 
-    Each epoch's random order is cut into pools of `pool_batches` batches (of all processes
-    together); a pool is sorted by length and cut into batches, which come in random order. So all
-    processes get samples of like length at the same step, and none waits for another. It is a
-    function of `(seed, epoch)`, and feeds a loader of `batch_size` that drops the last batch.
+    Each epoch's random order is cut into pools of `pool_batches` global batches; each pool is
+    sorted by length and cut into batches, whose order is then shuffled. All processes thus get
+    samples of similar length in the same step and do not wait for each other. The order is a
+    function of `(seed, epoch)`; the data loader must drop the last incomplete batch.
 
     Args:
-        lengths: of each sample, in any unit.
-        batch_size: samples a batch of one process.
-        pool_batches: batches a pool; more means less padding, and less randomness.
-        seed, rank, world_size: as in `EpochSampler`.
+        lengths: Length of each sample, in any unit.
+        batch_size: Number of samples per batch and process.
+        pool_batches: Number of batches per pool; more means less padding and less randomness.
+        seed: Seed of the order, at least 0.
+        rank: Rank of this process.
+        world_size: Number of processes.
 
     Raises:
-        ValueError: if the samples do not fill one batch of every process.
+        ValueError: If there are fewer samples than one batch per process.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class BucketSampler(EpochSampler):
         if len(lengths) < batch_size * world_size:
             raise ValueError(
                 f"{len(lengths)} training samples do not fill one batch: batch_size is "
-                f"{batch_size} on {world_size} process(es); lower it or give more data"
+                f"{batch_size} on {world_size} process(es); reduce it or use more data"
             )
         super().__init__(
             len(lengths),
@@ -77,6 +79,6 @@ class BucketSampler(EpochSampler):
             for pool in pools
             for batch in pool[np.argsort(self.lengths[pool], kind="stable")].reshape(-1, size)
         ]
-        # What fills no batch comes last, where the loader drops it.
+        # Samples that do not fill a batch come last, where the loader drops them.
         shuffled = [batches[i] for i in rng.permutation(len(batches))]
         return np.concatenate([*shuffled, order[num_whole:]])

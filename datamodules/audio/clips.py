@@ -1,4 +1,4 @@
-"""Clips of sound, decoded one at a time; sound files among them."""
+"""Audio clips, decoded one at a time, and sound files."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -17,22 +17,24 @@ from datamodules.shared.sources import Labelled, Labels
 
 EXTENSIONS = (".wav", ".flac", ".ogg")
 FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3")
-"""What a file may be by its content, in libsndfile's words, whatever its name. (An MP3 is often
-called something else.)"""
+"""Accepted formats, by libsndfile's names. They are detected from the content of a file, whatever
+its extension. (MP3 files often have another one.)"""
 
 MAX_SAMPLES = 2**28
-"""No more are decoded at once, of all channels: a GiB, or 93 minutes of mono at 48 kHz."""
+"""Maximum number of samples of all channels decoded at once: 1 GiB, or 93 minutes of mono audio at
+48 kHz."""
 LOUDEST = 10.0
-"""Floats may overshoot full scale, which is 1, by 20 dB; beyond that they are on another scale."""
+"""Maximum amplitude. Float samples may exceed full scale (1) by 20 dB; larger ones have another
+scale."""
 CANCELED = 0.01
-"""Channels cancel out where the level of their mean is less than this part of the loudest one's."""
+"""Channels cancel out if the level of their mean is less than this part of the loudest one's."""
 
-_UNKNOWN = 2**63 - 1  # libsndfile's length of a file that does not tell it
-_AT_ONCE = 2**20  # samples of all channels
+_UNKNOWN = 2**63 - 1  # libsndfile's length of a file whose header has none
+_AT_ONCE = 2**20  # samples of all channels per block
 
 
 class ClipInfo(NamedTuple):
-    """What is known of a clip without its samples."""
+    """Properties of a clip that are known without decoding it."""
 
     num_samples: int
     sample_rate_hz: int
@@ -43,28 +45,28 @@ class AudioClips(Labelled):
 
     @abstractmethod
     def info(self, index: int) -> ClipInfo:
-        """A clip's length and sample rate.
+        """Read a clip's length and sample rate.
 
         Raises:
-            BadSampleError: naming the clip, if it cannot be read.
+            BadSampleError: If the clip cannot be read; the message names it.
         """
 
     @abstractmethod
     def read(
         self, index: int, start: int = 0, num_samples: int | None = None
     ) -> NDArray[np.float32]:
-        """`[S]` mono samples in [-1, 1] from sample `start` on: `num_samples`, or all that follow.
+        """Decode `num_samples` samples from `start` on (all by default), `[S]`, mono, in [-1, 1].
 
         Raises:
-            BadSampleError: naming the clip, if it cannot be read.
+            BadSampleError: If the clip cannot be read; the message names it.
         """
 
 
 class _ForwardFile(soundfile.SoundFile):
-    """A sound file that is read from its beginning on, without a seek.
+    """A sound file that is read sequentially, without seeking.
 
-    `soundfile` seeks to where it is after each piece that it reads, which libsndfile cannot do at
-    the end of a FLAC file that does not tell its length.
+    `soundfile` seeks to the current position after each block, which libsndfile cannot do at the
+    end of a FLAC file without a length in its header.
     """
 
     def seekable(self) -> bool:
@@ -72,14 +74,14 @@ class _ForwardFile(soundfile.SoundFile):
 
 
 class FileClips(AudioClips):
-    """Sound files that `soundfile` can decode, of `FORMATS`.
+    """Sound files in one of `FORMATS`, decoded by `soundfile`.
 
-    Several channels become their mean. Where they cancel out in what is read (see `CANCELED`; as
-    where one is the other turned upside down), the loudest channel is taken instead.
+    Several channels are averaged. If they cancel out in the decoded part (see `CANCELED`), for
+    example because one is the inverse of the other, the loudest channel is used instead.
 
-    A file that does not tell its length (a FLAC, or a WAV, that was written into a pipe) is as long
-    as what it holds. One whose data end before the length that it tells is bad, and so is one of
-    which more than `MAX_SAMPLES` would be decoded at once, or with samples beyond `LOUDEST`.
+    A file without a length in its header (a FLAC or WAV file that was written into a pipe) is as
+    long as its content. A file is bad if its data end before the length in its header, if more than
+    `MAX_SAMPLES` would be decoded at once, or if samples exceed `LOUDEST`.
     """
 
     def __init__(self, paths: Sequence[Path], labels: Sequence[Labels]) -> None:
@@ -87,7 +89,7 @@ class FileClips(AudioClips):
         self.labels = labels
 
     def subset(self, indices: Sequence[int]) -> "FileClips":
-        """The clips of these numbers."""
+        """The clips with these indices."""
         return FileClips([self.paths[i] for i in indices], [self.labels[i] for i in indices])
 
     def describe(self, index: int) -> str:
@@ -107,7 +109,7 @@ class FileClips(AudioClips):
                         index,
                         "has no samples"
                         if length == 0
-                        else f"does not tell its length, and has more than {most:,} samples: "
+                        else f"has no length in its header and more than {most:,} samples: "
                         f"write it again with its length",
                     )
             return ClipInfo(length, file.samplerate)
@@ -121,8 +123,8 @@ class FileClips(AudioClips):
             if num_samples * file.channels > MAX_SAMPLES:
                 raise self._bad(
                     index,
-                    f"has {num_samples:,} samples of {file.channels} channels to be read at once, "
-                    f"more than {MAX_SAMPLES:,}: set clip_seconds",
+                    f"has {num_samples:,} samples of {file.channels} channels, which exceeds the "
+                    f"limit of {MAX_SAMPLES:,} in all: set clip_seconds",
                 )
             if file.seekable():
                 file.seek(start)
@@ -133,29 +135,33 @@ class FileClips(AudioClips):
         if len(frames) < num_samples:
             raise self._bad(
                 index,
-                f"ends after {start + len(frames)} of the {start + num_samples} samples that its "
-                f"header promises",
+                f"is incomplete: it ends after {start + len(frames)} of the "
+                f"{start + num_samples} samples in its header",
             )
         peak = float(np.abs(frames).max(initial=0.0))
         if not np.isfinite(peak):
             raise self._bad(index, "has samples that are not finite")
         if peak > LOUDEST:
-            raise self._bad(index, f"has samples up to {peak:g}, where 1 is full scale: scale it")
+            raise self._bad(
+                index, f"has samples up to {peak:g}, but full scale is 1: rescale the file"
+            )
         return mono(frames)
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[soundfile.SoundFile]:
-        """A clip's file at its beginning; what goes wrong with it names the clip."""
+        """Open the file of a clip; errors name the clip."""
         path = self.paths[index]
         if fault := why_no_file(path):
             raise self._bad(index, fault)
         try:
             file = soundfile.SoundFile(path)
         except soundfile.SoundFileError as error:
-            raise self._bad(index, f"is not a readable sound: {error}") from error
+            raise self._bad(index, f"is not a readable sound file: {error}") from error
         with file:
             if file.format not in FORMATS:
-                raise self._bad(index, f"is {file.format} by its content, not {', '.join(FORMATS)}")
+                raise self._bad(
+                    index, f"has format {file.format}, which is not one of {', '.join(FORMATS)}"
+                )
             if file.frames == 0:
                 raise self._bad(index, "has no samples")
             if fault := what_is_missing(path, file.format):
@@ -172,7 +178,8 @@ class FileClips(AudioClips):
 
 
 def _blocks(file: soundfile.SoundFile, num_samples: int) -> Iterator[NDArray[np.float32]]:
-    """The next samples `[S, channels]`, in pieces: a header may promise more than memory holds."""
+    """The next samples `[S, channels]` in blocks, because the length in a header may be wrong and
+    exceed the memory."""
     at_once = max(1, _AT_ONCE // file.channels)
     while True:
         wanted = min(num_samples, at_once)
@@ -184,7 +191,7 @@ def _blocks(file: soundfile.SoundFile, num_samples: int) -> Iterator[NDArray[np.
 
 
 def mono(frames: NDArray[np.float32]) -> NDArray[np.float32]:
-    """`[S, channels]` as `[S]`: see `FileClips`."""
+    """Mix `[S, channels]` to `[S]`; see `FileClips`."""
     mean = frames.mean(axis=1)
     levels = np.linalg.norm(frames, axis=0)
     if np.linalg.norm(mean) < CANCELED * levels.max():

@@ -1,4 +1,4 @@
-"""Sounds and their classes, as batches of waveforms."""
+"""The datamodule of labeled audio clips."""
 
 import sys
 from collections.abc import Mapping
@@ -29,15 +29,15 @@ BATCHINGS = ("padded", "bucketed", "fixed")
 
 
 class AudioDataset(LabelledDataset):
-    """Clips of a split, decoded, cut and varied.
+    """The clips of a split, decoded, cropped and augmented.
 
     Args:
-        splits: where the clips belong; it knows the classes.
-        clips: what is read.
-        reader: makes of a clip what the model hears in evaluation.
-        training: cut clips at a place drawn from `(seed, epoch, index)` instead.
-        augmenter: varies the clips, drawing likewise; `None` leaves them as they are.
-        seed: of the draws.
+        splits: The splits of the source, with its classes.
+        clips: The clips of this split.
+        reader: The evaluation preprocessing.
+        training: Whether crops are random, drawn from `(seed, epoch, index)`.
+        augmenter: The augmentation, drawn from the same; `None` for no augmentation.
+        seed: Seed of the random numbers.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class AudioDataset(LabelledDataset):
         }
 
     def collate(self, samples: list[dict[str, Any]]) -> AudioBatch:
-        """Pad the clips to one length, with zeros after their ends."""
+        """Pad the clips to equal length with zeros at the end."""
         inputs = self.reader.collate(samples)
         return AudioBatch(
             waveforms=inputs["waveforms"],
@@ -91,28 +91,28 @@ class AudioDataset(LabelledDataset):
 
 
 class AudioData(LabelledData[AudioClips]):
-    """Sounds of known classes, as `AudioBatch`es; SpecAugment and mixup happen in the task.
+    """Labeled audio clips as `AudioBatch`es. SpecAugment and mixup are part of the task.
 
     Args:
-        source: where the clips come from, a class of `datamodules.audio.sources`; by default
-            synthetic `SoundEvents`, which need no files.
-        sample_rate_hz: of the waveforms.
-        resample: convert clips of another rate, by SciPy's polyphase filter; otherwise they are
-            refused.
-        clip_seconds: longer clips are cut to this: in training at a place drawn from the epoch and
-            the clip, in evaluation as `eval_crop` says. By default clips stay whole.
-        eval_crop: `"center"`, `"start"`, or `"full"` to evaluate on whole clips.
-        batching: `"padded"`: batches are as long as their longest clip. `"bucketed"`: so they are,
-            and training batches are of clips of like length. `"fixed"`: all batches are
-            `clip_seconds` long, so that shapes are static (for compiled models).
-        augment: how training clips are varied; not at all by default.
-        batch_size: clips a batch of one process.
-        num_workers: processes that load beside the training one.
-        seed: of the order, the crops and the augmentation.
-        bad_samples: what to do about clips that cannot be read; by default to stop.
+        source: Source of the clips, a class of `datamodules.audio.sources`; by default synthetic
+            `SoundEvents`, which need no files.
+        sample_rate_hz: Sample rate of the waveforms, in Hz.
+        resample: Whether to resample clips of other sample rates, by SciPy's polyphase filter;
+            otherwise they raise an error.
+        clip_seconds: Length to which longer clips are cropped, in seconds: at a random place in
+            training, as set by `eval_crop` in evaluation. By default clips are not cropped.
+        eval_crop: Crop in evaluation: `"center"`, `"start"`, or `"full"` for whole clips.
+        batching: `"padded"` pads clips to the longest of the batch; `"bucketed"` also groups clips
+            of similar length into training batches; `"fixed"` pads all clips to `clip_seconds`, so
+            that shapes are static for compiled models.
+        augment: Augmentation of training clips; none by default.
+        batch_size: Number of clips per batch and process.
+        num_workers: Number of data loader workers per process; 0 loads in the training process.
+        seed: Seed of the order, the crops and the augmentation.
+        bad_samples: How to handle clips that cannot be read; by default, raise an error.
 
     Raises:
-        ValueError: naming the argument that is wrong.
+        ValueError: If an argument is out of range; the message names it.
     """
 
     def __init__(
@@ -145,8 +145,8 @@ class AudioData(LabelledData[AudioClips]):
             raise ValueError(f"clip_seconds must be at least one sample long, got {clip_seconds}")
         if batching == "fixed" and (clip_seconds is None or eval_crop == "full"):
             raise ValueError(
-                f"batching='fixed' cuts and pads every clip to clip_seconds: it needs one, and "
-                f"eval_crop 'center' or 'start'; got {clip_seconds} and {eval_crop!r}"
+                f"batching='fixed' needs clip_seconds and eval_crop 'center' or 'start', got "
+                f"{clip_seconds} and {eval_crop!r}"
             )
         self.sample_rate_hz = sample_rate_hz
         self.resample = resample
@@ -164,21 +164,23 @@ class AudioData(LabelledData[AudioClips]):
 
     @property
     def evaluation_reader(self) -> AudioReader:
-        # To refuse another rate guards training data; a sound that comes later is converted.
+        # An error for another sample rate protects training data; new inputs are resampled.
         return replace(self.reader, resample=True)
 
     @classmethod
     def own_data(cls, path: str, given: Mapping[str, Any], *, inputs_may_change: bool) -> OwnData:
-        """A folder of sounds by class, or a CSV file of sounds, as settings.
+        """Settings for a folder of sounds by class, or a CSV file of sounds.
 
         Args:
-            path: the folder or the file.
-            given: the arguments that the recipe has for this class.
-            inputs_may_change: whether the sample rate may become that of the clips. It does where
-                all those looked at have the same, lower one; otherwise clips are resampled.
+            path: Path of the folder or file.
+            given: Arguments of the recipe for this class.
+            inputs_may_change: Whether the model's sample rate may change to that of the clips,
+                which happens if all inspected clips have the same lower rate. Otherwise clips are
+                resampled.
 
         Raises:
-            FileNotFoundError, ValueError: naming what is missing or wrong.
+            FileNotFoundError: If the path does not exist.
+            ValueError: If its structure is not supported.
         """
         return own_sounds(path, given, inputs_may_change=inputs_may_change)
 
@@ -222,7 +224,7 @@ class AudioData(LabelledData[AudioClips]):
         return self._sampled_loader(dataset, dataset.collate, sampler)
 
     def _length(self, reader: ClipReader, index: int) -> int:
-        """To sort by; a clip that cannot be read has none, and is met again when its turn comes."""
+        """The length to sort by; 0 for a clip that cannot be read, which is handled later."""
         try:
             return reader.num_samples(index)
         except BadSampleError:

@@ -1,4 +1,4 @@
-"""One clip as the model hears it in evaluation."""
+"""The evaluation preprocessing of audio."""
 
 from dataclasses import dataclass
 from numbers import Integral
@@ -16,22 +16,22 @@ from datamodules.shared.reader import Reader
 from diffmm.checks import Settings, check_choice
 
 POSITIONS = {"start": 0.0, "center": 0.5, "full": 0.0}
-"""Where a clip that is too long is cut."""
+"""The position at which a long clip is cropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AudioReader(Settings, Reader):
-    """Sounds of any kind at one sample rate, cut or padded to a length.
+    """Reads audio at one sample rate, cropped or padded to a length.
 
     Attributes:
-        sample_rate_hz: Sample rate of what comes out, in Hz.
-        resample: whether clips of another rate are converted; otherwise they are refused.
-        clip_samples: longer clips are cut to so many samples; `None` keeps them whole.
-        crop: where they are cut: `"center"`, `"start"`, or `"full"` for not at all.
-        pad: whether batches are `clip_samples` long; otherwise as long as their longest clip.
+        sample_rate_hz: Sample rate of the waveforms, in Hz.
+        resample: Whether clips of other sample rates are resampled; otherwise they raise an error.
+        clip_samples: Number of samples to which longer clips are cropped; `None` means no crop.
+        crop: Position of the crop: `"center"`, `"start"`, or `"full"` for no crop.
+        pad: Whether batches are padded to `clip_samples` instead of the longest clip.
 
     Raises:
-        ValueError: naming the field and the value.
+        ValueError: If a field is out of range; the message names the field and the value.
     """
 
     class_path: ClassVar[str] = "datamodules.audio.AudioReader"
@@ -50,41 +50,41 @@ class AudioReader(Settings, Reader):
         for name in ("sample_rate_hz", "clip_samples"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if self.pad and (self.clip_samples is None or self.crop == "full"):
-            raise ValueError("pad needs clip_samples, and a crop to them: 'center' or 'start'")
+            raise ValueError("pad needs clip_samples and crop 'center' or 'start'")
 
     def of(self, clips: AudioClips) -> ClipReader:
-        """A reader of these clips at this sample rate."""
+        """A `ClipReader` of these clips at this sample rate."""
         return ClipReader(clips, sample_rate_hz=self.sample_rate_hz, resample=self.resample)
 
     def waveform(self, clips: AudioClips, index: int) -> Waveform:
-        """`[S]` float32 in [-1, 1], what the model hears of a clip.
+        """The model's input for a clip, `[S]` float32 in [-1, 1].
 
         Raises:
-            ValueError: as `ClipReader.read`.
+            ValueError: As `ClipReader.read`.
         """
         longest = None if self.crop == "full" else self.clip_samples
         position = POSITIONS[self.crop]
         return bounded(self.of(clips).read(index, max_samples=longest, position=position))
 
     def read(self, item: Any) -> dict[str, Any]:
-        """`{"waveforms": [S], "num_samples": S}` of a sound.
+        """Read a sound as `{"waveforms": [S], "num_samples": S}`.
 
         Args:
-            item: the path of a file, or a waveform with its sample rate in Hz, `(waveform,
-                sample_rate_hz)`: floats `[S]` or `[channels, S]` in [-1, 1], an array or a tensor.
+            item: The path of a file, or a pair `(waveform, sample_rate_hz)`: an array or tensor of
+                floats `[S]` or `[channels, S]` in [-1, 1], and its sample rate in Hz.
 
         Raises:
-            BadSampleError: naming the file, if it cannot be read.
-            ValueError: for anything else.
+            BadSampleError: If the file cannot be read; the message names it.
+            ValueError: If `item` has another type or shape.
         """
         clips = _NamedClip(Path(item)) if isinstance(item, str | Path) else _clip_of(item)
         waveform = self.waveform(clips, 0)
         return {"waveforms": waveform, "num_samples": len(waveform)}
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Pad the clips to one length, with zeros after their ends."""
+        """Pad the clips to equal length with zeros at the end."""
         longest = max(sample["num_samples"] for sample in samples)
         length = self.clip_samples if self.pad and self.clip_samples else longest
         padded = np.zeros((len(samples), length), np.float32)
@@ -97,12 +97,12 @@ class AudioReader(Settings, Reader):
 
 
 def bounded(waveform: Waveform) -> Waveform:
-    """A waveform in [-1, 1]: resampling, gain and noise may overshoot."""
+    """Clip a waveform to [-1, 1], which resampling, gain and noise may exceed."""
     return np.clip(waveform, -1.0, 1.0)
 
 
 class _NamedClip(FileClips):
-    """One sound file, called by its name."""
+    """One sound file, described by its path."""
 
     def __init__(self, path: Path) -> None:
         super().__init__([path], [()])
@@ -134,20 +134,20 @@ class _ArrayClip(AudioClips):
 def _clip_of(item: Any) -> _ArrayClip:
     if not isinstance(item, tuple) or len(item) != 2:
         raise ValueError(
-            f"a sound must be a path, or a waveform with its sample rate, (waveform, "
-            f"sample_rate_hz), got {type(item).__name__}"
+            f"a sound must be a path or a pair (waveform, sample_rate_hz), got "
+            f"{type(item).__name__}"
         )
     waveform, rate_hz = item
     if not isinstance(rate_hz, Integral) or rate_hz < 1:
-        raise ValueError(f"sample_rate_hz must be a whole number of at least 1, got {rate_hz!r}")
+        raise ValueError(f"sample_rate_hz must be an integer of at least 1, got {rate_hz!r}")
     samples = np.asarray(waveform.detach().cpu() if isinstance(waveform, Tensor) else waveform)
     if samples.ndim not in (1, 2) or not samples.size or samples.dtype.kind != "f":
         raise ValueError(
-            f"a waveform must be floats [S] or [channels, S] with a sample at least, got "
+            f"a waveform must be floats [S] or [channels, S] with at least one sample, got "
             f"{samples.shape} in {samples.dtype}"
         )
     samples = samples.astype(np.float32)
     peak = float(np.abs(samples).max())
     if not peak <= LOUDEST:
-        raise ValueError(f"a waveform has samples up to {peak:g}, where 1 is full scale: scale it")
+        raise ValueError(f"a waveform has samples up to {peak:g}, but full scale is 1: rescale it")
     return _ArrayClip(samples if samples.ndim == 1 else mono(samples.T), int(rate_hz))

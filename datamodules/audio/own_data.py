@@ -1,4 +1,4 @@
-"""A user's own sounds as settings of `AudioData`."""
+"""Settings of `AudioData` for a user's own sounds."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,11 +16,11 @@ from datamodules.shared.own_data import (
 )
 
 LOWEST_RATE_HZ = 8000
-"""A model takes the sample rate of a user's clips from this on: that of a telephone."""
+"""Minimum sample rate of a user's clips that a model adopts; that of telephone audio."""
 
 
 def own_sounds(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) -> OwnData:
-    """A folder of sounds by class, or a CSV file of sounds; see `AudioData.own_data`."""
+    """Settings for a folder or a CSV file of sounds; see `AudioData.own_data`."""
     arguments = (given.get("source") or {}).get("init_args") or {}
     located = locate(path, "sounds", EXTENSIONS, arguments)
     make = SoundTable if located.is_table else SoundFolder
@@ -32,7 +32,7 @@ def own_sounds(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) 
     }
     settings = {**kept, **located.arguments}
     splits = make(**settings).splits()
-    rates, told_lengths = _looks(splits.train)
+    rates, told_lengths = _inspect(splits.train)
     told = told_splits(path, "sounds", settings, splits) + told_lengths
     found: dict[str, Any] = {
         "source": {"class_path": f"datamodules.audio.{make.__name__}", "init_args": settings},
@@ -49,11 +49,11 @@ def own_sounds(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) 
     return OwnData(found, facts, told)
 
 
-def _looks(clips: AudioClips) -> tuple[set[int], str]:
-    """The sample rates of some clips, and these and their lengths in words.
+def _inspect(clips: AudioClips) -> tuple[set[int], str]:
+    """The sample rates of some clips, and a summary of rates and lengths.
 
     Raises:
-        BadSampleError: if none of them can be read.
+        BadSampleError: If none of them can be read.
     """
     infos, fault = [], None
     for index in looked_at(clips):

@@ -1,4 +1,4 @@
-"""Reading a stretch of a clip at the model's sample rate."""
+"""Reading a segment of a clip at the model's sample rate."""
 
 from functools import lru_cache
 from math import gcd
@@ -13,19 +13,19 @@ from datamodules.shared.bad_samples import BadSampleError
 Waveform = NDArray[np.float32]
 
 MAX_TERM = 400_000
-"""Two rates are converted where their ratio, in lowest terms, has no larger term. The filter is 20
-times as long: at most 32 MB, computed in 1.5 s."""
+"""Maximum term of the ratio of two sample rates in lowest terms. The filter is 20 times as long: at
+most 32 MB, computed in 1.5 s."""
 MAX_RAISE = 100
-"""A rate is raised to no more than this multiple: a header of 1 Hz would fill the memory."""
+"""Maximum factor by which a sample rate is increased; a header of 1 Hz would fill the memory."""
 
 
 class ClipReader:
-    """Clips at one sample rate, whole or cut to a length.
+    """Reads clips at one sample rate, whole or cropped.
 
     Args:
-        clips: what to read.
-        sample_rate_hz: of the waveforms that come out.
-        resample: convert clips of other rates; otherwise they are refused.
+        clips: The clips.
+        sample_rate_hz: Sample rate of the waveforms, in Hz.
+        resample: Whether clips of other sample rates are resampled; otherwise they raise an error.
     """
 
     def __init__(self, clips: AudioClips, *, sample_rate_hz: int, resample: bool) -> None:
@@ -34,10 +34,10 @@ class ClipReader:
         self.resample = resample
 
     def num_samples(self, index: int) -> int:
-        """A clip's whole length at this reader's sample rate.
+        """The length of a whole clip at this reader's sample rate.
 
         Raises:
-            ValueError: naming the clip, if it cannot be read.
+            ValueError: If the clip cannot be read; the message names it.
         """
         total, rate_hz = self.clips.info(index)
         return -(-total * self.sample_rate_hz // rate_hz)
@@ -45,20 +45,19 @@ class ClipReader:
     def read(
         self, index: int, *, max_samples: int | None = None, position: float = 0.0
     ) -> Waveform:
-        """`[S]` float32: a clip, cut to `max_samples` if it is longer.
+        """Read a clip, `[S]` float32, cropped to `max_samples` if it is longer.
 
-        Only the stretch itself is decoded, wherever in a long recording it is.
+        Only the cropped segment is decoded.
 
         Args:
-            index: the clip.
-            max_samples: the most samples that come out; `None` for the whole clip.
-            position: in [0, 1], where the cut is: at the beginning (0), the middle, the end (1).
+            index: Index of the clip.
+            max_samples: Maximum number of samples; `None` for the whole clip.
+            position: Position of the crop in [0, 1], from the start (0) to the end (1).
 
         Raises:
-            ValueError: naming the clip, if it cannot be read, or has another sample rate than this
-                reader's and `resample` is false, naming both.
-            BadSampleError: naming the clip, if its rate cannot be converted: see `MAX_TERM` and
-                `MAX_RAISE`.
+            ValueError: If the clip cannot be read, or has another sample rate and `resample` is
+                false; the message names the clip.
+            BadSampleError: If the sample rate cannot be converted; see `MAX_TERM` and `MAX_RAISE`.
         """
         total, rate_hz = self.clips.info(index)
         if rate_hz != self.sample_rate_hz and not self.resample:
@@ -77,7 +76,7 @@ class ClipReader:
         return waveform[:max_samples]
 
     def _ratio(self, index: int, rate_hz: int) -> tuple[int, int]:
-        """This reader's sample rate to a clip's, in lowest terms."""
+        """The ratio of this reader's sample rate to a clip's, in lowest terms."""
         shared = gcd(self.sample_rate_hz, rate_hz)
         up, down = self.sample_rate_hz // shared, rate_hz // shared
         if max(up, down) > MAX_TERM or up > MAX_RAISE * down:
@@ -92,6 +91,6 @@ class ClipReader:
 
 @lru_cache(maxsize=8)
 def _low_pass(term: int) -> NDArray[np.float32]:
-    """The filter of SciPy's `resample_poly` for a ratio with this larger term, which it would
-    compute for each clip: ten zero crossings a side, in a Kaiser window."""
+    """The filter of SciPy's `resample_poly` for a ratio with this larger term, cached because SciPy
+    would compute it for each clip: ten zero crossings per side, in a Kaiser window."""
     return firwin(20 * term + 1, 1 / term, window=("kaiser", 5.0)).astype(np.float32)

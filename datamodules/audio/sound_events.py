@@ -1,8 +1,8 @@
-"""A synthesizer of labelled sound events: an endless supply of small, honest audio tasks.
+"""A synthesizer of labeled sound events, for small audio tasks that need no files.
 
-Each event is a function of its pitch, its length and a random generator; a clip puts one or several
-of them at random times into background noise. Clips are made when asked for, in about a
-millisecond, and are a function of the source's seed, the split and the clip's number.
+Each event is a function of its pitch, its length and a random generator; a clip contains one or
+several of them at random times in background noise. Clips are synthesized on access, in about one
+millisecond, and are a function of the source's seed, the split and the clip's index.
 """
 
 from collections.abc import Callable
@@ -21,33 +21,34 @@ from datamodules.shared.sources import Labels, Splits
 
 Waveform = NDArray[np.float32]
 Event = Callable[[float, int, int, Generator], Waveform]
-"""`event(pitch_hz, num_samples, rate_hz, rng)`: a sound of RMS about 1, fading at its ends."""
+"""`event(pitch_hz, num_samples, rate_hz, rng)`: a sound with an RMS of about 1 and faded ends."""
 
 PITCH_HZ = (150.0, 1500.0)
-"""The range of pitches, drawn evenly by ratio. Chirps and overtones reach higher."""
+"""The range of pitches, drawn uniformly on a logarithmic scale. Chirps and overtones are higher."""
 
 
 def tone(pitch_hz: float, num_samples: int, rate_hz: int, rng: Generator) -> Waveform:
-    """A sine."""
+    """A sine wave."""
     return _finish(np.sin(_phase(pitch_hz, num_samples, rate_hz, rng)), rate_hz)
 
 
 def harmonic(pitch_hz: float, num_samples: int, rate_hz: int, rng: Generator) -> Waveform:
-    """A sawtooth-like tone: the first six harmonics below Nyquist, each `1 / k` as strong."""
+    """A sawtooth-like tone: up to six harmonics below the Nyquist frequency, with amplitudes
+    `1 / k`."""
     phase = _phase(pitch_hz, num_samples, rate_hz, rng)
     audible = [k for k in range(1, 7) if k * pitch_hz < rate_hz / 2]
     return _finish(sum(np.sin(k * phase) / np.float32(k) for k in audible), rate_hz)
 
 
 def tremolo(pitch_hz: float, num_samples: int, rate_hz: int, rng: Generator) -> Waveform:
-    """A sine whose strength swings 5 to 12 times a second, almost to silence."""
+    """A sine wave whose amplitude varies 5 to 12 times per second, almost to silence."""
     swing = 1 + 0.9 * np.sin(_phase(rng.uniform(5, 12), num_samples, rate_hz, rng))
     carrier = np.sin(_phase(pitch_hz, num_samples, rate_hz, rng))
     return _finish(carrier * swing, rate_hz)
 
 
 def vibrato(pitch_hz: float, num_samples: int, rate_hz: int, rng: Generator) -> Waveform:
-    """A sine whose pitch swings 4 to 8 times a second, by one to three semitones each way."""
+    """A sine wave whose pitch varies 4 to 8 times per second, by one to three semitones."""
     swings_hz, semitones = rng.uniform(4, 8), rng.uniform(1, 3)
     deviation_hz = pitch_hz * (2 ** (semitones / 12) - 1)
     # The integral of pitch + deviation * cos(2 pi swings t).
@@ -56,17 +57,18 @@ def vibrato(pitch_hz: float, num_samples: int, rate_hz: int, rng: Generator) -> 
 
 
 def chirp_up(pitch_hz: float, num_samples: int, rate_hz: int, rng: Generator) -> Waveform:
-    """A sine that rises by one to two octaves at an even pace, passing `pitch_hz` halfway."""
+    """A sine wave that rises linearly by one to two octaves and reaches `pitch_hz` halfway."""
     return _chirp(pitch_hz, num_samples, rate_hz, rng.uniform(1, 2), rng)
 
 
 def chirp_down(pitch_hz: float, num_samples: int, rate_hz: int, rng: Generator) -> Waveform:
-    """A sine that falls by one to two octaves at an even pace, passing `pitch_hz` halfway."""
+    """A sine wave that falls linearly by one to two octaves and reaches `pitch_hz` halfway."""
     return _chirp(pitch_hz, num_samples, rate_hz, -rng.uniform(1, 2), rng)
 
 
 def noise_band(pitch_hz: float, num_samples: int, rate_hz: int, rng: Generator) -> Waveform:
-    """White noise through a Gaussian window around `pitch_hz`, a sixth to half an octave wide."""
+    """White noise, filtered by a Gaussian around `pitch_hz` that is `pitch_hz / 6` to
+    `pitch_hz / 2` wide."""
     spectrum = np.fft.rfft(rng.standard_normal(num_samples, dtype=np.float32))
     freqs_hz = np.fft.rfftfreq(num_samples, 1 / rate_hz)
     width_hz = pitch_hz * rng.uniform(1 / 6, 1 / 2) / 2
@@ -75,12 +77,12 @@ def noise_band(pitch_hz: float, num_samples: int, rate_hz: int, rng: Generator) 
 
 
 def pluck(pitch_hz: float, num_samples: int, rate_hz: int, rng: Generator) -> Waveform:
-    """A plucked string by Karplus and Strong (1983): noise that circles in a low-pass delay line.
+    """A plucked string (Karplus and Strong, 1983): noise in a low-pass delay line.
 
-    `y[n] = x[n] + g (y[n-P] + y[n-P-1]) / 2`, where `x` is one period of noise. The period is made
-    exact by interpolation between neighbouring samples (Jaffe and Smith, 1983).
+    `y[n] = x[n] + g (y[n-P] + y[n-P-1]) / 2`, where `x` is one period of noise. Interpolation
+    between neighboring samples makes the period exact (Jaffe and Smith, 1983).
     """
-    # The two-point mean delays by half a sample; the rest is P whole ones and a fraction.
+    # The two-point mean delays by half a sample; the rest is P whole samples and a fraction.
     period = rate_hz / pitch_hz - 0.5
     whole, fraction = int(period), period % 1.0
     gain = 10 ** (-3 / (rng.uniform(0.5, 2.0) * pitch_hz))  # 60 dB in 0.5 to 2 seconds
@@ -94,7 +96,7 @@ def pluck(pitch_hz: float, num_samples: int, rate_hz: int, rng: Generator) -> Wa
 
 
 def bell(pitch_hz: float, num_samples: int, rate_hz: int, rng: Generator) -> Waveform:
-    """A struck bar: the partials of a free bar (1, 2.756, 5.404), the higher the sooner gone."""
+    """A struck free bar: partials 1, 2.756 and 5.404, of which higher ones decay faster."""
     seconds = np.arange(num_samples, dtype=np.float32) / np.float32(rate_hz)
     decay_seconds = rng.uniform(0.1, 0.4)
     partials: Any = 0.0
@@ -107,7 +109,8 @@ def bell(pitch_hz: float, num_samples: int, rate_hz: int, rng: Generator) -> Wav
 
 
 def clicks(pitch_hz: float, num_samples: int, rate_hz: int, rng: Generator) -> Waveform:
-    """Dry clicks, 6 to 16 a second: noise and a ring of `pitch_hz`, gone in a few milliseconds."""
+    """Clicks, 6 to 16 per second: noise and a tone at `pitch_hz` that decay within a few
+    milliseconds."""
     width = int(0.01 * rate_hz)
     seconds = np.arange(width) / rate_hz
     ring = np.sin(2 * np.pi * pitch_hz * seconds) + 0.5 * rng.standard_normal(width)
@@ -134,11 +137,12 @@ EVENTS: dict[str, Event] = {
         clicks,
     )
 }
-"""The classes, in order of their numbers."""
+"""The classes, in order of their indices."""
 
 
 def background(num_samples: int, rng: Generator) -> Waveform:
-    """Noise of RMS 1 whose power falls as `1 / f ** a`, `a` between 0 (white) and 2 (brown)."""
+    """Noise with an RMS of 1 and a power of `1 / f ** a`, with `a` between 0 (white) and 2
+    (brown)."""
     spectrum = np.fft.rfft(rng.standard_normal(num_samples, dtype=np.float32))
     slope = np.arange(1, len(spectrum) + 1, dtype=np.float32) ** np.float32(-rng.uniform(0, 2) / 2)
     return _unit_rms(np.fft.irfft(spectrum * slope, num_samples))
@@ -153,14 +157,15 @@ def _chirp(
     pitch_hz: float, num_samples: int, rate_hz: int, octaves: float, rng: Generator
 ) -> Waveform:
     first_hz = 2 * pitch_hz / (1 + 2**octaves)
-    rise_hz = 2 * (pitch_hz - first_hz) * rate_hz / num_samples  # a second
+    rise_hz = 2 * (pitch_hz - first_hz) * rate_hz / num_samples  # per second
     seconds = np.arange(num_samples) / rate_hz
     phase = 2 * np.pi * (first_hz + rise_hz / 2 * seconds) * seconds + rng.uniform(0, 2 * np.pi)
     return _finish(np.sin(phase.astype(np.float32)), rate_hz)
 
 
 def _finish(waveform: Any, rate_hz: int, attack: bool = True) -> Waveform:
-    """Fade the ends in 10 milliseconds (the beginning only with `attack`), and bring RMS to 1."""
+    """Fade the ends over 10 milliseconds (the beginning only with `attack`) and normalize the RMS
+    to 1."""
     width = min(int(0.01 * rate_hz), len(waveform) // 2)
     fade = np.sin(np.linspace(0, np.pi / 2, width, dtype=np.float32)) ** 2
     waveform = waveform.astype(np.float32)
@@ -177,25 +182,25 @@ def _unit_rms(waveform: Any) -> Waveform:
 
 
 class SoundEvents(AudioSource):
-    """Synthetic clips of labelled sound events in background noise; needs no files.
+    """Synthetic clips of labeled sound events in background noise; needs no files.
 
-    A clip of number `i` has class `i % 10` (so that classes are balanced) or, with several events,
-    classes drawn without repetition; pitch, length, onset, level and noise are random. The clip is
-    a function of `(seed, split, i)` alone.
+    Clip `i` has class `i % 10` (so that classes are balanced) or, with several events, distinct
+    random classes; pitch, length, onset, level and noise are random. The clip is a function of
+    `(seed, split, i)`.
 
     Args:
-        num_clips: training clips.
-        num_val_clips: validation clips, and as many test clips.
-        sample_rate_hz: at least 8000.
-        clip_seconds: a clip's length is drawn between these two, at least 0.2.
-        events_per_clip: how many events a clip has, between these two numbers. With `(1, 1)` a
-            clip has one class; otherwise several, and the data is multi-label.
-        snr_db: the events' level above the background noise is drawn between these two.
-        peak_db: the clip's peak below full scale is drawn between these two, at most 0.
-        seed: of all clips; another one makes another data set.
+        num_clips: Number of training clips.
+        num_val_clips: Number of validation clips, and of test clips.
+        sample_rate_hz: Sample rate of the clips in Hz, at least 8000.
+        clip_seconds: Range of the clips' lengths in seconds, at least 0.2.
+        events_per_clip: Range of the number of events per clip. `(1, 1)` gives one class per clip;
+            otherwise the data are multi-label.
+        snr_db: Range of the events' level above the background noise, in decibels.
+        peak_db: Range of the clips' peak level relative to full scale in decibels, at most 0.
+        seed: Seed of all clips.
 
     Raises:
-        ValueError: naming the argument that is out of its range.
+        ValueError: If an argument is out of range; the message names it.
     """
 
     def __init__(
@@ -227,7 +232,8 @@ class SoundEvents(AudioSource):
         for name, (low, high), lowest, highest in ranges:
             if not lowest <= low <= high <= highest:
                 raise ValueError(
-                    f"{name} must be two rising numbers in [{lowest}, {highest}], got {(low, high)}"
+                    f"{name} must be two increasing numbers in [{lowest}, {highest}], got "
+                    f"{(low, high)}"
                 )
         self.num_clips = num_clips
         self.num_val_clips = num_val_clips
@@ -254,7 +260,7 @@ class SyntheticClips(AudioClips):
     def __init__(self, source: SoundEvents, split: int, num_clips: int) -> None:
         self.source = source
         self.split = split
-        # Length and classes have streams of their own: they are known without the sound.
+        # Lengths and classes have their own random streams, so they need no synthesis.
         lengths = self._rng(0).uniform(*source.clip_seconds, size=num_clips)
         self._num_samples = np.round(lengths * source.sample_rate_hz).astype(int)
         self.labels = self._draw_labels(num_clips)
@@ -273,7 +279,7 @@ class SyntheticClips(AudioClips):
         rng = self._rng(2, index)
         clip = background(total, rng) * np.float32(10 ** (-rng.uniform(*source.snr_db) / 20))
         for label in self.labels[index]:
-            # An event fills the clip, or as little as 40 % of it; no less than 0.2 seconds.
+            # An event fills 40% to 100% of the clip, and at least 0.2 seconds.
             least = min(max(int(0.4 * total), int(0.2 * source.sample_rate_hz)), total)
             length = int(rng.integers(least, total, endpoint=True))
             onset = int(rng.integers(0, total - length, endpoint=True))

@@ -1,4 +1,4 @@
-"""Where sounds come from: folders by class, Speech Commands, tables of files and labels."""
+"""Sources of audio clips: folders by class, Speech Commands, and CSV tables."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,17 +15,18 @@ class AudioSource(Source[AudioClips]):
 
 
 class SoundFolder(FolderSource[AudioClips], AudioSource):
-    """WAV, FLAC or OGG files in a folder per class: `train/<class>/.../*.wav`.
+    """WAV, FLAC or OGG files in one folder per class: `train/<class>/.../*.wav`.
 
-    Hidden files and folders are left out. Folders whose names differ in Unicode form alone are one
-    class, as they are one folder on other systems. See `FileClips` for how files are read.
+    Hidden files and folders are skipped. Folders whose names differ only in Unicode normalization
+    are one class, as they would be one folder on some file systems. `FileClips` documents how files
+    are read.
 
     Args:
-        train: folder of the training clips and, without `val`, of the validation clips.
-        val: folder of the validation clips, of the same classes.
-        test: folder of the test clips, of the same classes; the validation clips by default.
-        val_fraction: without `val`, this share of each class is held out for validation, the same
-            clips in every run.
+        train: Folder of the training clips and, without `val`, of the validation clips.
+        val: Folder of the validation clips, with the same classes.
+        test: Folder of the test clips, with the same classes; the validation clips by default.
+        val_fraction: Without `val`, the fraction of each class to hold out for validation, the
+            same clips in every run.
     """
 
     extensions = EXTENSIONS
@@ -37,13 +38,14 @@ class SoundFolder(FolderSource[AudioClips], AudioSource):
 class SpeechCommands(AudioSource):
     """Speech Commands v2 (Warden, 2018): 105,829 spoken words of 35 classes, 1 second at 16 kHz.
 
-    As torchaudio downloads it: `root/SpeechCommands/speech_commands_v0.02/<word>/*.wav`, with
-    `validation_list.txt` and `testing_list.txt`. `_background_noise_` there is no class; it serves
-    as `noise_folder` of `AudioAugment`.
+    The layout is that of torchaudio's download:
+    `root/SpeechCommands/speech_commands_v0.02/<word>/*.wav`, with `validation_list.txt` and
+    `testing_list.txt`. The folder `_background_noise_` is not a class; it can be used as
+    `noise_folder` of `AudioAugment`.
 
     Args:
-        root: the folder that holds `SpeechCommands`.
-        download: fetch it (2.3 GB) if it is not there.
+        root: The folder that contains `SpeechCommands`.
+        download: Whether to download the data set (2.3 GB) if it does not exist.
     """
 
     def __init__(self, root: str, *, download: bool = False) -> None:
@@ -57,7 +59,7 @@ class SpeechCommands(AudioSource):
 
     def prepare(self) -> None:
         if self.download:
-            # Imported here, since the rest needs no torchaudio.
+            # Imported here, because nothing else needs torchaudio.
             from torchaudio.datasets import SPEECHCOMMANDS
 
             Path(self.root).mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,8 @@ class SpeechCommands(AudioSource):
     def splits(self) -> Splits[AudioClips]:
         if not self.folder.is_dir():
             raise FileNotFoundError(
-                f"no folder {self.folder}: give the root of an existing copy, or download: true"
+                f"folder {self.folder} does not exist: set root to an existing copy, or "
+                f"download: true"
             )
         words: dict[str, list[Path]] = {
             entry.name: list_files(entry, (".wav",))
@@ -74,7 +77,7 @@ class SpeechCommands(AudioSource):
             if entry.is_dir() and not entry.name.startswith(("_", "."))
         }
         if not words:
-            raise ValueError(f"{self.folder} has no subfolders: each word needs one")
+            raise ValueError(f"{self.folder} has no subfolders: each word needs its own")
         for word, paths in words.items():
             if not paths:
                 raise ValueError(f"{self.folder / word} has no .wav files")
@@ -98,31 +101,30 @@ class SpeechCommands(AudioSource):
 
 
 class SoundTable(TableSource[AudioClips], AudioSource):
-    """CSV files that name sound files and their labels, one label per clip or several (as
-    AudioSet's).
+    """CSV files of sound files and their labels, with one label per clip or several (as in
+    AudioSet).
 
-    The first line names the columns; others than the ones given here are ignored. Labels that
-    differ in Unicode form alone are one.
+    The first line has the column names; other columns are ignored. Labels that differ only in
+    Unicode normalization are the same.
 
     Args:
-        train: CSV file of the training clips, in UTF-8. Relative paths in it are relative to its
-            folder.
+        train: CSV file of the training clips, in UTF-8. Paths in it are relative to its folder.
         val: CSV file of the validation clips.
         test: CSV file of the test clips; the validation clips by default.
-        file_column: the column of the sound files' paths.
-        label_column: the column of the labels.
-        split_column: the column of `train` that says `train`, `val` or `test` (or `training`,
-            `validation`, `valid`, `dev`, `testing`), in place of files for these.
-        label_separator: what stands between labels where `multi_label`, `";"` or `","` (in a
-            quoted field).
-        classes: a text file of class names, one per line, in the order of their numbers. By
+        file_column: Name of the column of file paths.
+        label_column: Name of the column of labels.
+        split_column: Name of a column of `train` with the value `train`, `val` or `test` (or
+            `training`, `validation`, `valid`, `dev`, `testing`), instead of separate files.
+        label_separator: Separator of several labels, `";"` or `","` (in a quoted field).
+        classes: A text file of class names, one per line, in the order of their indices. By
             default the sorted labels of the training clips.
-        multi_label: whether a clip may have several labels, or none; otherwise exactly one.
-        val_fraction: without validation clips, this share of each class is held out, the same
+        multi_label: Whether a clip may have any number of labels; otherwise exactly one.
+        val_fraction: Without validation clips, the fraction of each class to hold out, the same
             clips in every run.
 
     Raises:
-        ValueError: for another separator, or a `split_column` beside `val` or `test`.
+        ValueError: If the separator is unknown, or `split_column` is combined with `val` or
+            `test`.
     """
 
     def samples(self, paths: Sequence[Path], labels: Sequence[Labels]) -> FileClips:

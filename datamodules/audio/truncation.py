@@ -1,4 +1,4 @@
-"""Whether a sound file has all that it begins: libsndfile reads one that was cut off as shorter."""
+"""Detection of truncated sound files, which libsndfile reads as shorter ones."""
 
 import os
 import struct
@@ -6,19 +6,21 @@ from pathlib import Path
 from typing import BinaryIO
 
 _PIPED = (0x7FFFEFFF, 0x80000000), (0xFFFFEFFF, 0xFFFFFFFF)
-"""What programs that write a WAV into a pipe put where its length would be: FFmpeg the largest
-number, SoX and arecord one near half of it."""
+"""Placeholder lengths of WAV files that were written into a pipe: FFmpeg uses the largest number,
+SoX and arecord one near half of it."""
 
 _MOST_CHUNKS = 1000
-_MOST_PAGE = 27 + 255 + 255 * 255  # bytes of an Ogg page
+_MOST_PAGE = 27 + 255 + 255 * 255  # maximum size of an Ogg page, in bytes
 
 
 def what_is_missing(path: Path, format: str) -> str | None:
-    """What of a sound file is missing at its end, to follow its name; `None` if nothing is.
+    """Describe what is missing at the end of a sound file, as the end of a sentence; `None` if it
+    is complete.
 
     Args:
-        path: of a regular file.
-        format: of the file, in libsndfile's words. All but WAV and Ogg are found out by decoding.
+        path: Path of a regular file.
+        format: Format of the file, by libsndfile's name. Only WAV and Ogg are checked; truncated
+            files of other formats fail to decode.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -28,7 +30,7 @@ def what_is_missing(path: Path, format: str) -> str | None:
 
 
 def _of_wav(file: BinaryIO, size: int) -> str | None:
-    """Of a RIFF file, chunks of a name, a length and data: whether the `data` are as long."""
+    """Check the length of the `data` chunk of a RIFF file."""
     order = ">" if file.read(4) == b"RIFX" else "<"
     file.seek(12)
     length_64 = None
@@ -48,19 +50,19 @@ def _of_wav(file: BinaryIO, size: int) -> str | None:
             elif any(low <= length <= high for low, high in _PIPED):
                 break
             if length > held:
-                return f"ends after {held} of the {length} bytes of sound that its header promises"
+                return f"is incomplete: it has {held} of the {length} bytes of audio in its header"
             break
         file.seek(length + length % 2, os.SEEK_CUR)
     return None
 
 
 def _of_ogg(file: BinaryIO, size: int) -> str | None:
-    """Of an Ogg file, a row of pages: whether the last one is whole, and the stream's end."""
+    """Check that the last page of an Ogg file is complete and marked as the end of the stream."""
     file.seek(max(0, size - _MOST_PAGE))
     tail = file.read()
     page = tail[tail.rfind(b"OggS") :]
     segments = page[27 : 27 + page[26]] if len(page) > 26 else b""
     whole = len(page) > 26 and len(page) >= 27 + page[26] + sum(segments)
     if not whole or not page[5] & 4:
-        return "ends before its stream does (its last page is cut, or not marked as the last)"
+        return "is incomplete (its last page is truncated or not marked as the end of the stream)"
     return None

@@ -1,7 +1,4 @@
-"""Images: the datamodule, where images come from, and how one is read.
-
-They are imported when first asked for.
-"""
+"""Images: the datamodule, its sources and the reader of images, imported on first access."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Images and their classes, as normalized batches."""
+"""The datamodule of labeled images."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,15 +17,15 @@ from diffmm.checks import check_choice
 
 
 class ImageDataset(LabelledDataset):
-    """Images of a split, decoded and transformed.
+    """The images of a split, decoded and transformed.
 
     Args:
-        splits: where the images belong; it knows the classes.
-        images: what is read.
-        reader: makes of an image what the model sees in evaluation.
-        transform: in training, in place of the reader's own; its random numbers follow
-            `(seed, epoch, index)`.
-        seed: of the transform.
+        splits: The splits of the source, with its classes.
+        images: The images of this split.
+        reader: The evaluation preprocessing.
+        transform: The training transform, which replaces that of the reader; its random numbers
+            are a function of `(seed, epoch, index)`.
+        seed: Seed of the transform.
     """
 
     def __init__(
@@ -58,23 +58,23 @@ class ImageDataset(LabelledDataset):
 
 
 class ImageData(LabelledData[LabelledImages]):
-    """Images of known classes, as `ImageBatch`es; mixup and cutmix happen in the task.
+    """Labeled images as `ImageBatch`es. Mixup and CutMix are part of the task.
 
     Args:
-        source: where the images come from, a class of `datamodules.image.sources`; by default
+        source: Source of the images, a class of `datamodules.image.sources`; by default
             scikit-learn's `Digits`, which need no download.
-        image_size: height and width of the batches; by default the source's. Images of another
-            size are resized as timm does it, small ones too.
-        channels: 1 for gray, 3 for color; by default the source's.
-        transform: crops, augmentation and normalization, where the source's own defaults and then
-            timm's are not what is wanted.
-        batch_size: images a batch of one process.
-        num_workers: processes that load beside the training one.
-        seed: of the order and the augmentation.
-        bad_samples: what to do about images that cannot be read; by default to stop.
+        image_size: Height and width of the images in pixels; by default the source's. Images of
+            other sizes, including smaller ones, are resized as in timm.
+        channels: Number of channels, 1 for gray or 3 for color; by default the source's.
+        transform: Crops, augmentation and normalization; unset fields have the source's defaults,
+            then timm's.
+        batch_size: Number of images per batch and process.
+        num_workers: Number of data loader workers per process; 0 loads in the training process.
+        seed: Seed of the order and the augmentation.
+        bad_samples: How to handle images that cannot be read; by default, raise an error.
 
     Raises:
-        ValueError: naming the argument that is wrong.
+        ValueError: If an argument is out of range; the message names it.
     """
 
     def __init__(
@@ -124,15 +124,17 @@ class ImageData(LabelledData[LabelledImages]):
 
     @classmethod
     def own_data(cls, path: str, given: Mapping[str, Any], *, inputs_may_change: bool) -> OwnData:
-        """A folder of images by class, or a CSV file of images, as settings.
+        """Settings for a folder of images by class, or a CSV file of images.
 
         Args:
-            path: the folder or the file.
-            given: the arguments that the recipe has for this class.
-            inputs_may_change: whether the number of channels may become that of the images.
+            path: Path of the folder or file.
+            given: Arguments of the recipe for this class.
+            inputs_may_change: Whether the model's number of channels may change to that of the
+                images.
 
         Raises:
-            FileNotFoundError, ValueError: naming what is missing or wrong.
+            FileNotFoundError: If the path does not exist.
+            ValueError: If its structure is not supported.
         """
         return own_images(path, given, inputs_may_change=inputs_may_change)
 

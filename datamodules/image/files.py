@@ -1,4 +1,4 @@
-"""Image files as whole pictures, upright, of 8 bits."""
+"""Reading image files: complete, upright, with 8 bits per channel."""
 
 import struct
 import warnings
@@ -13,16 +13,16 @@ from datamodules.shared.files import why_no_file
 from diffmm.checks import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp", ".gif")
-"""Of the files that are looked for in a folder."""
+"""Extensions of the image files to find in a folder, in lower case."""
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What a file may be by its content, whatever its name: of all that Pillow opens, what pictures of
-the accepted names are in practice. (A GIF on the web is often called something else.)"""
+"""Accepted formats, by Pillow's names. They are detected from the content of a file, whatever its
+extension. (GIF files on the web often have another one.)"""
 
 MAX_PIXELS = 89_478_485
-"""Pillow's own limit: a quarter of a GiB in color."""
+"""Default limit, that of Pillow's warning: a quarter of a GiB in color."""
 PILLOWS_MOST = 2 * MAX_PIXELS
-"""Pillow opens nothing larger."""
+"""The largest image that Pillow opens."""
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -37,21 +37,23 @@ _UPRIGHT = {
 
 
 def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The picture in a file, in mode L or RGB: see `eight_bits` for what becomes of its values.
+    """Read an image file in mode L or RGB; `eight_bits` documents how values are converted.
 
-    It is turned as its EXIF orientation says. Of several frames or pages it is the first.
+    The image is rotated according to its EXIF orientation. Of several frames or pages the first one
+    is read.
 
     Raises:
-        DataError: (to follow the file's name) if it is no regular file, none of `FORMATS`, larger
-            than `max_pixels`, lacks a part, or has values that mean no brightness.
-        Exception: of many types, Pillow's, if it is broken in another way.
+        DataError: If it is not a regular file or not one of `FORMATS`, exceeds `max_pixels`, is
+            incomplete, or has values of unknown range; the message continues a sentence about it.
+        Exception: Various types from Pillow, if the file is damaged in another way.
     """
     if fault := why_no_file(path):
         raise DataError(fault)
     with warnings.catch_warnings():
-        # They are of what does not matter here, and of sizes, which are looked at here.
+        # Pillow's warnings are not relevant here or concern sizes, which are checked below.
         warnings.simplefilter("ignore")
-        # Given a name, Pillow 13 maps a plain TIFF, and garbles it where it is to be turned.
+        # An open file and not a path: Pillow 13 would memory-map an uncompressed TIFF and garble it
+        # when it is rotated.
         with path.open("rb") as file, _opened(file) as image:
             _check_size(image, max_pixels)
             scale_transparency(image)
@@ -61,10 +63,10 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def picture(image: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An image that is in memory as `read_image` gives that of a file.
+    """Convert an in-memory image as `read_image` converts that of a file.
 
     Raises:
-        DataError: (to follow a name) as `read_image`.
+        DataError: As `read_image`.
     """
     _check_size(image, max_pixels)
     return _upright(eight_bits(image), image)
@@ -74,8 +76,8 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         raise DataError(
-            f"has {width} x {height} pixels, more than max_pixels ({max_pixels:,}): "
-            f"scale it down, or raise that"
+            f"has {width} x {height} pixels, which exceeds max_pixels ({max_pixels:,}): "
+            f"resize it, or increase max_pixels"
         )
 
 
@@ -84,35 +86,38 @@ def _opened(file: BinaryIO) -> ImageFile.ImageFile:
         return Image.open(file, formats=FORMATS)
     except Image.UnidentifiedImageError as error:
         raise DataError(
-            f"cannot be decoded: it is no {', '.join(FORMATS)} file of a kind that Pillow knows"
+            f"cannot be decoded: Pillow does not recognize it as one of {', '.join(FORMATS)}"
         ) from error
     except Image.DecompressionBombError as error:
-        raise DataError(f"is too large: {error}; scale it down") from error
+        raise DataError(f"is too large: {error}; resize it") from error
 
 
 def _upright(picture: Image.Image, image: Image.Image) -> Image.Image:
     try:
         turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # of many types: EXIF that cannot be read says nothing of the picture
+    except Exception:  # unreadable EXIF data, of various types, do not affect the image
         turn = None
     return picture if turn is None else picture.transpose(turn)
 
 
 def _check_complete(image: Image.Image, file: BinaryIO) -> None:
-    """Refuse a picture of which Pillow leaves a part black, because the file has no data for it.
+    """Check for missing data that Pillow would silently replace by black pixels.
 
-    Others that are cut off do not decode. (A JPEG that ends properly, but before its last line, is
-    the exception: its decoder makes up the rest, and does not tell.)
+    Other truncated files do not decode. The exception is a JPEG that ends properly but before its
+    last line, for which the decoder makes up the rest without an error.
     """
     missing = False
     if image.format == "TIFF":
         missing = _lacks_strips(image)
     elif image.format == "PNG":
-        # A last line that is not black was there.
+        # If the last line is not black, it was in the file.
         black = not image.crop((0, image.height - 1, *image.size)).tobytes().strip(b"\0")
         missing = bool(black or image.info.get("interlace")) and _lacks_lines(file)
     if missing:
-        raise DataError(f"has data for a part of its {image.width} x {image.height} pixels only")
+        raise DataError(
+            f"is incomplete: it has data for only a part of its {image.width} x {image.height} "
+            f"pixels"
+        )
 
 
 def _lacks_strips(image: Any) -> bool:
@@ -128,7 +133,7 @@ def _lacks_strips(image: Any) -> bool:
 
 
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by color type
-_PNG_PASSES = (  # each one's first column and line, and how far apart they are
+_PNG_PASSES = (  # first column, first line, column step and line step of each pass
     ((0, 0, 1, 1),),
     (
         (0, 0, 8, 8),

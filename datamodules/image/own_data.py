@@ -1,4 +1,4 @@
-"""A user's own images as settings of `ImageData`."""
+"""Settings of `ImageData` for a user's own images."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -29,15 +29,15 @@ OWN_TRANSFORM = ImageTransform(
     vflip=0.0,
     color_jitter=0.2,
 )
-"""For images that nothing is known of, and written into their recipe: nothing that could change
-what an image shows. timm would crop to 8 % of the area, mirror every second image (letters and
-signs, too), and vary colors twice as much."""
+"""The transform for unknown images, written into their recipe. It avoids augmentation that could
+change the class of an image: timm would crop to as little as 8% of the area, mirror every second
+image (including letters and signs), and jitter colors twice as much."""
 
 IN_WORDS = {1: "gray", 3: "color"}
 
 
 def own_images(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) -> OwnData:
-    """A folder of images by class, or a CSV file of images; see `ImageData.own_data`."""
+    """Settings for a folder or a CSV file of images; see `ImageData.own_data`."""
     arguments = (given.get("source") or {}).get("init_args") or {}
     located = locate(path, "images", EXTENSIONS, arguments)
     make = ImageTable if located.is_table else ImageFolder
@@ -45,7 +45,7 @@ def own_images(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) 
     kept = {name: arguments[name] for name in taken if name in arguments}
     settings = {**kept, **located.arguments}
     splits = make(**settings).splits()
-    channels, sizes = _looks(splits.train)
+    channels, sizes = _inspect(splits.train)
     told = told_splits(path, "images", settings, splits)
     told += f"; {IN_WORDS[channels]}, {sizes} pixels"
     node = {"class_path": f"datamodules.image.{make.__name__}", "init_args": settings}
@@ -65,11 +65,11 @@ def own_images(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) 
     return OwnData(found, facts, told)
 
 
-def _looks(images: LabelledImages) -> tuple[int, str]:
-    """How many channels some images have, and how large they are, in words.
+def _inspect(images: LabelledImages) -> tuple[int, str]:
+    """The number of channels of some images, and a summary of their sizes.
 
     Raises:
-        BadSampleError: if none of them can be read.
+        BadSampleError: If none of them can be read.
     """
     sizes, modes, fault = [], set(), None
     for index in looked_at(images):

@@ -1,4 +1,4 @@
-"""One image as the model sees it in evaluation."""
+"""The evaluation preprocessing of images."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,21 +17,25 @@ from datamodules.shared.reader import Reader
 from diffmm.checks import DataError, Settings, check_choice
 
 MODES = {1: "L", 3: "RGB"}
-"""Pillow's name of the color space of so many channels."""
+"""Pillow's mode for each number of channels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageReader(Settings, Reader):
-    """Images of any kind, resized, cropped and normalized as timm does it in evaluation.
+    """Reads images and resizes, crops and normalizes them as timm does in evaluation.
 
     Attributes:
-        image_size: height and width of what comes out, in pixels.
-        channels: 1 for gray images, 3 for color images.
-        interpolation, crop_pct, crop_mode, mean, std: as in `ImageTransform`, all of them given.
-        max_pixels: larger images are refused.
+        image_size: Height and width of the model's input, in pixels.
+        channels: Number of channels, 1 for gray or 3 for color.
+        interpolation: Interpolation, as in `ImageTransform`; required here.
+        crop_pct: Crop fraction, as in `ImageTransform`; required here.
+        crop_mode: Crop mode, as in `ImageTransform`; required here.
+        mean: Mean per channel, as in `ImageTransform`; required here.
+        std: Standard deviation per channel, as in `ImageTransform`; required here.
+        max_pixels: Maximum number of pixels; larger images raise an error.
 
     Raises:
-        ValueError: naming the field and the value.
+        ValueError: If a field is out of range; the message names the field and the value.
     """
 
     class_path: ClassVar[str] = "datamodules.image.ImageReader"
@@ -57,12 +61,12 @@ class ImageReader(Settings, Reader):
             raise ValueError(f"image_size must be a height and a width, got {self.image_size}")
         check_choice("channels", self.channels, MODES)
         if not 1 <= self.max_pixels <= PILLOWS_MOST:
-            raise ValueError(f"max_pixels must lie in [1, {PILLOWS_MOST}], got {self.max_pixels}")
-        _ = self.transform  # whatever it refuses is refused now
+            raise ValueError(f"max_pixels must be in [1, {PILLOWS_MOST}], got {self.max_pixels}")
+        _ = self.transform  # runs its checks
 
     @cached_property
     def transform(self) -> Transform:
-        """From an image of mode `MODES[channels]` to a tensor `[C, H, W]`."""
+        """The transform from an image of mode `MODES[channels]` to a tensor `[C, H, W]`."""
         transform = ImageTransform(
             interpolation=self.interpolation,
             crop_pct=self.crop_pct,
@@ -73,23 +77,23 @@ class ImageReader(Settings, Reader):
         return transform.build(ImageTransform(), self.image_size, self.channels, training=False)
 
     def convert(self, image: Image.Image) -> Image.Image:
-        """An image in the color space of the model."""
+        """Convert an image to the model's mode."""
         return image.convert(MODES[self.channels])
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """`[C, H, W]`, what the model sees of an image in mode L or RGB."""
+        """The model's input `[C, H, W]` for an image in mode L or RGB."""
         return self.transform(self.convert(image))
 
     def read(self, item: Any) -> dict[str, Any]:
-        """`{"images": [C, H, W]}` of an image.
+        """Read an image as `{"images": [C, H, W]}`.
 
         Args:
-            item: the path of a file, a Pillow image, or pixels in uint8: a NumPy array `[H, W]` or
-                `[H, W, C]`, or a tensor `[C, H, W]`, of 1, 3 or 4 channels (the fourth is opacity).
+            item: The path of a file, a Pillow image, or uint8 pixels: a NumPy array `[H, W]` or
+                `[H, W, C]`, or a tensor `[C, H, W]`, with 1, 3 or 4 channels (the fourth is alpha).
 
         Raises:
-            BadSampleError: naming the file, if it cannot be read.
-            ValueError: for anything else.
+            BadSampleError: If the file cannot be read; the message names it.
+            ValueError: If `item` has another type, shape or dtype.
         """
         if isinstance(item, str | Path):
             return {"images": self.pixels(self._from_file(Path(item)))}
@@ -108,16 +112,16 @@ class ImageReader(Settings, Reader):
 
 
 def read_named(path: Path, name: str, max_pixels: int) -> Image.Image:
-    """The picture in a file (see `read_image`); what is wrong with it is said after `name`.
+    """Read an image file (see `read_image`); error messages start with `name`.
 
     Raises:
-        BadSampleError: if it cannot be read.
+        BadSampleError: If it cannot be read.
     """
     try:
         return read_image(path, max_pixels)
     except DataError as error:
         fault, cause = str(error), error.__cause__
-    except Exception as error:  # of many types: the decoders'
+    except Exception as error:  # decoders raise various types
         fault, cause = f"cannot be decoded: {error or type(error).__name__}", error
     raise BadSampleError(f"{name} {fault}", path) from cause
 
@@ -136,7 +140,7 @@ def _from_array(item: Any) -> Image.Image:
     if array.dtype != np.uint8 or not (is_gray or is_color) or not array.size:
         form = "[C, H, W]" if isinstance(item, Tensor) else "[H, W] or [H, W, C]"
         raise ValueError(
-            f"an image in an array must be {form} in uint8, of 1, 3 or 4 channels, got "
+            f"an image array must be {form} in uint8, with 1, 3 or 4 channels, got "
             f"{tuple(item.shape)} in {str(item.dtype).removeprefix('torch.')}"
         )
     return Image.fromarray(

@@ -1,4 +1,4 @@
-"""Where images come from: scikit-learn's digits, CIFAR, folders by class, tables."""
+"""Sources of images: scikit-learn's digits, CIFAR, folders by class, and CSV tables."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -24,21 +24,21 @@ class LabelledImages(Labelled):
 
     @abstractmethod
     def read(self, index: int) -> Image.Image:
-        """An image in mode L or RGB.
+        """Decode an image, in mode L or RGB.
 
         Raises:
-            BadSampleError: naming the image, if it cannot be read.
+            BadSampleError: If the image cannot be read; the message names it.
         """
 
 
 class ImageSource(Source[LabelledImages]):
-    """Images in training, validation and test splits, and how they are best looked at.
+    """Images in training, validation and test splits, with defaults for their preprocessing.
 
     Attributes:
-        image_size: their height and width, if nothing else is asked for.
-        channels: 1 for gray, 3 for color images, likewise.
-        transform: what this source's images need other than timm's defaults.
-        max_pixels: larger images are refused.
+        image_size: Default height and width of the images.
+        channels: Default number of channels, 1 for gray or 3 for color.
+        transform: Default transform, where it differs from timm's defaults.
+        max_pixels: Maximum number of pixels; larger images raise an error.
     """
 
     image_size: ClassVar[int] = 224
@@ -51,8 +51,8 @@ class ArrayImages(LabelledImages):
     """Images in memory.
 
     Args:
-        pixels: `[N, H, W]` gray or `[N, H, W, 3]` color, uint8.
-        labels: of each image.
+        pixels: Gray `[N, H, W]` or color `[N, H, W, 3]` pixels in uint8.
+        labels: Class index of each image.
     """
 
     def __init__(self, pixels: NDArray[np.uint8], labels: Sequence[int]) -> None:
@@ -60,7 +60,7 @@ class ArrayImages(LabelledImages):
         self.labels = [(int(label),) for label in labels]
 
     def subset(self, indices: Sequence[int]) -> "ArrayImages":
-        """The images of these numbers."""
+        """The images with these indices."""
         return ArrayImages(self.pixels[indices], [self.labels[i][0] for i in indices])
 
     def describe(self, index: int) -> str:
@@ -97,17 +97,16 @@ class FileImages(LabelledImages):
 class Digits(ImageSource):
     """scikit-learn's digits (Alpaydin and Kaynak, 1998): 1797 gray images of 8 x 8, 10 classes.
 
-    They come with scikit-learn, so that nothing is downloaded. Validation and test images are the
-    same.
+    They are part of scikit-learn and need no download. Validation and test images are the same.
 
     Args:
-        val_fraction: this share of each class is held out for validation, the same in every run.
+        val_fraction: Fraction of each class to hold out for validation, the same in every run.
     """
 
     image_size = 8
     channels = 1
-    # Mean and deviation of all pixels. A mirrored digit is another sign, and a crop of so few
-    # pixels loses what tells them apart.
+    # Mean and standard deviation of all pixels. There is no mirroring and little cropping, because
+    # they could change the digit.
     transform = ImageTransform(
         mean=(0.305,),
         std=(0.376,),
@@ -122,7 +121,7 @@ class Digits(ImageSource):
         self.val_fraction = val_fraction
 
     def splits(self) -> Splits[LabelledImages]:
-        # Imported here: it takes half a second, and the other sources need none of it.
+        # Imported here, because it takes half a second and the other sources do not need it.
         from sklearn.datasets import load_digits
 
         digits: Any = load_digits()
@@ -136,13 +135,13 @@ class Digits(ImageSource):
 class CIFAR10(ImageSource):
     """CIFAR-10 (Krizhevsky, 2009): 50,000 training and 10,000 test images of 32 x 32, 10 classes.
 
-    As torchvision downloads it: `root/cifar-10-batches-py/data_batch_1` and so on.
+    The layout is that of torchvision's download: `root/cifar-10-batches-py/data_batch_1` and so on.
 
     Args:
-        root: the folder that holds `cifar-10-batches-py`.
-        download: fetch it (170 MB) if it is not there.
-        val_fraction: this share of each class's training images is held out for validation, the
-            same in every run. By default validation is on the test images, as most reports do it.
+        root: The folder that contains `cifar-10-batches-py`.
+        download: Whether to download the data set (170 MB) if it does not exist.
+        val_fraction: Fraction of each class's training images to hold out for validation, the same
+            in every run. By default the test images are used for validation, as is common.
     """
 
     image_size = 32
@@ -166,13 +165,13 @@ class CIFAR10(ImageSource):
         folder = Path(self.root, self.dataset.base_folder)
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"no folder {folder}: give the root of an existing copy, or download: true"
+                f"folder {folder} does not exist: set root to an existing copy, or download: true"
             )
         try:
             train, test = (self.dataset(self.root, train=train) for train in (True, False))
         except RuntimeError as error:
             raise ValueError(
-                f"{folder} is incomplete or corrupted: delete it, and download: true"
+                f"{folder} is incomplete or damaged: delete it and set download: true"
             ) from error
         train_images, test_images = (ArrayImages(d.data, d.targets) for d in (train, test))
         if self.val_fraction is None:
@@ -184,7 +183,7 @@ class CIFAR10(ImageSource):
 
 
 class CIFAR100(CIFAR10):
-    """CIFAR-100 (Krizhevsky, 2009): as CIFAR-10, of 100 classes, in `root/cifar-100-python`."""
+    """CIFAR-100 (Krizhevsky, 2009): like CIFAR-10, with 100 classes, in `root/cifar-100-python`."""
 
     transform = ImageTransform(
         mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762), crop_pct=1.0
@@ -193,25 +192,25 @@ class CIFAR100(CIFAR10):
 
 
 class ImageFolder(FolderSource[LabelledImages], ImageSource):
-    """Image files in a folder per class, as ImageNet's: `train/<class>/*.JPEG`,
+    """Image files in one folder per class, as in ImageNet: `train/<class>/*.JPEG`,
     `val/<class>/*.JPEG`.
 
-    Files are listed by their names (`EXTENSIONS`), hidden ones left out, and decoded by their
-    content: see `datamodules.image.files.read_image` for what becomes of orientation, transparency,
-    16 bits, floats and animations. Classes are compared by their names in Unicode's composed form:
-    folders that differ in form alone are one class, as they are one folder on other systems.
+    Files are found by their extensions (`EXTENSIONS`), without hidden ones, and decoded by their
+    content; `datamodules.image.files.read_image` documents orientation, transparency, 16-bit and
+    float values and animations. Folders whose names differ only in Unicode normalization are one
+    class, as they would be one folder on some file systems.
 
     Args:
-        train: folder of the training images and, without `val`, of the validation images.
-        val: folder of the validation images, of the same classes.
-        test: folder of the test images, of the same classes; the validation images by default.
-        val_fraction: without `val`, this share of each class is held out for validation, the same
-            images in every run.
-        max_pixels: larger images are refused before they take memory; 178,956,970 at most, which
-            is what Pillow opens.
+        train: Folder of the training images and, without `val`, of the validation images.
+        val: Folder of the validation images, with the same classes.
+        test: Folder of the test images, with the same classes; the validation images by default.
+        val_fraction: Without `val`, the fraction of each class to hold out for validation, the
+            same images in every run.
+        max_pixels: Maximum number of pixels; larger images raise an error before they are decoded.
+            At most 178,956,970, Pillow's limit.
 
     Raises:
-        ValueError: for `max_pixels` out of its range.
+        ValueError: If `max_pixels` is out of range.
     """
 
     extensions = EXTENSIONS
@@ -233,32 +232,30 @@ class ImageFolder(FolderSource[LabelledImages], ImageSource):
 
 
 class ImageTable(TableSource[LabelledImages], ImageSource):
-    """CSV files that name image files and their labels.
+    """CSV files of image files and their labels.
 
-    The first line names the columns; others than the ones given here are ignored. Images are read
-    as by `ImageFolder`.
+    The first line has the column names; other columns are ignored. Images are read as in
+    `ImageFolder`.
 
     Args:
-        train: CSV file of the training images, in UTF-8. Relative paths in it are relative to its
-            folder.
+        train: CSV file of the training images, in UTF-8. Paths in it are relative to its folder.
         val: CSV file of the validation images.
         test: CSV file of the test images; the validation images by default.
-        file_column: the column of the image files' paths.
-        label_column: the column of the labels.
-        split_column: the column of `train` that says `train`, `val` or `test` (or `training`,
-            `validation`, `valid`, `dev`, `testing`), in place of files for these.
-        label_separator: what stands between labels where `multi_label`, `";"` or `","` (in a
-            quoted field).
-        classes: a text file of class names, one per line, in the order of their numbers. By
+        file_column: Name of the column of file paths.
+        label_column: Name of the column of labels.
+        split_column: Name of a column of `train` with the value `train`, `val` or `test` (or
+            `training`, `validation`, `valid`, `dev`, `testing`), instead of separate files.
+        label_separator: Separator of several labels, `";"` or `","` (in a quoted field).
+        classes: A text file of class names, one per line, in the order of their indices. By
             default the sorted labels of the training images.
-        multi_label: whether an image may have several labels, or none; otherwise exactly one.
-        val_fraction: without validation images, this share of each class is held out, the same
+        multi_label: Whether an image may have any number of labels; otherwise exactly one.
+        val_fraction: Without validation images, the fraction of each class to hold out, the same
             images in every run.
-        max_pixels: as in `ImageFolder`.
+        max_pixels: Maximum number of pixels; larger images raise an error before they are decoded.
 
     Raises:
-        ValueError: for another separator, a `split_column` beside `val` or `test`, or `max_pixels`
-            out of its range.
+        ValueError: If the separator is unknown, `split_column` is combined with `val` or `test`,
+            or `max_pixels` is out of range.
     """
 
     def __init__(
@@ -295,11 +292,11 @@ class ImageTable(TableSource[LabelledImages], ImageSource):
 
 
 def checked_max_pixels(max_pixels: int) -> int:
-    """`max_pixels`, if Pillow opens images of that many.
+    """Return `max_pixels` if Pillow can open images of this size.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: If it cannot.
     """
     if not 1 <= max_pixels <= PILLOWS_MOST:
-        raise ValueError(f"max_pixels must lie in [1, {PILLOWS_MOST}], got {max_pixels}")
+        raise ValueError(f"max_pixels must be in [1, {PILLOWS_MOST}], got {max_pixels}")
     return max_pixels

@@ -1,4 +1,4 @@
-"""timm's image transforms, in timm's words."""
+"""timm's image transforms, with timm's argument names."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -35,31 +35,38 @@ PROBABILITIES = (
 
 @dataclass(frozen=True)
 class ImageTransform(Settings):
-    """How images become tensors; the words and meanings are those of `timm.data`.
+    """Image transform with the argument names and meanings of `timm.data`.
 
-    What is left out is taken from the source's own defaults and then from timm's, so that the
-    interpolation, crop, mean and standard deviation are what `resolve_data_config` would choose.
+    Fields that are not set have the source's defaults, then timm's, so that interpolation, crop,
+    mean and standard deviation are those of `resolve_data_config`.
 
     Attributes:
         interpolation: `"bicubic"`, `"bilinear"`, `"lanczos"`, `"hamming"`, `"box"`, `"nearest"`,
-            or `"random"`: bilinear or bicubic for each training image, bicubic in evaluation.
-        mean, std: of each channel in [0, 1]; one number serves all, and three are averaged for
-            gray images.
-        crop_pct: in evaluation, the part of the resized image's side that the crop keeps.
-        crop_mode: in evaluation, `"center"`, `"squash"` or `"border"`.
-        no_aug: no randomness in training: resize, center crop, normalize.
-        train_crop_mode: `"rrc"` (random resized crop), `"rkrc"` or `"rkrr"` (keeping the ratio).
-        scale, ratio: the random crop's area and aspect ratio are drawn between these.
-        hflip, vflip: the probability of a mirror image.
-        color_jitter: strength of random brightness, contrast, saturation (and hue, with four).
-        color_jitter_prob, grayscale_prob, gaussian_blur_prob: probabilities.
-        auto_augment: a policy, such as `"rand-m9-mstd0.5-inc1"`, `"original"` or `"3a"`.
-        re_prob: the probability that a random rectangle is erased.
-        re_mode: what it is filled with: `"const"`, `"rand"` (a color) or `"pixel"` (noise).
-        re_count: how many rectangles at most.
+            or `"random"`: bilinear or bicubic per training image, bicubic in evaluation.
+        mean: Mean per channel, in [0, 1]. One number applies to all channels; three numbers are
+            averaged for gray images.
+        std: Standard deviation per channel, in the same format.
+        crop_pct: Fraction of the resized image's side that the crop keeps in evaluation.
+        crop_mode: Crop mode in evaluation: `"center"`, `"squash"` or `"border"`.
+        no_aug: Whether to disable augmentation in training: resize, center crop, normalize.
+        train_crop_mode: Crop mode in training: `"rrc"` (random resized crop), `"rkrc"` or `"rkrr"`
+            (both keep the aspect ratio).
+        scale: Range of the random crop's area, as a fraction of the image.
+        ratio: Range of the random crop's aspect ratio.
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        color_jitter: Strength of random brightness, contrast and saturation; four numbers add hue.
+        color_jitter_prob: Probability of color jitter.
+        grayscale_prob: Probability of conversion to gray.
+        gaussian_blur_prob: Probability of Gaussian blur.
+        auto_augment: An augmentation policy, such as `"rand-m9-mstd0.5-inc1"`, `"original"` or
+            `"3a"`.
+        re_prob: Probability of random erasing.
+        re_mode: Fill of erased rectangles: `"const"`, `"rand"` (a color) or `"pixel"` (noise).
+        re_count: Maximum number of erased rectangles.
 
     Raises:
-        ValueError: for an unknown word, or a number out of its range.
+        ValueError: If a choice is unknown or a number is out of range.
     """
 
     interpolation: str | None = None
@@ -89,12 +96,14 @@ class ImageTransform(Settings):
                 check_choice(name, value, choices)
         for name in PROBABILITIES:
             if (value := getattr(self, name)) is not None and not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name} is a probability, in [0, 1], got {value}")
+                raise ValueError(f"{name} must be a probability in [0, 1], got {value}")
         if self.crop_pct is not None and self.crop_pct <= 0.0:
             raise ValueError(f"crop_pct must be above 0, got {self.crop_pct}")
         for name in ("scale", "ratio"):
             if (value := getattr(self, name)) is not None and not 0.0 < value[0] <= value[1]:
-                raise ValueError(f"{name} must be two rising numbers above 0, got {tuple(value)}")
+                raise ValueError(
+                    f"{name} must be two increasing numbers above 0, got {tuple(value)}"
+                )
         if isinstance(self.color_jitter, tuple | list) and len(self.color_jitter) not in (3, 4):
             raise ValueError(
                 f"color_jitter must be one number, or three or four (brightness, contrast, "
@@ -104,17 +113,18 @@ class ImageTransform(Settings):
     def build(
         self, defaults: "ImageTransform", size: tuple[int, int], channels: int, *, training: bool
     ) -> Transform:
-        """The transform from an image to a tensor `[C, H, W]`.
+        """Build the transform from an image to a tensor `[C, H, W]`.
 
         Args:
-            defaults: the source's.
-            size: `(H, W)`.
-            channels: 1 or 3; the images have as many.
-            training: with augmentation, or resized and cropped as for evaluation.
+            defaults: Defaults of the source.
+            size: Height and width of the tensor, `(H, W)`.
+            channels: Number of channels, 1 or 3.
+            training: Whether to build the training transform, with augmentation, instead of that
+                of evaluation.
 
         Raises:
-            ValueError: if there are more or fewer means than channels, or timm knows no such
-                `auto_augment` policy, or has it for color images only.
+            ValueError: If the number of means does not match `channels`, or timm does not know the
+                `auto_augment` policy or supports it for color images only.
         """
         settings = self.settings(defaults, size, channels)
         if settings["interpolation"] == "random" and not training:
@@ -125,13 +135,13 @@ class ImageTransform(Settings):
         try:
             return create_transform(**settings, is_training=training)
         except AssertionError as error:
-            raise ValueError(f"auto_augment {policy!r} is no policy of timm's: {error}") from error
+            raise ValueError(f"auto_augment {policy!r} is not a timm policy: {error}") from error
 
     def settings(
         self, defaults: "ImageTransform", size: tuple[int, int], channels: int
     ) -> dict[str, Any]:
-        """What timm's `create_transform` is to be told. Arguments and errors as in `build`."""
-        # timm's own defaults for these two are for three channels.
+        """Arguments of timm's `create_transform`. Arguments and errors as in `build`."""
+        # timm has defaults for these two, but for three channels.
         timms = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
         settings = timms | defaults.given() | self.given()
         for name in timms:
@@ -139,7 +149,7 @@ class ImageTransform(Settings):
         return settings | resolve_data_config({**settings, "input_size": (channels, *size)})
 
     def given(self) -> dict[str, Any]:
-        """What is not left out."""
+        """The fields that are set."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -150,4 +160,4 @@ def _per_channel(name: str, values: tuple[float, ...], channels: int) -> tuple[f
         return tuple(values) * channels
     if len(values) == 3 and channels == 1:
         return (sum(values) / 3,)
-    raise ValueError(f"{name} has {len(values)} numbers for images of {channels} channels")
+    raise ValueError(f"{name} has {len(values)} numbers, but images have {channels} channels")

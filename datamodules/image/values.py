@@ -1,7 +1,7 @@
-"""What the pixels of an image file mean, in 8 bits.
+"""Conversion of the pixels of image files to 8 bits.
 
-Pillow's `convert` cuts what it does not know how to scale: 16 bits become white, floats black. Here
-every kind of pixel has its meaning, or is refused.
+Pillow's `convert` clips values that it does not scale: 16-bit images become white, float images
+black. Here every kind of pixel is scaled correctly or raises an error.
 """
 
 from functools import lru_cache
@@ -13,31 +13,31 @@ from PIL import Image, ImageCms, ImageFile
 
 from diffmm.checks import DataError
 
-_FLOAT_SLACK = 1e-5  # what rounding may do to a 0 or a 1
+_FLOAT_SLACK = 1e-5  # tolerance for the rounding of 0 and 1
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 _SIGNED = 2  # a sample format
 _WHITE_IS_ZERO = 0  # a photometric interpretation
-_NARROW_PNG = {"L;2": 3, "L;4": 15}  # the largest value, by Pillow's name of the layout
+_NARROW_PNG = {"L;2": 3, "L;4": 15}  # the largest value, by Pillow's raw mode
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """A loaded image file in mode L or RGB.
+    """Convert a loaded image file to mode L or RGB.
 
-    * 16 bits are scaled by their full range: 65,535 is white, and 4,095 in a TIFF of 12 bits.
-    * Floats are in [0, 1], from black to white.
-    * CIELAB becomes sRGB by LittleCMS; CMYK and YCbCr become RGB as Pillow does it.
-    * What is transparent shows white behind it.
+    * 16-bit values are scaled by their full range: white is 65,535, or 4,095 in a 12-bit TIFF.
+    * Float values are in [0, 1], from black to white.
+    * CIELAB is converted to sRGB by LittleCMS, CMYK and YCbCr to RGB by Pillow.
+    * Transparent images are composed over white.
 
     Raises:
-        DataError: (to follow the file's name) for values whose black and white are not known:
-            floats beyond [0, 1] and integers with a sign or of 32 bits.
+        DataError: If the range of values is unknown: floats outside [0, 1], and signed or 32-bit
+            integers. The message continues a sentence about the file.
     """
     tags: Any = getattr(image, "tag_v2", {})
     if _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
-        raise DataError(_unknown_range("integers with a sign"))
+        raise DataError(_unknown_range("signed integers"))
     if image.mode == "F" or image.mode.startswith("I"):
         gray = _from_floats(image) if image.mode == "F" else _from_integers(image, tags)
-        # Pillow turns those of 8 bits around, but not these.
+        # Pillow inverts 8-bit images of this kind, but not these.
         if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
             gray = 255 - gray
         if "transparency" in image.info:
@@ -46,7 +46,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
     if image.mode == "LAB":
         return _lab_to_srgb().apply(image)
     if image.has_transparency_data:
-        # Premultiplied gray, La, converts to nothing else than LA.
+        # Premultiplied gray, La, can only be converted to LA.
         colors = image.convert("LA") if image.mode == "La" else image
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, colors.convert("RGBA")).convert("RGB")
@@ -56,8 +56,8 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 
 def scale_transparency(image: ImageFile.ImageFile) -> None:
-    """Bring the color that stands for transparency in a PNG, not loaded yet, to the scale of the
-    8 bits in which Pillow loads it."""
+    """Scale the transparent color of a PNG that is not loaded yet to the 8 bits in which Pillow
+    loads it."""
     color = image.info.get("transparency")
     layout = image.tile[0][3] if image.tile else None
     if isinstance(color, int) and layout in _NARROW_PNG:
@@ -67,9 +67,9 @@ def scale_transparency(image: ImageFile.ImageFile) -> None:
 
 
 def _from_integers(image: Image.Image, tags: Any) -> NDArray[np.uint8]:
-    # Pillow widens the 16 bits of some formats to its 32, but a TIFF's own may be as many.
+    # Pillow represents 16-bit values of some formats in 32 bits, but a TIFF may really have 32.
     if image.mode == "I" and image.format == "TIFF":
-        raise DataError(_unknown_range("integers of 32 bits"))
+        raise DataError(_unknown_range("32-bit integers"))
     white = 2 ** tags.get(_BITS, (16,))[0] - 1
     values = np.asarray(image).astype(np.uint32)
     return ((values * 255 + white // 2) // white).astype(np.uint8)
@@ -78,14 +78,14 @@ def _from_integers(image: Image.Image, tags: Any) -> NDArray[np.uint8]:
 def _from_floats(image: Image.Image) -> NDArray[np.uint8]:
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
-    if not -_FLOAT_SLACK <= low <= high <= 1 + _FLOAT_SLACK:  # or not a number
+    if not -_FLOAT_SLACK <= low <= high <= 1 + _FLOAT_SLACK:  # also true for NaN
         raise DataError(_unknown_range(f"floats from {low:g} to {high:g}, not in [0, 1]"))
     return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
 
 
 def _unknown_range(what: str) -> str:
     return (
-        f"has {what}: which of them are black and white is not known; save it with 8 or 16 bits, "
+        f"has {what}, whose range from black to white is unknown; save it with 8 or 16 bits, "
         f"or as floats in [0, 1]"
     )
 

@@ -1,1 +1,1 @@
-"""What the datamodules of all modalities share."""
+"""Code that the datamodules of all modalities share."""

@@ -1,8 +1,9 @@
-"""What to do about samples that cannot be read: one policy for every datamodule.
+"""Handling of samples that cannot be read, with one policy for all datamodules.
 
-A sample is bad if its file is: a picture that does not decode, a sound that ends too early, a text
-that is not text. What stands in for it is a function of `(seed, epoch, index)`, so that every
-process, every number of workers and a resumed run draw the same, and no process gets fewer samples.
+A sample is bad if its file is damaged: an image that does not decode, audio that ends too early, a
+text that is not UTF-8. Its substitute is a function of `(seed, epoch, index)`, so it does not
+depend on the process or the number of workers, a resumed run draws the same one, and every process
+gets the same number of samples.
 """
 
 import logging
@@ -17,7 +18,7 @@ from diffmm.checks import DataError, Settings, check_choice
 
 QUARANTINE_NAME = "quarantine.txt"
 LEAST_READ = 100
-"""Fewer samples than this count as this many, so that one bad sample at the start stops no run."""
+"""Minimum denominator of the bad fraction, so that one early bad sample does not stop a run."""
 
 _logger = logging.getLogger(__name__)
 
@@ -26,8 +27,8 @@ class BadSampleError(DataError):
     """A sample cannot be read.
 
     Args:
-        message: names the sample's number and its file, and says what is wrong with it.
-        file: that file, if there is one.
+        message: Names the sample's index, its file and the problem.
+        file: The file, if the sample has one.
     """
 
     def __init__(self, message: str, file: str | Path | None = None) -> None:
@@ -36,26 +37,27 @@ class BadSampleError(DataError):
 
 
 class TooManyBadSamplesError(DataError):
-    """More samples cannot be read than a run is to put up with."""
+    """The fraction of bad samples exceeds `max_bad_fraction`."""
 
 
 @dataclass(frozen=True)
 class BadSamples(Settings):
-    """What a run does about samples that cannot be read, naming each with its file in one line.
+    """How a run handles samples that cannot be read. Each is logged with its file in one line.
 
     Attributes:
-        policy: `raise` stops at the first one. `substitute` takes another sample, drawn from
-            `(seed, epoch, index)`. `quarantine` does that, and writes the file's name into
-            `quarantine_file`, so that later runs leave it out without reading it. Where a bad file
-            is no sample but a part of a corpus, its text is left out.
-        max_bad_fraction: in [0, 1]; a process that could not read more than this share of what it
-            has read (of 100 at least) stops the run.
-        quarantine_file: a text file, a path a line; more are appended, by any number of processes.
-            By default `quarantine.txt` in the trainer's `default_root_dir`, which is the run's.
+        policy: `raise` stops at the first bad sample. `substitute` replaces it by another sample,
+            drawn from `(seed, epoch, index)`. `quarantine` also adds the file to
+            `quarantine_file`, so that later runs skip it without reading it. If a bad file is not
+            a sample but part of a corpus, its text is skipped.
+        max_bad_fraction: Maximum fraction of bad samples, in [0, 1]. A process stops the run if
+            more of the samples that it has read (counted as at least 100) are bad.
+        quarantine_file: A text file with one path per line, to which any number of processes
+            append. By default `quarantine.txt` in the trainer's `default_root_dir`, which is the
+            run directory.
 
     Raises:
-        ValueError: for an unknown policy, a fraction out of its range, or a file that no policy
-            uses.
+        ValueError: If the policy is unknown, the fraction is out of range, or `quarantine_file` is
+            set for another policy.
     """
 
     policy: Literal["raise", "substitute", "quarantine"] = "raise"
@@ -67,25 +69,25 @@ class BadSamples(Settings):
         check_choice("bad_samples.policy", self.policy, ("raise", "substitute", "quarantine"))
         if not 0.0 <= self.max_bad_fraction <= 1.0:
             raise ValueError(
-                f"bad_samples.max_bad_fraction must lie in [0, 1], got {self.max_bad_fraction}"
+                f"bad_samples.max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}"
             )
         if self.quarantine_file is not None and self.policy != "quarantine":
             raise ValueError(
-                f"bad_samples.quarantine_file is of no use under policy {self.policy!r}: "
+                f"bad_samples.quarantine_file is not used by policy {self.policy!r}: "
                 f"set bad_samples.policy to quarantine"
             )
 
 
 class Triage:
-    """`BadSamples` at work in one process: what it has read, and what of it was bad.
+    """Applies `BadSamples` in one process and counts the samples read and the bad ones.
 
     Args:
-        settings: the run's.
-        folder: where the quarantine file is, if the settings name none.
+        settings: The settings of the run.
+        folder: Folder of the quarantine file if the settings do not name one.
 
     Raises:
-        ValueError: under `quarantine`, if there is neither a file nor a folder for one, or there is
-            something else than a file of this name.
+        ValueError: If the policy is `quarantine` and there is neither a quarantine file nor a
+            folder for it, or the path is not a regular file.
     """
 
     def __init__(self, settings: BadSamples, folder: str | Path | None = None) -> None:
@@ -101,8 +103,8 @@ class Triage:
                 self._list = Path(folder, QUARANTINE_NAME)
             else:
                 raise ValueError(
-                    "bad_samples.policy is quarantine, and there is no run directory to keep its "
-                    "list in: set bad_samples.quarantine_file"
+                    "bad_samples.policy is quarantine, but there is no run directory for its "
+                    "list: set bad_samples.quarantine_file"
                 )
         if self._list is not None and os.path.lexists(self._list):
             check_file(self._list, "quarantine_file")
@@ -110,28 +112,29 @@ class Triage:
 
     @property
     def tolerates(self) -> bool:
-        """Whether the run goes on after a bad sample."""
+        """Whether the run continues after a bad sample."""
         return self.settings.policy != "raise"
 
     def is_quarantined(self, file: str | Path | None) -> bool:
-        """Whether an earlier run has listed `file`: it is not to be read."""
+        """Whether the quarantine list of earlier runs contains `file`."""
         return bool(self.quarantined) and file is not None and _absolute(file) in self.quarantined
 
     def note(self, error: BadSampleError, *, instead: str) -> None:
-        """Count a bad sample; name it, and list its file, the first time.
+        """Count a bad sample; the first time, also log it and add its file to the list.
 
         Args:
-            error: says what is wrong with it.
-            instead: what the run does without it, for the log.
+            error: The error that describes the problem.
+            instead: How the run replaces the sample, for the log.
 
         Raises:
-            BadSampleError: under `raise`.
-            TooManyBadSamplesError: if this is one too many, with the numbers.
+            BadSampleError: If the policy is `raise`.
+            TooManyBadSamplesError: If `max_bad_fraction` is exceeded; the message gives the counts.
         """
         told = " ".join(str(error).split())
         if not self.tolerates:
             raise BadSampleError(
-                f"{told}; to go on without it, set bad_samples.policy to substitute or quarantine",
+                f"{told}; to continue without it, set bad_samples.policy to substitute or "
+                f"quarantine",
                 error.file,
             ) from error
         self.num_bad += 1
@@ -144,9 +147,9 @@ class Triage:
         limit = self.settings.max_bad_fraction
         if self.num_bad > limit * max(self.num_read, LEAST_READ):
             raise TooManyBadSamplesError(
-                f"{self.num_bad} of {self.num_read} samples read by this process are bad, more "
-                f"than bad_samples.max_bad_fraction allows ({limit:g}, of {LEAST_READ} samples at "
-                f"least); the last: {told}"
+                f"{self.num_bad} of {self.num_read} samples read by this process are bad, which "
+                f"exceeds bad_samples.max_bad_fraction ({limit:g} of at least {LEAST_READ} "
+                f"samples); the last one: {told}"
             ) from error
 
 
@@ -160,7 +163,7 @@ def _lines(path: Path | None) -> Iterator[str]:
 
 
 def _append(path: Path, line: str) -> None:
-    """One write to a file opened for appending: lines of several processes do not mix."""
+    """Append a line in a single write, so that lines of several processes do not mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:

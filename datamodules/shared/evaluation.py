@@ -1,8 +1,8 @@
-"""Evaluation on several processes: every sample once, and as many batches on each.
+"""Evaluation on several processes: every sample once, and the same number of batches per process.
 
-Where processes exchange something in every forward pass (FSDP2's weights, DDP's buffers), none may
-have a batch more than another. A process that has run out of samples gets a batch again, marked by
-`REPEATED`: its forward pass is made, and counts nowhere.
+If processes communicate in every forward pass (FSDP2's weights, DDP's buffers), all must have the
+same number of batches. A process that has run out of samples repeats a batch, marked by
+`REPEATED`: its forward pass runs, but does not count in any metric.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,19 +19,21 @@ from diffmm.workers import WorkerLoader
 
 
 class EvaluationSampler(DistributedSampler[SampleKey], SequentialSampler):
-    """A process's share of all samples, in order, the same in every epoch: every `world_size`-th
-    one, beginning with the `rank`-th.
+    """A process's part of all samples, in order and the same in every epoch: every
+    `world_size`-th sample, starting at the `rank`-th.
 
-    A process whose share makes a batch less than the first one's gets sample 0 for a last batch of
-    its own. It is a `SequentialSampler` too, so that Lightning keeps it under `overfit_batches`.
+    A process whose part has one batch less than that of the first process gets sample 0 as its last
+    batch. The class is a `SequentialSampler` too, so that Lightning keeps it under
+    `overfit_batches`.
 
     Args:
-        num_samples: how many the dataset has.
-        batch_size: samples a batch of one process.
-        rank, world_size: this process, and how many there are.
+        num_samples: Number of samples in the dataset.
+        batch_size: Number of samples per batch and process.
+        rank: Rank of this process.
+        world_size: Number of processes.
 
     Raises:
-        ValueError: if there are no samples.
+        ValueError: If there are no samples.
     """
 
     def __init__(
@@ -40,14 +42,14 @@ class EvaluationSampler(DistributedSampler[SampleKey], SequentialSampler):
         if num_samples < 1:
             raise ValueError(f"there must be at least one sample to evaluate, got {num_samples}")
         super().__init__(
-            range(num_samples),  # type: ignore[arg-type]  # only its length is asked for
+            range(num_samples),  # type: ignore[arg-type]  # only its length is used
             num_replicas=world_size,
             rank=rank,
             shuffle=False,
         )
         self._share = range(rank, num_samples, world_size)
         self.num_batches = -(-len(self._share) // batch_size)
-        """Of samples that count."""
+        """Number of batches of samples that count."""
         largest_share = -(-num_samples // world_size)
         self._is_short = self.num_batches < -(-largest_share // batch_size)
 
@@ -63,11 +65,11 @@ class EvaluationSampler(DistributedSampler[SampleKey], SequentialSampler):
 
 
 class EvaluationLoader(WorkerLoader[Any]):
-    """Batches (dicts of tensors) of an `EvaluationSampler`, or of a stream, of which every process
-    has a share of its own; as many on every process.
+    """Batches (dicts of tensors) of an `EvaluationSampler`, or of a stream of which every process
+    has its own part; the same number of batches on every process.
 
     Raises:
-        DataError: for a stream without a sample.
+        DataError: If a stream has no samples.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -84,21 +86,21 @@ class EvaluationLoader(WorkerLoader[Any]):
             yield batch
         if is_empty:
             raise DataError(
-                "there is nothing to evaluate: no document of the stream falls in this split; give "
-                "more documents, a larger fraction, or a source of its own"
+                "there is nothing to evaluate: this split contains no document of the stream; use "
+                "more documents, a larger fraction or a separate source"
             )
 
 
 def marked(batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch that counts nowhere."""
+    """Mark a batch as one that does not count in any metric."""
     return {**batch, REPEATED: torch.ones_like(batch["index"], dtype=torch.bool)}
 
 
 def evened(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """A process's batches, and then its last one again, marked, as long as another process has
-    more. One that never had any is given another's.
+    """A process's batches, followed by its last batch, marked, as long as another process has more.
+    A process without any batch gets one of another process.
 
-    All processes iterate together: each time they tell each other whether they have a batch.
+    All processes iterate together and exchange in each step whether they have a batch.
     """
     spare: dict[str, Any] | None = None
     for own in chain(batches, repeat(None)):

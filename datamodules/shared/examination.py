@@ -1,6 +1,6 @@
-"""What data are, told before anything is trained on them: `diffmm check --read-data`.
+"""A report on data before training: `diffmm check --read-data`.
 
-A datamodule that can be examined has a method `examine(limit)`, which returns an `Examined`.
+A datamodule that supports it has a method `examine(limit)`, which returns an `Examined`.
 """
 
 from collections import Counter
@@ -13,22 +13,22 @@ from datamodules.shared.own_data import looked_at
 from datamodules.shared.sources import Labelled, Splits
 
 MANY_CLASSES = 12
-"""From this number on, the largest and the smallest class are named, and not all."""
+"""With this many classes or more, only the largest and the smallest one are named."""
 MOST_FILES = 100_000
-"""Of a split, so many files are looked for on the disk; samples are read from far fewer."""
+"""Maximum number of files per split whose existence is checked; far fewer are read."""
 SHOWN = 5
-"""Faults of one kind that are told one by one."""
+"""Maximum number of faults of one kind that are listed individually."""
 
 
 class Examined(NamedTuple):
-    """What was found.
+    """The result of examining data.
 
     Attributes:
-        lines: by split, what there is; and how much of it was read.
-        faults: what a run would stop at, or learn nothing from.
-        doubts: what is perhaps not meant.
-        num_classes: of labelled data.
-        multi_label: whether a sample of labelled data may have several classes.
+        lines: The contents of each split, and how many samples were read.
+        faults: Problems that would stop a run or prevent it from learning.
+        doubts: Possible mistakes.
+        num_classes: Number of classes of labeled data.
+        multi_label: Whether a sample of labeled data may have several classes.
     """
 
     lines: dict[str, str]
@@ -44,10 +44,10 @@ def examine_labelled(
     """Count the samples of each split and class, and read some of them.
 
     Args:
-        splits: of the source.
-        read: makes what a model would get of one sample, by its samples and its number.
-        limit: how many samples of each split are read.
-        tolerates: whether a run goes on after a bad sample.
+        splits: Splits of the source.
+        read: A function of the samples and an index that returns the model's input.
+        limit: Number of samples to read per split.
+        tolerates: Whether a run continues after a bad sample.
     """
     lines: dict[str, str] = {}
     faults: list[str] = []
@@ -61,19 +61,19 @@ def examine_labelled(
         counts = Counter(label for labels in samples.labels for label in labels)
         lines[split] = f"{len(samples.labels):,} samples: {_by_class(counts, names)}"
         if missing := [name for number, name in enumerate(names) if not counts[number]]:
-            told = f"the {split} split has no sample of {_listed(missing)}"
+            told = f"the {split} split has no samples of {_listed(missing)}"
             (faults if split == "train" else doubts).append(told)
         bad, count = _read_some(samples, read, limit)
         num_read += count
         (doubts if tolerates else faults).extend(f"{split}: {told}" for told in bad)
-    lines["read"] = f"{num_read:,} samples, the first and the last of each split among them"
+    lines["read"] = f"{num_read:,} samples, including the first and the last of each split"
     return Examined(lines, faults, doubts, len(names), splits.multi_label)
 
 
 def _read_some(
     samples: Labelled, read: Callable[[Labelled, int], Any], limit: int
 ) -> tuple[list[str], int]:
-    """What is wrong with files that are not there and with some samples, and how many were read."""
+    """Faults of missing files and of the samples that were read, and the number of the latter."""
     gone = {}
     for index in range(min(len(samples.labels), MOST_FILES)):
         file = samples.file(index)
@@ -92,7 +92,7 @@ def _read_some(
 
 
 def _some(faults: Sequence[str], noun: str) -> list[str]:
-    """The first of several faults of a kind, and how many more there are."""
+    """The first faults of one kind, and how many more there are."""
     more = [f"and {len(faults) - SHOWN:,} more {noun}"] if len(faults) > SHOWN else []
     return [*faults[:SHOWN], *more]
 

@@ -1,7 +1,7 @@
-"""Which files data are: regular ones, none of them hidden.
+"""Listing and checking of data files: regular files that are not hidden.
 
-Every datamodule lists its folders here, and asks here before it opens a file: a named pipe would
-keep a run waiting for a writer, beyond the reach of any signal.
+Every datamodule lists folders and checks files with these functions: opening a named pipe, for
+example, would block a run in a way that no signal can interrupt.
 """
 
 import heapq
@@ -25,15 +25,15 @@ _AT_ONCE = 50_000
 
 
 def why_no_file(path: str | Path) -> str | None:
-    """Why `path` is not to be opened, to be said after its name; `None` for a regular file.
+    """Why `path` cannot be used, as the end of a sentence; `None` for a regular file.
 
-    A symbolic link is what it points to.
+    Symbolic links are followed.
     """
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return "does not exist"
-    except (OSError, ValueError) as error:  # a ring of links, a name with a null character
+    except (OSError, ValueError) as error:  # a cycle of links, a name with a null character
         return f"cannot be opened: {getattr(error, 'strerror', None) or error}"
     if stat.S_ISREG(mode):
         return None
@@ -41,32 +41,33 @@ def why_no_file(path: str | Path) -> str | None:
 
 
 def check_file(path: str | Path, role: str) -> None:
-    """Refuse what is no regular file.
+    """Check that a path is a regular file.
 
     Args:
-        path: of the file.
-        role: what it is, for the message: `"manifest"`.
+        path: Path of the file.
+        role: The role of the file for the message, such as `"manifest"`.
 
     Raises:
-        FileNotFoundError: if there is nothing of this name.
-        DataError: if it is something else, naming it.
+        FileNotFoundError: If the path does not exist.
+        DataError: If it is not a regular file.
     """
     fault = why_no_file(path)
     if fault == "does not exist":
-        raise FileNotFoundError(f"no {role} {path}")
+        raise FileNotFoundError(f"{role} {path} does not exist")
     if fault is not None:
         raise DataError(f"{role} {path} {fault}")
 
 
 def read_text(path: str | Path, role: str) -> str:
-    """The text of a small file in UTF-8, with or without a byte order mark.
+    """Read a small UTF-8 file, with or without a byte order mark.
 
     Args:
-        path, role: as in `check_file`.
+        path: Path of the file.
+        role: As in `check_file`.
 
     Raises:
-        FileNotFoundError: if there is nothing of this name.
-        DataError: if it is no regular file, or not UTF-8, naming it.
+        FileNotFoundError: If the path does not exist.
+        DataError: If it is not a regular file or not UTF-8.
     """
     check_file(path, role)
     try:
@@ -76,29 +77,30 @@ def read_text(path: str | Path, role: str) -> str:
 
 
 def read_lines(path: str | Path, role: str) -> list[str]:
-    """The lines of such a file. Arguments and errors as in `read_text`."""
+    """Read the lines of a small UTF-8 file. Arguments and errors as in `read_text`."""
     return read_text(path, role).splitlines()
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a name in `path` begins with a dot: `._a.png`, `.ipynb_checkpoints/a.png`."""
+    """Whether a name in `path` starts with a dot, as in `._a.png` or
+    `.ipynb_checkpoints/a.png`."""
     return any(part.startswith(".") for part in path.parts)
 
 
 def composed(name: str) -> str:
-    """A name in Unicode's composed form (NFC): what a person would call the same name is the same.
+    """A name in Unicode's composed form (NFC).
 
-    File systems differ: `é` may come back as one character or as `e` with an accent.
+    File systems differ: `é` may be one character or `e` followed by a combining accent.
     """
     return unicodedata.normalize("NFC", name)
 
 
 def list_files(folder: str | Path, extensions: Sequence[str]) -> list[Path]:
-    """All that ends in one of `extensions` (in lower case) in `folder`, at any depth.
+    """List all paths in `folder`, at any depth, that end in one of `extensions` (in lower case).
 
-    In order of folders and then names. Hidden files and folders are passed over. Links to folders
-    are followed, but not around in circles. What is no regular file is listed too, and refused when
-    it is opened.
+    They are sorted by folder, then by name. Hidden files and folders are skipped. Links to folders
+    are followed, except in cycles. Paths that are not regular files are included and raise an error
+    when they are opened.
     """
     found = [
         (parent, name)
@@ -109,9 +111,8 @@ def list_files(folder: str | Path, extensions: Sequence[str]) -> list[Path]:
 
 
 def walk_files(folder: str | Path, extensions: Sequence[str]) -> Iterator[Path]:
-    """What `list_files` lists, found as it is asked for: in order of names, a folder's files where
-    its own name stands. However many files there are, the names of `_AT_ONCE` are held at most for
-    each folder on the way."""
+    """Iterate lazily over the paths of `list_files`, depth first and in order of names. At most
+    `_AT_ONCE` names per open folder are kept in memory."""
     yield from _walk_in_order(Path(folder), tuple(extensions), frozenset())
 
 
@@ -131,8 +132,8 @@ def _walk_in_order(
 
 
 def _names_in_order(folder: Path) -> Iterator[str]:
-    """The names in a folder that are not hidden, sorted; it is looked through once for every
-    `_AT_ONCE` of them."""
+    """The names in a folder that are not hidden, sorted. The folder is scanned once per `_AT_ONCE`
+    names."""
     last = ""
     while True:
         with os.scandir(folder) as entries:
@@ -147,9 +148,9 @@ def _names_in_order(folder: Path) -> Iterator[str]:
 
 
 def glob_files(folder: str | Path, pattern: str) -> list[Path]:
-    """All that matches `pattern` in `folder`, as `pathlib` does it, in order of their paths.
+    """List all paths in `folder` that match `pattern`, as in `pathlib`, sorted.
 
-    Hidden files and folders are passed over, as in `list_files`, and folders are no files.
+    Hidden files and folders are skipped, as in `list_files`, and so are folders.
     """
     folder = Path(folder)
     return sorted(
@@ -160,7 +161,7 @@ def glob_files(folder: str | Path, pattern: str) -> list[Path]:
 
 
 def _walk(folder: str) -> Iterator[tuple[str, str]]:
-    """The folder and the name of each entry that is none itself."""
+    """The parent folder and the name of each entry that is not a folder."""
     todo: list[tuple[str, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
     while todo:
         parent, above = todo.pop()

@@ -1,8 +1,8 @@
-"""What a checkpoint knows of its data, so that a run does not go on with others unnoticed.
+"""Fingerprints of training data in checkpoints, which detect changed data on resume.
 
-A fingerprint tells, cheaply, what the training batches are made of: short values, each under a name
-that a reader understands. Names and labels count in full, sizes of files and their beginnings for
-some of them. Folders above the data and times do not: data may be copied elsewhere.
+A fingerprint is cheap to compute and consists of short values with readable names. It covers all
+names and labels, and the sizes and first bytes of some files. It does not cover parent folders and
+modification times, so data may be moved or copied.
 """
 
 import hashlib
@@ -16,19 +16,19 @@ import numpy as np
 from datamodules.shared.files import composed, why_no_file
 
 Fingerprint = dict[str, Any]
-"""Plain values by what they are of; equal where the data are."""
+"""Plain values by name, equal if the data are equal."""
 
 NUM_SIZES = 10_000
-"""Of so many files the size is looked at, spread over all."""
+"""Number of files whose size is checked, evenly spaced over all files."""
 NUM_BEGINNINGS = 64
-"""So many are looked into."""
+"""Number of files whose first bytes are read."""
 BEGINNING_BYTES = 4096
 
 Item = TypeVar("Item")
 
 
 def digest(parts: Iterable[bytes | str]) -> str:
-    """A short hash of some parts, one after the other."""
+    """A short hash of a sequence of parts."""
     whole = hashlib.blake2b(digest_size=8)
     for part in parts:
         content = part.encode(errors="surrogatepass") if isinstance(part, str) else part
@@ -37,13 +37,13 @@ def digest(parts: Iterable[bytes | str]) -> str:
 
 
 def spread(items: Sequence[Item], count: int) -> Iterator[Item]:
-    """At most `count` of some items, from the first to the last."""
+    """At most `count` evenly spaced items, from the first to the last."""
     for place in np.linspace(0, len(items) - 1, min(len(items), count)).round().astype(int):
         yield items[place]
 
 
 def of_files(paths: Sequence[str | Path]) -> Fingerprint:
-    """What some files are, by their names below the folder that they share, in their order."""
+    """The fingerprint of some files; their names are relative to their common folder."""
     names = [os.path.abspath(path) for path in paths]
     shared = os.path.commonpath([os.path.dirname(name) for name in names])
     return {
@@ -55,12 +55,12 @@ def of_files(paths: Sequence[str | Path]) -> Fingerprint:
 
 
 def changes(then: Fingerprint, now: Fingerprint) -> list[str]:
-    """What differs between two fingerprints, in words. What only one knows of does not count: the
-    other may be of another version."""
+    """Describe the differences of two fingerprints. Values in only one of them are ignored, because
+    the other may be from another version."""
     found = []
     for name in [name for name in then if name in now and then[name] != now[name]]:
         is_hash = name.startswith(("names", "sizes", "contents", "labels"))
-        found.append(f"other {name}" if is_hash else f"{name}: {then[name]}, now {now[name]}")
+        found.append(f"{name} differ" if is_hash else f"{name}: {then[name]}, now {now[name]}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Sources that are a folder per class, for each split or with a share held out."""
+"""Sources with one folder per class, for each split or with a held-out fraction."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ from datamodules.shared.sources import (
 
 
 class FolderSource(Source[Samples]):
-    """Files in a folder per class: `train/<class>/.../*`.
+    """Files in one folder per class: `train/<class>/.../*`.
 
-    Hidden files and folders are left out. Folders whose names differ in Unicode form alone are one
-    class, as they are one folder on other systems.
+    Hidden files and folders are skipped. Folders whose names differ only in Unicode normalization
+    are one class, as they would be one folder on some file systems.
 
     Attributes:
-        extensions: the endings of the files, in lower case.
+        extensions: File extensions, in lower case.
     """
 
     extensions: ClassVar[Sequence[str]]
@@ -43,7 +43,7 @@ class FolderSource(Source[Samples]):
 
     @abstractmethod
     def samples(self, paths: Sequence[Path], labels: Sequence[Labels]) -> Samples:
-        """The samples in these files."""
+        """Create the samples of these files."""
 
     def splits(self) -> Splits[Samples]:
         class_names, paths, labels = ClassFolder.read(self.train, self.extensions)
@@ -71,22 +71,24 @@ def held_out_samples(
     fraction: float,
     origin: str,
 ) -> tuple[Samples, Samples]:
-    """Training and validation samples, `fraction` of each class in the latter.
+    """Split samples into training and validation samples, with `fraction` of each class in the
+    latter.
 
     Args:
-        samples: makes samples of files and their labels.
-        paths, labels: of all of them.
-        fraction: as in `hold_out`.
-        origin: where they come from, for the message.
+        samples: Creates samples from files and their labels.
+        paths: Paths of all files.
+        labels: Labels of all files.
+        fraction: As in `hold_out`.
+        origin: Origin of the files, for the message.
 
     Raises:
-        ValueError: naming `origin`, if no class is large enough to give one.
+        ValueError: If no class is large enough to hold out a sample; the message names `origin`.
     """
     kept, held_out = hold_out(labels, fraction)
     if not held_out:
         raise ValueError(
-            f"the val split has no samples: no class of {origin} is large enough for "
-            f"val_fraction={fraction:g} of it to be a sample; raise val_fraction, or give val"
+            f"the val split has no samples: val_fraction={fraction:g} of every class of {origin} "
+            f"is less than one sample; increase val_fraction or set val"
         )
     train, val = (
         samples([paths[i] for i in indices], [labels[i] for i in indices])

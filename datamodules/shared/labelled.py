@@ -1,4 +1,4 @@
-"""What the datamodules of labelled samples share: a source's splits, made into loaders."""
+"""The datamodule of labeled samples: data loaders for the splits of a source."""
 
 from abc import abstractmethod
 from pathlib import Path
@@ -15,11 +15,11 @@ from datamodules.shared.sources import Labelled, Samples, Source, Splits
 
 
 class LabelledDataset(SeededDataset[dict[str, Any]]):
-    """The samples of a split as a model sees them.
+    """The samples of a split as model inputs.
 
     Args:
-        samples: of the split.
-        seed: of all that is drawn for a sample.
+        samples: Samples of the split.
+        seed: Seed of all random numbers drawn for a sample.
     """
 
     def __init__(self, samples: Labelled, *, seed: int) -> None:
@@ -33,16 +33,19 @@ class LabelledDataset(SeededDataset[dict[str, Any]]):
         return self.samples.file(index)
 
     def collate(self, samples: list[dict[str, Any]]) -> Any:
-        """The batch of some samples: stacked, unless a subclass knows better."""
+        """Collate samples into a batch; by default, stack them."""
         return default_collate(samples)
 
 
 class LabelledData(SeededDataModule, Generic[Samples]):
-    """A datamodule over the splits of a source; it predicts on the test split.
+    """A datamodule for the splits of a source. Prediction uses the test split.
 
     Args:
-        source: where the samples come from.
-        batch_size, num_workers, seed, bad_samples: as in `SeededDataModule`.
+        source: Source of the samples.
+        batch_size: Number of samples per batch and process.
+        num_workers: Number of data loader workers per process; 0 loads in the training process.
+        seed: Seed of the order and the augmentation of samples.
+        bad_samples: How to handle samples that cannot be read; by default, raise an error.
     """
 
     def __init__(
@@ -69,19 +72,19 @@ class LabelledData(SeededDataModule, Generic[Samples]):
 
     @property
     def splits(self) -> Splits[Samples]:
-        """The source's splits, known after `setup`."""
+        """The source's splits, available after `setup`."""
         if self._splits is None:
-            raise RuntimeError("the samples and their classes are known after setup()")
+            raise RuntimeError("the samples and their classes are available after setup()")
         return self._splits
 
     @property
     def class_names(self) -> list[str]:
-        """The classes in order of their numbers, known after `setup`."""
+        """The names of the classes in order of their indices, available after `setup`."""
         return list(self.splits.class_names)
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are, known after `setup`."""
+        """Number of classes, available after `setup`."""
         return len(self.splits.class_names)
 
     def describe_inputs(self) -> dict[str, Any]:
@@ -89,17 +92,17 @@ class LabelledData(SeededDataModule, Generic[Samples]):
 
     @abstractmethod
     def dataset(self, samples: Samples, *, training: bool) -> LabelledDataset:
-        """`samples` as the model sees them, with the randomness of training or without."""
+        """Create the dataset of `samples`, with the augmentation of training or without."""
 
     def fingerprint(self) -> Fingerprint:
         return self.splits.train.fingerprint()
 
     def examine(self, limit: int) -> Examined:
-        """Count the samples of each split and class, and read `limit` of each split as they are
-        read for evaluation.
+        """Count the samples of each split and class, and read `limit` samples per split with the
+        evaluation preprocessing.
 
         Raises:
-            FileNotFoundError, ValueError: as the source's `splits`.
+            FileNotFoundError, ValueError: As `splits` of the source.
         """
         self.setup()
 

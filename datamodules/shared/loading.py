@@ -1,4 +1,4 @@
-"""What the datamodules share: loaders that know the seed, the epoch and the process."""
+"""The base class of all datamodules: data loaders with reproducible order and resume."""
 
 from collections.abc import Callable, Iterable, Sized
 from typing import Any
@@ -19,21 +19,21 @@ Collate = Callable[[list[Any]], Any]
 
 
 class SeededDataModule(LightningDataModule):
-    """A datamodule whose batches depend on its arguments and `seed`, not on its workers.
+    """A datamodule whose batches depend only on its arguments, not on the number of workers.
 
     Args:
-        batch_size: samples a batch of one process.
-        num_workers: processes that load beside the training one; 0 loads in it.
-        seed: of the order, augmentation and masking, at least 0.
-        bad_samples: what to do about samples that cannot be read; by default to stop.
+        batch_size: Number of samples per batch and process.
+        num_workers: Number of data loader workers per process; 0 loads in the training process.
+        seed: Seed of order, augmentation and masking, at least 0.
+        bad_samples: How to handle samples that cannot be read; by default, raise an error.
 
     Attributes:
-        keeps_batches: that its hooks, where it has any, leave batches as they are.
-        allow_changed_data: whether a checkpoint of other data is told of and no more; otherwise it
-            is refused.
+        keeps_batches: Whether its hooks, if it has any, leave batches unchanged.
+        allow_changed_data: Whether to warn, instead of raising an error, if a checkpoint was
+            trained on different data.
 
     Raises:
-        ValueError: for a number out of its range.
+        ValueError: If a number is out of range.
     """
 
     keeps_batches = True
@@ -65,18 +65,18 @@ class SeededDataModule(LightningDataModule):
 
     @property
     def rank(self) -> int:
-        """The number of this process among those that get samples of their own, 0 before a trainer
-        is attached."""
+        """Rank of this process among those that load different samples; 0 before a trainer is
+        attached."""
         return self._processes["rank"]
 
     @property
     def world_size(self) -> int:
-        """How many processes get samples of their own, 1 before a trainer is attached."""
+        """Number of processes that load different samples; 1 before a trainer is attached."""
         return self._processes["num_replicas"]
 
     @property
     def _processes(self) -> dict[str, int]:
-        # The strategy knows: processes that are parallel over heads work on the same samples.
+        # Given by the strategy, because tensor-parallel processes load the same samples.
         strategy: Any = self.trainer.strategy if self.trainer else None
         return getattr(strategy, "distributed_sampler_kwargs", {"num_replicas": 1, "rank": 0})
 
@@ -86,13 +86,13 @@ class SeededDataModule(LightningDataModule):
         """Full batches of `dataset`, in a new order each epoch.
 
         Raises:
-            ValueError: if the samples do not fill one batch of every process.
+            ValueError: If there are fewer samples than one batch per process.
         """
         assert isinstance(dataset, Sized)
         if len(dataset) < self.batch_size * self.world_size:
             raise ValueError(
                 f"{len(dataset)} training samples do not fill one batch: batch_size is "
-                f"{self.batch_size} on {self.world_size} process(es); lower it or give more data"
+                f"{self.batch_size} on {self.world_size} process(es); reduce it or use more data"
             )
         sampler = EpochSampler(
             len(dataset),
@@ -106,8 +106,9 @@ class SeededDataModule(LightningDataModule):
     def evaluation_loader(
         self, dataset: Dataset[Any], collate: Collate | None = None
     ) -> DataLoader[Any]:
-        """All of `dataset` in order, the same in every epoch: on several processes each sample in
-        one of them, in as many batches everywhere (see `datamodules.shared.evaluation`)."""
+        """All of `dataset` in order, the same in every epoch. With several processes, each sample
+        is loaded by one of them, and all have the same number of batches (see
+        `datamodules.shared.evaluation`)."""
         sampler = None
         if not isinstance(dataset, IterableDataset):
             assert isinstance(dataset, Sized)
@@ -120,8 +121,8 @@ class SeededDataModule(LightningDataModule):
         return self._loader(EvaluationLoader, dataset, collate, sampler=sampler)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training stands in the data, for a checkpoint between two batches; the same on
-        every process. Lightning keeps it."""
+        """The position of training in the data for a checkpoint, the same on every process.
+        Lightning saves it."""
         if self._sampler is None or self.trainer is None:
             return {}
         batches: int = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
@@ -130,40 +131,39 @@ class SeededDataModule(LightningDataModule):
         return {**place, "global_batch_size": size, "data": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state` when training begins.
+        """Resume at the position of `state` when training begins.
 
         Raises:
-            ValueError: (when training begins) if it is of other data (unless those are allowed),
-                another seed, or batches of another size (of all processes together).
+            ValueError: When training begins, if `state` has different data (unless allowed),
+                another seed, or another global batch size.
         """
         self._restored = state
 
     def fingerprint(self) -> Fingerprint:
-        """What the training batches are made of, for a checkpoint: known after `setup`, the same on
-        every process, and soon told. Whoever knows more adds to it."""
+        """The fingerprint of the training data for a checkpoint: available after `setup`, the same
+        on every process, and cheap to compute. Subclasses extend it."""
         return {}
 
     @property
     def evaluation_reader(self) -> Reader | None:
-        """What an input goes through in evaluation, and in prediction; none where a datamodule has
-        no reader of its own."""
+        """The preprocessing of evaluation and prediction; None if a datamodule has no reader."""
         return None
 
     def describe_inputs(self) -> dict[str, Any]:
-        """How inputs are prepared and what their classes are called, as plain values that travel
-        with a model's weights: known after `setup`."""
+        """The preprocessing of inputs and the names of the classes, as plain values that are saved
+        with a model's weights; available after `setup`."""
         reader = self.evaluation_reader
         return {"reader": None if reader is None else reader.describe()}
 
     def triage(self) -> Triage:
-        """What this process does about bad samples, as its list of them now stands."""
+        """The handling of bad samples in this process, with the current quarantine list."""
         return Triage(self.bad_samples, self.trainer.default_root_dir if self.trainer else None)
 
     def _sampled_loader(
         self, dataset: Dataset[Any], collate: Collate | None, sampler: EpochSampler
     ) -> DataLoader[Any]:
-        """The training loader of samples in the order of `sampler`, or of what `overfit_batches`
-        wants again and again."""
+        """The training loader of samples in the order of `sampler`, or of the repeated samples of
+        `overfit_batches`."""
         if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
             sampler = OverfitSampler(
                 len(sampler.dataset),  # type: ignore[arg-type]
@@ -183,13 +183,13 @@ class SeededDataModule(LightningDataModule):
         found = changes(then, self._fingerprint)
         if not found:
             return
-        told = f"the training data are not those of the checkpoint ({'; '.join(found)})"
+        told = f"the training data differ from those of the checkpoint ({'; '.join(found)})"
         if not self.allow_changed_data:
             raise ValueError(
-                f"{told}: resume with the data as they were, or say --allow-changed-data to go on "
-                f"with them as they are"
+                f"{told}: resume with the original data, or use --allow-changed-data to resume "
+                f"with the changed data"
             )
-        rank_zero_warn(f"{told}: the run goes on at the same place of the new ones")
+        rank_zero_warn(f"{told}: resuming at the same position of the changed data")
 
     def _check_batch_size(self, then: int) -> None:
         now = self.batch_size * self.world_size
@@ -200,7 +200,7 @@ class SeededDataModule(LightningDataModule):
                 else f"on a number of processes that divides {then}"
             )
             raise ValueError(
-                f"a batch of all processes was {then} samples and is now {now} (batch_size "
+                f"the global batch size was {then} samples and is now {now} (batch_size "
                 f"{self.batch_size} on {self.world_size} process(es)): resume {advice}"
             )
 
@@ -224,14 +224,14 @@ class SeededDataModule(LightningDataModule):
         )
 
     def _loading(self, collate: Collate | None) -> dict[str, Any]:
-        """What every loader is told."""
+        """Arguments of every loader."""
         return {
             "batch_size": self.batch_size,
             "collate_fn": collate,
             "num_workers": self.num_workers,
             "pin_memory": torch.cuda.is_available(),
             "worker_init_fn": ignore_stop_signals,
-            # Workers' seeds, which no sample depends on: without it every loader that begins takes
-            # a number from the generator of dropout, more of them the fewer workers persist.
+            # The generator of the workers' seeds, which no sample depends on. Without it every new
+            # iterator would draw from the default generator and change the dropout that follows.
             "generator": torch.Generator(),
         }

@@ -1,7 +1,7 @@
-"""A user's own folder or table as settings of a datamodule: `diffmm fit --data PATH`.
+"""Settings of a datamodule for a user's own folder or table: `diffmm fit --data PATH`.
 
-A datamodule that takes `--data` has a class method `own_data(path, given, *, inputs_may_change)`,
-which looks at the path and returns an `OwnData`.
+A datamodule that supports `--data` has a class method
+`own_data(path, given, *, inputs_may_change)`, which inspects the path and returns an `OwnData`.
 """
 
 import csv
@@ -18,7 +18,7 @@ from diffmm.checks import did_you_mean
 FILE_COLUMNS = ("file", "path", "filename", "file_name", "filepath", "image", "audio", "sound")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target")
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
-"""What the columns of a table are found by, in this order."""
+"""Column names that are recognized in a table, in order of preference."""
 
 KEPT = (
     "val",
@@ -32,20 +32,19 @@ KEPT = (
     "classes",
     "multi_label",
 )
-"""Arguments of the recipe's source, or from the command line, that the source of the user's data
-takes over."""
+"""Arguments of the recipe's source or the command line that also apply to the user's data."""
 
 NUM_LOOKED_AT = 32
-"""Samples that are opened to find what they are like."""
+"""Number of samples that are opened to determine their properties."""
 
 
 class OwnData(NamedTuple):
-    """What there is at a path.
+    """The data at a path.
 
     Attributes:
-        settings: arguments of the datamodule, by name.
-        facts: what the model has to agree with: `num_classes`, `channels`, `sample_rate_hz`.
-        told: what was found, in one line.
+        settings: Arguments of the datamodule, by name.
+        facts: Properties that the model must match: `num_classes`, `channels`, `sample_rate_hz`.
+        told: A one-line summary.
     """
 
     settings: dict[str, Any]
@@ -54,11 +53,11 @@ class OwnData(NamedTuple):
 
 
 class Located(NamedTuple):
-    """Where the splits are.
+    """The location of the splits.
 
     Attributes:
-        is_table: whether in CSV files, and not in folders by class.
-        arguments: `train`, perhaps `val` and `test`, and the columns of a table.
+        is_table: Whether the splits are CSV files instead of folders by class.
+        arguments: `train`, `val` and `test` if they exist, and the columns of a table.
     """
 
     is_table: bool
@@ -66,42 +65,44 @@ class Located(NamedTuple):
 
 
 def absolute(path: str) -> Path:
-    """The whole path of what is there.
+    """The absolute path of an existing file or folder.
 
     Raises:
-        FileNotFoundError: if there is nothing.
-        ValueError: for a name that a recipe would take for a reference.
+        FileNotFoundError: If it does not exist.
+        ValueError: If a recipe would interpret the name as a reference.
     """
     whole = Path(os.path.abspath(Path(path).expanduser()))
     if not whole.exists():
         raise FileNotFoundError(
-            f"--data {path}: there is no such file or folder (another class of data is "
+            f"--data {path}: no such file or folder (to use another datamodule class, set "
             f"--data.class_path)"
         )
     if "${" in str(whole):
-        raise ValueError(f"--data {path}: its name holds ${{, which means a reference: rename it")
+        raise ValueError(
+            f"--data {path}: the name contains ${{, which recipes use for references: rename it"
+        )
     return whole
 
 
 def locate(path: str, noun: str, extensions: Sequence[str], given: Mapping[str, Any]) -> Located:
-    """Where in a folder or a table the labelled samples of each split are.
+    """Find the labeled samples of each split in a folder or a table.
 
     Args:
-        path: the folder, or the CSV file.
-        noun: what the samples are called: `"images"`.
-        extensions: of their files.
-        given: arguments of the recipe's source.
+        path: The folder or the CSV file.
+        noun: The name of the samples in messages, such as `"images"`.
+        extensions: File extensions of the samples.
+        given: Arguments of the recipe's source.
 
     Raises:
-        FileNotFoundError: if there is nothing at `path`.
-        ValueError: naming what is missing in it, and how it can look.
+        FileNotFoundError: If `path` does not exist.
+        ValueError: If it has no supported structure; the message says what is missing.
     """
     whole = absolute(path)
     if whole.is_file():
         if whole.suffix.lower() != ".csv":
             raise ValueError(
-                f"--data {path} is one file: give a folder with a folder of {noun} per class, or a "
-                f"CSV file that names files and labels"
+                f"--data {path} is a single file: use a folder with one folder of {noun} per "
+                f"class, or a CSV file of files and labels"
             )
         return Located(True, {"train": str(whole), **_columns(whole, given)})
     check_folder(whole)
@@ -118,23 +119,23 @@ def locate(path: str, noun: str, extensions: Sequence[str], given: Mapping[str, 
         found = list_files(whole, extensions)
         how = f"{len(found)} {noun} but no folders" if found else f"no folders and no {noun}"
         raise ValueError(
-            f"--data {path} has {how}: sort them into a folder per class, or give a CSV file with "
-            f"the columns file and label ({noun} end in {', '.join(extensions)})"
+            f"--data {path} has {how}: use one folder per class, or a CSV file with the columns "
+            f"file and label (extensions of {noun}: {', '.join(extensions)})"
         )
     return Located(False, {"train": str(whole)})
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what is neither a folder nor a regular file."""
+    """Check that a path is a folder or a regular file."""
     if not folder.is_dir():
         check_file(folder, "folder or table")
 
 
 def named_splits(path: str, entries: Sequence[Path]) -> dict[str, str]:
-    """The files or folders that are called as splits are, by split.
+    """The files or folders that have the name of a split, by split.
 
     Raises:
-        ValueError: if two are called as the same split.
+        ValueError: If two names stand for the same split.
     """
     found: dict[str, str] = {}
     for entry in sorted(entries):
@@ -150,18 +151,18 @@ def named_splits(path: str, entries: Sequence[Path]) -> dict[str, str]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The folders in one that are not hidden."""
+    """The subfolders that are not hidden."""
     return [entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."]
 
 
 def _columns(table: Path, given: Mapping[str, Any]) -> dict[str, str]:
-    """The columns of a table: the given ones where it has them, or else those of usual names."""
+    """The columns of a table: the given ones if they exist, otherwise those with common names."""
     check_file(table, "table")
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             header = next(csv.reader(file), [])
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"table {table} is no CSV file in UTF-8: {error}") from error
+        raise ValueError(f"table {table} is not a UTF-8 CSV file: {error}") from error
     columns = {}
     for argument, names in (
         ("file_column", FILE_COLUMNS),
@@ -178,23 +179,24 @@ def _columns(table: Path, given: Mapping[str, Any]) -> dict[str, str]:
             raise ValueError(
                 f"table {table} needs a column {names[0]!r} (or {', '.join(names[1:])}), separated "
                 f"by commas; its first line is {', '.join(header)!r}"
-                f"{did_you_mean(names[0], header)}; another one is --data.source.{argument}"
+                f"{did_you_mean(names[0], header)}; for another name, set "
+                f"--data.source.{argument}"
             )
     return columns
 
 
 def looked_at(samples: Labelled, count: int = NUM_LOOKED_AT) -> list[int]:
-    """Numbers of some samples, as by `looked_at_numbers`."""
+    """Indices of some samples, as in `looked_at_numbers`."""
     return looked_at_numbers(len(samples.labels), count)
 
 
 def looked_at_numbers(total: int, count: int) -> list[int]:
-    """At most `count` numbers below `total`, evenly spread, the first and the last among them."""
+    """At most `count` evenly spaced indices below `total`, including the first and the last."""
     return sorted({round(i * (total - 1) / max(1, count - 1)) for i in range(count)})
 
 
 def told_splits(path: str, noun: str, settings: Mapping[str, Any], splits: Splits[Any]) -> str:
-    """What was found, in words."""
+    """A one-line summary of the splits."""
     names = list(splits.class_names)
     listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     train, val = len(splits.train.labels), len(splits.val.labels)
@@ -211,7 +213,7 @@ def told_splits(path: str, noun: str, settings: Mapping[str, Any], splits: Split
 
 
 def fitting_batch_size(given: Mapping[str, Any], default: int, num_samples: int) -> dict[str, int]:
-    """A smaller `batch_size`, a power of two, where the samples do not fill the recipe's."""
+    """A smaller `batch_size`, a power of two, if there are fewer samples than the recipe's."""
     size = given.get("batch_size", default)
     if not isinstance(size, int) or size <= num_samples:
         return {}

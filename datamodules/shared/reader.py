@@ -1,7 +1,7 @@
-"""How one input becomes what a model sees in evaluation: a file, or the same in memory.
+"""Readers: the evaluation preprocessing of one input, from a file or from memory.
 
-A reader is plain data: a datamodule's evaluation goes through it, a checkpoint carries its
-arguments, and prediction makes it again from them. So the two are the same code.
+A reader is plain data. A datamodule evaluates with it, a checkpoint stores its arguments, and
+prediction recreates it from them, so evaluation and prediction use the same code.
 """
 
 from abc import ABC, abstractmethod
@@ -14,13 +14,13 @@ from datamodules.shared.files import walk_files
 
 
 class Reader(ABC):
-    """The evaluation preprocessing of one modality; a dataclass of plain values.
+    """The evaluation preprocessing of one modality, a dataclass of plain values.
 
     Attributes:
-        class_path: where the class is found, as a checkpoint names it.
-        extensions: of the files that are looked for in a folder, in lower case. A file that is
-            given by itself may have any name.
-        kind: what an input is called in messages: `"image"`.
+        class_path: Import path of the class, as stored in a checkpoint.
+        extensions: Extensions of the files to find in a folder, in lower case. A single file may
+            have any name.
+        kind: The name of an input in messages, such as `"image"`.
     """
 
     class_path: ClassVar[str]
@@ -29,24 +29,24 @@ class Reader(ABC):
 
     @abstractmethod
     def read(self, item: Any) -> dict[str, Any]:
-        """One input as the model sees it: a path, or what the subclass says besides.
+        """Read and preprocess one input: a path, or an in-memory type that the subclass documents.
 
         Raises:
-            BadSampleError: naming the file, if it cannot be read.
-            ValueError: for something in memory that is no such input.
+            BadSampleError: If the file cannot be read; the message names it.
+            ValueError: If an in-memory input has the wrong type or shape.
         """
 
     @abstractmethod
     def collate(self, samples: list[dict[str, Any]]) -> Any:
-        """The batch of some inputs, without labels and without an index."""
+        """Collate inputs into a batch without labels and indices."""
 
     def files(self, folder: str | Path) -> Iterator[Path]:
-        """The files of `extensions` below a folder, found as they are asked for (see
+        """Iterate lazily over the files in a folder that have one of `extensions` (see
         `walk_files`)."""
         return walk_files(folder, self.extensions)
 
     def describe(self) -> dict[str, Any]:
-        """The class path and the arguments that make this reader again, as plain values."""
+        """The class path and the arguments that recreate this reader, as plain values."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         plain = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
         return {"class_path": self.class_path, "init_args": plain}

@@ -1,9 +1,9 @@
-"""Which samples, in which order, with which random numbers: a function of (seed, epoch, index).
+"""Order and random numbers of samples, as a function of (seed, epoch, index).
 
-A dataset draws all randomness of a sample (augmentation, crops, masking) from the run's seed, the
-epoch and the sample's number, never from a worker's state. So a changed number of workers changes
-nothing, and a resumed run draws what the unbroken one would have drawn. The epoch travels to the
-workers with every index, so that persistent workers know it too.
+A dataset derives all random numbers of a sample (augmentation, crops, masking) from the seed, the
+epoch and the sample's index, never from the state of a worker. The number of workers therefore has
+no effect, and a resumed run draws the same numbers as an uninterrupted one. The epoch is passed to
+the workers with every index, so that persistent workers know it too.
 """
 
 import random
@@ -23,22 +23,22 @@ Sample = TypeVar("Sample", covariant=True)
 
 
 SampleKey = tuple[int, int]
-"""What a sampler asks of a dataset: `(epoch, index)`."""
+"""The key that a sampler passes to a dataset: `(epoch, index)`."""
 
-_SUBSTITUTES = 100  # drawn for one bad sample before giving up
-_SUBSTITUTION = 1  # the last part of their key: independent of the sample's own draws
+_SUBSTITUTES = 100  # maximum number of substitutes drawn for a bad sample
+_SUBSTITUTION = 1  # the last part of their key, so that they do not depend on the sample's draws
 
 
 def sample_rng(seed: int, *key: int) -> np.random.Generator:
-    """A NumPy generator for `(seed, *key)`, usually `(seed, epoch, index)`; none is negative.
+    """A NumPy generator for `(seed, *key)`, usually `(seed, epoch, index)`, all at least 0.
 
-    Different keys give independent streams, keys of different lengths too.
+    Different keys, including keys of different lengths, give independent streams.
     """
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
 def sample_generator(seed: int, *key: int) -> torch.Generator:
-    """A torch generator (CPU) for `(seed, *key)`, as `sample_rng`."""
+    """A torch CPU generator for `(seed, *key)`, like `sample_rng`."""
     return torch.Generator().manual_seed(_torch_seed(np.random.SeedSequence(seed, spawn_key=key)))
 
 
@@ -46,7 +46,7 @@ def sample_generator(seed: int, *key: int) -> torch.Generator:
 def seeded(seed: int, *key: int) -> Iterator[None]:
     """Seed the global generators of Python, NumPy and torch (CPU) for the body, then restore them.
 
-    For transforms that draw from global state, as torchvision's and timm's do.
+    For transforms that use the global generators, such as torchvision's and timm's.
     """
     sequence = np.random.SeedSequence(seed, spawn_key=key)
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -63,20 +63,20 @@ def seeded(seed: int, *key: int) -> Iterator[None]:
 
 
 def _torch_seed(sequence: np.random.SeedSequence) -> int:
-    # torch takes 64 bits; the top one is left out to stay clear of its signed range.
+    # torch takes 64 bits; dropping the highest one keeps the seed within the signed range.
     return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class SeededDataset(Dataset[Sample], ABC):
-    """A dataset whose samples are a function of their epoch and index.
+    """A dataset whose samples are a function of epoch and index.
 
-    `dataset[epoch, index]` is what the samplers of this module ask for; `dataset[index]`
-    is the sample as in epoch 0.
+    The samplers of this module use `dataset[epoch, index]`; `dataset[index]` is the sample in
+    epoch 0.
 
     Attributes:
-        seed: of all that is drawn for a sample.
-        triage: what happens to a sample that cannot be read; by default it is refused. Another one
-            stands in for it where `triage` says so, as it is in this epoch, with its own index.
+        seed: Seed of all random numbers drawn for a sample.
+        triage: How to handle a sample that cannot be read; by default, raise an error. A substitute
+            is another sample of the same epoch, with its own index.
     """
 
     seed: int = 0
@@ -85,7 +85,7 @@ class SeededDataset(Dataset[Sample], ABC):
     def __getitem__(self, key: SampleKey | int) -> Sample:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of a dataset of {len(self)}")
+            raise IndexError(f"index {index} is out of range for {len(self)} samples")
         for candidate in self._candidates(epoch, index):
             if self.triage.is_quarantined(self.file(candidate)):
                 continue
@@ -93,10 +93,10 @@ class SeededDataset(Dataset[Sample], ABC):
             try:
                 return self.sample(epoch, candidate)
             except BadSampleError as error:
-                self.triage.note(error, instead="another sample stands in for it")
+                self.triage.note(error, instead="another sample is used instead")
         raise ValueError(
-            f"sample {index} of {len(self)} is bad, and so are {_SUBSTITUTES} others that were "
-            f"drawn to stand in for it: mend the data, or empty its quarantine list"
+            f"sample {index} of {len(self)} cannot be read, nor can {_SUBSTITUTES} substitutes: "
+            f"fix the data, or empty the quarantine list"
         )
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
@@ -110,40 +110,42 @@ class SeededDataset(Dataset[Sample], ABC):
 
     @abstractmethod
     def sample(self, epoch: int, index: int) -> Sample:
-        """Sample `index` as it is in `epoch`, drawing from `sample_rng(seed, epoch, index)`.
+        """Load sample `index` of `epoch`, with random numbers of `sample_rng(seed, epoch, index)`.
 
         Raises:
-            BadSampleError: if it cannot be read.
+            BadSampleError: If the sample cannot be read.
         """
 
     def file(self, index: int) -> str | Path | None:
-        """The file that sample `index` is in, if it has one of its own."""
+        """The file of sample `index`, if it has its own."""
         return None
 
 
 class EpochSampler(DistributedSampler[SampleKey]):
-    """Each process's share of every epoch, as `(epoch, index)`; the same number on every process.
+    """Each process's part of every epoch, as `(epoch, index)`, the same number on every process.
 
-    Process `r` of `W` takes every `W`-th sample of the epoch's order, beginning with the `r`-th:
-    batch `k` of all processes together is batch `k` of one process with a batch `W` times as large.
-    Where `W` does not divide the number of samples, the last of the order are left out.
+    Rank `r` of `W` takes every `W`-th sample of the epoch's order, starting at the `r`-th, so batch
+    `k` of all processes together is batch `k` of one process with a batch `W` times as large. If
+    `W` does not divide the number of samples, the last ones of the order are dropped.
 
-    A run that stopped within an epoch goes on where it was: `load_state_dict` takes the epoch and
-    the `position` in it, the number of samples consumed by all processes together (so the number
-    of processes may change). Only the training loop knows how much was consumed, since loaders
-    fetch ahead: it passes that number to `state_dict`. `set_epoch` with another epoch starts that
-    epoch at its beginning. The length is always that of a whole epoch.
+    A run that stopped within an epoch resumes at the same position: `load_state_dict` takes the
+    epoch and the `position` in it, the number of samples consumed by all processes together, so the
+    number of processes may change. Data loaders prefetch, so only the training loop knows this
+    number and passes it to `state_dict`. `set_epoch` with another epoch starts at its beginning.
+    The length is always that of a whole epoch.
 
     It is a `DistributedSampler`, so that Lightning keeps it instead of inserting its own.
 
     Args:
-        num_samples: how many the dataset has.
-        shuffle: a new order each epoch, drawn from `(seed, epoch)`; otherwise in order of index.
-        seed: of the order, at least 0.
-        rank, world_size: this process, and how many there are.
+        num_samples: Number of samples in the dataset.
+        shuffle: Whether each epoch has a new order, drawn from `(seed, epoch)`; otherwise samples
+            are in order of index.
+        seed: Seed of the order, at least 0.
+        rank: Rank of this process.
+        world_size: Number of processes.
 
     Raises:
-        ValueError: if no sample would be left for a process, or `rank` is not one of them.
+        ValueError: If there are fewer samples than processes, or `rank` is out of range.
     """
 
     def __init__(
@@ -156,9 +158,9 @@ class EpochSampler(DistributedSampler[SampleKey]):
         world_size: int = 1,
     ) -> None:
         if num_samples < world_size:
-            raise ValueError(f"{num_samples} samples cannot be shared among {world_size} processes")
+            raise ValueError(f"{num_samples} samples are too few for {world_size} processes")
         super().__init__(
-            range(num_samples),  # type: ignore[arg-type]  # only its length is asked for
+            range(num_samples),  # type: ignore[arg-type]  # only its length is used
             num_replicas=world_size,
             rank=rank,
             shuffle=shuffle,
@@ -176,25 +178,25 @@ class EpochSampler(DistributedSampler[SampleKey]):
             yield self.epoch, int(index)
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of `epoch`, or stay at the position within it."""
+        """Start at the beginning of `epoch`, or keep the position if it is the current epoch."""
         if epoch != self.epoch:
             self._position = 0
         super().set_epoch(epoch)
 
     def state_dict(self, position: int) -> dict[str, Any]:
-        """Where this epoch stands, after `position` samples of all processes together."""
+        """The state after `position` samples of this epoch by all processes together."""
         return {"epoch": self.epoch, "position": position, "order": self._order()}
 
     def load_state_dict(self, state: dict[str, Any], *, any_order: bool = False) -> None:
         """Start the next iteration at the epoch and position of `state`.
 
         Args:
-            state: of `state_dict`.
-            any_order: whether it may be of another dataset, seed or order. Where there are fewer
-                samples now than its position, the epoch is over.
+            state: A result of `state_dict`.
+            any_order: Whether to accept another dataset, seed or order. If the position is beyond
+                the number of samples, the epoch has ended.
 
         Raises:
-            ValueError: if `state` is of another dataset, seed or order, or the number of processes
+            ValueError: If `state` has another dataset, seed or order, or the number of processes
                 does not divide its position.
         """
         if state["order"] != self._order() and not any_order:
@@ -204,8 +206,8 @@ class EpochSampler(DistributedSampler[SampleKey]):
             )
         if state["position"] % self.num_replicas:
             raise ValueError(
-                f"{self.num_replicas} processes cannot share evenly what follows sample "
-                f"{state['position']}: resume with a number that divides it"
+                f"{self.num_replicas} processes cannot resume at sample {state['position']}: "
+                f"resume with a number of processes that divides it"
             )
         self.epoch, self._position = state["epoch"], state["position"]
 
@@ -214,11 +216,9 @@ class EpochSampler(DistributedSampler[SampleKey]):
 
 
 class OverfitSampler(EpochSampler, SequentialSampler):
-    """The first samples in order, drawn alike in every epoch: what `overfit_batches` learns by
-    heart. It is a `SequentialSampler`, so that Lightning keeps it, and its place in the epoch.
-
-    Args:
-        num_samples, seed, rank, world_size: as in `EpochSampler`.
+    """The first samples in order, identical in every epoch, for `overfit_batches`. It is a
+    `SequentialSampler`, so that Lightning keeps it and its position in the epoch. Arguments as in
+    `EpochSampler`.
     """
 
     def __init__(self, num_samples: int, *, seed: int, rank: int, world_size: int) -> None:

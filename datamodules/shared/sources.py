@@ -1,4 +1,4 @@
-"""What the sources of labelled samples share: splits, class folders, held-out shares."""
+"""Sources of labeled samples: splits, class folders and held-out fractions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,28 +14,28 @@ from datamodules.shared.files import composed, is_hidden, list_files
 from datamodules.shared.fingerprints import Fingerprint, digest, of_files
 
 Labels = tuple[int, ...]
-"""The classes of one sample: exactly one of them, unless the splits are `multi_label`."""
+"""The classes of one sample: exactly one, unless the splits are `multi_label`."""
 
 
 class Labelled(ABC):
-    """Samples of known classes, before anything has been read.
+    """Labeled samples whose files have not been read yet.
 
     Attributes:
-        labels: the classes of each sample.
+        labels: The classes of each sample.
     """
 
     labels: Sequence[Labels]
 
     @abstractmethod
     def describe(self, index: int) -> str:
-        """Where a sample comes from, for messages: its number, and its file if it has one."""
+        """A description of a sample for messages: its index, and its file if it has one."""
 
     def file(self, index: int) -> Path | None:
-        """The file of a sample, if it has one of its own."""
+        """The file of a sample, if it has its own."""
         return None
 
     def fingerprint(self) -> Fingerprint:
-        """What the samples are, cheaply: their number, labels and files."""
+        """The fingerprint of the samples: their number, labels and files."""
         count = len(self.labels)
         files = [file for file in map(self.file, range(count)) if file is not None]
         labels = digest(str(tuple(sample)) for sample in self.labels)
@@ -47,16 +47,18 @@ Samples = TypeVar("Samples", bound=Labelled)
 
 @dataclass(frozen=True)
 class Splits(Generic[Samples]):
-    """A source's training, validation and test samples.
+    """The training, validation and test samples of a source.
 
     Attributes:
-        class_names: the name of class `i` is `class_names[i]`.
-        train, val, test: the samples. A source without a test split of its own gives `val` twice.
-        multi_label: whether a sample may have several classes, or none.
+        class_names: The names of the classes, in order of their indices.
+        train: Training samples.
+        val: Validation samples.
+        test: Test samples; the same as `val` if a source has no test split.
+        multi_label: Whether a sample may have any number of classes.
 
     Raises:
-        ValueError: for a split without samples, a label that is none of the classes, or more or
-            less than one label where `multi_label` is false, naming the sample.
+        ValueError: If a split has no samples, a label is out of range, or a sample does not have
+            exactly one label although `multi_label` is false.
     """
 
     class_names: Sequence[str]
@@ -74,7 +76,7 @@ class Splits(Generic[Samples]):
                 if not self.multi_label and len(labels) != 1:
                     raise ValueError(
                         f"{samples.describe(index)} of the {name} split has {len(labels)} labels: "
-                        f"exactly one is needed, unless the data is multi-label"
+                        f"exactly one is required, unless the data are multi-label"
                     )
                 for label in labels:
                     if not 0 <= label < len(self.class_names):
@@ -84,7 +86,7 @@ class Splits(Generic[Samples]):
                         )
 
     def target(self, labels: Labels) -> Tensor:
-        """A sample's classes as in a batch: `[]` int64, or multi-label `[num_classes]` float32."""
+        """The target of a sample: `[]` int64, or `[num_classes]` float32 if multi-label."""
         if not self.multi_label:
             return torch.tensor(labels[0])
         target = torch.zeros(len(self.class_names))
@@ -93,23 +95,23 @@ class Splits(Generic[Samples]):
 
 
 class Source(ABC, Generic[Samples]):
-    """Where labelled samples come from."""
+    """A source of labeled samples."""
 
     def prepare(self) -> None:
-        """Download what is missing. Called in one process, before any calls `splits`."""
+        """Download missing files. Called in one process, before any process calls `splits`."""
 
     @abstractmethod
     def splits(self) -> Splits[Samples]:
-        """List the samples, reading as little of them as that needs.
+        """List the samples, reading as little as possible.
 
         Raises:
-            FileNotFoundError: naming the path that does not exist.
-            ValueError: naming what is empty, malformed or outside the classes.
+            FileNotFoundError: If a path does not exist.
+            ValueError: If a split is empty, a file is malformed or a label is unknown.
         """
 
 
 class ClassFolder(NamedTuple):
-    """The files under `folder/<class name>/`, in order of their names."""
+    """The files in `folder/<class name>/`, sorted by name."""
 
     class_names: list[str]
     paths: list[Path]
@@ -117,29 +119,29 @@ class ClassFolder(NamedTuple):
 
     @classmethod
     def read(cls, folder: str | Path, extensions: Sequence[str]) -> "ClassFolder":
-        """List `folder`, whose subfolders are the classes, to any depth below them.
+        """List the files in `folder`, whose subfolders are the classes, at any depth.
 
-        Hidden files and folders are passed over. Names are in Unicode's composed form: folders
-        whose names differ in form alone are one class.
+        Hidden files and folders are skipped. Names are in Unicode's composed form, so folders whose
+        names differ only in normalization are one class.
 
         Raises:
-            FileNotFoundError: if `folder` is none.
-            ValueError: naming the folder in which no class, or no file of `extensions`, is found.
+            FileNotFoundError: If `folder` is not a folder.
+            ValueError: If there are no classes, or a class has no files of `extensions`.
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}")
+            raise FileNotFoundError(f"folder {folder} does not exist")
         folders: dict[str, list[Path]] = {}
         for entry in sorted(folder.iterdir()):
             if entry.is_dir() and not is_hidden(Path(entry.name)):
                 folders.setdefault(composed(entry.name), []).append(entry)
         if not folders:
-            raise ValueError(f"{folder} has no subfolders: each class needs one of its name")
+            raise ValueError(f"{folder} has no subfolders: each class needs one with its name")
         classes = cls(sorted(folders), [], [])
         for number, name in enumerate(classes.class_names):
             found = [path for part in folders[name] for path in list_files(part, extensions)]
             if not found:
-                raise ValueError(f"{folder / name} has no files of {', '.join(extensions)}")
+                raise ValueError(f"{folder / name} has no files ending in {', '.join(extensions)}")
             classes.paths.extend(found)
             classes.labels.extend([(number,)] * len(found))
         return classes
@@ -148,10 +150,10 @@ class ClassFolder(NamedTuple):
 def check_same_classes(
     reference: str, expected: Sequence[str], other: str, got: Sequence[str]
 ) -> None:
-    """Refuse two splits whose classes differ.
+    """Check that two splits have the same classes.
 
     Raises:
-        ValueError: naming the classes that only one of them has.
+        ValueError: If they do not; the message names the classes that only one of them has.
     """
     if missing := sorted(set(expected) - set(got)):
         raise ValueError(f"{other} lacks classes that {reference} has: {', '.join(missing)}")
@@ -160,13 +162,13 @@ def check_same_classes(
 
 
 def hold_out(labels: Sequence[Labels], fraction: float) -> tuple[list[int], list[int]]:
-    """Split sample numbers in two, `fraction` of each class (rounded) in the second.
+    """Split sample indices into two lists, with `fraction` of each class (rounded) in the second.
 
-    The split is a function of the arguments alone: every run, whatever its seed, holds out the
-    same samples. A sample of several classes counts for its first.
+    The split depends only on the arguments, so every run holds out the same samples, whatever its
+    seed. A sample with several classes counts for its first one.
 
     Raises:
-        ValueError: if `fraction` is not between 0 and 1.
+        ValueError: If `fraction` is not between 0 and 1.
     """
     if not 0.0 < fraction < 1.0:
         raise ValueError(f"the held-out fraction must be between 0 and 1, got {fraction}")

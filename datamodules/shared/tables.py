@@ -1,4 +1,4 @@
-"""Sources that are CSV files, which name files and their labels."""
+"""Sources that are CSV files of file names and labels."""
 
 import csv
 from abc import abstractmethod
@@ -17,23 +17,23 @@ SPLIT_NAMES = {
     "val": ("val", "validation", "valid", "dev"),
     "test": ("test", "testing"),
 }
-"""What each split may be called: in a column of a table, or as a folder."""
+"""Accepted names of each split, as values of a column or as folders."""
 
 
 class Row(NamedTuple):
-    """A line of a table."""
+    """A row of a table."""
 
     file: Path
     labels: list[str]
     split: str
-    """The split that the row names, or `train`."""
+    """The split of the row; `train` by default."""
 
 
 class TableSource(Source[Samples]):
-    """CSV files that name files and their labels.
+    """CSV files of file names and labels.
 
-    The first line of each names its columns; others than the ones named here are ignored. Labels
-    that differ in Unicode form alone are one.
+    The first line of each file has the column names; other columns are ignored. Labels that differ
+    only in Unicode normalization are the same.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class TableSource(Source[Samples]):
         check_choice("label_separator", label_separator, (";", ","))
         if split_column is not None and (val is not None or test is not None):
             raise ValueError(
-                f"split_column={split_column!r} divides train into its splits: leave out val and "
-                f"test, or split_column"
+                f"split_column={split_column!r} already defines the splits of train: leave out "
+                f"val and test, or split_column"
             )
         self.train = train
         self.val = val
@@ -69,7 +69,7 @@ class TableSource(Source[Samples]):
 
     @abstractmethod
     def samples(self, paths: Sequence[Path], labels: Sequence[Labels]) -> Samples:
-        """The samples in these files."""
+        """Create the samples of these files."""
 
     def splits(self) -> Splits[Samples]:
         tables = {"train": self.train, "val": self.val, "test": self.test}
@@ -78,8 +78,8 @@ class TableSource(Source[Samples]):
             rows = {name: [row for row in rows["train"] if row.split == name] for name in rows}
             if not rows["train"]:
                 raise ValueError(
-                    f"{self.train} has no training rows: none has 'train' in column "
-                    f"{self.split_column!r}"
+                    f"{self.train} has no training rows: column {self.split_column!r} never "
+                    f"contains 'train'"
                 )
         class_names = self._class_names(rows["train"])
         train, val, test = (
@@ -107,10 +107,11 @@ class TableSource(Source[Samples]):
         return class_names
 
     def _rows(self, table: str) -> list[Row]:
-        """The lines of a table.
+        """Read the rows of a table.
 
         Raises:
-            FileNotFoundError, ValueError: naming the table, and what is wrong with it.
+            FileNotFoundError: If the table does not exist.
+            ValueError: If it is malformed; the message names the table and the problem.
         """
         path = Path(table)
         check_file(path, "table")
@@ -118,9 +119,9 @@ class TableSource(Source[Samples]):
             with path.open(newline="", encoding="utf-8-sig") as file:
                 rows = list(self._read(path, csv.DictReader(file)))
         except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"table {path} is no CSV file in UTF-8: {error}") from error
+            raise DataError(f"table {path} is not a UTF-8 CSV file: {error}") from error
         if not rows:
-            raise ValueError(f"{path} names no files")
+            raise ValueError(f"table {path} has no rows")
         return rows
 
     def _read(self, path: Path, reader: "csv.DictReader[str]") -> Iterator[Row]:
@@ -133,7 +134,7 @@ class TableSource(Source[Samples]):
         splits = {alias: name for name, aliases in SPLIT_NAMES.items() for alias in aliases}
         for row in reader:
             if not row[self.file_column] or row[self.label_column] is None:
-                raise ValueError(f"{path}, line {reader.line_num}: a file or labels are missing")
+                raise ValueError(f"{path}, line {reader.line_num}: the file or labels are missing")
             labels = composed(row[self.label_column]).split(self.label_separator)
             names = list(dict.fromkeys(label.strip() for label in labels if label.strip()))
             split = "train"
@@ -142,22 +143,22 @@ class TableSource(Source[Samples]):
                 split = splits.get(written.strip().lower(), "")
                 if not split:
                     raise ValueError(
-                        f"{path}, line {reader.line_num}: {self.split_column} is {written!r}, and "
-                        f"none of {', '.join(splits)}"
+                        f"{path}, line {reader.line_num}: {self.split_column} must be one of "
+                        f"{', '.join(splits)}, got {written!r}"
                     )
             yield Row(path.parent / row[self.file_column], names, split)
 
     def _labelled(
         self, table: str, rows: list[Row], class_names: list[str]
     ) -> tuple[list[Path], list[Labels]] | None:
-        """The files of a split and the numbers of their labels; `None` without rows."""
+        """The files of a split and their label indices; `None` without rows."""
         numbers = {name: number for number, name in enumerate(class_names)}
         labels = []
         for file, names, _ in rows:
             for name in names:
                 if name not in numbers:
                     raise ValueError(
-                        f"{table}: {file} has label {name!r}, which is none of the "
+                        f"{table}: {file} has label {name!r}, which is not one of the "
                         f"{len(class_names)} classes{did_you_mean(name, class_names)}"
                     )
             labels.append(tuple(numbers[name] for name in names))

@@ -1,7 +1,4 @@
-"""Text: the datamodule, where text comes from, and how a prompt is read.
-
-They are imported when first asked for.
-"""
+"""Text: the datamodule, its sources and the reader of prompts, imported on first access."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

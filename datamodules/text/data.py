@@ -1,4 +1,4 @@
-"""Text for language models."""
+"""The datamodule of text for language models."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -61,45 +61,50 @@ _SPLITS_OF_STAGE: dict[str | None, tuple[Split, ...]] = {
 
 
 class TextData(SeededDataModule):
-    """Documents as windows of tokens, for causal or masked language models (`TextBatch`).
+    """Windows of tokens of text documents, for causal or masked language models (`TextBatch`).
 
-    Validation and test documents are held out of `source`. A split that has its own source takes
-    all of it, and nothing is held out for it.
+    Validation and test documents are held out from `source`. A split with a separate source uses
+    all of it, and nothing is held out for that split.
 
     Args:
-        source: what to train on; by default `StandardLibrary()`, which needs no network.
-        validation_source, test_source: sources of their own for these splits.
+        source: Source of the training text; by default `StandardLibrary()`, which needs no
+            network.
+        validation_source: A separate source of validation text.
+        test_source: A separate source of test text.
         tokenizer: `bytes`, the path of a `tokenizer.json`, or a name on the Hugging Face hub.
-        vocab_size: the model's, if the tokenizer is to be checked against it.
-        sequence_length: tokens a sample.
+        vocab_size: The model's vocabulary size; if given, the tokenizer must not exceed it.
+        sequence_length: Number of tokens per sample.
         packing: `packed` fills samples with one document after another; `padded` gives every
-            document (or part of one, where it is longer) a sample of its own, with `key_padding`.
-        document_mask: in packed samples, give `document_ids` and predict no token from another
-            document's.
-        objective: `causal` (the next token) or `masked` (BERT's).
-        mask_probability: the share of tokens to predict in masked training, in (0, 1).
-        validation_fraction, test_fraction: of the documents, in [0, 1); 0 makes no such split.
-        split_by: `key` holds documents out by their keys (a file's name, a row's text): the same
-            ones for every seed, order and tokenizer. `position` is for a single document, or few:
-            all tokens in order are cut in three, for training, validation and test, and so is a
-            document that lies across; the fractions are of tokens.
-        batch_size: samples a batch of one process.
-        num_workers: processes that load beside the training one.
-        seed: of the order and the masks.
-        cache_dir: keep the tokenized source in a file there and map it, for one that is slow to
-            tokenize or too large for memory; by default it is held in memory.
-        stream_shares: into how many shares a streamed source is cut. In training by default one a
-            worker of all processes; a run can go on with other numbers of processes and workers
-            where their product divides it, and with the same number its batches are the same. A
-            share holds `shuffle_buffer` rows in memory. In evaluation, which packs each share for
-            itself, by default one a file: the result is the same for every number of processes.
-        bad_samples: what to do about files that are not text: by default to stop, otherwise to
-            leave out the file, or what follows in it where it is streamed.
+            document (or part of a longer one) a sample of its own, with `key_padding`.
+        document_mask: Whether packed samples have `document_ids`, so that no token is predicted
+            from another document.
+        objective: `causal` predicts the next token; `masked` predicts masked tokens, as in BERT.
+        mask_probability: Fraction of tokens to predict with the masked objective, in (0, 1).
+        validation_fraction: Fraction of the documents for validation, in [0, 1); 0 means no
+            validation split.
+        test_fraction: Fraction of the documents for testing, in [0, 1); 0 means no test split.
+        split_by: `key` splits documents by a hash of their keys (the name of a file or the text of
+            a row), independent of seed, order and tokenizer. `position` is for one or few
+            documents: it cuts the sequence of all tokens in three parts, for training, validation
+            and test, and the fractions are fractions of tokens.
+        batch_size: Number of samples per batch and process.
+        num_workers: Number of data loader workers per process; 0 loads in the training process.
+        seed: Seed of the order and the masks.
+        cache_dir: Folder for the tokenized source, which is then memory-mapped. Useful if the
+            source is slow to tokenize or too large for memory; by default it is held in memory.
+        stream_shares: Number of shares into which a streamed source is divided. In training the
+            default is one per worker of all processes. A run can resume with any number of
+            processes and workers whose product divides the number of shares, and has the same
+            batches. Each share holds `shuffle_buffer` rows in memory. In evaluation, where each
+            share is packed separately, the default is one per file, so that the result does not
+            depend on the number of processes.
+        bad_samples: How to handle files that are not text: by default, raise an error; otherwise
+            skip the file or, in a stream, the rest of it.
 
     Raises:
-        ValueError: for an argument out of its range; (when set up) for a tokenizer that is larger
-            than `vocab_size` or lacks a special token, a split without a document, or a stream
-            that would never end.
+        ValueError: If an argument is out of range; during setup, if the tokenizer exceeds
+            `vocab_size` or lacks a special token, a split has no documents, or a stream would
+            never end.
     """
 
     def __init__(
@@ -136,11 +141,11 @@ class TextData(SeededDataModule):
         if stream_shares is not None and stream_shares < 1:
             raise ValueError(f"stream_shares must be at least 1, got {stream_shares}")
         if not 0 < mask_probability < 1:
-            raise ValueError(f"mask_probability must lie in (0, 1), got {mask_probability}")
+            raise ValueError(f"mask_probability must be in (0, 1), got {mask_probability}")
         if min(validation_fraction, test_fraction) < 0 or validation_fraction + test_fraction >= 1:
             raise ValueError(
-                f"validation_fraction and test_fraction must not be negative, nor add up to 1 or "
-                f"more, got {validation_fraction} and {test_fraction}"
+                f"validation_fraction and test_fraction must be at least 0 and their sum below 1, "
+                f"got {validation_fraction} and {test_fraction}"
             )
         if split_by == "position" and _streams(source):
             raise ValueError(f"split_by position needs all tokens, but {source!r} is streamed")
@@ -163,19 +168,22 @@ class TextData(SeededDataModule):
         self._stream: StreamLoader | None = None
         for corpus in (self.source, validation_source, test_source):
             if cache_dir is not None and _streams(corpus):
-                raise ValueError(f"cache_dir keeps tokenized text, but {corpus!r} is streamed")
+                raise ValueError(
+                    f"cache_dir stores tokenized text, but {corpus!r} is streamed: leave it out"
+                )
 
     @classmethod
     def own_data(cls, path: str, given: Mapping[str, Any], *, inputs_may_change: bool) -> OwnData:
-        """A folder of texts, or a file, as settings: plain text, or rows in JSON, Parquet or CSV.
+        """Settings for a folder or file of plain text, or of JSON, Parquet or CSV rows.
 
         Args:
-            path: of the folder or the file.
-            given: the arguments that the recipe has for this class.
-            inputs_may_change: changes nothing: the tokenizer stays that of the recipe.
+            path: Path of the folder or file.
+            given: Arguments of the recipe for this class.
+            inputs_may_change: Has no effect; the recipe's tokenizer is used.
 
         Raises:
-            FileNotFoundError, ValueError: naming what is missing or wrong.
+            FileNotFoundError: If the path does not exist.
+            ValueError: If it has no text.
         """
         return own_texts(path, given)
 
@@ -185,12 +193,12 @@ class TextData(SeededDataModule):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """What the text is encoded with."""
+        """The tokenizer of the text."""
         tokenizer = self.evaluation_reader.encoder
         if self.vocab_size is not None and tokenizer.vocab_size > self.vocab_size:
             raise ValueError(
-                f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, more than the "
-                f"model's vocab_size of {self.vocab_size}"
+                f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, which exceeds "
+                f"the model's vocab_size of {self.vocab_size}"
             )
         return tokenizer
 
@@ -207,14 +215,14 @@ class TextData(SeededDataModule):
         )
 
     def prepare_data(self) -> None:
-        """Tokenize into `cache_dir`, in one process."""
+        """Tokenize the sources into `cache_dir`, in one process."""
         for corpus in (self.source, *self.own_sources.values()):
             if self.cache_dir is not None and isinstance(corpus, TextSource):
                 corpus.triage = self.triage()
                 self._cached(corpus, self.cache_dir)
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the documents of the stage's splits, or refuse them."""
+        """Load and check the documents of the stage's splits."""
         for split in _SPLITS_OF_STAGE[stage]:
             self._dataset(split)
 
@@ -233,10 +241,10 @@ class TextData(SeededDataModule):
         return {**settings, **self._part(corpus, low, high).fingerprint()}
 
     def examine(self, limit: int) -> Examined:
-        """Count the documents and the windows of each split, and read `limit` windows of each.
+        """Count the documents and windows of each split, and read `limit` windows per split.
 
         Raises:
-            FileNotFoundError, ValueError: as when a run begins.
+            FileNotFoundError, ValueError: As `setup`.
         """
         lines = {}
         for split in ("training", "validation", "test"):
@@ -271,17 +279,17 @@ class TextData(SeededDataModule):
         return {**self._stream.state_dict(), "data": self._fingerprint}
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        # A trainer fetches ahead, but what it moves to its device it takes.
+        # The trainer prefetches, but trains on every batch that it moves to its device.
         if self._stream is not None and self.trainer is not None and self.trainer.training:
             self._stream.take()
         return batch
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Windows of the validation documents, in order; no loader where there is no such split."""
+        """Windows of the validation documents in order; no loader without a validation split."""
         return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Windows of the test documents, in order; no loader where there is no such split."""
+        """Windows of the test documents in order; no loader without a test split."""
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
@@ -307,14 +315,14 @@ class TextData(SeededDataModule):
         if not len(windows):
             way_out = "split_by: position, " if self.split_by == "key" else ""
             raise ValueError(
-                f"{corpus!r} has {len(documents)} documents with text, none of which falls in the "
-                f"{split} split: give more documents (a separator splits files into several), "
-                f"{way_out}other fractions, or a validation_source and a test_source"
+                f"the {split} split is empty: {corpus!r} has {len(documents)} documents with text; "
+                f"use more documents (a separator splits files into several), {way_out}"
+                f"other fractions, or a validation_source and a test_source"
             )
         return windows
 
     def _part(self, corpus: Corpus, low: float, high: float) -> TokenDocuments:
-        """The documents of a split, or what of them is in it."""
+        """The documents of a split, or the parts of documents in it."""
         documents = self._load(corpus)
         by_position = self.split_by == "position"
         return documents.stretch(low, high) if by_position else documents.held_out(low, high)
@@ -322,15 +330,15 @@ class TextData(SeededDataModule):
     def _streamed(
         self, source: HuggingFaceText, low: float, high: float, state: StreamState | None = None
     ) -> StreamedWindows:
-        """Windows of a streamed source, endless with a `state` to begin at."""
+        """Windows of a streamed source; endless if a `state` to start at is given."""
         trainer: Any = self.trainer
         if trainer is not None and trainer.overfit_batches and trainer.state.fn == "fit":
             raise ValueError(
-                f"overfit_batches learns the first batches by heart, and a stream does not come "
-                f"back to them: {source!r} needs streaming=False for it"
+                f"overfit_batches repeats the first batches, which a stream cannot do: set "
+                f"streaming=False in {source!r}"
             )
         shards = self._shards(source)
-        # Evaluation does not depend on how many processes and workers share it.
+        # Evaluation does not depend on the number of processes and workers.
         num_shares = state["num_shares"] if state else self.stream_shares or len(shards)
         triage = self.triage()
         if state is not None:
@@ -360,7 +368,7 @@ class TextData(SeededDataModule):
         return self._opened[source]
 
     def _training_stream(self, source: HuggingFaceText) -> StreamLoader:
-        """The training stream, from its beginning or where a checkpoint left it."""
+        """The training stream, from its beginning or from the position of a checkpoint."""
         _, low, high = self._share("training")
         state = StreamState(
             turn=0,
@@ -400,11 +408,11 @@ class TextData(SeededDataModule):
 
     @property
     def _num_loaders(self) -> int:
-        """How many processes load, of all processes that train."""
+        """Number of loading processes of all training processes together."""
         return self.world_size * max(1, self.num_workers)
 
     def _share(self, split: Split) -> tuple[Corpus, float, float]:
-        """A split's source, and which part of it: of its keys or its tokens, as fractions."""
+        """The source of a split and the range of its keys or tokens, as fractions."""
         if own := self.own_sources.get(split):
             return own, 0.0, 1.0
         order: tuple[Split, ...] = ("validation", "test", "training")
@@ -426,21 +434,21 @@ class TextData(SeededDataModule):
         return self._documents[corpus]
 
     def _cached(self, source: TextSource, cache_dir: str) -> Path:
-        """The token file of a source, made now if it is not there."""
+        """The token file of a source, written now if it does not exist."""
         name = f"{type(source).__name__}-{source.fingerprint()}-{self.tokenizer.fingerprint}.bin"
         path = Path(cache_dir, name)
         if not is_finished(path):
-            with suppress(FileExistsError):  # another process may be faster
+            with suppress(FileExistsError):  # another process may have written it
                 write_token_file(path, source.documents(), self.tokenizer)
         return path
 
     def _check_horizon(self) -> None:
-        """A stream is endless: a run on it needs to know when to stop, and when to validate."""
+        """Check that training on an endless stream has an end."""
         if self.trainer is None:
             return
         if self.trainer.max_steps < 0 and self.trainer.limit_train_batches == 1.0:
             raise ValueError(
-                "a streamed source has no end: set trainer.max_steps, or "
+                "a streamed source is endless: set trainer.max_steps, or "
                 "trainer.limit_train_batches for the length of an epoch"
             )
 

@@ -1,4 +1,4 @@
-"""Text from the datasets library: on the Hugging Face hub, or in files of its formats."""
+"""Text of the datasets library, from the Hugging Face hub or from local files."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,27 +12,29 @@ from diffmm.checks import DataError
 
 
 class HuggingFaceText(TextSource):
-    """A text column of a Hugging Face dataset, each row a document.
+    """A text column of a Hugging Face dataset, with one document per row.
 
-    A document's key is its text, so that equal documents fall in the same split. A byte order mark
-    at its beginning is no part of it.
+    A document's key is its text, so that equal documents are in the same split. A byte order mark
+    at its beginning is removed.
 
     Args:
-        name: of a dataset on the hub, or `json`, `parquet`, `text`, `csv` with `data_files`.
-        config: the dataset's configuration, where it has several.
-        split: of the dataset, in the library's notation (`train`, `train[:1%]`).
-        text_column: which holds the text.
-        data_files: one file, several, or a pattern, for local files.
-        streaming: read while training instead of before it; never whole in memory or on disk.
-        shuffle_buffer: when streaming, rows are shuffled among this many.
-        document_start: a regular expression that the first row of each document matches, for
-            datasets whose rows are lines; rows are joined as they are. Without it each row is a
+        name: Name of a dataset on the hub, or `json`, `parquet`, `text` or `csv` with
+            `data_files`.
+        config: Configuration of the dataset, if it has several.
+        split: Split of the dataset, in the library's notation (`train`, `train[:1%]`).
+        text_column: Name of the column that contains the text.
+        data_files: One local file, several files, or a pattern.
+        streaming: Whether to read during training instead of before it, so that the data set need
+            not fit into memory or on disk.
+        shuffle_buffer: Number of rows among which a stream is shuffled.
+        document_start: A regular expression that the first row of each document matches, for
+            datasets whose rows are lines; rows are joined unchanged. By default each row is a
             document.
 
     Raises:
-        ValueError: for a `shuffle_buffer` that is not positive, a `document_start` that is no
-            regular expression or comes with `streaming`; (when read) for a dataset that the
-            library cannot load, or one without that column, or with something else than text in it.
+        ValueError: If `shuffle_buffer` is not positive, or `document_start` is not a regular
+            expression or is used with `streaming`; during reading, if the library cannot load the
+            dataset, or it has no such column of text.
     """
 
     def __init__(
@@ -50,12 +52,14 @@ class HuggingFaceText(TextSource):
             raise ValueError(f"shuffle_buffer must be at least 1, got {shuffle_buffer}")
         if document_start is not None:
             if streaming:
-                raise ValueError("document_start needs rows in order: it cannot be streamed")
+                raise ValueError(
+                    "document_start needs rows in order: set streaming=False or leave it out"
+                )
             try:
                 re.compile(document_start)
             except re.error as error:
                 raise ValueError(
-                    f"document_start {document_start!r} is no regular expression: {error}"
+                    f"document_start {document_start!r} is not a regular expression: {error}"
                 ) from error
         self.name = name
         self.config = config
@@ -73,10 +77,10 @@ class HuggingFaceText(TextSource):
         return self._load()._fingerprint
 
     def builder(self) -> Any:
-        """What the library knows of the dataset before reading it.
+        """The library's builder of the dataset, which describes it without reading it.
 
         Raises:
-            BadSampleError: if the library finds no such dataset, or cannot make sense of it.
+            BadSampleError: If the library cannot find or interpret the dataset.
         """
         import datasets
 
@@ -84,11 +88,11 @@ class HuggingFaceText(TextSource):
             return datasets.load_dataset_builder(self.name, self.config, data_files=self.data_files)
 
     def open(self, data_files: str | list[str] | None) -> Any:
-        """The rows of `data_files`, or of the whole dataset, with their text alone.
+        """The rows of `data_files`, or of the whole dataset, with only the text column.
 
         Raises:
-            BadSampleError: if the library cannot load them.
-            ValueError: if there is no such column.
+            BadSampleError: If the library cannot load them.
+            ValueError: If the text column does not exist.
         """
         import datasets
 
@@ -100,7 +104,7 @@ class HuggingFaceText(TextSource):
                 data_files=data_files,
                 streaming=self.streaming,
             )
-            # A stream of files knows its columns only after its first row.
+            # The columns of streamed files are known only after the first row.
             columns = rows.column_names or list(next(iter(rows), {}))
         if self.text_column not in columns:
             raise ValueError(
@@ -110,22 +114,22 @@ class HuggingFaceText(TextSource):
         return rows.select_columns([self.text_column])
 
     def files(self) -> list[str]:
-        """The files of the split, where the library tells of them.
+        """The files of the split, if the library lists them.
 
         Raises:
-            BadSampleError: as `builder`.
+            BadSampleError: As `builder`.
         """
         return [str(file) for file in (self.builder().config.data_files or {}).get(self.split, [])]
 
     def _load(self) -> Any:
-        """All rows; without the files that cannot be read, where they are files of one's own."""
+        """All rows; local files that cannot be read are skipped if the policy allows it."""
         if not self.triage.tolerates or self.data_files is None or self.streaming:
             return self.open(self.data_files)
         files = [file for file in self.files() if not self.triage.is_quarantined(file)]
         self.triage.num_read += len(files)
         try:
             return self.open(files)
-        except BadSampleError:  # which does not say whose fault it is
+        except BadSampleError:  # does not say which file is bad
             readable = [file for number, file in enumerate(files) if self._opens(number, file)]
             return self.open(readable)
 
@@ -135,15 +139,15 @@ class HuggingFaceText(TextSource):
             return True
         except BadSampleError as error:
             bad = BadSampleError(f"file {number} ({file}) cannot be read: {error}", file)
-            self.triage.note(bad, instead="it is left out")
+            self.triage.note(bad, instead="skipping it")
             return False
 
     @contextmanager
     def _loading(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of many types: the hub's, the network's, the parsers'
-            cause = error.__cause__ or error  # the library wraps a parser's error in its own
+        except Exception as error:  # of the hub, the network or a parser
+            cause = error.__cause__ or error  # the library wraps errors of parsers
             raise BadSampleError(
                 f"the datasets library cannot load {self!r}: {type(cause).__name__}: {cause}"
             ) from error
@@ -162,27 +166,27 @@ class HuggingFaceText(TextSource):
                 yield text_of(row[self.text_column], self.text_column)
             except DataError as error:
                 bad = BadSampleError(f"row {number} of dataset {self.name!r} {error}")
-                self.triage.note(bad, instead="it is left out")
+                self.triage.note(bad, instead="skipping it")
 
 
 def text_of(value: object, column: str) -> str:
-    """The text of a dataset's row, empty where there is none.
+    """The text of a row of a dataset; empty if it has none.
 
     Raises:
-        DataError: (to follow the row's number) if it is something else.
+        DataError: If the value is not text; the message continues a sentence about the row.
     """
     if value is None:
         return ""
     if not isinstance(value, str):
         raise DataError(
-            f"has a {type(value).__name__} in column {column!r}, not text: set text_column to a "
-            f"column of texts"
+            f"has a {type(value).__name__} in column {column!r} instead of text: set text_column "
+            f"to a column of text"
         )
     return without_mark(value)
 
 
 def _joined(rows: Iterable[str], start: re.Pattern[str]) -> Iterator[str]:
-    """Rows joined into documents, a new one before each row that matches `start`."""
+    """Join rows into documents; each row that matches `start` begins a new one."""
     parts: list[str] = []
     for row in rows:
         if start.match(row) and parts:

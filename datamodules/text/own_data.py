@@ -1,4 +1,4 @@
-"""A user's own texts as settings of `TextData`."""
+"""Settings of `TextData` for a user's own texts."""
 
 import glob
 from collections import Counter
@@ -10,18 +10,18 @@ from datamodules.shared.files import list_files
 from datamodules.shared.own_data import OwnData, absolute, check_folder, named_splits
 
 PLAIN = (".txt", ".md", ".rst", ".tex", ".html", ".py", ".c", ".cpp", ".java", ".js", ".rs", ".go")
-"""Endings of files that are text as they are; where there are several, the first one counts."""
+"""Extensions of plain text files; if a folder has several, the first one in this order is used."""
 
 ROWS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-"""Endings of files of rows, which the datasets library reads, by its names of their formats."""
+"""Extensions of files of rows, and the names of their formats in the datasets library."""
 
 FEW = 100
-"""Of fewer files than this, validation and test get a stretch of the tokens, and not files."""
+"""With fewer files than this, splits are made by token position instead of by file."""
 
 
 def own_texts(path: str, given: Mapping[str, Any]) -> OwnData:
-    """A folder of texts, or a file, as settings; see `TextData.own_data`."""
-    # What the recipe evaluates on is not of these texts.
+    """Settings for a folder or a file of texts; see `TextData.own_data`."""
+    # The recipe's evaluation sources do not apply to these texts.
     settings: dict[str, Any] = {
         name: None for name in ("validation_source", "test_source") if given.get(name) is not None
     }
@@ -47,19 +47,19 @@ def own_texts(path: str, given: Mapping[str, Any]) -> OwnData:
     if num_files < FEW and "val" not in splits:
         settings["split_by"] = "position"
     if "val" in splits and "test" not in splits:
-        # Nothing is held out of the training texts for it.
+        # Do not hold out a test split from the training texts.
         settings["test_fraction"] = 0.0
     held_out = "" if "val" in splits else f"; {_held_out(settings)}"
     return OwnData(settings, {}, f"{'; '.join(parts)}{held_out}")
 
 
 def _source(path: str, folder: Path, files: Sequence[Path]) -> tuple[dict[str, Any], str, bool]:
-    """The node of a source of these files, them in words, and whether they are plain text."""
+    """The config node of a source of these files, a summary, and whether they are plain text."""
     counts = Counter(file.suffix.lower() for file in files)
     ending = next((e for e in (*PLAIN, *ROWS) if e in counts), None)
     if ending is None:
         raise ValueError(
-            f"--data {path}: no text in {folder} that ends in one of {', '.join((*PLAIN, *ROWS))}"
+            f"--data {path}: no file in {folder} ends in one of {', '.join((*PLAIN, *ROWS))}"
         )
     chosen = [file for file in files if file.suffix.lower() == ending]
     size = sum(file.stat().st_size for file in chosen)
@@ -67,12 +67,12 @@ def _source(path: str, folder: Path, files: Sequence[Path]) -> tuple[dict[str, A
     told = f"{path} has {len(chosen):,} {texts} ({ending}, {_in_words(size)})"
     if len(counts) > 1:
         others = ", ".join(sorted(other for other in counts if other != ending))
-        told += f", and other files that are left out ({others})"
+        told += f", and other files that are skipped ({others})"
     if ending in ROWS:
         arguments: dict[str, Any] = {"name": ROWS[ending], "data_files": list(map(str, chosen))}
         node = {"class_path": "datamodules.text.HuggingFaceText", "init_args": arguments}
         return node, told, False
-    # A pattern knows capital letters.
+    # Patterns are case-sensitive.
     if len(chosen) == 1:
         pattern = glob.escape(chosen[0].relative_to(folder).as_posix())
     else:
@@ -82,7 +82,7 @@ def _source(path: str, folder: Path, files: Sequence[Path]) -> tuple[dict[str, A
 
 
 def _any_case(ending: str, files: Sequence[Path]) -> str:
-    """An ending as a pattern, in capital letters as well where some file has them."""
+    """An extension as a pattern; case-insensitive if a file has another case."""
     if all(file.suffix == ending for file in files):
         return ending
     return "".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in ending)
@@ -90,7 +90,7 @@ def _any_case(ending: str, files: Sequence[Path]) -> str:
 
 def _held_out(settings: dict[str, Any]) -> str:
     by_position = settings.get("split_by") == "position"
-    return f"validation and test get {'the end' if by_position else 'a share'} of them"
+    return f"validation and test use {'the end' if by_position else 'a part'} of them"
 
 
 def _in_words(size: float) -> str:

@@ -1,7 +1,7 @@
-"""Documents cut into windows of one length.
+"""Cutting documents into windows of equal length.
 
-A window of `sequence_length` has up to one token more than it, so that every token but the first
-has one before it to be predicted from.
+A window has up to `sequence_length + 1` tokens, because each token except the first is predicted
+from the ones before it.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,10 +22,10 @@ class Span(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Up to `sequence_length + 1` tokens, and which document each belongs to.
+    """Up to `sequence_length + 1` tokens and the document of each.
 
-    Of documents that come one by one, `following` is where the next window begins: the number of a
-    document, and of a token in it.
+    When documents are iterated, `following` is the start of the next window: the index of a
+    document and of a token in it.
     """
 
     ids: Ids
@@ -34,7 +34,7 @@ class Window(NamedTuple):
 
 
 class Cut(Protocol):
-    """How documents make windows."""
+    """A division of documents into windows."""
 
     def __len__(self) -> int: ...
 
@@ -42,9 +42,9 @@ class Cut(Protocol):
 
 
 class PackedCut:
-    """All documents one after another, cut every `sequence_length` tokens.
+    """Concatenates all documents and cuts them every `sequence_length` tokens.
 
-    Neighbours share a token: the last to be predicted in one is the first read in the next.
+    Neighboring windows share a token: the last target of one is the first input of the next.
     """
 
     def __init__(self, lengths: Ids, sequence_length: int) -> None:
@@ -71,7 +71,7 @@ class PackedCut:
 
 
 class PaddedCut:
-    """Each document for itself, cut where it is longer than `sequence_length`."""
+    """Cuts each document separately, if it is longer than `sequence_length`."""
 
     def __init__(self, lengths: Ids, sequence_length: int) -> None:
         self._num_windows = -(-(lengths - 1) // sequence_length)
@@ -91,7 +91,7 @@ class PaddedCut:
 
 
 def packed_windows(documents: Iterable[Ids], sequence_length: int) -> Iterator[Window]:
-    """The windows of `PackedCut`, of documents that come one by one."""
+    """The windows of `PackedCut` for an iterable of documents."""
     ids = numbers = places = np.empty(0, np.int64)
     for number, tokens in enumerate(documents):
         ids = np.append(ids, tokens)
@@ -107,7 +107,7 @@ def packed_windows(documents: Iterable[Ids], sequence_length: int) -> Iterator[W
 
 
 def padded_windows(documents: Iterable[Ids], sequence_length: int) -> Iterator[Window]:
-    """The windows of `PaddedCut`, of documents that come one by one."""
+    """The windows of `PaddedCut` for an iterable of documents."""
     for number, tokens in enumerate(documents):
         for start in range(0, len(tokens) - 1, sequence_length):
             ids = tokens[start : start + sequence_length + 1]

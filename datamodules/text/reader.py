@@ -1,4 +1,4 @@
-"""Text as a language model reads it, outside of training."""
+"""The reader of text for evaluation and generation."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,15 +18,15 @@ from diffmm.tokenizers import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class TextReader(Reader):
-    """Text as the ids of a tokenizer.
+    """Encodes text as the ids of a tokenizer.
 
     Attributes:
-        tokenizer: its name, as in `diffmm.tokenizers.load_tokenizer`.
-        definition: the tokenizer itself (the text of its `tokenizer.json`), where it is more than
-            a name: its file, or the hub, may not be there when the weights are used.
+        tokenizer: Name of the tokenizer, as in `diffmm.tokenizers.load_tokenizer`.
+        definition: The text of the `tokenizer.json`, if the tokenizer has one. It is stored with
+            the weights, because the file or the hub may not be available when they are used.
 
     Raises:
-        ValueError, FileNotFoundError: (when first used) as `load_tokenizer`.
+        ValueError, FileNotFoundError: On first use, as `load_tokenizer`.
     """
 
     class_path: ClassVar[str] = "datamodules.text.TextReader"
@@ -40,7 +40,7 @@ class TextReader(Reader):
         for name in ("tokenizer", "definition"):
             value = getattr(self, name)
             if not isinstance(value, str) and (name == "tokenizer" or value is not None):
-                raise ValueError(f"{name} must be text, got {value!r:.100}")
+                raise ValueError(f"{name} must be a string, got {value!r:.100}")
 
     @cached_property
     def encoder(self) -> Tokenizer:
@@ -48,14 +48,14 @@ class TextReader(Reader):
         return load_tokenizer(self.tokenizer, self.definition)
 
     def read(self, item: Any) -> dict[str, Any]:
-        """`{"tokens": [N]}`, the ids of a text.
+        """Encode a text as `{"tokens": [N]}`.
 
         Args:
-            item: the text itself, or the `pathlib.Path` of a file of it in UTF-8.
+            item: The text, or the `pathlib.Path` of a UTF-8 file.
 
         Raises:
-            BadSampleError: naming the file, if it cannot be read.
-            ValueError: for anything else, and for a text without a character.
+            BadSampleError: If the file cannot be read; the message names it.
+            ValueError: If `item` has another type or the text is empty.
         """
         if isinstance(item, Path):
             try:
@@ -63,14 +63,14 @@ class TextReader(Reader):
             except (DataError, FileNotFoundError) as error:
                 raise BadSampleError(str(error), item) from error
         if not isinstance(item, str):
-            raise ValueError(f"a prompt must be text or a Path, got {type(item).__name__}")
+            raise ValueError(f"a prompt must be a string or a Path, got {type(item).__name__}")
         ids = self.encoder.encode(item)
         if not ids:
-            raise ValueError("the prompt is empty: give it a character at least")
+            raise ValueError("the prompt is empty: it needs at least one character")
         return {"tokens": np.array(ids)}
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Padded on the left, as generation has it, with `key_padding`."""
+        """Collate prompts, padded on the left as generation requires, with `key_padding`."""
         longest = max(len(sample["tokens"]) for sample in samples)
         tokens = np.full((len(samples), longest), self.encoder.eos_id)
         for row, sample in zip(tokens, samples, strict=True):

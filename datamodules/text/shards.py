@@ -1,7 +1,7 @@
-"""The files of a streamed dataset, read one at a time.
+"""The files (shards) of a streamed dataset, read one at a time.
 
-`datasets` opens and parses them; which process reads which file, in which order, is decided here
-and in `datamodules.text.stream`, so that a run can go on in the middle of one.
+The datasets library opens and parses them; this module and `datamodules.text.stream` decide which
+process reads which file and in which order, so that a run can resume within a file.
 """
 
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ from datamodules.text.datasets import HuggingFaceText, text_of
 
 
 class Shards:
-    """A streamed dataset as numbered files of rows of text.
+    """A streamed dataset as a numbered list of files of text rows.
 
     Args:
-        source: the dataset.
-        triage: what to do about a file at the beginning that cannot be opened.
+        source: The dataset.
+        triage: How to handle first files that cannot be opened.
 
     Raises:
-        ValueError: if the library cannot open the dataset, or it has no such column.
+        ValueError: If the library cannot open the dataset, or it has no such column.
     """
 
     def __init__(self, source: HuggingFaceText, triage: Triage) -> None:
@@ -27,7 +27,7 @@ class Shards:
         self._tolerant = triage.tolerates
         self.names = source.files()
         files = self.names if source.data_files is not None else []
-        # The library looks into the first file: where that is broken, begin with the next.
+        # The library opens the first file; if that is damaged, start with the next one.
         self._first = 0
         while not self._opens(source, files, triage):
             self._first += 1
@@ -46,7 +46,7 @@ class Shards:
                 named = f"shard {self._first} ({files[self._first]}) cannot be opened: {error}"
                 triage.note(
                     BadSampleError(named, files[self._first]),
-                    instead="the dataset begins with the next",
+                    instead="starting with the next one",
                 )
             return False
 
@@ -54,10 +54,10 @@ class Shards:
         return len(self.names)
 
     def texts(self, shard: int, row: int = 0) -> Iterator[str]:
-        """The texts of a shard from row `row` on.
+        """The texts of a shard, starting at row `row`.
 
         Raises:
-            BadSampleError: naming the shard, its file and the row, where it cannot be read on.
+            BadSampleError: If a row cannot be read; the message names the shard, file and row.
         """
         name = self.names[shard]
         if shard < self._first:
@@ -66,29 +66,30 @@ class Shards:
         if row:
             rows = rows.skip(row)
         try:
-            # `iter(rows)` would be shared among a loader's workers, but each has its own shards.
+            # `iter(rows)` would split the rows among the loader's workers, but each worker has its
+            # own shards.
             for batch in rows.iter(batch_size=1):
                 yield text_of(batch[self.column][0], self.column)
                 row += 1
-        except Exception as error:  # of many types: the parsers'
-            if isinstance(error, OSError) and "://" in name:  # it may be the network
+        except Exception as error:  # of a parser
+            if isinstance(error, OSError) and "://" in name:  # possibly a network error
                 raise
             if self._tolerant and name.endswith(".parquet"):
                 for text in _readable(name, self.column, row):
                     yield text
                     row += 1
             raise BadSampleError(
-                f"shard {shard} ({name}) cannot be read from row {row} on: "
+                f"shard {shard} ({name}) cannot be read from row {row} onward: "
                 f"{type(error).__name__}: {error}",
                 name,
             ) from error
 
 
 def _readable(name: str, column: str, row: int) -> Iterator[str]:
-    """The texts of a broken Parquet file from `row` on, up to the first that cannot be read.
+    """The texts of a damaged Parquet file from `row` up to the first one that cannot be read.
 
-    Arrow's threads tell of damage ahead, sooner or later as they happen to run. Read by one thread,
-    a row at a time where need be, it always ends at the same row.
+    Arrow's threads read ahead, so the row at which they report damage varies. A single thread that
+    reads row by row always stops at the same row.
     """
     import fsspec
     from pyarrow.parquet import ParquetFile

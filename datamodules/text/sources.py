@@ -1,4 +1,4 @@
-"""Where text comes from."""
+"""Sources of text."""
 
 import hashlib
 import sys
@@ -17,18 +17,17 @@ from diffmm.tokenizers import Tokenizer
 
 
 class Corpus(ABC):
-    """Anything that gives tokenized documents.
+    """A collection of tokenized documents.
 
     Attributes:
-        triage: what happens to a file that cannot be read: it is left out where that says so; by
-            default it is refused.
+        triage: How to handle a file that cannot be read: skip it, or, by default, raise an error.
     """
 
     triage: Triage = Triage(BadSamples())
 
     @abstractmethod
     def load(self, tokenizer: Tokenizer) -> TokenDocuments:
-        """All documents as tokens."""
+        """Load all documents as tokens."""
 
     def __repr__(self) -> str:
         arguments = ", ".join(
@@ -42,33 +41,34 @@ class TextSource(Corpus):
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
-        """Every document, in an order that does not change."""
+        """Iterate over all documents in a fixed order."""
 
     @abstractmethod
     def state(self) -> str:
-        """What changes when the documents change, for what is cached of them."""
+        """A string that changes when the documents change, for caching."""
 
     def fingerprint(self) -> str:
-        """Names these documents in a cache."""
+        """The name of these documents in a cache."""
         content = f"{self!r} {self.state()}{' tolerant' if self.triage.tolerates else ''}"
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def load(self, tokenizer: Tokenizer) -> TokenDocuments:
-        """All documents as tokens, in memory."""
+        """Load all documents as tokens, in memory."""
         return TokenDocuments.in_memory(tokenize(self.documents(), tokenizer))
 
 
 class StandardLibrary(TextSource):
-    """The source files of the running interpreter's own standard library, without its tests.
+    """The source files of the Python standard library, without its tests, one document per file.
 
-    Real text that is on every machine: about 11 MiB with Python 3.11. Each file is a document.
+    Real text that is available on every machine: about 11 MiB with Python 3.11.
 
     Args:
-        max_bytes: leaves out files so that the rest is no larger, a sample of the whole.
+        max_bytes: Maximum total size in bytes; a sample of the files that does not exceed it is
+            used.
 
     Raises:
-        FileNotFoundError: (when read) where the interpreter comes without its sources.
-        ValueError: if `max_bytes` is not positive.
+        FileNotFoundError: During reading, if the interpreter has no source files.
+        ValueError: If `max_bytes` is not positive.
     """
 
     LEFT_OUT = frozenset(
@@ -94,13 +94,13 @@ class StandardLibrary(TextSource):
                 f"choose another source, such as TextFolder"
             )
         chosen, total = [], 0
-        # Not by the number that held-out splits are drawn by, or small samples would be one split.
+        # A different hash than that of held-out splits, or small samples would be in one split.
         for name in sorted(sizes, key=lambda name: key_number(f"sampled {name}")):
             if total + sizes[name] <= self.max_bytes:
                 total += sizes[name]
                 chosen.append(name)
         for name in sorted(chosen):
-            with python_source.open(root / name) as file:  # in the encoding that the file declares
+            with python_source.open(root / name) as file:  # uses the file's declared encoding
                 yield Document(name, file.read())
 
     def state(self) -> str:
@@ -108,21 +108,22 @@ class StandardLibrary(TextSource):
 
 
 class TextFolder(TextSource):
-    """The text files of a folder, each a document.
+    """The text files of a folder, one document per file.
 
-    A byte order mark at the beginning of a file is no part of its text.
+    A byte order mark at the beginning of a file is removed.
 
     Args:
-        root: the folder.
-        pattern: which of its files, as in `pathlib`; `**/` also looks into its folders. Hidden
-            files and folders are left out.
-        separator: splits each file into documents where this string stands.
-        encoding: of the files.
+        root: Path of the folder.
+        pattern: Pattern of the files, as in `pathlib`; `**/` includes subfolders. Hidden files and
+            folders are skipped.
+        separator: A string at which each file is split into documents; None makes each file one
+            document.
+        encoding: Text encoding of the files.
 
     Raises:
-        ValueError: for an empty `separator`, or an encoding that Python does not know.
-        FileNotFoundError: (when read) if there is no such folder, or no such file in it.
-        BadSampleError: (when read) for a file that is not text in this encoding, naming it.
+        ValueError: If `separator` is empty, or Python does not know the encoding.
+        FileNotFoundError: During reading, if the folder does not exist or no file matches.
+        BadSampleError: During reading, if a file is not text in this encoding.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class TextFolder(TextSource):
         try:
             "".encode(encoding)
         except LookupError as error:
-            raise ValueError(f"encoding {encoding!r} is none of text that Python knows") from error
+            raise ValueError(f"encoding {encoding!r} is not a known text encoding") from error
         self.root = root
         self.pattern = pattern
         self.separator = separator
@@ -147,14 +148,14 @@ class TextFolder(TextSource):
         for number, file in enumerate(self._files()):
             if self.triage.is_quarantined(file):
                 continue
-            # The splits follow from names: they are alike on all systems.
+            # Splits depend on names, so they must be the same on all systems.
             name = composed(file.relative_to(self.root).as_posix())
             self.triage.num_read += 1
             try:
                 text = self._read(file)
             except DataError as error:
                 bad = BadSampleError(f"file {number} ({file}) {error}", file)
-                self.triage.note(bad, instead="it is left out")
+                self.triage.note(bad, instead="skipping it")
                 continue
             if self.separator is None:
                 yield Document(name, text)
@@ -169,8 +170,8 @@ class TextFolder(TextSource):
             return without_mark(file.read_text(self.encoding))
         except (UnicodeDecodeError, OSError) as error:
             raise DataError(
-                f"is not {self.encoding} text ({error}): give its encoding, or a pattern that "
-                f"leaves it out"
+                f"is not {self.encoding} text ({error}): set its encoding, or a pattern that "
+                f"excludes it"
             ) from error
 
     def state(self) -> str:
@@ -181,10 +182,10 @@ class TextFolder(TextSource):
         folder = Path(self.root)
         if folder.exists() and not folder.is_dir():
             raise FileNotFoundError(
-                f"{self.root} is no folder: give its folder as root, and its name as pattern"
+                f"{self.root} is not a folder: set root to its folder and pattern to its name"
             )
         if not folder.is_dir():
-            raise FileNotFoundError(f"text folder {self.root} is not there")
+            raise FileNotFoundError(f"text folder {self.root} does not exist")
         files = glob_files(folder, self.pattern)
         if not files:
             raise FileNotFoundError(f"no file in {self.root} matches {self.pattern!r}")
@@ -192,15 +193,15 @@ class TextFolder(TextSource):
 
 
 class TokenFiles(Corpus):
-    """Token files, tokenized once by `write_token_file` and mapped into memory.
+    """Memory-mapped token files, written by `write_token_file`.
 
     Args:
-        paths: of the `.bin` files.
+        paths: Paths of the `.bin` files.
 
     Raises:
-        ValueError: if there is none; (when read) for one of another tokenizer.
-        BadSampleError: (when read) for one that is damaged.
-        FileNotFoundError: (when read) for one that is not there or not finished.
+        ValueError: If there are no paths; during reading, if a file has another tokenizer.
+        BadSampleError: During reading, if a file is damaged.
+        FileNotFoundError: During reading, if a file does not exist or is incomplete.
     """
 
     def __init__(self, paths: list[str]) -> None:
@@ -213,5 +214,5 @@ class TokenFiles(Corpus):
 
 
 def without_mark(text: str) -> str:
-    """A text without the byte order mark that stands before it in some files."""
+    """Remove the byte order mark from a text, if it has one."""
     return text.removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")

@@ -1,13 +1,12 @@
-"""One share of a stream of text: its documents and windows, from any place in it on.
+"""One share of a stream of text: its documents and windows, from any position.
 
-The files of all epochs, each epoch's in an order of its own, form one endless row, dealt out to the
-shares in turn. So each file is read once an epoch, whatever the number of shares. Where there are
-more shares than files, each file is dealt several times, and every time a part of its rows is read:
-exact, but the file is parsed as often.
+The files of all epochs, in a new order per epoch, form one endless sequence that is assigned to the
+shares in turn. Each file is thus read once per epoch, whatever the number of shares. If there are
+more shares than files, each file is assigned several times, and each time a part of its rows is
+used; this is exact, but the file is parsed several times.
 
-Rows are shuffled in blocks. A place in a share is thus a few numbers: the block's first row, and
-a document and a token in the block as it was shuffled. To go on from there, no more than that block
-is read again.
+Rows are shuffled in blocks, so a position in a share is a few numbers: the first row of the block,
+and a document and a token in the shuffled block. Resuming rereads only that block.
 """
 
 from collections import deque
@@ -24,24 +23,24 @@ from datamodules.text.shards import Shards
 from datamodules.text.token_documents import ENCODED_AT_ONCE, in_split, key_number
 from datamodules.text.windows import WindowTask
 
-_SHUFFLING, _DEALING = 2, 3  # the last parts of their keys
+_SHUFFLING, _DEALING = 2, 3  # the last parts of the keys of random numbers
 
 
 class Place(TypedDict):
-    """Where a share's next window begins."""
+    """The start of the next window of a share."""
 
     part: int
-    """How many parts of files the share had been dealt when the block began."""
+    """Number of file parts assigned to the share before the block."""
     row: int
-    """The row of that part's file at which the block began."""
+    """The row in that part's file at which the block begins."""
     block: int
-    """How many blocks came before."""
+    """Number of blocks before this one."""
     document: int
-    """The number of a document in the block, as it was shuffled."""
+    """Index of a document in the shuffled block."""
     token: int
-    """The number of a token in the document."""
+    """Index of a token in the document."""
     window: int
-    """How many windows came before."""
+    """Number of windows before this one."""
 
 
 class _Row(NamedTuple):
@@ -54,14 +53,16 @@ class StreamShare:
     """One share of a stream.
 
     Args:
-        shards: the stream's files.
-        task: how documents are cut.
-        share, num_shares: which share of how many.
-        low, high: only documents whose keys, as fractions of all keys, lie in `[low, high)`.
-        shuffle_buffer: rows a block; `None` leaves files and rows in order and ends after one
-            epoch.
-        triage: what to do about a file that cannot be read: without it, or with what was read of
-            it before it broke, the share goes on with its next.
+        shards: Files of the stream.
+        task: How documents are cut into windows.
+        share: Index of the share.
+        num_shares: Number of shares.
+        low: Lower bound (inclusive) of the documents' keys, as a fraction of all keys.
+        high: Upper bound (exclusive) of the documents' keys, as a fraction of all keys.
+        shuffle_buffer: Number of rows per block; `None` keeps files and rows in order and ends
+            after one epoch.
+        triage: How to handle a file that cannot be read. If bad files are skipped, rows before the
+            damage are used and the share continues with its next file.
     """
 
     def __init__(
@@ -85,8 +86,8 @@ class StreamShare:
         self._parts_a_file = -(-num_shares // len(shards))
 
     def windows(self, place: Place | None = None) -> Iterator[tuple[Window, Place]]:
-        """The windows from `place` on, each with the place at which the next one begins."""
-        begun: deque[tuple[int, Place]] = deque()  # documents that windows may still begin in
+        """Iterate over the windows from `place` on, each with the start of the next one."""
+        begun: deque[tuple[int, Place]] = deque()  # documents in which windows may still begin
 
         def documents() -> Iterator[Ids]:
             for number, (where, ids) in enumerate(self._documents(place)):
@@ -102,11 +103,11 @@ class StreamShare:
             yield window, {**where, "token": where["token"] + token, "window": number}
 
     def _documents(self, place: Place | None) -> Iterator[tuple[Place, Ids]]:
-        """Documents of the wanted keys, the first one from its token on, and where they begin."""
+        """The documents of the split, each with its position; the first one starts at its token."""
         tokenizer = self._task.tokenizer
         last_part = place["part"] if place else 0
         for start, texts in self._blocks(place):
-            self._refuse_nothing("document of the split", start["part"] - last_part)
+            self._check_progress("document of the split", start["part"] - last_part)
             wanted = [
                 number
                 for number in range(start["document"], len(texts))
@@ -125,7 +126,7 @@ class StreamShare:
                     yield {**start, "document": number, "token": token}, tokens
 
     def _blocks(self, place: Place | None) -> Iterator[tuple[Place, list[str]]]:
-        """Blocks of texts, shuffled, the first with the document and token to begin with."""
+        """Shuffled blocks of texts, each with its position."""
         start: Place = place or {
             "part": 0, "row": 0, "block": 0, "document": 0, "token": 0, "window": 0,
         }  # fmt: skip
@@ -142,7 +143,7 @@ class StreamShare:
             }  # fmt: skip
 
     def _rows(self, first_part: int, row: int) -> Iterator[_Row]:
-        """Rows from there on, each with where the next one is."""
+        """Rows from a position on, each with the position of the next one."""
         idle = 0
         for part in count(first_part):
             dealt = self._dealt(part)
@@ -157,7 +158,7 @@ class StreamShare:
                 row += 1
             row = 0
             idle = 0 if found else idle + 1
-            self._refuse_nothing("row that can be read", idle)
+            self._check_progress("row that can be read", idle)
 
     def _texts(self, shard: int, row: int) -> Iterator[str]:
         name = self._shards.names[shard]
@@ -167,19 +168,19 @@ class StreamShare:
         try:
             yield from self._shards.texts(shard, row)
         except BadSampleError as error:
-            self._triage.note(error, instead="the stream goes on with another")
+            self._triage.note(error, instead="continuing with another file")
 
-    def _refuse_nothing(self, what: str, num_parts: int) -> None:
-        """An endless stream must not search forever."""
+    def _check_progress(self, what: str, num_parts: int) -> None:
+        """Raise an error if an endless stream finds nothing in a whole epoch."""
         size = self._parts_a_file * len(self._shards)
         if self._shuffle_buffer is not None and num_parts > size:
             raise ValueError(
-                f"the stream has no {what} in {size} parts of its {len(self._shards)} files, the "
-                f"first of which is {self._shards.names[0]}: give it more data"
+                f"the stream has no {what} in {size} parts of its {len(self._shards)} files (the "
+                f"first is {self._shards.names[0]}): use more data"
             )
 
     def _dealt(self, part: int) -> tuple[int, int] | None:
-        """The file of the share's part `part`, and which of its rows (by remainder)."""
+        """The file of the share's part `part`, and the remainder that selects its rows."""
         size = self._parts_a_file * len(self._shards)
         epoch, number = divmod(self._share + part * self._num_shares, size)
         if self._shuffle_buffer is None and epoch > 0:

@@ -1,10 +1,10 @@
-"""Batches of an endless stream, and what a checkpoint needs to know of it.
+"""Batches of an endless stream, and their state in a checkpoint.
 
-A stream is cut into shares (`datamodules.text.stream`), which take turns: turn `n` gives the next
-few samples of share `n % num_shares`. A batch is one turn or several that follow each other, and
-the batches go to the processes in turn, and in each to its workers. So where the turns that are
-under way at once divide the number of shares, the batches of all processes together are the same
-for every number of processes and workers, and a run may go on with another.
+A stream is divided into shares (`datamodules.text.stream`), which take turns: turn `n` yields the
+next samples of share `n % num_shares`. A batch consists of one or several consecutive turns; the
+batches are assigned to the processes in turn, and within a process to its workers. If the number of
+concurrent turns divides the number of shares, the global batches are therefore the same for every
+number of processes and workers, and a run may resume with other numbers.
 """
 
 from collections import deque
@@ -23,37 +23,38 @@ from diffmm.workers import WorkerLoader
 
 class Shares(Protocol):
     def __call__(self, *, share: int, num_shares: int) -> StreamShare:
-        """One share of so many."""
+        """Create one of `num_shares` shares."""
 
 
 class StreamState(TypedDict):
-    """Where a stream stands, in plain containers: the same on every process."""
+    """The position of a stream in plain containers, the same on every process."""
 
     turn: int
-    """How many turns all processes together have taken."""
+    """Number of turns taken by all processes together."""
     turn_size: int
-    """How many samples a turn gives."""
+    """Number of samples per turn."""
     global_batch_size: int
-    """How many samples a batch of all processes together has."""
+    """Number of samples per batch of all processes together."""
     num_shares: int
     places: dict[int, Place]
-    """Where each share goes on; one that has given nothing yet is missing."""
+    """The position of each share; shares that have yielded nothing yet are missing."""
     stream: dict[str, Any]
-    """What must be the same for these places to mean anything."""
+    """Settings that must be the same for these positions to be valid."""
     quarantined: list[str]
-    """The files that the run left out from its start."""
+    """The files that the run has skipped from its start."""
 
 
 class StreamedWindows(IterableDataset[tuple[TextSample, int, Place]]):
-    """Windows of the shares of this process, each with its share and where that then goes on.
+    """Windows of the shares of this process, each with its share and the share's next position.
 
     Args:
-        shares: of the stream.
-        task: makes samples of windows.
-        num_shares: how many there are.
-        turn_size: samples a turn; `None` takes share after share, each to its end.
-        turns_a_batch: that follow each other in this process.
-        rank, world_size: this process, and how many there are.
+        shares: Creates the shares of the stream.
+        task: Turns windows into samples.
+        num_shares: Number of shares.
+        turn_size: Number of samples per turn; `None` reads one share after the other to its end.
+        turns_a_batch: Number of consecutive turns per batch.
+        rank: Rank of this process.
+        world_size: Number of processes.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class StreamedWindows(IterableDataset[tuple[TextSample, int, Place]]):
         self.start_at(0, {})
 
     def start_at(self, turn: int, places: dict[int, Place]) -> None:
-        """Begin the next iteration with this turn of all processes, at these places."""
+        """Start the next iteration at this global turn and these positions."""
         self._turn = turn
         self._places = places
 
@@ -106,14 +107,14 @@ class StreamedWindows(IterableDataset[tuple[TextSample, int, Place]]):
 
 
 class StreamLoader(WorkerLoader[Any]):
-    """Batches of an endless stream; a new iteration goes on after the last batch that was taken.
+    """Batches of an endless stream; a new iteration continues after the last batch taken.
 
     Args:
-        dataset: what they are made of.
-        state: where the stream stands.
-        counts_itself: a batch is taken when it is asked for. Otherwise (for a trainer, which
-            fetches ahead) whoever takes it says so, by `take`.
-        loading: further arguments of torch's `DataLoader`.
+        dataset: Windows of the stream.
+        state: Position of the stream.
+        counts_itself: Whether a batch counts as taken when it is yielded. Otherwise, for a trainer
+            that prefetches, `take` must be called.
+        loading: Further arguments of torch's `DataLoader`.
     """
 
     def __init__(
@@ -140,18 +141,18 @@ class StreamLoader(WorkerLoader[Any]):
             yield batch
 
     def take(self) -> None:
-        """Count the oldest batch that was not counted yet."""
+        """Count the oldest batch that has not been counted yet."""
         self._state["places"].update(self._fetched.popleft())
         self._state["turn"] += self._state["global_batch_size"] // self._state["turn_size"]
 
     def state_dict(self) -> StreamState:
-        """After the batches that were taken. All processes must call it after the same number of
-        them, since it gathers what each knows."""
+        """The position after the batches taken. All processes must call it after the same number
+        of batches, because it gathers the positions of all."""
         places = dict(self._state["places"])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             gathered: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(gathered, places)
-            # Those that are not a process's own are as old as the run's start.
+            # A process has outdated positions of the shares of other processes.
             for others in gathered:
                 places |= {
                     share: place
@@ -162,14 +163,15 @@ class StreamLoader(WorkerLoader[Any]):
 
 
 def continued(new: StreamState, old: dict[str, Any], *, any_stream: bool = False) -> StreamState:
-    """`old`, from a checkpoint, for a run that would begin at `new`.
+    """The state of a run that resumes from `old`.
 
     Args:
-        new, old: where a stream stands.
-        any_stream: whether `old` may be of another stream than `new`.
+        new: The initial state of the run.
+        old: The state in a checkpoint.
+        any_stream: Whether `old` may be from another stream than `new`.
 
     Raises:
-        ValueError: if it is of another stream.
+        ValueError: If it is from another stream.
     """
     was = old.get("stream") or {}
     changed = [name for name, value in new["stream"].items() if was.get(name) != value]
@@ -183,16 +185,16 @@ def continued(new: StreamState, old: dict[str, Any], *, any_stream: bool = False
 
 
 def check_turns(state: StreamState, *, batch_size: int, world_size: int, num_workers: int) -> None:
-    """Refuse a number of processes, workers or samples with which the shares' turns do not fit.
+    """Check that the number of processes, workers and samples fits the turns of the shares.
 
     Raises:
-        ValueError: saying what would.
+        ValueError: If they do not; the message says which numbers would.
     """
     size, shares = state["turn_size"], state["num_shares"]
     if batch_size % size:
         raise ValueError(
-            f"the stream gives {size} samples a turn, which do not make a batch of {batch_size}: "
-            f"resume with a batch_size that {size} divides"
+            f"the stream has {size} samples per turn, which do not divide a batch of "
+            f"{batch_size}: resume with a batch_size that is a multiple of {size}"
         )
     turns = world_size * max(1, num_workers) * (batch_size // size)
     if shares % turns:
@@ -207,7 +209,7 @@ def collate_with_places(
     collate: Callable[[list[TextSample]], TextBatch],
     samples: list[tuple[TextSample, int, Place]],
 ) -> tuple[TextBatch, dict[int, Place]]:
-    """A batch, and where its shares go on."""
+    """Collate a batch and the next positions of its shares."""
     places = {share: place for _, share, place in samples}
     return collate([sample for sample, _, _ in samples]), places
 
@@ -216,5 +218,5 @@ def collate_windows(
     collate: Callable[[list[TextSample]], TextBatch],
     samples: list[tuple[TextSample, int, Place]],
 ) -> TextBatch:
-    """A batch alone."""
+    """Collate a batch without positions."""
     return collate([sample for sample, _, _ in samples])

@@ -1,4 +1,4 @@
-"""Tokenized documents: spans of token arrays, and the keys by which they are held out."""
+"""Tokenized documents: spans of token arrays, and the keys that determine their split."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,31 +14,31 @@ from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.fingerprints import Fingerprint, digest, spread
 from diffmm.tokenizers import Tokenizer
 
-ENCODED_AT_ONCE = 64  # documents a tokenizer sees at once
+ENCODED_AT_ONCE = 64  # documents per call of a tokenizer
 
 
 class Document(NamedTuple):
-    """A text, and what it is known by: held-out splits are drawn by the key."""
+    """A text and its key, which determines its split."""
 
     key: str
     text: str
 
 
 class TokenizedDocument(NamedTuple):
-    """A document's tokens, with the end of text at their end, and its key as 64 bits."""
+    """A document's tokens, including the end-of-text token, and its key as 64 bits."""
 
     key: int
     tokens: NDArray[np.integer]
 
 
 def key_number(key: str) -> int:
-    """64 bits of a document's key, the same on every machine and in every run."""
+    """A 64-bit hash of a document's key, the same on every machine and in every run."""
     digest = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[TokenizedDocument]:
-    """The tokens of each document that has any text."""
+    """Tokenize all documents that are not empty."""
     dtype = token_dtype(tokenizer.vocab_size)
     remaining = iter(documents)
     while batch := list(islice(remaining, ENCODED_AT_ONCE)):
@@ -50,12 +50,12 @@ def tokenize(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[To
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest type that token files hold these ids in."""
+    """The smallest dtype of token files that can represent all ids."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 class Tokens(Protocol):
-    """An array of tokens, or what reads like one."""
+    """An array of tokens, or an object with the same interface."""
 
     def __len__(self) -> int: ...
 
@@ -67,9 +67,10 @@ class TokenDocuments:
     """Documents as spans of token arrays.
 
     Args:
-        arrays: the tokens, as if one followed the other. No document spans two.
-        starts, lengths: `[documents]` int64, where each document lies in them.
-        keys: `[documents]` uint64, each document's `key_number`.
+        arrays: Token arrays, treated as concatenated. No document spans two of them.
+        starts: Start of each document, `[documents]` int64.
+        lengths: Length of each document, `[documents]` int64.
+        keys: The `key_number` of each document, `[documents]` uint64.
     """
 
     arrays: Sequence[Tokens]
@@ -79,7 +80,7 @@ class TokenDocuments:
 
     @classmethod
     def in_memory(cls, documents: Iterable[TokenizedDocument]) -> "TokenDocuments":
-        """All `documents`, held in memory."""
+        """Hold all `documents` in memory."""
         keys, tokens = [], []
         for document in documents:
             keys.append(document.key)
@@ -96,14 +97,14 @@ class TokenDocuments:
         return starts_of(np.array([len(array) for array in self.arrays], np.int64))
 
     def read(self, document: int, start: int, stop: int) -> NDArray[np.int64]:
-        """The tokens `start` to `stop` of a document."""
+        """Read the tokens `start` to `stop` of a document."""
         begin = self.starts[document]
         array = int(np.searchsorted(self._offsets, begin, side="right")) - 1
         begin = begin - self._offsets[array]
         return self.arrays[array][begin + start : begin + stop].astype(np.int64)
 
     def fingerprint(self) -> Fingerprint:
-        """What the documents are, cheaply: their number, length and names, and some of their
+        """The fingerprint of the documents: their number, lengths and names, and some of their
         tokens."""
         return {
             "documents": len(self),
@@ -117,18 +118,18 @@ class TokenDocuments:
         try:
             return self.read(document, 0, min(int(self.lengths[document]), 1024)).tobytes()
         except BadSampleError:
-            return b""  # which is met again when its turn comes
+            return b""  # handled when the document is read
 
     def held_out(self, low: float, high: float) -> "TokenDocuments":
-        """The documents whose keys, as fractions of all keys, lie in `[low, high)`."""
+        """The documents whose keys, as fractions of all keys, are in `[low, high)`."""
         chosen = in_split(self.keys, low, high)
         return TokenDocuments(
             self.arrays, self.starts[chosen], self.lengths[chosen], self.keys[chosen]
         )
 
     def stretch(self, low: float, high: float) -> "TokenDocuments":
-        """The tokens whose places, as fractions of all tokens in order, lie in `[low, high)`: whole
-        documents, and parts of those at its ends."""
+        """The tokens whose positions, as fractions of all tokens, are in `[low, high)`: whole
+        documents, and parts of those at the ends."""
         offsets, total = starts_of(self.lengths), int(self.lengths.sum())
         begin, end = round(low * total), round(high * total)
         skipped = np.clip(begin - offsets, 0, self.lengths)
@@ -139,12 +140,12 @@ class TokenDocuments:
 
 
 def in_split(keys: Any, low: float, high: float) -> Any:
-    """Whether each key, as a fraction of all keys, lies in `[low, high)`."""
+    """Whether each key, as a fraction of all keys, is in `[low, high)`."""
     fractions = np.asarray(keys, np.uint64) / 2.0**64
     # The largest keys round up to 1.0.
     return (fractions >= low) & ((fractions < high) | (high >= 1.0))
 
 
 def starts_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where each of these begins, if one follows the other."""
+    """The start of each item in a concatenation of items of these lengths."""
     return np.cumsum(lengths) - lengths

@@ -1,9 +1,9 @@
-"""Token files: text that is tokenized once, and mapped into memory to train on.
+"""Token files: text that is tokenized once and memory-mapped for training.
 
-A token file `corpus.bin` holds the tokens of all its documents, each with the end-of-text token at
-its end, as little-endian uint16 or uint32. Beside it stand `corpus.documents.npy`, each document's
-length and key, and `corpus.json`, a header that says what made it. The header is written last: a
-file without one is not finished.
+A token file `corpus.bin` contains the tokens of all documents, each followed by the end-of-text
+token, as little-endian uint16 or uint32. Two files belong to it: `corpus.documents.npy` with the
+length and key of each document, and `corpus.json`, a header that describes the tokenizer. The
+header is written last: a file without a header is incomplete.
 """
 
 import json
@@ -45,13 +45,14 @@ _MOST_HEADER = 2**16  # bytes
 
 
 class MappedTokens:
-    """The tokens of a file, mapped into memory; a worker that gets it maps the file anew.
+    """The memory-mapped tokens of a file; each worker maps the file itself.
 
     Args:
-        path: of the file.
-        dtype: of its tokens.
-        vocab_size: of the tokenizer. Ids are compared with it when they are read: a model would
-            crash on larger ones, and files are too large to look through before a run.
+        path: Path of the file.
+        dtype: Data type of the tokens.
+        vocab_size: Vocabulary size of the tokenizer. Ids are checked against it when they are
+            read, because larger ids would crash a model and files are too large to check before a
+            run.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any], vocab_size: int) -> None:
@@ -64,11 +65,11 @@ class MappedTokens:
     def __getitem__(self, span: slice) -> NDArray[np.integer]:
         tokens = self._tokens[span]
         if tokens.size and tokens.max() >= self._vocab_size:
-            # The file is no sample: it is not named as one that later runs are to leave out.
+            # No `file` argument: the file is not a sample, so it must not be quarantined.
             raise BadSampleError(
                 f"token file {self._path} has the id {tokens.max()} among its tokens "
                 f"{span.start} to {span.stop}, but the tokenizer has {self._vocab_size} tokens: "
-                f"make it again"
+                f"write it again"
             )
         return tokens
 
@@ -79,17 +80,17 @@ class MappedTokens:
 def write_token_file(path: str | Path, documents: Iterable[Document], tokenizer: Tokenizer) -> Path:
     """Tokenize `documents` into the token file `path`, which ends in `.bin`.
 
-    Nothing stands under the final names until all is written.
+    Files get their final names only when all of them are complete.
 
     Raises:
-        ValueError: for another ending, or if there is no text.
-        FileExistsError: if there is a finished file already.
+        ValueError: If the path does not end in `.bin`, or there is no text.
+        FileExistsError: If a complete file exists.
     """
     path = Path(path)
     if path.suffix != ".bin":
-        raise ValueError(f"a token file ends in .bin, got {path}")
+        raise ValueError(f"the path of a token file must end in .bin, got {path}")
     if is_finished(path):
-        raise FileExistsError(f"token file {path} exists already: remove it or choose another name")
+        raise FileExistsError(f"token file {path} already exists: remove it or choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     dtype = token_dtype(tokenizer.vocab_size)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as temporary:
@@ -119,19 +120,19 @@ def write_token_file(path: str | Path, documents: Iterable[Document], tokenizer:
 
 
 def is_finished(path: Path) -> bool:
-    """Whether the token file `path` has been written, all of it."""
+    """Whether the token file `path` is complete."""
     return _header_path(path).exists()
 
 
 def read_token_files(
     paths: Sequence[str | Path], tokenizer: Tokenizer, triage: Triage | None = None
 ) -> TokenDocuments:
-    """The documents of all token files, mapped; without the damaged ones, where `triage` says so.
+    """The memory-mapped documents of all token files; damaged ones are skipped if `triage` says so.
 
     Raises:
-        FileNotFoundError: for a file that is not there, or not finished.
-        ValueError: for a file of another format or tokenizer, naming it.
-        BadSampleError: for a damaged file, naming it.
+        FileNotFoundError: If a file does not exist or is incomplete.
+        ValueError: If a file has another format or tokenizer.
+        BadSampleError: If a file is damaged.
     """
     triage = triage or Triage(BadSamples())
     arrays: list[MappedTokens] = []
@@ -143,7 +144,7 @@ def read_token_files(
         try:
             tokens, documents = _read_token_file(path, tokenizer, number)
         except BadSampleError as error:
-            triage.note(error, instead="it is left out")
+            triage.note(error, instead="skipping it")
             continue
         arrays.append(tokens)
         tables.append(documents)
@@ -167,19 +168,19 @@ def _read_token_file(
         found += f" and {rest} bytes" if rest else ""
         told = f"{header['num_documents']} documents of {header['num_tokens']} tokens"
         if found != told:
-            raise _DamageError(f"it has {found}, its header says {told}")
+            raise _DamageError(f"it has {found}, but its header says {told}")
         lengths = documents["length"]
-        # As floats too: integers of 64 bits may overflow to the right sum.
+        # Also summed as floats, because 64-bit integers may overflow to the right sum.
         sums = int(lengths.sum()), int(lengths.sum(dtype=np.float64))
         if lengths.min() < 1 or sums[0] != num_tokens or sums[1] > 2 * num_tokens:
-            raise _DamageError(f"the lengths of its documents do not make {num_tokens} tokens")
+            raise _DamageError(f"the lengths of its documents do not add up to {num_tokens} tokens")
         return MappedTokens(path, dtype, tokenizer.vocab_size), documents
     except _DamageError as error:
-        raise BadSampleError(f"{name} was damaged: {error}; make it again", path) from error
+        raise BadSampleError(f"{name} is damaged: {error}; write it again", path) from error
 
 
 class _DamageError(Exception):
-    """What is wrong with a token file, to follow its name."""
+    """Damage of a token file; the message continues a sentence about it."""
 
 
 def _check_files(path: Path, name: str) -> None:
@@ -187,15 +188,15 @@ def _check_files(path: Path, name: str) -> None:
         fault = why_no_file(needed)
         if fault == "does not exist":
             raise FileNotFoundError(
-                f"token file {path} needs {needed}, which is not there: "
-                f"make token files with datamodules.text.data.write_token_file"
+                f"token file {path} needs {needed}, which does not exist: "
+                f"write token files with datamodules.text.data.write_token_file"
             )
         if fault is not None:
             raise BadSampleError(f"{name} needs {needed}, which {fault}", path)
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    """The header of a token file, with every field as it may be."""
+    """Read and check the header of a token file."""
     try:
         if (size := path.stat().st_size) > _MOST_HEADER:
             raise ValueError(f"it has {size} bytes")
@@ -203,9 +204,11 @@ def _read_header(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise _DamageError(f"its header {path} cannot be read: {error}") from error
     if not isinstance(header, dict):
-        raise _DamageError(f"its header {path} is no object")
+        raise _DamageError(f"its header {path} is not an object")
     if header.get("format") != FORMAT:
-        raise DataError(f"{path} has format {header.get('format')!r}, this version reads {FORMAT}")
+        raise DataError(
+            f"{path} has format {header.get('format')!r}, but this version reads {FORMAT}"
+        )
     for field, kind in _HEADER.items():
         value = header.get(field)
         if type(value) is not kind or (isinstance(value, int) and not 0 < value < 2**62):
@@ -218,26 +221,27 @@ def _read_header(path: Path) -> dict[str, Any]:
 def _check_maker(path: Path, header: dict[str, Any], tokenizer: Tokenizer) -> None:
     if header["tokenizer_fingerprint"] != tokenizer.fingerprint:
         raise DataError(
-            f"{path} was made with tokenizer {header['tokenizer']!r} "
+            f"{path} was written with tokenizer {header['tokenizer']!r} "
             f"({header['vocab_size']} tokens), not with {tokenizer.name!r} "
             f"({tokenizer.vocab_size} tokens)"
         )
 
 
 def _read_documents(path: Path) -> NDArray[Any]:
-    """The table of documents, of the one type and as long as its file: no more memory is taken, and
-    no object is made, because a header says so."""
+    """Read the table of documents. Its dtype and length are checked against the file first, so that
+    a wrong header can neither allocate memory nor create objects."""
     with path.open("rb") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of NumPy's, for headers that Python 2 wrote
+        warnings.simplefilter("ignore")  # NumPy's warning about headers of Python 2
         try:
             version = np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        except Exception as error:  # of many types: NumPy's
-            raise _DamageError(f"{path} is no table of documents: {error}") from error
+        except Exception as error:  # NumPy raises various types
+            raise _DamageError(f"{path} is not a table of documents: {error}") from error
         held, rest = divmod(os.fstat(file.fileno()).st_size - file.tell(), DOCUMENT_FIELDS.itemsize)
         if version != (1, 0) or dtype != DOCUMENT_FIELDS or shape != (held,) or rest or not held:
             raise _DamageError(
-                f"{path} has {held} rows and {rest} bytes, its header says {dtype} of shape {shape}"
+                f"{path} has {held} rows and {rest} bytes, but its header says {dtype} of shape "
+                f"{shape}"
             )
         return np.fromfile(file, DOCUMENT_FIELDS, held)
 

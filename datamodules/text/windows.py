@@ -1,4 +1,4 @@
-"""Windows of tokens as samples: what a model reads in them, and what it is to predict."""
+"""Samples made from windows of tokens: the model's inputs and targets."""
 
 from collections.abc import Iterable, Iterator
 from typing import Literal, NotRequired, TypedDict
@@ -38,24 +38,24 @@ class TextSample(TypedDict):
 
 
 class WindowTask:
-    """Makes samples of windows.
+    """Turns windows into samples.
 
     Args:
-        tokenizer: of the tokens.
-        sequence_length: tokens a window, at least 1.
+        tokenizer: Tokenizer of the tokens.
+        sequence_length: Number of tokens per window, at least 1.
         objective: `causal` predicts the next token at each position. `masked` predicts the token
-            itself at `mask_probability` of the positions (at least one), where the model reads the
-            mask in 80%, another token in 10% and the token in 10% (BERT, section 3.1). Special
-            tokens are never masked.
-        packing: `packed` fills windows with one document after another, `padded` gives each
-            document its own.
-        document_mask: in packed windows, tell documents apart, and predict no token from another
-            document's.
-        mask_probability: in (0, 1).
-        seed: of the masks.
+            itself at a fraction `mask_probability` of the positions (at least one); the input there
+            is the mask token in 80% of the cases, another token in 10% and the token itself in 10%
+            (BERT, section 3.1). Special tokens are never masked.
+        packing: `packed` fills windows with one document after another; `padded` gives each
+            document its own windows.
+        document_mask: Whether packed windows have document ids, so that no token is predicted from
+            another document.
+        mask_probability: Fraction of tokens to predict with the masked objective, in (0, 1).
+        seed: Seed of the masks.
 
     Raises:
-        ValueError: if the tokenizer lacks a special token that is needed.
+        ValueError: If the tokenizer lacks a required special token.
     """
 
     def __init__(
@@ -83,17 +83,17 @@ class WindowTask:
         self._ordinary_ids = np.flatnonzero(~self._special)
 
     def cut(self, lengths: Ids) -> Cut:
-        """The windows of documents of these lengths."""
+        """The division of documents of these lengths into windows."""
         cut = PackedCut if self.packing == "packed" else PaddedCut
         return cut(lengths, self._sequence_length)
 
     def windows(self, documents: Iterable[Ids]) -> Iterator[Window]:
-        """The windows of documents that come one by one."""
+        """The windows of an iterable of documents."""
         cut = packed_windows if self.packing == "packed" else padded_windows
         return cut(documents, self._sequence_length)
 
     def sample(self, window: Window, epoch: int, index: int) -> TextSample:
-        """The window as sample `index`, as it is in `epoch`."""
+        """Turn a window into sample `index` of `epoch`."""
         document_ids = window.document_ids[:-1] - window.document_ids[0]
         if self._mask_id is None:
             tokens, targets = window.ids[:-1], window.ids[1:].copy()
@@ -104,7 +104,7 @@ class WindowTask:
             tokens, targets = self._masked(window.ids[:-1], self._mask_id, rng)
         num_bytes = self._byte_lengths[targets[targets != IGNORE_INDEX]].sum()
         if self.packing == "packed":
-            # Only the last window of all is shorter. Its filling is a document of its own.
+            # Only the very last window is shorter; its padding is a separate document.
             missing = (0, self._sequence_length - len(tokens))
             tokens = np.pad(tokens, missing, constant_values=self.eos_id)
             targets = np.pad(targets, missing, constant_values=IGNORE_INDEX)
@@ -120,7 +120,7 @@ class WindowTask:
         return sample
 
     def collate(self, samples: list[TextSample]) -> TextBatch:
-        """Samples as a batch; padded ones are filled up to the longest, on the right."""
+        """Collate samples into a batch; unpacked ones are padded on the right to the longest."""
         if self.packing == "packed":
             return default_collate(samples)
         tokens = [sample["tokens"] for sample in samples]
@@ -153,8 +153,8 @@ class TextWindows(SeededDataset[TextSample]):
     """All windows of tokenized documents.
 
     Args:
-        documents: what is cut into windows.
-        task: how they are cut, and what is to be predicted.
+        documents: The documents.
+        task: How to cut them into windows, and what to predict.
     """
 
     def __init__(self, documents: TokenDocuments, task: WindowTask) -> None:

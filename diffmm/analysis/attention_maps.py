@@ -1,4 +1,4 @@
-"""What a model attends to: the maps that the fused kernels never write down."""
+"""Attention maps of a model, which the fused kernels do not materialize."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -19,12 +19,12 @@ class LayerMaps:
     """The maps of one attention layer for one batch, in float32 (float64 in a float64 model).
 
     Attributes:
-        name: of the layer in its model, such as `backbone.blocks.0.attention`.
-        components: `[B, H, N, M]` each: `(A,)` for softmax attention, `(A1, A2)` for differential.
-            A row of each sums to 1, or is zero where a query sees no key. Keys that a query does
-            not see have exactly 0.
-        lam: `[B, H, N]`, what the second map is multiplied by before it is subtracted (negative
-            under `combine="add"`); None for softmax attention.
+        name: Name of the layer in its model, such as `backbone.blocks.0.attention`.
+        components: `(A,)` for softmax attention, `(A1, A2)` for differential attention, each
+            `[B, H, N, M]`. Each row sums to 1, or is zero if the query attends to no key. Masked
+            keys have exactly 0.
+        lam: The factor of the second map, `[B, H, N]` (negative with `combine="add"`); None for
+            softmax attention.
     """
 
     name: str
@@ -33,8 +33,8 @@ class LayerMaps:
 
     @property
     def combined(self) -> Tensor:
-        """`[B, H, N, M]`, what multiplies the values: `A`, or `A1 - lam A2`, whose rows sum to
-        `1 - lam` and which may be negative."""
+        """The map that multiplies the values, `[B, H, N, M]`: `A`, or `A1 - lam A2`, whose rows
+        sum to `1 - lam` and whose entries may be negative."""
         if self.lam is None:
             return self.components[0]
         first, second = self.components
@@ -48,28 +48,28 @@ def attention_maps(
     mask: AttentionMask | None = None,
     layers: Collection[int] | None = None,
 ) -> list[LayerMaps]:
-    """The attention maps of `model` for `inputs`, one entry a layer, from first to last.
+    """Compute the attention maps of `model` for `inputs`, one entry per layer, in order.
 
         Ai = softmax(scale * Qi Kiᵀ + mask),   combined = A1 - lam A2     (Ye et al. 2025, eq. 1)
 
-    One forward pass in evaluation mode, eager and without gradients; hooks on the layers compute
-    the maps from the queries and keys that the layer itself projects (rotary positions, key
-    sharing, query norms included) under the mask it was given. Memory grows with `B H N M` a layer.
+    Runs one forward pass in evaluation mode, uncompiled and without gradients. Hooks compute the
+    maps from the queries and keys of each layer (including rotary positions, key sharing and query
+    norms) with the layer's mask. Memory is proportional to `B H N M` per layer.
 
     Args:
-        model: any of this library's models, or a module with its attention layers inside.
-        inputs: the positional arguments of the model's `forward`: tokens; images; waveforms and
-            the number of samples (`diffmm.batch.inputs_of` has them for a batch).
-        mask: for a text model, what each token sees, in place of its default.
-        layers: which attention layers, counted from 0 in the order they run, from the end if
-            negative; all by default.
+        model: A model of this library, or a module that contains its attention layers.
+        inputs: Positional arguments of the model's `forward`: tokens; images; or waveforms and
+            the number of samples (`diffmm.batch.inputs_of` returns them for a batch).
+        mask: For text models, a mask that replaces the default.
+        layers: Indices of the attention layers in the order in which they run, counted from the
+            end if negative; all by default.
 
     Raises:
-        ValueError: if the model has no attention layer, or not the one asked for.
+        ValueError: If the model has no attention layers, or an index is out of range.
     """
     found = {name: part for name, part in model.named_modules() if isinstance(part, Attention)}
     if not found:
-        raise ValueError(f"{type(model).__name__} has no attention layer of diffmm in it")
+        raise ValueError(f"{type(model).__name__} contains no attention layer of diffmm")
     maps: list[LayerMaps] = []
     handles = [
         layer.register_forward_pre_hook(_recorder(name, maps), with_kwargs=True)
@@ -89,7 +89,7 @@ def attention_maps(
     for index in layers:
         if not -len(maps) <= index < len(maps):
             raise ValueError(
-                f"layers has {index}, but {type(model).__name__} has {len(maps)} attention "
+                f"layers contains {index}, but {type(model).__name__} has {len(maps)} attention "
                 f"layers, 0 to {len(maps) - 1}"
             )
     wanted = {index % len(maps) for index in layers}
@@ -99,7 +99,7 @@ def attention_maps(
 def layer_maps(
     name: str, layer: Attention, x: Tensor, *, mask: AttentionMask, rope: Rotation | None = None
 ) -> LayerMaps:
-    """The maps of one layer for its input `x`, `[B, N, dim]`; see `attention_maps`."""
+    """Compute the maps of one layer for its input `x`, `[B, N, dim]`; see `attention_maps`."""
     q, k, _ = layer.project(x, rope)
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k = q.to(dtype), k.to(dtype)
@@ -117,7 +117,7 @@ def layer_maps(
 
 
 def _recorder(name: str, maps: list[LayerMaps]) -> Callable[..., None]:
-    """A hook that adds the maps of a call to `maps`."""
+    """A hook that appends the maps of each call to `maps`."""
 
     def hook(layer: Attention, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         maps.append(layer_maps(name, layer, args[0], mask=kwargs["mask"], rope=kwargs.get("rope")))
@@ -127,7 +127,7 @@ def _recorder(name: str, maps: list[LayerMaps]) -> Callable[..., None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every part then has the mode it had."""
+    """Set evaluation mode for the body, then restore the mode of every submodule."""
     modes = {part: part.training for part in model.modules()}
     model.eval()
     try:

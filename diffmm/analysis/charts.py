@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, colors from the page's style sheet."""
+"""Line charts as inline SVG, without scripts and with colors from the page's style sheet."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ MARKERS = (  # drawn around the origin, about 7 units wide
 )
 DASHES = ("1 4.5", "", "8 5", "12 4 2 4", "3 3")
 NUM_COLORS = 5
-"""Of the style sheet: `--series-0` and so on."""
+"""Number of series colors in the style sheet: `--series-0` and so on."""
 
 Point = tuple[float, float]
 
@@ -27,20 +27,20 @@ class Line:
     """One curve of a chart.
 
     Attributes:
-        kind: CSS class of its color and dashes (see `styles_of`).
-        label: written at the line's end.
-        points: `(x, y)` in ascending order of x.
+        kind: CSS class of the curve's color and dashes (see `styles_of`).
+        label: Label at the end of the curve.
+        points: Points `(x, y)` in ascending order of x.
     """
 
     kind: str
     label: str
     points: Sequence[Point]
     number: int = 0
-    """Which of the markers it has."""
+    """Index of the curve's marker."""
 
 
 def styles_of(kinds: Sequence[str]) -> str:
-    """Style sheet rules that give each kind of line, by its number, a color and dashes."""
+    """CSS rules that give each kind of line a color and dashes, by its index."""
     rules = []
     for number, kind in enumerate(kinds):
         rules.append(f".{kind} {{ --c: var(--series-{number % NUM_COLORS}); }}\n")
@@ -50,22 +50,23 @@ def styles_of(kinds: Sequence[str]) -> str:
 
 
 def marker(number: int) -> str:
-    """The path of a marker."""
+    """The SVG path of a marker."""
     return MARKERS[number % len(MARKERS)]
 
 
 def line_chart(
     lines: Sequence[Line], *, title: str, x_label: str, markers: bool, skip: float = 0.1
 ) -> str:
-    """An `<svg>` of `lines` on common axes.
+    """Draw `lines` on common axes as an `<svg>` element.
 
     Args:
-        lines: at least one, each with at least one point.
-        title: above the chart.
-        x_label: below it.
-        markers: mark every point, with its values as a tooltip.
-        skip: the share of the x axis whose points do not stretch the y axis: losses fall from so
-            high in the first steps that the rest would be flat. There, lines leave at the top.
+        lines: At least one line, each with at least one point.
+        title: Title above the chart.
+        x_label: Label of the x axis.
+        markers: Whether to mark every point, with its values as a tooltip.
+        skip: Initial fraction of the x axis that is ignored when scaling the y axis, because the
+            high losses of the first steps would flatten the rest. There, lines may leave the chart
+            at the top.
     """
     last = max(x for line in lines for x, _ in line.points) or 1.0
     tail = [y for line in lines for x, y in line.points if x >= skip * last]
@@ -103,7 +104,7 @@ def line_chart(
         placed = [place(point) for point in line.points]
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
         parts.append(f'<g class="{line.kind}">')
-        # An inner <svg> cuts off what lies outside it.
+        # The inner <svg> clips the line.
         parts.append(f'<svg {frame}><path class="line" d="M{path}"/></svg>')
         if markers:
             for (x, y), (step, value) in zip(placed, line.points, strict=True):
@@ -122,7 +123,7 @@ def line_chart(
 def ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers that enclose `[low, high]`."""
     scale = max(abs(low), abs(high))
-    # What is smaller is rounding, and no axis shows it.
+    # Smaller spans are due to rounding.
     span = high - low
     if span <= 1e-9 * max(scale, 1e-3):
         span = scale if scale > 1e-9 else 1.0
@@ -134,10 +135,10 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def spread(heights: Sequence[float], gap: float, *, highest: float) -> list[float]:
-    """Labels wanted at `heights`, moved as little as it takes to be `gap` apart and at most at
+    """Move labels at `heights` as little as possible so that they are `gap` apart and at most at
     `highest`."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
-    # Labels that touch form a cluster, which stands around the mean of where they want to be.
+    # Labels that touch form a cluster, which is centered on the mean of their original heights.
     clusters: list[list[int]] = []
     for i in order:
         clusters.append([i])
@@ -156,7 +157,7 @@ def spread(heights: Sequence[float], gap: float, *, highest: float) -> list[floa
 
 
 def _start(cluster: Sequence[int], heights: Sequence[float], gap: float) -> float:
-    """Where the first label of a cluster stands."""
+    """The height of the first label of a cluster."""
     return sum(heights[i] for i in cluster) / len(cluster) - gap * (len(cluster) - 1) / 2
 
 

@@ -1,4 +1,4 @@
-"""How well each class is told from the others: a table to read, and plain data to keep."""
+"""Metrics per class, as a table and as plain data."""
 
 import math
 from collections.abc import Sequence
@@ -8,23 +8,23 @@ from typing import Any
 from torch import Tensor
 
 MAX_MATRIX = 12
-"""Of more classes, the worst are shown in place of all."""
+"""With more classes, only the worst ones are shown."""
 NUM_SHOWN = 10
 MAX_NAME = 24
 
 
 @dataclass(frozen=True)
 class ClassReport:
-    """The measure of each class, and where they are confused.
+    """A metric per class, and the confusion matrix.
 
     Attributes:
-        measure: what `values` are: `"accuracy"` (of the samples of a class, the share that was
-            given that class) or `"average precision"`.
-        class_names: of the classes.
-        counts: samples of each class.
-        values: in [0, 1] for each class; NaN for one without samples.
-        confusion: `confusion[i][j]` samples of class `i` were given class `j`; `None` where a
-            sample may have several.
+        measure: The metric: `"accuracy"` (fraction of the samples of a class that are predicted
+            correctly) or `"average precision"`.
+        class_names: Names of the classes.
+        counts: Number of samples per class.
+        values: Value per class, in [0, 1]; NaN for a class without samples.
+        confusion: Confusion matrix: `confusion[i][j]` samples of class `i` were predicted as class
+            `j`; `None` for multi-label data.
     """
 
     measure: str
@@ -35,7 +35,7 @@ class ClassReport:
 
     @classmethod
     def of_confusion(cls, matrix: Tensor, class_names: Sequence[str]) -> "ClassReport":
-        """Of a matrix `[C, C]` of counts, true classes by predicted ones."""
+        """Create a report from a confusion matrix `[C, C]`, true by predicted classes."""
         confusion = matrix.tolist()
         counts = [sum(row) for row in confusion]
         values = [
@@ -46,12 +46,12 @@ class ClassReport:
 
     @classmethod
     def of_average_precision(cls, table: Tensor, class_names: Sequence[str]) -> "ClassReport":
-        """Of `[2, C]`: the average precision of each class, and its positive samples."""
+        """Create a report from `[2, C]`: average precision and positive samples per class."""
         values, counts = table.tolist()
         return cls("average precision", class_names, list(map(int, counts)), values)
 
     def data(self) -> dict[str, Any]:
-        """For JSON: a list of classes, and the confusion matrix."""
+        """The report as JSON-compatible data: a list of classes, and the confusion matrix."""
         key = self.measure.replace(" ", "_")
         classes = [
             {"class": name, "samples": count, key: None if math.isnan(value) else value}
@@ -63,7 +63,7 @@ class ClassReport:
         return found
 
     def table(self) -> list[list[Any]]:
-        """For CSV: a header, then a row per class, with a column per predicted class."""
+        """The report as CSV rows: a header and one row per class, with the confusion matrix."""
         header = ["class", "samples", self.measure.replace(" ", "_")]
         if self.confusion is not None:
             header += [f"predicted {name}" for name in self.class_names]
@@ -74,8 +74,8 @@ class ClassReport:
         return [header, *rows]
 
     def text(self) -> str:
-        """For a terminal: all classes if they are few, or else the worst ones and the most frequent
-        confusions."""
+        """The report as text: all classes if there are few, otherwise the worst classes and the
+        most frequent confusions."""
         if len(self.class_names) <= MAX_MATRIX:
             return "\n".join(self._whole())
         return "\n".join([*self._worst(), *self._confusions()])
@@ -132,7 +132,7 @@ def _number(value: float) -> str:
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
-    """Columns of one width, the first to the left."""
+    """Align columns, the first one to the left and the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(

@@ -1,6 +1,6 @@
-"""One self-contained HTML page about several runs: table, curves, attention maps.
+"""A self-contained HTML page that compares several runs: table, curves and attention maps.
 
-As `diffmm.analysis.report`: no script, nothing to load, light and dark follow the reader's system.
+Like `diffmm.analysis.report`, it has no scripts or external files, and a light and a dark theme.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,24 +13,24 @@ from diffmm.analysis.exhibits import Exhibit
 from diffmm.analysis.report import draw_exhibit
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#b5569b", "#8a6d00", "#3f7fae", "#7a52c7", "#6b6b6b")
-"""Of the runs, in turn (after Okabe and Ito); beyond these, lines are dashed."""
+"""Colors of the runs (after Okabe and Ito); further runs have dashed lines."""
 
 DASHES = ("", "7 4", "2 4", "10 4 2 4")
 
 WIDEST = 40
-"""Characters of a cell."""
+"""Maximum number of characters per cell."""
 
 MOST_POINTS = 400
-"""Of a curve; longer ones are thinned out."""
+"""Approximate maximum number of points per curve; longer curves are averaged."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One metric of all runs that have it.
+    """The curves of one metric.
 
     Attributes:
-        title: its name.
-        curves: by the runs' numbers, `(step, value)` in ascending order of steps.
+        title: Name of the metric.
+        curves: Points `(step, value)` in ascending order of steps, by the index of the run.
     """
 
     title: str
@@ -39,14 +39,15 @@ class Chart:
 
 @dataclass(frozen=True)
 class Page:
-    """What a page shows besides maps.
+    """The contents of a page, except attention maps.
 
     Attributes:
-        title: its heading.
-        tasks: what the runs' recipes say of themselves.
-        head, rows: of the table, in writing; a row per run.
-        charts: of the metrics.
-        facts: versions, for the last line.
+        title: Heading of the page.
+        tasks: Descriptions of the runs' recipes.
+        head: Header of the table.
+        rows: Rows of the table, one per run.
+        charts: Charts of the metrics.
+        facts: Versions, for the last line.
     """
 
     title: str
@@ -58,12 +59,12 @@ class Page:
 
 
 def render_comparison(page: Page, exhibits: Sequence[Exhibit], why_none: str) -> str:
-    """The page.
+    """Render the page as HTML.
 
     Args:
-        page: table and curves.
-        exhibits: samples with attention maps; their views are called by the runs' numbers, from 1.
-        why_none: why there are no exhibits.
+        page: Table and curves.
+        exhibits: Samples with attention maps; their views are named by the runs' numbers, from 1.
+        why_none: The reason if there are no exhibits.
     """
     style = files("diffmm.analysis").joinpath("report.css").read_text(encoding="utf-8")
     tasks = "".join(f'<p class="lede">{escape(task)}</p>' for task in page.tasks)
@@ -86,8 +87,8 @@ def render_comparison(page: Page, exhibits: Sequence[Exhibit], why_none: str) ->
 {_table(page)}
 <h2 id="curves">Curves</h2>
 <div class="charts">{charts}</div>
-<p class="quiet">Each number at a line's end is a run's, in the order of the table. The first tenth
-of the steps does not stretch the axis: lines may enter from outside.</p>
+<p class="quiet">The number at the end of each line is that of the run in the table. The first tenth
+of the steps is ignored when scaling the axis: lines may start outside the chart.</p>
 {_maps(exhibits, why_none)}
 </main>
 <footer class="quiet"><p>{escape(page.facts)}</p></footer>
@@ -97,7 +98,7 @@ of the steps does not stretch the axis: lines may enter from outside.</p>
 
 
 def _styles(num_runs: int) -> str:
-    """The colors and dashes of the runs."""
+    """CSS rules for the colors and dashes of the runs."""
     rules = [
         "body { max-width: 76rem; } table { max-width: none; }\n",
         "td.name::before { content: '■ '; }\n",
@@ -105,7 +106,7 @@ def _styles(num_runs: int) -> str:
     for number in range(num_runs):
         color = COLORS[number % len(COLORS)]
         dash = DASHES[number // len(COLORS) % len(DASHES)]
-        # The groups of maps are called by the runs' numbers, from 1.
+        # The groups of maps are named by the runs' numbers, from 1.
         rules.append(f".run{number}, [class='group {number + 1}'] {{ --c: {color}; }}\n")
         if dash:
             rules.append(f"svg .run{number} .line {{ stroke-dasharray: {dash}; }}\n")
@@ -126,7 +127,7 @@ def _table(page: Page) -> str:
 
 
 def _cell(text: str) -> str:
-    """A cell of the table; what is long is cut off, and whole where a pointer rests on it."""
+    """A cell of the table; long text is truncated and shown in full as a tooltip."""
     if len(text) <= WIDEST:
         return f"<td>{escape(text)}</td>"
     return f'<td title="{escape(text)}">…{escape(text[1 - WIDEST :])}</td>'
@@ -141,7 +142,8 @@ def _chart(chart: Chart) -> str:
 
 
 def _thinned(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A curve of at most about `MOST_POINTS`, the last among them; the rest are averaged."""
+    """Average groups of points, so that at most about `MOST_POINTS` are left, including the last
+    step."""
     span = -(-len(curve) // MOST_POINTS)
     groups = [curve[max(0, end - span) : end] for end in range(len(curve), 0, -span)][::-1]
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
@@ -153,8 +155,8 @@ def _maps(exhibits: Sequence[Exhibit], why_none: str) -> str:
     drawn = "".join(map(draw_exhibit, exhibits))
     return (
         '<h2 id="maps">What the last layer attends to</h2>'
-        '<p class="quiet">Samples of the validation data; a group is called by its run\'s number. '
-        "Weights are means over heads, of each run's newest checkpoint: "
+        '<p class="quiet">Samples of the validation data; groups have the numbers of the runs. '
+        "Weights are means over heads, from each run's newest checkpoint: "
         '<span class="scale-line">negative<span class="scale"></span>positive.</span></p>'
         f"{drawn}"
     )

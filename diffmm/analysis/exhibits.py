@@ -1,4 +1,4 @@
-"""What trained models attend to in a sample, as arrays that a report can draw."""
+"""Attention maps of trained models for a sample, as arrays for a report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class View:
-    """What one model attends to, a mean over the heads of its last layer.
+    """The attention maps of one model, averaged over the heads of its last layer.
 
     Attributes:
-        maps: `A`, or `A1`, `A2` and `A1 − λA2`, by these names. For text `[N, M]`, what each token
-            attends to; for images and sounds what the head reads: from the class token, or the
-            mean over all patches, to each patch of the grid.
-        lam: lambda, a mean over heads and queries; None for softmax attention.
-        answer: what the model predicts, in words.
-        probability: that it gives to this.
+        maps: `A`, or `A1`, `A2` and `A1 − λA2`, by name. For text `[N, M]`, from each token to each
+            token; for images and sounds, from the class token, or the mean over all patches, to
+            each patch of the grid.
+        lam: Lambda, averaged over heads and queries; None for softmax attention.
+        answer: Text of the model's prediction.
+        probability: Probability of the prediction.
     """
 
     maps: Mapping[str, Array]
@@ -36,11 +36,11 @@ class View:
 
 @dataclass(frozen=True)
 class Exhibit:
-    """A sample, and what each of several models attends to in it.
+    """A sample and the attention maps of several models.
 
     Attributes:
-        truth: what there is to predict, in words.
-        views: by attention.
+        truth: Text of the target.
+        views: Views of the models, by attention.
     """
 
     truth: str
@@ -49,7 +49,7 @@ class Exhibit:
 
 @dataclass(frozen=True)
 class TextExhibit(Exhibit):
-    """A text; `pieces` are its tokens in writing."""
+    """A text; `pieces` are the texts of its tokens."""
 
     pieces: Sequence[str]
 
@@ -63,8 +63,8 @@ class ImageExhibit(Exhibit):
 
 @dataclass(frozen=True)
 class SoundExhibit(Exhibit):
-    """A sound; `spectrogram` is `[bands, frames]` in [0, 1], lowest band first, as much of it as
-    the patches see, and the maps are `[rows, columns]` over it, lowest row first."""
+    """A sound; `spectrogram` is `[bands, frames]` in [0, 1], lowest band first, cropped to the part
+    that patches cover; the maps are `[rows, columns]` over it, lowest row first."""
 
     spectrogram: Array
     clip_seconds: float
@@ -73,13 +73,13 @@ class SoundExhibit(Exhibit):
 def text_exhibit(
     models: Mapping[str, TextModel], tokens: Tensor, target: int, pieces: Sequence[str]
 ) -> TextExhibit:
-    """What causal text models attend to.
+    """Compute the attention maps of causal text models.
 
     Args:
-        models: by attention.
-        tokens: `[N]` ids.
-        target: the id that follows.
-        pieces: how every id of the vocabulary is written.
+        models: The models, by attention.
+        tokens: Token ids, `[N]`.
+        target: The next id.
+        pieces: The text of every id of the vocabulary.
     """
     views = {}
     for attention, model in models.items():
@@ -99,8 +99,8 @@ def text_exhibit(
 def image_exhibit(
     models: Mapping[str, ImageModel], image: Tensor, label: int, class_names: Sequence[str]
 ) -> ImageExhibit:
-    """What image models attend to in `image`, `[C, H, W]`; it is shown from its darkest to its
-    brightest value."""
+    """Compute the attention maps of image models for `image`, `[C, H, W]`, which is displayed with
+    its values scaled to [0, 1]."""
     views = {
         attention: _encoder_view(model, (image[None],), model.config.grid, class_names)
         for attention, model in models.items()
@@ -112,12 +112,12 @@ def image_exhibit(
 def sound_exhibit(
     models: Mapping[str, AudioModel], waveform: Tensor, label: int, class_names: Sequence[str]
 ) -> SoundExhibit:
-    """What audio models attend to in `waveform`, `[S]`, a whole clip."""
+    """Compute the attention maps of audio models for `waveform`, `[S]`, a whole clip."""
     views = {}
     for attention, model in models.items():
         spectrogram = model.spectrogram(waveform[None])[0]
         grid = model.stem.grid(spectrogram.shape[2])
-        # Tokens go through time first; a picture has frequency in its rows.
+        # Tokens are ordered by time first, but a picture has frequency in its rows.
         view = _encoder_view(model, (waveform[None],), grid, class_names)
         maps = {name: np.atleast_2d(weights.T) for name, weights in view.maps.items()}
         views[attention] = View(maps, view.lam, view.answer, view.probability)
@@ -127,13 +127,13 @@ def sound_exhibit(
 
 
 def unit_range(values: Array) -> Array:
-    """`values` brought to [0, 1]."""
+    """Scale `values` linearly to [0, 1]."""
     low, high = values.min(), values.max()
     return (values - low) / max(high - low, 1e-12)
 
 
 def _seen(stem: nn.Module, spectrogram: Tensor) -> Tensor:
-    """`[bands, frames]` as the stem's patches cover it."""
+    """The part of a spectrogram `[bands, frames]` that the stem's patches cover."""
     if not isinstance(stem, PatchStem):
         return spectrogram
     top = (stem.num_bands - 1) * stem.stride[1] + stem.patch_size[1]
@@ -143,7 +143,7 @@ def _seen(stem: nn.Module, spectrogram: Tensor) -> Tensor:
 def _encoder_view(
     model: Encoder, inputs: tuple[Tensor, ...], grid: tuple[int, ...], class_names: Sequence[str]
 ) -> View:
-    """What the head of `model` attends to in one sample, over the grid of its patches."""
+    """The attention of the head's input to the patches of one sample, on the grid of patches."""
     with evaluating(model), torch.no_grad():
         probabilities = model(*inputs)[0].float().softmax(-1)
     layer = attention_maps(model, *inputs, layers=[-1])[0]
@@ -162,7 +162,7 @@ def _encoder_view(
 
 
 def _over_heads(layer: LayerMaps) -> dict[str, Array]:
-    """The maps of the first sample, a mean over heads, by name."""
+    """The maps of the first sample, averaged over heads, by name."""
     maps = {"A": layer.combined}
     if layer.lam is not None:
         first, second = layer.components

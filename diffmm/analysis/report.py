@@ -1,7 +1,7 @@
-"""One self-contained HTML page about softmax attention and its differential twins.
+"""A self-contained HTML page that compares softmax and differential attention.
 
-No script and nothing to load: charts are inline SVG, maps are PNGs inside the page, light and dark
-follow the reader's system.
+It has no scripts or external files: charts are inline SVG and maps are embedded PNGs. A light and a
+dark theme follow the system's setting.
 """
 
 import base64
@@ -22,20 +22,20 @@ from diffmm.layers import ATTENTIONS
 Array = np.ndarray
 
 ATTEND, OPPOSE = (0x7C, 0x4D, 0xD6), (0x12, 0x94, 0x6A)
-"""Colours of positive and negative weights, also `--attend` and `--oppose` in the style sheet: of
-middle lightness, so that they stand out on white and on black."""
+"""Colors of positive and negative weights, also `--attend` and `--oppose` in the style sheet. They
+have medium lightness, so that they are visible on white and on black."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """What there is to show of one modality.
+    """The contents of one modality.
 
     Attributes:
-        title: its heading.
-        task: in a sentence or two, what the models learn from what.
-        results: of its runs, in the order of the table.
-        exhibits: samples with attention maps.
-        maps_caption: whose attention the maps show.
+        title: Heading of the section.
+        task: Description of the task and the data, in one or two sentences.
+        results: Results of the runs, in the order of the table.
+        exhibits: Samples with attention maps.
+        maps_caption: Caption that says which attention the maps show.
     """
 
     title: str
@@ -46,11 +46,11 @@ class Section:
 
 
 def render_report(sections: Sequence[Section], *, facts: str) -> str:
-    """The page.
+    """Render the page as HTML.
 
     Args:
-        sections: one a modality.
-        facts: versions and machine, for the last line.
+        sections: One section per modality.
+        facts: Versions and machine, for the last line.
     """
     runs = [run for section in sections for run in section.results]
     millions = [run.num_parameters / 1e6 for run in runs]
@@ -112,8 +112,8 @@ def _table(sections: Sequence[Section]) -> str:
         )
     return (
         f'<div class="scroll"><table>{"".join(bodies)}</table></div>'
-        '<p class="quiet">Loss in nats and the measure beside it are of held-out data after the '
-        "last step. Seconds are of this machine, with data, validation and logging.</p>"
+        '<p class="quiet">Loss (in nats) and metric are for held-out data after the last step. '
+        "Seconds are for this machine and include data loading, validation and logging.</p>"
     )
 
 
@@ -129,13 +129,13 @@ def _section(section: Section) -> str:
         f'<section><h2 id="{_anchor(section)}">{escape(section.title)}</h2>'
         f"<p>{escape(section.task)}</p>"
         f'<div class="charts">{charts}</div>'
-        '<p class="quiet">Nats. The first tenth of the steps does not stretch the axis: lines may '
-        "enter from above. One seed a line.</p>"
+        '<p class="quiet">Loss in nats. The first tenth of the steps is ignored when scaling the '
+        "axis: lines may start above the chart. One seed per line.</p>"
         "<h3>What the last layer attends to</h3>"
         f'<p class="quiet">{escape(section.maps_caption)} Weights are means over heads, after '
         'training: <span class="scale-line">negative<span class="scale"></span>positive.</span> '
-        "All maps of one model and sample share a scale, so that what the subtraction leaves can "
-        "be compared with what it took.</p>"
+        "All maps of one model and sample have the same scale, so that they can be compared "
+        "before and after the subtraction.</p>"
         f"{''.join(draw_exhibit(exhibit) for exhibit in section.exhibits)}</section>"
     )
 
@@ -149,7 +149,7 @@ def _chart(section: Section, curve: str, title: str, *, markers: bool) -> str:
 
 
 def draw_exhibit(exhibit: Exhibit) -> str:
-    """A sample, and beside it what each model attends to in it."""
+    """Draw a sample and the attention maps of each model."""
     if isinstance(exhibit, TextExhibit):
         return _text(exhibit)
     if isinstance(exhibit, ImageExhibit):
@@ -162,7 +162,7 @@ def draw_exhibit(exhibit: Exhibit) -> str:
 def _picture(
     exhibit: Exhibit, pixels: Array, size: str, *, title: str | None = None, upward: bool = False
 ) -> str:
-    """A picture, and beside it every model's maps over it."""
+    """Draw a picture and the maps of each model over it."""
     shape = f"--shape:{pixels.shape[1]}/{pixels.shape[0]}"
     ink = _ink(pixels)
     original = _tile("input", [("ink" if pixels.ndim == 2 else "", ink)], shape)
@@ -185,10 +185,10 @@ def _picture(
 
 
 def _text(exhibit: TextExhibit) -> str:
-    """For every model its maps between all tokens, and the text as the last token sees it."""
+    """Draw each model's maps between all tokens, and the text with the last token's weights."""
     rows = []
     for attention, view in exhibit.views.items():
-        # The first tokens have few to attend to: their large weights would hide all others.
+        # The first tokens attend to few tokens; their large weights would hide all others.
         strongest = _strongest(view, percentile=99.0)
         tiles = "".join(
             _tile(name, [("", _heat(_root(weights / strongest)))], "--shape:1")
@@ -211,7 +211,7 @@ def _text(exhibit: TextExhibit) -> str:
 
 
 def _says(attention: str, view: View, answer: str) -> str:
-    """A model's name, lambda and prediction, in two lines."""
+    """A model's name, lambda and prediction, on two lines."""
     lam = "" if view.lam is None else f", λ = {view.lam:.2f}"
     return (
         f'{_label(attention)}{lam}<br><span class="quiet">says {answer}, '
@@ -227,7 +227,7 @@ def _group(attention: str, title: str, tiles: str) -> str:
 
 
 def _tile(caption: str, layers: Sequence[tuple[str, str]], shape: str) -> str:
-    """Pictures on top of each other, `(class, data address)` each."""
+    """Stack pictures, given as `(class, data URL)`."""
     images = "".join(f'<img class="{kind}" alt="" src="{source}">' for kind, source in layers)
     return (
         f'<figure class="tile" style="{shape}"><div class="stack">{images}</div>'
@@ -240,26 +240,26 @@ def _strongest(view: View, percentile: float = 100.0) -> float:
 
 
 def _root(shades: Array) -> Array:
-    """Signed square roots: the maps of a text are so sparse that nothing else would be seen."""
+    """Signed square roots, which make small weights of sparse text maps visible."""
     return np.sign(shades) * np.sqrt(np.abs(shades))
 
 
 def _heat(shades: Array) -> str:
-    """A map as a picture: opacity is what a number is of 1, colour its sign."""
+    """A map as a picture: the opacity is the absolute value, the color the sign."""
     opacity = np.clip(np.abs(shades), 0.0, 1.0) * 230.0
-    colour = np.where(shades[..., None] < 0, OPPOSE, ATTEND)
-    return _png(np.concatenate([colour, opacity[..., None]], axis=-1), "RGBA")
+    color = np.where(shades[..., None] < 0, OPPOSE, ATTEND)
+    return _png(np.concatenate([color, opacity[..., None]], axis=-1), "RGBA")
 
 
 def _ink(pixels: Array) -> str:
-    """A picture: grey values as opacity of black, which the style sheet inverts in the dark."""
+    """A picture; gray values become the opacity of black, which the dark theme inverts."""
     if pixels.ndim == 3:
         return _png(255.0 * pixels, "RGB")
     return _png(np.stack([np.zeros_like(pixels), 255.0 * pixels], axis=-1), "LA")
 
 
 def _png(values: Array, mode: str) -> str:
-    """A PNG as a data address; `values` are `[H, W, C]` in [0, 255]."""
+    """A PNG as a data URL; `values` are `[H, W, C]` in [0, 255]."""
     image = Image.fromarray(np.ascontiguousarray(values.round().astype(np.uint8)))
     assert image.mode == mode
     buffer = io.BytesIO()
@@ -268,7 +268,7 @@ def _png(values: Array, mode: str) -> str:
 
 
 def _visible(piece: str) -> str:
-    """A token in writing; a line break is seen and breaks the line."""
+    """The text of a token, with line breaks made visible."""
     return escape(piece).replace("\n", "⏎\n")
 
 
@@ -278,7 +278,7 @@ def _quoted(piece: str) -> str:
 
 
 def _label(attention: str) -> str:
-    """What an attention calls itself; another model's name is shown as it is."""
+    """The label of an attention; other names are unchanged."""
     layer = ATTENTIONS.get(attention)
     return escape(attention if layer is None else layer.label)
 
@@ -288,7 +288,7 @@ def _number(attention: str) -> int:
 
 
 def _swatch(kind: str) -> str:
-    """A piece of a line, as in the charts."""
+    """A legend symbol, as in the charts."""
     return (
         f'<svg viewBox="0 0 44 14" class="{kind}" aria-hidden="true"><g class="{kind}">'
         f'<path class="line" d="M2 7H42"/>'

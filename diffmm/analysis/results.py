@@ -1,29 +1,29 @@
-"""What a run came to: the numbers of a table and the curves of a chart."""
+"""Results of a run: the numbers of a table and the curves of a chart."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 Curve = list[tuple[float, float]]
-"""`(step, value)`, in ascending order of steps."""
+"""Points `(step, value)` in ascending order of steps."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One trained model.
+    """The result of training one model.
 
     Attributes:
-        modality: what it was trained on, such as `text`.
-        attention: a name in `diffmm.layers.ATTENTIONS`.
-        recipe: that trained it.
-        num_parameters: of the model.
-        learning_rate: the peak.
-        num_steps: optimizer steps.
-        loss: on the validation data after the last step, in nats.
-        metric_name: of the number that a reader would ask for: `accuracy` or `bits per byte`.
-        metric: its value on the validation data after the last step, accuracy in [0, 1].
-        seconds: from building the model to the last validation.
-        train_curve: of the training loss.
-        val_curve: of the validation loss.
+        modality: Modality of the data, such as `text`.
+        attention: A name in `diffmm.layers.ATTENTIONS`.
+        recipe: Name of the recipe.
+        num_parameters: Number of parameters of the model.
+        learning_rate: Peak learning rate.
+        num_steps: Number of optimizer steps.
+        loss: Validation loss after the last step, in nats.
+        metric_name: Name of the main metric: `accuracy` or `bits per byte`.
+        metric: Validation metric after the last step; accuracy is in [0, 1].
+        seconds: Time from building the model to the last validation, in seconds.
+        train_curve: Curve of the training loss.
+        val_curve: Curve of the validation loss.
     """
 
     modality: str
@@ -41,13 +41,13 @@ class RunResult:
 
     @property
     def metric_text(self) -> str:
-        """The metric as it is written everywhere, accuracy in percent."""
+        """The formatted metric, with accuracy in percent."""
         if self.metric_name == "accuracy":
             return f"{100.0 * self.metric:.1f}%"
         return f"{self.metric:.3f}"
 
     def row(self) -> dict[str, str | int | float]:
-        """The numbers of the table, without the curves."""
+        """The numbers of the run, without the curves."""
         return {
             "modality": self.modality,
             "attention": self.attention,
@@ -74,7 +74,7 @@ COLUMNS = (
 
 
 def table(results: Sequence[RunResult]) -> str:
-    """All results as a table in plain text, words to the left and numbers to the right."""
+    """Format all results as a plain-text table."""
     rows = [COLUMNS] + [
         (
             run.modality,

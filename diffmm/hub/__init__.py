@@ -1,1 +1,1 @@
-"""The front door: models by a recipe's name, and trained models with what they are for."""
+"""Models by the names of recipes, and trained models with their task."""

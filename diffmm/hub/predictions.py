@@ -1,4 +1,4 @@
-"""Predicting one input after another, however many there are."""
+"""Prediction for any number of inputs, in batches."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -20,13 +20,12 @@ Read = tuple[Any, dict[str, Any] | Exception]
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of one input.
+    """The most likely classes of one input.
 
     Attributes:
-        labels: their names, the likeliest first; numbers where no names are known.
-        scores: their probabilities: of one class among all, or under `multi_label` of each by
-            itself.
-        file: the input's path, if it has one.
+        labels: Names of the classes, most likely first; indices if the names are unknown.
+        scores: Probabilities of the classes; independent of each other with `multi_label`.
+        file: Path of the input, if it has one.
 
     >>> str(Prediction(("cat", "dog"), (0.9, 0.1), file="a.jpg"))
     'a.jpg: cat 0.900, dog 0.100'
@@ -38,12 +37,12 @@ class Prediction:
 
     @property
     def label(self) -> str:
-        """The likeliest class."""
+        """The most likely class."""
         return self.labels[0]
 
     @property
     def score(self) -> float:
-        """Its probability."""
+        """The probability of the most likely class."""
         return self.scores[0]
 
     def __str__(self) -> str:
@@ -54,13 +53,13 @@ class Prediction:
 
 
 class Predictor:
-    """Inputs to predictions, a batch at a time.
+    """Predicts the classes of inputs, batch by batch.
 
     Args:
-        model: an image or audio model with classes, in evaluation mode.
-        reader: makes what the model sees (see `diffmm.hub.readers`).
-        class_names: of its outputs.
-        multi_label: whether classes do not exclude each other.
+        model: An image or audio model with classes, in evaluation mode.
+        reader: Reader of the model's inputs (see `diffmm.hub.readers`).
+        class_names: Names of the model's outputs.
+        multi_label: Whether an input may have any number of classes.
     """
 
     def __init__(
@@ -80,34 +79,34 @@ class Predictor:
         num_workers: int = 0,
         on_error: OnError | None = None,
     ) -> Iterator[Prediction]:
-        """A prediction for each input, in order; no more than a batch of them is held, and what
-        workers have read ahead.
+        """Yield a prediction for each input, in order. Only one batch is held in memory, plus the
+        batches that workers have prefetched.
 
         Args:
-            items: what the reader reads, and folders of it.
-            top_k: classes per prediction, at most as many as there are.
-            batch_size: inputs per forward pass.
-            num_workers: processes that read beside this one, each of them a batch or two ahead.
-            on_error: called for an input that cannot be read with what is wrong with it, which
-                names it; then the rest goes on. By default the first one ends all.
+            items: Inputs for the reader, and folders of them.
+            top_k: Number of classes per prediction, at most the number of classes.
+            batch_size: Number of inputs per forward pass.
+            num_workers: Number of worker processes that read inputs, each one or two batches ahead.
+            on_error: Called with each input that cannot be read and the error, which names it;
+                the prediction then continues. By default the first error is raised.
 
         Raises:
-            ValueError: naming the input that cannot be read, or the folder that holds none.
+            ValueError: If an input cannot be read, or a folder contains none.
         """
         loader = WorkerLoader(
             _Chunks(items, self.reader, batch_size),
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             num_workers=num_workers,
             worker_init_fn=ignore_stop_signals,
-            # Without it every loader that begins takes a number from torch's own generator.
+            # Without it, every new iterator would draw from torch's default generator.
             generator=torch.Generator(),
         )
         for chunk in loader:
             read = []
             for item, sample in chunk:
                 if isinstance(sample, Exception):
-                    _refuse(item, sample, on_error)
+                    _raise_or_report(item, sample, on_error)
                 else:
                     read.append((item, sample))
             for item, scores in self._scored(read, on_error):
@@ -121,26 +120,26 @@ class Predictor:
     def _scored(
         self, read: list[tuple[Any, dict[str, Any]]], on_error: OnError | None
     ) -> Iterator[tuple[Any, Tensor]]:
-        """The scores `[num_classes]` of what was read."""
+        """Yield each input with its scores `[num_classes]`."""
         if not read:
             return
         try:
             scores = self.scores([sample for _, sample in read])
         except ValueError as error:
             if len(read) > 1:
-                # One of them is of no use to the model: which one?
+                # The model rejects one of the inputs: find it by predicting them one by one.
                 for one in read:
                     yield from self._scored([one], on_error)
                 return
             item = read[0][0]
             name = f"{item} " if isinstance(item, str | os.PathLike) else ""
-            _refuse(item, ValueError(f"{name}is not what the model takes: {error}"), on_error)
+            _raise_or_report(item, ValueError(f"{name}does not fit the model: {error}"), on_error)
             return
         yield from zip((item for item, _ in read), scores, strict=True)
 
     @torch.inference_mode()
     def scores(self, samples: list[dict[str, Any]]) -> Tensor:
-        """`[B, num_classes]` probabilities, on the CPU."""
+        """Compute probabilities `[B, num_classes]` on the CPU."""
         device = next(self.model.parameters()).device
         batch = self.reader.collate(samples)
         moved: Any = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -149,8 +148,8 @@ class Predictor:
 
 
 class _Chunks(IterableDataset[list[Read]]):
-    """A batch of inputs after the other, each with what the reader made of it or with what is wrong
-    with it. Of several workers each reads every so many batches, so that they come in order."""
+    """Batches of inputs, each with the reader's result or the error. With several workers, batches
+    are assigned to them in turn, so that they arrive in order."""
 
     def __init__(self, items: Iterable[Any], reader: Any, size: int) -> None:
         self.items = items
@@ -175,15 +174,15 @@ class _Chunks(IterableDataset[list[Read]]):
             return error
 
 
-def _as_it_is(chunk: list[Read]) -> list[Read]:
+def _identity(chunk: list[Read]) -> list[Read]:
     return chunk
 
 
 def expanded(items: Iterable[Any], reader: Any) -> Iterator[Any]:
-    """The inputs themselves: in place of a folder the files in it.
+    """Iterate over inputs, with each folder replaced by the files in it.
 
     Raises:
-        ValueError: for a folder without any.
+        ValueError: If a folder contains no files for the reader.
     """
     for item in items:
         if not isinstance(item, str | os.PathLike) or not Path(item).is_dir():
@@ -195,11 +194,12 @@ def expanded(items: Iterable[Any], reader: Any) -> Iterator[Any]:
             yield file
         if is_empty:
             raise ValueError(
-                f"there is no {reader.kind} in {item}: looked for {', '.join(reader.extensions)}"
+                f"folder {item} contains no {reader.kind} files, which end in "
+                f"{', '.join(reader.extensions)}"
             )
 
 
-def _refuse(item: Any, error: Exception, on_error: OnError | None) -> None:
+def _raise_or_report(item: Any, error: Exception, on_error: OnError | None) -> None:
     if on_error is None:
         raise error
     on_error(item, error)

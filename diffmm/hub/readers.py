@@ -1,7 +1,7 @@
-"""The readers that a model's job names, made again at run time.
+"""Creation of the readers that a model's job names.
 
-Nothing here imports `datamodules`: a file names the class, as a recipe does. It can name readers of
-`datamodules` only, so that opening somebody's weights imports and calls nothing else.
+This module does not import `datamodules`: a file names the class, as a recipe does. Only readers of
+`datamodules` are allowed, so that opening a file of weights cannot import or call anything else.
 """
 
 import inspect
@@ -16,43 +16,47 @@ BASE = "datamodules.shared.reader"
 
 
 def make_reader(job: Job, origin: str) -> Any:
-    """The reader that a job names, a `datamodules.shared.reader.Reader`.
+    """Create the reader that a job names, a `datamodules.shared.reader.Reader`.
 
     Args:
-        job: with a reader.
-        origin: the file that it is of, for messages.
+        job: A job with a reader.
+        origin: The file of the job, for messages.
 
     Raises:
-        ValueError: in one line, for a class path that is no reader of `datamodules` (which is not
-            imported), or arguments that the reader does not take.
+        ValueError: If the class is not a reader of `datamodules` (which is then not imported), or
+            the reader does not accept the arguments.
     """
     assert job.reader is not None
     class_path, arguments = job.reader["class_path"], job.reader["init_args"]
     if not ALLOWED.fullmatch(class_path):
         raise ValueError(
-            f"{origin} says that {class_path!r:.200} prepares its inputs: only readers of "
-            f"datamodules are imported for a file of weights"
+            f"{origin} names the reader {class_path!r:.200}, but a file of weights may only name "
+            f"readers of datamodules"
         )
     module, _, name = class_path.rpartition(".")
     try:
         base = import_module(BASE).Reader
         reader_class = getattr(import_module(module), name, None)
     except ImportError as error:
-        raise ValueError(f"the reader {class_path} of {origin} is not there: {error}") from error
+        raise ValueError(
+            f"the reader {class_path} of {origin} cannot be imported: {error}"
+        ) from error
     if not inspect.isclass(reader_class) or not issubclass(reader_class, base):
-        raise ValueError(f"{origin} says that {class_path} prepares its inputs, which is no reader")
+        raise ValueError(f"{origin} names the reader {class_path}, which is not a reader")
     try:
         return reader_class(**arguments)
     except (TypeError, ValueError) as error:
         told = str(error).replace(f"{reader_class.__name__}.__init__() ", "")
-        raise ValueError(f"the reader {class_path} of {origin} cannot be made: {told}") from error
+        raise ValueError(
+            f"the reader {class_path} of {origin} cannot be created: {told}"
+        ) from error
 
 
 def check_inputs(reader: Any, model: Any, origin: str) -> None:
-    """Refuse a reader whose inputs the model does not take.
+    """Check that a reader's output matches the model's input.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: If it does not; the message names the difference.
     """
     config = getattr(model, "config", None)
     for ours, theirs in (
@@ -63,8 +67,8 @@ def check_inputs(reader: Any, model: Any, origin: str) -> None:
         prepared, wanted = getattr(reader, ours, None), getattr(config, theirs, None)
         if prepared is not None and wanted is not None and _pair(prepared) != _pair(wanted):
             raise ValueError(
-                f"{origin} prepares inputs of {ours}={prepared}, and its model's {theirs} is "
-                f"{wanted}: give another reader"
+                f"the reader of {origin} has {ours}={prepared}, but its model has "
+                f"{theirs}={wanted}: use another reader"
             )
 
 

@@ -1,4 +1,4 @@
-"""Models by name: the recipes are the registry."""
+"""Models by name; the shipped recipes are the registry."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -20,10 +20,10 @@ WILDCARDS = frozenset("*?[")
 
 
 def list_models(filter: str = "") -> list[str]:
-    """The names that `create_model` knows, sorted: those of the shipped recipes.
+    """List the names that `create_model` accepts, those of the shipped recipes, sorted.
 
     Args:
-        filter: a pattern with wildcards, such as `"image/*"`, or a part of the names.
+        filter: A pattern with wildcards, such as `"image/*"`, or a substring of the names.
 
     >>> diffmm.list_models("imagenet_vit")
     ['image/imagenet_vit_b', 'image/imagenet_vit_s']
@@ -39,20 +39,20 @@ def list_models(filter: str = "") -> list[str]:
 def create_model(
     name: str, *, weights: str | Path | None = None, skip_head: bool = False, **overrides: Any
 ) -> nn.Module:
-    """The model of a recipe, in training mode, with new weights or those of a file.
+    """Create the model of a recipe, in training mode, with new or loaded weights.
 
     Args:
-        name: of a shipped recipe (see `list_models`), or the path of a recipe's file.
-        weights: a run, a checkpoint or a file of weights to start from, as in
-            `diffmm.models.weights.load_weights`; new weights by default.
-        skip_head: leave the model's own head as it is, where `weights` has another one.
-        overrides: fields of the model's config or its backbone's config, such as
-            `attention="softmax"`, `num_classes=5`, `depth=6`. Where the recipe sets several things
-            by one variable, an override reaches all of them.
+        name: Name of a shipped recipe (see `list_models`), or the path of a recipe file.
+        weights: A run, a checkpoint or a file of weights to load, as in
+            `diffmm.models.weights.load_weights`; newly initialized weights by default.
+        skip_head: Whether to keep the new head instead of loading that of `weights`.
+        overrides: Fields of the model's config or its backbone's config, such as
+            `attention="softmax"`, `num_classes=5`, `depth=6`. If the recipe sets several fields by
+            one variable, an override changes all of them.
 
     Raises:
-        ValueError: for a recipe that is not there, a field that neither config has (naming the
-            nearest one), or a value that the config refuses.
+        ValueError: If the recipe does not exist, neither config has a field (the message suggests
+            the nearest one), or the config rejects a value.
 
     >>> model = diffmm.create_model("image/digits_tiny", attention="softmax", num_classes=5)
     >>> model.config.backbone.attention, model.num_classes
@@ -66,15 +66,15 @@ def create_model(
     if weights is not None:
         load_weights(model, weights, skip_head=skip_head)
     elif skip_head:
-        raise ValueError("skip_head=True is of no use without weights")
+        raise ValueError("skip_head=True needs weights: give them, or leave it out")
     return model
 
 
 def describe_model(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """What `diffmm.models.description.build` makes of a recipe's model with overrides.
+    """The description of a recipe's model with overrides, for `diffmm.models.description.build`.
 
     Raises:
-        ValueError: as `create_model`.
+        ValueError: As `create_model`.
     """
     try:
         values = load_file(find_recipe(name))
@@ -111,8 +111,8 @@ def describe_model(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def _places(config: type, node: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every plain field of a model's config with the part of the recipe that sets it: its own, its
-    encoder's (of a masked autoencoder) and its backbone's. Its decoder is not asked for."""
+    """Every plain field of a model's config and the node of the recipe that sets it, including the
+    fields of the backbone and of a masked autoencoder's encoder, but not of its decoder."""
     names = {field.name for field in dataclasses.fields(config)}
     inner = [name for name in ("encoder", "backbone") if isinstance(node.get(name), dict)]
     for name in inner:

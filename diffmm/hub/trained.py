@@ -1,4 +1,4 @@
-"""A trained model with what it is for."""
+"""Trained models with their task: prediction and text generation."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,20 +35,22 @@ def load(
     multi_label: bool | None = None,
     tokenizer: str | None = None,
 ) -> "TrainedModel":
-    """A trained model with what it is for: `load(run).predict("cat.jpg")`.
+    """Load a trained model with its task: `load(run).predict("cat.jpg")`.
 
     Args:
-        path: a run, a checkpoint's folder, a Lightning checkpoint, or a `.safetensors` file or its
+        path: A run, a checkpoint folder, a Lightning checkpoint, or a `.safetensors` file or its
             folder as written by `TrainedModel.save`.
-        device: where the model computes; `"auto"` is the accelerator where there is one.
-        reader, class_names, multi_label: how inputs are prepared (such as a
-            `datamodules.image.ImageReader`) and what outputs mean, in place of what the file says.
-        tokenizer: a text model's, by name, in place of what the file says.
+        device: Device of the model; `"auto"` is the accelerator, if there is one.
+        reader: The preprocessing of inputs, such as a `datamodules.image.ImageReader`; by default
+            that of the file.
+        class_names: The names of the outputs; by default those of the file.
+        multi_label: Whether an input may have any number of classes; by default as in the file.
+        tokenizer: Name of a text model's tokenizer; by default that of the file.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it cannot be read or does not describe its model, or the
-            device that is not there.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file cannot be read or does not describe its model, or the device does
+            not exist.
 
     >>> trained = diffmm.load("runs/image/digits_tiny/first")
     >>> trained.predict("seven.png").label
@@ -59,7 +61,7 @@ def load(
     job: Job = model.job or Job()  # type: ignore[assignment]
     if tokenizer is not None:
         if reader is not None:
-            raise ValueError("give a reader or a tokenizer, which makes one, and not both")
+            raise ValueError("reader and tokenizer exclude each other: give only one of them")
         reader = text_reader(tokenizer)
     given: dict[str, Any] = {
         "reader": reader if reader is None or isinstance(reader, dict) else reader.describe(),
@@ -71,10 +73,10 @@ def load(
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """The device that is asked for; `"auto"` is the accelerator where there is one.
+    """The device of this name; `"auto"` is the accelerator, if there is one.
 
     Raises:
-        ValueError: for one that is not there.
+        ValueError: If the device does not exist.
     """
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -82,24 +84,24 @@ def find_device(name: str | torch.device) -> torch.device:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         told = str(error).splitlines()[0]
-        raise ValueError(f"there is no device {str(name)!r}: {told}") from error
+        raise ValueError(f"device {str(name)!r} is not available: {told}") from error
     return torch.device(name)
 
 
 class TrainedModel:
-    """A model that knows how its inputs are prepared and what its outputs mean.
+    """A model with the preprocessing of its inputs and the meaning of its outputs.
 
     Args:
-        model: any of `diffmm.models`; it is put in evaluation mode.
-        job: what it is for.
-        origin: what it is called in messages, usually its file.
+        model: A model of `diffmm.models`; it is set to evaluation mode.
+        job: The task of the model.
+        origin: The name of the model in messages, usually its file.
 
     Attributes:
-        model: the network, an `nn.Module`.
-        job: a `diffmm.models.job.Job`: the class names, the reader of its inputs, the recipe.
+        model: The network, an `nn.Module`.
+        job: A `diffmm.models.job.Job`: class names, reader and recipe.
 
     Raises:
-        ValueError: if the job names another number of classes than the model has.
+        ValueError: If the number of class names is not that of the model's classes.
 
     >>> trained = diffmm.load("runs/image/digits_tiny/first")
     >>> trained
@@ -130,22 +132,22 @@ class TrainedModel:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The name of each output; its number, where no names are known."""
+        """The names of the outputs; their indices if the names are unknown."""
         if self.job.class_names is not None:
             return self.job.class_names
         return tuple(map(str, range(getattr(self.model, "num_classes", 0))))
 
     @cached_property
     def reader(self) -> Any:
-        """What makes the model's inputs of files and of the like in memory.
+        """The reader of the model's inputs from files or memory.
 
         Raises:
-            ValueError: if the file says nothing of that, or names what is no reader.
+            ValueError: If the file names no reader, or an invalid one.
         """
         if self.job.reader is None:
             raise ValueError(
-                f"{self.origin} does not say how its inputs are prepared: give the recipe that it "
-                f"was trained by (diffmm predict --config RECIPE), or a reader and class_names "
+                f"{self.origin} does not say how its inputs are prepared: give the recipe that "
+                f"trained it (diffmm predict --config RECIPE), or a reader and class_names "
                 f"(diffmm.load)"
             )
         reader = make_reader(self.job, self.origin)
@@ -153,31 +155,30 @@ class TrainedModel:
         return reader
 
     def to(self, device: str | torch.device) -> "TrainedModel":
-        """Compute on another device from now on."""
+        """Move the model to another device."""
         self.model.to(find_device(device))
         return self
 
     def save(self, path: str | Path) -> Path:
-        """Write weights, description and job as safetensors (see `diffmm.models.save_model`)."""
+        """Save weights, description and job as safetensors (see `diffmm.models.save_model`)."""
         return save_model(self.model, path)
 
     def predict(self, inputs: Any, *, top_k: int = 5, batch_size: int = 32) -> Any:
-        """The likeliest classes of an input; what a text decoder writes after a prompt.
+        """Predict the most likely classes of an input, or generate text after a prompt.
 
         Args:
-            inputs: the path of a file; an image, a Pillow one or an array; a waveform with its
-                sample rate, `(waveform, sample_rate_hz)`; or a prompt. Of a list of these or a
-                folder, all of them are predicted.
-            top_k: classes per prediction, at most as many as there are.
-            batch_size: inputs per forward pass.
+            inputs: The path of a file; an image as a Pillow image or an array; a pair `(waveform,
+                sample_rate_hz)`; or a prompt. Also a list of these, or a folder of files.
+            top_k: Number of classes per prediction, at most the number of classes.
+            batch_size: Number of inputs per forward pass.
 
         Returns:
-            A `Prediction` with `labels` and `scores`, or a list of them for a list or a folder. Of
-            a text decoder, the text that follows, as `generate` gives it with its defaults.
+            A `Prediction` with `labels` and `scores`, or a list of them for a list or a folder. For
+            a text decoder, the generated text, with the defaults of `generate`.
 
         Raises:
-            ValueError: if the model has no classes, the file does not say how its inputs are
-                prepared, or an input cannot be read, naming it.
+            ValueError: If the model has no classes, the file does not say how its inputs are
+                prepared, or an input cannot be read; the message names it.
         """
         is_many = isinstance(inputs, list) or (
             isinstance(inputs, str | os.PathLike)
@@ -199,30 +200,31 @@ class TrainedModel:
         num_workers: int = 0,
         on_error: OnError | None = None,
     ) -> Iterator[Prediction]:
-        """Predictions of any number of inputs as they are made, with a batch in memory.
+        """Yield predictions for any number of inputs, with one batch in memory at a time.
 
         Args:
-            inputs: as in `predict`; folders are walked as the predictions are taken.
-            top_k, batch_size: as in `predict`.
-            num_workers: processes that read files beside this one, which then need a list of
-                inputs: each of them goes through it.
-            on_error: called with an input that cannot be read and what is wrong with it; then the
-                rest goes on. By default the first one ends all.
+            inputs: As in `predict`; folders are listed lazily.
+            top_k: As in `predict`.
+            batch_size: As in `predict`.
+            num_workers: Number of worker processes that read files. They need a list of inputs,
+                because each of them iterates over it.
+            on_error: Called with each input that cannot be read and the error; the prediction
+                then continues. By default the first error is raised.
 
         Raises:
-            ValueError: as `predict`.
+            ValueError: As `predict`.
         """
         for name, value in (("top_k", top_k), ("batch_size", batch_size)):
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         if not isinstance(num_workers, int) or num_workers < 0:
-            raise ValueError(f"num_workers must be a whole number of at least 0, got {num_workers}")
+            raise ValueError(f"num_workers must be an integer of at least 0, got {num_workers}")
         if num_workers and not isinstance(inputs, Sequence):
-            raise ValueError(f"num_workers={num_workers} needs a list of inputs, to be shared out")
+            raise ValueError(f"num_workers={num_workers} needs a list of inputs, not an iterator")
         if getattr(self.model, "num_classes", 0) < 1:
-            hint = "; it writes text (generate)" if isinstance(self.model, TextModel) else ""
+            hint = "; it generates text (generate)" if isinstance(self.model, TextModel) else ""
             name = type(self.model).__name__
-            raise ValueError(f"{self.origin} holds a {name}, which has no classes{hint}")
+            raise ValueError(f"{self.origin} contains a {name}, which has no classes{hint}")
         predictor = Predictor(
             self.model, self.reader, self.class_names, multi_label=self.job.multi_label
         )
@@ -235,25 +237,26 @@ class TrainedModel:
         """A text model's tokenizer.
 
         Raises:
-            ValueError: for another model, or if the file names none.
+            ValueError: If the model is not a text model, or the file names no tokenizer.
         """
         if not isinstance(self.model, TextModel):
             raise ValueError(
-                f"{self.origin} holds a {type(self.model).__name__}: only a text model writes text"
+                f"{self.origin} contains a {type(self.model).__name__}: only text models generate "
+                f"text"
             )
         if self.job.reader is None:
-            raise ValueError(f"{self.origin} names no tokenizer: give it (--tokenizer bytes)")
+            raise ValueError(f"{self.origin} names no tokenizer: give one (--tokenizer bytes)")
         tokenizer: Tokenizer = self.reader.encoder
         if tokenizer.vocab_size > self.model.config.vocab_size:
             raise ValueError(
-                f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, the model of "
-                f"{self.origin} knows {self.model.config.vocab_size}: give the one it was trained "
+                f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, but the model of "
+                f"{self.origin} has {self.model.config.vocab_size}: give the one it was trained "
                 f"with (--tokenizer)"
             )
         return tokenizer
 
     def generate(self, prompt: str | Path, **settings: Any) -> str:
-        """What a text decoder writes after a prompt. Arguments and errors as in `write`."""
+        """Generate text after a prompt. Arguments and errors as in `write`."""
         return "".join(self.write(prompt, **settings))
 
     def write(
@@ -266,17 +269,20 @@ class TrainedModel:
         top_p: float | None = None,
         seed: int = 0,
     ) -> Iterator[str]:
-        """What a text decoder writes after a prompt, piece by piece as it comes.
+        """Generate text after a prompt and yield it piece by piece.
 
         Args:
-            prompt: the text to continue, or the `pathlib.Path` of a file of it.
-            max_new_tokens: 200 by default, or what the model's `max_length` leaves.
-            temperature, top_k, top_p: as in `diffmm.models.generation.stream`.
-            seed: the same seed writes the same.
+            prompt: The text to continue, or the `pathlib.Path` of a text file.
+            max_new_tokens: Maximum number of generated tokens; by default 200, or less if the
+                model's `max_length` leaves less.
+            temperature: As in `diffmm.models.generation.stream`.
+            top_k: As in `diffmm.models.generation.stream`.
+            top_p: As in `diffmm.models.generation.stream`.
+            seed: Seed of the random numbers; the same seed generates the same text.
 
         Raises:
-            ValueError: for a model that writes no text, an empty prompt, or a number out of its
-                range.
+            ValueError: If the model does not generate text, the prompt is empty, or a number is out
+                of range.
         """
         from diffmm.tokenizers import StreamDecoder
 
@@ -284,7 +290,7 @@ class TrainedModel:
         assert isinstance(self.model, TextModel)
         ids = self.reader.read(prompt)["tokens"]
         if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-            raise ValueError(f"seed must be a number of 64 bits, got {seed}")
+            raise ValueError(f"seed must be a 64-bit integer, got {seed}")
         if max_new_tokens is None:
             max_new_tokens = max(1, min(MAX_NEW_TOKENS, self.model.config.max_length - len(ids)))
         device = self.model.embedding.weight.device
@@ -304,11 +310,11 @@ class TrainedModel:
         yield decoder.flush()
 
     def attention_maps(self, item: Any, layers: Sequence[int] | None = None) -> "list[LayerMaps]":
-        """The attention maps for one input (see `diffmm.analysis.attention_maps`).
+        """Compute the attention maps for one input (see `diffmm.analysis.attention_maps`).
 
         Args:
-            item: as in `predict`, one alone.
-            layers: which attention layers, by number; all by default.
+            item: A single input, as in `predict`.
+            layers: Indices of the attention layers; all by default.
         """
         from diffmm.analysis.attention_maps import attention_maps
 

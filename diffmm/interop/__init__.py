@@ -1,1 +1,1 @@
-"""Weights of other implementations, a file each."""
+"""Conversion of weights from other implementations, one per file."""

@@ -1,8 +1,8 @@
-"""Attention weights of microsoft/unilm, the authors' own implementation.
+"""Attention weights of microsoft/unilm, the authors' implementation.
 
-Their projections lie as ours do (components interleaved, rotary pairs interleaved), so weights
-move without a reordering and only names differ. Their plain v1 module repeats keys so that with
-grouped keys both components read one key; their flash modules, and this library, do not.
+Its projections have the same layout as in diffmm (interleaved components and rotary pairs), so
+weights need no reordering and only names differ. Its plain v1 module repeats keys such that, with
+grouped keys, both components read one key; its flash modules and diffmm do not.
 """
 
 from collections.abc import Mapping
@@ -30,18 +30,18 @@ V2_NAMES = {
     "o_proj.weight": "out_proj.weight",
     "lambda_proj.weight": "lambda_proj.weight",
 }
-"""The authors' names, and ours."""
+"""The authors' parameter names and those of diffmm."""
 
 NAMES = {"v1": V1_NAMES, "v2": V2_NAMES}
 
 
 class UnilmAttention(nn.Module):
-    """An attention layer with its rotary embedding and its mask: `[B, N, dim]` to `[B, N, dim]`.
+    """An attention layer with its rotary embedding and mask, from `[B, N, dim]` to `[B, N, dim]`.
 
     Args:
-        attention: the layer.
-        rope_base: of the rotary embedding.
-        causal: whether tokens see the past alone.
+        attention: The layer.
+        rope_base: Base of the rotary embedding.
+        causal: Whether each token attends only to earlier ones.
     """
 
     def __init__(self, attention: Attention, *, rope_base: float, causal: bool) -> None:
@@ -65,27 +65,28 @@ def load_attention(
     rope_base: float,
     causal: bool = True,
 ) -> UnilmAttention:
-    """The authors' attention layer, from its weights.
+    """Create an attention layer from the authors' weights.
 
     Args:
-        tensors: the layer's weights under the authors' names: `q_proj.weight`, `k_proj.weight`,
+        tensors: Weights of the layer under the authors' names: `q_proj.weight`, `k_proj.weight`,
             `v_proj.weight`, then `out_proj.weight`, `subln.weight` and `lambda_q1` to `lambda_k2`
             (v1), or `o_proj.weight` and `lambda_proj.weight` (v2).
         variant: `"v1"` (MultiheadDiffAttn) or `"v2"`.
-        num_heads: in the authors' sense: differential heads in v1, output heads in v2.
-        num_kv_heads: likewise, pairs of keys in v1 and keys in v2.
-        layer_index: from 0; lambda's start in v1 hangs on it and is in no state dict. v2 does not
-            use it.
-        rope_base: of the rotary embedding.
-        causal: whether tokens see the past alone.
+        num_heads: Number of heads as the authors count them: differential heads in v1, output heads
+            in v2.
+        num_kv_heads: Number of key heads as the authors count them: pairs in v1, keys in v2.
+        layer_index: Index of the layer from 0. It determines the initial lambda of v1, which is not
+            in the state dict; unused by v2.
+        rope_base: Base of the rotary embedding.
+        causal: Whether each token attends only to earlier ones.
 
     Returns:
-        A module that maps `[B, N, dim]` to `[B, N, dim]`, in the dtype and on the device of
-        `q_proj.weight`; v1's lambda vectors are float32 at least.
+        A module that maps `[B, N, dim]` to `[B, N, dim]`, with the dtype and device of
+        `q_proj.weight`; v1's lambda vectors are at least float32.
 
     Raises:
-        ValueError: naming weights that are missing, unknown or of a shape that does not belong to
-            these head counts.
+        ValueError: If weights are missing or unknown, or their shapes do not match the number of
+            heads.
     """
     check_choice("variant", variant, NAMES)
     names = NAMES[variant]
@@ -101,7 +102,7 @@ def load_attention(
             f"q_proj.weight of shape {tuple(query.shape)} does not split into two components of "
             f"num_heads={num_heads} heads"
         )
-    # Ours counts a v1 pair as the two softmax heads it replaces.
+    # diffmm counts a v1 pair as the two softmax heads it replaces.
     heads_each = 2 if variant == "v1" else 1
     attention = ATTENTIONS[f"diff_{variant}"](
         query.shape[1],

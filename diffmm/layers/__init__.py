@@ -1,4 +1,4 @@
-"""The parts that models are made of, each usable alone."""
+"""The layers that models consist of; each can be used on its own."""
 
 from diffmm.layers import attention
 from diffmm.layers.attention import *  # noqa: F403 (every attention layer, as its package lists them)

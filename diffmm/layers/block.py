@@ -11,19 +11,20 @@ from diffmm.ops import AttentionMask
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to its input.
+    """Pre-norm transformer block: attention and feed-forward, each in a residual branch.
 
         x = x + attention(norm(x));  x = x + feed_forward(norm(x))
 
     Args:
-        attention: any of the layers in `diffmm.layers.attention`.
-        feed_forward: `[B, N, dim]` to `[B, N, dim]`.
-        norms: the two norms, for attention and for feed-forward.
-        dim: width.
-        dropout: rate on each branch's output.
-        drop_path: rate at which a sample skips a branch (stochastic depth, Huang et al. 2016).
-        layer_scale: start of a learned factor a channel on each branch (Touvron et al. 2021), or
-            None for no such factor.
+        attention: Any layer in `diffmm.layers.attention`.
+        feed_forward: A module that maps `[B, N, dim]` to `[B, N, dim]`.
+        norms: The two norms, for attention and for feed-forward.
+        dim: Width of the residual stream.
+        dropout: Dropout rate on the output of each residual branch.
+        drop_path: Rate at which a sample skips a residual branch (stochastic depth, Huang et al.
+            2016).
+        layer_scale: Initial value of a learned factor per channel on each residual branch (Touvron
+            et al. 2021); None means no such factor.
     """
 
     def __init__(
@@ -53,10 +54,10 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         recompute: bool = False,
     ) -> Tensor:
-        """`[B, N, dim]` to `[B, N, dim]`. With `recompute`, and then without a cache, nothing
-        between the two is kept for the backward pass, which computes it again."""
+        """Map `[B, N, dim]` to `[B, N, dim]`. With `recompute` (activation checkpointing, which
+        excludes a cache) the backward pass recomputes all intermediate activations."""
         if recompute:
-            # In here, not around the block, so that a compiled block recomputes what it computed.
+            # Checkpoint inside the block, so that a compiled block recomputes in compiled code.
             return checkpoint(self.compute, x, mask, rope, use_reentrant=False)
         return self.compute(x, mask, rope, cache)
 
@@ -67,14 +68,14 @@ class Block(nn.Module):
         rope: Rotation | None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """What `forward` does, whether once or twice."""
+        """The computation of `forward`, which activation checkpointing runs twice."""
         attended = self.attention(self.attention_norm(x), mask=mask, rope=rope, cache=cache)
         x = x + self.attention_branch(attended)
         return x + self.feed_forward_branch(self.feed_forward(self.feed_forward_norm(x)))
 
 
 class ResidualBranch(nn.Module):
-    """What happens to a branch's output before it is added: scale, dropout, stochastic depth."""
+    """Layer scale, dropout and stochastic depth of a residual branch's output."""
 
     def __init__(
         self, dim: int, dropout: float, drop_path: float, layer_scale: float | None
@@ -87,7 +88,7 @@ class ResidualBranch(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start the factors anew."""
+        """Initialize the factors."""
         if self.scale is not None and self.layer_scale is not None:
             nn.init.constant_(self.scale, self.layer_scale)
 

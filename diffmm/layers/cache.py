@@ -1,4 +1,4 @@
-"""The key and value cache of generation."""
+"""The key-value cache for generation."""
 
 from typing import Any
 
@@ -8,23 +8,23 @@ from torch.utils import _pytree
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one preallocated buffer a layer.
+    """Keys and values of the tokens seen so far, in preallocated buffers per layer.
 
-    Buffers keep whatever shape a layer's keys and values have, so the three attentions share this
-    class. `length` is a plain integer: under `torch.compile` it becomes a symbolic size after the
-    second step, and decoding neither recompiles nor reads keys that are not there yet.
+    Buffers have the shape of each layer's keys and values, so all attentions share this class.
+    `length` is a plain integer: under `torch.compile` it becomes a symbolic size after the second
+    step, so decoding neither recompiles nor reads unwritten keys.
 
-    It is a pytree of torch's, so that `torch.export` takes it as an input. What is exported writes
-    into the buffers, but cannot count: call `advance` after each of its steps. Likewise a copy by
-    `tree_map` counts for itself.
+    The cache is registered as a pytree, so that `torch.export` accepts it as an input. An exported
+    program writes into the buffers but does not update `length`: call `advance` after each step.
+    A copy made by `tree_map` has its own `length`.
 
     Args:
-        key_shapes: a layer's key shape without batch and tokens, for every layer.
-        value_shapes: likewise for the values.
-        batch: number of sequences.
-        max_length: most tokens a sequence can hold.
-        dtype: of the buffers.
-        device: of the buffers.
+        key_shapes: Key shape of each layer, without the batch and token axes.
+        value_shapes: Value shape of each layer, without the batch and token axes.
+        batch: Number of sequences.
+        max_length: Maximum number of tokens per sequence.
+        dtype: Data type of the buffers.
+        device: Device of the buffers.
     """
 
     def __init__(
@@ -45,47 +45,47 @@ class KVCache:
         self.length = 0
 
     def layers(self, count: int) -> list["LayerCache"]:
-        """What each of the `count` layers of a model reads and writes.
+        """The caches of the `count` layers of a model.
 
         Raises:
-            ValueError: if the cache was made for more or fewer.
+            ValueError: If the cache has a different number of layers.
         """
         if len(self.keys) != count:
             raise ValueError(
-                f"the cache is for {len(self.keys)} layers, but the model has {count}: "
-                f"make another with new_cache"
+                f"the cache has {len(self.keys)} layers, but the model has {count}: "
+                f"create one with the model's new_cache"
             )
         pairs = zip(self.keys, self.values, strict=True)
         return [LayerCache(keys, values, self.length) for keys, values in pairs]
 
     def advance(self, num_tokens: int) -> None:
-        """Count `num_tokens` as seen, once all layers have written them."""
+        """Add `num_tokens` to `length`, after all layers have written them."""
         self.length += num_tokens
 
 
 class LayerCache:
-    """A layer's part of a `KVCache`.
+    """One layer's part of a `KVCache`.
 
     Args:
-        keys: `[B, max_length, ...]`.
-        values: likewise.
-        length: how many of the tokens are there.
+        keys: Key buffer, `[B, max_length, ...]`.
+        values: Value buffer, `[B, max_length, ...]`.
+        length: Number of tokens already written.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
         self.keys, self.values, self.length = keys, values, length
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the layer's new keys and values behind the old ones; all of them come back.
+        """Append new keys and values, `[B, N, ...]`, and return all of them.
 
         Raises:
-            ValueError: if they do not fit any more.
+            ValueError: If the cache is too short for them.
         """
         end, max_length = self.length + k.shape[1], self.keys.shape[1]
         if end > max_length:
             raise ValueError(
                 f"the cache holds {max_length} tokens, but {end} are needed: "
-                f"make it longer or generate less"
+                f"create a longer one or generate fewer tokens"
             )
         self.keys[:, self.length : end] = k
         self.values[:, self.length : end] = v

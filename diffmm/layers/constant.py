@@ -1,4 +1,4 @@
-"""Tensors that follow from a module's settings."""
+"""Constant tensors that are derived from a module's settings."""
 
 from collections.abc import Callable
 
@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 
 class Constant(nn.Module):
-    """A tensor in float32 that goes where its module goes, but is neither trained nor saved.
+    """A float32 tensor that moves with its module but is neither trained nor saved.
 
-    It keeps its precision in a module that is cast to half, and its values in one whose memory is
-    made anew (`to_empty`).
+    It stays in float32 when the module is cast to half precision, and keeps its values when the
+    module's memory is reallocated by `to_empty`.
 
     Args:
-        values: in float32 on the CPU, whatever torch's default device.
+        values: A float32 tensor on the CPU, independent of torch's default device.
 
     Attributes:
-        value: the same on the module's device, or torch's default device at first.
+        value: The values on the module's device; initially on torch's default device.
     """
 
     value: Tensor
@@ -29,7 +29,7 @@ class Constant(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Write the values anew."""
+        """Restore the values."""
         self.value.copy_(self._values)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Constant":

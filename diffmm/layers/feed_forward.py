@@ -11,17 +11,18 @@ from diffmm.layers.registry import Layer, Split, registration
 
 
 class FeedForward(nn.Module):
-    """What feed-forward layers declare about themselves.
+    """Base class of feed-forward layers.
 
-    A subclass is made as `FeedForward(dim, width, bias=...)` and maps `[B, N, dim]` to the same.
+    A subclass is constructed as `FeedForward(dim, width, bias=...)` and maps `[B, N, dim]` to
+    `[B, N, dim]`.
     """
 
     num_matrices: ClassVar[int]
-    """Matrices of `dim * width` weights, from which an equal number of parameters is derived."""
+    """Number of `dim * width` weight matrices, used to equalize parameter counts."""
 
     split: ClassVar[dict[str, Split]]
-    """How tensor parallelism divides each child module, as in `Attention.split`: by its output
-    `"columns"` or its input `"rows"`."""
+    """How tensor parallelism splits each child module, as in `Attention.split`: by its output
+    (`"columns"`) or its input (`"rows"`)."""
 
 
 class SwiGLU(FeedForward):
@@ -29,7 +30,7 @@ class SwiGLU(FeedForward):
 
     Args:
         dim: Width of input and output.
-        width: Width in between.
+        width: Hidden width.
         bias: Whether the projections have a bias.
     """
 
@@ -66,9 +67,10 @@ class GELU(FeedForward):
 
 
 FEED_FORWARDS: dict[str, type[FeedForward]] = {"swiglu": SwiGLU, "gelu": GELU}
-"""What `BackboneConfig.feed_forward` may be."""
+"""Values of `BackboneConfig.feed_forward`."""
 
 
 def register_feed_forward(name: str) -> Callable[[Layer], Layer]:
-    """A class decorator with which `BackboneConfig(feed_forward=name)` takes a `FeedForward`."""
+    """Class decorator that makes a `FeedForward` available as
+    `BackboneConfig(feed_forward=name)`."""
     return registration(FEED_FORWARDS, name, FeedForward)  # type: ignore[arg-type]

@@ -1,19 +1,20 @@
-"""Torch's layers with weights, which know how large their weights start."""
+"""torch's layers with weights, with a configurable standard deviation of the initial weights."""
 
 from typing import Any
 
 from torch import nn
 
 INIT_STD = 0.02
-"""Standard deviation of weights at the start, where a config gives no other."""
+"""Default standard deviation of initial weights."""
 
 
 class Started(nn.Module):
-    """What the layers of this file share.
+    """Mixin for the layers of this file: their initialization.
 
     Attributes:
-        init_std: standard deviation of the weights that `reset_parameters` draws from a normal
-            distribution, cut off at -2 and 2, beside biases of zero. None leaves both to torch.
+        init_std: If set, `reset_parameters` draws weights from a normal distribution with this
+            standard deviation, truncated to [-2, 2], and sets biases to zero. None uses torch's
+            default initialization.
     """
 
     init_std: float | None = None
@@ -21,7 +22,7 @@ class Started(nn.Module):
     bias: Any
 
     def reset_parameters(self) -> None:
-        """Start anew."""
+        """Initialize the weight and the bias."""
         if self.init_std is None:
             super().reset_parameters()  # type: ignore[misc]
             return
@@ -51,12 +52,13 @@ class Conv3d(Started, nn.Conv3d):
 
 
 PROJECTIONS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Layers whose `weight` starts at a size of its own and takes weight decay."""
+"""Layers whose `weight` is initialized by `init_weights` and has weight decay."""
 
 
 def init_weights(module: nn.Module, std: float) -> None:
-    """Start a projection or an embedding with weights of this size and biases of zero; leave every
-    other module as it is. The layers of this file then start so at each `reset_parameters`."""
+    """Initialize a projection or an embedding with weights of this standard deviation and biases
+    of zero; leave other modules unchanged. The layers of this file keep the standard deviation
+    for each later `reset_parameters`."""
     if isinstance(module, Started):
         module.init_std = std
         module.reset_parameters()

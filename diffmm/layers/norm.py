@@ -1,4 +1,4 @@
-"""Normalizations. All compute in float32 (or wider) and give back their input's dtype."""
+"""Normalization layers. All compute in float32 (or wider) and return their input's dtype."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from diffmm.layers.registry import Layer, registration
 
 
 def upcast(x: Tensor) -> Tensor:
-    """`x` in float32, or as it is where it is wider."""
+    """Cast `x` to float32, unless it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -18,11 +18,11 @@ class RMSNorm(nn.Module):
     """`x / sqrt(mean(x²) + eps) * weight` over the last axis (Zhang and Sennrich 2019).
 
     Args:
-        dim: size of the last axis.
-        eps: keeps a row of zeros finite; it also bounds the gain at `eps ** -0.5`.
+        dim: Size of the last axis.
+        eps: Keeps a row of zeros finite; it also limits the gain to `eps ** -0.5`.
 
     Attributes:
-        init_weight: where `reset_parameters` starts the weights, 1 at first.
+        init_weight: Initial value of the weights, used by `reset_parameters`; 1 by default.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start anew."""
+        """Initialize the weights."""
         nn.init.constant_(self.weight, self.init_weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """`torch.nn.LayerNorm` in float32 whatever the input, eps 1e-6 as in timm's ViT."""
+    """`torch.nn.LayerNorm`, always in float32, with `eps=1e-6` as in timm's ViT."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__(dim, eps=eps)
@@ -56,13 +56,13 @@ class LayerNorm(nn.LayerNorm):
 
 
 class CosineNorm(nn.Module):
-    """`x / |x|`, times a learned `exp(logit_scale)` a head where `num_heads` is given.
+    """`x / |x|`, times a learned `exp(logit_scale)` per head if `num_heads` is given.
 
-    On queries (scaled) and keys (not) it makes attention logits cosines, bounded by a temperature
-    that starts at 10 and never passes 100 (SwinV2, Liu et al. 2022, eq. 2).
+    Applied to queries (scaled) and keys (unscaled), it turns attention logits into cosines times a
+    scale that is initialized to 10 and never exceeds 100 (SwinV2, Liu et al. 2022, eq. 2).
 
     Args:
-        num_heads: heads of the input `[..., num_heads, D]` to scale, none by default.
+        num_heads: Number of heads of the input `[..., num_heads, D]`; None means no scale.
     """
 
     def __init__(self, num_heads: int | None = None) -> None:
@@ -71,7 +71,7 @@ class CosineNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start the temperatures anew, at 10."""
+        """Initialize the scales to 10."""
         if self.logit_scale is not None:
             nn.init.constant_(self.logit_scale, math.log(10.0))
 
@@ -83,9 +83,10 @@ class CosineNorm(nn.Module):
 
 
 NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
-"""What `BackboneConfig.norm` may be: classes made from a width."""
+"""Values of `BackboneConfig.norm`: classes constructed from a width."""
 
 
 def register_norm(name: str) -> Callable[[Layer], Layer]:
-    """A class decorator with which `BackboneConfig(norm=name)` takes a norm, `Norm(dim)`."""
+    """Class decorator that makes a norm, constructed as `Norm(dim)`, available as
+    `BackboneConfig(norm=name)`."""
     return registration(NORMS, name)

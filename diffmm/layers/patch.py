@@ -1,4 +1,4 @@
-"""Patches: from an image, or a spectrogram seen as one, to tokens and back."""
+"""Patches: from images (or spectrograms treated as images) to tokens and back."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ Size = tuple[int, int]
 
 
 def as_size(value: int | tuple[int, int]) -> Size:
-    """`(height, width)` of a square given by its side, or as it is."""
+    """Convert the side of a square to `(height, width)`; return a pair unchanged."""
     height, width = (value, value) if isinstance(value, int) else value
     return height, width
 
@@ -18,7 +18,7 @@ def as_size(value: int | tuple[int, int]) -> Size:
 def patchify(images: Tensor, patch_size: Size) -> Tensor:
     """Cut `[B, C, H, W]` into patches of `(h, w)`: `[B, N, h * w * C]`, row by row.
 
-    Within a patch pixels go row by row, channels fastest (He et al. 2022).
+    Within a patch pixels are ordered row by row, with channels last (He et al. 2022).
     """
     height, width = patch_size
     x = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # [B, C, rows, h, columns, w]
@@ -33,30 +33,30 @@ def unpatchify(patches: Tensor, patch_size: Size, grid: Size) -> Tensor:
 
 
 def resample_patches(weight: Tensor, patch_size: Size) -> Tensor:
-    """The weight `[dim, C, h, w]` of a patch embedding for patches of another size.
+    """Resample the weight `[dim, C, h, w]` of a patch embedding to another patch size.
 
-    By the pseudo-inverse of the resizing, so that a resized patch keeps its embedding as closely
-    as can be (FlexiViT, Beyer et al. 2023, section 3.4).
+    Uses the pseudo-inverse of resizing, so that the embedding of a resized patch changes as little
+    as possible (FlexiViT, Beyer et al. 2023, section 3.4).
     """
     old = (weight.shape[-2], weight.shape[-1])
     if old == patch_size:
         return weight
     basis = torch.eye(old[0] * old[1], device=weight.device).unflatten(1, old).unsqueeze(1)
     resized = interpolate(basis, patch_size, mode="bicubic", antialias=True).flatten(1)
-    # A row of `resized` is what resizing makes of one old pixel.
+    # Row `i` of `resized` is the resized image of old pixel `i`.
     new = weight.float().flatten(2) @ torch.linalg.pinv(resized).T
     return new.unflatten(2, patch_size).to(weight.dtype)
 
 
 class PatchEmbedding(nn.Module):
-    """A linear map of every patch: `[B, C, H, W]` to `[B, N, dim]`, row by row.
+    """Patch embedding: a linear map from `[B, C, H, W]` to `[B, N, dim]`, row by row.
 
     Args:
-        in_channels: `C`.
-        dim: of the tokens.
-        patch_size: height and width of a patch.
-        stride: from one patch to the next, the patch size by default. What no whole patch covers
-            at the bottom and the right is not seen.
+        in_channels: Number of input channels `C`.
+        dim: Width of the tokens.
+        patch_size: Height and width of a patch.
+        stride: Vertical and horizontal distance between two patches; the patch size by default.
+            Pixels at the bottom and the right that no whole patch covers are ignored.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class PatchEmbedding(nn.Module):
         self.proj = Conv2d(in_channels, dim, patch_size, stride=self.stride)
 
     def set_patch_size(self, patch_size: Size) -> None:
-        """Take patches of another size, side by side, with resampled weights."""
+        """Change the patch size and the stride to `patch_size`, with resampled weights."""
         old = self.proj
         self.patch_size = self.stride = patch_size
         self.proj = Conv2d(old.in_channels, old.out_channels, patch_size, stride=patch_size)

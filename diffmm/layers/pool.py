@@ -1,4 +1,4 @@
-"""Pooling by attention."""
+"""Attention pooling."""
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,14 @@ class AttentionPool(nn.Module):
 
         o = proj(softmax(Q Kᵀ / √D) V);  pooled = o + W2 gelu(W1 norm(o))
 
-    with `Q` from the learned query and `K`, `V` from the tokens, as timm's `AttentionPoolLatent`
-    has it, whose weights have these names.
+    with `Q` from the learned query and `K`, `V` from the tokens, as in timm's
+    `AttentionPoolLatent`, whose parameter names it uses.
 
     Args:
         dim: Width of the tokens.
-        num_heads: Attention heads.
+        num_heads: Number of attention heads.
         width: Width of the feed-forward layer.
-        init_std: Standard deviation of the query at the start.
+        init_std: Standard deviation of the initial query.
     """
 
     def __init__(self, dim: int, num_heads: int, width: int, init_std: float) -> None:
@@ -37,11 +37,11 @@ class AttentionPool(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start the query anew."""
+        """Initialize the query."""
         nn.init.trunc_normal_(self.latent, std=self.init_std)
 
     def forward(self, x: Tensor, key_padding: Tensor | None = None) -> Tensor:
-        """`[B, N, dim]` to `[B, dim]`; `key_padding`, `[B, N]`, is true where a token is real."""
+        """Map `[B, N, dim]` to `[B, dim]`; `key_padding`, `[B, N]`, is true for real tokens."""
         q = self.q(self.latent).expand(len(x), -1, -1).unflatten(-1, (self.num_heads, -1))
         k, v = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         mask = AttentionMask(key_padding=key_padding)

@@ -1,4 +1,4 @@
-"""Where tokens stand on a grid: learned embeddings, and coordinates for rotary ones."""
+"""Positions of tokens on a grid: learned embeddings and rotary coordinates."""
 
 from collections.abc import Sequence
 
@@ -7,17 +7,17 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 Grid = tuple[int, ...]
-"""Tokens along each axis: rows and columns, time and frequency, or time alone."""
+"""Number of tokens along each axis: rows and columns, time and frequency, or time alone."""
 
 
 class LearnedPositions(nn.Module):
-    """A learned vector for every place of a grid, and for every token in front of it.
+    """A learned vector per position of a grid and per special token before it.
 
     Args:
-        grid: its size, over one axis or two.
-        dim: of the tokens.
-        num_prefix: tokens without a place in the grid (class, registers).
-        init_std: standard deviation of the vectors at the start.
+        grid: Size of the grid, with one or two axes.
+        dim: Width of the tokens.
+        num_prefix: Number of tokens outside the grid (class token and register tokens).
+        init_std: Standard deviation of the initial vectors.
     """
 
     def __init__(self, grid: Grid, dim: int, num_prefix: int, init_std: float = 0.02) -> None:
@@ -28,26 +28,26 @@ class LearnedPositions(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start anew."""
+        """Initialize the vectors."""
         for parameter in self.parameters():
             nn.init.trunc_normal_(parameter, std=self.init_std)
 
     def forward(self, num_tokens: int) -> Tensor:
-        """Those of the first `N` places, row by row: `[N, dim]`."""
+        """The vectors of the first `num_tokens` positions, row by row: `[N, dim]`."""
         return self.grid.flatten(0, -2)[:num_tokens]
 
 
 def resample(positions: Tensor, grid: Grid) -> Tensor:
-    """Learned positions `[*old_grid, dim]` for another grid: `[*grid, dim]`.
+    """Resample learned positions `[*old_grid, dim]` to another grid: `[*grid, dim]`.
 
-    Bicubic with antialiasing, as timm's `resample_abs_pos_embed`; the same grid gives the same
-    tensor back.
+    Bicubic with antialiasing, as in timm's `resample_abs_pos_embed`. If the grids are equal, the
+    tensor itself is returned.
     """
     if tuple(positions.shape[:-1]) == grid:
         return positions
     resampled = positions.float()
-    # One axis at a time, as a row: the filter is separable, and torch 2.11 gets an image wrong that
-    # it makes one pixel wide.
+    # One axis at a time, as a row: the filter is separable, and torch 2.11 gives wrong results
+    # for images that it resizes to a width of one pixel.
     for axis, size in enumerate(grid):
         rows = resampled.movedim(axis, -1)
         row = interpolate(
@@ -60,10 +60,10 @@ def resample(positions: Tensor, grid: Grid) -> Tensor:
 def coordinates(
     grid: Grid, reference: Sequence[int] | None = None, device: torch.device | str | None = None
 ) -> Tensor:
-    """Coordinates of a grid's places for rotary positions, from 1: 0 is for tokens without one.
+    """Rotary coordinates of a grid, starting at 1; 0 is reserved for tokens outside the grid.
 
-    With a `reference` grid they are those of the same places on that grid: the grid is stretched
-    over it, middle to middle, as EVA does for other image sizes (Fang et al. 2023).
+    With a `reference` grid the coordinates refer to that grid: the grid is stretched over it, with
+    aligned cell centers, as EVA does for other image sizes (Fang et al. 2023).
 
         coordinate_i = (i + 1/2) * reference / size + 1/2
 

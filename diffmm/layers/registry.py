@@ -1,4 +1,4 @@
-"""Names for layers of a user's own, which a config can then choose."""
+"""Registration of user-defined layers under names that a config can use."""
 
 from collections.abc import Callable
 from typing import Literal, TypeVar
@@ -6,7 +6,7 @@ from typing import Literal, TypeVar
 from torch import nn
 
 Split = Literal["columns", "rows", "heads"]
-"""How tensor parallelism divides a child module."""
+"""How tensor parallelism splits a child module."""
 
 Layer = TypeVar("Layer", bound=type[nn.Module])
 
@@ -14,16 +14,16 @@ Layer = TypeVar("Layer", bound=type[nn.Module])
 def registration(
     registry: dict[str, type[nn.Module]], name: str, base: type[nn.Module] = nn.Module
 ) -> Callable[[Layer], Layer]:
-    """A class decorator that adds the class to `registry` as `name`.
+    """Class decorator that adds the class to `registry` as `name`.
 
     Args:
-        registry: The classes by name.
-        name: What a config calls the class; registering the same class again, as a reloaded
-            notebook does, replaces it.
-        base: What the class must derive from.
+        registry: A dict from names to classes.
+        name: The name of the class in a config. Registering the same class again, for example by
+            rerunning a notebook cell, replaces it.
+        base: The base class that the class must derive from.
 
     Raises:
-        ValueError: If the name belongs to another class, or the class has another base.
+        ValueError: If the name belongs to another class, or the class does not derive from `base`.
     """
 
     def register(layer: Layer) -> Layer:
@@ -31,7 +31,7 @@ def registration(
             raise ValueError(f"{name!r} must be a subclass of {base.__name__}, got {layer!r}")
         known = registry.get(name)
         if known is not None and _path(known) != _path(layer):
-            raise ValueError(f"{name!r} is {_path(known)} already: choose another name")
+            raise ValueError(f"{name!r} is already {_path(known)}: choose another name")
         registry[name] = layer
         return layer
 

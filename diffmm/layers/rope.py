@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021), over one axis or several."""
+"""Rotary position embedding (Su et al. 2021) over one or several axes."""
 
 import torch
 from torch import Tensor, nn
@@ -10,19 +10,20 @@ Rotation = tuple[Tensor, Tensor]
 
 
 class RotaryEmbedding(nn.Module):
-    """Positions to rotations: the pair of dims `(2j, 2j + 1)` turns by `position * base^(-2j/D)`.
+    """Map positions to rotations: the dimensions `(2j, 2j + 1)` are rotated by the angle
+    `position * base^(-2j/D)`.
 
-    With several axes the pairs are shared out evenly: the first `D / num_axes` dims turn with the
-    first coordinate, the next with the second. A position of zero is no rotation at all, which is
-    where tokens without a place (class, registers) stand.
+    With several axes, the first `D / num_axes` dimensions are rotated by the first coordinate, the
+    next by the second, and so on. Position 0 means no rotation; it is used for tokens without a
+    position (class token, register tokens).
 
     Args:
-        head_dim: `D`, even for each axis.
-        base: the slowest pair turns once in about `2π * base` positions.
-        num_axes: 1 for text, 2 for images and spectrograms.
+        head_dim: Head dimension `D`, a multiple of `2 * num_axes`.
+        base: Base of the wavelengths; the slowest pair has a period of about `2π * base` positions.
+        num_axes: Number of axes: 1 for text, 2 for images and spectrograms.
 
     Raises:
-        ValueError: if `D` is not a multiple of `2 * num_axes`.
+        ValueError: If `D` is not a multiple of `2 * num_axes`.
     """
 
     def __init__(self, head_dim: int, base: float = 10000.0, num_axes: int = 1) -> None:
@@ -35,28 +36,30 @@ class RotaryEmbedding(nn.Module):
         self.base = base
         self.num_axes = num_axes
         axis_dim = head_dim // num_axes
-        # In Python's float64, so that every device has the same, also one that knows none.
+        # Computed in Python's float64, so that all devices agree, including those without float64.
         frequencies = [base ** (-step / axis_dim) for step in range(0, axis_dim, 2)]
         self.frequencies = Constant(torch.tensor(frequencies, dtype=torch.float32, device="cpu"))
 
     def forward(self, positions: Tensor) -> Rotation:
-        """`positions` is `[N]` or `[B, N]`, with a last axis of `num_axes` where there are several.
+        """Compute the rotation of `positions`, `[N]` or `[B, N]`, with a last axis of size
+        `num_axes` if there are several.
 
-        Always in float32: at position 10,000 a bfloat16 angle is off by whole turns.
+        Always in float32: at position 10,000 a bfloat16 angle is wrong by several full turns.
         """
         if self.num_axes == 1:
             positions = positions.unsqueeze(-1)
-        # A compiled graph would compute them anew for all that they turn, in every layer; for one
-        # token that is cheaper than more kernels. (`is_compiling` would hold in `torch.export` too,
-        # which, unless strict, finds torch's own operators here.)
+        # A compiled graph would fuse the sines and cosines into every use and recompute them in
+        # every layer; for a single token that is cheaper than an extra kernel. (`is_compiling`
+        # would also be true in `torch.export`, which, unless strict, should see torch's own
+        # operators here.)
         once = torch.compiler.is_dynamo_compiling() and positions.shape[-2] > 1
         if once and not positions.requires_grad:
-            return _rotation_once(positions, self.frequencies.value)
+            return _rotation_op(positions, self.frequencies.value)
         return rotation_at(positions, self.frequencies.value)
 
 
 def rotation_at(positions: Tensor, frequencies: Tensor) -> Rotation:
-    """The rotation at `positions`, `[..., N, axes]`, by the `frequencies` of the pairs of an axis,
+    """Rotation at `positions`, `[..., N, axes]`, given the `frequencies` of the pairs of one axis,
     `[axis_dim / 2]`."""
     angles = positions.float().unsqueeze(-1) * frequencies.float()  # [..., N, axes, axis_dim/2]
     angles = angles.flatten(-2)
@@ -64,13 +67,13 @@ def rotation_at(positions: Tensor, frequencies: Tensor) -> Rotation:
 
 
 @torch.library.custom_op("diffmm::rotation_at", mutates_args=())
-def _rotation_once(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """`rotation_at` in memory: `torch.compile` does not see into an operator of one's own."""
+def _rotation_op(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """`rotation_at` as a custom operator, which `torch.compile` neither inlines nor recomputes."""
     cos, sin = rotation_at(positions, frequencies)
     return cos.contiguous(), sin.contiguous()
 
 
-@_rotation_once.register_fake
+@_rotation_op.register_fake
 def _(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     *tokens, num_axes = positions.shape
     shape = (*tokens, num_axes * frequencies.shape[0])
@@ -79,7 +82,7 @@ def _(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def apply_rope(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn `x`, `[B, N, ..., D]`, by its tokens' rotation; dims are paired as `(2j, 2j + 1)`."""
+    """Rotate `x`, `[B, N, ..., D]`; dimensions are paired as `(2j, 2j + 1)`."""
     cos, sin = (
         part.reshape(*part.shape[:-1], *[1] * (x.ndim - 3), part.shape[-1]) for part in rotation
     )

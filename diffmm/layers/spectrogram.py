@@ -1,4 +1,4 @@
-"""From a waveform to a log-mel spectrogram."""
+"""Log-mel spectrograms of waveforms."""
 
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -11,37 +11,37 @@ from torch.nn.functional import pad
 from diffmm.layers.constant import Constant
 
 Count = TypeVar("Count", int, Tensor)
-"""A number of samples or frames: of a batch, or of each of its clips."""
+"""A number of samples or frames, of a batch or of each of its clips."""
 
 LOG_FLOOR = 1e-7
-"""Mel energies below this count as silence; the rounding of 16-bit samples lies just above it."""
+"""Smaller mel energies are clamped to this value, just below the noise of 16-bit samples."""
 
 
 class LogMelSpectrogram(nn.Module):
-    """Waveforms to normalized log-mel spectrograms, `(log(max(mel, 1e-7)) - mean) / std`.
+    """Normalized log-mel spectrograms of waveforms, `(log(max(mel, 1e-7)) - mean) / std`.
 
-    Frame `t` looks at a Hann window around the middle of samples `[t * hop, (t + 1) * hop)`, with
-    silence before the start and after the end, so a clip of `n` samples has `ceil(n / hop)` frames
-    and they are the same whether the clip stands alone or is padded to a longer one. Frames beyond
-    a clip's end are zero, which after normalization is the mean.
+    Frame `t` is a Hann window centered on samples `[t * hop, (t + 1) * hop)`, with silence before
+    the start and after the end. A clip of `n` samples therefore has `ceil(n / hop)` frames, which
+    are the same whether the clip is alone or padded. Frames beyond a clip's end are zero, which is
+    the mean after normalization.
 
-    Computed in float32 (or wider), under autocast and in a module cast to half too: the smallest
-    energies that matter are 1e-11 of the largest.
+    Computed in float32 (or wider), even under autocast and in a module cast to half precision: the
+    smallest relevant energies are 1e-11 of the largest.
 
-    A compiled graph has the power spectrum as one operator that it does not see through: inductor
-    has no kernels for complex numbers, and would take longer to compile the Fourier transform than
-    all the rest. (Where the waveforms' own gradient is wanted it does see them.)
+    In a compiled graph the power spectrum is one opaque operator: inductor has no kernels for
+    complex numbers, and would take longer to compile the Fourier transform than everything else.
+    The exception is when gradients of the waveforms are needed.
 
     Args:
-        sample_rate_hz: of the waveforms.
-        num_mels: mel bands between 0 Hz and half the sample rate.
-        window_seconds: length of the window.
-        hop_seconds: from one frame to the next, at most the window.
-        mean: of the log-mel values over the training set.
-        std: likewise their standard deviation.
+        sample_rate_hz: Sample rate of the waveforms, in Hz.
+        num_mels: Number of mel bands between 0 Hz and half the sample rate.
+        window_seconds: Length of the window, in seconds.
+        hop_seconds: Distance between two frames, in seconds; at most `window_seconds`.
+        mean: Mean of the log-mel values over the training set.
+        std: Standard deviation of the log-mel values over the training set.
 
     Raises:
-        ValueError: for a count or length that is not positive, or a hop longer than the window.
+        ValueError: If a count or length is not positive, or the hop is longer than the window.
     """
 
     def __init__(
@@ -75,25 +75,25 @@ class LogMelSpectrogram(nn.Module):
         self.filters = Constant(mel_filters(self.num_fft, sample_rate_hz, num_mels))
 
     def num_frames(self, num_samples: Count) -> Count:
-        """`ceil(num_samples / hop)`."""
+        """Number of frames, `ceil(num_samples / hop)`."""
         return (num_samples + self.hop_samples - 1) // self.hop_samples
 
     def forward(
         self, waveforms: Tensor, num_samples: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Waveforms to spectrograms.
+        """Compute the spectrograms of waveforms.
 
         Args:
             waveforms: `[B, S]`, mono, in [-1, 1].
-            num_samples: `[B]` integers, how many of a clip's samples are real (taken between 1
-                and `S`); all by default. What comes after them has no influence.
+            num_samples: `[B]` integers, the number of real samples of each clip (clamped to
+                between 1 and `S`); all samples by default. Later samples are ignored.
 
         Returns:
             The spectrograms `[B, num_mels, T]`, `T = ceil(S / hop)`, and the number of frames of
-            each clip, `[B]`, or None where all are real.
+            each clip, `[B]`, or None if all are real.
 
         Raises:
-            ValueError: for tensors of another shape, or without samples.
+            ValueError: If a tensor has the wrong shape or there are no samples.
         """
         check_waveforms(waveforms, num_samples)
         num_frames = None
@@ -115,7 +115,7 @@ class LogMelSpectrogram(nn.Module):
 
     def _power(self, waveforms: Tensor, window: Tensor) -> Tensor:
         if torch.compiler.is_dynamo_compiling() and not waveforms.requires_grad:
-            return _power_unseen(waveforms, window, self.num_fft, self.hop_samples)
+            return _power_spectrum_op(waveforms, window, self.num_fft, self.hop_samples)
         return power_spectrum(waveforms, window, self.num_fft, self.hop_samples)
 
     def extra_repr(self) -> str:
@@ -124,7 +124,7 @@ class LogMelSpectrogram(nn.Module):
 
 def power_spectrum(waveforms: Tensor, window: Tensor, num_fft: int, hop: int) -> Tensor:
     """Squared magnitudes of the Fourier transform of windows that start every `hop` samples:
-    `[B, S]` to `[B, T, num_fft / 2 + 1]`. A window shorter than `num_fft` stands in its middle."""
+    `[B, S]` to `[B, T, num_fft / 2 + 1]`. A window shorter than `num_fft` is centered in it."""
     spectrum = torch.stft(
         waveforms, num_fft, hop, len(window), window, center=False, return_complex=True
     )
@@ -132,22 +132,22 @@ def power_spectrum(waveforms: Tensor, window: Tensor, num_fft: int, hop: int) ->
 
 
 @torch.library.custom_op("diffmm::power_spectrum", mutates_args=())
-def _power_unseen(waveforms: Tensor, window: Tensor, num_fft: int, hop: int) -> Tensor:
-    """`power_spectrum` of which `torch.compile` does not see the complex numbers."""
+def _power_spectrum_op(waveforms: Tensor, window: Tensor, num_fft: int, hop: int) -> Tensor:
+    """`power_spectrum` as a custom operator, which hides complex numbers from `torch.compile`."""
     return power_spectrum(waveforms, window, num_fft, hop).contiguous()
 
 
-@_power_unseen.register_fake
+@_power_spectrum_op.register_fake
 def _(waveforms: Tensor, window: Tensor, num_fft: int, hop: int) -> Tensor:
     batch, num_samples = waveforms.shape
     return waveforms.new_empty(batch, (num_samples - num_fft) // hop + 1, num_fft // 2 + 1)
 
 
 def fft_size(window_samples: int, sample_rate_hz: int, num_mels: int) -> int:
-    """The smallest power of two that holds the window and gives every mel band a frequency.
+    """The smallest power of two that holds the window and gives every mel band a frequency bin.
 
-    Mel bands are triangles, evenly spaced in `m = 2595 log10(1 + f / 700)`; the lowest is the
-    narrowest in Hz. With frequencies further apart than it is wide, a band could fall between two.
+    Mel bands are triangles, evenly spaced in `m = 2595 log10(1 + f / 700)`; the lowest band is the
+    narrowest in Hz. If frequency bins were further apart than its width, a band could be empty.
     """
     top = 2595.0 * math.log10(1.0 + sample_rate_hz / 2 / 700.0)
     narrowest_hz = 700.0 * (10.0 ** (2.0 * top / (num_mels + 1) / 2595.0) - 1.0)
@@ -155,16 +155,16 @@ def fft_size(window_samples: int, sample_rate_hz: int, num_mels: int) -> int:
 
 
 def zero_beyond(x: Tensor, lengths: Tensor) -> Tensor:
-    """`x`, `[B, ..., T]`, with zeros from step `lengths[b]` on."""
+    """Set `x`, `[B, ..., T]`, to zero from step `lengths[b]` on."""
     real = torch.arange(x.shape[-1], device=x.device) < lengths[:, None]
     return x.masked_fill(~real.view(x.shape[0], *[1] * (x.ndim - 2), -1), 0.0)
 
 
 def check_waveforms(waveforms: Tensor, num_samples: Tensor | None) -> None:
-    """Refuse what is no batch of mono clips.
+    """Check that the tensors are a batch of mono clips.
 
     Raises:
-        ValueError: naming the tensor and its shape.
+        ValueError: If they are not; the message names the tensor and its shape.
     """
     if waveforms.ndim != 2 or waveforms.shape[1] == 0:
         raise ValueError(
@@ -173,24 +173,24 @@ def check_waveforms(waveforms: Tensor, num_samples: Tensor | None) -> None:
         )
     if num_samples is not None and tuple(num_samples.shape) != (waveforms.shape[0],):
         raise ValueError(
-            f"num_samples must be [B], one a clip, got shape {tuple(num_samples.shape)} "
+            f"num_samples must be [B], one per clip, got shape {tuple(num_samples.shape)} "
             f"for {waveforms.shape[0]} waveforms"
         )
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Full precision; the meta device has no autocast to switch off."""
+    """Disable autocast; the meta device has none to disable."""
     if device_type == "meta":
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 
 def mel_filters(num_fft: int, sample_rate_hz: int, num_mels: int) -> Tensor:
-    """torchaudio's triangles, `[num_fft / 2 + 1, num_mels]` in float32 on the CPU."""
-    from torchaudio.functional import melscale_fbanks  # a model of text or images needs none of it
+    """torchaudio's mel filter bank, `[num_fft / 2 + 1, num_mels]` in float32 on the CPU."""
+    from torchaudio.functional import melscale_fbanks  # not needed by text and image models
 
-    # It makes them in the default dtype, which may be half, on the default device, which may be
-    # the meta device, and looks at their values.
+    # torchaudio uses the default dtype, which may be half, and the default device, which may be
+    # the meta device, and reads the values.
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

@@ -1,4 +1,4 @@
-"""Stems: from a log-mel spectrogram to tokens, `[B, num_mels, T]` to `[B, N, dim]`."""
+"""Stems, which turn log-mel spectrograms `[B, num_mels, T]` into tokens `[B, N, dim]`."""
 
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pad
@@ -9,20 +9,20 @@ from diffmm.layers.spectrogram import Count, zero_beyond
 
 
 class PatchStem(nn.Module):
-    """Spectrogram to tokens by two-dimensional patches (AST, Gong et al. 2021).
+    """Two-dimensional patch embedding of spectrograms (AST, Gong et al. 2021).
 
-    Tokens are ordered by time first, then by frequency, so that padding stands at the end. In time
-    the last patch is filled up with zeros; in frequency what no whole patch covers at the top is
-    not seen, as in AST.
+    Tokens are ordered by time, then by frequency, so that padding comes last. In time the last
+    patch is padded with zeros; in frequency, bands at the top that no whole patch covers are
+    ignored, as in AST.
 
     Args:
-        num_mels: height of the spectrogram.
-        dim: of the tokens.
-        patch_size: of a patch, in frames and in mel bands.
-        stride: from one patch to the next, the patch size by default.
+        num_mels: Number of mel bands of the spectrogram.
+        dim: Width of the tokens.
+        patch_size: Size of a patch, in frames and mel bands.
+        stride: Distance between two patches, in frames and mel bands; the patch size by default.
 
     Raises:
-        ValueError: for a patch higher than the spectrogram, or a stride that leaves gaps.
+        ValueError: If a patch has more than `num_mels` bands, or the stride leaves gaps.
     """
 
     def __init__(
@@ -44,41 +44,41 @@ class PatchStem(nn.Module):
         self.embedding = PatchEmbedding(1, dim, patch_size, stride)
 
     def num_steps(self, num_frames: Count) -> Count:
-        """How many patches in time cover so many frames (0 counts as 1)."""
+        """Number of patches in time for `num_frames` frames (0 counts as 1)."""
         patch, stride = self.patch_size[0], self.stride[0]
         return (num_frames - patch + stride - 1) // stride + 1
 
     def grid(self, num_frames: int) -> tuple[int, ...]:
-        """Tokens in time and in frequency."""
+        """Number of tokens in time and in frequency."""
         num_steps = self.num_steps(num_frames)
-        # Not `max`, which inductor cannot compare with other symbolic sizes.
+        # Inductor cannot compare the result of `max` with other symbolic sizes.
         return (num_steps if num_steps >= 1 else 1), self.num_bands
 
     def fill(self, spectrogram: Tensor) -> Tensor:
-        """`[B, num_mels, T]` as an image `[B, 1, T', num_mels]` of whole patches in time."""
+        """Pad `[B, num_mels, T]` to an image `[B, 1, T', num_mels]` of whole patches in time."""
         num_frames = spectrogram.shape[2]
         patch, stride = self.patch_size[0], self.stride[0]
         whole = (self.grid(num_frames)[0] - 1) * stride + patch
-        # Contiguous: inductor sorts the strides of a view that the backward pass needs, which it
-        # cannot where they are symbols.
+        # Contiguous, because inductor cannot sort the symbolic strides of a view that the backward
+        # pass needs.
         return pad(spectrogram, (0, whole - num_frames)).transpose(1, 2).unsqueeze(1).contiguous()
 
     def forward(self, spectrogram: Tensor, num_frames: Tensor | None = None) -> Tensor:
-        """`[B, num_mels, T]`, zero beyond a clip's frames, to `[B, N, dim]`."""
+        """Map `[B, num_mels, T]`, zero beyond a clip's frames, to `[B, N, dim]`."""
         return self.embedding(self.fill(spectrogram))
 
 
 class FrameStem(nn.Module):
-    """Spectrogram to a token every few frames, by two convolutions over time, each followed by a
+    """One token per few frames of a spectrogram, by two convolutions over time, each followed by a
     GELU (Whisper, Radford et al. 2022).
 
     Args:
-        num_mels: channels of the spectrogram.
-        dim: of the tokens.
-        strides: of the two convolutions.
+        num_mels: Number of mel bands of the spectrogram.
+        dim: Width of the tokens.
+        strides: Strides of the two convolutions.
 
     Raises:
-        ValueError: for a stride that is not between 1 and 3, the width of the convolutions.
+        ValueError: If a stride is not between 1 and 3, the kernel size of the convolutions.
     """
 
     WIDTH = 3
@@ -95,20 +95,20 @@ class FrameStem(nn.Module):
         )
 
     def num_steps(self, num_frames: Count) -> Count:
-        """How many tokens so many frames become."""
+        """Number of tokens for `num_frames` frames."""
         for stride in self.strides:
             num_frames = (num_frames + stride - 1) // stride
         return num_frames
 
     def grid(self, num_frames: int) -> tuple[int, ...]:
-        """Tokens in time."""
+        """Number of tokens in time."""
         return (self.num_steps(num_frames),)
 
     def forward(self, spectrogram: Tensor, num_frames: Tensor | None = None) -> Tensor:
-        """`[B, num_mels, T]`, zero beyond a clip's frames, to `[B, N, dim]`.
+        """Map `[B, num_mels, T]`, zero beyond a clip's frames, to `[B, N, dim]`.
 
-        The second convolution must see zeros beyond a clip's end too, as it would if the clip
-        stood alone.
+        Activations beyond a clip's end are set to zero before the second convolution too, so that
+        the result does not depend on padding.
         """
         x = spectrogram
         for conv, stride in zip(self.convs, self.strides, strict=True):

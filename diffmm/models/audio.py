@@ -1,4 +1,4 @@
-"""The audio model: waveforms in, log-mel inside."""
+"""The audio model: a transformer over log-mel spectrograms of waveforms."""
 
 import math
 from collections.abc import Sequence
@@ -18,35 +18,35 @@ from diffmm.layers.spectrogram import LogMelSpectrogram, check_waveforms, zero_b
 from diffmm.layers.stem import FrameStem, PatchStem
 from diffmm.models.encoder import Embedded, Encoder, EncoderConfig
 
-NO_PATCHES = "only patches that do not overlap can be told apart: use stem 'patch', no patch_stride"
+NO_PATCHES = "masking needs patches that do not overlap: use stem 'patch' without patch_stride"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AudioConfig(EncoderConfig):
-    """Everything that decides an audio model (and all of `EncoderConfig`).
+    """Configuration of an audio model, in addition to the fields of `EncoderConfig`.
 
     Attributes:
-        sample_rate_hz: of the waveforms.
-        num_mels: mel bands of the spectrogram.
-        window_seconds: length of its window.
-        hop_seconds: from one of its frames to the next.
-        log_mel_mean: of its values over the training set, for normalization; by default that of
-            AudioSet, as AST has it.
-        log_mel_std: likewise their standard deviation.
-        stem: `"patch"`, two-dimensional patches as in AST, with 2-D rotary positions; or
-            `"frame"`, a token every few frames as in Whisper, with 1-D ones.
-        patch_size: side of a patch, or its frames and mel bands; 16 by default. Patch stem only.
-        patch_stride: from one patch to the next, the patch size by default. Patch stem only.
-        frame_strides: of the two convolutions, `(1, 2)` by default. Frame stem only.
-        clip_seconds: longest clip; longer ones are refused. Learned positions need it, to have a
-            place for every token; with rotary ones it may be left out.
+        sample_rate_hz: Sample rate of the waveforms, in Hz.
+        num_mels: Number of mel bands of the spectrogram.
+        window_seconds: Length of the spectrogram's window, in seconds.
+        hop_seconds: Distance between two frames of the spectrogram, in seconds.
+        log_mel_mean: Mean of the log-mel values over the training set, for normalization. The
+            default is that of AudioSet, as in AST.
+        log_mel_std: Standard deviation of the log-mel values over the training set.
+        stem: `"patch"` for two-dimensional patches as in AST, with 2-D rotary positions;
+            `"frame"` for one token per few frames as in Whisper, with 1-D rotary positions.
+        patch_size: Side of a patch, or its frames and mel bands; 16 by default. Patch stem only.
+        patch_stride: Distance between two patches; the patch size by default. Patch stem only.
+        frame_strides: Strides of the two convolutions; `(1, 2)` by default. Frame stem only.
+        clip_seconds: Maximum length of a clip, in seconds; longer clips raise an error. Required
+            by learned positions, optional with rotary positions.
 
     Raises:
-        ValueError: naming the field and the value.
+        ValueError: If a field is out of range; the message names the field and the value.
     """
 
     input_fields: ClassVar[tuple[str, ...]] = ("waveforms", "num_samples")
-    # The smallest energies of a sound are lost in bfloat16.
+    # bfloat16 would lose the smallest energies of a sound.
     exact_fields: ClassVar[tuple[str, ...]] = ("waveforms",)
 
     sample_rate_hz: int
@@ -70,12 +70,12 @@ class AudioConfig(EncoderConfig):
             ("frame_strides", "frame"),
         ):
             if getattr(self, name) is not None and self.stem != served:
-                raise ValueError(f"{name} means nothing to stem {self.stem!r}: leave it out")
+                raise ValueError(f"{name} is not used by stem {self.stem!r}: leave it out")
         if self.clip_seconds is not None and self.clip_seconds <= 0.0:
             raise ValueError(f"clip_seconds must be positive, got {self.clip_seconds}")
         if self.learned_positions and self.clip_seconds is None:
-            raise ValueError("learned_positions need clip_seconds, the longest clip they serve")
-        # Whatever the layers refuse, the config refuses.
+            raise ValueError("learned_positions needs clip_seconds, the maximum length of a clip")
+        # Building the layers on the meta device runs their own checks.
         with torch.device("meta"):
             self.make_spectrogram()
             self.make_stem()
@@ -88,7 +88,7 @@ class AudioConfig(EncoderConfig):
         return AudioModel(self)
 
     def input_shapes(self, batch_size: int, length: int | None = None) -> InputShapes:
-        """`length` in samples; a clip whose length nothing bounds counts as ten seconds."""
+        """`length` is in samples; by default `clip_seconds`, or ten seconds without it."""
         if length is None:
             length = self.samples_in(10.0 if self.clip_seconds is None else self.clip_seconds)
         return {
@@ -98,7 +98,7 @@ class AudioConfig(EncoderConfig):
 
     @property
     def patch_shape(self) -> tuple[int, ...] | None:
-        """Frames, mel bands and channels of a patch; None where patches overlap, or are none."""
+        """Frames, mel bands and channels of a patch; None if there are none or they overlap."""
         if self.stem == "frame":
             return None
         patch_size = as_size(self.patch_size or 16)
@@ -106,11 +106,11 @@ class AudioConfig(EncoderConfig):
         return (*patch_size, 1) if is_apart else None
 
     def samples_in(self, seconds: float) -> int:
-        """A length of time in samples, at least one."""
+        """Convert seconds to a number of samples, at least one."""
         return max(1, round(seconds * self.sample_rate_hz))
 
     def make_spectrogram(self) -> LogMelSpectrogram:
-        """The front end."""
+        """Build the spectrogram layer."""
         return LogMelSpectrogram(
             self.sample_rate_hz,
             num_mels=self.num_mels,
@@ -121,7 +121,7 @@ class AudioConfig(EncoderConfig):
         )
 
     def make_stem(self) -> PatchStem | FrameStem:
-        """The part between spectrogram and tokens."""
+        """Build the layer that turns spectrograms into tokens."""
         if self.stem == "frame":
             return FrameStem(self.num_mels, self.backbone.dim, self.frame_strides or (1, 2))
         patch_size = as_size(self.patch_size or 16)
@@ -130,15 +130,15 @@ class AudioConfig(EncoderConfig):
 
 
 class AudioModel(Encoder):
-    """Waveforms to classes, in timm's words: log-mel spectrogram, stem, backbone, head.
+    """Audio classifier with timm's interface: log-mel spectrogram, stem, backbone, head.
 
-    A clip's features are the same alone and padded in a batch, given its `num_samples`: frames,
-    convolutions, attention and pooling all stop at its end. Patches are ordered by time, then by
-    frequency, so that padding comes last; rotary coordinates count from 1, time first.
+    Given its `num_samples`, a clip has the same features alone and padded in a batch: frames,
+    convolutions, attention and pooling all ignore the padding. Patches are ordered by time, then
+    by frequency, so that padding comes last; rotary coordinates start at 1, time first.
 
     Attributes:
-        augment: a module for normalized spectrograms `[B, num_mels, T]`, such as SpecAugment from
-            torchaudio's maskings, used in training mode only; none by default.
+        augment: A module applied to normalized spectrograms `[B, num_mels, T]` in training mode,
+            such as SpecAugment built from torchaudio's maskings; None by default.
 
     >>> model = diffmm.create_model("audio/sound_events_tiny")
     >>> waveforms, num_samples = torch.randn(2, 8000), torch.tensor([8000, 5000])
@@ -159,15 +159,15 @@ class AudioModel(Encoder):
         self.stem.apply(partial(init_weights, std=INIT_STD))
 
     def forward(self, waveforms: Tensor, num_samples: Tensor | None = None) -> Tensor:
-        """Logits `[B, num_classes]` (features without a head).
+        """Compute logits `[B, num_classes]`, or pooled features `[B, dim]` without a head.
 
         Args:
             waveforms: `[B, S]`, mono, in [-1, 1], at the model's sample rate.
-            num_samples: `[B]` integers, how many of a clip's samples are real (taken between 1
-                and `S`); all by default.
+            num_samples: `[B]` integers, the number of real samples of each clip (clamped to
+                between 1 and `S`); all samples by default.
 
         Raises:
-            ValueError: for tensors of another shape, or clips longer than `clip_seconds`.
+            ValueError: If a tensor has the wrong shape or a clip is longer than `clip_seconds`.
         """
         embedded = self.embed(waveforms, num_samples)
         return self.forward_head(self.encode(embedded)[0], key_padding=embedded.key_padding)
@@ -175,8 +175,7 @@ class AudioModel(Encoder):
     def forward_features(self, waveforms: Tensor, num_samples: Tensor | None = None) -> Tensor:
         """Features `[B, P + N, dim]` after the final norm, `P` special tokens first.
 
-        Which of the patches are real is what `key_padding` says, and what `forward_head` wants to
-        know of padded clips.
+        For padded clips, `key_padding` tells `forward_head` which patches are real.
         """
         return self.encode(self.embed(waveforms, num_samples))[0]
 
@@ -192,8 +191,8 @@ class AudioModel(Encoder):
         intermediates_only: bool = False,
         output_dict: bool = False,
     ) -> Any:
-        """Features after several blocks, of patches; `"NCHW"` is `[B, dim, time, frequency]` (or
-        `[B, dim, time]`). All else is as in `ImageModel.forward_intermediates`."""
+        """Patch features after several blocks, as in `ImageModel.forward_intermediates`; `"NCHW"`
+        is `[B, dim, time, frequency]`, or `[B, dim, time]` with the frame stem."""
         embedded = self.embed(waveforms, num_samples)
         features, taken = self.encode(embedded, self._take_indices(indices), stop_early=stop_early)
         return self._arranged(
@@ -208,7 +207,7 @@ class AudioModel(Encoder):
         )
 
     def embed(self, waveforms: Tensor, num_samples: Tensor | None = None) -> Embedded:
-        """Waveforms to patch tokens, ordered by time, then by frequency."""
+        """Turn waveforms into patch tokens, ordered by time, then by frequency."""
         log_mel, num_frames = self._log_mel(waveforms, num_samples)
         if self.augment is not None and self.training:
             log_mel = self.augment(log_mel)
@@ -225,7 +224,7 @@ class AudioModel(Encoder):
         """The normalized log-mel values of each patch, `[B, N, frames * mel bands]`.
 
         Raises:
-            ValueError: for a stem whose patches overlap, or that has none.
+            ValueError: If the stem has no patches or they overlap.
         """
         if not isinstance(self.stem, PatchStem) or self.config.patch_shape is None:
             raise ValueError(NO_PATCHES)
@@ -233,24 +232,25 @@ class AudioModel(Encoder):
         return patchify(self.stem.fill(log_mel), self.stem.patch_size)
 
     def num_patches(self, waveforms: Tensor, num_samples: Tensor | None = None) -> int:
-        """`N`, with padding."""
+        """Number of patches `N`, including padding."""
         return math.prod(self._grid(waveforms.shape[1]))
 
     def key_padding(self, waveforms: Tensor, num_samples: Tensor) -> Tensor:
-        """`[B, N]` booleans, true where a patch holds something of the clip."""
+        """`[B, N]` booleans, true where a patch contains samples of the clip."""
         check_waveforms(waveforms, num_samples)
         max_samples = waveforms.shape[1]
         num_frames = self.spectrogram.num_frames(num_samples.clamp(1, max_samples))
         return self._key_padding(num_frames, self._grid(max_samples))
 
     def set_input_size(self, clip_seconds: float) -> None:
-        """Take clips of up to another length from now on.
+        """Change the maximum length of a clip.
 
-        For shorter ones learned positions are cut, for longer ones stretched (call this before
-        making an optimizer: they are a new parameter). Rotary coordinates stay as they are.
+        Learned positions are cut for shorter clips and interpolated for longer ones. They become
+        a new parameter, so call this before creating an optimizer. Rotary coordinates do not
+        change.
 
         Raises:
-            ValueError: for a length that is not positive.
+            ValueError: If the length is not positive.
         """
         self.config = replace(self.config, clip_seconds=clip_seconds)
         self._set_grid(self._grid(self.config.samples_in(clip_seconds)))
@@ -258,7 +258,7 @@ class AudioModel(Encoder):
 
     @property
     def reduction(self) -> int:
-        """How many frames of the spectrogram become one token."""
+        """Number of spectrogram frames per token."""
         if isinstance(self.stem, PatchStem):
             return as_size(self.config.patch_stride or self.config.patch_size or 16)[0]
         return math.prod(self.config.frame_strides or (1, 2))
@@ -280,14 +280,14 @@ class AudioModel(Encoder):
     def _log_mel(
         self, waveforms: Tensor, num_samples: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The spectrogram and its frames, as `LogMelSpectrogram` gives them."""
+        """The spectrogram and its number of frames, as returned by `LogMelSpectrogram`."""
         seconds, longest = (
             waveforms.shape[-1] / self.config.sample_rate_hz,
             self.config.clip_seconds,
         )
         if longest is not None and waveforms.shape[-1] > self.config.samples_in(longest):
             raise ValueError(
-                f"clips of {seconds:g} s are longer than clip_seconds={longest:g}: cut them, or "
+                f"clips of {seconds:g} s are longer than clip_seconds={longest:g}: cut them or "
                 f"call set_input_size({seconds:g})"
             )
         return self.spectrogram(waveforms, num_samples)

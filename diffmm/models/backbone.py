@@ -1,4 +1,4 @@
-"""The one backbone: a stack of blocks between an embedding and a head."""
+"""The backbone: a stack of transformer blocks between an embedding and a head."""
 
 from collections.abc import Collection
 from functools import partial
@@ -18,16 +18,16 @@ from diffmm.ops import AttentionMask
 __all__ = ["Backbone", "BackboneConfig"]
 
 WIDE = 512
-"""From this width on v1's headwise norm starts at 1, which was measured to be better there, and
-below it at the size of a value (docs/lab_notes.md, "A slow start")."""
+"""At this width and above, the headwise norm of v1 is initialized to 1, which was measured to be
+better there; below it, to the size of a value (docs/lab_notes.md, "A slow start")."""
 
 
 class Backbone(nn.Module):
     """Blocks and a final norm: `[B, N, dim]` to `[B, N, dim]`, for every modality.
 
     Attributes:
-        activation_checkpointing: whether blocks are recomputed in the backward pass in place of
-            keeping their activations; a training choice, so it is set here and not in the config.
+        activation_checkpointing: Whether blocks are recomputed in the backward pass instead of
+            storing their activations. This is a training choice and so not part of the config.
 
     >>> config = diffmm.BackboneConfig(dim=64, depth=2, num_heads=4)
     >>> backbone = diffmm.Backbone(config)
@@ -43,7 +43,8 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(config.make_block(index) for index in range(config.depth))
         self.norm = NORMS[config.norm](config.dim)
         self.apply(partial(init_weights, std=config.init_std))
-        # Two branches a block are added up: scaled so, their sum does not grow with depth.
+        # Each block adds two residual branches; scaled this way, their sum does not grow with
+        # depth.
         for name, module in self.named_modules():
             if name.endswith(("out_proj", "down_proj")):
                 init_weights(module, config.init_std * (2 * config.depth) ** -0.5)
@@ -64,21 +65,22 @@ class Backbone(nn.Module):
         """Run the blocks and the final norm.
 
         Args:
-            x: `[B, N, dim]` embedded tokens.
-            mask: what each token sees.
-            positions: of the tokens, `[N]` or `[B, N]` (with a last axis of 2 for 2-D rope);
-                0, 1, 2, ... by default, after what the cache holds. Unused without rope.
-            cache: keys and values of earlier tokens, to which these are added.
-            indices: blocks whose outputs, before the final norm, are wanted too.
-            stop_early: leave out the blocks after the last of `indices`.
+            x: Embedded tokens, `[B, N, dim]`.
+            mask: Which tokens each token attends to.
+            positions: Positions of the tokens, `[N]` or `[B, N]` (with a last axis of size 2 for
+                2-D rope); by default 0, 1, 2, ..., continuing after the cached tokens. Unused
+                without rope.
+            cache: Keys and values of earlier tokens; those of `x` are appended.
+            indices: Blocks whose outputs, before the final norm, are also returned.
+            stop_early: Skip the blocks after the last of `indices`.
 
         Returns:
-            `[B, N, dim]`, and with `indices` the outputs of those blocks, in their order, in a list
-            beside it.
+            `[B, N, dim]`; with `indices`, a pair of this and the list of those blocks' outputs, in
+            ascending order.
 
         Raises:
-            ValueError: for 2-D rope without positions, or a cache of another number of layers or
-                without room for these tokens.
+            ValueError: If 2-D rope has no positions, or the cache has a different number of
+                layers or no room for these tokens.
         """
         rope = None
         if self.rope is not None:
@@ -91,7 +93,7 @@ class Backbone(nn.Module):
         recompute = self.activation_checkpointing and self.training
         count = len(self.blocks)
         last = max(indices, default=count - 1) if stop_early and indices is not None else count - 1
-        # By place and not by `layer_index`, which blocks that were copied have in common.
+        # Indexed by place in the list: copied blocks share the same `layer_index`.
         caches = [None] * count if cache is None else cache.layers(count)
         intermediates = []
         for index, (block, own) in enumerate(zip(self.blocks, caches, strict=True)):
@@ -111,7 +113,7 @@ class Backbone(nn.Module):
         return [cast(Block, block).attention for block in self.blocks]
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
-        """An empty cache for this backbone, on its device and in the dtype it computes in."""
+        """Create an empty key-value cache on this backbone's device, in its compute dtype."""
         weight = self.attentions[0].q_proj.weight
         kind = weight.device.type
         autocast = kind != "meta" and torch.is_autocast_enabled(kind)

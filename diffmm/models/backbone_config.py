@@ -1,4 +1,4 @@
-"""Everything that decides a backbone."""
+"""The configuration of a backbone."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,53 +14,59 @@ from diffmm.layers.norm import NORMS
 from diffmm.layers.rope import RotaryEmbedding
 
 MAX_DEPTH = 10_000
-"""More layers would only take the time to be made."""
+"""An upper bound that catches mistakes before the layers are built."""
 
 ROPE_AXES = {"none": 0, "1d": 1, "2d": 2, "3d": 3}
 
 
 @dataclass(frozen=True)
 class BackboneConfig(Settings):
-    """Everything that decides a backbone, checked when it is made.
+    """Configuration of a backbone, checked on creation.
 
     Attributes:
-        dim: width of the residual stream.
-        depth: number of blocks.
-        num_heads: query heads in the softmax model of this size, whatever `attention` is (see
-            `diffmm.layers.Attention`): the one number that keeps comparisons fair.
-        num_kv_heads: key and value heads, `num_heads` by default.
-        head_dim: `dim / num_heads` by default.
-        attention: a name in `diffmm.layers.ATTENTIONS`: `"softmax"`, `"diff_v1"`, `"diff_v2"`,
-            `"diff_grouped"`, or one that `register_attention` added.
-        norm: `"rmsnorm"`, `"layernorm"`, or one that `register_norm` added.
-        feed_forward: `"swiglu"`, `"gelu"`, or one that `register_feed_forward` added.
-        feed_forward_width: obeyed if given. By default 8/3 (swiglu) or 4 (gelu) times `dim`, less
-            what the attention has over plain softmax attention (the extra queries of `diff_v2`, an
-            output gate), so that models of all attentions have the same number of parameters.
-        rope: `"none"`, or rotary positions of `"1d"`, `"2d"` or `"3d"`.
-        rope_base: the base of their wavelengths.
-        qkv_bias, out_bias, feed_forward_bias: which projections have a bias.
-        qk_norm: RMSNorm on queries and keys.
-        dropout: rate on every branch's output, in [0, 1). Attention maps are never dropped: two
-            maps would need one mask.
-        drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
-        layer_scale: start of a learned factor a channel on every branch; none by default.
-        init_std: standard deviation of all weights at the start (linear layers, embeddings,
-            positions, heads), above 0; projections that end a branch get less, by the square root
-            of the number of branches. 0.02 suits widths from about 512 on; narrow models learn
-            faster from about `(3 * dim) ** -0.5`.
-        output_gate: one gate per `"head"` or per `"element"` of it, before the output projection.
-        exclusive: exclusive self-attention (see `diffmm.layers.Attention`).
-        cosine_logits: cosine-normalized attention logits; softmax only.
-        share: both components use one `"q"` or one `"k"`; v1 only.
-        lambda_init: the same for every layer, in place of the paper's schedule; v1 only.
-        headwise_norm: normalize heads; v1 only.
-        combine: `"subtract"` or `"add"` the second map; all differential attentions.
-        signal_per_noise: signal heads that share a noise head; `diff_grouped` only.
-        backend: of the attention op.
+        dim: Width of the residual stream.
+        depth: Number of blocks.
+        num_heads: Number of query heads of the softmax model of this size, whatever `attention`
+            is (see `diffmm.layers.Attention`). This keeps comparisons between attentions fair.
+        num_kv_heads: Number of key and value heads; `num_heads` by default.
+        head_dim: Head dimension; `dim / num_heads` by default.
+        attention: A name in `diffmm.layers.ATTENTIONS`: `"softmax"`, `"diff_v1"`, `"diff_v2"`,
+            `"diff_grouped"`, or one added by `register_attention`.
+        norm: `"rmsnorm"`, `"layernorm"`, or one added by `register_norm`.
+        feed_forward: `"swiglu"`, `"gelu"`, or one added by `register_feed_forward`.
+        feed_forward_width: Hidden width of the feed-forward layers. By default 8/3 (swiglu) or 4
+            (gelu) times `dim`, reduced by the parameters that the attention has beyond softmax
+            attention (the extra queries of `diff_v2`, an output gate), so that all attentions
+            give the same number of parameters. A given value is used unchanged.
+        rope: `"none"`, or rotary positions over one (`"1d"`), two (`"2d"`) or three (`"3d"`) axes.
+        rope_base: Base of the rotary wavelengths.
+        qkv_bias: Whether the query, key and value projections have a bias.
+        out_bias: Whether the output projection of the attention has a bias.
+        feed_forward_bias: Whether the projections of the feed-forward layer have a bias.
+        qk_norm: Whether to apply RMSNorm to queries and keys.
+        dropout: Dropout rate on the output of every residual branch, in [0, 1). Attention maps
+            have no dropout, because both maps of a pair would need the same dropout mask.
+        drop_path: Stochastic depth rate of the last block, in [0, 1); the rate grows linearly from
+            0 in the first block.
+        layer_scale: Initial value of a learned factor per channel on every residual branch; None
+            means no such factor.
+        init_std: Standard deviation of all initial weights (linear layers, embeddings, positions,
+            heads), above 0; projections that end a residual branch get this divided by the square
+            root of the number of branches. 0.02 suits widths of about 512 and above; narrower
+            models learn faster with about `(3 * dim) ** -0.5`.
+        output_gate: One gate per `"head"` or per `"element"` of a head, before the output
+            projection; None means no gate.
+        exclusive: Whether to use exclusive self-attention (see `diffmm.layers.Attention`).
+        cosine_logits: Whether to use cosine-normalized attention logits; softmax only.
+        share: Whether both components share one query (`"q"`) or one key (`"k"`); v1 only.
+        lambda_init: Initial lambda of every layer, instead of the paper's schedule; v1 only.
+        headwise_norm: Whether heads are normalized; v1 only.
+        combine: Whether to `"subtract"` or `"add"` the second map; all differential attentions.
+        signal_per_noise: Number of signal heads per noise head; `diff_grouped` only.
+        backend: Backend of the attention op; see `diffmm.ops.diff_attention`.
 
     Raises:
-        ValueError: naming the field and the value.
+        ValueError: If a field is out of range; the message names the field and the value.
 
     >>> config = diffmm.BackboneConfig(dim=64, depth=2, num_heads=4, attention="diff_v2")
     >>> config.resolved_head_dim
@@ -113,8 +119,8 @@ class BackboneConfig(Settings):
         check_choice("norm", self.norm, NORMS)
         check_choice("feed_forward", self.feed_forward, FEED_FORWARDS)
         check_choice("rope", self.rope, ROPE_AXES)
-        self._refuse_fields_of_others()
-        # Whatever the layers refuse, the config refuses: building them on no device costs nothing.
+        self._check_unused_fields()
+        # Building the layers on the meta device runs their own checks and allocates nothing.
         with torch.device("meta"):
             self.make_attention(0)
             if self.rope != "none":
@@ -122,27 +128,27 @@ class BackboneConfig(Settings):
 
     @property
     def resolved_head_dim(self) -> int:
-        """`D`, given or derived."""
+        """Head dimension `D`, given or derived."""
         return self.head_dim or self.dim // self.num_heads
 
     @property
     def resolved_feed_forward_width(self) -> int:
-        """The feed-forward's width, given or derived (see `feed_forward_width`)."""
+        """Width of the feed-forward layers, given or derived (see `feed_forward_width`)."""
         if self.feed_forward_width is not None:
             return self.feed_forward_width
         num_matrices = FEED_FORWARDS[self.feed_forward].num_matrices
-        # A multiple that tensor cores like, yet fine enough to keep the counts within 0.5%.
+        # A multiple that suits tensor cores, yet keeps parameter counts within 0.5%.
         step = min(64, 1 << max(0, (self.dim // 32).bit_length() - 1))
         width = max(1, round(8 * self.dim / num_matrices / step)) * step
         if extra := self.extra_parameters:
-            # Taken off the rounded width, so that only one rounding parts the two models.
+            # Subtracted from the rounded width, so that the two models differ by one rounding.
             width = max(1, round((width - extra / (num_matrices * self.dim)) / step)) * step
         return width
 
     @property
     def extra_parameters(self) -> int:
-        """How many more parameters the projections of this attention have than those of softmax
-        attention with as many heads. (Norms and lambda vectors are lost in rounding.)"""
+        """Number of parameters that the projections of this attention have beyond those of softmax
+        attention with as many heads. Norms and lambda vectors are too small to count."""
         with torch.device("meta"):
             plain = SoftmaxAttention(
                 self.dim,
@@ -164,11 +170,11 @@ class BackboneConfig(Settings):
         )
         return own - others
 
-    def _refuse_fields_of_others(self) -> None:
-        """Refuse what is set, but means nothing to this attention.
+    def _check_unused_fields(self) -> None:
+        """Raise an error for settings that this attention does not use.
 
         Raises:
-            ValueError: Naming the field, its value and the attentions that take it.
+            ValueError: The message names the field, its value and the attentions that use it.
         """
         taken = {kind: attention.config_fields() for kind, attention in ATTENTIONS.items()}
         for name, field in self.__dataclass_fields__.items():
@@ -176,26 +182,26 @@ class BackboneConfig(Settings):
             value = getattr(self, name)
             if served and self.attention not in served and value != field.default:
                 raise ValueError(
-                    f"{name}={value!r} means nothing to attention {self.attention!r}: it is for "
+                    f"{name}={value!r} is not used by attention {self.attention!r}, only by "
                     f"{' and '.join(served)}"
                 )
 
     def _arguments(self, attention: type[Attention]) -> dict[str, Any]:
-        """What an attention takes of this config."""
+        """The fields of this config that an attention takes as arguments."""
         names = attention.config_fields()
         return {name: getattr(self, name) for name in names if name in self.__dataclass_fields__}
 
     def make_attention(self, layer_index: int) -> Attention:
-        """The attention layer of one block."""
+        """Build the attention layer of one block."""
         attention = ATTENTIONS[self.attention]
         return attention(self.dim, layer_index=layer_index, **self._arguments(attention))
 
     def make_rope(self) -> RotaryEmbedding:
-        """The rotary embedding that all blocks share."""
+        """Build the rotary embedding that all blocks share."""
         return RotaryEmbedding(self.resolved_head_dim, self.rope_base, ROPE_AXES[self.rope])
 
     def make_block(self, layer_index: int) -> Block:
-        """One block, with its share of the stochastic depth."""
+        """Build one block, with its own stochastic depth rate."""
         norm = NORMS[self.norm]
         return Block(
             self.make_attention(layer_index),

@@ -1,4 +1,4 @@
-"""A model's architecture as plain data, which travels with its weights."""
+"""A model's architecture as plain data, saved with its weights."""
 
 import dataclasses
 from types import UnionType
@@ -19,79 +19,81 @@ MODELS: dict[str, type[nn.Module]] = {
     f"diffmm.models.{model.__name__}": model
     for model in (TextModel, ImageModel, AudioModel, MaskedAutoencoder)
 }
-"""What a description may name. A file cannot make the library import anything else."""
+"""The classes that a description may name; a file cannot cause any other import."""
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
-    """What `build` needs to make this model again, in dicts, lists, numbers and strings.
+    """Describe a model in dicts, lists, numbers and strings, so that `build` can recreate it.
 
     Returns:
         `{"class_path": "diffmm.models.TextModel", "config": {...}}`.
 
     Raises:
-        ValueError: for a model that is none of `diffmm.models`.
+        ValueError: If the model's class is not in `diffmm.models`.
     """
     model = unwrap(model)
     class_path = f"diffmm.models.{type(model).__name__}"
     if MODELS.get(class_path) is not type(model):
         raise ValueError(
-            f"{type(model).__name__} is none of {', '.join(MODELS)}: it has no description"
+            f"{type(model).__name__} has no description: only {', '.join(MODELS)} have one"
         )
     config: Any = model.config
     return {"class_path": class_path, "config": _plain(dataclasses.asdict(config))}
 
 
 def build(description: dict[str, Any]) -> nn.Module:
-    """The model that `describe` described, with new weights.
+    """Build the model of a description, with newly initialized weights.
 
     Raises:
-        ValueError: for a class that is none of `diffmm.models`, and for fields or values that its
-            config does not take.
+        ValueError: If the class is not in `diffmm.models`, or its config does not accept a field
+            or value.
     """
     if not isinstance(description, dict) or set(description) != {"class_path", "config"}:
-        raise ValueError(f"a description has a class_path and a config, got {description!r:.200}")
+        raise ValueError(
+            f"a description must have a class_path and a config, got {description!r:.200}"
+        )
     description = with_new_names(description, "the model's description")
     config = configured(config_class(description["class_path"]), description["config"])
     return MODELS[description["class_path"]](config)
 
 
 def config_class(class_path: Any) -> type:
-    """The config of the model that a description names.
+    """The config class of the model that a description names.
 
     Raises:
-        ValueError: for a class that is none of `diffmm.models`.
+        ValueError: If the class is not in `diffmm.models`.
     """
     check_choice("class_path", class_path, MODELS)
     return get_type_hints(MODELS[class_path].__init__)["config"]
 
 
 def nested_config(config: type, name: str, values: Any) -> type:
-    """The class of the config in field `name` of a config: of several, the one that has most of
-    the names in `values`.
+    """The config class in field `name` of a config. If the field allows several, this is the one
+    with the most names in `values`.
 
     Raises:
-        ValueError: if the field holds none.
+        ValueError: If the field does not hold a config.
     """
     nearest = _nearest_config(get_type_hints(config)[name], values)
     if nearest is None:
-        raise ValueError(f"{config.__name__}.{name} is no config")
+        raise ValueError(f"{config.__name__}.{name} is not a config")
     return nearest
 
 
 def unwrap(model: Model) -> Model:
-    """The model inside what `torch.compile` returns."""
+    """The original model of one returned by `torch.compile`, or `model` itself."""
     return getattr(model, "_orig_mod", model)
 
 
 def _plain(value: Any) -> Any:
-    """Tuples become lists, as JSON would have it."""
+    """Convert tuples to lists, as in JSON."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def configured(config: Any, values: Any) -> Any:
-    """An instance of `config` from plain values, with the configs nested in it."""
+    """Create an instance of `config`, including nested configs, from plain values."""
     hints = get_type_hints(config)
     if not isinstance(values, dict):
         raise ValueError(f"{config.__name__} needs its fields by name, got {values!r:.200}")
@@ -102,11 +104,11 @@ def configured(config: Any, values: Any) -> Any:
     try:
         return config(**typed)
     except TypeError as error:
-        raise ValueError(f"{config.__name__} cannot be made: {error}") from error
+        raise ValueError(f"{config.__name__} cannot be created: {error}") from error
 
 
 def _typed(hint: Any, value: Any) -> Any:
-    """A plain value as its field's type has it: nested configs, and tuples where JSON has lists."""
+    """Convert a plain value to its field's type: nested configs, and tuples instead of lists."""
     config = _nearest_config(hint, value)
     if config is not None and not (value is None and type(None) in _options(hint)):
         return configured(config, value)
@@ -116,7 +118,7 @@ def _typed(hint: Any, value: Any) -> Any:
 
 
 def _nearest_config(hint: Any, values: Any) -> type | None:
-    """Of the configs that a type allows, the one with most of the names in `values`."""
+    """The config that a type allows; of several, the one with the most names in `values`."""
     configs: list[Any] = [option for option in _options(hint) if dataclasses.is_dataclass(option)]
     names = set(values) if isinstance(values, dict) else set()
     return max(
@@ -127,5 +129,5 @@ def _nearest_config(hint: Any, values: Any) -> type | None:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the one type that is none."""
+    """The members of a union, or the type itself."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)

@@ -1,4 +1,4 @@
-"""What the image and the audio model share: special tokens, positions, pooling, head."""
+"""The encoder that image and audio models share: special tokens, positions, pooling, head."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,35 +21,39 @@ from diffmm.models.timm_interface import TimmInterface
 from diffmm.ops import AttentionMask
 
 POOLS = {"cls": "cls", "token": "cls", "mean": "mean", "avg": "mean", "map": "map"}
-"""Ways to pool, by our names and timm's."""
+"""Pooling methods, by diffmm's names and by timm's."""
 
 HEADS: dict[str, type[nn.Module]] = {"linear": Linear}
-"""What `EncoderConfig.head` may be: classes made from a width and a number of classes."""
+"""Values of `EncoderConfig.head`: classes constructed from a width and a number of classes."""
 
 
 def register_head(name: str) -> Callable[[Layer], Layer]:
-    """A class decorator with which `EncoderConfig(head=name)` takes a head, `Head(dim,
-    num_classes)`, that maps pooled features `[B, dim]` to logits `[B, num_classes]`."""
+    """Class decorator that makes a head available as `EncoderConfig(head=name)`. It is constructed
+    as `Head(dim, num_classes)` and maps pooled features `[B, dim]` to logits
+    `[B, num_classes]`."""
     return registration(HEADS, name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig(Settings):
-    """What the configs of image and audio models share.
+    """Configuration that image and audio models share.
 
     Attributes:
-        backbone: its blocks, with rotary positions of the modality or none.
-        num_classes: outputs of the head; 0 means no head, and pooled features come out.
-        cls_token: whether a learned token leads the sequence.
-        num_reg_tokens: learned tokens after it that nobody reads (Darcet et al. 2024).
-        pool: what the head reads: the class token (`"cls"`, timm's `"token"`), the mean over
-            patches alone (`"mean"`, timm's `"avg"`), or what a learned query finds in all tokens
-            by attention (`"map"`, Zhai et al. 2022).
-        head: `"linear"`, or one that `register_head` added.
-        learned_positions: a learned embedding for every place, beside or in place of rotary ones.
+        backbone: Configuration of the blocks, with the modality's rotary positions or none.
+        num_classes: Number of output classes; 0 means no head, and the model returns pooled
+            features.
+        cls_token: Whether the sequence starts with a class token.
+        num_reg_tokens: Number of register tokens after the class token; the head does not read
+            them (Darcet et al. 2024).
+        pool: Input of the head: the class token (`"cls"`, timm's `"token"`), the mean over the
+            patches (`"mean"`, timm's `"avg"`), or attention of a learned query over all tokens
+            (`"map"`, Zhai et al. 2022).
+        head: `"linear"`, or a head added by `register_head`.
+        learned_positions: Whether every position has a learned embedding, in addition to or
+            instead of rotary positions.
 
     Raises:
-        ValueError: naming the field and the value.
+        ValueError: If a field is out of range; the message names the field and the value.
     """
 
     backbone: BackboneConfig
@@ -69,84 +73,85 @@ class EncoderConfig(Settings):
         object.__setattr__(self, "pool", POOLS[self.pool])
         check_choice("head", self.head, HEADS)
         if self.pool == "cls" and not self.cls_token:
-            raise ValueError("pool='cls' needs cls_token=True: set it, or pool='mean'")
+            raise ValueError("pool='cls' needs cls_token=True: set it, or use pool='mean'")
         if self.backbone.rope not in ("none", self.rope_kind):
             raise ValueError(
-                f"the tokens here have {self.rope_kind} positions, but the backbone's rope is "
+                f"the tokens have {self.rope_kind} positions, but the backbone's rope is "
                 f"{self.backbone.rope!r}: set it to {self.rope_kind!r} or 'none'"
             )
         if self.backbone.rope == "none" and not self.learned_positions:
             raise ValueError(
-                f"tokens have no positions: set the backbone's rope to {self.rope_kind!r}, "
-                f"or learned_positions=True"
+                f"tokens have no positions: set the backbone's rope to {self.rope_kind!r} "
+                f"or set learned_positions=True"
             )
 
     input_fields: ClassVar[tuple[str, ...]]
-    """The fields of a batch that the model takes, in the order of its `forward`; the first holds
-    the samples themselves."""
+    """The batch fields that the model takes, in the order of its `forward`; the first contains
+    the samples."""
 
     exact_fields: ClassVar[tuple[str, ...]] = ()
-    """Those of them that low precision (`bf16-true`, `16-true`) must leave as they are."""
+    """The input fields that low precision (`bf16-true`, `16-true`) must not cast."""
 
     @property
     def num_axes(self) -> int:
-        """Axes of the tokens' positions: 2 for rows and columns."""
+        """Number of axes of the tokens' positions; 2 for rows and columns."""
         return 2
 
     @property
     def rope_kind(self) -> str:
-        """The rotary positions that fit the tokens, such as `"2d"`."""
+        """The kind of rotary positions that matches the tokens, such as `"2d"`."""
         return f"{self.num_axes}d"
 
     def make(self) -> "Encoder":
-        """A model of this config, with new weights."""
+        """Build the model of this config, with newly initialized weights."""
         raise NotImplementedError
 
     def input_shapes(self, batch_size: int, length: int | None = None) -> InputShapes:
-        """Shape and dtype of each of `input_fields` for a batch of this many samples.
+        """Shape and dtype of each of `input_fields` for a batch of `batch_size` samples.
 
         Args:
-            batch_size: Samples in the batch.
-            length: Length of a sample where that is not fixed, in the model's own units.
+            batch_size: Number of samples per batch.
+            length: Length of a sample in the model's own units, if it is not fixed.
         """
         raise NotImplementedError
 
     @property
     def patch_shape(self) -> tuple[int, ...] | None:
-        """What `Encoder.patchify` finds in a patch, channels last; None where it cannot."""
+        """Shape of one patch in `Encoder.patchify`, channels last; None if patches overlap."""
         raise NotImplementedError
 
 
 class Embedded(NamedTuple):
-    """Patches as the backbone takes them, without special tokens."""
+    """Patch tokens for the backbone, without special tokens."""
 
     tokens: Tensor
-    """`[B, N, dim]`, learned positions added."""
+    """`[B, N, dim]`, including learned positions."""
     positions: Tensor
-    """Rotary coordinates, `[N]` or `[B, N]`, with a last axis of `num_axes` where there are
-    several. A backbone without rope takes no notice."""
+    """Rotary coordinates, `[N]` or `[B, N]`, with a last axis of size `num_axes` if there are
+    several. Unused by a backbone without rope."""
     key_padding: Tensor | None
-    """`[B, N]` booleans, true where a patch is real; None where all are."""
+    """`[B, N]` booleans, true where a patch is real; None if all are real."""
 
 
 class Encoder(TimmInterface):
-    """Patches to features to classes, in timm's words.
+    """Transformer encoder and classifier over patches, with timm's interface.
 
-    A model of a modality adds `embed`, `patchify` and `num_patches`, which take its inputs.
+    The model of a modality adds `embed`, `patchify` and `num_patches`, which take its inputs.
 
     Args:
-        config: of the model.
-        max_grid: most tokens along each axis, None for any; learned positions need to know.
+        config: Configuration of the model.
+        max_grid: Maximum number of tokens along each axis; None means no limit, which learned
+            positions do not allow.
     """
 
     config: EncoderConfig
 
     embed: Callable[..., Embedded]
-    """Inputs to patch tokens."""
+    """Turns inputs into patch tokens."""
     patchify: Callable[..., Tensor]
-    """Inputs to what each patch holds, `[B, N, prod(patch_shape)]`, before any augmentation."""
+    """Turns inputs into patch contents, `[B, N, prod(patch_shape)]`, before any augmentation."""
     num_patches: Callable[..., int]
-    """Inputs to `N`."""
+    """Number of patches `N` of the inputs."""
 
     def __init__(self, config: EncoderConfig, max_grid: Grid | None) -> None:
         super().__init__()
@@ -168,31 +173,31 @@ class Encoder(TimmInterface):
         self._describe_to_timm()
 
     def reset_parameters(self) -> None:
-        """Start class token and registers anew."""
+        """Initialize the class token and the register tokens."""
         for parameter in self.parameters(recurse=False):
             nn.init.trunc_normal_(parameter, std=self.config.backbone.init_std)
 
     @property
     def input_fields(self) -> tuple[str, ...]:
-        """The fields of a batch that `forward` takes, in its order."""
+        """The batch fields that `forward` takes, in order."""
         return self.config.input_fields
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens in front of the patches: class token and registers."""
+        """Number of special tokens before the patches: class token and register tokens."""
         return int(self.config.cls_token) + self.config.num_reg_tokens
 
     def encode(
         self, embedded: Embedded, indices: Sequence[int] = (), *, stop_early: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """Run the backbone over special tokens and patches, or over some of the patches.
+        """Run the backbone over special tokens and patches, or a subset of the patches.
 
-        Special tokens stand at position 0 of every axis, where nothing is rotated. With
-        `stop_early` the blocks after the last of `indices` are left out.
+        Special tokens have position 0 on every axis, where rope does not rotate. With
+        `stop_early` the blocks after the last of `indices` are skipped.
 
         Returns:
-            Features `[B, P + N, dim]` after the final norm, `P` special tokens first, and likewise
-            the outputs of the blocks in `indices`, before it.
+            Features `[B, P + N, dim]` after the final norm, `P` special tokens first, and a list
+            of the outputs of the blocks in `indices`, of the same shape, before the final norm.
         """
         parts: list[Tensor] = [
             part for part in (self.cls_token, self.reg_token) if part is not None
@@ -212,7 +217,7 @@ class Encoder(TimmInterface):
         )
 
     def with_prefix(self, embedded: Embedded, prefix: Tensor) -> Embedded:
-        """Put special tokens, `[P, dim]` or `[B, P, dim]`, in front of patches."""
+        """Prepend special tokens, `[P, dim]` or `[B, P, dim]`, to the patches."""
         tokens, positions, key_padding = embedded
         num_prefix = prefix.shape[-2]
         tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1), tokens], dim=1)
@@ -225,16 +230,16 @@ class Encoder(TimmInterface):
     def forward_head(
         self, features: Tensor, pre_logits: bool = False, *, key_padding: Tensor | None = None
     ) -> Tensor:
-        """Pool and classify.
+        """Pool the features and classify them.
 
         Args:
-            features: `[B, P + N, dim]` from `forward_features`.
-            pre_logits: stop after pooling.
-            key_padding: `[B, N]`, which patches are real, for pools other than the class token; all
-                by default.
+            features: `[B, P + N, dim]`, as returned by `forward_features`.
+            pre_logits: Whether to return the pooled features.
+            key_padding: `[B, N]` booleans, true where a patch is real; all by default. Unused when
+                the class token is pooled.
 
         Returns:
-            `[B, num_classes]`, or `[B, dim]` without a head or with `pre_logits`.
+            Logits `[B, num_classes]`, or `[B, dim]` without a head or with `pre_logits`.
         """
         if self.config.pool == "cls":
             pooled = features[:, 0]
@@ -252,14 +257,14 @@ class Encoder(TimmInterface):
         return pooled if pre_logits else self.head(pooled)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head, with new weights.
+        """Replace the head by one with newly initialized weights.
 
         Args:
-            num_classes: its outputs, 0 for none.
-            global_pool: a way to pool, as in `EncoderConfig.pool`; unchanged by default.
+            num_classes: Number of output classes; 0 means no head.
+            global_pool: Pooling method, as in `EncoderConfig.pool`; unchanged by default.
 
         Raises:
-            ValueError: as the config does.
+            ValueError: If `EncoderConfig` rejects a value.
         """
         changes: dict[str, Any] = {} if global_pool is None else {"pool": global_pool}
         old_pool = self.config.pool
@@ -280,13 +285,13 @@ class Encoder(TimmInterface):
         }
 
     def timm_cfg(self) -> dict[str, Any]:
-        """What a modality adds to `pretrained_cfg`."""
+        """Entries of `pretrained_cfg` that are specific to the modality."""
         return {}
 
     def resample_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`weights` with their learned positions brought to this model's grid.
+        """Resample the learned positions in `weights` to this model's grid.
 
-        Where neither is learned, or the grids are the same, nothing changes.
+        Without learned positions, or if the grids agree, `weights` are returned unchanged.
         """
         name = "positions.grid"
         if self.positions is None or name not in weights:
@@ -300,7 +305,7 @@ class Encoder(TimmInterface):
         return resample(positions, grid)
 
     def _set_grid(self, grid: Grid) -> None:
-        """Change `max_grid`, and with it learned positions, which are a new parameter then."""
+        """Change `max_grid` and resample the learned positions, which become a new parameter."""
         old_grid, self.max_grid = self.max_grid, grid
         if self.positions is not None and grid != old_grid:
             old = self.positions.grid

@@ -1,4 +1,4 @@
-"""Continuing text with a decoder, token by token."""
+"""Text generation with a decoder, token by token."""
 
 import math
 import numbers
@@ -12,7 +12,7 @@ from diffmm.models.text import TextModel
 from diffmm.ops import AttentionMask
 
 GREEDY_BELOW = 1e-6
-"""A smaller temperature is none: logits that it divides could leave float32."""
+"""Below this temperature decoding is greedy, since the divided logits could overflow float32."""
 
 
 def generate(
@@ -28,10 +28,10 @@ def generate(
     key_padding: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """What the model writes after each prompt: `[B, T]` ids without the prompt.
+    """Generate a continuation of each prompt: `[B, T]` ids without the prompt.
 
-    `T` is `max_new_tokens`, or less if every row has stopped before. Arguments and errors as in
-    `stream`.
+    `T` is `max_new_tokens`, or less if every row has stopped earlier. Arguments and errors are
+    those of `stream`.
     """
     steps = stream(
         model,
@@ -61,28 +61,29 @@ def stream(
     key_padding: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """As `generate`, giving the `[B]` ids of each step as soon as they are there.
+    """Generate like `generate`, but yield the `[B]` ids of each step as soon as they are sampled.
 
-    The prompt is read in one eager forward; then each step reads one token and the cache. Of a
-    compiled model only the step is compiled, once for all prompt lengths.
+    The prompt is processed in one uncompiled forward pass; each following step processes one token
+    with the key-value cache. If the model is compiled, only that step runs compiled, compiled once
+    for all prompt lengths.
 
     Args:
-        model: a decoder in evaluation mode, compiled or not.
-        tokens: `[B, N]` prompts.
-        max_new_tokens: most tokens to write after each, at least 1.
-        temperature: divides the logits; below 1e-6 the likeliest token is taken always.
-        top_k: sample among the `k` likeliest tokens only.
-        top_p: sample among the likeliest tokens that together have at least this probability, in
-            (0, 1]; applied after `top_k`.
-        stop_ids: a row stops once it has written one of these.
-        pad_id: what a row that has stopped goes on with, the first of `stop_ids` by default.
-        key_padding: `[B, N]` booleans, true where a token is real: prompts of several lengths are
-            padded **on the left**, and each is continued as if it were alone.
-        generator: source of the random numbers, on the model's device.
+        model: A decoder in evaluation mode, compiled or not.
+        tokens: Prompts, `[B, N]` ids.
+        max_new_tokens: Maximum number of tokens generated per prompt, at least 1.
+        temperature: Divides the logits; below 1e-6 decoding is greedy.
+        top_k: Sample only among the `k` most likely tokens.
+        top_p: Sample only among the most likely tokens whose total probability reaches this value,
+            in (0, 1]; applied after `top_k`.
+        stop_ids: A row stops once it has generated one of these ids.
+        pad_id: Fills a row that has stopped; the first of `stop_ids` by default.
+        key_padding: `[B, N]` booleans, true where a token is real. Prompts of different lengths
+            are padded **on the left**; each is continued as if it were alone.
+        generator: Random number generator on the model's device.
 
     Raises:
-        ValueError: for a model that is an encoder or in training mode, a number out of its range,
-            padding on the right, or prompts that leave too little of `max_length`.
+        ValueError: If the model is an encoder or in training mode, an argument is out of range,
+            prompts are padded on the right, or prompt and new tokens exceed `max_length`.
     """
     inner = unwrap(model)
     _check_model(inner)
@@ -139,10 +140,10 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`[B]` ids drawn from `logits`, `[B, V]`. Arguments as in `stream`."""
+    """Sample `[B]` ids from `logits`, `[B, V]`. Arguments as in `stream`."""
     if temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
-    # Likeliest first, so that both cuts are prefixes.
+    # Most likely first, so that both top-k and top-p keep a prefix.
     num_kept = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
     logits, ids = logits.float().topk(num_kept, dim=-1)
     probabilities = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)
@@ -156,8 +157,8 @@ def sample(
 def _check_model(model: TextModel) -> None:
     if not model.config.causal:
         raise ValueError(
-            "this model is an encoder (causal=False): it sees what comes after a token, "
-            "so it cannot write what comes next"
+            "the model is an encoder (causal=False), which cannot generate text: "
+            "use a model with causal=True"
         )
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() before generating")
@@ -168,13 +169,13 @@ def _check_prompt(
 ) -> None:
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise ValueError(
-            f"prompts must be [B, N] with a token at least, got shape {tuple(tokens.shape)}"
+            f"prompts must be [B, N] with at least one token, got shape {tuple(tokens.shape)}"
         )
     _check_count("max_new_tokens", max_new_tokens)
     if tokens.shape[1] + max_new_tokens > max_length:
         raise ValueError(
-            f"a prompt of {tokens.shape[1]} tokens and max_new_tokens={max_new_tokens} are more "
-            f"than the model's max_length={max_length}: cut the prompt or ask for less"
+            f"a prompt of {tokens.shape[1]} tokens plus max_new_tokens={max_new_tokens} exceeds "
+            f"the model's max_length={max_length}: shorten the prompt or reduce max_new_tokens"
         )
     if key_padding is None:
         return
@@ -194,12 +195,12 @@ def _check_prompt(
 
 def _check_count(name: str, value: int) -> None:
     if not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
+        raise ValueError(f"{name} must be an integer of at least 1, got {value}")
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be 0 (greedy) or more, and finite, got {temperature}")
+        raise ValueError(f"temperature must be finite and at least 0 (greedy), got {temperature}")
     if top_k is not None:
         _check_count("top_k", top_k)
     if top_p is not None and not 0 < top_p <= 1:

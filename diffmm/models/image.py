@@ -17,18 +17,18 @@ from diffmm.models.encoder import Embedded, Encoder, EncoderConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig(EncoderConfig):
-    """Everything that decides an image model (and all of `EncoderConfig`).
+    """Configuration of an image model, in addition to the fields of `EncoderConfig`.
 
     Attributes:
-        image_size: side of the images in pixels, or height and width; multiples of the patch.
-        patch_size: side of a patch, or height and width.
-        in_channels: `C`, 3 for colour.
-        rope_image_size: the image size whose patches rotary coordinates count; other sizes are
-            stretched over it. `image_size` by default; for a model trained at one size and used
-            at another it is the former, as `ImageModel.set_input_size` leaves it.
+        image_size: Side of the images in pixels, or height and width; a multiple of `patch_size`.
+        patch_size: Side of a patch in pixels, or height and width.
+        in_channels: Number of input channels `C`; 3 for color images.
+        rope_image_size: Image size that defines the rotary coordinates; the grid of other sizes is
+            stretched over it. `image_size` by default. For a model used at another size than
+            it was trained at, this is the training size; `ImageModel.set_input_size` keeps it.
 
     Raises:
-        ValueError: naming the field and the value.
+        ValueError: If a field is out of range; the message names the field and the value.
     """
 
     input_fields: ClassVar[tuple[str, ...]] = ("images",)
@@ -45,13 +45,15 @@ class ImageConfig(EncoderConfig):
         if min(as_size(self.patch_size)) < 1:
             raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
         if self.rope_image_size is not None and self.backbone.rope == "none":
-            raise ValueError("rope_image_size means nothing to a backbone with rope 'none'")
+            raise ValueError(
+                "rope_image_size is not used by a backbone with rope 'none': leave it out"
+            )
         self.grid_of("image_size")
         self.grid_of("rope_image_size")
 
     @property
     def grid(self) -> Size:
-        """Rows and columns of patches."""
+        """Number of rows and columns of patches."""
         return self.grid_of("image_size")
 
     @property
@@ -67,7 +69,7 @@ class ImageConfig(EncoderConfig):
         return {"images": ((batch_size, self.in_channels, height, width), torch.float32)}
 
     def grid_of(self, name: str) -> Size:
-        """Rows and columns of patches in the image size of this name."""
+        """Number of rows and columns of patches for the image size in field `name`."""
         value = getattr(self, name) or self.image_size
         (height, width), (rows, columns) = as_size(value), as_size(self.patch_size)
         if min(height, width) < 1 or height % rows or width % columns:
@@ -78,9 +80,9 @@ class ImageConfig(EncoderConfig):
 
 
 class ImageModel(Encoder):
-    """Images to classes (ViT, Dosovitskiy et al. 2021), in timm's words.
+    """Vision transformer (ViT, Dosovitskiy et al. 2021) with timm's interface.
 
-    Rotary coordinates are 2-D, rows then columns, counted in patches from 1.
+    Rotary coordinates are 2-D, rows then columns, in patches, starting at 1.
 
     >>> model = diffmm.create_model("image/cifar10", depth=2, num_classes=5)
     >>> images = torch.randn(2, 3, 32, 32)
@@ -98,10 +100,11 @@ class ImageModel(Encoder):
         self.patch_embedding.apply(partial(init_weights, std=INIT_STD))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `[B, num_classes]` of `images`, `[B, C, H, W]` (features without a head).
+        """Compute logits `[B, num_classes]` of `images`, `[B, C, H, W]`, or pooled features
+        `[B, dim]` without a head.
 
         Raises:
-            ValueError: for images of another size than the model's.
+            ValueError: If the images do not have the model's size.
         """
         return self.forward_head(self.forward_features(images))
 
@@ -120,27 +123,27 @@ class ImageModel(Encoder):
         intermediates_only: bool = False,
         output_dict: bool = False,
     ) -> Any:
-        """Features after several blocks, of patches, as timm's models give them.
+        """Return patch features after several blocks, as timm's models do.
 
         Args:
             images: `[B, C, H, W]`.
-            indices: Which blocks: all by default, the last so many for an integer, or those of
-                these numbers (negative ones count from the end), in ascending order.
-            return_prefix_tokens: Give each intermediate as a pair, of patches and of class and
-                register tokens, `[B, P, dim]`.
-            norm: Whether the final norm is applied to each.
-            stop_early: Leave out the blocks after the last one wanted; the final features are then
-                those of that block.
+            indices: Block indices (negative ones count from the end), or an integer `n` for the
+                last `n` blocks; all blocks by default. Results are in ascending order.
+            return_prefix_tokens: Whether to return each intermediate as a pair of the patches and
+                the class and register tokens, `[B, P, dim]`.
+            norm: Whether to apply the final norm to each intermediate.
+            stop_early: Whether to skip the blocks after the last index; the final features are
+                then those of that block.
             output_fmt: `"NCHW"` for `[B, dim, rows, columns]`, `"NLC"` for `[B, N, dim]`.
-            intermediates_only: Leave out the final features.
-            output_dict: Return a dict with `"image_features"` and `"image_intermediates"` (and
-                `"image_intermediates_prefix"`).
+            intermediates_only: Whether to return the intermediates without the final features.
+            output_dict: Whether to return a dict with `"image_features"` and
+                `"image_intermediates"` (and `"image_intermediates_prefix"`).
 
         Returns:
-            What `forward_features` gives, and the list of intermediates; or the list alone.
+            The output of `forward_features` and the list of intermediates, or only the list.
 
         Raises:
-            ValueError: For a block that is not there, or another format.
+            ValueError: If an index or `output_fmt` is invalid.
         """
         features, taken = self.encode(
             self.embed(images), self._take_indices(indices), stop_early=stop_early
@@ -157,7 +160,7 @@ class ImageModel(Encoder):
         )
 
     def embed(self, images: Tensor) -> Embedded:
-        """`[B, C, H, W]` to patch tokens, row by row."""
+        """Turn images `[B, C, H, W]` into patch tokens, row by row."""
         self._check(images)
         tokens = self.patch_embedding(images.to(self.patch_embedding.proj.weight.dtype))
         if self.positions is not None:
@@ -172,7 +175,7 @@ class ImageModel(Encoder):
         return patchify(images, as_size(self.config.patch_size))
 
     def num_patches(self, images: Tensor) -> int:
-        """`N`, the same for all images."""
+        """Number of patches `N`, the same for all images."""
         rows, columns = self.config.grid
         return rows * columns
 
@@ -181,19 +184,19 @@ class ImageModel(Encoder):
         img_size: int | tuple[int, int] | None = None,
         patch_size: int | tuple[int, int] | None = None,
     ) -> None:
-        """Take images, or patches, of another size from now on (call this before making an
-        optimizer: what is resampled is a new parameter).
+        """Change the size of the images or patches. Resampled weights become new parameters, so
+        call this before creating an optimizer.
 
         Learned positions are resampled to the new grid, and the patch embedding to the new patch
-        (FlexiViT, Beyer et al. 2023). Rotary coordinates are stretched over the grid that they were
-        trained on, so that a place in the image keeps its coordinates.
+        size (FlexiViT, Beyer et al. 2023). Rotary coordinates are stretched over the training
+        grid, so that a place in the image keeps its coordinates.
 
         Args:
             img_size: Side of the images in pixels, or height and width; unchanged by default.
             patch_size: Side of a patch, or height and width; unchanged by default.
 
         Raises:
-            ValueError: For an image size that is no multiple of the patch.
+            ValueError: If the image size is not a multiple of the patch size.
         """
         changes: dict[str, Any] = {}
         if img_size is not None:
@@ -209,7 +212,7 @@ class ImageModel(Encoder):
         self._describe_to_timm()
 
     def _rope_image_size(self, patch_size: int | tuple[int, int] | None) -> Size:
-        """The image size that holds, in patches of the new size, the grid that rotary coordinates
+        """The image size that, in patches of the new size, has the grid that rotary coordinates
         were trained on."""
         rows, columns = self.config.grid_of("rope_image_size")
         height, width = as_size(patch_size or self.config.patch_size)

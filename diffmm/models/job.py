@@ -1,4 +1,4 @@
-"""What a trained model is for: plain data that travels with its weights."""
+"""The task of a trained model as plain data, saved with its weights."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,18 +10,19 @@ READER_KEYS = ("class_path", "init_args")
 
 @dataclass(frozen=True)
 class Job:
-    """How a model's inputs are prepared, and what its outputs mean.
+    """How a model's inputs are prepared and what its outputs mean.
 
     Attributes:
-        reader: what makes inputs of files, as `{"class_path": ..., "init_args": {...}}` in plain
-            values; the class is one of `datamodules` (see `diffmm.hub.readers`).
-        class_names: the name of output `i` is `class_names[i]`.
-        multi_label: whether an input may have several classes, or none: scores are then those of
-            each class by itself, and do not add up to 1.
-        recipe: the name of the recipe that it was trained by.
+        reader: The class that turns files into inputs, as
+            `{"class_path": ..., "init_args": {...}}` in plain values; a class of `datamodules`
+            (see `diffmm.hub.readers`).
+        class_names: The names of the model's outputs, in order.
+        multi_label: Whether an input may have any number of classes. Each class then has an
+            independent score, and the scores do not sum to 1.
+        recipe: The name of the recipe that trained the model.
 
     Raises:
-        ValueError: naming the field and the value.
+        ValueError: If a field has the wrong type; the message names the field and the value.
 
     >>> Job(class_names=("cat", "dog"), recipe="image/pets").plain()["class_names"]
     ['cat', 'dog']
@@ -45,19 +46,19 @@ class Job:
         if self.class_names is not None:
             names = self.class_names
             if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-                raise ValueError(f"class_names must be a list of texts, got {names!r:.200}")
+                raise ValueError(f"class_names must be a list of strings, got {names!r:.200}")
             object.__setattr__(self, "class_names", tuple(names))
         if not isinstance(self.multi_label, bool):
             raise ValueError(f"multi_label must be true or false, got {self.multi_label!r}")
         if self.recipe is not None and not isinstance(self.recipe, str):
-            raise ValueError(f"recipe must be a name, got {self.recipe!r}")
+            raise ValueError(f"recipe must be a string, got {self.recipe!r}")
 
     @classmethod
     def of(cls, values: Any) -> "Job":
-        """The job that `plain` gave.
+        """Create a job from the values that `plain` returned.
 
         Raises:
-            ValueError: for anything else, naming it.
+            ValueError: If the values are not those of a job; the message names them.
         """
         if not isinstance(values, dict):
             raise ValueError(f"a job needs its fields by name, got {values!r:.200}")
@@ -68,7 +69,7 @@ class Job:
         return cls(**values)
 
     def plain(self) -> dict[str, Any]:
-        """Dicts, lists, text and numbers alone."""
+        """Convert the job to dicts, lists, strings and booleans."""
         names = None if self.class_names is None else list(self.class_names)
         return {
             "reader": self.reader,
@@ -78,20 +79,20 @@ class Job:
         }
 
     def check_fit(self, model: Any) -> None:
-        """Refuse class names that are not the model's.
+        """Check that the number of class names matches the model.
 
         Raises:
-            ValueError: with both numbers.
+            ValueError: If it does not; the message gives both numbers.
         """
         num_classes = getattr(model, "num_classes", None)
         if self.class_names is None or num_classes in (None, len(self.class_names)):
             return
         raise ValueError(
-            f"the model has {num_classes} classes, and its job names {len(self.class_names)}: set "
-            f"model.job to one with the names of its classes (dataclasses.replace), or to None"
+            f"the model has {num_classes} classes, but its job names {len(self.class_names)}: set "
+            f"model.job to one with the right class_names (dataclasses.replace), or to None"
         )
 
 
 def text_reader(tokenizer: str) -> dict[str, Any]:
-    """The reader of a text model whose tokenizer is known by name alone."""
+    """The reader of a text model whose tokenizer is given by its name."""
     return {"class_path": "datamodules.text.TextReader", "init_args": {"tokenizer": tokenizer}}

@@ -1,4 +1,4 @@
-"""Masked autoencoding: an encoder learns by completing images or spectrograms."""
+"""Masked autoencoding: an encoder learns by reconstructing images or spectrograms."""
 
 import math
 from dataclasses import dataclass
@@ -17,24 +17,24 @@ from diffmm.models.image import ImageConfig
 from diffmm.ops import AttentionMask
 
 ROUNDING = 1e-3
-"""Added before rounding down: a product such as 0.7 * 10 may come out just below 7."""
+"""Added before rounding down, since a product such as 0.7 * 10 may be just below 7."""
 
 
 @dataclass(frozen=True)
 class MaskedAutoencoderConfig(Settings):
-    """Everything that decides a masked autoencoder.
+    """Configuration of a masked autoencoder.
 
     Attributes:
-        encoder: the model to be trained, without a head (`num_classes=0`).
-        decoder: a light backbone, thrown away after training. With rope `"none"` its positions
-            are learned.
-        mask_ratio: share of a sample's patches that are hidden, in (0, 1); 0.75 for images, 0.8
-            for sound.
-        normalize_targets: whether the values of each patch are predicted relative to their own
-            mean and standard deviation.
+        encoder: Configuration of the model to be trained, without a head (`num_classes=0`).
+        decoder: Configuration of a light backbone that is discarded after training. With rope
+            `"none"` its positions are learned.
+        mask_ratio: Fraction of a sample's patches that are masked, in (0, 1). Common values are
+            0.75 for images and 0.8 for audio.
+        normalize_targets: Whether each target patch is normalized by its own mean and standard
+            deviation.
 
     Raises:
-        ValueError: naming the field and the value.
+        ValueError: If a field is out of range; the message names the field and the value.
     """
 
     encoder: ImageConfig | AudioConfig
@@ -48,7 +48,7 @@ class MaskedAutoencoderConfig(Settings):
             raise ValueError(f"mask_ratio must be between 0 and 1, got {self.mask_ratio}")
         if self.encoder.num_classes:
             raise ValueError(
-                f"a masked autoencoder has no classes: set the encoder's num_classes to 0, "
+                f"the encoder of a masked autoencoder has no head: set its num_classes to 0, "
                 f"got {self.encoder.num_classes}"
             )
         if self.encoder.patch_shape is None:
@@ -61,45 +61,45 @@ class MaskedAutoencoderConfig(Settings):
         if self.decoder.rope == "none" and getattr(self.encoder, "clip_seconds", 1.0) is None:
             raise ValueError(
                 "the decoder's learned positions need the encoder's clip_seconds: "
-                "give it, or set the decoder's rope to '2d'"
+                "set it, or set the decoder's rope to '2d'"
             )
 
     @property
     def input_fields(self) -> tuple[str, ...]:
-        """Those of the encoder."""
+        """The input fields of the encoder."""
         return self.encoder.input_fields
 
     @property
     def exact_fields(self) -> tuple[str, ...]:
-        """The samples, whose values are compared with their patch's mean."""
+        """The field of the samples, whose exact values are the targets."""
         return self.encoder.input_fields[:1]
 
 
 class MaskedPrediction(NamedTuple):
-    """What a masked autoencoder makes of a batch."""
+    """Output of a masked autoencoder."""
 
     loss: Tensor
-    """Mean squared error over the values of hidden patches, a scalar in float32."""
+    """Mean squared error over the values of masked patches, a float32 scalar."""
     prediction: Tensor
-    """`[B, N, P]`, the values of every patch (relative to its mean and deviation)."""
+    """`[B, N, P]`, the predicted values of every patch, normalized as the targets are."""
     mask: Tensor
-    """`[B, N]` booleans, true where a patch was hidden, and so is part of the loss."""
+    """`[B, N]` booleans, true where a patch was masked and so is part of the loss."""
 
 
 class MaskedAutoencoder(nn.Module):
-    """Hide most patches, encode the rest, predict the hidden ones (MAE, He et al. 2022;
+    """Mask most patches, encode the rest, predict the masked ones (MAE, He et al. 2022;
     Audio-MAE, Huang et al. 2022).
 
-    The encoder sees the visible patches alone; a mask token stands for each hidden one in the
-    decoder. Of `n` patches `floor(mask_ratio * n)` are hidden, never all of them; of a padded clip
-    `n` counts the real ones, and padding is neither seen nor predicted.
+    The encoder processes only the visible patches; in the decoder a mask token replaces each
+    masked patch. Of `n` patches `floor(mask_ratio * n)` are masked, never all of them. For a
+    padded clip `n` is the number of real patches; padding is neither encoded nor predicted.
 
     Attributes:
-        encoder: an `ImageModel` or `AudioModel`; its `state_dict` is what fine-tuning starts from.
+        encoder: An `ImageModel` or `AudioModel`, the model to fine-tune afterwards.
 
     >>> model = diffmm.create_model("image/digits_mae_tiny")
     >>> loss, prediction, mask = model(torch.randn(2, 1, 8, 8))
-    >>> prediction.shape, int(mask.sum())  # of 16 patches each, 12 are hidden
+    >>> prediction.shape, int(mask.sum())  # 12 of 16 patches per image are masked
     (torch.Size([2, 16, 4]), 24)
     """
 
@@ -127,17 +127,19 @@ class MaskedAutoencoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start the mask token anew."""
+        """Initialize the mask token."""
         nn.init.trunc_normal_(self.mask_token, std=self.config.decoder.init_std)
 
     def forward(self, *inputs: Tensor, noise: Tensor | None = None) -> MaskedPrediction:
-        """Args:
-            inputs: of the encoder: images, or waveforms and perhaps `num_samples`.
-            noise: `[B, N]` in [0, 1): in each sample the patches with the least stay visible. From
-                torch's default generator by default. `encoder.num_patches(*inputs)` is `N`.
+        """Mask patches at random and predict them.
+
+        Args:
+            inputs: Inputs of the encoder: images, or waveforms and optionally `num_samples`.
+            noise: `[B, N]` in [0, 1), with `N = encoder.num_patches(*inputs)`; the patches with
+                the lowest values stay visible. By default drawn from torch's default generator.
 
         Raises:
-            ValueError: for noise of another shape, and as the encoder does.
+            ValueError: If `noise` has the wrong shape, or the encoder rejects the inputs.
         """
         embedded = self.encoder.embed(*inputs)
         batch, num_patches, _ = embedded.tokens.shape
@@ -156,12 +158,12 @@ class MaskedAutoencoder(nn.Module):
         features = self._encode(embedded, order, num_visible)
         prediction = self._decode(features, embedded, order, is_visible)
         errors = (prediction.float() - self.targets(*inputs)).square().mean(dim=-1)
-        # A batch of one-patch clips has nothing to predict: no loss, rather than none defined.
+        # In a batch of one-patch clips nothing is masked: the loss is 0 and not 0 / 0.
         loss = (errors * mask).sum() / mask.sum().clamp(min=1)
         return MaskedPrediction(loss, prediction, mask)
 
     def targets(self, *inputs: Tensor) -> Tensor:
-        """What is to be predicted, `[B, N, P]` in float32. Inputs as in `forward`."""
+        """Compute the target values, `[B, N, P]` in float32. Inputs as in `forward`."""
         patches = self.encoder.patchify(*inputs).float()
         if not self.config.normalize_targets:
             return patches
@@ -169,8 +171,8 @@ class MaskedAutoencoder(nn.Module):
         return (patches - mean) * torch.rsqrt(variance + 1e-6)
 
     def _order(self, noise: Tensor, key_padding: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Each sample's patches from the first visible to the last hidden one, padding after that,
-        and how many of them are visible: `[B, N]` and `[B, 1]`."""
+        """Patch indices per sample, visible ones first, then masked ones, then padding, `[B, N]`;
+        and the number of visible ones, `[B, 1]`."""
         if key_padding is None:
             num_patches = torch.full_like(noise[:, :1], noise.shape[1])
         else:
@@ -180,8 +182,8 @@ class MaskedAutoencoder(nn.Module):
         return noise.argsort(dim=1, stable=True), (num_patches - num_hidden).clamp(min=1)
 
     def _encode(self, embedded: Embedded, order: Tensor, num_visible: Tensor) -> Tensor:
-        """The features `[B, P + K, dim]` of special tokens and the visible patches, `K` of them in
-        a sample without padding."""
+        """Features `[B, P + K, dim]` of the special tokens and the visible patches, where `K` is
+        the number of visible patches in a sample without padding."""
         tokens, positions, key_padding = embedded
         num_patches = tokens.shape[1]
         num_kept = max(1, num_patches - int(num_patches * self.config.mask_ratio + ROUNDING))
@@ -194,7 +196,7 @@ class MaskedAutoencoder(nn.Module):
     def _decode(
         self, features: Tensor, embedded: Embedded, order: Tensor, is_visible: Tensor
     ) -> Tensor:
-        """Features of the visible patches to the values of all, `[B, N, P]`."""
+        """Predict the values of all patches, `[B, N, P]`, from the visible patches' features."""
         num_prefix = self.encoder.num_prefix_tokens
         prefix, kept = self.decoder_embedding(features).tensor_split([num_prefix], dim=1)
         rank = order.argsort(dim=1).clamp(max=kept.shape[1] - 1)
@@ -209,5 +211,5 @@ class MaskedAutoencoder(nn.Module):
 
 
 def _gather(tokens: Tensor, index: Tensor) -> Tensor:
-    """`tokens[b, index[b]]` for every sample."""
+    """Select `tokens[b, index[b]]` for every sample."""
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -1,4 +1,4 @@
-"""What a model's parameters are, by their names: which decay, and which layer they belong to."""
+"""Parameter groups by name: which parameters have weight decay, and in which layer they are."""
 
 import re
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from diffmm.layers.linear import PROJECTIONS
 
 BLOCK = re.compile(r"backbone\.blocks\.(\d+)\.")
 LAMBDA = "lambda_"
-"""Parameters of lambda have this in their names."""
+"""The names of all lambda parameters contain this."""
 
 
 def decaying(model: nn.Module) -> Iterator[str]:
-    """The names of the parameters that take weight decay, as `named_parameters` has them: weights
-    of linear and convolution layers, but for `lambda_proj` and what is tied to an embedding."""
+    """Names of the parameters with weight decay, as in `named_parameters`: the weights of linear
+    and convolution layers, except `lambda_proj` and weights tied to an embedding."""
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for prefix, module in model.named_modules():
         name = f"{prefix}.weight" if prefix else "weight"
@@ -23,8 +23,8 @@ def decaying(model: nn.Module) -> Iterator[str]:
 
 
 def layer_of(name: str, num_blocks: int) -> int:
-    """The layer that a parameter belongs to, counted from the input: 0 before the blocks, `i + 1`
-    for block `i`, `num_blocks + 1` after them."""
+    """Index of the layer that a parameter belongs to, counted from the input: 0 before the blocks,
+    `i + 1` for block `i`, `num_blocks + 1` after them."""
     block = BLOCK.match(name)
     if block:
         return int(block[1]) + 1
@@ -32,4 +32,4 @@ def layer_of(name: str, num_blocks: int) -> int:
 
 
 AFTER_BLOCKS = ("backbone.norm.", "head.", "pooling.")
-"""What parameters behind the blocks are called."""
+"""Name prefixes of the parameters after the blocks."""

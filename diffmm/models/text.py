@@ -1,4 +1,4 @@
-"""The text model: a decoder, or with another mask an encoder."""
+"""The text model: a decoder, or an encoder without the causal mask."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,17 +17,18 @@ from diffmm.ops import AttentionMask
 
 @dataclass(frozen=True)
 class TextConfig(Settings):
-    """Everything that decides a text model.
+    """Configuration of a text model.
 
     Attributes:
-        vocab_size: number of token ids.
-        max_length: most tokens of a sequence.
-        backbone: its blocks; `rope` should be `"1d"`, the one source of positions here.
-        causal: a decoder, which sees the past alone, or an encoder, which sees all.
-        tie_embeddings: whether the output projection is the embedding's transpose.
+        vocab_size: Number of token ids.
+        max_length: Maximum sequence length, in tokens.
+        backbone: Configuration of the blocks; its `rope` must be `"1d"`.
+        causal: Whether the model is a decoder, in which each token attends only to earlier ones;
+            otherwise it is an encoder, in which each token attends to all.
+        tie_embeddings: Whether the output projection shares the embedding's weight.
 
     Raises:
-        ValueError: naming the field and the value.
+        ValueError: If a field is out of range; the message names the field and the value.
     """
 
     input_fields: ClassVar[tuple[str, ...]] = ("tokens",)
@@ -45,16 +46,16 @@ class TextConfig(Settings):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.backbone.rope != "1d":
             raise ValueError(
-                f"a text model takes its positions from rope '1d', got {self.backbone.rope!r}"
+                f"the backbone's rope of a text model must be '1d', got {self.backbone.rope!r}"
             )
 
     def input_shapes(self, batch_size: int, length: int | None = None) -> InputShapes:
-        """`length` in tokens, `max_length` by default."""
+        """`length` is in tokens; `max_length` by default."""
         return {"tokens": ((batch_size, length or self.max_length), torch.int64)}
 
 
 class TextModel(nn.Module):
-    """Token ids to logits over the vocabulary.
+    """Language model: maps token ids to logits over the vocabulary.
 
     >>> model = diffmm.create_model("text/stdlib_tiny")
     >>> model(torch.tensor([list(b"def main(")])).shape  # [B, N, vocab_size]
@@ -84,7 +85,8 @@ class TextModel(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Logits `[B, N, vocab_size]` of `tokens`, `[B, N]` ids. See `forward_features`."""
+        """Compute logits `[B, N, vocab_size]` of `tokens`, `[B, N]` ids. Arguments as in
+        `forward_features`."""
         features = self.forward_features(tokens, mask=mask, positions=positions, cache=cache)
         return self.head(features)
 
@@ -96,29 +98,30 @@ class TextModel(nn.Module):
         positions: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Features `[B, N, dim]`, after the final norm.
+        """Compute features `[B, N, dim]` after the final norm.
 
         Args:
-            tokens: `[B, N]` ids.
-            mask: what each token sees; causal or full, as the config says, by default.
-            positions: `[N]` or `[B, N]`; 0, 1, 2, ... by default, after what the cache holds.
-            cache: keys and values of earlier tokens, to which these are added.
+            tokens: Token ids, `[B, N]`.
+            mask: Which tokens each token attends to; by default causal or full, as configured.
+            positions: `[N]` or `[B, N]`; by default 0, 1, 2, ..., continuing after the cached
+                tokens.
+            cache: Keys and values of earlier tokens; those of `tokens` are appended.
 
         Raises:
-            ValueError: if the sequence, with what the cache holds, is longer than `max_length`.
+            ValueError: If the sequence, including cached tokens, is longer than `max_length`.
         """
         length = tokens.shape[1] + (cache.length if cache is not None else 0)
         if length > self.config.max_length:
             raise ValueError(
                 f"a sequence of {length} tokens is longer than max_length="
-                f"{self.config.max_length}: cut it, or make max_length larger"
+                f"{self.config.max_length}: shorten it or increase max_length"
             )
         if mask is None:
             mask = AttentionMask(causal=self.config.causal)
         return self.backbone(self.embedding(tokens), mask=mask, positions=positions, cache=cache)
 
-    # `to_empty` and `load_state_dict(assign=True)` give every module parameters of its own. What
-    # was tied before (a head put in later was not) is tied after.
+    # `to_empty` and `load_state_dict(assign=True)` replace the parameters of every module, so a
+    # tied head is tied again afterwards. A head replaced by the user may not be tied.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TextModel":
         self._remember_tie()
@@ -134,6 +137,6 @@ class TextModel(nn.Module):
             self.head.weight = self.embedding.weight
 
     def new_cache(self, batch: int, max_length: int | None = None) -> KVCache:
-        """An empty cache for `batch` sequences of up to `max_length` tokens (the model's own
-        `max_length` by default)."""
+        """Create an empty key-value cache for `batch` sequences of up to `max_length` tokens (the
+        model's `max_length` by default)."""
         return self.backbone.new_cache(batch, max_length or self.config.max_length)

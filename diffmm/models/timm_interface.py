@@ -1,4 +1,4 @@
-"""What timm's tools ask of a model: its names, arguments and return values."""
+"""The interface that timm's tools expect of a model: names, arguments and return values."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,12 +14,12 @@ Intermediates = list[Tensor] | list[tuple[Tensor, Tensor]]
 
 
 class TimmInterface(nn.Module):
-    """The part of timm's contract that image and audio models share.
+    """The part of timm's model interface that image and audio models share.
 
     Attributes:
-        pretrained_cfg: What `timm.data.resolve_data_config` reads, as far as a model knows it: the
-            size of its inputs, its number of classes, and the names of its first and last layer.
-        default_cfg: The same under timm's former name.
+        pretrained_cfg: The values read by `timm.data.resolve_data_config` that a model has: input
+            size, number of classes, and the names of the first and the last layer.
+        default_cfg: The same dict under timm's former name.
     """
 
     config: Any
@@ -30,12 +30,12 @@ class TimmInterface(nn.Module):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens in front of the patches."""
+        """Number of special tokens before the patches."""
         raise NotImplementedError
 
     @property
     def num_classes(self) -> int:
-        """Outputs of the head, 0 without one."""
+        """Number of output classes; 0 without a head."""
         return int(self.config.num_classes)
 
     @property
@@ -50,7 +50,7 @@ class TimmInterface(nn.Module):
 
     @property
     def head_hidden_size(self) -> int:
-        """Width of what the head reads."""
+        """Width of the head's input."""
         return self.num_features
 
     @property
@@ -73,28 +73,28 @@ class TimmInterface(nn.Module):
 
     @property
     def reduction(self) -> int:
-        """How many pixels (or frames) of a side become one token."""
+        """Number of pixels (or frames) per token along one axis."""
         raise NotImplementedError
 
     def get_classifier(self) -> nn.Module:
-        """The head."""
+        """Return the head."""
         return self.head
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass, for memory."""
+        """Enable activation checkpointing: recompute each block in the backward pass."""
         self.backbone.activation_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that take no weight decay though they are no vectors, such as
-        positions, class and register tokens."""
+        """Names of the parameters without weight decay that are not vectors, such as positions,
+        class and register tokens."""
         decay = set(decaying(self))
         return {name for name, p in self.named_parameters() if p.ndim > 1 and name not in decay}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Which layer a parameter belongs to, for timm's layer decay: what stands before the
-        blocks, each block (or with `coarse` all of them), and what comes behind them."""
+        """Patterns of the layers for timm's layer-wise decay: the stem before the blocks, and each
+        block (or with `coarse` all of them)."""
         behind = "|".join(name.replace(".", r"\.") for name in AFTER_BLOCKS)
-        # What matches nothing is a last layer of its own, above the blocks.
+        # timm puts parameters that match no pattern into a last layer, after the blocks.
         return {
             "stem": rf"^(?!backbone\.blocks\.|{behind})",
             "blocks": r"^backbone\.blocks" if coarse else [(r"^backbone\.blocks\.(\d+)", None)],
@@ -106,16 +106,16 @@ class TimmInterface(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Drop the blocks after the last of those that `indices` name (as in
-        `forward_intermediates`), and the head; what `features_only=True` of timm does.
+        """Remove the blocks after the last of `indices` (as in `forward_intermediates`) and the
+        head, as timm's `features_only=True` does.
 
         Args:
-            indices: Which blocks' outputs are still wanted.
-            prune_norm: Whether to drop the final norm too.
-            prune_head: Whether to drop the head.
+            indices: Indices of the blocks whose outputs are still needed.
+            prune_norm: Whether to remove the final norm.
+            prune_head: Whether to remove the head.
 
         Returns:
-            The numbers of the blocks named.
+            The selected block indices, in ascending order.
         """
         taken = self._take_indices(indices)
         depth = taken[-1] + 1
@@ -130,21 +130,23 @@ class TimmInterface(nn.Module):
         return taken
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head, with new weights."""
+        """Replace the head by one with newly initialized weights."""
         raise NotImplementedError
 
     def _take_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        """The blocks that timm's `indices` name, in order."""
+        """Block indices, in ascending order, of timm's `indices` argument."""
         depth = len(self.backbone.blocks)
         if indices is None:
             return list(range(depth))
         if isinstance(indices, int):
             if not 1 <= indices <= depth:
-                raise ValueError(f"cannot take the last {indices} of {depth} blocks")
+                raise ValueError(
+                    f"indices must be between 1 and the number of blocks {depth}, got {indices}"
+                )
             return list(range(depth - indices, depth))
         for index in indices:
             if not -depth <= index < depth:
-                raise ValueError(f"there is no block {index}: the backbone has {depth}")
+                raise ValueError(f"block {index} does not exist: the backbone has {depth} blocks")
         return sorted({index % depth for index in indices})
 
     def _arranged(
@@ -159,7 +161,7 @@ class TimmInterface(nn.Module):
         intermediates_only: bool,
         output_dict: bool,
     ) -> Any:
-        """Final features and blocks' outputs as the arguments of `forward_intermediates` say."""
+        """Arrange features and intermediates as `forward_intermediates` documents."""
         check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         if norm:
             taken = [self.backbone.norm(x) for x in taken]

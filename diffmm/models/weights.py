@@ -1,10 +1,9 @@
-"""Weights in files, and with them the architecture that they belong to, as plain data.
+"""Saving and loading of weights, together with the model's description as plain data.
 
-A file of weights is one of two kinds: a Lightning checkpoint (`.ckpt`, written in training, with
-the description under the key `"model"` and what the model is for under `"job"`), or safetensors
-written by `save_model`. Both are read as tensors and plain values only: opening a file never runs
-code from it. The folder of a checkpoint stands for the file in it, and a run for its newest whole
-checkpoint.
+A file of weights is either a Lightning checkpoint (`.ckpt`, written in training, with the model's
+description under the key `"model"` and its job under `"job"`) or a safetensors file written by
+`save_model`. Both are read as tensors and plain values only, so opening a file never runs code from
+it. A checkpoint folder stands for the file in it, and a run for its newest complete checkpoint.
 """
 
 import json
@@ -28,16 +27,16 @@ from diffmm.renamed import weights_with_new_names, with_new_names
 __all__ = ["build", "describe", "load_model", "load_weights", "save_model"]
 
 DESCRIPTION_KEY = "model"
-"""Where a file keeps its description: a key of a checkpoint, or of the safetensors metadata."""
+"""Key of the model's description in a checkpoint or in the safetensors metadata."""
 
 JOB_KEY = "job"
-"""Likewise what the model is for (see `diffmm.models.job`)."""
+"""Key of the model's job (see `diffmm.models.job`)."""
 
 WEIGHTS_NAME = "model.safetensors"
-"""The file of weights in a folder written by `save_model`."""
+"""Name of the file in a folder written by `save_model`."""
 
 CHECKPOINT_PREFIX = "model."
-"""A Lightning module keeps its model in `self.model`."""
+"""Prefix of the model's weights in a Lightning module, whose model is `self.model`."""
 
 HEAD_PREFIX = "head."
 ENCODER_PREFIX = "encoder."
@@ -45,20 +44,18 @@ SHOWN = 4
 
 
 def save_model(model: nn.Module, path: str | Path) -> Path:
-    """Write a model's weights, its description and (`model.job`, if it has one) what it is for as
-    safetensors; `load_model` reads them back.
-
-    The file appears whole or not at all.
+    """Save a model's weights, its description and its job (`model.job`, if it has one) as
+    safetensors, to be read by `load_model`. The file is written atomically.
 
     Args:
-        model: any of `diffmm.models`.
-        path: a file ending in `.safetensors`, or a folder, made if need be.
+        model: A model of `diffmm.models`.
+        path: A file ending in `.safetensors`, or a folder, which is created if it does not exist.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
-        ValueError: for a model that is none of `diffmm.models`, or a job of other classes.
+        ValueError: If the model's class is not in `diffmm.models`, or the job does not match it.
     """
     model = unwrap(model)
     metadata = {"format": "pt", DESCRIPTION_KEY: json.dumps(describe(model))}
@@ -85,26 +82,26 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
 
 
 def load_model(path: str | Path) -> nn.Module:
-    """The model in a file, float32 on the CPU, in evaluation mode.
+    """Load the model in a file, in float32 on the CPU and in evaluation mode.
 
-    Of a checkpoint that was trained with Lightning's weight averaging it is the averaged model.
-    Its `job` is a `diffmm.models.job.Job`, or `None` where the file says nothing of that.
+    From a checkpoint of a run with Lightning's weight averaging, the averaged model is loaded. Its
+    `job` is a `diffmm.models.job.Job`, or `None` if the file has none.
 
     Args:
-        path: a run, a checkpoint's folder, a Lightning checkpoint, a `.safetensors` file or a
+        path: A run, a checkpoint folder, a Lightning checkpoint, a `.safetensors` file or a
             folder with a `model.safetensors`, the latter two as written by `save_model`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it cannot be read or does not hold a described model, or
-            the checkpoints, if none is whole.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file cannot be read or has no description of its model, or no
+            checkpoint is complete.
     """
     file = _find(path)
     weights, description, job = _read(file)
     if description is None:
         raise ValueError(
-            f"{file} says nothing about the model its weights belong to: "
-            f"build the model and fill it with load_weights"
+            f"{file} does not describe the model of its weights: "
+            f"build the model and use load_weights"
         )
     _check_fit(_outline(description, weights, file), weights, set(), file)
     model = build(description)
@@ -114,25 +111,25 @@ def load_model(path: str | Path) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path: str | Path, *, skip_head: bool = False) -> list[str]:
-    """Start `model` from the weights in a file: all of them, or none where they do not fit.
+    """Load the weights in a file into `model`: all of them, or none if they do not fit.
 
-    The encoder of a masked autoencoder starts an image or audio model. Where a model has a method
-    `resample_weights(weights) -> weights`, it may first bring weights to its own shapes (learned
-    positions of another image size).
+    An image or audio model can be loaded from the encoder of a masked autoencoder. If the model has
+    a method `resample_weights(weights) -> weights`, it may first convert weights to its own shapes
+    (for example, learned positions of another image size).
 
     Args:
-        model: filled in place.
-        path: as in `load_model`; the file needs no description.
-        skip_head: leave the model's own head as it is and ignore the file's. A masked autoencoder
-            has no head to give.
+        model: The model, modified in place.
+        path: As in `load_model`; the file needs no description.
+        skip_head: Whether to keep the model's head and ignore that of the file. Required for the
+            head of a model that is loaded from a masked autoencoder, which has none.
 
     Returns:
-        The names of the weights that were left as they are.
+        The names of the weights that were not loaded.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file and what does not fit: keys, shapes, or settings that give the
-            same shapes another meaning.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If names or shapes of weights do not fit, or settings differ that change the
+            meaning of weights; the message names the file and the differences.
     """
     model = unwrap(model)
     file = _find(path)
@@ -161,7 +158,7 @@ class _Contents(NamedTuple):
 def _find(path: str | Path) -> Path:
     path = find_state(Path(path))
     if path.suffix == Path(STATE_NAME).suffix and path.is_dir():
-        return path  # of shares, one of each process
+        return path  # a sharded checkpoint
     file = path / WEIGHTS_NAME if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"there is no file of weights at {file}")
@@ -169,7 +166,7 @@ def _find(path: str | Path) -> Path:
 
 
 def _read(file: Path) -> _Contents:
-    """The model's weights under its own names, and its description if the file has one."""
+    """Read the weights by the model's names, and the description and the job if there are any."""
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt") as opened:
@@ -182,10 +179,10 @@ def _read(file: Path) -> _Contents:
             ]
             return _Contents(weights, *told)
         except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+            raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
     checkpoint = read_checkpoint(file)
-    # Lightning's weight averaging keeps the average in the state_dict, yet before its first
-    # update that is the model as it was at the start.
+    # With Lightning's weight averaging the state_dict contains the average, but before its first
+    # update that is still the initial model.
     averaging = checkpoint.get("averaging_state")
     averaged = averaging is None or averaging["n_averaged"] > 0
     weights = checkpoint["state_dict" if averaged else "current_model_state"]
@@ -193,15 +190,14 @@ def _read(file: Path) -> _Contents:
     weights = weights_with_new_names(weights)
     for name, value in weights.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"{file} holds a {type(value).__name__} as {name}, not a tensor")
+            raise ValueError(f"{file} contains a {type(value).__name__} as {name}, not a tensor")
     if not weights:
-        raise ValueError(f"{file} holds no weights under {CHECKPOINT_PREFIX!r}")
+        raise ValueError(f"{file} contains no weights under {CHECKPOINT_PREFIX!r}")
     return _Contents(weights, checkpoint.get(DESCRIPTION_KEY), _job_values(checkpoint))
 
 
 def _job_values(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
-    """What a checkpoint says of the model's job; before there were jobs that was a tokenizer's name
-    at most."""
+    """The model's job in a checkpoint; older checkpoints only have the name of a tokenizer."""
     if JOB_KEY not in checkpoint and "tokenizer" in checkpoint:
         return {"reader": text_reader(checkpoint["tokenizer"])}
     return checkpoint.get(JOB_KEY)
@@ -214,12 +210,12 @@ def _job(values: dict[str, Any] | None, model: nn.Module, file: Path) -> Job | N
         job = Job.of(with_new_names(values, str(file)))
         job.check_fit(model)
     except ValueError as error:
-        raise ValueError(f"{file} says what its model is for in a wrong way: {error}") from error
+        raise ValueError(f"{file} has an invalid job of its model: {error}") from error
     return job
 
 
 def _under(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The weights below `prefix`, without it (nor the one that `torch.compile` adds)."""
+    """The weights with `prefix`, without it and without the prefix of `torch.compile`."""
     return {
         name.removeprefix(prefix).removeprefix("_orig_mod."): tensor
         for name, tensor in weights.items()
@@ -228,11 +224,11 @@ def _under(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _outline(description: Any, weights: dict[str, Tensor], file: Path) -> nn.Module:
-    """The model that a file describes, on no device: no description takes memory."""
+    """Build the model that a file describes on the meta device, so that it takes no memory."""
     for depth in _depths(description):
         if depth > len(weights):
             raise ValueError(
-                f"{file} describes a model of {depth} blocks, and holds {len(weights)} tensors"
+                f"{file} describes a model of {depth} blocks, but contains {len(weights)} tensors"
             )
     try:
         with torch.device("meta"):
@@ -243,7 +239,7 @@ def _outline(description: Any, weights: dict[str, Tensor], file: Path) -> nn.Mod
 
 
 def _depths(description: Any) -> Iterator[int]:
-    """How many blocks a description asks for, in every backbone of it."""
+    """The number of blocks of every backbone in a description."""
     if isinstance(description, dict):
         for name, value in description.items():
             if name == "depth" and isinstance(value, int):
@@ -252,7 +248,7 @@ def _depths(description: Any) -> Iterator[int]:
 
 
 def _fill(model: nn.Module, weights: dict[str, Tensor], skipped: set[str], file: Path) -> None:
-    """Load `weights` into all of the model but `skipped`, or refuse and leave it untouched."""
+    """Load `weights` into the model except `skipped`, or raise an error and leave it unchanged."""
     weights = _check_fit(model, weights, skipped, file)
     model.load_state_dict(weights, strict=False)
 
@@ -260,19 +256,19 @@ def _fill(model: nn.Module, weights: dict[str, Tensor], skipped: set[str], file:
 def _check_fit(
     model: nn.Module, weights: dict[str, Tensor], skipped: set[str], file: Path
 ) -> dict[str, Tensor]:
-    """`weights` with all names of those that are tied, if they fit all of the model but `skipped`;
-    it may be on no device."""
+    """Check that `weights` fit the model except `skipped`, and return them with all names of tied
+    weights. The model may be on the meta device."""
     for name, tensor in weights.items():
         if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             raise ValueError(
-                f"{file} holds less of {name} than its shape {tuple(tensor.shape)} says"
+                f"{file} contains less data of {name} than its shape {tuple(tensor.shape)} needs"
             )
     weights = dict(weights)
     for alias, name in _aliases(model).items():
         if alias in skipped or name not in weights:
             continue
         if not torch.equal(weights.setdefault(alias, weights[name]), weights[name]):
-            raise ValueError(f"{file} has another {alias} than {name}, but the model ties the two")
+            raise ValueError(f"{file} has different {alias} and {name}, but the model ties the two")
     expected = {n: tensor for n, tensor in model.state_dict().items() if n not in skipped}
     faults = {
         "missing": [name for name in expected if name not in weights],
@@ -287,9 +283,7 @@ def _check_fit(
         told = "; ".join(_listed(kind, names) for kind, names in faults.items() if names)
         every = [name for names in faults.values() for name in names]
         only_head = all(name.startswith(HEAD_PREFIX) for name in every)
-        advice = (
-            ". Only the head differs: skip_head=True starts with a new one" if only_head else ""
-        )
+        advice = ". Only the head differs: skip_head=True keeps the new one" if only_head else ""
         raise ValueError(f"{file} does not fit {type(model).__name__}: {told}{advice}")
     return weights
 
@@ -300,7 +294,7 @@ def _listed(kind: str, names: list[str]) -> str:
 
 
 def _check_meaning(model: nn.Module, description: dict[str, Any] | None, file: Path) -> None:
-    """Refuse weights that would fit by shape and yet mean something else."""
+    """Raise an error for weights whose shapes fit but whose meaning differs."""
     config: Any = getattr(model, "config", None)
     config = getattr(config, "encoder", config)
     source = (description or {}).get("config", {})
@@ -317,12 +311,12 @@ def _check_meaning(model: nn.Module, description: dict[str, Any] | None, file: P
         if theirs[name] != ours[name]
     ]
     if differing:
-        raise ValueError(f"{file} is of another architecture: {'; '.join(differing)}")
+        raise ValueError(f"{file} has another architecture: {'; '.join(differing)}")
 
 
 def _meaning(config: BackboneConfig) -> dict[str, object]:
-    """The settings that decide what weights do, whatever their shapes. A changed `rope_base` is
-    left out: it is how a model is stretched to longer sequences."""
+    """The settings that determine the meaning of weights, whatever their shapes. `rope_base` is not
+    among them, because it may be changed to extend a model to longer sequences."""
     names = ("attention", "num_heads", "rope", "share", "lambda_init", "combine")
     return {
         **{name: getattr(config, name) for name in names},
@@ -332,7 +326,7 @@ def _meaning(config: BackboneConfig) -> dict[str, object]:
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
-    """Second names of tied weights, and the first name of each."""
+    """The further names of tied weights, each with its first name."""
     first: dict[int, str] = {}
     names = {
         name: first.setdefault(id(tensor), name)

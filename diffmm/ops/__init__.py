@@ -1,4 +1,4 @@
-"""Functions on tensors, a folder each: a reference that reads like the paper beside fast paths."""
+"""Attention functions: for each, a reference that follows the paper, and faster backends."""
 
 from diffmm.ops.diff_attention import diff_attention
 from diffmm.ops.grouped_diff_attention import grouped_diff_attention

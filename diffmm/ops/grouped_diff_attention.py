@@ -1,4 +1,4 @@
-"""Grouped differential attention: signal heads that share a noise head."""
+"""Grouped differential attention, in which several signal heads share a noise head."""
 
 from collections.abc import Callable
 
@@ -26,32 +26,33 @@ def grouped_diff_attention(
 
         (A_i - lam_i * A_noise(i)) V,   A = softmax(scale * Q Kᵀ + mask)
 
-    With `R = 1` this is `diff_attention` with shared keys, to the bit.
+    `R = 1` is bit-identical to `diff_attention` with shared keys.
 
     Args:
-        q: `[B, N, J, R + 1, D]`: of each of `J` noise heads the `R` signal queries, then the noise
-            query that they share. There are `H = J * R` heads; head `i` has noise head `i // R`.
-        k: `[B, M, G, D]` keys; `G` divides `J`, head `i` reads group `i // (H // G)`.
-        v: `[B, M, G, E]` values.
-        lam: Broadcasts to `[B, N, H]`; kept in float32 (float64 for float64 inputs).
-        mask: What each query sees.
-        scale: Multiplies the scores before the softmax, `D ** -0.5` by default.
-        backend: `"reference"` (materialises the maps, any device), `"sdpa"` (one softmax attention
-            of all signal and noise heads by torch's fused kernels), `"triton"` (the fused kernels
-            of `diff_attention`, which compute a noise head once for each of its signal heads), or
-            `"auto"`: `"triton"` where `diff_attention` would choose it and torch's kernels would
-            need a dense mask, else `"sdpa"`.
+        q: Queries, `[B, N, J, R + 1, D]`: for each of `J` noise heads, the `R` signal queries and
+            then the noise query that they share. There are `H = J * R` heads; head `i` has noise
+            head `i // R`.
+        k: Keys, `[B, M, G, D]`; `G` divides `J`, and head `i` reads group `i // (H // G)`.
+        v: Values, `[B, M, G, E]`.
+        lam: Lambda; broadcasts to `[B, N, H]`. Kept in float32 (float64 for float64 inputs).
+        mask: Which keys each query attends to.
+        scale: Factor of the scores before the softmax; `D ** -0.5` by default.
+        backend: `"reference"` (materializes the maps, any device), `"sdpa"` (one softmax attention
+            over all signal and noise heads, by torch's fused kernels), `"triton"` (the fused
+            kernels of `diff_attention`, which recompute a noise head for each of its signal heads),
+            or `"auto"`: `"triton"` if `diff_attention` would choose it and torch's kernels would
+            need a dense mask, otherwise `"sdpa"`.
 
     Returns:
-        `[B, N, H, E]` in q's dtype. Gradients go to q, k, v and lam. A row that sees no key is
-        zero, and so are its gradients, on every backend.
+        `[B, N, H, E]` in q's dtype, differentiable with respect to q, k, v and lam. Rows of queries
+        that attend to no key are zero, as are their gradients, on every backend.
 
     Raises:
-        ValueError: For shapes, dtypes or devices that do not fit, or a backend unknown by name.
+        ValueError: If shapes, dtypes or devices do not match, or the backend is unknown.
     """
     if q.ndim != 5 or q.shape[3] < 2:
         raise ValueError(
-            f"q must be [B, N, J, R + 1, D] with R of at least 1, got shape {tuple(q.shape)}"
+            f"q must be [B, N, J, R + 1, D] with R at least 1, got shape {tuple(q.shape)}"
         )
     if k.ndim != 4:
         raise ValueError(f"k must be [B, M, G, D], got shape {tuple(k.shape)}")
@@ -65,18 +66,18 @@ def grouped_diff_attention(
     check_backend(backend, BACKENDS)
     if backend == "auto":
         is_plain = mask.is_full or (mask.is_causal and q.shape[1] in (1, k.shape[1]))
-        backend = "sdpa" if is_plain else _for_other_masks(q, k, v, mask, scale)
+        backend = "sdpa" if is_plain else _backend_for_mask(q, k, v, mask, scale)
     return BACKENDS[backend](q, k, v, lam, mask=mask, scale=scale)
 
 
 def paired(q: Tensor) -> Tensor:
-    """`[B, N, J, R + 1, D]` as the queries of `diff_attention`, `[B, N, J * R, 2, D]`: every signal
-    query beside its noise query."""
+    """Convert `[B, N, J, R + 1, D]` to the queries of `diff_attention`, `[B, N, J * R, 2, D]`, in
+    which every signal query is followed by its noise query."""
     signal, noise = q[:, :, :, :-1], q[:, :, :, -1:]
     return torch.stack([signal, noise.expand_as(signal)], dim=4).flatten(2, 3)
 
 
-def _for_other_masks(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> str:
+def _backend_for_mask(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> str:
     return choose_backend(paired(q), k.unsqueeze(3), v, mask, scale)
 
 
@@ -91,10 +92,10 @@ def reference(
     upcast: bool = True,
 ) -> Tensor:
     """`(A_i - lam_i * A_noise(i)) V` for every signal head `i` (Lim et al. 2025), all maps
-    materialised.
+    materialized.
 
-    Shapes as in `diffmm.ops.grouped_diff_attention`, with `lam` already `[B, N, H]`; `upcast` as in
-    the reference of `diff_attention`.
+    Shapes as in `diffmm.ops.grouped_diff_attention`, with `lam` expanded to `[B, N, H]`; `upcast`
+    as in the reference of `diff_attention`.
     """
     dtype = q.dtype
     if upcast and dtype in (torch.float16, torch.bfloat16):
@@ -120,7 +121,7 @@ def reference(
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *, mask: AttentionMask, scale: float
 ) -> Tensor:
-    # Raw head (R + 1) j + c already reads group j // (J // G).
+    # With this head order, raw head (R + 1) j + c reads group j // (J // G).
     heads = softmax_sdpa(q.flatten(2, 3), k, v, mask=mask, scale=scale)
     heads = heads.unflatten(2, q.shape[2:4])  # [B, N, J, R + 1, E]
     signal, noise = heads[:, :, :, :-1], heads[:, :, :, -1:]

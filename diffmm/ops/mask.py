@@ -1,4 +1,4 @@
-"""The one mask type: what each query may attend to."""
+"""The attention mask: which keys each query attends to."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,26 +12,27 @@ TENSORS = ("prefix_lengths", "document_ids", "key_padding")
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Which keys each query sees. Every restriction given must hold; with none, all is seen.
+    """Which keys each query attends to. All given restrictions apply; without any, every query
+    attends to every key.
 
-    With `N` queries and `M` keys the queries are the **last** `N` positions: query `n` stands at
-    position `n + M - N` (bottom-right alignment, which is what decoding with a cache needs).
+    With `N` queries and `M` keys, the queries are the **last** `N` positions: query `n` has
+    position `n + M - N` (bottom-right alignment, as decoding with a key-value cache needs).
 
-    It is a pytree of torch's whose leaves are its tensors, so that `torch.export` takes it as an
-    input.
+    The mask is registered as a pytree whose leaves are its tensors, so that `torch.export` accepts
+    it as an input.
 
     Args:
-        causal: a query sees no key after its own position.
-        window: a query sees itself and the `window - 1` keys before it, and as many after it
-            where the mask is not causal. At least 1.
-        prefix_lengths: `[B]` integers; keys before this position are seen by every query, so that
-            the mask is bidirectional over the prefix and causal after it. Needs `causal`.
-        document_ids: `[B, M]` integers; a query sees only keys of its own document.
+        causal: Whether a query attends only to keys up to its own position.
+        window: A query attends to itself and the `window - 1` keys before it and, if the mask is
+            not causal, as many after it. At least 1; None means no limit.
+        prefix_lengths: `[B]` integers; every query attends to the keys before this position, so
+            the mask is bidirectional over the prefix and causal after it. Requires `causal`.
+        document_ids: `[B, M]` integers; a query attends only to keys of its own document.
         key_padding: `[B, M]` booleans, true where a key is real.
 
     Raises:
-        ValueError: for a window below 1, a prefix without `causal`, or a tensor of another shape
-            or dtype than the above.
+        ValueError: If `window` is below 1, `prefix_lengths` is given without `causal`, or a tensor
+            has the wrong number of axes or dtype.
 
     >>> diffmm.AttentionMask(causal=True, window=2).to_bool(3, 3)[0, 0].int()
     tensor([[1, 0, 0],
@@ -50,7 +51,7 @@ class AttentionMask:
             raise ValueError(f"window must be at least 1 (the query itself), got {self.window}")
         if self.prefix_lengths is not None and not self.causal:
             raise ValueError(
-                "prefix_lengths needs causal=True: without it every key is seen already"
+                "prefix_lengths needs causal=True: without it the prefix has no effect"
             )
         for name, tensor, num_dims in (
             ("prefix_lengths", self.prefix_lengths, 1),
@@ -75,19 +76,19 @@ class AttentionMask:
 
     @property
     def is_full(self) -> bool:
-        """Whether every query sees every key."""
+        """Whether every query attends to every key."""
         return not (self.causal or self.window is not None or self.per_sample)
 
     @property
     def is_causal(self) -> bool:
-        """Whether every query sees every key up to its own position, and no other."""
+        """Whether every query attends to exactly the keys up to its own position."""
         return self.causal and self.window is None and not self.per_sample
 
     def check(self, batch: int, num_keys: int) -> None:
-        """Refuse tensors that do not belong to `batch` samples of `num_keys` keys.
+        """Check that the tensors match `batch` samples of `num_keys` keys.
 
         Raises:
-            ValueError: naming the tensor and both shapes.
+            ValueError: If one does not; the message names the tensor and both shapes.
         """
         for name in TENSORS:
             tensor = getattr(self, name)
@@ -100,16 +101,16 @@ class AttentionMask:
     def to_bool(
         self, num_queries: int, num_keys: int, device: torch.device | str | None = None
     ) -> Tensor:
-        """The truth: `[1 or B, 1, N, M]` booleans, true where the query sees the key.
+        """The mask as booleans, `[1 or B, 1, N, M]`, true where the query attends to the key.
 
         Args:
-            num_queries: `N`.
-            num_keys: `M`.
-            device: where to build it; that of the mask's own tensors by default.
+            num_queries: Number of queries `N`.
+            num_keys: Number of keys `M`.
+            device: Device of the result; by default that of the mask's own tensors.
 
         Raises:
-            ValueError: for `document_ids` with more queries than keys: the first queries would
-                stand before every key and belong to no document.
+            ValueError: If there are `document_ids` and more queries than keys: the first queries
+                would belong to no document.
         """
         if self.document_ids is not None and num_queries > num_keys:
             raise ValueError(
@@ -153,7 +154,7 @@ def _flatten_with_names(
 
 
 def _unflatten(tensors: Any, rest: tuple[bool, int | None]) -> AttentionMask:
-    # Unchecked: torch puts all kinds of leaves into its trees.
+    # Without `__post_init__`, because torch also builds pytrees with leaves that are not tensors.
     mask = object.__new__(AttentionMask)
     fields = dict(zip(("causal", "window", *TENSORS), (*rest, *tensors), strict=True))
     for name, value in fields.items():

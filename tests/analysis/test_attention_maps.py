@@ -76,7 +76,9 @@ def test_layers_are_picked_by_number_and_named():
     picked = attention_maps(model, tokens, layers=[0, -1])
     assert [layer.name for layer in picked] == [every[0].name, every[2].name]
     torch.testing.assert_close(picked[1].combined, every[2].combined)
-    with pytest.raises(ValueError, match=r"layers has 3, but TextModel has 3 attention layers"):
+    with pytest.raises(
+        ValueError, match=r"layers contains 3, but TextModel has 3 attention layers"
+    ):
         attention_maps(model, tokens, layers=[3])
 
 
@@ -99,5 +101,5 @@ def test_half_precision_models_give_float32_maps():
 
 
 def test_a_model_without_attention_is_refused():
-    with pytest.raises(ValueError, match=r"Linear has no attention layer of diffmm in it"):
+    with pytest.raises(ValueError, match=r"Linear contains no attention layer of diffmm"):
         attention_maps(nn.Linear(2, 2), torch.zeros(1, 2))

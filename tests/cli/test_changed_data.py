@@ -40,7 +40,7 @@ def step(directory):
 def test_data_as_they_were(run, interrupted, tmp_path):
     result = go_on(run)
     assert result.code == 0, result.err
-    assert "not those of the checkpoint" not in result.err
+    assert "differ from those of the checkpoint" not in result.err
     assert step(tmp_path / "work" / "there" / "checkpoints") == NUM_STEPS
 
 
@@ -62,7 +62,7 @@ def more(folder):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (changed, "(other sizes of files; other contents of files)"),
+        (changed, "(sizes of files differ; contents of files differ)"),
         (fewer, "samples: 12, now 3"),
         (more, "samples: 12, now 26"),
     ],
@@ -77,7 +77,7 @@ def test_changed_data(run, interrupted, tmp_path, change, told):
     assert told in line
     assert "--allow-changed-data" in line
     assert [found.step for found in checkpoints(kept)] == before
-    with pytest.warns(UserWarning, match="are not those of the checkpoint"):
+    with pytest.warns(UserWarning, match="differ from those of the checkpoint"):
         result = go_on(run, "--allow-changed-data")
     assert result.code == 0, result.err
     assert step(kept) == NUM_STEPS

@@ -43,7 +43,7 @@ def test_files_that_are_missing_and_classes_of_one_split(run, table):
     assert result.code == 2
     assert lines_of(result)["train"] == "3 samples: 1 a; 2 b"
     assert result.mistakes == [f"train: image 1 ({table.parent / 'gone.png'}) does not exist"]
-    assert "diffmm: warning: the val split has no sample of a\n" in result.err
+    assert "diffmm: warning: the val split has no samples of a\n" in result.err
     # A run that puts up with it is no mistake.
     policy = ("--data.bad_samples.policy", "substitute")
     result = run("check", "image/digits_tiny", "--data", table, *policy)
@@ -96,7 +96,7 @@ def test_many_classes_and_one_that_training_lacks(run, tmp_path):
     assert lines_of(result)["train"] == (
         "13 samples: 13 classes, from 0 (class 00) to 2 (class 03)"
     )
-    assert result.mistakes == ["the train split has no sample of class 00"]
+    assert result.mistakes == ["the train split has no samples of class 00"]
 
 
 def test_texts(run, tmp_path):
@@ -113,5 +113,5 @@ def test_what_is_not_there_is_not_downloaded(run):
     result = run("check", "image/cifar10", "--read-data")
     assert result.mistakes == ["the data have not been downloaded yet: diffmm fit downloads them"]
     result = run("check", "image/imagenet_vit_s", "--read-data")
-    assert result.mistakes == ["no folder data/imagenet/train"]
+    assert result.mistakes == ["folder data/imagenet/train does not exist"]
     assert not list(Path().iterdir())

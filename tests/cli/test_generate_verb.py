@@ -61,9 +61,9 @@ def test_a_loaded_run_writes_the_same(run, trained):
     maps = loaded.attention_maps("Text ")
     assert [part.combined.shape for part in maps] == [(1, 4, 5, 5)] * 2
     assert loaded.job.recipe == "recipe"
-    with pytest.raises(ValueError, match="a prompt must be text or a Path, got int"):
+    with pytest.raises(ValueError, match="a prompt must be a string or a Path, got int"):
         loaded.predict(3)
-    with pytest.raises(ValueError, match=r"has no classes; it writes text \(generate\)"):
+    with pytest.raises(ValueError, match=r"has no classes; it generates text \(generate\)"):
         loaded.stream(["Text "])
 
 
@@ -84,7 +84,7 @@ def test_a_checkpoint_from_before_jobs_names_its_tokenizer(run, trained, tmp_pat
     assert run("generate", "old.ckpt", *greedy).out == run("generate", trained, *greedy).out
     torch.save(state, "older.ckpt")
     (mistake,) = run("generate", "older.ckpt", *greedy).mistakes
-    assert mistake == "older.ckpt names no tokenizer: give it (--tokenizer bytes)"
+    assert mistake == "older.ckpt names no tokenizer: give one (--tokenizer bytes)"
 
 
 def test_mistakes(run, trained, tmp_path):
@@ -97,18 +97,27 @@ def test_mistakes(run, trained, tmp_path):
     text = save_model(model, tmp_path / "text")
     for arguments, message in (
         (("nowhere.ckpt", "a"), "there is no file of weights at nowhere.ckpt"),
-        ((image, "a"), f"{image} holds a ImageModel: only a text model writes text"),
-        ((text, "a"), f"{text} names no tokenizer: give it (--tokenizer bytes)"),
-        ((trained, ""), "the prompt is empty: give it a character at least"),
-        ((trained, "a", "--temperature", "-1"), "temperature must be 0 (greedy) or more"),
-        ((trained, "a", "--temperature", "nan"), "temperature must be 0 (greedy) or more"),
-        ((trained, "a", "--temperature", "inf"), "temperature must be 0 (greedy) or more"),
+        ((image, "a"), f"{image} contains a ImageModel: only text models generate text"),
+        ((text, "a"), f"{text} names no tokenizer: give one (--tokenizer bytes)"),
+        ((trained, ""), "the prompt is empty: it needs at least one character"),
+        (
+            (trained, "a", "--temperature", "-1"),
+            "temperature must be finite and at least 0 (greedy)",
+        ),
+        (
+            (trained, "a", "--temperature", "nan"),
+            "temperature must be finite and at least 0 (greedy)",
+        ),
+        (
+            (trained, "a", "--temperature", "inf"),
+            "temperature must be finite and at least 0 (greedy)",
+        ),
         ((trained, "a", "--top-p", "nan"), "top_p must be in (0, 1], got nan"),
-        ((trained, "a", "--top-k", "-3"), "top_k must be a whole number of at least 1, got -3"),
-        ((trained, "a", "--max-new-tokens", "0"), "max_new_tokens must be a whole number"),
-        ((trained, "a", "--seed", str(2**64)), f"seed must be a number of 64 bits, got {2**64}"),
-        ((trained, "a", "--device", "cuda:99"), "there is no device 'cuda:99'"),
-        ((trained, "a", "--max-new-tokens", "999"), "a prompt of 1 tokens and max_new_tokens=999"),
+        ((trained, "a", "--top-k", "-3"), "top_k must be an integer of at least 1, got -3"),
+        ((trained, "a", "--max-new-tokens", "0"), "max_new_tokens must be an integer"),
+        ((trained, "a", "--seed", str(2**64)), f"seed must be a 64-bit integer, got {2**64}"),
+        ((trained, "a", "--device", "cuda:99"), "device 'cuda:99' is not available"),
+        ((trained, "a", "--max-new-tokens", "999"), "a prompt of 1 tokens plus max_new_tokens=999"),
     ):
         result = run("generate", *arguments)
         assert result.code == 2

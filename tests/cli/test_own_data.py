@@ -288,13 +288,13 @@ def odd(kind, folder):
     ("kind", "message"),
     [
         ("one class", "has 20 images of 1 class (cats)"),
-        ("empty class", "dogs has no files of .jpg"),
-        ("no folders", "has 2 images but no folders: sort them into a folder per class, or"),
+        ("empty class", "dogs has no files ending in .jpg"),
+        ("no folders", "has 2 images but no folders: use one folder per class, or"),
         ("class in val alone", "has classes that"),
         ("val twice", "has both val and valid: rename one of them"),
-        ("one file", "is one file: give a folder with a folder of images per class, or a CSV"),
+        ("one file", "is a single file: use a folder with one folder of images per class, or a"),
         ("semicolons", "needs a column 'file' (or path, filename"),
-        ("a reference", "its name holds ${, which means a reference"),
+        ("a reference", "the name contains ${, which recipes use for references"),
         ("nothing", "has no folders and no images"),
     ],
 )
@@ -310,7 +310,7 @@ def test_odd_data_are_refused_in_one_line_and_nothing_is_left(run, tmp_path, kin
 
 def test_what_takes_no_data(run, photos):
     result = run("fit", "--config", "image/digits_tiny", "--data", "datamodules.ImageData")
-    assert "there is no such file or folder (another class of data is --data.class_path)" in str(
+    assert "no such file or folder (to use another datamodule class, set --data.class_path)" in str(
         result.mistakes
     )
     result = run("fit", "--resume", "runs/a", "--data", photos)

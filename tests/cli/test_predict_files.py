@@ -151,9 +151,12 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_read(
         (["--top-k", "3"], "--top-k is for files: give them after the run"),
         (["--skip-bad"], "--skip-bad is for files: give them after the run"),
         ([], "{weights} is in no run, which would have a config.yaml: diffmm predict needs its"),
-        (["pictures/c/notes.txt"], "pictures/c/notes.txt cannot be decoded: it is no BMP"),
-        (["empty"], "there is no image in empty: looked for .jpg"),
-        (["pictures", "--device", "cuda:99"], "there is no device 'cuda:99'"),
+        (
+            ["pictures/c/notes.txt"],
+            "pictures/c/notes.txt cannot be decoded: Pillow does not recognize it as one of BMP",
+        ),
+        (["empty"], "folder empty contains no image files, which end in .jpg"),
+        (["pictures", "--device", "cuda:99"], "device 'cuda:99' is not available"),
     ],
 )
 def test_mistakes(run, weights, pictures, arguments, message):
@@ -277,7 +280,7 @@ def test_a_file_that_the_model_does_not_take_is_named(run, tmp_path):
     for name, seconds in (("a.wav", 1), ("b.wav", 9), ("c.wav", 1)):
         soundfile.write(name, np.zeros(8000 * seconds), 8000)
     (mistake,) = run("predict", weights, ".").mistakes
-    assert mistake.startswith("b.wav is not what the model takes: ")
+    assert mistake.startswith("b.wav does not fit the model: ")
     result = run("predict", weights, ".", "--skip-bad")
     assert result.code == 0, result.err
     assert [line.partition(":")[0] for line in result.out.splitlines()] == ["a.wav", "c.wav"]
@@ -289,5 +292,6 @@ def test_a_text_model_is_told_apart(run, tmp_path):
     Path("a.txt").write_text("a")
     (mistake,) = run("predict", weights, "a.txt").mistakes
     assert (
-        mistake == f"{weights} holds a TextModel, which has no classes; it writes text (generate)"
+        mistake
+        == f"{weights} contains a TextModel, which has no classes; it generates text (generate)"
     )

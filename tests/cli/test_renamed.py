@@ -68,11 +68,9 @@ def test_an_old_run_goes_on_and_its_weights_load(run, recipe, tmp_path):
     saved = torch.load(state, weights_only=True)
     assert {"model.class_token", "model.registers"} <= set(saved["state_dict"])
     assert "BadNumbers" in saved["callbacks"]
-    with pytest.warns(FutureWarning, match="class_token is called cls_token now; num_registers"):
+    with pytest.warns(FutureWarning, match="class_token is now cls_token; num_registers"):
         load_model(old)
-    message = (
-        "config.yaml has old names: datamodules.*Digits is called datamodules.image.Digits now"
-    )
+    message = "config.yaml has old names: datamodules.*Digits is now datamodules.image.Digits"
     with pytest.warns(FutureWarning, match=message):
         assert run("fit", "--resume", old, "--trainer.max_steps", "4").code == 0
     ends = [torch.load(find_state(folder), weights_only=True) for folder in (straight, old)]
@@ -87,7 +85,7 @@ def test_every_new_name_is_there(old, new):
         assert hasattr(importlib.import_module(module), name)
     else:
         importlib.import_module(new)
-    with pytest.warns(FutureWarning, match=f"here.yaml has old names: {old} is called {new} now"):
+    with pytest.warns(FutureWarning, match=f"here.yaml has old names: {old} is now {new}"):
         values = with_new_names({"a": [{"class_path": old}]}, "here.yaml")
     assert values["a"][0]["class_path"] == new
 
@@ -100,7 +98,7 @@ def test_every_new_argument_is_there(cls, arguments):
         assert new in parameters
         assert old not in parameters
         node = {"class_path": cls, "init_args": {old: 1, "kept": 2}}
-        with pytest.warns(FutureWarning, match=f"{old} of {cls} is called {new} now"):
+        with pytest.warns(FutureWarning, match=f"{old} of {cls} is now {new}"):
             values = with_new_names({"a": node}, "here.yaml")
         assert values["a"]["init_args"] == {new: 1, "kept": 2}
     # The same name elsewhere means something else.
@@ -113,7 +111,7 @@ def test_a_renamed_class_does_what_it_did(tmp_path):
     (tmp_path / "a.csv").write_text("path,tags\na.wav,x;y\n")
     table = str(tmp_path / "a.csv")
     old = {"train": table, "val": table, "labels_column": "tags"}
-    with pytest.warns(FutureWarning, match="Manifest is called datamodules.audio.SoundTable now"):
+    with pytest.warns(FutureWarning, match="Manifest is now datamodules.audio.SoundTable"):
         node = with_new_names(
             {"class_path": "datamodules.audio_sources.Manifest", "init_args": old}, "here.yaml"
         )

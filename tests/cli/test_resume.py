@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(run, interrupte
     result = run("fit", "--resume", directory)
     assert result.code == 0, result.err
     (line,) = [line for line in result.err.splitlines() if line.startswith("diffmm: warning:")]
-    assert "uses step_00000001, and not step_00000002 (state.ckpt has " in line
+    assert "using step_00000001 instead of step_00000002 (state.ckpt has " in line
     assert steps_of(directory) == 4
 
 
@@ -185,7 +185,7 @@ def test_no_whole_checkpoint_is_bad_input(run, interrupted):
         result = run(*command)
         assert result.code == 2
         assert result.mistakes == [
-            f"no checkpoint in {directory}/checkpoints is whole: step_00000002 (it has no "
+            f"no checkpoint in {directory}/checkpoints is complete: step_00000002 (it has no "
             f"manifest.json), step_00000001 (it has no manifest.json)"
         ]
     assert sorted(Path("runs").rglob("*")) == before
@@ -194,7 +194,7 @@ def test_no_whole_checkpoint_is_bad_input(run, interrupted):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("attention: diff_v2", "attention: softmax"), "of another architecture: attention"),
+        (("attention: diff_v2", "attention: softmax"), "another architecture: attention"),
         (("batch_size: 64", "batch_size: 32"), "was 64 samples and is now 32"),
         (("max_steps: 4", "max_steps: 4\n  accumulate_grad_batches: 2"), "took steps of 1 batches"),
     ],

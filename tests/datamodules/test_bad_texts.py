@@ -103,7 +103,7 @@ def test_a_bad_file_is_left_out(
     ]
     assert len(messages) == 1
     assert f"file 2 ({path}) " in messages[0]
-    assert messages[0].endswith("; it is left out")
+    assert messages[0].endswith("; skipping it")
     assert "\n" not in messages[0]
 
 

@@ -141,7 +141,7 @@ def test_tables_that_are_no_text_are_named(tmp_path: Path) -> None:
         ("long.csv", b'file,label\na.wav,"' + b"b" * 200_000 + b'"'),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"table .*{name} is no CSV file in UTF-8: "):
+        with pytest.raises(ValueError, match=rf"table .*{name} is not a UTF-8 CSV file: "):
             SoundTable(str(tmp_path / name), str(tmp_path / name)).splits()
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(ValueError, match=r"list .*latin.txt is not UTF-8 text: "):
@@ -230,7 +230,7 @@ def test_no_irregular_noise_is_opened(irregular, tmp_path: Path) -> None:
     words = irregular(tmp_path / "noise" / "a.wav")
     augment = AudioAugment(snr_db=(0.0, 1.0), noise_folder=str(tmp_path / "noise"))
     if "folder" in words:
-        with pytest.raises(ValueError, match="noise has no files of .wav"):
+        with pytest.raises(ValueError, match="noise has no files ending in .wav"):
             Augmenter(augment, sample_rate_hz=8000, resample=False)
         return
     augmenter = Augmenter(augment, sample_rate_hz=8000, resample=False)
@@ -276,7 +276,7 @@ def test_no_irregular_token_file_is_opened(irregular, tmp_path: Path, suffix: st
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no table .*gone.csv"):
+    with pytest.raises(FileNotFoundError, match=r"table .*gone.csv does not exist"):
         check_file(tmp_path / "gone.csv", "table")
     assert why_no_file(write(tmp_path / "a.txt")) is None
     assert why_no_file(tmp_path / "a.txt" / "b") == "does not exist"

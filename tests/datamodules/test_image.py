@@ -246,11 +246,11 @@ def test_too_few_images_for_a_batch():
         ),
         (
             {"transform": ImageTransform(mean=(0.1, 0.2))},
-            "mean has 2 numbers for images of 1 channels",
+            "mean has 2 numbers, but images have 1 channels",
         ),
         (
             {"transform": ImageTransform(auto_augment="rend-m9"), "channels": 3},
-            "auto_augment 'rend-m9' is no policy of timm's",
+            "auto_augment 'rend-m9' is not a timm policy",
         ),
         (
             {"transform": ImageTransform(auto_augment="augmix-m5")},
@@ -268,9 +268,9 @@ def test_bad_arguments_are_named(arguments, message):
     [
         ({"interpolation": "bicubik"}, "interpolation must be .*'bicubik'; did you mean 'bicubic'"),
         ({"crop_mode": "middle"}, "crop_mode must be one of 'center', .*got 'middle'"),
-        ({"hflip": 1.5}, r"hflip is a probability, in \[0, 1\], got 1.5"),
+        ({"hflip": 1.5}, r"hflip must be a probability in \[0, 1\], got 1.5"),
         ({"crop_pct": 0.0}, "crop_pct must be above 0, got 0.0"),
-        ({"scale": (1.0, 0.5)}, r"scale must be two rising numbers above 0, got \(1.0, 0.5\)"),
+        ({"scale": (1.0, 0.5)}, r"scale must be two increasing numbers above 0, got \(1.0, 0.5\)"),
         ({"color_jitter": (0.1, 0.2)}, r"color_jitter must be .*got \(0.1, 0.2\)"),
     ],
 )

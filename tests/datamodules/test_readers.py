@@ -82,9 +82,9 @@ def test_a_picture_in_memory_is_turned_and_bounded_as_a_file(tmp_path):
     assert of_file.equal(reader.read(Image.open(tmp_path / "turned.png"))["images"])
     assert of_file.equal(reader.read(upright)["images"])
     small = ImageReader(**{**again(reader).describe()["init_args"], "max_pixels": 399})
-    with pytest.raises(DataError, match=r"^an image has 20 x 20 pixels, more than max_pixels"):
+    with pytest.raises(DataError, match=r"^an image has 20 x 20 pixels, which exceeds max_pixels"):
         small.read(picture)
-    with pytest.raises(DataError, match="turned.png has 20 x 20 pixels, more than max_pixels"):
+    with pytest.raises(DataError, match="turned.png has 20 x 20 pixels, which exceeds max_pixels"):
         small.read(tmp_path / "turned.png")
 
 
@@ -141,13 +141,13 @@ def test_a_datamodule_without_a_reader_says_so():
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        (np.zeros(8), "a sound must be a path, or a waveform with its sample rate"),
-        ((np.zeros(8), 0), "sample_rate_hz must be a whole number of at least 1, got 0"),
-        ((np.zeros(8), 8e3), "sample_rate_hz must be a whole number"),
+        (np.zeros(8), "a sound must be a path or a pair (waveform, sample_rate_hz)"),
+        ((np.zeros(8), 0), "sample_rate_hz must be an integer of at least 1, got 0"),
+        ((np.zeros(8), 8e3), "sample_rate_hz must be an integer"),
         ((np.zeros(8, np.int16), 8000), "must be floats [S] or [channels, S]"),
         ((np.zeros((2, 3, 4)), 8000), "got (2, 3, 4) in float64"),
-        ((np.zeros(0), 8000), "with a sample at least"),
-        ((np.full(8, 3e4), 8000), "samples up to 30000, where 1 is full scale"),
+        ((np.zeros(0), 8000), "with at least one sample"),
+        ((np.full(8, 3e4), 8000), "samples up to 30000, but full scale is 1"),
         ((torch.full((8,), torch.nan), 8000), "samples up to nan"),
         ("nowhere.wav", "nowhere.wav does not exist"),
     ],
@@ -161,8 +161,8 @@ def test_what_is_no_sound_is_refused(item, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sample_rate_hz": 0}, "sample_rate_hz must be a whole number of at least 1, got 0"),
-        ({"clip_samples": 0.5}, "clip_samples must be a whole number of at least 1, got 0.5"),
+        ({"sample_rate_hz": 0}, "sample_rate_hz must be an integer of at least 1, got 0"),
+        ({"clip_samples": 0.5}, "clip_samples must be an integer of at least 1, got 0.5"),
         ({"crop": "centre"}, "crop must be one of .*did you mean 'center'"),
         ({"pad": True}, "pad needs clip_samples"),
     ],
@@ -202,17 +202,17 @@ def test_prompts_are_text_or_files_of_it(tmp_path):
     assert batch["key_padding"].tolist() == [[False, False, True, True], [True] * 4]
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff")
     for item, message in (
-        ("", "the prompt is empty: give it a character at least"),
-        (3, "a prompt must be text or a Path, got int"),
-        (tmp_path / "nowhere.txt", "no text .*nowhere.txt"),
+        ("", "the prompt is empty: it needs at least one character"),
+        (3, "a prompt must be a string or a Path, got int"),
+        (tmp_path / "nowhere.txt", "text .*nowhere.txt does not exist"),
         (tmp_path / "binary.txt", "binary.txt is not UTF-8"),
     ):
         with pytest.raises(ValueError, match=message):
             reader.read(item)
     for settings in ({"tokenizer": 3}, {"tokenizer": "bytes", "definition": 3}):
-        with pytest.raises(ValueError, match="must be text, got 3"):
+        with pytest.raises(ValueError, match="must be a string, got 3"):
             TextReader(**settings)
-    with pytest.raises(ValueError, match="the definition of tokenizer 'mine' is none"):
+    with pytest.raises(ValueError, match="the definition of tokenizer 'mine' is invalid"):
         _ = TextReader(tokenizer="mine", definition="{}").encoder
 
 

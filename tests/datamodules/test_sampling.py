@@ -148,14 +148,14 @@ def test_resuming_another_order_is_refused() -> None:
     state = sampler(10).state_dict(position=3)
     with pytest.raises(ValueError, match=r"'seed': 1.*'seed': 2.*same data and seed"):
         sampler(10, seed=2).load_state_dict(state)
-    with pytest.raises(ValueError, match="2 processes cannot share evenly what follows sample 3"):
+    with pytest.raises(ValueError, match="2 processes cannot resume at sample 3"):
         sampler(10, world_size=2).load_state_dict(state)
 
 
 def test_too_few_samples_are_refused() -> None:
-    with pytest.raises(ValueError, match="0 samples cannot be shared among 1 process"):
+    with pytest.raises(ValueError, match="0 samples are too few for 1 process"):
         sampler(0)
-    with pytest.raises(ValueError, match="3 samples cannot be shared among 4 process"):
+    with pytest.raises(ValueError, match="3 samples are too few for 4 process"):
         sampler(3, world_size=4)
     with pytest.raises(ValueError, match="at least one sample to evaluate, got 0"):
         EvaluationSampler(0, batch_size=1)
@@ -194,7 +194,7 @@ def test_a_dataset_takes_keys_and_plain_indices() -> None:
     assert torch.equal(dataset[1], dataset[0, 1])
     assert not torch.equal(dataset[1], dataset[1, 1])
     assert len(list(dataset)) == 3  # type: ignore[call-overload]
-    with pytest.raises(IndexError, match="sample 3 of a dataset of 3"):
+    with pytest.raises(IndexError, match="index 3 is out of range for 3 samples"):
         dataset[3]
 
 

@@ -221,7 +221,10 @@ def test_a_batch_is_fast():
     [
         ({"num_clips": 0}, "num_clips must be at least 1, got 0"),
         ({"sample_rate_hz": 4000}, "sample_rate_hz must be at least 8000, got 4000"),
-        ({"clip_seconds": (2.0, 1.0)}, r"clip_seconds must be two rising numbers.*\(2.0, 1.0\)"),
+        (
+            {"clip_seconds": (2.0, 1.0)},
+            r"clip_seconds must be two increasing numbers.*\(2.0, 1.0\)",
+        ),
         ({"events_per_clip": (1, 11)}, r"events_per_clip must be .* in \[1, 10\], got \(1, 11\)"),
         ({"peak_db": (-3.0, 3.0)}, r"peak_db must be .*got \(-3.0, 3.0\)"),
     ],

@@ -285,7 +285,7 @@ def test_evaluation_does_not_depend_on_who_shares_it(files: Path) -> None:
 
 
 def test_a_split_of_a_stream_without_a_document_is_refused(files: Path) -> None:
-    with pytest.raises(DataError, match="no document of the stream falls in this split; give more"):
+    with pytest.raises(DataError, match="this split contains no document of the stream; use more"):
         list(data(files, validation_fraction=1e-9).val_dataloader())
 
 
@@ -301,9 +301,9 @@ def test_what_does_not_fit_is_refused(files: Path) -> None:
 
     with pytest.raises(ValueError, match=r"the stream had seed=0 and now has seed=1: resume"):
         resume(seed=1)
-    with pytest.raises(ValueError, match=r"a batch of all processes was 2 samples and is now 4"):
+    with pytest.raises(ValueError, match=r"the global batch size was 2 samples and is now 4"):
         resume(0, 2)
-    with pytest.raises(ValueError, match=r"2 samples a turn, which do not make a batch of 1"):
+    with pytest.raises(ValueError, match=r"2 samples per turn, which do not divide a batch of 1"):
         resume(0, 2, batch_size=1)
     with pytest.raises(ValueError, match=r"4 shares cannot be read by 1 process.* num_workers=3"):
         resume(num_workers=3)
@@ -350,8 +350,8 @@ def test_a_stream_goes_on_without_a_broken_file(
     if num_workers == 0:
         mine = [record for record in caplog.records if record.name.startswith("datamodules")]
         (message,) = [record.getMessage() for record in mine]
-        assert message.startswith(f"shard 2 ({broken}) cannot be read from row 0 on: ")
-        assert message.endswith("; the stream goes on with another")
+        assert message.startswith(f"shard 2 ({broken}) cannot be read from row 0 onward: ")
+        assert message.endswith("; continuing with another file")
     seen = documents_in(whole)
     assert not any(name.startswith("2.") for name in seen)
     assert {name[0] for name in seen} == set("01345")

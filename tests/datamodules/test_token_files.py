@@ -38,7 +38,7 @@ def change_lengths(path: Path, *lengths: int) -> None:
 def refused(path: Path, message: str) -> None:
     """`path` is refused with this message, and left out where that is asked for."""
     source = TokenFiles([str(path)])
-    with pytest.raises(BadSampleError, match=rf"token file 0 \(.*a\.bin\) was damaged: {message}"):
+    with pytest.raises(BadSampleError, match=rf"token file 0 \(.*a\.bin\) is damaged: {message}"):
         source.load(BYTES)
     source.triage = Triage(BadSamples("substitute", max_bad_fraction=1.0))
     assert len(source.load(BYTES)) == 0
@@ -48,20 +48,24 @@ def refused(path: Path, message: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("dtype", "O", "its header has dtype 'O', not uint16 or uint32; make it again"),
+        ("dtype", "O", "its header has dtype 'O', not uint16 or uint32; write it again"),
         ("dtype", "float32", "its header has dtype 'float32'"),
         ("dtype", "<u2,O", "its header has dtype '<u2,O'"),
         ("dtype", ["uint16"], r"its header .*a.json has dtype \['uint16'\]"),
-        ("dtype", "uint32", "it has 3 documents of 10 tokens and 2 bytes, its header says 3 "),
+        ("dtype", "uint32", "it has 3 documents of 10 tokens and 2 bytes, but its header says 3 "),
         ("dtype", None, "its header .* has dtype None"),
         ("num_tokens", -21, "its header .* has num_tokens -21"),
         ("num_tokens", 0, "its header .* has num_tokens 0"),
         ("num_tokens", 21.0, "its header .* has num_tokens 21.0"),
         ("num_tokens", "21", "its header .* has num_tokens '21'"),
         ("num_tokens", 2**64 + 21, "its header .* has num_tokens 18446744073709551637"),
-        ("num_tokens", 22, "it has 3 documents of 21 tokens, its header says 3 .* of 22 tokens"),
+        (
+            "num_tokens",
+            22,
+            "it has 3 documents of 21 tokens, but its header says 3 .* of 22 tokens",
+        ),
         ("num_documents", True, "its header .* has num_documents True"),
-        ("num_documents", 4, "it has 3 documents of 21 tokens, its header says 4 documents"),
+        ("num_documents", 4, "it has 3 documents of 21 tokens, but its header says 4 documents"),
         ("vocab_size", None, "its header .* has vocab_size None"),
         ("tokenizer", 5, "its header .* has tokenizer 5"),
         ("tokenizer_fingerprint", {}, "its header .* has tokenizer_fingerprint {}"),
@@ -79,8 +83,8 @@ def test_headers_that_lie(path: Path, field: str, value: Any, message: str) -> N
         ("{", "its header .*a.json cannot be read: "),
         ("[" * 30_000, "its header .*a.json cannot be read: "),
         (" " * 2**17, "its header .*a.json cannot be read: it has 131072 bytes"),
-        ("[]", "its header .*a.json is no object"),
-        ('"\\ud800"', "its header .*a.json is no object"),
+        ("[]", "its header .*a.json is not an object"),
+        ('"\\ud800"', "its header .*a.json is not an object"),
     ],
     ids=["empty", "cut", "deep", "large", "a list", "a string"],
 )
@@ -96,7 +100,7 @@ def test_headers_that_are_none(path: Path, content: str, message: str) -> None:
 )
 def test_lengths_that_lie(path: Path, lengths: tuple[int, ...]) -> None:
     change_lengths(path, *lengths)
-    refused(path, "the lengths of its documents do not make 21 tokens")
+    refused(path, "the lengths of its documents do not add up to 21 tokens")
 
 
 def test_lengths_that_overflow_to_the_right_sum(path: Path) -> None:
@@ -104,7 +108,7 @@ def test_lengths_that_overflow_to_the_right_sum(path: Path) -> None:
     lengths = (most, most, 23)
     assert np.array(lengths, np.int64).sum() == 21
     change_lengths(path, *lengths)
-    refused(path, "the lengths of its documents do not make 21 tokens")
+    refused(path, "the lengths of its documents do not add up to 21 tokens")
 
 
 class Opened:
@@ -119,26 +123,28 @@ def test_tables_that_lie(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = path.with_suffix(".documents.npy")
     whole = table.read_bytes()
     np.save(table, np.array([Opened()], object), allow_pickle=True)
-    refused(path, r".*a.documents.npy has .* bytes, its header says object of shape \(1,\)")
+    refused(path, r".*a.documents.npy has .* bytes, but its header says object of shape \(1,\)")
     assert not Path("opened").exists()
     np.save(table, np.zeros(3, [("key", "<u8"), ("length", "<i8")]))
-    refused(path, r".*has 3 rows and 0 bytes, its header says \[\('key', '<u8'\), ")
+    refused(path, r".*has 3 rows and 0 bytes, but its header says \[\('key', '<u8'\), ")
     # 2 ** 60 rows: 16 EiB, were they there
     table.write_bytes(whole.replace(b"(3,), }" + b" " * 18, b"(1152921504606846976,), }"))
     assert table.stat().st_size == len(whole)
-    refused(path, r".*has 3 rows and 0 bytes, its header says .* of shape \(1152921504606846976,\)")
+    refused(
+        path, r".*has 3 rows and 0 bytes, but its header says .* of shape \(1152921504606846976,\)"
+    )
     table.write_bytes(whole[:-1])
-    refused(path, r".*has 2 rows and 15 bytes, its header says .* of shape \(3,\)")
+    refused(path, r".*has 2 rows and 15 bytes, but its header says .* of shape \(3,\)")
     with table.open("wb") as file:
         np.savez(file, np.zeros(3))
-    refused(path, r".*a.documents.npy is no table of documents: ")
+    refused(path, r".*a.documents.npy is not a table of documents: ")
     np.save(table, np.zeros(0, DOCUMENT_FIELDS))
-    refused(path, r".*has 0 rows and 0 bytes, its header says .* of shape \(0,\)")
+    refused(path, r".*has 0 rows and 0 bytes, but its header says .* of shape \(0,\)")
 
 
 def test_bytes_that_make_no_token(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0")
-    refused(path, "it has 3 documents of 21 tokens and 1 bytes, its header says 3 ")
+    refused(path, "it has 3 documents of 21 tokens and 1 bytes, but its header says 3 ")
 
 
 def test_ids_beyond_the_vocabulary_are_refused_when_they_are_read(path: Path) -> None:

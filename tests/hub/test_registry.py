@@ -63,10 +63,10 @@ def test_an_override_reaches_all_that_refers_to_the_same_variable():
         ("image/digits_tiny", {"backbone": 3}, "has no setting 'backbone'"),
         ("image/digits_tiny", {"attention": "diff_v9"}, "attention must be one of"),
         ("image/digits_tiny", {"depth": 0}, "depth must be at least 1, got 0"),
-        ("image/digits_tiny", {"depth": "two"}, "BackboneConfig cannot be made"),
+        ("image/digits_tiny", {"depth": "two"}, "BackboneConfig cannot be created"),
         ("image/digts_tiny", {}, "there is no recipe 'image/digts_tiny'; did you mean"),
         ("nowhere.yaml", {}, "there is no recipe file nowhere.yaml"),
-        ("image/digits_tiny", {"skip_head": True}, "skip_head=True is of no use without weights"),
+        ("image/digits_tiny", {"skip_head": True}, "skip_head=True needs weights"),
     ],
 )
 def test_what_is_refused(name, overrides, message):
@@ -104,7 +104,7 @@ def test_weights_to_start_from(tmp_path):
     assert again.num_classes == 3
     for name, weight in again.state_dict().items():
         assert name.startswith("head.") or weight.equal(model.state_dict()[name])
-    with pytest.raises(ValueError, match="skip_head=True starts with a new one"):
+    with pytest.raises(ValueError, match="skip_head=True keeps the new one"):
         create_model("image/digits_tiny", weights=file, num_classes=3)
 
 

@@ -97,9 +97,9 @@ def test_what_it_cannot_predict(there, trained):
     for wrong, message in (
         ("nowhere.png", "nowhere.png does not exist"),
         ("notes.txt", "notes.txt cannot be decoded"),
-        ("empty", "there is no image in empty: looked for .jpg, .jpeg"),
+        ("empty", "folder empty contains no image files, which end in .jpg, .jpeg"),
         (3, "an image must be a path, a Pillow image or an array, got int"),
-        (np.zeros((4, 4)), "in uint8, of 1, 3 or 4 channels, got (4, 4) in float64"),
+        (np.zeros((4, 4)), "in uint8, with 1, 3 or 4 channels, got (4, 4) in float64"),
         (np.zeros((4, 4, 2), np.uint8), "got (4, 4, 2) in uint8"),
         (torch.zeros(4, 4, 3), "must be [C, H, W] in uint8"),
         (["seven.png", None], "got NoneType"),
@@ -108,10 +108,10 @@ def test_what_it_cannot_predict(there, trained):
             trained.predict(wrong)
     with pytest.raises(ValueError, match="num_workers=2 needs a list of inputs"):
         trained.stream(iter(["seven.png"]), num_workers=2)
-    with pytest.raises(ValueError, match="num_workers must be a whole number of at least 0"):
+    with pytest.raises(ValueError, match="num_workers must be an integer of at least 0"):
         trained.stream(["seven.png"], num_workers=-1)
     for argument in ("top_k", "batch_size"):
-        with pytest.raises(ValueError, match=f"{argument} must be a whole number of at least 1"):
+        with pytest.raises(ValueError, match=f"{argument} must be an integer of at least 1"):
             trained.predict("seven.png", **{argument: 0})
 
 
@@ -149,7 +149,7 @@ def test_the_job_stays_through_saving_and_loading(there, trained, tmp_path):
 def test_new_classes_need_new_names(there, tmp_path):
     model = load_model(RUN)
     model.reset_classifier(3)
-    with pytest.raises(ValueError, match="the model has 3 classes, and its job names 10: set"):
+    with pytest.raises(ValueError, match="the model has 3 classes, but its job names 10: set"):
         save_model(model, tmp_path)
     model.job = dataclasses.replace(model.job, class_names=("a", "b", "c"))
     assert diffmm.load(save_model(model, tmp_path)).predict("seven.png").label in "abc"
@@ -161,7 +161,7 @@ def test_a_model_without_a_job_says_what_is_missing_and_takes_it(there, trained,
     file = save_model(model, tmp_path)
     bare = diffmm.load(file)
     message = (
-        f"{file} does not say how its inputs are prepared: give the recipe that it was trained by "
+        f"{file} does not say how its inputs are prepared: give the recipe that trained it "
         f"(diffmm predict --config RECIPE), or a reader and class_names (diffmm.load)"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -172,20 +172,20 @@ def test_a_model_without_a_job_says_what_is_missing_and_takes_it(there, trained,
         assert prediction.label == "digit 7"
         assert prediction.scores == trained.predict("seven.png").scores
     assert diffmm.load(file, reader=trained.reader).predict("seven.png").label == "7"
-    with pytest.raises(ValueError, match="the model has 10 classes, and its job names 2"):
+    with pytest.raises(ValueError, match="the model has 10 classes, but its job names 2"):
         diffmm.load(file, class_names=["a", "b"])
 
 
 STRANGE = {
-    "strange_reader.Reader": "only readers of datamodules are imported for a file of weights",
-    "os.system": "only readers of datamodules are imported",
-    "datamodules": "only readers of datamodules are imported",
-    "datamodules.image.reader.Path": "which is no reader",
-    "datamodules.image.Digits": "which is no reader",
-    "datamodules.image.read_image": "only readers of datamodules are imported",
-    "datamodules.nothing.Reader": "is not there: No module named 'datamodules.nothing'",
-    "datamodules.image.Nothing": "which is no reader",
-    "datamodules.image.__init__.os.X": "only readers of datamodules are imported",
+    "strange_reader.Reader": "a file of weights may only name readers of datamodules",
+    "os.system": "may only name readers of datamodules",
+    "datamodules": "may only name readers of datamodules",
+    "datamodules.image.reader.Path": "which is not a reader",
+    "datamodules.image.Digits": "which is not a reader",
+    "datamodules.image.read_image": "may only name readers of datamodules",
+    "datamodules.nothing.Reader": "cannot be imported: No module named 'datamodules.nothing'",
+    "datamodules.image.Nothing": "which is not a reader",
+    "datamodules.image.__init__.os.X": "may only name readers of datamodules",
 }
 
 
@@ -210,12 +210,14 @@ def test_a_file_has_nothing_but_readers_imported(class_path, there, trained, tmp
     [
         (
             {"image_size": [16, 16]},
-            "prepares inputs of image_size=(16, 16), and its model's "
-            "image_size is 8: give another reader",
+            "has image_size=(16, 16), but its model has image_size=8: use another reader",
         ),
-        ({"channels": 3, "mean": [0.5], "std": [0.5]}, "prepares inputs of channels=3"),
+        (
+            {"channels": 3, "mean": [0.5], "std": [0.5]},
+            "has channels=3, but its model has in_channels=",
+        ),
         ({"image_size": [0, 8]}, "image_size must be a height and a width, got (0, 8)"),
-        ({"image_size": 8}, "cannot be made"),
+        ({"image_size": 8}, "cannot be created"),
         ({"interpolation": "best"}, "interpolation must be one of"),
         ({"sharpen": True}, "got an unexpected keyword argument 'sharpen'"),
         ({"crop_pct": float("nan")}, "crop_pct must be finite"),
@@ -233,13 +235,13 @@ def test_a_reader_that_does_not_fit_is_refused(changes, message, there, trained)
     ("job", "message"),
     [
         ({"clases": []}, "a job has no field 'clases'"),
-        ({"class_names": "cat"}, "class_names must be a list of texts"),
-        ({"class_names": [1]}, "class_names must be a list of texts"),
+        ({"class_names": "cat"}, "class_names must be a list of strings"),
+        ({"class_names": [1]}, "class_names must be a list of strings"),
         ({"multi_label": 1}, "multi_label must be true or false, got 1"),
         ({"reader": "ImageReader"}, "reader must have a class_path and init_args"),
-        ({"recipe": 3}, "recipe must be a name, got 3"),
+        ({"recipe": 3}, "recipe must be a string, got 3"),
         ([], "a job needs its fields by name"),
-        ({"class_names": ["a"]}, "the model has 10 classes, and its job names 1"),
+        ({"class_names": ["a"]}, "the model has 10 classes, but its job names 1"),
     ],
 )
 def test_a_broken_job_is_told_with_its_file(job, message, there, tmp_path):
@@ -247,7 +249,9 @@ def test_a_broken_job_is_told_with_its_file(job, message, there, tmp_path):
     torch.save({**checkpoint, "job": job}, tmp_path / "broken.ckpt")
     with pytest.raises(ValueError, match=re.escape(message)) as refused:
         diffmm.load(tmp_path / "broken.ckpt")
-    assert str(refused.value).startswith(f"{tmp_path / 'broken.ckpt'} says what its model is for")
+    assert str(refused.value).startswith(
+        f"{tmp_path / 'broken.ckpt'} has an invalid job of its model"
+    )
 
 
 def test_attention_maps_of_a_file(there, trained):
@@ -258,16 +262,16 @@ def test_attention_maps_of_a_file(there, trained):
 def test_it_moves_and_says_what_it_is(there, trained):
     assert repr(trained) == "TrainedModel(ImageModel, recipe='image/digits_tiny', 10 classes)"
     assert trained.to("cpu") is trained
-    with pytest.raises(ValueError, match="there is no device 'cuda:99'"):
+    with pytest.raises(ValueError, match="device 'cuda:99' is not available"):
         diffmm.load(RUN, device="cuda:99")
     with pytest.raises(FileNotFoundError, match="there is no file of weights at nowhere"):
         diffmm.load("nowhere")
-    with pytest.raises(ValueError, match="give a reader or a tokenizer"):
+    with pytest.raises(ValueError, match="reader and tokenizer exclude each other"):
         diffmm.load(RUN, reader=trained.reader, tokenizer="bytes")
     assert trained.job == Job.of(trained.job.plain())
 
 
 def test_a_model_without_classes_predicts_none():
     model = diffmm.create_model("image/digits_mae_tiny")
-    with pytest.raises(ValueError, match="holds a MaskedAutoencoder, which has no classes"):
+    with pytest.raises(ValueError, match="contains a MaskedAutoencoder, which has no classes"):
         diffmm.TrainedModel(model, Job()).predict("seven.png")

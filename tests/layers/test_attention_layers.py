@@ -194,7 +194,7 @@ def test_cosine_logits_ignore_the_length_of_queries_and_keys():
     [
         (lambda: Softmax(DIM, num_heads=5), "num_heads must divide dim, got 5 heads for dim 64"),
         (lambda: Softmax(DIM, num_heads=4, num_kv_heads=3), "got 3 and 4"),
-        (lambda: Softmax(DIM, num_heads=4, cosine_logits=True, qk_norm=True), "drop qk_norm"),
+        (lambda: Softmax(DIM, num_heads=4, cosine_logits=True, qk_norm=True), "remove qk_norm"),
         (
             lambda: DiffAttentionV1(60, num_heads=5),
             "diff_v1 pairs its heads, so num_heads must be even, got 5",
@@ -302,7 +302,7 @@ def test_grouped_is_v2_whose_noise_heads_are_copies():
             {"signal_per_noise": 3},
             "must divide num_heads / signal_per_noise, got 4 heads and 2 key",
         ),
-        ({"num_kv_heads": 4}, "got 4 heads and 4 key and value heads: give fewer num_kv_heads"),
+        ({"num_kv_heads": 4}, "got 4 heads and 4 key and value heads: set a smaller num_kv_heads"),
         ({"signal_per_noise": 0}, "signal_per_noise must be at least 1, got 0"),
         (
             {"output_gate": "layer"},
@@ -332,7 +332,9 @@ def test_a_registered_name_belongs_to_one_class():
         pass
 
     assert ATTENTIONS.pop("for_this_test") is Mine
-    with pytest.raises(ValueError, match="'softmax' is diffmm.layers.attention.softmax.SoftmaxAtt"):
+    with pytest.raises(
+        ValueError, match="'softmax' is already diffmm.layers.attention.softmax.SoftmaxAtt"
+    ):
         register_attention("softmax")(Mine)
     with pytest.raises(ValueError, match="'lin' must be a subclass of Attention, got <class"):
         register_attention("lin")(torch.nn.Linear)

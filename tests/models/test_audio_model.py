@@ -221,13 +221,13 @@ def test_compiled_with_gradients_of_the_waveforms() -> None:
 @pytest.mark.parametrize(
     ("stem", "changes", "message"),
     [
-        ("frame", {"patch_size": 16}, r"patch_size means nothing to stem 'frame': leave it out"),
-        ("patch", {"frame_strides": (1, 2)}, r"frame_strides means nothing to stem 'patch'"),
+        ("frame", {"patch_size": 16}, r"patch_size is not used by stem 'frame': leave it out"),
+        ("patch", {"frame_strides": (1, 2)}, r"frame_strides is not used by stem 'patch'"),
         ("patch", {"patch_size": (8, 64)}, r"patch of 64 mel bands does not fit num_mels=32"),
         ("patch", {"patch_stride": 17}, r"patch_stride must be between 1 and patch_size, got \(17"),
         ("frame", {"frame_strides": (0, 1)}, r"frame_strides must be between 1 and 3, got \(0, 1"),
         ("patch", {"clip_seconds": 0.0}, r"clip_seconds must be positive, got 0.0"),
-        ("patch", {"learned_positions": True}, r"learned_positions need clip_seconds"),
+        ("patch", {"learned_positions": True}, r"learned_positions needs clip_seconds"),
         ("patch", {"hop_seconds": 0.03}, r"hop_seconds must be .* at most window_seconds"),
         ("patch", {"backbone": {"rope": "1d"}}, r"have 2d positions.*rope is '1d'"),
         ("frame", {"backbone": {"rope": "2d"}}, r"have 1d positions.*rope is '2d'"),
@@ -254,5 +254,5 @@ def test_model_refuses() -> None:
     with pytest.raises(ValueError, match=r"num_samples must be \[B\]"):
         model.key_padding(torch.randn(1, 800), torch.tensor([[800]]))
     for stem in ("frame", "overlapping"):
-        with pytest.raises(ValueError, match=r"only patches that do not overlap"):
+        with pytest.raises(ValueError, match=r"masking needs patches that do not overlap"):
             AudioModel(config(stem)).patchify(torch.randn(1, 800))

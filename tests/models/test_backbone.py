@@ -54,7 +54,7 @@ def test_a_cache_of_another_model_is_refused():
     backbone = Backbone(config())
     cache = backbone.new_cache(1, 6)
     del backbone.blocks[2]
-    with pytest.raises(ValueError, match="the cache is for 3 layers, but the model has 2: make"):
+    with pytest.raises(ValueError, match="the cache has 3 layers, but the model has 2: create"):
         backbone(torch.randn(1, 2, 32), mask=CAUSAL, cache=cache)
     assert cache.length == 0
 
@@ -197,17 +197,17 @@ def test_a_given_width_is_obeyed():
         ({"drop_path": -0.1}, r"drop_path must be in \[0, 1\), got -0.1"),
         (
             {"attention": "softmax", "share": "q"},
-            "share='q' means nothing to attention 'softmax': it is for diff_v1",
+            "share='q' is not used by attention 'softmax', only by diff_v1",
         ),
         (
             {"attention": "diff_v2", "headwise_norm": False},
-            "headwise_norm=False means nothing to attention 'diff_v2'",
+            "headwise_norm=False is not used by attention 'diff_v2'",
         ),
         (
             {"attention": "diff_v1", "cosine_logits": True},
-            "cosine_logits=True means nothing to attention 'diff_v1': it is for softmax",
+            "cosine_logits=True is not used by attention 'diff_v1', only by softmax",
         ),
-        ({"attention": "softmax", "combine": "add"}, "it is for diff_v1 and diff_v2"),
+        ({"attention": "softmax", "combine": "add"}, "only by diff_v1 and diff_v2"),
     ],
 )
 def test_bad_configs_are_refused(changes, message):

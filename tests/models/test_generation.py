@@ -239,21 +239,21 @@ def test_a_compiled_model_writes_the_same_and_is_compiled_a_bounded_number_of_ti
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, got 0"),
         (
             {"max_new_tokens": 44},
-            "prompt of 5 tokens and max_new_tokens=44 are more than the model's max_length=48",
+            "prompt of 5 tokens plus max_new_tokens=44 exceeds the model's max_length=48",
         ),
-        ({"temperature": -0.1}, r"temperature must be 0 \(greedy\) or more, and finite, got -0.1"),
-        ({"temperature": math.nan}, "temperature must be .* and finite, got nan"),
-        ({"temperature": math.inf}, "temperature must be .* and finite, got inf"),
-        ({"temperature": -math.inf}, "temperature must be .* and finite, got -inf"),
-        ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
-        ({"top_k": 2.5}, "top_k must be a whole number of at least 1, got 2.5"),
-        ({"top_k": math.nan}, "top_k must be a whole number of at least 1, got nan"),
-        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number of at least 1, got 2.5"),
-        ({"max_new_tokens": math.nan}, "max_new_tokens must be a whole number .*, got nan"),
-        ({"max_new_tokens": 10**30}, "are more than the model's max_length=48"),
+        ({"temperature": -0.1}, r"temperature must be finite and at least 0 \(greedy\), got -0.1"),
+        ({"temperature": math.nan}, "temperature must be finite and .*, got nan"),
+        ({"temperature": math.inf}, "temperature must be finite and .*, got inf"),
+        ({"temperature": -math.inf}, "temperature must be finite and .*, got -inf"),
+        ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
+        ({"top_k": 2.5}, "top_k must be an integer of at least 1, got 2.5"),
+        ({"top_k": math.nan}, "top_k must be an integer of at least 1, got nan"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be an integer of at least 1, got 2.5"),
+        ({"max_new_tokens": math.nan}, "max_new_tokens must be an integer .*, got nan"),
+        ({"max_new_tokens": 10**30}, "exceeds the model's max_length=48"),
         ({"top_p": math.nan}, r"top_p must be in \(0, 1\], got nan"),
         ({"top_p": math.inf}, r"top_p must be in \(0, 1\], got inf"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
@@ -285,13 +285,13 @@ def test_what_cannot_be_served_is_refused_before_the_first_step(options, message
 
 @pytest.mark.parametrize("shape", [(5,), (2, 0), (0, 5)])
 def test_prompts_without_a_token_are_refused(shape):
-    with pytest.raises(ValueError, match=r"prompts must be \[B, N\] with a token at least"):
+    with pytest.raises(ValueError, match=r"prompts must be \[B, N\] with at least one token"):
         generate(make_model(), torch.zeros(shape, dtype=torch.long), max_new_tokens=4)
 
 
 def test_models_that_cannot_write_are_refused():
     tokens = torch.randint(0, 40, (2, 5))
-    with pytest.raises(ValueError, match=r"this model is an encoder \(causal=False\)"):
+    with pytest.raises(ValueError, match=r"the model is an encoder \(causal=False\)"):
         generate(make_model(causal=False), tokens, max_new_tokens=4)
     with pytest.raises(ValueError, match=r"training mode: call model.eval\(\)"):
         generate(make_model().train(), tokens, max_new_tokens=4)

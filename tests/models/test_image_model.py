@@ -255,8 +255,8 @@ def test_compiled() -> None:
         ({"in_channels": 0}, r"in_channels must be at least 1, got 0"),
         ({"num_classes": -1}, r"num_classes must be at least 0, got -1"),
         ({"pool": "max"}, r"pool must be one of 'cls', 'token', 'mean', 'avg', 'map', got 'max'"),
-        ({"cls_token": False}, r"pool='cls' needs cls_token=True: set it, or pool='mean'"),
-        ({"backbone": {"rope": "1d"}}, r"tokens here have 2d positions.*rope is '1d'"),
+        ({"cls_token": False}, r"pool='cls' needs cls_token=True: set it, or use pool='mean'"),
+        ({"backbone": {"rope": "1d"}}, r"tokens have 2d positions.*rope is '1d'"),
         ({"backbone": {"rope": "none"}}, r"tokens have no positions.*learned_positions=True"),
     ],
 )
@@ -266,7 +266,7 @@ def test_config_refuses(changes: dict[str, Any], message: str) -> None:
 
 
 def test_rope_size_needs_rope() -> None:
-    with pytest.raises(ValueError, match=r"rope_image_size means nothing .* rope 'none'"):
+    with pytest.raises(ValueError, match=r"rope_image_size is not used .* rope 'none'"):
         replace(vit_config(32, 1, 4, image_size=16, patch_size=4), rope_image_size=16)
 
 
@@ -278,9 +278,11 @@ def test_model_refuses() -> None:
         ValueError, match=r"images must be \[B, 3, H, W\], got shape \(2, 1, 16, 16"
     ):
         model(torch.randn(2, 1, 16, 16))
-    with pytest.raises(ValueError, match=r"there is no block 3: the backbone has 3"):
+    with pytest.raises(ValueError, match=r"block 3 does not exist: the backbone has 3 blocks"):
         model.forward_intermediates(torch.randn(2, 3, 16, 16), [3])
-    with pytest.raises(ValueError, match=r"cannot take the last 4 of 3 blocks"):
+    with pytest.raises(
+        ValueError, match=r"indices must be between 1 and the number of blocks 3, got 4"
+    ):
         model.forward_intermediates(torch.randn(2, 3, 16, 16), 4)
     with pytest.raises(ValueError, match=r"output_fmt must be one of .*'NHWC'"):
         model.forward_intermediates(torch.randn(2, 3, 16, 16), output_fmt="NHWC")

@@ -230,12 +230,16 @@ def test_autocast_and_bfloat16() -> None:
     ("encoder", "changes", "message"),
     [
         (image_config(), {"mask_ratio": 1.0}, r"mask_ratio must be between 0 and 1, got 1.0"),
-        (image_config(num_classes=3), {}, r"set the encoder's num_classes to 0, got 3"),
-        (audio_config(patch_stride=4), {}, r"only patches that do not overlap.*no patch_stride"),
+        (image_config(num_classes=3), {}, r"set its num_classes to 0, got 3"),
+        (
+            audio_config(patch_stride=4),
+            {},
+            r"masking needs patches that do not overlap.*without patch_stride",
+        ),
         (
             audio_config(stem="frame", patch_size=None, backbone=backbone("1d")),
             {},
-            r"only patches that do not overlap",
+            r"masking needs patches that do not overlap",
         ),
         (image_config(), {"decoder": backbone("1d")}, r"rope must be 'none' or '2d', got '1d'"),
         (

@@ -149,7 +149,7 @@ def test_a_sequence_too_long_is_refused_with_both_numbers():
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
         (
             {"backbone": BackboneConfig(dim=32, depth=1, num_heads=2, rope="none")},
-            "takes its positions from rope '1d', got 'none'",
+            "rope of a text model must be '1d', got 'none'",
         ),
     ],
 )

@@ -215,7 +215,7 @@ class Planted:
 def test_opening_a_file_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {}, "model": Planted()}, "bad.ckpt")
-    with pytest.raises(ValueError, match="bad.ckpt is not a whole checkpoint of tensors and plain"):
+    with pytest.raises(ValueError, match="bad.ckpt is not a complete checkpoint of tensors and"):
         load_model("bad.ckpt")
     assert not Path("planted").exists()
 
@@ -237,7 +237,7 @@ def test_a_cut_file_is_named(tmp_path, name, kept):
         save_model(text_model(), file)
     file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
     for load in (load_model, lambda path: load_weights(text_model(), path)):
-        with pytest.raises(ValueError, match=f"{name} is not a whole"):
+        with pytest.raises(ValueError, match=f"{name} is not a complete"):
             load(file)
 
 
@@ -246,7 +246,7 @@ def test_a_cut_file_is_named(tmp_path, name, kept):
     [
         ([1, 2], "is not a Lightning checkpoint: it has no state_dict"),
         ({"weights": {}}, "is not a Lightning checkpoint: it has no state_dict"),
-        ({"state_dict": {"net.weight": torch.zeros(1)}}, "holds no weights under 'model.'"),
+        ({"state_dict": {"net.weight": torch.zeros(1)}}, "contains no weights under 'model.'"),
     ],
 )
 def test_a_foreign_checkpoint_is_named(tmp_path, content, message):
@@ -258,7 +258,7 @@ def test_a_foreign_checkpoint_is_named(tmp_path, content, message):
 def test_weights_without_a_description_fill_a_model_but_make_none(tmp_path):
     model, file = text_model(), tmp_path / "bare.safetensors"
     save_file({k: v.clone() for k, v in model.state_dict().items()}, file)
-    with pytest.raises(ValueError, match=r"bare.safetensors says nothing about.*load_weights"):
+    with pytest.raises(ValueError, match=r"bare.safetensors does not describe.*load_weights"):
         load_model(file)
     other = text_model()
     assert load_weights(other, file) == []
@@ -272,14 +272,14 @@ def test_weights_without_a_description_fill_a_model_but_make_none(tmp_path):
         (lambda d: d.update(class_path="diffmm.models.TextModle"), "did you mean .*TextModel'"),
         (lambda d: d["config"].update(vocab=1), "TextConfig has no field 'vocab'; did you mean"),
         (lambda d: d["config"]["backbone"].update(deep=1), "BackboneConfig has no field 'deep'"),
-        (lambda d: d["config"].pop("vocab_size"), "TextConfig cannot be made: .*'vocab_size'"),
+        (lambda d: d["config"].pop("vocab_size"), "TextConfig cannot be created: .*'vocab_size'"),
         (
             lambda d: d["config"].update(backbone=3),
             "BackboneConfig needs its fields by name, got 3",
         ),
-        (lambda d: d["config"]["backbone"].update(dim="32"), "BackboneConfig cannot be made"),
+        (lambda d: d["config"]["backbone"].update(dim="32"), "BackboneConfig cannot be created"),
         (lambda d: d["config"].update(vocab_size=0), "vocab_size must be at least 1, got 0"),
-        (lambda d: d.pop("config"), "a description has a class_path and a config"),
+        (lambda d: d.pop("config"), "a description must have a class_path and a config"),
         (lambda d: d.update(config=[1]), r"TextConfig needs its fields by name, got \[1\]"),
     ],
 )
@@ -306,7 +306,7 @@ def test_no_description_takes_more_memory_than_the_file_has_weights(tmp_path, mo
     monkeypatch.setattr(torch, "empty", watched)
     for changes, message in (
         ({"dim": 1 << 20, "num_heads": 1 << 10}, "does not fit TextModel: .* of another shape"),
-        ({"depth": 1 << 40}, f"describes a model of {1 << 40} blocks, and holds"),
+        ({"depth": 1 << 40}, f"describes a model of {1 << 40} blocks, but contains"),
         ({"dim": 1 << 50, "num_heads": 1 << 10}, "describes a model that cannot be built"),
     ):
         description = describe(text_model())
@@ -322,7 +322,7 @@ def test_a_tensor_that_says_more_than_it_holds_is_refused(tmp_path):
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     state["model.embedding.weight"] = torch.zeros(1).expand(1 << 20, 1 << 20)
     torch.save({"state_dict": state, "model": describe(model)}, file)
-    message = r"run.ckpt holds less of embedding.weight than its shape \(1048576, 1048576\) says"
+    message = r"run.ckpt contains less data of embedding.weight than its shape \(1048576, 1048576\)"
     with pytest.raises(ValueError, match=message):
         load_model(file)
     assert_refused_untouched(model, file, message)
@@ -330,7 +330,9 @@ def test_a_tensor_that_says_more_than_it_holds_is_refused(tmp_path):
 
 def test_models_of_others_have_no_description():
     backbone = Backbone(BackboneConfig(dim=32, depth=1, num_heads=4))
-    with pytest.raises(ValueError, match=r"Backbone is none of diffmm.models.TextModel"):
+    with pytest.raises(
+        ValueError, match=r"Backbone has no description: only diffmm.models.TextModel"
+    ):
         describe(backbone)
 
 
@@ -372,7 +374,7 @@ def test_another_architecture_is_refused_with_keys_and_shapes(tmp_path):
 def test_weights_that_fit_but_mean_something_else_are_refused(tmp_path, source, target, message):
     file = save_model(text_model(**source), tmp_path)
     assert_refused_untouched(
-        text_model(**(source | target)), file, f"is of another architecture: .*{message}"
+        text_model(**(source | target)), file, f"has another architecture: .*{message}"
     )
 
 
@@ -386,7 +388,7 @@ def test_settings_of_training_may_differ(tmp_path):
 def test_an_untied_head_does_not_go_into_a_tied_model(tmp_path):
     file = save_model(text_model(tie_embeddings=False), tmp_path)
     assert_refused_untouched(
-        text_model(), file, "another head.weight than embedding.weight, but the model ties the two"
+        text_model(), file, "different head.weight and embedding.weight, but the model ties the two"
     )
 
 
@@ -398,7 +400,7 @@ def test_a_new_head_is_asked_for_and_listed(tmp_path):
         target,
         file,
         r"2 of another shape \(head.weight \(5, 32\), needed \(7, 32\).*"
-        r"Only the head differs: skip_head=True starts with a new one",
+        r"Only the head differs: skip_head=True keeps the new one",
     )
     head = target.head.weight.clone()
     assert load_weights(target, file, skip_head=True) == ["head.bias", "head.weight"]
@@ -446,5 +448,5 @@ def test_a_masked_autoencoder_starts_an_encoder(tmp_path, config, model_class):
 
 def test_a_model_of_another_kind_is_refused(tmp_path):
     file = save_model(text_model(), tmp_path)
-    with pytest.raises(ValueError, match=r"does not fit ImageModel|is of another architecture"):
+    with pytest.raises(ValueError, match=r"does not fit ImageModel|has another architecture"):
         load_weights(ImageModel(image_config()), file)

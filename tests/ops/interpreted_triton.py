@@ -274,10 +274,10 @@ def test_recomputed_in_the_backward_pass():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": torch.float64}, "takes bfloat16, float16 and float32, not torch.float64"),
-        ({"D": 20}, "takes a head dim D that is a multiple of 8 up to 128, got 20"),
-        ({"D": 136}, "takes a head dim D that is a multiple of 8 up to 128, got 136"),
-        ({"E": 264}, "takes a value dim E that is a multiple of 8 up to 256, got 264"),
+        ({"dtype": torch.float64}, "needs bfloat16, float16 or float32, got torch.float64"),
+        ({"D": 20}, "needs a head dimension D that is a multiple of 8 and at most 128, got 20"),
+        ({"D": 136}, "needs a head dimension D that is a multiple of 8 and at most 128, got 136"),
+        ({"E": 264}, "needs a value dimension E that is a multiple of 8 and at most 256, got 264"),
     ],
 )
 def test_refuses_what_it_cannot_serve(change, message):

@@ -260,13 +260,13 @@ def bad(**changes):
     [
         ({"q": torch.zeros(2, 9, 4, 8)}, r"q must be \[B, N, H, 2, D\], got shape \(2, 9, 4, 8\)"),
         ({"q": torch.zeros(2, 9, 4, 3, 8)}, r"q must be \[B, N, H, 2, D\].*\(2, 9, 4, 3, 8\)"),
-        ({"k": torch.zeros(2, 9, 2, 3, 8)}, "C of 1 or 2.*3, 8"),
+        ({"k": torch.zeros(2, 9, 2, 3, 8)}, "C 1 or 2.*3, 8"),
         ({"v": torch.zeros(2, 9, 16)}, r"v must be \[B, M, G, E\], got shape \(2, 9, 16\)"),
-        ({"v": torch.zeros(2, 8, 2, 16)}, r"must share the batch.*v \(2, 8, 2, 16\)"),
-        ({"k": torch.zeros(2, 9, 2, 2, 6).double()}, "same head dim D, got 8 and 6"),
+        ({"v": torch.zeros(2, 8, 2, 16)}, r"must have the same batch size.*v \(2, 8, 2, 16\)"),
+        ({"k": torch.zeros(2, 9, 2, 2, 6).double()}, "same head dimension D, got 8 and 6"),
         (
             {"k": torch.zeros(2, 9, 3, 2, 8), "v": torch.zeros(2, 9, 3, 16)},
-            "3 groups for 4 heads",
+            "3 groups and 4 heads",
         ),
         ({"v": torch.zeros(2, 9, 2, 16)}, "v is torch.float32 on cpu, but q is torch.float64"),
         ({"lam": torch.zeros(9, 3)}, r"lam of shape \(9, 3\) does not broadcast.*\(2, 9, 4\)"),
@@ -288,7 +288,9 @@ def test_bad_calls_are_refused(changes, message):
 
 def test_integer_queries_are_refused():
     integers = [x.detach().long() for x in make_inputs()]
-    with pytest.raises(ValueError, match=r"q has dtype torch\.int64; attention takes float32"):
+    with pytest.raises(
+        ValueError, match=r"q has dtype torch\.int64, but attention supports float32"
+    ):
         diff_attention(*integers, mask=AttentionMask())
 
 

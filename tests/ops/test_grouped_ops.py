@@ -113,9 +113,12 @@ def test_the_kernels_serve_it():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": (2, 5, 4, 1, 8)}, r"q must be \[B, N, J, R \+ 1, D\] with R of at least 1"),
+        ({"q": (2, 5, 4, 1, 8)}, r"q must be \[B, N, J, R \+ 1, D\] with R at least 1"),
         ({"k": (2, 5, 2, 1, 8)}, r"k must be \[B, M, G, D\], got shape \(2, 5, 2, 1, 8\)"),
-        ({"k": (2, 5, 3, 8), "v": (2, 5, 3, 8)}, "the key groups must divide the heads, got 3"),
+        (
+            {"k": (2, 5, 3, 8), "v": (2, 5, 3, 8)},
+            "number of key groups must divide the number of heads, got 3",
+        ),
         ({"lam": (2, 5, 4)}, r"lam of shape \(2, 5, 4\) does not broadcast to .* = \(2, 5, 8\)"),
         ({"backend": "flash"}, "unknown backend 'flash'"),
     ],

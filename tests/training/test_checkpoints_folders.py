@@ -93,7 +93,7 @@ def change(path, old, new):
 DAMAGE = {
     "a flipped bit": (
         lambda folder: flip(folder / STATE_NAME, 300),
-        "state.ckpt has other contents than when it was written",
+        "the contents of state.ckpt have changed since it was written",
     ),
     "cut off": (
         lambda folder: os.truncate(folder / STATE_NAME, 100),
@@ -132,7 +132,10 @@ DAMAGE = {
         lambda folder: pipe(folder / MANIFEST_NAME),
         "its manifest.json is damaged",
     ),
-    "a pipe for a state": (lambda folder: pipe(folder / STATE_NAME), "state.ckpt is no file"),
+    "a pipe for a state": (
+        lambda folder: pipe(folder / STATE_NAME),
+        "state.ckpt is not a regular file",
+    ),
 }
 SEALED = {
     "no files": lambda manifest: manifest.update(files={}),
@@ -165,10 +168,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(save, director
         save(step)
     harm, message = DAMAGE[damage]
     harm(directory / "step_00000003")
-    line = f"{directory}: uses step_00000002, and not step_00000003 ({message}): remove what is"
+    line = f"{directory}: using step_00000002 instead of step_00000003 ({message}): remove the"
     with pytest.warns(UserWarning, match=re.escape(line)):
         assert find_whole(directory) == directory / "step_00000002"
-    refusal = f"checkpoint {directory}/step_00000003 is not whole: {message}"
+    refusal = f"checkpoint {directory}/step_00000003 is damaged: {message}"
     with pytest.raises(ValueError, match=f"^{re.escape(refusal)}$"):
         find_state(directory / "step_00000003")
 
@@ -186,7 +189,7 @@ def test_every_broken_checkpoint_is_named_in_one_line(save, directory):
     for name in ("step_00000002 (", "step_00000003 (", "step_00000004 (", "step_00000005 (it was"):
         assert name in line
     shutil.rmtree(directory / "step_00000001")
-    with pytest.raises(ValueError, match="no checkpoint in .* is whole: step_00000004 (.*), step"):
+    with pytest.raises(ValueError, match="no checkpoint in .* is complete: step_00000004 (.*), "):
         find_whole(directory)
 
 

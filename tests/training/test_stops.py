@@ -222,7 +222,7 @@ def test_a_worker_that_is_born_dead_is_born_again(monkeypatch, caplog):
     for dead in (first, second):
         with pytest.raises(ProcessLookupError):
             os.kill(dead, 0)
-    waits = re.findall(r"did not begin to run within ([\d.]+) seconds", caplog.text)
+    waits = re.findall(r"did not start within ([\d.]+) seconds", caplog.text)
     assert waits == ["0.5", "1"]
 
 

@@ -1,4 +1,4 @@
-"""The attention layers, a file each: they take the same arguments and describe themselves."""
+"""The attention layers, one per file, with a common interface."""
 
 from collections.abc import Callable
 
@@ -15,14 +15,14 @@ ATTENTIONS: dict[str, type[Attention]] = {
     "diff_v2": DiffAttentionV2,
     "diff_grouped": GroupedDiffAttention,
 }
-"""What `BackboneConfig.attention` may be."""
+"""Values of `BackboneConfig.attention`."""
 
 
 def register_attention(name: str) -> Callable[[Layer], Layer]:
-    """A class decorator with which `BackboneConfig(attention=name)` takes an `Attention`.
+    """Class decorator that makes an `Attention` available as `BackboneConfig(attention=name)`.
 
     Raises:
-        ValueError: If the name is taken, or the class is no `Attention`.
+        ValueError: If the name is taken, or the class is not an `Attention`.
     """
     return registration(ATTENTIONS, name, Attention)  # type: ignore[arg-type]
 

@@ -1,6 +1,7 @@
-"""What all attention layers share, and what each of them declares about itself.
+"""The base class of all attention layers.
 
-Letters: B batch, N tokens, M keys, H heads, G key groups, C components, D head dim, E value dim.
+Letters in shapes: B batch, N tokens, M keys, H heads, G key groups, C components, D head
+dimension, E value dimension.
 """
 
 import inspect
@@ -22,7 +23,7 @@ HeadShapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 class AttentionArgs(TypedDict):
-    """The arguments that all attention layers share; `Attention` says what they mean."""
+    """The arguments that all attention layers share, documented in `Attention`."""
 
     num_heads: int
     num_kv_heads: NotRequired[int | None]
@@ -37,48 +38,48 @@ class AttentionArgs(TypedDict):
 
 
 class Attention(nn.Module):
-    """Project, rotate, remember, attend, project back.
+    """Base class of attention layers: project, apply rope, update the cache, attend, project back.
 
-    A subclass says how its projections split (`head_shapes`) and how queries, keys and values
-    become heads (`attend`). What else the library wants to know of it is declared here, too, so
-    that models, sharding, monitors and reports need no list of attention layers.
+    A subclass defines how its projections split into heads (`head_shapes`) and how queries, keys
+    and values are combined (`attend`). It also declares everything else that models, sharding,
+    monitors and reports need, so that none of them contains a list of attention layers.
 
     Args:
         dim: Width of input and output.
-        num_heads: Query heads of `head_dim` **in the softmax layer of this size**. `diff_v1` pairs
-            them into `num_heads / 2` differential heads, `diff_v2` doubles them into `num_heads`
+        num_heads: Number of query heads **in the softmax layer of this size**. `diff_v1` pairs
+            them into `num_heads / 2` differential heads; `diff_v2` doubles them into `num_heads`
             pairs.
-        num_kv_heads: Key and value heads, counted in the same way; `num_heads` by default. Fewer
-            means grouped keys.
-        head_dim: `D`, `dim / num_heads` by default.
-        layer_index: The layer's number from 0, which decides where lambda starts in `diff_v1`. It
-            stays with a layer whatever happens to its neighbours.
+        num_kv_heads: Number of key and value heads, counted in the same way; `num_heads` by
+            default. Fewer means grouped-query attention.
+        head_dim: Head dimension `D`; `dim / num_heads` by default.
+        layer_index: Index of the layer, counted from 0, which determines the initial lambda of
+            `diff_v1`. It does not change if other layers are removed.
         qkv_bias: Whether the query, key and value projections have a bias.
-        out_bias: Whether the output projection has one.
-        qk_norm: Whether queries and keys get an RMSNorm over `D` each.
+        out_bias: Whether the output projection has a bias.
+        qk_norm: Whether to apply RMSNorm over `D` to queries and keys.
         output_gate: Multiply the heads by `sigmoid(gate_proj(x))` before the output projection, one
-            gate per `"head"` or per `"element"` of it (Qiu et al. 2025, "Gated Attention for Large
-            Language Models", the gate after attention).
-        exclusive: Exclusive self-attention: what a head gathers loses its component along the
-            token's own value, `o - (o·v̂) v̂` with `v̂ = v / |v|`, since the residual stream carries
-            that already (2026). In `diff_v1` this comes before the headwise norm.
-        backend: Backend of the op, see `diffmm.ops.diff_attention`.
+            gate per `"head"` or per `"element"` of a head (Qiu et al. 2025, "Gated Attention for
+            Large Language Models", the gate after attention).
+        exclusive: Exclusive self-attention (2026): remove from a head's output its component along
+            the token's own value, `o - (o·v̂) v̂` with `v̂ = v / |v|`, which the residual stream
+            already carries. In `diff_v1` this precedes the headwise norm.
+        backend: Backend of the attention op; see `diffmm.ops.diff_attention`.
 
     Attributes:
-        scale: What multiplies the scores before the softmax.
+        scale: Factor applied to the scores before the softmax.
 
     Raises:
-        ValueError: For counts that do not divide each other, or an unknown `output_gate`.
+        ValueError: If head counts do not divide as required, or `output_gate` is unknown.
     """
 
     label: ClassVar[str]
-    """Its name in tables and charts."""
+    """Name of the layer in tables and charts."""
 
     equation: ClassVar[str]
-    """What a head is, as HTML for reports."""
+    """Equation of a head, as HTML for reports."""
 
     is_differential: ClassVar[bool] = False
-    """Whether it subtracts a second map, so that `lam` is not None."""
+    """Whether the layer subtracts a second map, so that `lam` is not None."""
 
     split: ClassVar[dict[str, Split]] = {
         "q_proj": "columns",
@@ -89,9 +90,9 @@ class Attention(nn.Module):
         "q_norm": "heads",
         "k_norm": "heads",
     }
-    """How each child module is divided among the devices of tensor parallelism, which share out the
-    heads: a projection by its output `"columns"` or by its input `"rows"`, a norm by the `"heads"`
-    in its input. Parameters of the layer itself are whole on every device (see
+    """How tensor parallelism splits each child module, so that every device has a part of the
+    heads: a projection by its output (`"columns"`) or its input (`"rows"`), a norm by the
+    `"heads"` in its input. Parameters of the layer itself are replicated on every device (see
     `shared_by_heads`)."""
 
     def __init__(
@@ -114,7 +115,7 @@ class Attention(nn.Module):
         if num_heads < 1 or (head_dim is None and dim % num_heads):
             raise ValueError(
                 f"num_heads must divide dim, got {num_heads} heads for dim {dim}: "
-                f"change one of them or give head_dim"
+                f"change one of them or set head_dim"
             )
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -143,43 +144,44 @@ class Attention(nn.Module):
             self.gate_proj = Linear(dim, width // value_dim * self.gate_width, bias=False)
 
     def head_shapes(self) -> HeadShapes:
-        """How one token's query, key and value split: `(H, [C,] D)`, `(G, [C,] D)`, `(G, E)`."""
+        """Shapes of one token's query, key and value: `(H, [C,] D)`, `(G, [C,] D)`, `(G, E)`."""
         raise NotImplementedError
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-        """Queries, keys and values to heads, `[B, N, H, E]`; `x` is the layer's input."""
+        """Compute the heads, `[B, N, H, E]`, from queries, keys and values; `x` is the layer's
+        input."""
         raise NotImplementedError
 
     def components(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """The queries and keys of `project` as the maps of each head: `[B, N, H, C, D]` and
-        `[B, M, G, C, D]` (or with one key for all components)."""
+        """Arrange the queries and keys of `project` by attention map: `[B, N, H, C, D]` and
+        `[B, M, G, C, D]` (or `[B, M, G, 1, D]` if all components share a key)."""
         return q, k
 
     def lam(self, x: Tensor) -> Tensor | None:
-        """What the second map is multiplied by before it is subtracted, for the layer's input `x`:
-        a scalar or `[B, N, H]`, in float32; None where there is no second map."""
+        """The factor of the second map for the layer's input `x`: a scalar or `[B, N, H]`, in
+        float32; None if there is no second map."""
         return None
 
     @property
     def shares(self) -> dict[str, int]:
-        """The counts that the number of tensor-parallel devices must divide, by what they count."""
+        """Counts that the number of tensor-parallel devices must divide, keyed by description."""
         return {"number of heads": self.q_shape[0], "number of key groups": self.k_shape[0]}
 
     @classmethod
     def config_fields(cls) -> list[str]:
-        """The names of its keyword arguments, each a field of `BackboneConfig` but for
-        `layer_index`: its own first, then those that all layers share."""
+        """Names of the keyword arguments, the layer's own first, then the shared ones. Each is a
+        field of `BackboneConfig`, except `layer_index`."""
         parameters = inspect.signature(cls.__init__).parameters.values()
         own = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         return list(dict.fromkeys([*own, *AttentionArgs.__annotations__]))
 
     def init_head_size(self, size: float) -> None:
-        """Start with heads whose root mean square is at most `size`, which is that of a value.
-        Averages of values already are no larger."""
+        """Initialize the layer so that the root mean square of its heads is at most `size`, that
+        of a value. Averages of values already satisfy this."""
 
     def project(self, x: Tensor, rope: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The queries, keys and values of `x`, as `attend` takes them."""
-        # Under tensor parallelism a process has a share of the heads: hence -1.
+        """Compute the queries, keys and values of `x` in the shapes that `attend` takes."""
+        # -1, because under tensor parallelism a process has only a part of the heads.
         q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, *self.q_shape[1:])))
         k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, *self.k_shape[1:])))
         v = self.v_proj(x).unflatten(-1, (-1, *self.v_shape[1:]))
@@ -188,7 +190,7 @@ class Attention(nn.Module):
         return q, k, v
 
     def finish(self, heads: Tensor) -> Tensor:
-        """What is left to do to the heads before the output gate and projection."""
+        """Process the heads before the output gate and projection."""
         return heads
 
     def forward(
@@ -199,7 +201,7 @@ class Attention(nn.Module):
         rope: Rotation | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """`[B, N, dim]` to `[B, N, dim]`. With a cache, `mask` speaks of all keys seen so far."""
+        """Map `[B, N, dim]` to `[B, N, dim]`. With a cache, `mask` covers all keys so far."""
         q, k, v = self.project(x, rope)
         own_value = v
         if cache is not None:
@@ -214,7 +216,8 @@ class Attention(nn.Module):
 
 
 def without_component(heads: Tensor, value: Tensor) -> Tensor:
-    """`o - (o·v̂) v̂` for heads `[B, N, H, E]` and the values `[B, N, G, E]` of the same tokens."""
+    """Compute `o - (o·v̂) v̂` for heads `[B, N, H, E]` and values `[B, N, G, E]` of the same
+    tokens."""
     direction = normalize(upcast(value), dim=-1)
     direction = direction.repeat_interleave(heads.shape[2] // value.shape[2], dim=2)
     wide = upcast(heads)
@@ -222,13 +225,13 @@ def without_component(heads: Tensor, value: Tensor) -> Tensor:
 
 
 def shared_by_heads(parameter: Tensor) -> Tensor:
-    """A parameter that all heads use, as a plain tensor. Under tensor parallelism each process has
-    all of it and some of the heads, so that the gradients of all processes add up to its own."""
+    """Return a parameter that all heads use as a plain tensor. Under tensor parallelism it is
+    replicated while the heads are split, so its gradient is the sum over all processes."""
     if type(parameter) in (Tensor, nn.Parameter):
         return parameter
-    from torch.distributed.tensor import DTensor, Partial  # a third of a second
+    from torch.distributed.tensor import DTensor, Partial  # this import takes 0.3 s
 
-    # Not `hasattr(parameter, "to_local")`, which is false while Dynamo traces.
+    # `hasattr(parameter, "to_local")` would be false while Dynamo traces.
     if isinstance(parameter, DTensor):
         return parameter.to_local(grad_placements=[Partial()])
     return parameter

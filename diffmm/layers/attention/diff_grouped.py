@@ -16,20 +16,20 @@ class GroupedDiffAttention(DiffAttentionV2):
         head_i = (A_i - sigmoid(lambda_proj(x))_i A_noise(i)) V_i,   noise(i) = floor(i / r)
 
     for `num_heads` signal heads and `num_heads / r` noise heads, with keys and values grouped as in
-    `diff_v2`; `r = 1` is `diff_v2` to the bit. Of each noise head the raw query heads are its `r`
-    signal heads and then itself, always in one key group.
+    `diff_v2`. `r = 1` is bit-identical to `diff_v2`. The raw query heads are ordered by noise head:
+    its `r` signal heads, then the noise head itself, always in one key group.
 
     Args:
-        dim: As in `Attention`, like the shared arguments that are not listed; `num_kv_heads` must
-            divide `num_heads / r`.
-        signal_per_noise: `r`.
-        combine: `"add"` gives `A + lambda A_noise`, an ablation.
+        dim: Width of input and output. The shared arguments are documented in `Attention`;
+            `num_kv_heads` must divide `num_heads / r`.
+        signal_per_noise: Number of signal heads per noise head, `r`.
+        combine: `"subtract"`, or `"add"` for `A + lambda A_noise`, an ablation.
     """
 
     label = "grouped diff"
     equation = (
-        "(<i>A</i> − <i>λ A</i><sub>noise</sub>) <i>V</i>, a noise map for several heads, "
-        "a <i>λ</i> for every token and head"
+        "(<i>A</i> − <i>λ A</i><sub>noise</sub>) <i>V</i>, one noise map per several heads, "
+        "one <i>λ</i> per token and head"
     )
 
     def __init__(
@@ -49,10 +49,10 @@ class GroupedDiffAttention(DiffAttentionV2):
         num_noise, rest = divmod(self.num_heads, self.signal_per_noise)
         if rest or num_noise % self.num_kv_heads:
             raise ValueError(
-                f"diff_grouped shares a noise head among {self.signal_per_noise} signal heads of "
+                f"diff_grouped has one noise head per {self.signal_per_noise} signal heads of "
                 f"one key group, so num_kv_heads must divide num_heads / signal_per_noise, got "
-                f"{self.num_heads} heads and {self.num_kv_heads} key and value heads: give fewer "
-                f"num_kv_heads or another signal_per_noise"
+                f"{self.num_heads} heads and {self.num_kv_heads} key and value heads: set a "
+                f"smaller num_kv_heads or another signal_per_noise"
             )
         return (
             (num_noise, self.signal_per_noise + 1, self.head_dim),

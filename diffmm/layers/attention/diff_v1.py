@@ -20,8 +20,8 @@ from diffmm.ops import AttentionMask, diff_attention
 
 
 def lambda_init_at(layer_index: int) -> float:
-    """`0.8 - 0.6 exp(-0.3 layer_index)`, where lambda starts in v1 (Ye et al. 2025, section 2.1;
-    the paper counts layers from 1)."""
+    """The paper's initial lambda of v1, `0.8 - 0.6 exp(-0.3 layer_index)` (Ye et al. 2025, section
+    2.1; the paper counts layers from 1, `layer_index` from 0)."""
     return 0.8 - 0.6 * math.exp(-0.3 * layer_index)
 
 
@@ -32,16 +32,16 @@ class DiffAttentionV1(Attention):
         lambda = exp(lambda_q1·lambda_k1) - exp(lambda_q2·lambda_k2) + lambda_init
 
     for `num_heads / 2` differential heads; raw head `2i + c` of the projections is component `c`
-    of head `i`. The lambda vectors are float32 and stay so when the module is cast to half.
+    of head `i`. The lambda vectors stay in float32 when the module is cast to half precision.
 
     Args:
-        dim: As in `Attention`, like the shared arguments that are not listed; `num_heads` and
-            `num_kv_heads` must be even.
-        share: Let both components use one query (`"q"`) or one key (`"k"`), an ablation.
-        lambda_init: A constant in place of the layer's `lambda_init_at(layer_index)`.
-        headwise_norm: Whether heads are normalized. Without it the factor `1 - lambda_init`, which
-            is that norm's scale, goes too.
-        combine: `"add"` gives `A1 + lambda A2`, an ablation.
+        dim: Width of input and output. The shared arguments are documented in `Attention`;
+            `num_heads` and `num_kv_heads` must be even.
+        share: Share one query (`"q"`) or one key (`"k"`) between both components, an ablation.
+        lambda_init: A constant that replaces `lambda_init_at(layer_index)`.
+        headwise_norm: Whether heads are normalized. Without the norm, its scale `1 - lambda_init`
+            is omitted as well.
+        combine: `"subtract"`, or `"add"` for `A1 + lambda A2`, an ablation.
 
     >>> layer = diffmm.DiffAttentionV1(dim=64, num_heads=4, layer_index=0)
     >>> layer(torch.randn(2, 10, 64), mask=diffmm.AttentionMask(causal=True)).shape
@@ -85,7 +85,7 @@ class DiffAttentionV1(Attention):
         self.norm = RMSNorm(2 * self.head_dim, eps=1e-5) if headwise_norm else None
 
     def reset_parameters(self) -> None:
-        """Start the lambda vectors anew, at N(0, 0.1)."""
+        """Initialize the lambda vectors from a normal distribution with standard deviation 0.1."""
         for name in self.LAMBDA_NAMES:
             nn.init.normal_(getattr(self, name), std=0.1)
 
@@ -101,16 +101,17 @@ class DiffAttentionV1(Attention):
         )
 
     def init_head_size(self, size: float) -> None:
-        # Nearly uniform maps give all tokens one vector, which the norm would blow up to size 1:
-        # in a narrow model that drowns the tokens themselves (docs/lab_notes.md, "A slow start").
+        # Initial maps are nearly uniform, so all tokens get the same vector. The norm would scale
+        # it to size 1, which dominates the tokens of a narrow model (docs/lab_notes.md, "A slow
+        # start").
         if self.norm is not None:
             self.norm.init_weight = min(1.0, size)
             self.norm.reset_parameters()
 
     def lam(self, x: Tensor) -> Tensor:
-        """This layer's lambda, a float32 scalar (the same for every `x`)."""
+        """The layer's lambda, a float32 scalar that does not depend on `x`."""
         q1, k1, q2, k2 = (shared_by_heads(getattr(self, name)) for name in self.LAMBDA_NAMES)
-        # With an axis: torch 2.11 gives a scalar plus a Python number a tangent in float64.
+        # Keep an axis: in torch 2.11 a scalar plus a Python number has a float64 tangent.
         first, second = ((q * k).sum(0, keepdim=True).exp() for q, k in ((q1, k1), (q2, k2)))
         return (self.sign * (first - second + self.lambda_init)).squeeze(0)
 
@@ -127,8 +128,8 @@ class DiffAttentionV1(Attention):
         return self.norm(heads) * (1.0 - self.lambda_init)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DiffAttentionV1":
-        """Move the module as usual, but leave the lambda vectors their precision: in bfloat16
-        lambda would be off by 1e-3."""
+        """Cast and move the module, but keep the lambda vectors in float32: in bfloat16 lambda
+        would have an error of 1e-3."""
         lambdas = [getattr(self, name) for name in self.LAMBDA_NAMES]
 
         def move(tensor: Tensor) -> Tensor:

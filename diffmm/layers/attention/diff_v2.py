@@ -12,8 +12,8 @@ from diffmm.ops import AttentionMask, diff_attention
 
 
 class DiffAttentionV2(Attention):
-    """Differential attention, second version (the authors' DIFF V2, 2026): a lambda for each token
-    and head, twice the queries, keys shared, no norm.
+    """Differential attention, second version (the authors' DIFF V2, 2026): one lambda per token
+    and head, twice as many queries, shared keys, no headwise norm.
 
         head_i = (A1_i - sigmoid(lambda_proj(x))_i A2_i) V_i
 
@@ -21,8 +21,8 @@ class DiffAttentionV2(Attention):
     `i`, always in one key group.
 
     Args:
-        dim: As in `Attention`, like the shared arguments that are not listed.
-        combine: `"add"` gives `A1 + lambda A2`, an ablation.
+        dim: Width of input and output. The shared arguments are documented in `Attention`.
+        combine: `"subtract"`, or `"add"` for `A1 + lambda A2`, an ablation.
 
     >>> layer = diffmm.DiffAttentionV2(dim=64, num_heads=4)
     >>> layer(torch.randn(2, 10, 64), mask=diffmm.AttentionMask(causal=True)).shape
@@ -32,7 +32,7 @@ class DiffAttentionV2(Attention):
     label = "diff v2"
     equation = (
         "(<i>A</i>₁ − <i>λ A</i>₂) <i>V</i>, twice the queries on the same keys, "
-        "a <i>λ</i> for every token and head"
+        "one <i>λ</i> per token and head"
     )
     is_differential = True
     split: ClassVar[dict[str, Split]] = {**Attention.split, "lambda_proj": "columns"}
@@ -57,7 +57,7 @@ class DiffAttentionV2(Attention):
         )
 
     def lam(self, x: Tensor) -> Tensor:
-        """Lambda of each token and head, `[B, N, H]` in float32, between 0 and 1."""
+        """Lambda per token and head, `[B, N, H]` in float32, between 0 and 1."""
         return self.sign * upcast(self.lambda_proj(x)).sigmoid()
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:

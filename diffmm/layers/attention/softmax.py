@@ -10,12 +10,12 @@ from diffmm.ops import AttentionMask, softmax_attention
 
 
 class SoftmaxAttention(Attention):
-    """`softmax(Q Kᵀ / √D) V`: the layer that all others are compared with.
+    """Softmax attention, `softmax(Q Kᵀ / √D) V`: the baseline of all comparisons.
 
     Args:
-        dim: As in `Attention`, like the shared arguments that are not listed.
-        cosine_logits: Cosine-normalized logits with a learned temperature per head in place of
-            `Q Kᵀ / √D` (SwinV2, Liu et al. 2022); excludes `qk_norm`.
+        dim: Width of input and output. The shared arguments are documented in `Attention`.
+        cosine_logits: Whether to use cosine-normalized logits with a learned scale per head instead
+            of `Q Kᵀ / √D` (SwinV2, Liu et al. 2022); excludes `qk_norm`.
 
     >>> layer = diffmm.SoftmaxAttention(dim=64, num_heads=4)
     >>> layer(torch.randn(2, 10, 64), mask=diffmm.AttentionMask(causal=True)).shape
@@ -30,7 +30,9 @@ class SoftmaxAttention(Attention):
     ) -> None:
         super().__init__(dim, **shared)
         if cosine_logits and shared.get("qk_norm"):
-            raise ValueError("cosine_logits=True normalizes queries and keys already: drop qk_norm")
+            raise ValueError(
+                "cosine_logits=True already normalizes queries and keys: remove qk_norm"
+            )
         if cosine_logits:
             self.scale = 1.0
             self.q_norm, self.k_norm = CosineNorm(self.num_heads), CosineNorm()

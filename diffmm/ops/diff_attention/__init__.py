@@ -1,4 +1,4 @@
-"""Differential attention: one function, several backends, one truth."""
+"""Differential attention: one function with several backends."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -15,16 +15,16 @@ from diffmm.ops.mask import AttentionMask
 def _triton(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *, mask: AttentionMask, scale: float
 ) -> Tensor:
-    """The fused kernels; Triton is imported at the first call."""
+    """The fused kernels. Triton is imported on the first call."""
     if in_forward_mode():
         raise ValueError(
-            "backend 'triton' has no forward-mode derivatives: use 'sdpa' or 'reference' for "
-            "torch.func.jvp and jacfwd"
+            "backend 'triton' does not support forward-mode differentiation: use 'sdpa' or "
+            "'reference' for torch.func.jvp and jacfwd"
         )
     try:
         from diffmm.ops.diff_attention.triton import triton_backend
     except ImportError as error:
-        raise ValueError(f"backend 'triton' needs the package triton: {error}") from None
+        raise ValueError(f"backend 'triton' needs the triton package: {error}") from None
     return triton_backend(q, k, v, lam, mask=mask, scale=scale)
 
 
@@ -39,19 +39,22 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def choose_backend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> str:
-    """What `"auto"` is for these tensors: `"triton"` on Hopper GPUs, in bfloat16 and float16, with
-    heads of 32 to 128 and values up to 256, from 128 queries on; and for decoding (without
-    gradients, fewer queries than keys, at most 64 of them a group) where each component has its
-    key (v1); else `"sdpa"`. Also `"sdpa"` for v2 with heads of 40 to 64, values up to 64 and 8,192
-    keys or more, if torch's kernels take the mask as it is: full, or causal over as many queries as
-    keys. It needs an eighth of the memory there.
+    """The backend that `"auto"` selects for these tensors.
 
-    Measured in bfloat16, compiled for the shape, on an H100 (docs/performance.md): from 197 queries
-    on `"triton"` takes 0.47 to 0.93 of the time of `"sdpa"` for v1 and 0.66 to 0.96 for v2, forward
-    and backward (with v2's heads of 64 1.05 to 1.07 at 4,096 keys and 1.10 at 8,192; v2's forward
-    pass alone 0.76 to 1.25). A token against 256 to 32,768 keys takes 0.11 to 0.47 of the GPU's
-    time for v1, and about as much of the host's (for v2 0.62 to 1.02, and more). What lies beside
-    that is taken along.
+    `"triton"` requires a Hopper GPU, bfloat16 or float16, a head dimension of 32 to 128 and a value
+    dimension of at most 256. It is selected for 128 or more queries, and for decoding (no
+    gradients, fewer queries than keys, at most 64 queries per key group) if each component has its
+    own key (v1). Everything else uses `"sdpa"`. So does v2 with a head dimension of 40 to 64, a
+    value dimension of at most 64 and 8,192 or more keys, if torch's kernels support the mask
+    directly (full, or causal with as many queries as keys); `"sdpa"` needs an eighth of the memory
+    there.
+
+    Measured in bfloat16, compiled for the shape, on an H100 (docs/performance.md): for 197 or more
+    queries, forward and backward passes with `"triton"` take 0.47 to 0.93 of the time of `"sdpa"`
+    for v1 and 0.66 to 0.96 for v2 (for v2 with a head dimension of 64, 1.05 to 1.07 at 4,096 keys
+    and 1.10 at 8,192; v2's forward pass alone 0.76 to 1.25). Decoding one token with 256 to 32,768
+    keys takes 0.11 to 0.47 of the GPU time for v1 and about the same host time (for v2 0.62 to 1.02
+    of the GPU time and more host time). Shapes between the measured ones follow the same rule.
     """
     (_, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     serves = (
@@ -85,37 +88,38 @@ def diff_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The difference of two softmax maps times the values (Ye et al. 2025, eq. 1):
+    """Differential attention: the difference of two softmax maps times the values (Ye et al. 2025,
+    eq. 1):
 
         (A1 - lam * A2) V,   Ai = softmax(scale * Qi Kiᵀ + mask)
 
-    What both maps share, the noise, cancels. `lam` is not bounded: at 0 this is softmax attention
-    of the first component, at 1 the rows of the difference sum to zero.
+    Noise that both maps have in common cancels. `lam` is not bounded: 0 gives softmax attention of
+    the first component; with 1 the rows of the difference sum to zero.
 
     Args:
-        q: `[B, N, H, 2, D]`, the two components' queries side by side: raw head `2i + c` of a
-            projection is component `c` of differential head `i`.
-        k: `[B, M, G, C, D]`. `C = 2`: a key for each component (v1). `C = 1`: one key that both
-            share (v2, and v1 with shared keys). `G` divides `H`; head `i` reads group
+        q: Queries, `[B, N, H, 2, D]`: raw head `2i + c` of a projection is component `c` of
+            differential head `i`.
+        k: Keys, `[B, M, G, C, D]`, with one key per component (`C = 2`, v1) or one shared key
+            (`C = 1`, v2, and v1 with shared keys). `G` divides `H`; head `i` reads group
             `i // (H // G)`.
-        v: `[B, M, G, E]`, any `E`: v1 uses `2D`, v2 uses `D`.
-        lam: broadcasts to `[B, N, H]`; a scalar in v1, one a token and head in v2. Kept in float32
-            (float64 for float64 inputs), for in bfloat16 it would be off by 1e-3.
-        mask: what each query sees. `N != M` is decoding: the queries are the last `N` positions.
-        scale: multiplies the scores before the softmax, `D ** -0.5` by default (never `2D`,
-            whatever the width of the values).
-        backend: `"reference"` (materialises the maps, any device), `"sdpa"` (torch's fused softmax
-            attention), `"triton"` (own fused kernels; CUDA, D up to 128, E up to 256), or
-            `"auto"`: `"triton"` in 16 bits on Hopper GPUs from 128 queries on, and for decoding
-            with v1, but not for v2 with heads of 64 and long sequences: where it wins (see
-            `choose_backend`); else `"sdpa"`.
+        v: Values, `[B, M, G, E]`, with any `E`; v1 uses `2D`, v2 uses `D`.
+        lam: Lambda; broadcasts to `[B, N, H]`. A scalar in v1, one per token and head in v2. Kept
+            in float32 (float64 for float64 inputs), since in bfloat16 its error would be 1e-3.
+        mask: Which keys each query attends to. If `N != M`, the queries are the last `N` positions.
+        scale: Factor of the scores before the softmax; `D ** -0.5` by default, independent of the
+            width of the values.
+        backend: `"reference"` (materializes the maps, any device), `"sdpa"` (torch's fused softmax
+            attention), `"triton"` (diffmm's fused kernels; CUDA, D up to 128, E up to 256), or
+            `"auto"`, the faster one: `"triton"` in 16-bit precision on Hopper GPUs for 128 or more
+            queries and for decoding with v1, except v2 with a head dimension of 64 and long
+            sequences (see `choose_backend`); otherwise `"sdpa"`.
 
     Returns:
-        `[B, N, H, E]` in q's dtype. Gradients go to q, k, v and lam. A row that sees no key is
-        zero, and so are its gradients, on every backend.
+        `[B, N, H, E]` in q's dtype, differentiable with respect to q, k, v and lam. Rows of queries
+        that attend to no key are zero, as are their gradients, on every backend.
 
     Raises:
-        ValueError: for shapes, dtypes or devices that do not fit, or a backend unknown by name.
+        ValueError: If shapes, dtypes or devices do not match, or the backend is unknown.
 
     >>> q = torch.randn(2, 10, 4, 2, 16)  # [B, N, H, 2, D]
     >>> k = torch.randn(2, 10, 2, 2, 16)  # [B, M, G, 2, D]
@@ -127,7 +131,7 @@ def diff_attention(
     if q.ndim != 5 or q.shape[3] != 2:
         raise ValueError(f"q must be [B, N, H, 2, D], got shape {tuple(q.shape)}")
     if k.ndim != 5 or k.shape[3] not in (1, 2):
-        raise ValueError(f"k must be [B, M, G, C, D] with C of 1 or 2, got shape {tuple(k.shape)}")
+        raise ValueError(f"k must be [B, M, G, C, D] with C 1 or 2, got shape {tuple(k.shape)}")
     check_qkv(q, k, v, mask)
     lam = as_map(lam, q.shape[:3], q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -138,7 +142,7 @@ def diff_attention(
 
 
 def as_map(lam: Tensor | float, shape: Sequence[int], q: Tensor) -> Tensor:
-    """`lam` in the shape `[B, N, H]`, in float32, or float64 where q is."""
+    """Expand `lam` to `[B, N, H]`, in float32, or float64 if q is float64."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lam = torch.as_tensor(lam, dtype=dtype, device=q.device)
     try:

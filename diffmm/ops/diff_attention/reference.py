@@ -1,4 +1,4 @@
-"""Differential attention as the paper writes it: both maps are materialised."""
+"""Differential attention as written in the paper, with both maps materialized."""
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ def reference(
 ) -> Tensor:
     """`(A1 - lam * A2) V` with `Ai = softmax(scale * Qi Kiᵀ + mask)` (Ye et al. 2025, eq. 1).
 
-    Shapes as in `diffmm.ops.diff_attention`, with `lam` already `[B, N, H]`. With `upcast`,
-    low-precision inputs are computed in float32: the truth that fast paths are held against.
-    Without it, in their own precision: the error a fast path is allowed to make.
+    Shapes as in `diffmm.ops.diff_attention`, with `lam` expanded to `[B, N, H]`. With `upcast`,
+    low-precision inputs are computed in float32, which tests use as the ground truth; without it,
+    in their own precision, which defines the error that other backends may have.
     """
     dtype = q.dtype
     if upcast and dtype in (torch.float16, torch.bfloat16):
@@ -31,7 +31,7 @@ def reference(
 
     q1, q2 = q.permute(3, 0, 2, 1, 4)  # each [B, H, N, D]
     k = k.repeat_interleave(heads_per_group, dim=2).permute(3, 0, 2, 1, 4)  # [C, B, H, M, D]
-    k1, k2 = k[0], k[-1]  # the same key twice where the components share it
+    k1, k2 = k[0], k[-1]  # the same key if the components share one
     v = v.repeat_interleave(heads_per_group, dim=2).transpose(1, 2)  # [B, H, M, E]
     lam = lam.transpose(1, 2).unsqueeze(-1).to(q.dtype)  # [B, H, N, 1]
 

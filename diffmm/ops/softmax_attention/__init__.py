@@ -1,4 +1,4 @@
-"""Softmax attention with the mask type and the backends of this library."""
+"""Softmax attention with diffmm's masks and backends."""
 
 from collections.abc import Callable
 
@@ -21,22 +21,23 @@ def softmax_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`softmax(scale * Q Kᵀ + mask) V`: the attention that differential attention is compared with.
+    """Softmax attention, `softmax(scale * Q Kᵀ + mask) V`: the baseline for differential attention.
 
     Args:
-        q: `[B, N, H, D]` queries.
-        k: `[B, M, G, D]` keys; `G` divides `H`, head `i` reads group `i // (H // G)`.
-        v: `[B, M, G, E]` values.
-        mask: what each query sees.
-        scale: multiplies the scores before the softmax, `D ** -0.5` by default.
-        backend: `"reference"` (materialises the maps, any device), `"sdpa"` (torch's fused
+        q: Queries, `[B, N, H, D]`.
+        k: Keys, `[B, M, G, D]`; `G` divides `H`, and head `i` reads group `i // (H // G)`.
+        v: Values, `[B, M, G, E]`.
+        mask: Which keys each query attends to.
+        scale: Factor of the scores before the softmax; `D ** -0.5` by default.
+        backend: `"reference"` (materializes the maps, any device), `"sdpa"` (torch's fused
             kernels), or `"auto"`, which is `"sdpa"`.
 
     Returns:
-        `[B, N, H, E]` in q's dtype. A row that sees no key is zero, and so are its gradients.
+        `[B, N, H, E]` in q's dtype. Rows of queries that attend to no key are zero, as are their
+        gradients.
 
     Raises:
-        ValueError: for shapes, dtypes or devices that do not fit, or a backend unknown by name.
+        ValueError: If shapes, dtypes or devices do not match, or the backend is unknown.
 
     >>> q, k, v = (torch.randn(2, 10, 4, 16) for _ in "qkv")
     >>> diffmm.softmax_attention(q, k, v, mask=diffmm.AttentionMask(window=3)).shape

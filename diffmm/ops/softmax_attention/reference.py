@@ -1,4 +1,4 @@
-"""Softmax attention as it is written down: every map is materialised."""
+"""Softmax attention as written in papers, with the map materialized."""
 
 import torch
 from torch import Tensor
@@ -7,16 +7,16 @@ from diffmm.ops.mask import AttentionMask
 
 
 def attention_map(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """`softmax(scale * q kᵀ)` over the visible keys; all zeros where a query sees none.
+    """`softmax(scale * q kᵀ)` over the visible keys; zeros for queries without visible keys.
 
     Args:
-        q: `[..., N, D]`.
-        k: `[..., M, D]`.
-        visible: booleans that broadcast to `[..., N, M]`.
-        scale: multiplies the scores before the softmax.
+        q: Queries, `[..., N, D]`.
+        k: Keys, `[..., M, D]`.
+        visible: Booleans that broadcast to `[..., N, M]`, true where a query attends to a key.
+        scale: Factor of the scores before the softmax.
     """
     scores = scale * (q @ k.transpose(-2, -1))
-    # The lowest finite number and not -inf: a row of -inf has a NaN softmax and NaN gradients.
+    # The lowest finite number, because a row of -inf has a NaN softmax and NaN gradients.
     weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(dim=-1)
     return weights.masked_fill(~visible, 0.0)
 
@@ -24,10 +24,10 @@ def attention_map(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor
 def reference(
     q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, scale: float, upcast: bool = True
 ) -> Tensor:
-    """`softmax(scale * Q Kᵀ + mask) V`, shapes as in `diffmm.ops.softmax_attention`.
+    """`softmax(scale * Q Kᵀ + mask) V`, with shapes as in `diffmm.ops.softmax_attention`.
 
-    With `upcast`, low-precision inputs are computed in float32: the truth that fast paths are held
-    against. Without it, in their own precision: the error a fast path is allowed to make.
+    With `upcast`, low-precision inputs are computed in float32, which tests use as the ground
+    truth; without it, in their own precision, which defines the error that other backends may have.
     """
     dtype = q.dtype
     if upcast and dtype in (torch.float16, torch.bfloat16):

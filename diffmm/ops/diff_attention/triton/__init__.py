@@ -1,9 +1,9 @@
-"""Fused kernels of differential attention for NVIDIA GPUs, written in Triton.
+"""Fused Triton kernels of differential attention for NVIDIA GPUs.
 
-`op.py` holds the operators; `forward.py`, `backward.py` and `decode.py` their kernels; `rows.py`
-what a backward pass reads of every query; `masking.py` what kernels see, `tiles.py` how they cut
-their work. `hopper` has kernels for those GPUs alone. Importing this package imports Triton, so
-`diffmm.ops` does so only when the backend is asked for.
+`op.py` contains the operators; `forward.py`, `backward.py` and `decode.py` their kernels; `rows.py`
+the per-query vectors of the backward pass; `masking.py` the masks; `tiles.py` the block sizes.
+`hopper` contains kernels for Hopper GPUs only. Importing this package imports Triton, so
+`diffmm.ops` imports it only when the backend is used.
 """
 
 from diffmm.ops.diff_attention.triton.op import triton_backend

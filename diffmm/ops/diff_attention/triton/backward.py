@@ -1,15 +1,15 @@
-"""The backward kernels. With `lse` saved, `P = P1 - lam P2` is formed at once, and so
+"""The backward kernels. With `lse` saved, `P = P1 - lam P2` can be computed directly, so
 
     dV = Pᵀ dO,   dP = dO Vᵀ,   dlam = -delta2,
     dS1 = P1 * (dP - delta1),   dS2 = -lam P2 * (dP - delta2),   delta_i = rowsum(P_i * dP) = dO·O_i
 
 need one product each where two softmax attentions need two. `delta1 = dO·O + lam delta2`.
 
-A program of the key kernel holds a tile of keys and walks along the queries of every head of its
-group; a program of the query kernel holds a tile of queries and walks along the keys. Scores and dP
-are computed twice for it, but nothing is summed across programs: gradients are the same bits in
-every run, and one kernel for both, which adds up dQ in memory, was slower (docs/lab_notes.md).
-Values too wide for this have kernels of their own on Hopper (see `hopper`).
+A program of the key kernel holds a tile of keys and loops over the queries of every head of its
+group; a program of the query kernel holds a tile of queries and loops over the keys. Scores and dP
+are therefore computed twice, but nothing is summed across programs, so gradients are bit-identical
+in every run. A single kernel that accumulates dQ in memory was slower (docs/lab_notes.md). Hopper
+GPUs have separate kernels (see `hopper`).
 """
 
 import triton
@@ -51,7 +51,7 @@ def _key_step(
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries into the gradients of a tile of keys. Tiles of scores are `[M, N]`."""
+    """Add one tile of queries to the gradients of a tile of keys. Score tiles are `[M, N]`."""
     n = n0 + tl.arange(0, BLOCK_N)
     rows += n
     q1 = q_desc.load([batch, n0, head, 0, 0]).reshape(BLOCK_N, BLOCK_D)
@@ -156,7 +156,7 @@ def _query_step(
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys into the gradient of a tile of queries. Tiles of scores are `[N, M]`."""
+    """Add one tile of keys to the gradient of a tile of queries. Score tiles are `[N, M]`."""
     k1 = k_desc.load([batch, m0, group, 0, 0]).reshape(BLOCK_M, BLOCK_D)
     if C == 2:
         k2 = k_desc.load([batch, m0, group, 1, 0]).reshape(BLOCK_M, BLOCK_D)
@@ -249,7 +249,7 @@ def key_gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, mask: KernelMask, scale: float,
     *, tile: Tile,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of k and v."""
+    """Compute the gradients of k and v."""
     (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     block_d, block_e = pad(D), pad(E)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
@@ -271,7 +271,7 @@ def query_gradient(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, mask: KernelMask, scale: float,
     *, tile: Tile,
 ) -> Tensor:  # fmt: skip
-    """The gradient of q."""
+    """Compute the gradient of q."""
     (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     block_d, block_e = pad(D), pad(E)
     dq = q.new_empty(q.shape)
@@ -293,7 +293,7 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lam: Tensor, out: Tensor, second: Tensor,
     lse: Tensor, mask: KernelMask, scale: float, *, tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of q, k, v and lam."""
+    """Compute the gradients of q, k, v and lam."""
     grad = describable(grad)
     rows, lam_grad = query_rows(grad, out, second, lam, lse)
     shared = (grad, q, k, v, rows, mask, scale)

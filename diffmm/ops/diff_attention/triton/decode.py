@@ -1,13 +1,14 @@
-"""Decoding: few queries against many keys. Keys and values are read once for both components.
+"""Decoding kernels (split-KV): few queries and many keys. Keys and values are read once for both
+components.
 
-All queries of a group's heads are rows of one tile, so that a tile of keys serves them together;
-where the components share a key, both components' rows are. The tiles of all samples and groups
-stand in one long line, and each program takes a stretch of it, of as many tiles as any other: work
-is shared out evenly whatever the batch and the context. Where a stretch ends within a group, the
-group is split, and a second kernel joins what its splits found, weighted by their log-sum-exps.
+All queries of a group's heads are rows of one tile, so that they share each tile of keys; if the
+components share a key, the rows of both components do. The key tiles of all samples and groups form
+one sequence, of which each program processes an equal part, so that the work is balanced for every
+batch size and context length. If a part ends within a group, the group is split, and a second
+kernel combines the results of its splits, weighted by their log-sum-exps.
 
-No launch and no allocation depends on the number of keys: a compiled graph launches the kernels
-itself, and the same one at every length.
+Launches and allocations do not depend on the number of keys, so a compiled graph launches the
+kernels itself and is the same for every length.
 """
 
 from dataclasses import dataclass
@@ -29,14 +30,14 @@ from diffmm.ops.diff_attention.triton.tiles import (
     precision,
 )
 
-# Rows of one component that the tile holds at most: queries times heads of a group.
+# Maximum number of rows of one component in a tile: queries times heads per group.
 MAX_ROWS = 64
 
 
 @triton.jit
-def _line(N, M, window, num_groups, num_programs, BLOCK_M: tl.constexpr):
-    """The line of tiles: the first tile of each group that a window lets through, how many a group
-    has from there on, and how many each program takes."""
+def _schedule(N, M, window, num_groups, num_programs, BLOCK_M: tl.constexpr):
+    """The first tile of each group that the window allows, the number of tiles per group from
+    there on, and the number of tiles per program."""
     first = 0
     if window is not None:
         first = tl.maximum(M - N - window + 1, 0) // BLOCK_M
@@ -53,10 +54,12 @@ def _split_kernel(
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
-    """A program's stretch of the line. Its split of group `g` (of all samples) is written to place
-    `program + g`: from one split of the line to the next the program, the group or both go up."""
+    """Process one program's part of all tiles. Its split of group `g` (counted over all samples)
+    is written to slot `program + g`, which is unique: from one split to the next the program, the
+    group or both increase."""
     scale = tl.full((), scale, tl.float32)  # a compiled graph passes a double
-    # Row (component, head, query); with a key for each component the tile holds one component.
+    # Rows are ordered by component, head and query. With one key per component, a tile contains
+    # the rows of one component.
     num_rows = heads_per_group * N
     row = tl.arange(0, BLOCK_R)
     if C == 2:
@@ -77,7 +80,7 @@ def _split_kernel(
     part_mask = inside[:, None] & (widths[None, :] < E)
 
     program, num_programs = tl.program_id(0), tl.num_programs(0)
-    first, num_tiles, length = _line(N, M, window, num_groups, num_programs, BLOCK_M)
+    first, num_tiles, length = _schedule(N, M, window, num_groups, num_programs, BLOCK_M)
     begin = program * length
     end = tl.minimum(begin + length, num_groups * num_tiles)
     for pair in range(begin // num_tiles, tl.cdiv(end, num_tiles)):
@@ -86,13 +89,13 @@ def _split_kernel(
         q_rows = q + batch64 * q_b + group64 * heads_per_group * q_h + q_places
         q1 = tl.load(q_rows, mask=q_mask, other=0.0)
         acc1 = tl.zeros((BLOCK_R, BLOCK_E), tl.float32)
-        top1 = tl.full((BLOCK_R,), -float("inf"), tl.float32)
-        total1 = tl.zeros((BLOCK_R,), tl.float32)
+        m_i1 = tl.full((BLOCK_R,), -float("inf"), tl.float32)
+        l_i1 = tl.zeros((BLOCK_R,), tl.float32)
         if C == 2:
             q2 = tl.load(q_rows + q_c, mask=q_mask, other=0.0)
-            acc2, top2, total2 = acc1, top1, total1
+            acc2, m_i2, l_i2 = acc1, m_i1, l_i1
 
-        # This sample's masks; what is not there stays None.
+        # Offsets of this sample's masks; absent ones stay None.
         prefix_b, documents_b, padding_b, ranges_b = prefix, documents, padding, ranges
         if prefix is not None:
             prefix_b += batch
@@ -123,40 +126,39 @@ def _split_kernel(
             values = tl.load(v_tile, mask=v_mask, other=0.0)
             k1 = tl.load(k_tile, mask=k_mask, other=0.0)
             s1 = tl.dot(q1, k1.T, input_precision=PRECISION)
-            acc1, top1, total1 = _softmax_step(
-                s1, values, acc1, top1, total1, scale, seen, PRECISION
-            )
+            acc1, m_i1, l_i1 = _softmax_step(s1, values, acc1, m_i1, l_i1, scale, seen, PRECISION)
             if C == 2:
                 k2 = tl.load(k_tile + k_c, mask=k_mask, other=0.0)
                 s2 = tl.dot(q2, k2.T, input_precision=PRECISION)
-                acc2, top2, total2 = _softmax_step(
-                    s2, values, acc2, top2, total2, scale, seen, PRECISION
+                acc2, m_i2, l_i2 = _softmax_step(
+                    s2, values, acc2, m_i2, l_i2, scale, seen, PRECISION
                 )
 
         place = (program + pair) * 2 * num_rows + row
         part_rows = part + place.to(tl.int64)[:, None] * E + widths[None, :]
-        _store(part_rows, part_lse + place, acc1, top1, total1, part_mask, inside)
+        _store(part_rows, part_lse + place, acc1, m_i1, l_i1, part_mask, inside)
         if C == 2:
             part_rows, place = part_rows + num_rows * E, place + num_rows
-            _store(part_rows, part_lse + place, acc2, top2, total2, part_mask, inside)
+            _store(part_rows, part_lse + place, acc2, m_i2, l_i2, part_mask, inside)
 
 
 @triton.jit
-def _store(part, part_lse, acc, top, total, part_mask, inside):
-    """The means of a split's rows, and their log-sum-exps: -inf where it saw nothing."""
-    mean, lse = _finish(acc, top, total)
+def _store(part, part_lse, acc, m_i, l_i, part_mask, inside):
+    """Store the means of a split's rows and their log-sum-exps, -inf for rows without any visible
+    key."""
+    mean, lse = _finish(acc, m_i, l_i)
     tl.store(part, mean, mask=part_mask)
-    tl.store(part_lse, tl.where(total == 0.0, -float("inf"), lse), mask=inside)
+    tl.store(part_lse, tl.where(l_i == 0.0, -float("inf"), lse), mask=inside)
 
 
 @triton.jit
-def _add_splits(lse, values, top, total, acc):
-    """Some splits of one row into its running sums."""
-    new_top = tl.maximum(top, tl.max(lse, 0))
-    shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-    shrink, weight = tl.exp2(top - shift), tl.exp2(lse - shift)
-    acc = acc * shrink + tl.sum(values * weight[:, None], 0)
-    return new_top, total * shrink + tl.sum(weight, 0), acc
+def _add_splits(lse, values, m_i, l_i, acc):
+    """Add some splits of one row to its online softmax."""
+    m_new = tl.maximum(m_i, tl.max(lse, 0))
+    shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+    alpha, weight = tl.exp2(m_i - shift), tl.exp2(lse - shift)
+    acc = acc * alpha + tl.sum(values * weight[:, None], 0)
+    return m_new, l_i * alpha + tl.sum(weight, 0), acc
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "num_groups", "num_programs"])
@@ -165,17 +167,17 @@ def _join_kernel(
     num_groups, num_programs,
     E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Both maps' splits into the output of one row, for a block of its values."""
+    """Combine the splits of both maps into the output of one row, for a block of its values."""
     pair, row, num_rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, group = (pair // G).to(tl.int64), pair % G
     head, query = (group * heads_per_group + row // N).to(tl.int64), (row % N).to(tl.int64)
-    _, num_tiles, length = _line(N, M, window, num_groups, num_programs, BLOCK_M)
+    _, num_tiles, length = _schedule(N, M, window, num_groups, num_programs, BLOCK_M)
     begin = pair * num_tiles // length
     end = ((pair + 1) * num_tiles - 1) // length + 1
     widths = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
     acc1 = tl.zeros((BLOCK_E,), tl.float32)
-    top1, total1 = -float("inf"), 0.0
-    acc2, top2, total2 = acc1, top1, total1
+    m_i1, l_i1 = -float("inf"), 0.0
+    acc2, m_i2, l_i2 = acc1, m_i1, l_i1
     for start in range(begin, end, BLOCK_S):
         program = start + tl.arange(0, BLOCK_S)
         inside = program < end
@@ -186,11 +188,11 @@ def _join_kernel(
         lse2 = tl.load(part_lse + rows + num_rows, mask=inside, other=-float("inf"))
         values1 = tl.load(places, mask=mask, other=0.0)
         values2 = tl.load(places + num_rows * E, mask=mask, other=0.0)
-        top1, total1, acc1 = _add_splits(lse1, values1, top1, total1, acc1)
-        top2, total2, acc2 = _add_splits(lse2, values2, top2, total2, acc2)
+        m_i1, l_i1, acc1 = _add_splits(lse1, values1, m_i1, l_i1, acc1)
+        m_i2, l_i2, acc2 = _add_splits(lse2, values2, m_i2, l_i2, acc2)
     weight = tl.load(lam + batch * lam_b + query * lam_n + head * lam_h)
-    mean1 = acc1 / tl.where(total1 == 0.0, 1.0, total1)
-    mean2 = acc2 / tl.where(total2 == 0.0, 1.0, total2)
+    mean1 = acc1 / tl.where(l_i1 == 0.0, 1.0, l_i1)
+    mean2 = acc2 / tl.where(l_i2 == 0.0, 1.0, l_i2)
     place = ((batch * N + query) * G * heads_per_group + head) * E
     mean = mean1 - weight * mean2
     tl.store(out + place + widths, mean.to(out.dtype.element_ty), mask=widths < E)
@@ -198,13 +200,13 @@ def _join_kernel(
 
 @dataclass(frozen=True)
 class Cut:
-    """How decoding cuts the keys.
+    """Launch settings of the decoding kernel.
 
     Args:
-        block_m: keys in a tile.
-        num_warps: warps of a program.
-        num_stages: depth of the loads' pipeline.
-        programs: that a multiprocessor holds at once.
+        block_m: Keys per tile.
+        num_warps: Warps per program.
+        num_stages: Number of pipeline stages of the loads.
+        programs: Programs that a multiprocessor runs at once.
     """
 
     block_m: int
@@ -214,9 +216,9 @@ class Cut:
 
 
 def cut_for(item: int, block_r: int, components: int, block_d: int, block_e: int, gpu: GPU) -> Cut:
-    """The cut for numbers of `item` bytes and tiles of `block_r` rows: keys and values come 32 KiB
-    at a time and the next ones are on their way. A Hopper multiprocessor holds two programs of few
-    rows; older GPUs have less shared memory."""
+    """Launch settings for elements of `item` bytes and tiles of `block_r` rows. A tile of keys and
+    values has at most 32 KiB, and the next ones are loaded ahead. A Hopper multiprocessor runs two
+    programs with few rows; older GPUs have less shared memory."""
     if item == 4:  # No tensor cores: small tiles, or compiling takes minutes.
         return Cut(block_m=32, num_warps=4, num_stages=1, programs=2)
     few_rows, is_hopper = block_r <= 16, gpu.capability[0] == 9
@@ -230,13 +232,13 @@ def cut_for(item: int, block_r: int, components: int, block_d: int, block_e: int
 
 
 def first_from(number: int, sizes: tuple[int, ...]) -> int:
-    """The first of `sizes` that holds `number`. Compared one by one: in a compiled graph the number
-    may be symbolic, and each comparison is shared by many numbers."""
+    """The first of `sizes` that is at least `number`. Compared one by one, because in a compiled
+    graph the number may be symbolic, and each comparison holds for many numbers."""
     return next(size for size in sizes if number <= size)
 
 
 def is_far(k: Tensor, v: Tensor, block_m: int) -> bool:
-    """Whether a tile of keys or values reaches over more than 2³¹ numbers."""
+    """Whether offsets within a tile of keys or values exceed 32 bits."""
     return max(k.stride(1), v.stride(1)) * block_m >= 1 << 31
 
 
@@ -249,7 +251,7 @@ def decode(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor, mask: KernelMask, scale: float,
     *, gpu: GPU,
 ) -> Tensor:  # fmt: skip
-    """`[B, N, H, E]`, for inference."""
+    """Compute the output, `[B, N, H, E]`, for inference."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     num_rows, block_d, block_e = N * (H // G), pad(D), pad(E)
@@ -271,7 +273,7 @@ def decode(
         BLOCK_E=block_e, PRECISION=precision(q.dtype), FAR=is_far(k, v, cut.block_m),
         num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
-    # So many stretches meet in a group, at most: two that reach over its ends, the others within.
+    # Upper bound of splits per group: two that extend beyond its ends, the others within.
     num_splits = num_programs // num_groups + 2
     block_s = first_from(min(num_splits, 128), (2, 4, 8, 16, 32, 64, 128))
     width = min(block_e, 32)

@@ -1,12 +1,13 @@
-"""The forward kernel: two online softmaxes over one walk along the keys.
+"""The forward kernel: two online softmaxes in one loop over the keys.
 
-A program holds a tile of one head's queries. `COMPONENTS` says what it computes: `"both"` maps and
-their difference, with an accumulator each; or, where two accumulators of wide values do not fit
-the registers, the `"second"` map alone in a first launch and then the `"first"`, which subtracts.
-The arithmetic is the same: the two normalizers are known only at the end, so each map needs a value
-product of its own.
+A program holds a tile of one head's queries. `COMPONENTS` selects what it computes: `"both"` maps
+and their difference, with one accumulator each; or, if two accumulators of wide values do not fit
+into the registers, only the `"second"` map in a first launch and then the `"first"`, which
+subtracts the second. The number of operations is the same: the two normalizers are known only at
+the end, so each map needs its own product with the values.
 
-Scores are kept in units of log2, so that every exponential is a plain `exp2`.
+Scores are in units of log2, so that every exponential is a plain `exp2`. `m_i`, `l_i` and `alpha`
+are the running maximum, the running sum and the rescaling factor of the online softmax.
 """
 
 import triton
@@ -25,33 +26,33 @@ from diffmm.ops.diff_attention.triton.tiles import (
 
 
 @triton.jit
-def _softmax_step(scores, values, acc, top, total, scale, seen, PRECISION: tl.constexpr):
-    """One tile of keys into an online softmax; `seen` is None where all of it is visible."""
+def _softmax_step(scores, values, acc, m_i, l_i, scale, seen, PRECISION: tl.constexpr):
+    """Add one tile of keys to an online softmax; `seen` is None if the tile needs no mask."""
     if seen is not None:
         scores = tl.where(seen, scores, -float("inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1) * scale)
-    # A row that has seen nothing yet stays at -inf, and its weights at exp2(-inf) = 0.
-    shift = tl.where(new_top == -float("inf"), 0.0, new_top) if seen is not None else new_top
+    m_new = tl.maximum(m_i, tl.max(scores, 1) * scale)
+    # A row without any visible key so far keeps a maximum of -inf and weights exp2(-inf) = 0.
+    shift = tl.where(m_new == -float("inf"), 0.0, m_new) if seen is not None else m_new
     weights = tl.exp2(scores * scale - shift[:, None])
-    shrink = tl.exp2(top - shift)
-    total = total * shrink + tl.sum(weights, 1)
-    acc = acc * shrink[:, None]
+    alpha = tl.exp2(m_i - shift)
+    l_i = l_i * alpha + tl.sum(weights, 1)
+    acc = acc * alpha[:, None]
     acc = tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
-    return acc, new_top, total
+    return acc, m_new, l_i
 
 
 @triton.jit
-def _finish(acc, top, total):
-    """The weighted mean and the log-sum-exp: zeros and +inf for a row that saw nothing."""
-    safe = tl.where(total == 0.0, 1.0, total)
-    lse = tl.where(total == 0.0, float("inf"), top + tl.log2(safe))
+def _finish(acc, m_i, l_i):
+    """The weighted mean and the log-sum-exp; zeros and +inf for a row without any visible key."""
+    safe = tl.where(l_i == 0.0, 1.0, l_i)
+    lse = tl.where(l_i == 0.0, float("inf"), m_i + tl.log2(safe))
     return acc / safe[:, None], lse
 
 
 @triton.jit
 def _step(
     q1, q2, k_desc, v_desc, batch, group, m0, positions, M, scale,
-    acc1, top1, total1, acc2, top2, total2, window, prefix, documents, padding,
+    acc1, m_i1, l_i1, acc2, m_i2, l_i2, window, prefix, documents, padding,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, COMPONENTS: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -72,10 +73,10 @@ def _step(
         s2 = tl.dot(q2, k2.T, input_precision=PRECISION)
     v = v_desc.load([batch, m0, group, 0]).reshape(BLOCK_M, BLOCK_E)
     if COMPONENTS != "second":
-        acc1, top1, total1 = _softmax_step(s1, v, acc1, top1, total1, scale, seen, PRECISION)
+        acc1, m_i1, l_i1 = _softmax_step(s1, v, acc1, m_i1, l_i1, scale, seen, PRECISION)
     if COMPONENTS != "first":
-        acc2, top2, total2 = _softmax_step(s2, v, acc2, top2, total2, scale, seen, PRECISION)
-    return acc1, top1, total1, acc2, top2, total2
+        acc2, m_i2, l_i2 = _softmax_step(s2, v, acc2, m_i2, l_i2, scale, seen, PRECISION)
+    return acc1, m_i1, l_i1, acc2, m_i2, l_i2
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -87,12 +88,12 @@ def _forward_kernel(
     BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, num_tiles = tl.program_id(0), tl.num_programs(0)
-    # Late causal tiles are the longest: they go first, so that short ones fill the end.
+    # The last causal tiles take the longest, so they start first and short ones fill the end.
     ranges_tile = num_tiles - 1 - tile if CAUSAL else tile
     n0 = ranges_tile * BLOCK_N
     batch, head = tl.program_id(1) // H, tl.program_id(1) % H
     group = head // heads_per_group
-    batch64, head64 = batch.to(tl.int64), head.to(tl.int64)  # strides may be as wide
+    batch64, head64 = batch.to(tl.int64), head.to(tl.int64)  # offsets may exceed 32 bits
     if prefix is not None:
         prefix += batch
     if documents is not None:
@@ -113,20 +114,20 @@ def _forward_kernel(
     q2 = tl.load(q_rows + q_c, mask=q_mask, other=0.0)
 
     acc1 = tl.zeros((BLOCK_N, BLOCK_E), tl.float32) if COMPONENTS != "second" else 0.0
-    top1 = tl.full((BLOCK_N,), -float("inf"), tl.float32) if COMPONENTS != "second" else 0.0
-    total1 = tl.zeros((BLOCK_N,), tl.float32) if COMPONENTS != "second" else 0.0
+    m_i1 = tl.full((BLOCK_N,), -float("inf"), tl.float32) if COMPONENTS != "second" else 0.0
+    l_i1 = tl.zeros((BLOCK_N,), tl.float32) if COMPONENTS != "second" else 0.0
     acc2 = tl.zeros((BLOCK_N, BLOCK_E), tl.float32) if COMPONENTS != "first" else 0.0
-    top2 = tl.full((BLOCK_N,), -float("inf"), tl.float32) if COMPONENTS != "first" else 0.0
-    total2 = tl.zeros((BLOCK_N,), tl.float32) if COMPONENTS != "first" else 0.0
+    m_i2 = tl.full((BLOCK_N,), -float("inf"), tl.float32) if COMPONENTS != "first" else 0.0
+    l_i2 = tl.zeros((BLOCK_N,), tl.float32) if COMPONENTS != "first" else 0.0
 
     low, full_low, full_high, high = key_bounds(
         n0, N, M, window, prefix, ranges, CAUSAL, BLOCK_N, BLOCK_M
     )
     if ranges is None:
         for m0 in range(full_low, full_high, BLOCK_M):
-            acc1, top1, total1, acc2, top2, total2 = _step(
+            acc1, m_i1, l_i1, acc2, m_i2, l_i2 = _step(
                 q1, q2, k_desc, v_desc, batch, group, m0, positions, M, scale,
-                acc1, top1, total1, acc2, top2, total2, window, prefix, documents, padding,
+                acc1, m_i1, l_i1, acc2, m_i2, l_i2, window, prefix, documents, padding,
                 CAUSAL, False, COMPONENTS, C, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
             )  # fmt: skip
     num_left = (full_low - low) // BLOCK_M
@@ -134,9 +135,9 @@ def _forward_kernel(
     for step in range(0, num_left + num_right):
         left, right = low + step * BLOCK_M, full_high + (step - num_left) * BLOCK_M
         m0 = tl.where(step < num_left, left, right)
-        acc1, top1, total1, acc2, top2, total2 = _step(
+        acc1, m_i1, l_i1, acc2, m_i2, l_i2 = _step(
             q1, q2, k_desc, v_desc, batch, group, m0, positions, M, scale,
-            acc1, top1, total1, acc2, top2, total2, window, prefix, documents, padding,
+            acc1, m_i1, l_i1, acc2, m_i2, l_i2, window, prefix, documents, padding,
             CAUSAL, True, COMPONENTS, C, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
         )  # fmt: skip
 
@@ -146,12 +147,12 @@ def _forward_kernel(
     if COMPONENTS == "first":
         mean2 = tl.load(second + o_rows, mask=o_mask, other=0.0).to(tl.float32)
     else:
-        mean2, lse2 = _finish(acc2, top2, total2)
+        mean2, lse2 = _finish(acc2, m_i2, l_i2)
         tl.store(lse + N, lse2, mask=inside)
         if second is not None:
             tl.store(second + o_rows, mean2.to(second.dtype.element_ty), mask=o_mask)
     if COMPONENTS != "second":
-        mean1, lse1 = _finish(acc1, top1, total1)
+        mean1, lse1 = _finish(acc1, m_i1, l_i1)
         tl.store(lse, lse1, mask=inside)
         lam_rows = lam + batch64 * lam_b + queries.to(tl.int64) * lam_n + head64 * lam_h
         weight = tl.load(lam_rows, mask=inside, other=0.0)
@@ -163,8 +164,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor, mask: KernelMask, scale: float,
     *, keep_second: bool, tile: Tile,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
-    """`out [B, N, H, E]`, the second map's output alike if it is kept or needed, and both
-    log-sum-exps `[B, H, 2, N]` in units of log2; `scale` is positive."""
+    """Compute `out`, `[B, N, H, E]`; the second map's output, of the same shape, if it is kept or
+    needed; and both log-sum-exps, `[B, H, 2, N]`, in units of log2. `scale` must be positive."""
     (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     block_d, block_e = pad(D), pad(E)
     out = q.new_empty(B, N, H, E)

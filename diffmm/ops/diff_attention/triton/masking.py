@@ -1,8 +1,8 @@
-"""What a tile of scores sees, and which tiles see anything: the kernels' view of `AttentionMask`.
+"""The kernels' version of `AttentionMask`: masking within a tile, and which tiles to visit.
 
-Every field that a mask lacks reaches a kernel as `None`, so that Triton compiles it away. Causal,
-window and prefix masks bound the loops by arithmetic. Documents and padding do so by `ranges`, the
-first and the last tile of interest for every tile, which a small kernel finds beforehand.
+Fields that a mask does not set reach a kernel as `None`, so that Triton compiles them away. Causal,
+window and prefix masks limit the loops by arithmetic. Document and padding masks limit them by
+`ranges`, the positions to visit per tile, which a small kernel computes beforehand.
 """
 
 from dataclasses import dataclass
@@ -20,9 +20,10 @@ _CHUNK = 1024
 
 @triton.jit
 def visible(position, key, M, window, prefix, documents, padding, CAUSAL: tl.constexpr):
-    """Whether queries at `position` see `key`: two integer tensors that broadcast to the tile.
+    """Whether queries at `position` attend to `key`; both are integer tensors that broadcast to
+    the tile.
 
-    The tensors `prefix`, `documents` and `padding` point to this sample's first element.
+    `prefix`, `documents` and `padding` point to the first element of this sample.
     """
     sees = (key < M) & (position < M)
     if CAUSAL:
@@ -46,11 +47,11 @@ def key_bounds(
     n0, N, M, window, prefix, ranges, CAUSAL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The keys that the query tile at `n0` has to visit.
+    """The range of keys that the query tile at `n0` visits.
 
-    Returns `low, full_low, full_high, high`, all but the last multiples of `BLOCK_M`: keys outside
-    `[low, high)` are seen by no query of the tile, keys inside `[full_low, full_high)` by all.
-    `ranges` points to this tile's pair; where it is given no tile counts as seen by all.
+    Returns `low, full_low, full_high, high`, all but the last multiples of `BLOCK_M`. No query of
+    the tile attends to keys outside `[low, high)`; all of them attend to all keys in
+    `[full_low, full_high)`. `ranges` points to this tile's pair; if given, that range is empty.
     """
     first = n0 + M - N
     last = tl.minimum(n0 + BLOCK_N, N) - 1 + M - N
@@ -75,9 +76,10 @@ def query_bounds(
     m0, N, M, window, prefix, ranges, CAUSAL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The queries that the key tile at `m0` has to visit; like `key_bounds`, in tiles of `BLOCK_N`.
+    """The range of queries that the key tile at `m0` visits, like `key_bounds` in tiles of
+    `BLOCK_N`.
 
-    Queries past the last one count as seeing: the kernels give them no weight.
+    Queries beyond the end need no mask, because the kernels give them no weight.
     """
     shift = N - M
     last_key = m0 + BLOCK_M - 1
@@ -95,7 +97,7 @@ def query_bounds(
         high = tl.minimum(high, tl.minimum(last_key, M - 1) + window + shift)
         full_high = tl.minimum(full_high, m0 + window + shift)
     else:
-        # The last tile is seen whole: its rows past N have no weight.
+        # The last tile needs no mask, because its rows beyond N have no weight.
         full_high = tl.cdiv(N, BLOCK_N) * BLOCK_N
     if ranges is not None:
         low, high = tl.maximum(low, tl.load(ranges)), tl.minimum(high, tl.load(ranges + 1))
@@ -151,7 +153,7 @@ def _ranges_kernel(
 
 @dataclass(frozen=True)
 class KernelMask:
-    """`AttentionMask` as the kernels take it: contiguous tensors."""
+    """`AttentionMask` with contiguous tensors, for the kernels."""
 
     causal: bool
     window: int | None
@@ -164,7 +166,7 @@ class KernelMask:
         prefix, documents, padding = mask.prefix_lengths, mask.document_ids, mask.key_padding
         return cls(
             causal=mask.causal,
-            # A window of all positions masks nothing; clamped, it cannot overflow 32 bits.
+            # A window this large masks nothing; clamping avoids 32-bit overflow.
             window=None if mask.window is None else min(mask.window, 2**30),
             prefix=None if prefix is None else prefix.clamp(0, num_keys).int().contiguous(),
             documents=None if documents is None else documents.contiguous(),
@@ -172,11 +174,11 @@ class KernelMask:
         )
 
     def key_ranges(self, batch: int, N: int, M: int, block_n: int) -> Tensor | None:
-        """`[B, tiles, 2]`: the keys of interest to each tile of queries, `None` if all are."""
+        """The range of keys per tile of queries, `[B, tiles, 2]`, or `None` for all keys."""
         return self._ranges(batch, N, M, M - N, 0, None, self.padding, block_n, M)
 
     def query_ranges(self, batch: int, N: int, M: int, block_m: int) -> Tensor | None:
-        """`[B, tiles, 2]`: the queries of interest to each tile of keys, `None` if all are."""
+        """The range of queries per tile of keys, `[B, tiles, 2]`, or `None` for all queries."""
         return self._ranges(batch, M, N, 0, M - N, self.padding, None, block_m, M)
 
     def _ranges(

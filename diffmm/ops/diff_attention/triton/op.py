@@ -1,4 +1,4 @@
-"""The kernels as torch operators: traceable by `torch.compile`, differentiable, inspectable."""
+"""The kernels as torch operators, which `torch.compile` can trace and autograd differentiate."""
 
 import contextlib
 from typing import Any
@@ -16,20 +16,20 @@ from diffmm.ops.diff_attention.triton.tiles import Tiles, describable, gpu_of, t
 from diffmm.ops.mask import AttentionMask
 
 MAX_HEAD_DIM, MAX_VALUE_DIM = 128, 256
-# Whether Triton's interpreter stands in for a GPU, which it decides when it is imported.
+# Whether Triton's interpreter replaces the GPU; Triton decides this when it is imported.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def triton_backend(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *, mask: AttentionMask, scale: float
 ) -> Tensor:
-    """Differential attention by the fused kernels; shapes as in `diffmm.ops.diff_attention`, with
-    `lam` already `[B, N, H]` in float32.
+    """Differential attention with the fused kernels; shapes as in `diffmm.ops.diff_attention`, with
+    `lam` expanded to `[B, N, H]` in float32.
 
     Raises:
-        ValueError: for a device, dtype, width or scale that the kernels do not serve, saying which.
+        ValueError: If the kernels do not support the device, dtype, width or scale.
     """
-    _refuse(q, v, mask, scale)
+    _check_inputs(q, v, mask, scale)
     inputs = (
         q, k, v, lam, mask.causal, mask.window, mask.prefix_lengths, mask.document_ids,
         mask.key_padding, scale,
@@ -40,16 +40,20 @@ def triton_backend(
     return _attend(*inputs, for_backward)[0]
 
 
-def _refuse(q: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> None:
+def _check_inputs(q: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> None:
     D, E = q.shape[-1], v.shape[-1]
     if not (q.is_cuda or INTERPRETED):
         raise ValueError(f"backend 'triton' needs a CUDA device, but q is on {q.device}")
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"backend 'triton' takes bfloat16, float16 and float32, not {q.dtype}")
-    for name, width, most in (("head dim D", D, MAX_HEAD_DIM), ("value dim E", E, MAX_VALUE_DIM)):
+        raise ValueError(f"backend 'triton' needs bfloat16, float16 or float32, got {q.dtype}")
+    for name, width, most in (
+        ("head dimension D", D, MAX_HEAD_DIM),
+        ("value dimension E", E, MAX_VALUE_DIM),
+    ):
         if width % 8 or not 0 < width <= most:
             raise ValueError(
-                f"backend 'triton' takes a {name} that is a multiple of 8 up to {most}, got {width}"
+                f"backend 'triton' needs a {name} that is a multiple of 8 and at most {most}, "
+                f"got {width}"
             )
     if not scale > 0:
         raise ValueError(f"backend 'triton' needs a positive scale, got {scale}")
@@ -95,7 +99,8 @@ def _attend(
     scale: float,
     for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output; for a backward pass also the second map's output and both log-sum-exps."""
+    """Compute the output and, for the backward pass, the second map's output and both
+    log-sum-exps."""
     B, N, H, M, E = *q.shape[:3], k.shape[1], v.shape[-1]
     nothing = q.new_empty(0), lam.new_empty(0)
     if B * N * H * M == 0:
@@ -160,7 +165,7 @@ def _attend_backward(
     key_padding: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v and of lam as `[B, N, H]`."""
+    """Compute the gradients of q, k, v and lam, the latter as `[B, N, H]`."""
     B, N, H, M = *q.shape[:3], k.shape[1]
     if B * N * H * M == 0:
         return (
@@ -200,7 +205,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     out, second, lse = output
     ctx.save_for_backward(q, k, v, lam, out, second, lse, prefix_lengths, document_ids, key_padding)
     ctx.causal, ctx.window, ctx.scale = causal, window, scale
-    ctx.set_materialize_grads(False)  # or zeros are written for the two that nobody differentiates
+    # Otherwise zeros would be allocated for the two outputs that have no gradient.
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad: Tensor, _second: Any, _lse: Any) -> tuple[Any, ...]:
@@ -215,12 +221,12 @@ def _differentiate(ctx: Any, grad: Tensor, _second: Any, _lse: Any) -> tuple[Any
 _attend.register_autograd(_differentiate, setup_context=_save)
 
 
-# A compiled graph sees through a `triton_op` and launches its kernels itself, which takes the host
-# a fraction of an operator's time. It cannot launch the interpreter's.
-_seen_through = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+# A compiled graph launches the kernels of a `triton_op` itself, at a fraction of the host time of
+# an opaque operator. It cannot launch interpreted kernels.
+_transparent_op = torch.library.custom_op if INTERPRETED else torch.library.triton_op
 
 
-@_seen_through("diffmm::diff_attention_decode", mutates_args=())
+@_transparent_op("diffmm::diff_attention_decode", mutates_args=())
 def _decode(
     q: Tensor,
     k: Tensor,
@@ -233,7 +239,7 @@ def _decode(
     key_padding: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """The output for a few queries, without a gradient."""
+    """Compute the output for a few queries, without gradients."""
     B, N, H, M = *q.shape[:3], k.shape[1]
     if B * N * H * M == 0:
         return q.new_zeros(B, N, H, v.shape[-1])

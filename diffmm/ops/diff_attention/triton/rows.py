@@ -1,4 +1,4 @@
-"""What the backward kernels read of every query: float32 vectors, a head at a time."""
+"""The per-query float32 vectors that the backward kernels read, stored per head."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ from torch import Tensor
 from diffmm.ops.diff_attention.triton.tiles import MAX_BLOCK, UNSPECIALIZED, cdiv, pad
 
 LSE1, LSE2, DELTA1, DELTA2, WEIGHT = (tl.constexpr(row) for row in range(5))
-"""Both maps' log-sum-exps, `delta_i = dO·O_i`, and what the second map counts: -lam."""
+"""The log-sum-exps of both maps, `delta_i = dO·O_i`, and the weight of the second map, -lam."""
 
 NUM_ROWS = tl.constexpr(5)
 
@@ -33,7 +33,7 @@ def _rows_kernel(
     delta1 = tl.sum(g * o, 1) + weight * delta2
     lse += (batch * H + head) * 2 * N + n
     rows += (batch * H + head) * NUM_ROWS * P + n
-    # Rows past the end have a log-sum-exp of +inf: no weight in any sum.
+    # Rows beyond the end have a log-sum-exp of +inf and so no weight in any sum.
     tl.store(rows + LSE1 * P, tl.load(lse, mask=inside, other=float("inf")))
     tl.store(rows + LSE2 * P, tl.load(lse + N, mask=inside, other=float("inf")))
     tl.store(rows + DELTA1 * P, delta1)
@@ -45,8 +45,8 @@ def _rows_kernel(
 def query_rows(
     grad: Tensor, out: Tensor, second: Tensor, lam: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the kernels read of every query, `[B, H, rows, P]` with queries padded to whole tiles,
-    and lambda's gradient `[B, N, H]`."""
+    """Compute the per-query vectors, `[B, H, rows, P]` with queries padded to whole tiles, and the
+    gradient of lambda, `[B, N, H]`."""
     B, N, H, E = out.shape
     padded = cdiv(N, MAX_BLOCK) * MAX_BLOCK
     rows, lam_grad = lam.new_empty(B, H, NUM_ROWS.value, padded), lam.new_empty(B, N, H)

@@ -1,6 +1,7 @@
-"""How the kernels cut their work: one rule for block sizes, and the descriptors of what they load.
+"""Block sizes of the kernels, and descriptors of the tensors they load.
 
-No autotuning: the same call is cut the same way on every machine of a kind, from its first step.
+There is no autotuning: the same call has the same block sizes on every GPU of a kind, from the
+first step.
 """
 
 from dataclasses import dataclass
@@ -10,20 +11,20 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Arguments whose value is not worth a kernel of its own.
+# Arguments whose values do not need specialized kernels.
 UNSPECIALIZED = ["N", "M", "H", "G", "heads_per_group", "window", "lam_b", "lam_n", "lam_h"]
 
-# No tile has more queries: arrays that hold whole tiles of them are padded to this.
+# Maximum number of queries per tile; per-query arrays are padded to a multiple of it.
 MAX_BLOCK = 128
 
 
 @dataclass(frozen=True)
 class GPU:
-    """What the cuts depend on.
+    """The GPU properties that block sizes depend on.
 
     Args:
-        capability: compute capability, major and minor.
-        num_multiprocessors: that it has.
+        capability: Compute capability, major and minor.
+        num_multiprocessors: Number of multiprocessors.
     """
 
     capability: tuple[int, int]
@@ -37,13 +38,13 @@ def _gpu(index: int) -> GPU:
 
 
 def gpu_of(tensor: Tensor) -> GPU:
-    """The GPU of a tensor; for a CPU, where kernels are interpreted, a small Hopper GPU."""
+    """The GPU of a tensor; a small Hopper GPU for CPU tensors, whose kernels are interpreted."""
     return _gpu(tensor.device.index) if tensor.is_cuda else GPU((9, 0), 2)
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether `torch.compile` looks on: launches then go through `torch.library.wrap_triton`, which
-    takes time and is of no use elsewhere."""
+    """Whether `torch.compile` is tracing. Launches then need `torch.library.wrap_triton`, which
+    would only cost time otherwise."""
     return type(tensor) not in (Tensor, torch.nn.Parameter)
 
 
@@ -52,12 +53,12 @@ class Tile:
     """A tile of `block_n` queries by `block_m` keys.
 
     Args:
-        block_n: queries in a tile.
-        block_m: keys in a tile.
-        num_warps: warps of a program.
-        num_stages: depth of the loads' pipeline.
-        split: forward only: compute the maps in two launches, for values too wide for two
-            accumulators.
+        block_n: Queries per tile.
+        block_m: Keys per tile.
+        num_warps: Warps per program.
+        num_stages: Number of pipeline stages of the loads.
+        split: Whether the forward kernel computes the maps in two launches, for values too wide
+            for two accumulators.
     """
 
     block_n: int
@@ -72,9 +73,9 @@ class Tiles:
     """The tiles of the kernels that loop over a sequence.
 
     Args:
-        forward: of the forward kernel.
-        key_grad: of the kernel for the gradients of keys and values.
-        query_grad: of the kernel for the queries' gradient.
+        forward: Tile of the forward kernel.
+        key_grad: Tile of the kernel for the gradients of keys and values.
+        query_grad: Tile of the kernel for the gradient of queries.
     """
 
     forward: Tile
@@ -83,10 +84,10 @@ class Tiles:
 
 
 def tiles_for(dtype: torch.dtype, D: int, E: int, capability: tuple[int, int]) -> Tiles:
-    """The tiles for head dim `D`, value dim `E` and a GPU's compute capability.
+    """The tiles for head dimension `D`, value dimension `E` and a GPU's compute capability.
 
-    Hopper's are the best of `python -m benchmarks.attention_tiles`: where shapes of equal widths
-    disagree, the smallest product of their times. The others' are small enough to fit everywhere.
+    Those for Hopper are the best of `python -m benchmarks.attention_tiles`; if shapes of equal
+    widths disagree, those with the smallest product of times. The others fit every older GPU.
     """
     if dtype == torch.float32:  # No tensor cores: small tiles, or compiling takes minutes.
         tile = Tile(16, 16, 4, 1)
@@ -109,28 +110,29 @@ def tiles_for(dtype: torch.dtype, D: int, E: int, capability: tuple[int, int]) -
 
 
 def cdiv(total: int, part: int) -> int:
-    """`total / part`, rounded up. Triton's own is for kernels: on the host it takes as long as a
-    small operator, and so does its `next_power_of_2`."""
+    """`total / part`, rounded up. On the host, Triton's own `cdiv` and `next_power_of_2` take as
+    long as a small operator."""
     return -(-total // part)
 
 
 def power_of_2(number: int) -> int:
-    """The first power of two that is not below `number`."""
+    """The smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
 
 
 def pad(width: int) -> int:
-    """The power of two, at least 16, that holds `width`: what a tile's sides must be."""
+    """The smallest power of two that is at least `width` and 16, as required for tile sizes."""
     return max(16, power_of_2(width))
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products multiply: in full where inputs are float32."""
+    """Input precision of matrix products: full precision for float32 inputs."""
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
 def describable(tensor: Tensor) -> Tensor:
-    """`tensor` itself if Hopper's copy engine can address it, else a contiguous copy."""
+    """`tensor` itself if Hopper's tensor memory accelerator (TMA) can address it, otherwise a
+    contiguous copy."""
     item = tensor.element_size()
     if tensor.is_contiguous() and tensor.data_ptr() % 16 == tensor.shape[-1] * item % 16 == 0:
         return tensor
@@ -147,8 +149,8 @@ def describable(tensor: Tensor) -> Tensor:
 
 
 def describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    """A descriptor that loads `block` and reads zeros past the ends of `tensor`."""
-    # The stride of a dimension of one is arbitrary; the engine still wants a multiple of 16 bytes.
+    """A descriptor that loads `block` and reads zeros beyond the ends of `tensor`."""
+    # The stride of an axis of size one is arbitrary, but TMA requires a multiple of 16 bytes.
     width = tensor.shape[-1]
     strides = [
         stride if size > 1 else width

@@ -1,11 +1,11 @@
-"""Kernels for Hopper, written in Gluon, where Triton's own schedule stops short.
+"""Hopper kernels in Gluon, for the widths at which Triton's own scheduling is slower.
 
-`forward.py` gives each of the two maps a warpgroup; `backward.py` divides the gradients by roles,
-with one of two kernels for the keys (`wide_keys.py`, `narrow_keys.py`). `common.py` holds what they
-share.
+`forward.py` computes each of the two maps in its own warpgroup; `backward.py` splits the gradients
+by warpgroup roles, with one of two key kernels (`wide_keys.py`, `narrow_keys.py`). `common.py`
+contains shared code.
 
-Gluon's interface still changes, and only that of Triton 3.6 is known: importing the modules of this
-package takes that version, asking whether they serve takes any.
+Gluon's interface is not stable yet, and only that of Triton 3.6 is supported: importing the modules
+of this package requires that version, while `serves_forward` and `serves_backward` work with any.
 """
 
 import triton
@@ -15,14 +15,14 @@ from diffmm.ops.diff_attention.triton.tiles import gpu_of, pad
 
 
 def serves_forward(q: Tensor, v: Tensor) -> bool:
-    """Whether `forward.forward` is for such inputs: in 16 bits, with heads of 72 to 128 dims and
-    values of 72 to 256."""
+    """Whether `forward.forward` supports the inputs: 16-bit, with a head dimension of 72 to 128 and
+    a value dimension of 72 to 256."""
     return _is_known(q) and pad(q.shape[-1]) == 128 and pad(v.shape[-1]) >= 128
 
 
 def serves_backward(q: Tensor, v: Tensor) -> bool:
-    """Whether `backward.gradients` is for such inputs: in 16 bits, with heads of 40 to 128 dims and
-    values of 40 to 256."""
+    """Whether `backward.gradients` supports the inputs: 16-bit, with a head dimension of 40 to 128
+    and a value dimension of 40 to 256."""
     return _is_known(q) and pad(q.shape[-1]) >= 64 and pad(v.shape[-1]) >= 64
 
 

@@ -1,8 +1,9 @@
-"""The backward pass on Hopper: every score is formed once, and dS passes through memory.
+"""The backward pass on Hopper: every score is computed once, and dS is stored in global memory.
 
-A key kernel makes dK, dV and dS; a plain product `dQ = dS K` reads dS back. That is cheaper than
-scores and dP a second time, and the same bits in every run. The memory is bounded by
-`SCRATCH_BYTES`: heads take turns in it, and where one head's dS is more, so do bands of its keys.
+A key kernel computes dK, dV and dS; a matrix product `dQ = dS K` then reads dS. This is cheaper
+than computing scores and dP twice, and bit-identical in every run. The scratch memory for dS is
+limited to `SCRATCH_BYTES`: heads use it in turns, and if the dS of one head is larger, bands of its
+keys do.
 """
 
 from types import ModuleType
@@ -24,7 +25,7 @@ from diffmm.ops.diff_attention.triton.masking import KernelMask, key_bounds
 from diffmm.ops.diff_attention.triton.tiles import UNSPECIALIZED, cdiv, describe, pad
 
 SCRATCH_BYTES = 9 << 28  # a causal head of 32,768 tokens
-_MOST_HEADS = 65535  # of one launch, a head for each component
+_MOST_HEADS = 65535  # maximum per launch, counting each component as a head
 
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "first_head", "first_tile", "num_tiles"])
@@ -34,9 +35,9 @@ def _query_kernel(
     CAUSAL: tl.constexpr, FOLDED: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """`dQ = dS K` for a tile of one component's queries, over the keys of this band that see it.
+    """Compute `dQ = dS K` for a tile of one component's queries over the keys of this band.
 
-    Where there are several bands, `partial` carries the sum from one to the next.
+    If there are several bands, `partial` accumulates the sum.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)
     n0 = tile * BLOCK_N
@@ -70,24 +71,24 @@ def _query_kernel(
 
 
 def kernels_of_keys(block_d: int, block_e: int, components: int) -> ModuleType:
-    """The module whose `key_kernel` has room for the accumulators of a tile of keys: `components`
-    times `block_d` columns and `block_e`."""
+    """The module whose `key_kernel` has enough registers for the accumulators of a tile of keys,
+    which have `components * block_d + block_e` columns."""
     return narrow_keys if components * block_d + block_e <= 256 else wide_keys
 
 
 def num_stages(keys: int, block_d: int, block_e: int, components: int) -> int:
-    """Tiles of queries that a key kernel has room for, in two bytes a number, beside its keys,
-    values and four tiles of scores."""
+    """Number of tiles of queries that fit into the shared memory of a key kernel in addition to its
+    keys, values and four tiles of scores, at two bytes per element."""
     kept = 2 * (keys * (components * block_d + block_e) + 4 * BLOCK.value**2)
-    stage = 2 * BLOCK.value * (2 * block_d + block_e) + 4 * BLOCK.value * 5  # vectors in 32 bits
-    return min(3, (SHARED_BYTES - 512 - kept) // stage)  # 512 for barriers and arguments
+    stage = 2 * BLOCK.value * (2 * block_d + block_e) + 4 * BLOCK.value * 5  # float32 vectors
+    return min(3, (SHARED_BYTES - 512 - kept) // stage)  # 512 bytes for barriers and arguments
 
 
 def gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, mask: KernelMask, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, that `hopper.serves_backward`, all describable; `rows` from
-    `query_rows`."""
+    """Compute the gradients of q, k and v, for inputs that `hopper.serves_backward` accepts and
+    that are all `describable`; `rows` come from `query_rows`."""
     (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     block, span, block_d, block_e = BLOCK.value, SPAN.value, pad(D), pad(E)
     keys = kernels_of_keys(block_d, block_e, C)
@@ -132,7 +133,7 @@ def gradients(
             partial = rows.new_zeros(count * heads_per_group * 2, N, D)
         for tile in range(0, num_tiles, band):
             tiles = min(band, num_tiles - tile)
-            if looked_up:  # The kernels may differ in which empty tiles they skip.
+            if looked_up:  # The two kernels may skip different empty tiles.
                 scratch.zero_()
             keys.key_kernel[(tiles // tiles_at_once, count)](
                 *inputs, dk, dv, mask.window, mask.prefix, mask.documents, mask.padding,

@@ -1,4 +1,4 @@
-"""What the kernels in Gluon have in common."""
+"""Code that the Gluon kernels share."""
 
 from functools import cache
 
@@ -15,24 +15,25 @@ from diffmm.ops.diff_attention.triton.tiles import UNSPECIALIZED as UNSPECIALIZE
 from diffmm.ops.diff_attention.triton.tiles import describe
 
 BLOCK = gl.constexpr(64)
-"""Keys, and queries, of a tile of scores: a warpgroup's products have so many rows."""
+"""Keys and queries per tile of scores: the number of rows of a warpgroup's matrix product."""
 
 UNSPECIALIZED = [name for name in UNSPECIALIZED_IN_TRITON if name != "heads_per_group"]
 UNSPECIALIZED += ["first_pair", "first_tile", "num_tiles"]
-"""Of the kernels in Gluon: one head a group takes fewer registers."""
+"""For Gluon kernels, which are specialized for `heads_per_group`: one head per group needs fewer
+registers."""
 
 SHARED_BYTES = 227 << 10
-"""A program's shared memory at most."""
+"""Maximum shared memory per program."""
 
 SPAN = gl.constexpr(256)
-"""Queries of a tile of dQ: key kernels leave dS, or zeros, for whole ones."""
+"""Queries per tile of dQ; key kernels write dS, or zeros, for whole tiles."""
 
-# Folded causal dS: how far the long rows move so that the short ones fit in front of them.
+# Offset of the long rows of folded causal dS, which makes room for the short rows before them.
 FOLD = gl.constexpr(3 * SPAN.value - 2 * BLOCK.value)
 
 
 def gluon_describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    """`describe` for kernels in Gluon, which want the layout in shared memory too."""
+    """`describe` for Gluon kernels, which also need the layout in shared memory."""
     plain = describe(tensor, block)
     layout = _layout(tensor.element_size(), len(block))
     return TensorDescriptor(tensor, plain.shape, plain.strides, block, layout)
@@ -46,8 +47,8 @@ def _layout(item: int, rank: int) -> gl.NVMMASharedLayout:
 
 @gluon.jit
 def opaque(x):
-    """`x`, for the compiler a new number: it would keep every address made from a known one in
-    registers that a loop needs."""
+    """Return `x` as a value unknown to the compiler, which would otherwise keep addresses derived
+    from a constant in registers that a loop needs."""
     return gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
     )
@@ -55,8 +56,8 @@ def opaque(x):
 
 @gluon.jit
 def packed(x):
-    """`x` in 16 bits, two numbers a register from here on: the compiler would rather round at each
-    use, and hold it in 32 bits until then."""
+    """Return 16-bit `x` packed as two values per register; the compiler would otherwise keep it in
+    32 bits and round at each use."""
     return gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
     )
@@ -64,9 +65,9 @@ def packed(x):
 
 @triton.jit
 def scratch_place(tile, num_tiles, FOLDED: gl.constexpr):
-    """Where a tile of keys has its dS: the row (in tiles) within its head's scratch, and how far
-    its columns are from its queries. Causal dS is a triangle: folded, the last keys' short rows lie
-    in front of the first keys' long ones."""
+    """Location of the dS of a tile of keys: the row (in tiles) within its head's scratch memory,
+    and the offset of its columns from its queries. Causal dS is a triangle; when folded, the short
+    rows of the last keys are stored before the long rows of the first keys."""
     if FOLDED:
         short = tile >= (num_tiles + 1) // 2
         row = tl.where(short, num_tiles - 1 - tile, tile)
@@ -80,8 +81,8 @@ def scratch_place(tile, num_tiles, FOLDED: gl.constexpr):
 def clear_margins(
     ds_desc, ds, head_slot, height, row, shift, low, high, heads_per_group, layout: gl.constexpr
 ):
-    """Zeros for the queries beside `[low, high)` whose tile of dQ reads dS of a tile of keys; they
-    leave from `ds`, a tile of shared memory."""
+    """Write zeros for the queries outside `[low, high)` whose tile of dQ reads the dS of this tile
+    of keys. They are copied from `ds`, a tile of shared memory."""
     first, last = low // SPAN * SPAN, tl.cdiv(high, SPAN) * SPAN
     ds.store(gl.zeros([BLOCK, BLOCK], ds.dtype, layout))
     fence_async_shared()
@@ -98,8 +99,8 @@ def clear_margins(
 
 @gluon.jit
 def allocate_ring(q_desc, g_desc, rows_desc, weight_desc, STAGES: gl.constexpr):
-    """Room for so many tiles of queries, gradients of the output and rows, and the barriers that
-    say when a tile is full and when both warpgroups are through with it."""
+    """Allocate a ring buffer for `STAGES` tiles of queries, output gradients and rows, and the
+    barriers that signal when a tile is full and when both warpgroups have consumed it."""
     BLOCK_D: gl.constexpr = q_desc.block_type.shape[-1]
     BLOCK_E: gl.constexpr = g_desc.block_type.shape[-1]
     dtype: gl.constexpr = q_desc.dtype
@@ -116,18 +117,18 @@ def allocate_ring(q_desc, g_desc, rows_desc, weight_desc, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def bring_queries(
+def load_queries(
     q_desc, g_desc, rows_desc, weight_desc, q, g, rows, weights, full, empty, batch, H, first_head,
     heads_per_group, low, high,
 ):  # fmt: skip
-    """Keep the ring of queries, gradients of the output and rows full: the work of one warp."""
+    """Keep the ring buffer of queries, output gradients and rows full; run by one warp."""
     STAGES: gl.constexpr = rows.shape[0]
     step = 0
     for head in range(first_head, first_head + heads_per_group):
         row = (batch * H + head) * NUM_ROWS
         for n0 in range(low, high, BLOCK):
             stage = step % STAGES
-            # A fresh barrier passes for the phase before its first.
+            # Waiting for the phase before the first returns at once on a new barrier.
             mbarrier.wait(empty.index(stage), (step // STAGES + 1) % 2)
             bar = full.index(stage)
             tiles: gl.constexpr = 2 * q_desc.block_type.nbytes + g_desc.block_type.nbytes
@@ -147,7 +148,8 @@ def bring_queries(
 
 @gluon.jit
 def write_tile(out, tile, m0, M, rows_apart, WIDTH: gl.constexpr):
-    """Write a tile of keys, whose first is `m0`, into rows of `WIDTH` so far apart."""
+    """Write the gradient of a tile of keys that starts at `m0` into rows of `WIDTH` elements, with
+    a stride of `rows_apart`."""
     layout: gl.constexpr = tile.type.layout
     row = (m0 + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout)))[:, None]
     column = gl.arange(0, tile.shape[1], layout=gl.SliceLayout(0, layout))[None, :]

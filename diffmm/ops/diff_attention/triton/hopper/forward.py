@@ -1,10 +1,12 @@
-"""The forward pass on Hopper: a warpgroup for each map.
+"""The forward pass on Hopper: one warpgroup per map.
 
-A map's output of 64 queries by 256 dims fills a warpgroup's registers; Triton alone would need two
-launches. Here, in Gluon, two warpgroups walk along the same keys and values, each with its own
-softmax, and a third group of one warp has the copy engine bring them. While one warpgroup takes
-exponentials the other one multiplies, and within each the scores of the next keys are formed beside
-the product of these weights with the values.
+A map's output of 64 queries and 256 dimensions fills the registers of a warpgroup; Triton alone
+would need two launches. Here, in Gluon, two warpgroups loop over the same keys and values, each
+with its own online softmax, and a third group of one warp loads them by TMA. While one warpgroup
+computes exponentials the other one multiplies; within each, the scores of the next keys are
+computed during the product of the current weights and values.
+
+`m_i`, `l_i` and `alpha` are the running maximum, the running sum and the rescaling factor.
 """
 
 import triton.language as tl
@@ -29,15 +31,15 @@ from diffmm.ops.diff_attention.triton.tiles import cdiv, pad
 
 
 @gluon.jit
-def _bring(
+def _load_keys(
     k_desc, v_desc, k, v, k_full, v_full, empty, batch, group, low, num_steps,
     C: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Keep the ring of keys and values full."""
+    """Keep the ring buffer of keys and values full."""
     KEYS: gl.constexpr = v.shape[2]
     for step in range(num_steps):
         stage = step % STAGES
-        # A fresh barrier passes for the phase before its first.
+        # Waiting for the phase before the first returns at once on a new barrier.
         mbarrier.wait(empty.index(stage), (step // STAGES + 1) % 2)
         m0 = low + step * KEYS
         full = k_full.index(stage)
@@ -53,10 +55,11 @@ def _bring(
 
 @gluon.jit
 def _softmax(
-    s, top, total, masked, m0, position, M, scale, window, prefix, documents, padding,
+    s, m_i, l_i, masked, m0, position, M, scale, window, prefix, documents, padding,
     CAUSAL: gl.constexpr,
 ):  # fmt: skip
-    """One tile of keys into an online softmax: its weights, and how much earlier ones shrink."""
+    """Add one tile of keys to an online softmax; return its weights, and `alpha` for the
+    accumulator."""
     layout: gl.constexpr = s.type.layout
     if masked:
         key = m0 + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, layout))
@@ -64,12 +67,12 @@ def _softmax(
             position[:, None], key[None, :], M, window, prefix, documents, padding, CAUSAL
         )
         s = gl.where(seen, s, -float("inf"))
-    new_top = gl.maximum(top, gl.max(s, 1) * scale)
-    # A row that has seen nothing yet stays at -inf, and its weights at exp2(-inf) = 0.
-    shift = gl.where(new_top == -float("inf"), 0.0, new_top)
+    m_new = gl.maximum(m_i, gl.max(s, 1) * scale)
+    # A row without any visible key so far keeps a maximum of -inf and weights exp2(-inf) = 0.
+    shift = gl.where(m_new == -float("inf"), 0.0, m_new)
     weights = tl.exp2(s * scale - shift[:, None])
-    shrink = tl.exp2(top - shift)
-    return weights, shrink, new_top, total * shrink + gl.sum(weights, 1)
+    alpha = tl.exp2(m_i - shift)
+    return weights, alpha, m_new, l_i * alpha + gl.sum(weights, 1)
 
 
 @gluon.jit
@@ -80,8 +83,8 @@ def _attend(
     component: gl.constexpr, CAUSAL: gl.constexpr, C: gl.constexpr, E: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One map: a warpgroup's work. The second map's output goes to memory, and the first one's
-    warpgroup subtracts it."""
+    """One warpgroup: compute one map. The second map's output is written to global memory, and the
+    warpgroup of the first map subtracts it."""
     dtype: gl.constexpr = q.dtype
     BLOCK_D: gl.constexpr = q.shape[-1]
     BLOCK_E: gl.constexpr = v.shape[-1]
@@ -91,8 +94,8 @@ def _attend(
     operand: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
     query = n0 + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, scores))
     position = query + M - N
-    top = gl.full([BLOCK], -float("inf"), gl.float32, gl.SliceLayout(1, scores))
-    total = gl.full([BLOCK], 0.0, gl.float32, gl.SliceLayout(1, scores))
+    m_i = gl.full([BLOCK], -float("inf"), gl.float32, gl.SliceLayout(1, scores))
+    l_i = gl.full([BLOCK], 0.0, gl.float32, gl.SliceLayout(1, scores))
     acc = gl.zeros([BLOCK, BLOCK_E], gl.float32, wide)
     nothing = gl.zeros([BLOCK, KEYS], gl.float32, scores)
 
@@ -104,8 +107,8 @@ def _attend(
         k_tile = k.index(kc).reshape([KEYS, BLOCK_D])
         s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), nothing, use_acc=False)
         masked = (low < full_low) | (low + KEYS > full_high)
-        weights, shrink, top, total = _softmax(
-            s, top, total, masked, low, position, M, scale, window, prefix, documents, padding,
+        weights, alpha, m_i, l_i = _softmax(
+            s, m_i, l_i, masked, low, position, M, scale, window, prefix, documents, padding,
             CAUSAL,
         )  # fmt: skip
         weights = gl.convert_layout(weights.to(dtype), operand)
@@ -122,24 +125,24 @@ def _attend(
             s_next = warpgroup_mma_wait(1, deps=[s_next])
             m0 = low + (step + 1) * KEYS
             masked = (m0 < full_low) | (m0 + KEYS > full_high)
-            later_weights, shrink, top, total = _softmax(
-                s_next, top, total, masked, m0, position, M, scale, window, prefix, documents,
+            later_weights, alpha, m_i, l_i = _softmax(
+                s_next, m_i, l_i, masked, m0, position, M, scale, window, prefix, documents,
                 padding, CAUSAL,
             )  # fmt: skip
             acc = warpgroup_mma_wait(0, deps=[acc_next])
             mbarrier.arrive(empty.index(stage), count=1)
-            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, wide))[:, None]
+            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, wide))[:, None]
             weights = gl.convert_layout(later_weights.to(dtype), operand)
         last = (num_steps - 1) % STAGES
         mbarrier.wait(v_full.index(last), (num_steps - 1) // STAGES % 2)
         v_last = v.index(last).reshape([KEYS, BLOCK_E])
         acc = warpgroup_mma(weights, v_last, acc)
 
-    safe = gl.where(total == 0.0, 1.0, total)
+    safe = gl.where(l_i == 0.0, 1.0, l_i)
     lse += (batch.to(gl.int64) * H + head) * 2 * N + query
     gl.store(
         lse + component * N,
-        gl.where(total == 0.0, float("inf"), top + tl.log2(safe)),
+        gl.where(l_i == 0.0, float("inf"), m_i + tl.log2(safe)),
         mask=query < N,
     )
     mean = acc / gl.convert_layout(safe, gl.SliceLayout(1, wide))[:, None]
@@ -168,7 +171,7 @@ def _forward_kernel(
     BLOCK_E: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     tile, num_tiles = gl.program_id(0), gl.num_programs(0)
-    # Late causal tiles are the longest: they go first, so that short ones fill the end.
+    # The last causal tiles take the longest, so they start first and short ones fill the end.
     if CAUSAL:
         tile = num_tiles - 1 - tile
     n0 = tile * BLOCK
@@ -221,7 +224,7 @@ def _forward_kernel(
                 documents, padding, lam_b, lam_n, lam_h, gl.constexpr(1), CAUSAL, C,
                 E, STAGES,
             )),
-            (_bring, (
+            (_load_keys, (
                 k_desc, v_desc, k, v, k_full, v_full, empty, batch, group, low, num_steps, C,
                 STAGES,
             )),
@@ -233,8 +236,9 @@ def _forward_kernel(
 
 
 def keys_and_stages(block_d: int, block_e: int, components: int) -> tuple[int, int]:
-    """Keys of a step, and how many such tiles fit beside the queries in two bytes a number."""
-    # Wide products read each query less often; wide values leave no registers for that.
+    """Keys per step, and the number of such tiles that fit into shared memory in addition to the
+    queries, at two bytes per element."""
+    # Larger tiles of keys read each query less often; wide values leave no registers for them.
     keys = 2 * BLOCK.value if block_e <= 128 else BLOCK.value
     left = SHARED_BYTES - 2 * 2 * BLOCK.value * block_d
     return keys, min(3, left // (2 * keys * (components * block_d + block_e)))
@@ -243,8 +247,8 @@ def keys_and_stages(block_d: int, block_e: int, components: int) -> tuple[int, i
 def forward(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor, mask: KernelMask, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`out` and the second map's output `[B, N, H, E]`, and both log-sum-exps `[B, H, 2, N]` in
-    units of log2, of inputs that `hopper.serves_forward`."""
+    """Compute `out` and the second map's output, `[B, N, H, E]`, and both log-sum-exps,
+    `[B, H, 2, N]`, in units of log2, for inputs that `hopper.serves_forward` accepts."""
     (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     block, block_d, block_e = BLOCK.value, pad(D), pad(E)
     keys, stages = keys_and_stages(block_d, block_e, C)

@@ -1,13 +1,15 @@
-"""Gradients of keys and values that one warpgroup can hold: two tiles of keys, a warpgroup each.
+"""Gradients of keys and values narrow enough for one warpgroup: two tiles of keys per program, one
+per warpgroup.
 
-A tile of 64 keys has accumulators of C·D + E columns. Up to 256 of them, one warpgroup does it all:
+A tile of 64 keys has accumulators of C·D + E columns. For up to 256 columns, one warpgroup computes
+everything:
 
     P1 = exp2(K1 Q1ᵀ - lse1),  P2 = -lam exp2(K2 Q2ᵀ - lse2),   dV += (P1 + P2) dO
     dP = V dOᵀ,  dSi = Pi (dP - delta_i),                       dKi += dSi Qi
 
-P and dS never leave its registers for a product; dS leaves for memory. Two such warpgroups share
-the queries, which a third group of one warp has the copy engine bring, and are on their own
-otherwise: one takes exponentials while the other multiplies.
+P and dS stay in its registers as operands; dS is also written to global memory. Two such warpgroups
+share the queries, which a third group of one warp loads by TMA, and are independent otherwise: one
+computes exponentials while the other multiplies.
 """
 
 import triton.language as tl
@@ -25,8 +27,8 @@ from diffmm.ops.diff_attention.triton.hopper.common import (
     BLOCK,
     UNSPECIALIZED,
     allocate_ring,
-    bring_queries,
     clear_margins,
+    load_queries,
     opaque,
     packed,
     scratch_place,
@@ -36,12 +38,12 @@ from diffmm.ops.diff_attention.triton.masking import query_bounds, visible
 from diffmm.ops.diff_attention.triton.rows import DELTA1, DELTA2, LSE1, LSE2
 
 KEYS = gl.constexpr(2 * BLOCK.value)
-"""Of a program."""
+"""Keys per program."""
 
 
 @gluon.jit
-def _pass_by(full, empty, step, first, last, STAGES: gl.constexpr):
-    """Let queries in `[first, last)` go, which only the other warpgroup needs."""
+def _skip_queries(full, empty, step, first, last, STAGES: gl.constexpr):
+    """Release the queries in `[first, last)`, which only the other warpgroup needs."""
     for _ in range(first, last, BLOCK):
         mbarrier.wait(full.index(step % STAGES), step // STAGES % 2)
         mbarrier.arrive(empty.index(step % STAGES), count=1)
@@ -56,8 +58,8 @@ def _attend(
     padding, first_slot, height, row, shift,
     half: gl.constexpr, CAUSAL: gl.constexpr, C: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
-    """All that a tile of keys takes: a warpgroup's work. Of the queries in `[first, last)` that are
-    brought, its own are those in `[low, high)`."""
+    """One warpgroup: compute all gradients of a tile of keys. Of the loaded queries `[first, last)`
+    it needs those in `[low, high)`."""
     BLOCK_D: gl.constexpr = q.shape[-1]
     BLOCK_E: gl.constexpr = g.shape[-1]
     STAGES: gl.constexpr = rows.shape[0]
@@ -79,7 +81,7 @@ def _attend(
     mbarrier.wait(held, 0)
     step = 0
     for head_slot in range(first_slot, first_slot + heads_per_group):
-        step = _pass_by(full, empty, step, first, low, STAGES)
+        step = _skip_queries(full, empty, step, first, low, STAGES)
         for n0 in range(low, high, BLOCK):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), step // STAGES % 2)
@@ -127,7 +129,7 @@ def _attend(
             dk1, dk2, dv_tile = warpgroup_mma_wait(0, deps=[dk1, dk2, dv_tile])
             mbarrier.arrive(empty.index(stage), count=1)
             step += 1
-        step = _pass_by(full, empty, step, high, last, STAGES)
+        step = _skip_queries(full, empty, step, high, last, STAGES)
     tma.store_wait(0)
     rate = scale * 0.6931471805599453
     write_tile(dv, dv_tile, m0, M, G * E, E)
@@ -143,7 +145,8 @@ def key_kernel(
     CAUSAL: gl.constexpr, FOLDED: gl.constexpr, C: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Gradients of two tiles of keys and values, and dS for every query that sees either."""
+    """Compute the gradients of two tiles of keys and values, and dS for every query that attends to
+    them."""
     dtype: gl.constexpr = q_desc.dtype
     tile = 2 * gl.program_id(0)
     m0 = (first_tile + tile) * BLOCK
@@ -206,7 +209,7 @@ def key_kernel(
                 scale, window, prefix, documents, padding, head_slot, height, row2, shift2,
                 gl.constexpr(1), CAUSAL, C, D, E,
             )),
-            (bring_queries, (
+            (load_queries, (
                 q_desc, g_desc, rows_desc, weight_desc, q, g, rows, weights, full, empty, batch, H,
                 head, heads_per_group, low, high,
             )),

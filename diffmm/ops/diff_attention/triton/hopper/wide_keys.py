@@ -1,15 +1,16 @@
-"""Gradients of wide keys and values: a warpgroup for dV, one for dK.
+"""Gradients of wide keys and values: one warpgroup for dV, one for dK.
 
-Keys of 2 × 128 dims and values of 256 have accumulators that fill the registers of two warpgroups.
-One makes the maps and owns dV, the other makes dS of them and owns dK; a third group of one warp
-has the copy engine bring the queries:
+The accumulators of keys of 2 × 128 dimensions and values of 256 fill the registers of two
+warpgroups. One computes the maps and accumulates dV; the other computes dS from them and
+accumulates dK; a third group of one warp loads the queries by TMA:
 
     P1 = exp2(K1 Q1ᵀ - lse1),  P2 = -lam exp2(K2 Q2ᵀ - lse2),   dV += (P1 + P2) dO
     dP = V dOᵀ,  dSi = Pi (dP - delta_i),                       dKi += dSi Qi
 
-P1 and P2 pass from one to the other through shared memory, in the inputs' precision, and from the
-same place dS leaves for memory. So one takes exponentials while the other multiplies, and what a
-warpgroup multiplies by its own results never leaves its registers.
+P1 and P2 are passed from one warpgroup to the other through shared memory, in the inputs'
+precision; dS is copied to global memory from the same buffers. One warpgroup thus computes
+exponentials while the other multiplies, and operands that a warpgroup computes itself stay in its
+registers.
 """
 
 import triton.language as tl
@@ -27,8 +28,8 @@ from diffmm.ops.diff_attention.triton.hopper.common import (
     BLOCK,
     UNSPECIALIZED,
     allocate_ring,
-    bring_queries,
     clear_margins,
+    load_queries,
     opaque,
     scratch_place,
     write_tile,
@@ -37,9 +38,9 @@ from diffmm.ops.diff_attention.triton.masking import query_bounds, visible
 from diffmm.ops.diff_attention.triton.rows import DELTA1, DELTA2, LSE1, LSE2
 
 KEYS = BLOCK
-"""Of a program."""
+"""Keys per program."""
 
-_SLOTS = gl.constexpr(2)  # pairs of maps on their way
+_SLOTS = gl.constexpr(2)  # buffers for pairs of maps
 
 
 @gluon.jit
@@ -49,7 +50,7 @@ def _make_maps(
     values_apart,
     CAUSAL: gl.constexpr, C: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
-    """P1 and P2 of every query, and dV."""
+    """Compute P1 and P2 of every query, and dV."""
     BLOCK_D: gl.constexpr = q.shape[-1]
     BLOCK_E: gl.constexpr = g.shape[-1]
     STAGES: gl.constexpr = rows.shape[0]
@@ -104,7 +105,7 @@ def _make_gradients(
     heads_per_group, m0, M, scale, first_slot, height, row, shift, keys_apart,
     C: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
-    """dS of every query, which goes to memory, and dK."""
+    """Compute dS of every query, which is written to global memory, and dK."""
     BLOCK_D: gl.constexpr = q.shape[-1]
     BLOCK_E: gl.constexpr = g.shape[-1]
     STAGES: gl.constexpr = rows.shape[0]
@@ -129,7 +130,7 @@ def _make_gradients(
             grad = g.index(stage).reshape([BLOCK, BLOCK_E])
             dp = warpgroup_mma(v_tile, grad.permute((1, 0)), nothing, use_acc=False, is_async=True)
             if step > 0:
-                # By now the step before has left for memory, and its place is free.
+                # By now the previous step has been copied to global memory, and its slot is free.
                 tma.store_wait(0)
                 mbarrier.arrive(free.index((step - 1) % _SLOTS), count=1)
             mbarrier.wait(made.index(slot), step // _SLOTS % 2)
@@ -170,7 +171,8 @@ def key_kernel(
     CAUSAL: gl.constexpr, FOLDED: gl.constexpr, C: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
     BLOCK_D: gl.constexpr, BLOCK_E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys and values, and dS for every query that sees them."""
+    """Compute the gradients of a tile of keys and values, and dS for every query that attends to
+    them."""
     dtype: gl.constexpr = q_desc.dtype
     tile = gl.program_id(0)
     m0 = (first_tile + tile) * BLOCK
@@ -226,7 +228,7 @@ def key_kernel(
                 ds_desc, v, q, g, rows, map1, map2, held, full, empty, made, free, dk, low, high,
                 heads_per_group, m0, M, scale, head_slot, height, row, shift, G * C * D, C, D,
             )),
-            (bring_queries, (
+            (load_queries, (
                 q_desc, g_desc, rows_desc, weight_desc, q, g, rows, weights, full, empty, batch, H,
                 head, heads_per_group, low, high,
             )),
