@@ -38,8 +38,8 @@ class TextBatch(TypedDict):
     key_padding: NotRequired[Tensor]
     """`[B, N]` bool, true where a token is real, in padded batches."""
     index: NotRequired[Tensor]
-    """`[B]` int64, the index of each sample in its dataset, for messages and the order of predictions.
-    The datamodules of this library always give it."""
+    """`[B]` int64, the index of each sample in its dataset, for messages and the order of
+    predictions. The datamodules of this library always give it."""
 
 
 @final
@@ -51,8 +51,8 @@ class ImageBatch(TypedDict):
     labels: Tensor
     """`[B]` int64, or for multi-label data `[B, num_classes]` float32 of zeros and ones."""
     index: NotRequired[Tensor]
-    """`[B]` int64, the index of each sample in its dataset, for messages and the order of predictions.
-    The datamodules of this library always give it."""
+    """`[B]` int64, the index of each sample in its dataset, for messages and the order of
+    predictions. The datamodules of this library always give it."""
 
 
 @final
@@ -66,8 +66,8 @@ class AudioBatch(TypedDict):
     labels: Tensor
     """`[B]` int64, or for multi-label data `[B, num_classes]` float32 of zeros and ones."""
     index: NotRequired[Tensor]
-    """`[B]` int64, the index of each sample in its dataset, for messages and the order of predictions.
-    The datamodules of this library always give it."""
+    """`[B]` int64, the index of each sample in its dataset, for messages and the order of
+    predictions. The datamodules of this library always give it."""
 
 
 def inputs_of(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:

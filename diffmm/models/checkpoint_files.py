@@ -17,7 +17,7 @@ def read_checkpoint(file: Path, *, weights: bool = True, optimizer: bool = False
         weights, optimizer: Whether to read these parts of shares.
 
     Raises:
-        ValueError: naming the file, if it is not a whole Lightning checkpoint of tensors and plain
+        ValueError: naming the file, if it is not a complete Lightning checkpoint of tensors and plain
             values.
     """
     if file.is_dir():
@@ -29,14 +29,14 @@ def read_checkpoint(file: Path, *, weights: bool = True, optimizer: bool = False
         return read_sharded_state(file, weights=weights, optimizer=optimizer)
     if not zipfile.is_zipfile(file):
         raise ValueError(
-            f"{file} is not a whole checkpoint of tensors and plain values: it is no archive, as "
+            f"{file} is not a complete checkpoint of tensors and plain values: it is no archive, as "
             f"torch.save writes them"
         )
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{file} is not a whole checkpoint of tensors and plain values: "
+            f"{file} is not a complete checkpoint of tensors and plain values: "
             f"{(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:

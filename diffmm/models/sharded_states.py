@@ -114,7 +114,7 @@ def read_plain(path: Path) -> dict[str, Any]:
         plain = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{file} is not a whole file of plain values: "
+            f"{file} is not a complete file of plain values: "
             f"{(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error
     if not isinstance(plain, dict):

@@ -11,7 +11,6 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from diffmm.checkpoint_folders import find_state, finish, start
-from diffmm.cli.generate import tokenizer_name
 from diffmm.models import BackboneConfig, ImageConfig, ImageModel, sharded_states
 from diffmm.models.checkpoint_files import read_checkpoint
 from diffmm.models.sharded_states import read_metadata, write_sharded_state
@@ -74,7 +73,7 @@ def test_whoever_wants_weights_reads_no_moments(written, monkeypatch):
         return original(path, tensors, **settings)
 
     monkeypatch.setattr(sharded_states, "read_tensors", watched)
-    assert tokenizer_name(written[0] / "state.ckpt") == "bytes"
+    assert read_checkpoint(written[0] / "state.ckpt", weights=False)["tokenizer"] == "bytes"
     assert not asked
     load_model(written[0])
     assert set(asked) == {f"state_dict.{name}" for name in written[1]["state_dict"]}
@@ -147,7 +146,7 @@ def test_a_hostile_metadata_is_refused(call, folder, monkeypatch, tmp_path):
 
 def test_a_hostile_plain_part_is_refused(folder):
     torch.save({"x": Hostile(os.system, ("touch owned",))}, folder / "meta.pt")
-    with pytest.raises(ValueError, match=r"meta\.pt is not a whole file of plain values"):
+    with pytest.raises(ValueError, match=r"meta\.pt is not a complete file of plain values"):
         load_model(folder)
 
 

@@ -197,7 +197,7 @@ def test_no_code_of_a_file_runs(tmp_path):
     for name, write in (("a", torch.save), ("b", lambda v, p: p.write_bytes(pickle.dumps(v)))):
         path = tmp_path / f"{name}.ckpt"
         write({"state_dict": {}, "x": Hostile()}, path)
-        with pytest.raises(ValueError, match="is not a whole checkpoint of tensors and plain"):
+        with pytest.raises(ValueError, match="is not a complete checkpoint of tensors and plain"):
             Task.load_from_checkpoint(path)
 
 

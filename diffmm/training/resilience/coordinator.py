@@ -17,6 +17,12 @@ Question = Callable[[], Tensor | float]
 class Saver(Protocol):
     """What keeps a run's checkpoints."""
 
+    dirpath: Path | None
+    """Where, once it is known."""
+
+    def rest(self) -> None:
+        """Wait until no checkpoint is being written."""
+
     def save_now(self, trainer: Trainer, *, reason: str) -> Path:
         """Save at once, on all processes together."""
 

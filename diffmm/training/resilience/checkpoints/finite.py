@@ -11,6 +11,7 @@ from torch.distributed import ReduceOp
 from torch.distributed.tensor import DTensor
 
 from diffmm.checkpoint_folders import DIRECTORY_NAME, checkpoints
+from diffmm.training.resilience.coordinator import Coordinator
 from diffmm.training.sharding import by_mesh
 
 
@@ -32,11 +33,12 @@ def check_weights(trainer: Trainer) -> None:
     if largest.isfinite():
         return
     bad = [name for name, weight in weights.items() if not largest_magnitude([weight]).isfinite()]
-    keeper = trainer.checkpoint_callback
-    if rest := getattr(keeper, "rest", None):
-        rest()  # The last one may still be on its way to the disk.
-    directory = getattr(keeper, "dirpath", None)
-    kept = checkpoints(Path(directory or Path(trainer.default_root_dir) / DIRECTORY_NAME))
+    saver = Coordinator.of(trainer).saver
+    directory = Path(trainer.default_root_dir) / DIRECTORY_NAME
+    if saver is not None:
+        saver.rest()  # The last one may still be on its way to the disk.
+        directory = saver.dirpath or directory
+    kept = checkpoints(directory)
     last = f"the last one is {kept[-1].path}" if kept else "there is none before them"
     what = f"{len(bad)} of {len(weights)} weights (the first is {bad[0]})" if bad else "weights"
     where = "" if bad else " in another process"
