@@ -17,8 +17,8 @@ def read_checkpoint(file: Path, *, weights: bool = True, optimizer: bool = False
         weights, optimizer: Whether to read these parts of shares.
 
     Raises:
-        ValueError: naming the file, if it is not a complete Lightning checkpoint of tensors and plain
-            values.
+        ValueError: naming the file, if it is not a complete Lightning checkpoint of tensors and
+        plain values.
     """
     if file.is_dir():
         # Not earlier: it takes half a second.
@@ -29,7 +29,8 @@ def read_checkpoint(file: Path, *, weights: bool = True, optimizer: bool = False
         return read_sharded_state(file, weights=weights, optimizer=optimizer)
     if not zipfile.is_zipfile(file):
         raise ValueError(
-            f"{file} is not a complete checkpoint of tensors and plain values: it is no archive, as "
+            f"{file} is not a complete checkpoint of tensors and plain values: it is no archive, "
+            f"as "
             f"torch.save writes them"
         )
     try:
