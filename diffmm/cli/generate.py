@@ -113,11 +113,11 @@ def tokenizer_name(path: Path) -> str:
     Raises:
         InputError: if it names none.
     """
-    from diffmm.models.checkpoint_files import read_checkpoint
+    import torch
 
     name = None
     if path.suffix == ".ckpt":
-        name = read_checkpoint(path, weights=False).get("tokenizer")
+        name = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("tokenizer")
     if name is None:
         raise InputError(f"{path} names no tokenizer: give it (--tokenizer bytes)")
     return name
