@@ -83,7 +83,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         names = {weight_name(name): name for name in read_metadata(path).state_dict_metadata}
         weights = get_model_state_dict(self.model)
         states: list[Any] = [get_optimizer_state_dict(self.model, o) for o in self.optimizers]
-        saved = checkpoint.get(OPTIMIZERS, [])
+        # An evaluation has no optimizer.
+        saved = checkpoint.get(OPTIMIZERS, []) if states else []
         if len(saved) != len(states):
             raise ValueError(f"{path} has {len(saved)} optimizers, the run has {len(states)}")
         wanted: dict[str, Any] = {f"{WEIGHTS}.{name}": tensor for name, tensor in weights.items()}
@@ -97,6 +98,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         missing = [name for name in wanted if name not in names]
         if missing:
             raise ValueError(f"{path} lacks {len(missing)} tensors (the first is {missing[0]})")
+        unknown = [name for name in names if name.startswith(f"{WEIGHTS}.") and name not in wanted]
+        if unknown:
+            raise ValueError(
+                f"{path} has {len(unknown)} weights that the model lacks (the first is "
+                f"{unknown[0]})"
+            )
         read_tensors(path, {names[name]: tensor for name, tensor in wanted.items()}, together=True)
         set_model_state_dict(self.model, weights)
         for number, (optimizer, plain) in enumerate(zip(self.optimizers, saved, strict=True)):
@@ -113,7 +120,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         whole = StateDictOptions(full_state_dict=True)
         weights = weights_with_new_names(checkpoint["state_dict"])
         set_model_state_dict(self.model, weights, options=whole)
-        states = checkpoint.get("optimizer_states", [])
+        states = checkpoint.get("optimizer_states", []) if self.optimizers else []
         for optimizer, state in zip(self.optimizers, states, strict=True):
             named: Any = get_optimizer_state_dict(self.model, optimizer)
             names = [name for group in named["param_groups"] for name in group["params"]]

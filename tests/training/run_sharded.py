@@ -149,6 +149,35 @@ def fit(
     return trainer, recorded
 
 
+def refusal(task: Task, samples: StackDataset, ckpt_path: Path, setting: dict[str, Any]) -> str:
+    """Why a checkpoint of a deeper model is not gone on with."""
+    task.model.backbone.blocks = task.model.backbone.blocks[:1]  # type: ignore[union-attr, index, operator]
+    try:
+        fit(task, samples, max_steps=4, ckpt_path=ckpt_path, **setting)
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def validated(
+    task: Task, samples: StackDataset, ckpt_path: Path, strategy: str, num_processes: int
+) -> float:
+    """The loss of a checkpoint's weights, by Lightning's own validation."""
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=num_processes,
+        strategy=strategy,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    loader = DataLoader(samples, GLOBAL_BATCH // 4)
+    (metrics,) = trainer.validate(
+        task, loader, ckpt_path=ckpt_path, weights_only=True, verbose=False
+    )
+    return metrics["val/loss"]
+
+
 def weights_of(task: nn.Module) -> dict[str, Tensor]:
     return {name: whole(parameter) for name, parameter in task.named_parameters()}
 
@@ -189,6 +218,13 @@ def run(
     task, samples = task_and_data(case, **changes)
     fit(task, samples, max_steps=4, ckpt_path=folder / f"{case}_{source}.ckpt", **setting)
     results["resumed"] = weights_of(task)
+    if accelerator == "cpu":
+        task, samples = task_and_data(case, **changes)
+        path = folder / f"{name}.ckpt"
+        results["validated"] = validated(task, samples, path, strategy, num_processes)
+    if case == "diff_v1" and strategy == "fsdp2":
+        task, samples = task_and_data(case, **changes)
+        results["refusal"] = refusal(task, samples, folder / f"{name}.ckpt", setting)
     if trainer.is_global_zero:
         torch.save(results, folder / f"{name}.pt")
 

@@ -121,6 +121,19 @@ def test_checkpoints_load_under_every_strategy(case, strategy, count, variant, r
     assert many["state"].keys() == one["state"].keys()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "strategy", "count", "variant"), RUNS)
+def test_checkpoints_are_validated_where_they_were_saved(case, strategy, count, variant, runs):
+    found, one = (runs[1][f"{case}_{name}"]["validated"] for name in
+                  (f"{strategy}_{count}{variant}", "auto_1"))  # fmt: skip
+    assert found == pytest.approx(one, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_shares_of_a_deeper_model_are_refused(runs):
+    assert "weights that the model lacks" in runs[1]["diff_v1_fsdp2_2"]["refusal"]
+
+
 def test_a_size_that_is_none_is_refused():
     with pytest.raises(ValueError, match="tensor_parallel_size must be at least 1, got 0"):
         FSDP2Strategy(tensor_parallel_size=0)
