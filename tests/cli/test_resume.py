@@ -283,5 +283,5 @@ def test_weights_that_are_no_tensors_are_refused(run, interrupted):
     torch.save(state, "changed.ckpt")
     result = run("validate", "--config", directory / "config.yaml", "--weights", "changed.ckpt")
     assert result.mistakes == [
-        f"changed.ckpt holds a list as {name.removeprefix('model.')}, not a tensor"
+        f"changed.ckpt contains a list as {name.removeprefix('model.')}, not a tensor"
     ]

@@ -186,7 +186,7 @@ def test_every_broken_checkpoint_is_named_in_one_line(save, directory):
     lines = []
     assert find_whole(directory, warn=lines.append) == directory / "step_00000001"
     (line,) = lines
-    for name in ("step_00000002 (", "step_00000003 (", "step_00000004 (", "step_00000005 (it was"):
+    for name in ("step_00000002 (", "step_00000003 (", "step_00000004 (", "step_00000005 (it is"):
         assert name in line
     shutil.rmtree(directory / "step_00000001")
     with pytest.raises(ValueError, match="no checkpoint in .* is complete: step_00000004 (.*), "):
