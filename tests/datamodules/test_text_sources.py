@@ -329,7 +329,7 @@ def test_token_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
         TokenFiles([str(path)]).load(BYTES)
     with pytest.raises(ValueError, match="at least one path"):
         TokenFiles([])
-    with pytest.raises(ValueError, match=r"ends in \.bin, got .*a\.tokens"):
+    with pytest.raises(ValueError, match=r"must end in \.bin, got .*a\.tokens"):
         write_token_file(tmp_path / "a.tokens", [], BYTES)
 
 
