@@ -325,11 +325,11 @@ def test_token_files_that_do_not_fit_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.json has format 9, but this version reads 1"):
         TokenFiles([str(path)]).load(BYTES)
     header.unlink()
-    with pytest.raises(FileNotFoundError, match=r"a\.bin needs .*a\.json, which is not there"):
+    with pytest.raises(FileNotFoundError, match=r"a\.bin needs .*a\.json, which does not exist"):
         TokenFiles([str(path)]).load(BYTES)
     with pytest.raises(ValueError, match="at least one path"):
         TokenFiles([])
-    with pytest.raises(ValueError, match=r"ends in \.bin, got .*a\.tokens"):
+    with pytest.raises(ValueError, match=r"must end in \.bin, got .*a\.tokens"):
         write_token_file(tmp_path / "a.tokens", [], BYTES)
 
 
