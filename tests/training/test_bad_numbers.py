@@ -332,7 +332,7 @@ def test_processes_skip_alike(run_two_processes, tmp_path):
     (many, poisoned), (_, poisoned_too) = one.pop("errors"), two.pop("errors")
     assert one == two
     # The weights of one process alone are bad: both end, and save nothing.
-    assert poisoned.startswith("weights are not finite in another process after step 2: no check")
+    assert poisoned.startswith("weights are not finite in another process after step 2: they")
     assert poisoned_too.startswith("1 of 2 weights (the first is layer.bias) are not finite after")
     assert [path.name for path in (tmp_path / "poisoned").glob("step_*")] == ["step_00000001"]
     weights = one["weights"]
