@@ -211,7 +211,7 @@ def test_no_code_of_a_file_runs(tmp_path):
 
 def test_what_is_asked_wrongly_is_refused(checkpoint, tmp_path):
     for task in (CausalLM, MaskedAutoencoding):
-        with pytest.raises(ValueError, match=rf"diffmm.training.Classification, which is not a {task}"
+        with pytest.raises(ValueError, match=rf"training.Classification, which is not a {task}"
                            .replace(str(task), task.__name__)):  # fmt: skip
             task.load_from_checkpoint(checkpoint)
     with pytest.raises(ValueError, match=r"no argument 'sed'; did you mean 'seed'\?"):

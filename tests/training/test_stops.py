@@ -341,7 +341,7 @@ def test_a_requeue_that_fails_says_so(monkeypatch, scontrol):
     requeue_slurm_job()
     assert made() == []
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with pytest.warns(UserWarning, match=r"scontrol requeue 7` failed \(disabled\): submit"):
+    with pytest.warns(UserWarning, match=r"scontrol requeue 7` failed \(disabled\): resubmit"):
         requeue_slurm_job()
     monkeypatch.setenv("PATH", "")
     with pytest.warns(UserWarning, match="scontrol requeue 7` failed .*No such file"):
