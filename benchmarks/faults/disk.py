@@ -91,7 +91,7 @@ def full_for_a_while(run: Run, whole: Run) -> Fault:
         wait(attempt, lambda: run.num_batches() > NUM_STEPS // 4, SECONDS_A_RUN)
         before = {found.step for found in run.whole()}
         disk.fill(attempt)
-        wait(attempt, lambda: "failed saves that stop it" in attempt.printed, SECONDS_A_RUN)
+        wait(attempt, lambda: "failed saves in a row, so far" in attempt.printed, SECONDS_A_RUN)
         during = {found.step for found in run.whole()}
         disk.free(attempt)
         codes = attempt.wait(SECONDS_A_RUN)

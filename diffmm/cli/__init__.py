@@ -23,7 +23,7 @@ from diffmm.recipes.errors import InputError, RunFailedError, message_of
 
 class Verb(NamedTuple):
     module: str
-    """Where its `run(verb, arguments)` is."""
+    """Module in `diffmm.cli` that defines `run(verb, arguments)`."""
     help: str
 
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     it, 141 if its output is no longer read.
 
     Args:
-        arguments: What follows `diffmm`; the process's own arguments by default.
+        arguments: Arguments after `diffmm`; those of the process by default.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TerminatedError:
         return 143
     except SystemExit as end:
-        # Lightning's way out after a Ctrl-C.
+        # Lightning raises SystemExit after Ctrl-C.
         if isinstance(end.__context__, KeyboardInterrupt):
             return 130
         raise
@@ -101,12 +101,12 @@ def _run(arguments: list[str]) -> int:
 
 
 def usage() -> str:
-    """What `diffmm --help` prints."""
+    """Return the text of `diffmm --help`."""
     width = max(map(len, VERBS))
     listed = "\n".join(f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items())
     return (
         "usage: diffmm COMMAND ...\n\n"
-        "Differential attention for text, images and sound.\n\n"
+        "Differential attention for text, images and audio.\n\n"
         f"{listed}\n\n"
         "Start with:      diffmm fit --config text/stdlib_tiny\n"
         "Compare with:    diffmm fit --config text/stdlib_tiny --vars.attention softmax\n"

@@ -1,4 +1,4 @@
-"""`diffmm check`: what a recipe is, and what is wrong with it, before anything is spent."""
+"""`diffmm check`: report the size of a recipe and every mistake in it, before training."""
 
 import argparse
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ moments are exact; activations are what autograd saves in an eager step, plus th
 On an H100 the sum was accurate to 7%; compiled steps took 16 to 26% less."""
 
 NUM_READ = 64
-"""Samples of each split that are read."""
+"""Number of samples read from each split."""
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
@@ -52,17 +52,17 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 
 def read_data(values: dict[str, Any], task: Any, *, trust: bool) -> None:
-    """Look at the data of a recipe without mistakes, and print what there is.
+    """Examine the data of a recipe without mistakes, and print a summary.
 
     Nothing is downloaded.
 
     Args:
-        values: of the recipe.
-        task: of the recipe, on any device.
-        trust: as in `find_mistakes`.
+        values: Values of the recipe.
+        task: Task of the recipe, on any device.
+        trust: See `find_mistakes`.
 
     Raises:
-        InputError: with everything that a run would stop at.
+        InputError: If a run would fail; the message lists all reasons.
     """
     from diffmm.recipes.mistakes import make_data
 
@@ -99,5 +99,5 @@ def read_data(values: dict[str, Any], task: Any, *, trust: bool) -> None:
 
 
 def downloads(data: Any) -> bool:
-    """Whether a run fetches what is missing of its data."""
+    """Whether a run downloads missing data."""
     return bool(getattr(getattr(data, "source", None), "download", False))

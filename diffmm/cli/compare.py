@@ -18,7 +18,7 @@ value of every validation metric, the number of parameters and the speed. A resu
 with one curve."""
 
 WIDEST = 40
-"""Characters of a cell that is printed."""
+"""Maximum width of a printed cell, in characters."""
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
@@ -47,15 +47,15 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 
 def compare(paths: Sequence[str], *, page: Path | None = None, table: Path | None = None) -> None:
-    """Print the table of runs, and write it where asked.
+    """Print the table of runs, and write it to the given files.
 
     Args:
-        paths: run directories, or folders of them.
-        page: the HTML file.
-        table: the CSV file.
+        paths: Run directories, or folders of run directories.
+        page: HTML file to write.
+        table: CSV file to write.
 
     Raises:
-        InputError: for what is no run.
+        InputError: If a path is not a run.
     """
     from diffmm.runs.summaries import find_runs, summarize
 
@@ -79,10 +79,10 @@ def compare(paths: Sequence[str], *, page: Path | None = None, table: Path | Non
 
 
 def check_output(path: Path | None, ending: str) -> None:
-    """Refuse a file that cannot be written, before anything is read.
+    """Check that an output file can be written, before anything is read.
 
     Raises:
-        InputError: naming it.
+        InputError: If it cannot; the message names it.
     """
     if path is None:
         return
@@ -95,7 +95,7 @@ def check_output(path: Path | None, ending: str) -> None:
 
 
 def rows_of(runs: Sequence["Summary"]) -> tuple[list[str], list[list[str]]]:
-    """The head and the rows of the table, in writing."""
+    """Return the header and the rows of the table, as text."""
     from diffmm.runs.summaries import differing, metrics_of, short_settings, shown
 
     settings, metrics = differing(runs), metrics_of(runs)
@@ -120,7 +120,7 @@ def rows_of(runs: Sequence["Summary"]) -> tuple[list[str], list[list[str]]]:
 
 
 def text_table(runs: Sequence["Summary"]) -> str:
-    """The table in plain text, words to the left and numbers to the right."""
+    """Format the table as plain text, with text aligned left and numbers right."""
     head, rows = rows_of(runs)
     columns = list(zip(head, *([shortened(cell) for cell in row] for row in rows), strict=True))
     padded = []
@@ -134,12 +134,12 @@ def text_table(runs: Sequence["Summary"]) -> str:
 
 
 def shortened(cell: str) -> str:
-    """A cell no wider than a table in a terminal can have it; the end of a path tells most."""
+    """Shorten a cell to `WIDEST` characters, keeping its end, which is most specific in a path."""
     return cell if len(cell) <= WIDEST else f"…{cell[1 - WIDEST :]}"
 
 
 def write_csv(runs: Sequence["Summary"], path: Path) -> None:
-    """The table with whole names and numbers."""
+    """Write the table as CSV, with full names and numbers."""
     from diffmm.runs.summaries import differing, metrics_of, shown
 
     settings, metrics = differing(runs), metrics_of(runs)
@@ -160,7 +160,7 @@ def write_csv(runs: Sequence["Summary"], path: Path) -> None:
 
 
 def page_of(runs: Sequence["Summary"]) -> Any:
-    """What the page shows besides maps."""
+    """Return the contents of the page except attention maps."""
     from diffmm import __version__
     from diffmm.analysis.comparison import Chart, Page
     from diffmm.runs.summaries import description_of, metrics_of

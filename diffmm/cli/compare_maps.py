@@ -60,7 +60,7 @@ def _data(run: "Summary") -> Any:
 
 
 def _exhibits(models: Mapping[str, Any], data: Any) -> "list[Exhibit]":
-    """What the models attend to in some samples of the validation data."""
+    """Return attention maps of the models for some samples of the validation data."""
     from diffmm.analysis.exhibits import Exhibit, image_exhibit, sound_exhibit, text_exhibit
     from diffmm.models import AudioModel, ImageModel, TextModel
 
@@ -89,7 +89,7 @@ def _exhibits(models: Mapping[str, Any], data: Any) -> "list[Exhibit]":
 
 
 def _firsts(batches: Any) -> list[tuple[Any, int, int]]:
-    """The first sample of each of the first classes met: its batch, its row, its class."""
+    """Return batch, row and class of the first sample of each of several classes."""
     found: dict[int, tuple[Any, int, int]] = {}
     for batch in batches:
         if batch["labels"].dim() > 1:
@@ -102,7 +102,7 @@ def _firsts(batches: Any) -> list[tuple[Any, int, int]]:
 
 
 class _Pieces:
-    """How every token is written."""
+    """Maps tokens to their printable text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

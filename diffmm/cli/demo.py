@@ -27,21 +27,21 @@ REPORT_NAME = "report.html"
 
 
 class Modality(NamedTuple):
-    """One third of the demo."""
+    """A modality of the demo, and its recipe."""
 
     name: str
     title: str
     recipe: str
     metric: str
-    """Its name in the logs, and (below) to the reader."""
+    """Name of the metric in the logs; `metric_name` is its name in the report."""
     metric_name: str
     rates: tuple[float, float, float]
     """Peak learning rates of `ATTENTIONS`."""
 
 
 GRID = "2e-3, 4e-3 and 8e-3"
-"""What each attention's rate is the best of, by the mean of three seeds (docs/lab_notes.md, "A slow
-start")."""
+"""Learning rates from which the best was chosen for each attention, by the mean of three seeds
+(docs/lab_notes.md, "A slow start")."""
 
 MODALITIES = (
     Modality(
@@ -79,7 +79,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         metavar="DIR",
         type=Path,
         default=Path("runs/demo"),
-        help="replaced when all is done (default: %(default)s)",
+        help="directory of the demo, replaced when it is complete (default: %(default)s)",
     )
     parser.add_argument(
         "--max-steps", metavar="N", type=int, help="number of steps of each run, for a quick look"
@@ -95,12 +95,12 @@ def demo(output: Path, *, max_steps: int | None = None) -> None:
     """Train the nine models, print the table, write the report.
 
     Args:
-        output: a directory that is not there yet, or holds an earlier demo, which is replaced once
-            this one is whole: `report.html`, `results.json`, and a run directory for each model.
-        max_steps: of every run; as their recipes say by default.
+        output: Directory for `report.html`, `results.json` and one run directory per model. It must
+            not exist or contain an earlier demo, which is replaced once this one is complete.
+        max_steps: Number of steps of every run; by default, as in the recipes.
 
     Raises:
-        InputError: if `output` holds anything else.
+        InputError: If `output` contains anything else.
     """
     start = time.monotonic()
     with replacing(output) as directory:
@@ -109,7 +109,7 @@ def demo(output: Path, *, max_steps: int | None = None) -> None:
         from diffmm.analysis.report import render_report
         from diffmm.analysis.results import table
 
-        # Models so small gain little from a second thread, and lose much where its core is busy.
+        # Such small models gain little from a second thread, and lose much if its core is busy.
         torch.set_num_threads(min(NUM_THREADS, torch.get_num_threads()))
         print(f"Nine small models, seed {SEED}, on the CPU: a few minutes in all.", flush=True)
         sections = [
@@ -129,7 +129,7 @@ def demo(output: Path, *, max_steps: int | None = None) -> None:
 def train_twins(
     modality: Modality, number: int, directory: Path, max_steps: int | None
 ) -> "Section":
-    """The three runs of a modality, and what there is to show of them."""
+    """Train the three runs of a modality, and return their section of the report."""
     from diffmm.analysis.report import Section
     from diffmm.cli.demo_runs import train
     from diffmm.cli.demo_samples import SAMPLES
@@ -157,10 +157,10 @@ def train_twins(
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A new directory, which takes the place of `target` when the block ends well.
+    """Yield a new directory, which replaces `target` when the block succeeds.
 
     Raises:
-        InputError: if `target` holds something that is no demo.
+        InputError: If `target` exists and is not an earlier demo.
     """
     if target.exists() and not (target.is_dir() and _is_ours(target)):
         raise InputError(
@@ -187,7 +187,7 @@ def write(path: Path, text: str) -> None:
 
 
 def machine() -> dict[str, str | int]:
-    """What the seconds depend on."""
+    """Return facts about the machine and the installed versions."""
     import torch
 
     return {
@@ -200,7 +200,7 @@ def machine() -> dict[str, str | int]:
 
 
 def in_words(facts: Mapping[str, Any]) -> str:
-    """The last line of the report."""
+    """Format the last line of the report."""
     return (
         f"diffmm {facts['diffmm']}, torch {facts['torch']}, Python {facts['python']}, "
         f"{facts['machine']}, {facts['threads']} threads, seed {facts['seed']}; "

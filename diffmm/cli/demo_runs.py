@@ -1,4 +1,4 @@
-"""One run of the demo, as `diffmm fit` does it, watched by a line of progress."""
+"""One run of the demo, trained as by `diffmm fit`, with a line of progress."""
 
 import logging
 import sys
@@ -17,7 +17,7 @@ from diffmm.recipes.trainer import RecipeCLI
 from diffmm.runs.saving import ConfigSaver
 
 POINTS = 40
-"""Of a training curve."""
+"""Number of points of a training curve."""
 
 
 class Run(NamedTuple):
@@ -30,10 +30,10 @@ def train(modality: Modality, values: dict[str, Any], run_dir: Path, progress: s
     """Fit a recipe.
 
     Args:
-        modality: of the recipe.
-        values: of the recipe, as `diffmm.recipes.settings.load` gives them.
-        run_dir: where the run is kept, as any other.
-        progress: how the line on it begins.
+        modality: Modality of the recipe.
+        values: Values of the recipe, from `diffmm.recipes.settings.load`.
+        run_dir: Directory of the run.
+        progress: Start of the progress line.
     """
     attention = values["vars"]["attention"]
     start = time.monotonic()
@@ -65,10 +65,10 @@ def train(modality: Modality, values: dict[str, Any], run_dir: Path, progress: s
 
 
 class Witness(Callback):
-    """Keeps the losses of a run, and says how far it is, on one line that changes in a terminal.
+    """Records the losses of a run, and shows its progress on one line that a terminal updates.
 
     Args:
-        label: how the line begins.
+        label: Start of the progress line.
     """
 
     def __init__(self, label: str) -> None:
@@ -79,7 +79,7 @@ class Witness(Callback):
 
     @property
     def validated_at(self) -> float | None:
-        """The step after which validation was last."""
+        """Step of the last validation."""
         return self.val_curve[-1][0] if self.val_curve else None
 
     def on_train_batch_end(
@@ -102,7 +102,7 @@ class Witness(Callback):
             )
 
     def tell(self, text: str, *, last: bool = False) -> None:
-        """Show `text` after the label; where the output is no terminal, the last one alone."""
+        """Show `text` after the label. If the output is not a terminal, show only the last one."""
         self.told_at = time.monotonic()
         if sys.stdout.isatty():
             print(f"\r\x1b[2K{self.label}  {text}", end="\n" if last else "", flush=True)
@@ -111,7 +111,8 @@ class Witness(Callback):
 
 
 def means(losses: list[float], num_points: int) -> Curve:
-    """Losses of steps 1, 2, ... as means over about `num_points` spans, each at its last step."""
+    """Average the losses of steps 1, 2, ... over about `num_points` spans, each at its last
+    step."""
     span = max(1, len(losses) // num_points)
     return [
         (float(end), sum(losses[end - span : end]) / span)
@@ -121,7 +122,7 @@ def means(losses: list[float], num_points: int) -> Curve:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep back Lightning's notes and hints on devices, workers and the like."""
+    """Suppress Lightning's notes and hints on devices, workers and similar."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -136,7 +137,7 @@ def quiet() -> Iterator[None]:
 
 
 def _without_progress_bar(values: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without the bar that it shows in a terminal: the demo has a line of its own."""
+    """Remove the progress bar from a recipe, because the demo shows its own progress line."""
     trainer = values["trainer"]
     callbacks = [c for c in trainer["callbacks"] if "ProgressBar" not in c["class_path"]]
     own = {"enable_progress_bar": False, "enable_model_summary": False, "callbacks": callbacks}

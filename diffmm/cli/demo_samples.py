@@ -1,4 +1,4 @@
-"""What the demo's report looks at: samples of the validation data, the same for every model."""
+"""Validation samples for the attention maps of the demo's report, the same for every model."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,13 +18,13 @@ WORD = re.compile(r"[a-zA-Z_]{7,}")
 
 class Samples(NamedTuple):
     make: Callable[[Mapping[str, Any], Any], Sequence[Exhibit]]
-    """From the models by attention, and the data, which is set up."""
+    """Makes the exhibits from the models, by attention, and the datamodule after `setup`."""
     caption: str
 
 
 def text_samples(models: Mapping[str, Any], data: Any) -> list[Exhibit]:
-    """The longest text in a window that stops inside a word which it holds once already."""
-    # The demo reads bytes: a token is a letter, or stands for none.
+    """Return the longest text that stops inside a word which occurs earlier in the text."""
+    # The tokens of the demo are bytes, some of which are not printable.
     vocab_size = next(iter(models.values())).config.vocab_size
     pieces = [chr(i) if PRINTABLE.fullmatch(chr(i)) else "·" for i in range(vocab_size)]
     rows = [tokens for batch in data.val_dataloader() for tokens in batch["tokens"]]
@@ -35,15 +35,15 @@ def text_samples(models: Mapping[str, Any], data: Any) -> list[Exhibit]:
 
 
 def repeated_word(tokens: Tensor) -> tuple[Tensor, int] | None:
-    """A piece of `tokens`, which are bytes, that ends after three letters of a word it has had
-    before, and the letter that follows; None where there is no such piece."""
+    """Return a part of `tokens` (bytes) that ends after three letters of a word which occurs
+    earlier in it, and the next letter; `None` if there is no such part."""
     text = "".join(chr(token) if token < 256 else "\0" for token in tokens.tolist())
     seen: dict[str, int] = {}
     for word in WORD.finditer(text):
         before, end = seen.get(word[0], -1), word.start() + 3
         seen[word[0]] = word.start()
         start = text.find("\n", 0, before) + 1 if before >= 0 else end  # at a whole line
-        # Far enough apart for a look to be worth its while.
+        # Require some distance between the two occurrences, so that attention is visible.
         is_apart = start <= before < word.start() - 40
         if is_apart and PRINTABLE.fullmatch(text[start:end]):
             return tokens[start:end], ord(text[end])
@@ -51,7 +51,7 @@ def repeated_word(tokens: Tensor) -> tuple[Tensor, int] | None:
 
 
 def image_samples(models: Mapping[str, Any], data: Any) -> list[Exhibit]:
-    """The first image of each of three digits."""
+    """Return the first image of each of three digits."""
     names = data.class_names
     return [
         image_exhibit(models, batch["images"][i], label, names)
@@ -60,7 +60,7 @@ def image_samples(models: Mapping[str, Any], data: Any) -> list[Exhibit]:
 
 
 def sound_samples(models: Mapping[str, Any], data: Any) -> list[Exhibit]:
-    """The first clip of each of three events."""
+    """Return the first clip of each of three events."""
     names = [name.replace("_", " ") for name in data.class_names]
     return [
         sound_exhibit(models, batch["waveforms"][i, : batch["num_samples"][i]], label, names)
@@ -69,7 +69,7 @@ def sound_samples(models: Mapping[str, Any], data: Any) -> list[Exhibit]:
 
 
 def firsts(batches: Iterable[Any], labels: Iterable[int]) -> list[tuple[Any, int, int]]:
-    """The first sample of each of these labels: its batch, its row, its label."""
+    """Return batch, row and label of the first sample of each of these labels."""
     wanted = list(labels)
     found: dict[int, tuple[Any, int, int]] = {}
     for batch in batches:

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import diffmm
 
 TRIO = ("torch", "torchvision", "torchaudio")
-"""These are built for each other, and have to match."""
+"""Packages whose builds must match each other."""
 
 MATCHING = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
-"""A trio that works together, on CPU and GPU: the one on which this library is measured."""
+"""Matching versions, on CPU and GPU: those with which this library is benchmarked."""
 
 IMPORTS = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
-"""What packages are imported as, where it is not their name."""
+"""Import names of packages, where they differ from the package names."""
 
 GPU_REPORT = """
 import torch
@@ -41,20 +41,20 @@ class Finding(NamedTuple):
     name: str
     text: str
     problem: str | None = None
-    """What would break, if anything."""
+    """The problem, if any."""
     packages: tuple[str, ...] = ()
-    """What to install to fix it."""
+    """Packages to install to fix the problem."""
 
 
 class Outcome(NamedTuple):
-    """What a Python process of its own printed, and whether it ended well."""
+    """Output of a separate Python process, and whether it succeeded."""
 
     works: bool
     output: str
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
-    """Print the report; 1 if something is broken."""
+    """Print the report, and return 1 if something is broken."""
     argparse.ArgumentParser(
         prog="diffmm doctor",
         description="Check the installed versions and the GPU against what diffmm needs, and print "
@@ -82,7 +82,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 
 def requirements() -> list[str]:
-    """What diffmm needs, as `name<bounds`: of the installed package, or of its source tree."""
+    """Return the requirements of diffmm, from the installed package or its source tree."""
     try:
         declared = importlib.metadata.requires("diffmm")
     except importlib.metadata.PackageNotFoundError:
@@ -96,7 +96,7 @@ def requirements() -> list[str]:
 
 
 def installed_version(name: str) -> str | None:
-    """The version of an installed package."""
+    """Return the version of a package; `None` if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -104,7 +104,7 @@ def installed_version(name: str) -> str | None:
 
 
 def python(code: str) -> Outcome:
-    """Run `code` in a process of its own, since a broken package can take its process along."""
+    """Run `code` in a separate process, because a broken package can crash it."""
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
     )
@@ -115,14 +115,14 @@ def python(code: str) -> Outcome:
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether there is a driver for one, whatever torch says."""
+    """Whether an NVIDIA driver is installed, independently of torch."""
     return shutil.which("nvidia-smi") is not None or os.path.exists("/dev/nvidia0")
 
 
 def package_findings(
     needed: Sequence[str], version_of: Callable[[str], str | None]
 ) -> list[Finding]:
-    """Each requirement against what is installed."""
+    """Compare each requirement with the installed version."""
     from packaging.requirements import Requirement
 
     findings = []
@@ -148,7 +148,7 @@ def package_findings(
 
 
 def import_findings(needed: Sequence[str], python: Callable[[str], Outcome]) -> list[Finding]:
-    """Whether the packages can be imported, the trio together and everything after it."""
+    """Check that the packages can be imported, first the trio and then all of them."""
     from packaging.requirements import Requirement
 
     trio = python("import " + ", ".join(TRIO))
@@ -183,7 +183,7 @@ def import_findings(needed: Sequence[str], python: Callable[[str], Outcome]) -> 
 
 
 def gpu_finding(python: Callable[[str], Outcome], has_driver: bool) -> Finding:
-    """Whether torch sees the GPU and can compute on it."""
+    """Check that torch finds the GPU and can compute on it."""
     report = python(GPU_REPORT)
     if not report.works:
         return Finding(
@@ -206,7 +206,7 @@ def gpu_finding(python: Callable[[str], Outcome], has_driver: bool) -> Finding:
 
 
 def remedy(broken: Sequence[Finding]) -> str:
-    """The command that fixes everything."""
+    """Return the command that fixes all findings."""
     packages = dict.fromkeys(package for finding in broken for package in finding.packages)
     pinned = {package.partition("==")[0] for package in packages if "==" in package}
     quoted = " ".join(
@@ -214,7 +214,7 @@ def remedy(broken: Sequence[Finding]) -> str:
         for package in packages
         if "==" in package or package.partition(">")[0] not in pinned
     )
-    # A torch without CUDA has the version that is asked for, and must be replaced all the same.
+    # A torch without CUDA may already have the requested version, and must still be replaced.
     force = " --force-reinstall" if pinned else ""
     return f"{sys.executable} -m pip install --upgrade{force} {quoted}"
 

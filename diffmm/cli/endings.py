@@ -1,4 +1,4 @@
-"""How a command ends when it is stopped from outside: by a signal, a closed pipe or a full disk."""
+"""Exit of a command on a signal, a closed pipe or a full disk."""
 
 import os
 import select
@@ -11,7 +11,7 @@ from types import FrameType
 
 
 class TerminatedError(SystemExit):
-    """SIGTERM came: what has been begun is put away, and the command exits with 143."""
+    """Raised on SIGTERM, so that the command cleans up and exits with 143."""
 
     def __init__(self) -> None:
         super().__init__(143)
@@ -19,9 +19,10 @@ class TerminatedError(SystemExit):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM raise `TerminatedError`, where nothing else (a run that saves first) obeys it.
+    """Let SIGTERM raise `TerminatedError` unless another handler (of a run that saves first) is
+    active.
 
-    Ctrl-C keeps its handler, which Lightning takes away when it has come once.
+    The handler of Ctrl-C is restored on exit, because Lightning removes it after the first Ctrl-C.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -32,7 +33,7 @@ def terminable() -> Iterator[None]:
     def obey(number: int, frame: FrameType | None) -> None:
         if os.getpid() == process:
             raise TerminatedError
-        # A forked process, which has nothing to put away.
+        # A forked process has nothing to clean up.
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
@@ -47,10 +48,10 @@ def terminable() -> Iterator[None]:
 
 
 def flush_output() -> None:
-    """Write what was printed, before the interpreter's end does it and cannot say what went wrong.
+    """Flush standard output, because the interpreter cannot report errors when it flushes on exit.
 
     Raises:
-        OSError: if it cannot be written; the rest is given up.
+        OSError: If flushing fails; the remaining output is discarded.
     """
     try:
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""`diffmm validate` and `test`: weights against a recipe's data. No run is written."""
+"""`diffmm validate` and `test`: evaluate weights on a recipe's data, without writing a run."""
 
 import argparse
 import csv
@@ -79,7 +79,7 @@ def add_weights_options(parser: argparse.ArgumentParser) -> None:
         "--config",
         action="append",
         metavar="RECIPE",
-        help="file or name of a recipe, in place of the run's own config.yaml",
+        help="file or name of a recipe, instead of the run's own config.yaml",
     )
     parser.add_argument("--weights", "--ckpt_path", metavar="CKPT", help="the same as RUN")
 
@@ -106,10 +106,10 @@ def parse(
 def recipe_values(
     verb: str, config: Sequence[str] | None, weights: str, overrides: Sequence[str]
 ) -> dict[str, Any]:
-    """The values of the recipe that is meant: the given one, or that of the run.
+    """Return the values of the given recipe or, without one, of the run's recipe.
 
     Raises:
-        InputError: if the weights are in no run.
+        InputError: If no recipe is given and the weights are not in a run.
     """
     if config:
         return load([find_recipe(name) for name in config], overrides)
@@ -131,7 +131,7 @@ def evaluate(
     """Run one of Lightning's evaluation loops over a recipe's data.
 
     Raises:
-        InputError: for mistakes in the recipe, and for weights of another architecture.
+        InputError: If the recipe has mistakes, or the weights have another architecture.
     """
     from diffmm.cli.predictions import gathered, written_predictions
     from diffmm.models.weights import load_weights
@@ -166,10 +166,11 @@ def evaluate(
 
 
 def check_predictable(task: Any, data: Any, output: Path | None) -> None:
-    """Refuse before anything is read what `diffmm predict` could not write.
+    """Check that `diffmm predict` can write its result, before anything is read.
 
     Raises:
-        InputError: for data that are not predicted, and for rows of what are no classes.
+        InputError: If there are no data to predict, or rows are requested for a task that does not
+            predict classes.
     """
     from lightning.pytorch import LightningDataModule
 
@@ -213,6 +214,6 @@ def report(results: Any, task: Any, output: Path | None) -> None:
 
 
 def saves(callback: Any) -> bool:
-    """Whether the settings of a callback are those of one that saves checkpoints."""
+    """Whether a callback, given by its settings, saves checkpoints."""
     class_path = callback.get("class_path") if isinstance(callback, dict) else callback
     return str(class_path).endswith(("Checkpoint", "Checkpoints"))

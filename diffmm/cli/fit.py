@@ -1,4 +1,4 @@
-"""`diffmm fit` and `diffmm finetune`: train a recipe in a run directory of its own."""
+"""`diffmm fit` and `diffmm finetune`: train a recipe in its own run directory."""
 
 import argparse
 import sys
@@ -77,7 +77,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         if options.weights is None:
             raise InputError("diffmm finetune needs --weights CKPT to start from")
         with refusing():
-            # Of a run, the checkpoint that is its newest now.
+            # For a run, pin the checkpoint that is the newest now.
             weights = find_state(Path(options.weights), warn=warn)
         override(values, "model.finetune.weights", str(weights))
     comment = header(paths[-1].read_text(encoding="utf-8"))
@@ -87,7 +87,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if verb == "fit" and options.resume == AUTO:
         run_dir = same_run(recipe, values, options.name, options.run_dir)
         if run_dir is not None:
-            # Its values are those of the recipe at hand.
+            # Its values equal those of the given recipe.
             changed = options.allow_changed_data
             return leave(resume(run_dir, trust=True, allow_changed_data=changed))
     run_dir = new_run(recipe, options.name, options.run_dir)
@@ -160,18 +160,18 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
         help="print the complete recipe, with overrides and data, and do not train: as a run "
         "saves it, or 'resolved', with references replaced by their values",
     )
-    parser.add_argument("--name", help="name of the run, in place of the time")
+    parser.add_argument("--name", help="name of the run, instead of the time")
     parser.add_argument(
-        "--run_dir", metavar="DIR", help="directory to use in place of runs/RECIPE/NAME"
+        "--run_dir", metavar="DIR", help="directory to use instead of runs/RECIPE/NAME"
     )
     return parser
 
 
 def refuse_ckpt_path(verb: str, overrides: Sequence[str]) -> None:
-    """Lightning's own option would start a run that is neither new nor resumed.
+    """Reject Lightning's own option, which would start a run that is neither new nor resumed.
 
     Raises:
-        InputError: naming what to use.
+        InputError: If the option is given; the message names the alternatives.
     """
     if any(argument.partition("=")[0] == "--ckpt_path" for argument in overrides):
         raise InputError(
@@ -232,15 +232,15 @@ def train(
         trust: Also run code that the values name outside `diffmm.recipes.trust.KNOWN`, as for
             a recipe of the user's own.
         allow_changed_data: Resume even if the data differ from those of the checkpoint.
-        recipe: Its name, which travels with the weights; a resumed run knows its own.
+        recipe: Name of the recipe, stored with the weights; None keeps that of a resumed run.
 
     Returns:
         The exit code: 0, or 130 or 143 if a signal stopped the run.
 
     Raises:
-        InputError: before the first step, leaving nothing behind.
-        RunFailedError: if there were too many bad numbers or samples, weights that are not finite,
-            checkpoints that could not be written, or not enough memory.
+        InputError: If the run is rejected before the first step; nothing is left behind.
+        RunFailedError: If there were too many non-finite steps or bad samples, non-finite weights,
+            failed saves, or not enough memory.
     """
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -291,7 +291,7 @@ def train(
 
 
 def ending(trainer: Any, run_dir: Path, *, is_resumed: bool, since: int) -> str:
-    """What a run that has come to an end by itself says last."""
+    """Return the last message of a run that was not stopped by a signal."""
     from diffmm.training.resilience.checkpoints.exact import is_out_of_time
     from diffmm.training.resilience.checkpoints.progress import is_complete
 
@@ -309,17 +309,17 @@ def ending(trainer: Any, run_dir: Path, *, is_resumed: bool, since: int) -> str:
 
 
 def forget_first_weights(cli: "RecipeCLI") -> None:
-    """A resumed run no longer needs the weights it once started from, and they may be gone."""
+    """Drop the weights that a resumed run was started from, because they may no longer exist."""
     task: Any = cli.model
     if getattr(task, "finetune", None) is not None:
         task.finetune = replace(task.finetune, weights=None)
 
 
 def check_weights(cli: "RecipeCLI", checkpoint: Path | None) -> None:
-    """Refuse a checkpoint that does not fit before anything is written.
+    """Check that the checkpoint fits the model, before anything is written.
 
     Raises:
-        InputError: naming the keys and shapes that differ.
+        InputError: If it does not; the message names the keys and shapes that differ.
     """
     from diffmm.models.weights import load_weights
 
@@ -336,8 +336,8 @@ def check_weights(cli: "RecipeCLI", checkpoint: Path | None) -> None:
 
 @contextmanager
 def command_for_processes(run_dir: Path, *, is_new: bool) -> Iterator[None]:
-    """Lightning starts its further processes by the command of this one: they shall not make up
-    a time and a run directory of their own."""
+    """Pass the run directory to the processes that Lightning starts with this command line, so that
+    they do not create their own."""
     before = list(sys.argv)
     if is_new and "--run_dir" not in before:
         sys.argv += ["--run_dir", str(run_dir)]

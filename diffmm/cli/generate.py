@@ -1,4 +1,4 @@
-"""`diffmm generate`: continue a prompt with a trained text model, written as it comes."""
+"""`diffmm generate`: continue a prompt with a trained text model, printed token by token."""
 
 import argparse
 import sys
@@ -63,7 +63,7 @@ def generate(options: argparse.Namespace) -> None:
     """Write the continuation.
 
     Raises:
-        ValueError, FileNotFoundError: naming the file or the option at fault.
+        ValueError, FileNotFoundError: If a file or an option is invalid; the message names it.
     """
     from diffmm.hub.trained import load
 

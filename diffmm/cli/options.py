@@ -1,4 +1,4 @@
-"""What several verbs take and print: a user's own data, help, the complete recipe."""
+"""Options and output shared by several verbs: the user's own data, help, the complete recipe."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ from diffmm.recipes.settings import load
 from diffmm.runs.claims import is_first_process
 
 RUN_DIR = "<the run's directory>"
-"""Stands for it while references are resolved before there is one."""
+"""Placeholder for the run directory while references are resolved before it exists."""
 
 
 def add_data_option(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def add_data_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="PATH",
-        help="train on this in place of the recipe's data: a folder with a folder per class (or "
+        help="train on this instead of the recipe's data: a folder with a folder per class (or "
         "such folders in train and val), a CSV file of files and labels, or texts; the number of "
         "classes and what else follows from the data is set and printed, and settings given here "
         "win",
@@ -36,13 +36,13 @@ def recipe_values(
     trust: bool = True,
     aside: bool = False,
 ) -> dict[str, Any]:
-    """The values of recipes with overrides, on the user's own data if there are some: then what was
-    found in them is printed. See `diffmm.recipes.own_data.on_own_data`.
+    """Return the values of recipes with overrides and, if given, with the user's own data, of which
+    a summary is printed. See `diffmm.recipes.own_data.on_own_data`.
 
     Args:
-        paths, overrides, inputs_may_change, trust: as there.
-        data: where the user's own data are.
-        aside: print to stderr, since stdout is for a recipe.
+        paths, overrides, inputs_may_change, trust: See `on_own_data`.
+        data: Path of the user's own data.
+        aside: Whether to print to stderr, if stdout is used for a recipe.
     """
     if data is None:
         return load(paths, overrides)
@@ -56,14 +56,14 @@ def recipe_values(
 
 
 def wants_help(options: argparse.Namespace, overrides: Sequence[str]) -> bool:
-    """Whether help is asked for: of the verb, or of a class (`--model.help CLASS`)."""
+    """Whether help is requested, for the verb or for a class (`--model.help CLASS`)."""
     return options.help or any(key.partition("=")[0].endswith(".help") for key in overrides)
 
 
 def print_help(
     parser: argparse.ArgumentParser, options: argparse.Namespace, overrides: Sequence[str]
 ) -> int:
-    """The help of a verb and of the settings of its recipe, or of all settings, or of a class."""
+    """Print the help of a verb with the settings of its recipe or all settings, or of a class."""
     from diffmm.recipes.trainer import print_settings
 
     if not options.help:
@@ -89,11 +89,11 @@ def print_help(
 
 
 def printed(values: dict[str, Any], form: str) -> dict[str, Any]:
-    """The values of a recipe as `--print_config` shows them: `written`, or `resolved`, which is the
-    same recipe without variables. Where its run is kept stays a reference.
+    """Return the values of a recipe as `--print_config` shows them: `written`, or `resolved`, which
+    replaces variables by their values. The run directory remains a reference.
 
     Raises:
-        InputError: where references are to be resolved, for each that is broken.
+        InputError: If references are resolved and some are broken; the message lists them.
     """
     if form == "written":
         return values
@@ -110,7 +110,7 @@ def printed(values: dict[str, Any], form: str) -> dict[str, Any]:
 
 
 def _with_reference(value: Any) -> Any:
-    """A tree with the reference in place of what stands for it."""
+    """Replace the placeholder of the run directory by its reference."""
     if isinstance(value, dict):
         return {key: _with_reference(item) for key, item in value.items()}
     if isinstance(value, list):

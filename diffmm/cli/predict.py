@@ -1,4 +1,4 @@
-"""`diffmm predict`: what a trained model says of files, or of its recipe's test data."""
+"""`diffmm predict`: predict files, or a recipe's test data, with a trained model."""
 
 import argparse
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ FILE_OPTIONS = {
     "device": "auto",
     "skip_bad": False,
 }
-"""Options that are for files alone, and what they are if they are not given."""
+"""Options that apply only to files, with their defaults."""
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
@@ -106,11 +106,11 @@ def predict_files(
     paths: Sequence[str],
     output: Path | None,
 ) -> int:
-    """Predict files and those in folders, one batch after the other.
+    """Predict files and the files in folders, batch by batch.
 
     Raises:
-        InputError: for an output or a path that cannot be, before the first file is read; for the
-            first file that cannot be read, unless they are to be skipped.
+        InputError: If the output or a path is invalid, before any file is read, or if a file cannot
+            be read, unless such files are skipped.
     """
     if output is not None:
         check_output(output, tuple(WRITERS))
@@ -147,10 +147,10 @@ def predict_files(
 
 
 class Unreadable:
-    """What is done about a file that cannot be read.
+    """Handles files that cannot be read.
 
     Args:
-        skip: name it and count it, or refuse it.
+        skip: Whether to report, count and skip such files, instead of raising an error.
     """
 
     def __init__(self, *, skip: bool) -> None:
@@ -158,10 +158,10 @@ class Unreadable:
         self.count = 0
 
     def __call__(self, item: Any, error: Exception) -> None:
-        """Called with each such file and what is wrong with it, which names it.
+        """Handle a file that cannot be read, given the error, whose message names it.
 
         Raises:
-            InputError: unless they are skipped.
+            InputError: If unreadable files are not skipped.
         """
         if not self.skip:
             raise InputError(f"{message_of(error)}; to skip it, add --skip-bad") from error
@@ -172,7 +172,8 @@ class Unreadable:
 def loaded(
     options: argparse.Namespace, overrides: Sequence[str], weights: str, device: str
 ) -> "TrainedModel":
-    """The model, and what it is for: as its file says, or as the data of `--config` do."""
+    """Load the model, with its purpose as stored in its file or, with `--config`, as described by
+    the data."""
     from diffmm.hub.trained import load
 
     state = find_state(Path(weights), warn=warn)
@@ -206,18 +207,18 @@ def written(
     output: Path | None,
     unreadable: "Unreadable",
 ) -> int:
-    """Print predictions or write them to a file, and count them.
+    """Print predictions or write them to a file, and return their number.
 
     Raises:
-        InputError: if no file could be read.
-        RunFailedError: if they cannot be written.
+        InputError: If no file could be read.
+        RunFailedError: If the output cannot be written.
     """
     count = 0
     with writing(output, top_k) if output is not None else nullcontext() as writer:
         for prediction in predictions:
             count += 1
             if writer is None:
-                # The name of a file may be no text.
+                # A file name may not be valid text.
                 print(str(prediction).encode(errors="backslashreplace").decode(), flush=True)
             else:
                 writer.write(prediction)

@@ -1,4 +1,4 @@
-"""Files of predictions, written as they are made: CSV, JSON lines or Parquet by their ending."""
+"""Prediction files, written incrementally: CSV, JSON lines or Parquet, by their suffix."""
 
 import csv
 import json
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from diffmm.hub.predictions import Prediction
 
 ROWS_AT_ONCE = 4096
-"""Of a Parquet file, rows held before they are written."""
+"""Number of rows per row group of a Parquet file."""
 
 
 class Writer(ABC):
     """A file of rows that is open for writing.
 
     Args:
-        path: of the file, which is made.
-        top_k: classes per row.
+        path: Path of the new file.
+        top_k: Number of classes per row.
     """
 
     name: Path
-    """What it is called once it is whole."""
+    """Final path of the file, once it is complete."""
 
     def __init__(self, path: Path, top_k: int) -> None:
         self.name = path
@@ -36,7 +36,7 @@ class Writer(ABC):
             self.columns += [f"label_{rank}", f"score_{rank}"]
 
     def row(self, prediction: "Prediction") -> list[Any]:
-        """The values of the columns; scores with six digits, which is what float32 has."""
+        """Return the values of the columns; scores have six digits, the precision of float32."""
         scores = [float(f"{score:.6g}") for score in prediction.scores]
         ranked = zip(prediction.labels, scores, strict=True)
         return [prediction.file, *(value for pair in ranked for value in pair)]
@@ -45,7 +45,7 @@ class Writer(ABC):
         """Add a row.
 
         Raises:
-            RunFailedError: if it cannot be written.
+            RunFailedError: If it cannot be written.
         """
         with reported(self.name):
             self.add(prediction)
@@ -56,7 +56,7 @@ class Writer(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Write what is held back, and close the file."""
+        """Write buffered rows, and close the file."""
 
 
 class CSVWriter(Writer):
@@ -64,7 +64,7 @@ class CSVWriter(Writer):
 
     def __init__(self, path: Path, top_k: int) -> None:
         super().__init__(path, top_k)
-        # Names of files are bytes, and not all of them are UTF-8.
+        # File names are bytes, which may not be valid UTF-8.
         self.file = path.open("x", encoding="utf-8", errors="surrogateescape", newline="")
         self.writer = csv.writer(self.file, lineterminator="\n")
         self.writer.writerow(self.columns)
@@ -85,7 +85,7 @@ class JSONLinesWriter(Writer):
 
     def add(self, prediction: "Prediction") -> None:
         row = dict(zip(self.columns, self.row(prediction), strict=True))
-        # With ASCII escapes alone, so that any name of a file can be written.
+        # Escaped to ASCII, so that every file name can be written.
         self.file.write(f"{json.dumps(row)}\n")
 
     def close(self) -> None:
@@ -140,10 +140,10 @@ WRITERS: dict[str, type[Writer]] = {
 
 
 def check_output(path: Path, endings: tuple[str, ...]) -> None:
-    """Refuse the name of an output before anything is read.
+    """Check the path of an output file, before anything is read.
 
     Raises:
-        InputError: for another ending, a file that is there, or a folder that is not.
+        InputError: If it has another suffix, the file exists, or its folder does not exist.
     """
     if path.suffix.lower() not in endings:
         listed = ", ".join(endings)
@@ -156,11 +156,11 @@ def check_output(path: Path, endings: tuple[str, ...]) -> None:
 
 @contextmanager
 def writing(path: Path, top_k: int) -> Iterator[Writer]:
-    """A file that gets its name when the block has ended well, and is removed otherwise.
+    """Open a file that gets its final name when the block succeeds, and is removed otherwise.
 
     Raises:
-        InputError: if it cannot be made.
-        RunFailedError: if it cannot be written: the disk is full, say.
+        InputError: If the file cannot be created.
+        RunFailedError: If it cannot be written, for example because the disk is full.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -184,7 +184,7 @@ def writing(path: Path, top_k: int) -> Iterator[Writer]:
 
 @contextmanager
 def reported(path: Path, *, quiet: bool = False) -> Iterator[None]:
-    """A system's refusal to write becomes a failure that names the file, or nothing at all."""
+    """Turn an `OSError` into a `RunFailedError` that names the file or, if `quiet`, ignore it."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What `diffmm predict` writes: one dict for all batches of all processes."""
+"""Collects the predictions of `diffmm predict` from all processes, and writes them."""
 
 import os
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from diffmm.recipes.errors import RunFailedError, message_of
 Batch = dict[str, Tensor]
 
 TOP_K = 5
-"""Classes per row."""
+"""Number of classes per row."""
 
 
 def written_predictions(batches: list[Batch], data: Any, task: Any, output: Path) -> None:
@@ -47,8 +47,8 @@ def _ranked(batches: list[Batch], data: Any, task: Any) -> Iterator[Prediction]:
 
 
 def joined(batches: list[Batch]) -> dict[str, Any]:
-    """The predictions of all batches, one tensor each; a list where batches differ in length (as
-    those of padded clips do)."""
+    """Concatenate the predictions of all batches; a list where their lengths differ between batches
+    (as for padded clips)."""
     columns = {name: [batch[name].cpu() for batch in batches] for name in batches[0]}
     return {
         name: torch.cat(parts) if len({part.shape[1:] for part in parts}) == 1 else parts
@@ -88,10 +88,10 @@ def gathered(batches: list[Batch]) -> list[Batch] | None:
 
 
 def save(predictions: dict[str, Any], path: Path) -> None:
-    """Write predictions to a file, whole or not at all.
+    """Write predictions to a file atomically.
 
     Raises:
-        RunFailedError: if they cannot be written: the disk is full, say.
+        RunFailedError: If they cannot be written, for example because the disk is full.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -99,7 +99,7 @@ def save(predictions: dict[str, Any], path: Path) -> None:
             torch.save(predictions, file)
         unfinished.replace(path)
     except (OSError, RuntimeError) as error:
-        # torch wraps the error of a file that it cannot write to in one of its own.
+        # torch wraps an OSError of the file in a RuntimeError.
         cause: BaseException = error
         while not isinstance(cause, OSError) and cause.__context__ is not None:
             cause = cause.__context__

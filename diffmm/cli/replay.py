@@ -1,4 +1,4 @@
-"""`diffmm replay`: the step again that a run stopped at, and where its numbers go bad."""
+"""`diffmm replay`: repeat the step at which a run stopped, and locate its non-finite numbers."""
 
 import argparse
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from diffmm.training.resilience.replay import MicroBatch
 
 ALONE = {"trainer": {"devices": 1, "num_nodes": 1, "strategy": "auto", "logger": False}}
-"""One process makes the step, and writes nothing."""
+"""Trainer settings for replaying a step in one process, without logs."""
 
 NUM_SHOWN = 5
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
-    """Make the step again, and print what is not finite in it."""
+    """Repeat the step, and print what is not finite in it."""
     parser = argparse.ArgumentParser(
         prog=f"diffmm {verb}",
         description="Repeat, in one process, the step at which a run stopped because the loss or a "
@@ -29,12 +29,12 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     )
     parser.add_argument("run", metavar="RUN", help="the run's directory")
     parser.add_argument(
-        "--batch", metavar="FILE", help="a file bad_batch_step_*.pt, in place of those in RUN"
+        "--batch", metavar="FILE", help="a file bad_batch_step_*.pt, instead of those in RUN"
     )
     parser.add_argument(
         "--weights",
         metavar="CKPT",
-        help="weights in place of the checkpoint that the run stopped with",
+        help="weights to use instead of the checkpoint that the run stopped with",
     )
     add_trust_option(parser)
     options = parser.parse_args(arguments)
@@ -45,10 +45,11 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 
 def batch_files(run: Path) -> list[Path]:
-    """What a run left behind of the last step that it stopped at, one file per process at fault.
+    """Return the saved batches of the last step at which a run stopped, one file per process at
+    fault.
 
     Raises:
-        InputError: if it left nothing.
+        InputError: If there are none.
     """
     from diffmm.training.resilience.non_finite import BATCH_NAME
 
@@ -62,10 +63,10 @@ def batch_files(run: Path) -> list[Path]:
 
 
 def replay_file(run: Path, file: Path, weights: str | None, *, trust: bool) -> None:
-    """Make the step of one process again, and print what is not finite in it.
+    """Repeat the step of one process, and print what is not finite in it.
 
     Raises:
-        InputError: for a file that is no such batch, or weights that do not fit.
+        InputError: If the file is not a saved batch, or the weights do not fit.
     """
     from diffmm.models.weights import load_weights
     from diffmm.recipes.trainer import RecipeCLI
@@ -88,7 +89,7 @@ def replay_file(run: Path, file: Path, weights: str | None, *, trust: bool) -> N
 
 
 def message_of(found: "MicroBatch") -> str:
-    """One line about a micro-batch."""
+    """Format the findings of a micro-batch as one line."""
     parts = [f"loss {found.loss:.6g}"]
     if found.fields:
         parts.append(f"not finite in the batch itself: {listed(found.fields)}")
@@ -102,6 +103,6 @@ def message_of(found: "MicroBatch") -> str:
 
 
 def listed(items: Sequence[object]) -> str:
-    """The first few of many."""
+    """Format the first items of a sequence, and the number of the others."""
     more = f" and {len(items) - NUM_SHOWN} more" if len(items) > NUM_SHOWN else ""
     return ", ".join(map(str, items[:NUM_SHOWN])) + more

@@ -1,4 +1,4 @@
-"""`diffmm sweep`: a recipe under all combinations of some settings, one run after the other."""
+"""`diffmm sweep`: train a recipe with all combinations of some settings, one run at a time."""
 
 import argparse
 import shlex
@@ -35,11 +35,11 @@ within brackets, braces or quotes do not separate values: --data.transform.scale
 diffmm sweep --config image/digits_tiny --vars.seed 0,1,2 --vars.attention softmax,diff_v1"""
 
 STOPPED = (130, 143)
-"""Exit codes of a run that a signal has stopped."""
+"""Exit codes of a run that was stopped by a signal."""
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
-    """Train, or write the script that does."""
+    """Train, or write a script that does."""
     parser = argparse.ArgumentParser(
         prog="diffmm sweep", allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG
     )
@@ -53,10 +53,10 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     )
     add_data_option(parser)
     parser.add_argument(
-        "--name", help="name of the sweep, in place of what it varies: runs/RECIPE/NAME/RUN"
+        "--name", help="name of the sweep, instead of the settings varied: runs/RECIPE/NAME/RUN"
     )
     parser.add_argument(
-        "--sweep_dir", metavar="DIR", help="directory to use in place of runs/RECIPE/NAME"
+        "--sweep_dir", metavar="DIR", help="directory to use instead of runs/RECIPE/NAME"
     )
     parser.add_argument(
         "--slurm",
@@ -80,7 +80,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 
 def command(recipes: Sequence[str], data: str | None, folder: Path, one: Combination) -> list[str]:
-    """The command that trains one run of a sweep, or resumes it."""
+    """Return the command that trains or resumes one run of a sweep."""
     configs = [part for recipe in recipes for part in ("--config", recipe)]
     own = [] if data is None else ["--data", data]
     place = ["--run_dir", str(folder / one.name), "--resume", "auto"]
@@ -94,10 +94,10 @@ def sweep(
     recipes: Sequence[Path],
     data: str | None,
 ) -> int:
-    """Train the runs that are not finished, one after the other, and compare all.
+    """Train the unfinished runs, one after the other, and compare all runs.
 
     Returns:
-        0, or 1 if a run has failed, or what a run returned that a signal has stopped.
+        0, 1 if a run failed, or the exit code of a run that was stopped by a signal.
     """
     folder.mkdir(parents=True, exist_ok=True)
     failed = []

@@ -1,1 +1,1 @@
-"""The language of recipes: files, overrides, references, all mistakes, and what they build."""
+"""The recipe language: files, overrides, references, checks, and building of their objects."""

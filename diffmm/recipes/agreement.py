@@ -1,11 +1,11 @@
-"""What the model, the data and the trainer of a recipe must say alike."""
+"""Checks that the model, the data and the trainer of a recipe agree."""
 
 from typing import Any
 
 
 def disagreements(model: Any, data: Any, precision: object) -> list[str]:
-    """What the model and the data of a recipe say differently of the same thing, and what the
-    trainer's `precision` does not suit."""
+    """Return the settings in which the model and the data of a recipe disagree, and those that do
+    not fit the trainer's `precision`."""
     config: Any = getattr(getattr(model, "model", None), "config", None)
     config = getattr(config, "encoder", config)
     found = []
@@ -45,5 +45,5 @@ def disagreements(model: Any, data: Any, precision: object) -> list[str]:
 
 
 def _pair(size: Any) -> Any:
-    """Height and width, where one number stands for both."""
+    """Expand a single number to height and width."""
     return (size, size) if isinstance(size, int) else tuple(size)

@@ -17,7 +17,8 @@ FIELDS = ("Command", "Hardware", "Time", "Metric", "Measured")
 
 
 def recipe_root() -> Path:
-    """The folder of the recipes: inside an installed package, or beside it in its repository."""
+    """Return the folder of the recipes: inside an installed package, or next to it in the
+    repository."""
     package = Path(diffmm.__file__).parent
     installed = package / "_recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
@@ -32,10 +33,10 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(recipe: str) -> Path:
-    """The file of a recipe, given by its path or by the name of a shipped one.
+    """Return the file of a recipe, given its path or the name of a shipped recipe.
 
     Raises:
-        InputError: if there is none, with the nearest name.
+        InputError: If it does not exist; the message suggests the nearest name.
     """
     path = Path(recipe).expanduser()
     if path.suffix in (".yaml", ".yml"):
@@ -45,7 +46,7 @@ def find_recipe(recipe: str) -> Path:
     names = recipe_names()
     if recipe in names:
         return recipe_root() / f"{recipe}.yaml"
-    # Somebody may know a recipe without its folder.
+    # Also suggest recipes whose name was given without the folder.
     by_file = {name.rpartition("/")[2]: name for name in names}
     near = difflib.get_close_matches(recipe, [*names, *by_file], n=1)
     hint = f"; did you mean {by_file.get(near[0], near[0])!r}?" if near else ""
@@ -84,7 +85,7 @@ def copy_recipe(name: str, target: str | None = None) -> Path:
     """Copy a recipe to a new file and return that.
 
     Raises:
-        InputError: if there is no such recipe, no folder to copy to, or a file already.
+        InputError: If the recipe or the target folder does not exist, or the target file exists.
     """
     source = find_recipe(name)
     path = Path(target or source.name)

@@ -1,4 +1,4 @@
-"""Errors in what the user gave."""
+"""Errors in the user's input, and failed runs."""
 
 import os
 import sys
@@ -20,8 +20,8 @@ class RunFailedError(Exception):
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """The library's own refusals (`ValueError`), and files that cannot be read or written
-    (`OSError`), become `InputError`."""
+    """Turn the library's errors (`ValueError`), and those of files that cannot be read or written
+    (`OSError`), into `InputError`."""
     try:
         yield
     except (ValueError, OSError) as error:

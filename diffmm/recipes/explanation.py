@@ -19,11 +19,11 @@ WIDTH = 44
 
 
 def explain(recipes: Sequence[Path], values: dict[str, Any]) -> str:
-    """A line per setting.
+    """Return one line per setting.
 
     Args:
-        recipes: the files, whose comments are shown.
-        values: of the recipes, with overrides.
+        recipes: Recipe files, whose comments are shown.
+        values: Values of the recipes, with overrides.
     """
     comments: dict[str, str] = {}
     for recipe in recipes:
@@ -33,7 +33,7 @@ def explain(recipes: Sequence[Path], values: dict[str, Any]) -> str:
     for name, written in _leaves(values):
         is_reference = isinstance(written, str) and "${" in written
         value = resolved.get(name, written)
-        # A secret of the environment is not shown, nor is the run's directory known.
+        # Secrets from the environment are not shown, and the run directory is not known yet.
         if is_reference and ("${oc." in written or "${run_dir}" in written or value is UNKNOWN):
             value = written
         setting = f"--{name} {_in_writing(value)}"
@@ -67,7 +67,7 @@ def _in_writing(value: Any) -> str:
 
 
 def _comments(text: str) -> Iterator[tuple[str, str]]:
-    """What stands behind the values of a YAML text, by the settings' names."""
+    """Return the comments after the values of a YAML text, by the names of the settings."""
     lines = text.splitlines()
     root = yaml.compose(text, Loader)
     todo: list[tuple[tuple[str | int, ...], yaml.Node]] = [] if root is None else [((), root)]

@@ -23,16 +23,16 @@ class Longer(NamedTuple):
     """A resumed run with another length."""
 
     values: dict[str, Any]
-    """Of its recipe, unresolved, with what was given."""
+    """Values of its recipe, unresolved, with the new length."""
     schedule: dict[str, Any] | None
-    """Of the learning rate, as it was."""
+    """Previous settings of the learning-rate schedule."""
 
 
 def lengthened(config: Path, overrides: Sequence[str]) -> Longer | None:
-    """A run whose length is changed by `overrides`; nothing if they change nothing.
+    """Return the run with the length changed by `overrides`; `None` if they change nothing.
 
     Raises:
-        InputError: if they change anything else.
+        InputError: If they change any other setting.
     """
     before, after = load([config]), load([config], overrides)
     old, new = (leaves(values) for values in (before, after))
@@ -44,7 +44,7 @@ def lengthened(config: Path, overrides: Sequence[str]) -> Longer | None:
         )
     if not changed:
         return None
-    # What nothing refers to any more would be a mistake.
+    # Remove variables that are no longer used, because unused variables are an error.
     left = set(used_variables(before)) - set(used_variables(after))
     if isinstance(after.get("vars"), dict):
         after["vars"] = {name: v for name, v in after["vars"].items() if name not in left}
@@ -63,10 +63,10 @@ def leaves(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def step_of(checkpoint: Path | None) -> int:
-    """How many steps a run has made by its state.
+    """Return the number of optimizer steps of a checkpoint.
 
     Raises:
-        InputError: if the state cannot be read.
+        InputError: If the checkpoint cannot be read.
     """
     if checkpoint is None:
         return 0
@@ -83,16 +83,16 @@ def step_of(checkpoint: Path | None) -> int:
 
 
 def outlook(task: Any, trainer: Any, schedule: dict[str, Any] | None, step: int) -> str:
-    """What becomes of a run from its step `step` on, in one line.
+    """Describe the rest of a run, from step `step` on, in one line.
 
     Args:
-        task: with the learning rate and its schedule as they now are.
-        trainer: with the length as it now is.
-        schedule: as it was.
-        step: how many have been made.
+        task: Task with the current learning rate and schedule.
+        trainer: Trainer with the new length.
+        schedule: Previous settings of the schedule.
+        step: Number of completed steps.
 
     Raises:
-        InputError: if no step is left, or the learning rate would be 0 in all that are.
+        InputError: If no step is left, or the learning rate would be 0 in all remaining steps.
     """
     end = trainer.max_steps
     if 0 <= end <= step:

@@ -63,11 +63,11 @@ def estimate_memory(
     """The memory of one training step of `task` (see this module).
 
     Args:
-        task: built on the meta device; its model is changed to a fake one.
-        batch: from `fake_shapes`: the shape and dtype of each tensor.
-        precision: the trainer's.
-        num_shards: over how many devices weights, gradients and moments are spread.
-        num_splits: how many of these share the heads of a block (tensor parallelism).
+        task: Task on the meta device; its model is converted to fake tensors.
+        batch: Shape and dtype of each tensor of a batch, from `fake_shapes`.
+        precision: Precision of the trainer.
+        num_shards: Number of devices over which weights, gradients and moments are sharded.
+        num_splits: Number of devices that share the heads of a block (tensor parallelism).
     """
     size = 2 if precision in HALF_PRECISIONS else 4
     num_weights = sum(p.numel() for p in task.parameters())
@@ -140,7 +140,7 @@ class _Meter(torch.autograd.graph.saved_tensors_hooks):
         for backbone in (m for m in task.modules() if isinstance(m, Backbone)):
             for block in backbone.blocks:
                 self._watch(block, backbone.activation_checkpointing)
-            # Blocks are run as they are: what they keep is weighed here.
+            # Checkpointing is disabled here and modeled by this class instead.
             backbone.activation_checkpointing = False
 
     @property

@@ -1,4 +1,4 @@
-"""Numbers in a recipe that no run can mean."""
+"""Checks for invalid numbers in a recipe."""
 
 from typing import Any, TypeGuard
 
@@ -7,7 +7,7 @@ from diffmm.recipes.errors import message_of
 from diffmm.recipes.references import UNKNOWN, walk, without
 
 Place = tuple[str | int, ...]
-"""Where a setting stands in a recipe."""
+"""Path of a setting in a recipe."""
 
 LEAST = {
     "num_nodes": 1,
@@ -21,10 +21,10 @@ LEAST = {
     "num_sanity_val_steps": -1,
     "gradient_clip_val": 0,
 }
-"""Settings of the trainer that are numbers, and the least that they may be."""
+"""Numeric settings of the trainer, and their minimum values."""
 
 ENDLESS = ("max_steps", "max_epochs", "devices")
-"""Those that are -1 for all that there is, and otherwise at least 1."""
+"""Settings that are either -1 (unlimited, or all) or at least 1."""
 
 LEAST_OF_BATCHES = {
     "limit_train_batches": 0,
@@ -34,7 +34,7 @@ LEAST_OF_BATCHES = {
     "overfit_batches": 0,
     "val_check_interval": 1,
 }
-"""Those that are a number of batches, at least this, or a share of them."""
+"""Settings that are a number of batches, with this minimum, or a fraction of them."""
 
 TIMES = ("max_time", "val_check_interval")
 
@@ -44,11 +44,11 @@ LARGEST_SEED = 2**32 - 1
 def wrong_numbers(
     values: dict[str, Any], resolved: dict[str, Any]
 ) -> tuple[list[str], dict[str, Any]]:
-    """A line for each number that no run can mean, and the values with `UNKNOWN` in its place.
+    """Return one line per invalid number, and the values with `UNKNOWN` instead of it.
 
     Args:
-        values: of a recipe.
-        resolved: the same without references.
+        values: Values of a recipe.
+        resolved: The same values, with references resolved.
     """
     written, anywhere, out_of_range = faults(values), faults(resolved), trainer_faults(resolved)
     # What several settings refer to is reported once, where it is set.
@@ -58,7 +58,7 @@ def wrong_numbers(
 
 
 def faults(values: dict[str, Any]) -> dict[Place, str]:
-    """What is wrong with numbers, wherever they stand."""
+    """Return the faults of all numbers in a recipe, by path."""
     return {
         path: f"{fault}, got {value}"
         for path, value in walk(values)
@@ -110,5 +110,5 @@ def time_fault(value: str | dict[str, int]) -> str | None:
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a value is a number, and no boolean."""
+    """Whether a value is a number but not a boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool)

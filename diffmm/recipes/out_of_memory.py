@@ -1,4 +1,4 @@
-"""What helps a run that does not fit into memory: settings, and what a step takes with each."""
+"""Advice for a run that is out of memory: settings, and the memory of a step with each."""
 
 import shlex
 from collections.abc import Iterator
@@ -24,10 +24,10 @@ SIGNS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
-"""How torch says it in a plain `RuntimeError`."""
+"""Messages of a plain `RuntimeError` by which torch reports a lack of memory."""
 
 MANY_DEVICES = 8
-"""What sharding is reckoned with, for a run on one device."""
+"""Number of devices for which sharding is estimated if the run has one device."""
 
 
 class Remedy(NamedTuple):
@@ -56,17 +56,17 @@ def advice(error: BaseException, values: dict[str, Any], run_dir: Path, step: in
     """What to tell a user whose run ended for want of memory.
 
     Args:
-        error: how it ended.
-        values: of the recipe.
-        run_dir: of the run.
-        step: how many steps were made.
+        error: Error that ended the run.
+        values: Values of the recipe.
+        run_dir: Directory of the run.
+        step: Number of completed steps.
     """
     words = " ".join(str(error).split()).partition(" If reserved but")[0] or type(error).__name__
     lines = [f"out of memory after {step} steps: {words}"]
     values = {**values, "run_dir": str(run_dir)}
     if (memory := estimate(values)) is not None:
         lines += [f"a step takes about {memory_text(memory)}", *_helpful(values, memory)]
-    with suppress(ValueError):  # there are checkpoints, but none is whole
+    with suppress(ValueError):  # there are checkpoints, but none is complete
         checkpoint = find_whole(run_dir / "checkpoints", warn=warn)
         if checkpoint is not None:
             lines.append(

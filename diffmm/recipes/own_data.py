@@ -28,8 +28,8 @@ class OnOwnData(NamedTuple):
     """A recipe whose data are the user's.
 
     Attributes:
-        values: of the recipe, complete and unresolved.
-        lines: what was found, and what was set because of it.
+        values: Values of the recipe, complete and unresolved.
+        lines: Summary of the data, and of the settings derived from them.
     """
 
     values: dict[str, Any]
@@ -44,17 +44,17 @@ def on_own_data(
     inputs_may_change: bool,
     trust: bool = True,
 ) -> OnOwnData:
-    """A recipe on the data at `path`.
+    """Return a recipe with the data at `path`.
 
     Args:
-        recipes, overrides: as in `diffmm.recipes.settings.load`.
-        path: of a file or a folder.
-        inputs_may_change: whether the model's channels or sample rate may become those of the data;
-            not where weights come from elsewhere.
-        trust: import also a class of data from outside `diffmm.recipes.trust.KNOWN`.
+        recipes, overrides: See `diffmm.recipes.settings.load`.
+        path: Path of a file or a folder.
+        inputs_may_change: Whether the channels and the sample rate of the model may be changed to
+            those of the data. Must be False if the model starts from other weights.
+        trust: Whether to import a data class from outside `diffmm.recipes.trust.KNOWN`.
 
     Raises:
-        InputError: if the recipe's data take no path, or for what is wrong with those at `path`.
+        InputError: If the recipe's data take no path, or the data at `path` are invalid.
     """
     looked = {**load(recipes), "run_dir": "runs"}
     for where in [where for where, _ in walk(looked) if where[-1] in LOCATIONS]:
@@ -95,7 +95,7 @@ def on_own_data(
             names[name] = (set_through(values, place, value), value)
     for key, value in parse_overrides(overrides):
         override(values, key, value)
-    # Variables that said where the recipe's own data are say nothing any more.
+    # Remove variables that only located the recipe's own data.
     left = set(used) - set(used_variables(values))
     if isinstance(values.get("vars"), dict):
         values["vars"] = {name: v for name, v in values["vars"].items() if name not in left}

@@ -19,10 +19,10 @@ UNKNOWN = object()
 
 
 def resolve(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """All references replaced by what they refer to, and a line for each that is broken.
+    """Return the values with all references resolved, and one line per broken reference.
 
-    A broken one is replaced by `UNKNOWN`. Where references to references would stand for more than
-    `MAX_SIZE`, none is resolved.
+    A broken reference is replaced by `UNKNOWN`. If the resolved values would exceed `MAX_SIZE`, no
+    reference is resolved.
     """
     if _resolved_size(values) > MAX_SIZE:
         mistake = f"the references between settings stand for more than {MAX_SIZE:,} characters"
@@ -73,7 +73,7 @@ def unused_variables(values: dict[str, Any]) -> list[str]:
 def walk(
     value: Any, path: tuple[str | int, ...] = ()
 ) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    """Every node of a tree, with where it stands."""
+    """Iterate over every node of a tree, with its path."""
     if path:
         yield path, value
     if isinstance(value, dict):
@@ -87,7 +87,7 @@ def walk(
 def without(
     value: Any, left_out: Container[tuple[str | int, ...]], *path: str | int, instead: Any
 ) -> Any:
-    """A tree with something else in place of some of its nodes."""
+    """Replace some nodes of a tree by another value."""
     if path in left_out:
         return instead
     if isinstance(value, dict):

@@ -14,7 +14,7 @@ from diffmm.recipes.yaml_text import MAX_BYTES, parse
 from diffmm.renamed import with_new_names
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
-"""What stands in a node that says which class to make."""
+"""Keys of a node that specifies a class to create."""
 
 
 def load(recipes: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, Any]:

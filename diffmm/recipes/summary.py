@@ -1,4 +1,4 @@
-"""What a recipe comes to, in words: its model, its steps and their memory."""
+"""Textual summary of a recipe: its model, its steps and their memory."""
 
 import dataclasses
 from typing import Any

@@ -67,13 +67,13 @@ class RecipeCLI(SettingsCLI):
     """The model, the data and the trainer of a recipe.
 
     Args:
-        values: of the recipe (see `diffmm.recipes.settings.load`), with its `run_dir`.
-        build: make them; otherwise the values are parsed and no more.
-        trust: import and call what the recipe names outside `diffmm.recipes.trust.KNOWN`; otherwise
-            that is refused before anything is imported.
+        values: Values of the recipe (see `diffmm.recipes.settings.load`), with its `run_dir`.
+        build: Whether to create the objects; otherwise, the values are only parsed.
+        trust: Whether to import and call classes outside `diffmm.recipes.trust.KNOWN`; otherwise,
+            they are rejected before anything is imported.
 
     Raises:
-        InputError: with every mistake in the values.
+        InputError: If the values have mistakes; the message lists all of them.
     """
 
     def __init__(self, values: dict[str, Any], *, build: bool = True, trust: bool = True) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 import yaml
 
 MAX_BYTES = 1 << 20
-"""Of a file."""
+"""Maximum size of a file."""
 MAX_NODES = 100_000
-"""Of a tree, an alias counting as often as it is used."""
+"""Maximum number of nodes of a tree; an alias counts each time it is used."""
 MAX_DEPTH = 100
 
 PLAIN = (str, bool, int, float, type(None))

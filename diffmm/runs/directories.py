@@ -34,8 +34,8 @@ def new_run(recipe: str, name: str | None, directory: str | None) -> Path:
 
     Args:
         recipe: The recipe as given on the command line.
-        name: Name of the run, in place of the time.
-        directory: Directory of the run, in place of `runs/<recipe>/<name>`.
+        name: Name of the run, instead of the time.
+        directory: Directory of the run, instead of `runs/<recipe>/<name>`.
 
     Raises:
         InputError: If the directory already holds a run, or if several processes would each choose

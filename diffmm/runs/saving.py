@@ -9,7 +9,7 @@ from diffmm.runs.directories import save_config
 
 
 class ConfigSaver(Callback):
-    """Saves the config of a run once nothing has refused it."""
+    """Saves the config of a run once all checks have passed."""
 
     def __init__(self, run_dir: Path, comment: str, values: dict[str, Any]) -> None:
         self.run_dir = run_dir

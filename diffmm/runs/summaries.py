@@ -35,12 +35,12 @@ class Summary:
     """A run.
 
     Attributes:
-        path: its directory.
-        name: what it is called beside the others.
-        values: of its recipe, unresolved.
-        settings: of its recipe, by dotted names, as they are written.
-        resolved: likewise, references replaced.
-        curves: of everything that it has logged.
+        path: Directory of the run.
+        name: Short name that distinguishes it from the other runs.
+        values: Values of its recipe, unresolved.
+        settings: Settings of its recipe, by dotted names, as written.
+        resolved: Settings of its recipe, with references resolved.
+        curves: Curves of all logged metrics.
         num_parameters: Number of parameters of its model; None if unknown.
     """
 
@@ -118,7 +118,7 @@ def _summary(path: Path, name: str) -> Summary:
 
     values = load_file(saved_config(path))
     resolved = resolve({**values, "run_dir": str(path)})[0]
-    # Nothing of a stranger's run is imported: then its size stays unknown.
+    # Untrusted code of a run is not imported, in which case its size stays unknown.
     task: Any = find_mistakes({**values, "run_dir": str(path)}, trust=False).model
     model = getattr(task, "model", None)
     return Summary(

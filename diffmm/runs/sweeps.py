@@ -18,7 +18,7 @@ from diffmm.runs.directories import CONFIG_NAME, find_run
 from diffmm.runs.summaries import short_settings
 
 RECORD_NAME = "sweep.json"
-"""In the folder of a sweep: which runs have ended by themselves."""
+"""File in the folder of a sweep that records the exit codes of its runs."""
 
 LONGEST_NAME = 120
 
@@ -30,8 +30,8 @@ class Combination:
     """One run of a sweep.
 
     Attributes:
-        name: of its folder: `seed=0,attention=softmax`.
-        settings: all that the command line sets, in its order: keys, and values as written.
+        name: Name of its folder, such as `seed=0,attention=softmax`.
+        settings: Keys and values as written, in the order of the command line.
     """
 
     name: str
@@ -145,9 +145,9 @@ def is_finished(run: Path, values: dict[str, Any], code: int | None) -> bool:
     """Whether nothing is left to do for a run.
 
     Args:
-        run: its directory.
-        values: of its recipe, as they are now: a run of others is not this one.
-        code: that it ended with, if it is known to have ended.
+        run: Directory of the run.
+        values: Current values of its recipe; a run with other values is not finished.
+        code: Recorded exit code of the run, if any.
     """
     if not (run / CONFIG_NAME).is_file() or load_file(run / CONFIG_NAME) != values:
         return False

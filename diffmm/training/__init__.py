@@ -1,4 +1,4 @@
-"""Training: one Lightning module a task, and the optimizer, schedule and logging they share."""
+"""Training: one Lightning module per task, and the optimizer, schedule and logging they share."""
 
 from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
 from diffmm.training.classification import Classification

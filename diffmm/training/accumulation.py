@@ -1,15 +1,15 @@
-"""Gradients of one large batch, however it is divided into micro-batches and processes.
+"""Gradient accumulation that does not depend on how a batch is divided.
 
-Lightning adds up the gradients of `loss / accumulate_grad_batches`, and every strategy takes their
-mean over processes. Were each loss the mean over its own targets, a micro-batch with few of them
+Lightning accumulates the gradients of `loss / accumulate_grad_batches`, and every strategy averages
+them over processes. If each loss were the mean over its own targets, a micro-batch with few targets
 would count as much as one with many, and the last step of an epoch, with fewer micro-batches, would
-be too small. So the losses of a step are sums, all over one `reference`, and when its gradients
-are complete they are multiplied by
+be too small. Therefore each loss of a step is a sum divided by one common `reference`, and the
+accumulated gradients are multiplied by
 
     accumulate_grad_batches * reference / count
 
-where `count` is how many targets the step has, a mean over processes. A step of one micro-batch
-has its own count for a reference, and nothing is multiplied.
+where `count` is the number of targets in the step, averaged over processes. For a step of a single
+micro-batch the reference is its own count, and no multiplication is needed.
 """
 
 from collections.abc import Iterable
@@ -22,54 +22,54 @@ from diffmm.training.sharding import by_mesh
 
 
 class LossSum(NamedTuple):
-    """The loss of a batch, over all that is predicted in it."""
+    """The summed loss of a batch and its number of targets."""
 
     total: Tensor
-    """The sum of the losses of all targets, a scalar with its graph."""
+    """Sum of the losses of all targets, a scalar attached to the autograd graph."""
     num_targets: Tensor
-    """How many there are, a scalar in float32."""
+    """Number of targets, a float32 scalar."""
 
     def mean(self) -> Tensor:
-        """The loss of this batch alone; 0 if it has no target."""
+        """Return the mean loss of this batch; 0 if it has no targets."""
         return self.total / self.num_targets.clamp(min=1.0)
 
 
 class AccumulatedLoss:
-    """The loss of the micro-batches of one optimizer step, as far as they have come."""
+    """Running loss over the micro-batches of one optimizer step."""
 
     def __init__(self) -> None:
         self.total = self.count = self.reference = torch.zeros(())
         self._least = 1.0
 
     def add(self, loss: LossSum, count: Tensor, *, is_first: bool, least: float) -> Tensor:
-        """Add a micro-batch, and return what to descend on.
+        """Add a micro-batch, and return the loss to backpropagate.
 
         Args:
-            loss: of the micro-batch in this process.
-            count: its targets, as a mean over processes.
-            is_first: whether a new step begins.
-            least: what stands for a count of 0: one target of all processes.
+            loss: Loss of the micro-batch in this process.
+            count: Number of targets of the micro-batch, averaged over processes.
+            is_first: Whether the micro-batch is the first of an optimizer step.
+            least: Replacement for a count of 0: one target among all processes.
         """
         self._least = least
         if is_first:
             self.total, self.count = loss.total.detach(), count
             self.reference = count.clamp(min=least)
         else:
-            # Without any target so far there is no gradient yet that another one would not suit.
+            # Until the first target, all gradients are zero and any reference is correct.
             self.reference = torch.where(self.count > 0, self.reference, count.clamp(min=least))
             self.total, self.count = self.total + loss.total.detach(), self.count + count
         return loss.total / self.reference
 
     def mean(self) -> Tensor:
-        """The loss of the step; its mean over processes is that of all of them."""
+        """Return the loss of the step; its mean over processes is the global loss."""
         return self.total / self.count.clamp(min=self._least)
 
     def complete(self, parameters: Iterable[nn.Parameter], num_micro_batches: int) -> None:
-        """Make the gradients, which have been added up, those of one batch.
+        """Rescale the accumulated gradients, in place, to those of one large batch.
 
         Args:
-            parameters: whose gradients are changed.
-            num_micro_batches: by which each loss has been divided.
+            parameters: Parameters whose gradients are rescaled.
+            num_micro_batches: Number of micro-batches by which each loss was divided.
         """
         factor = num_micro_batches * self.reference / self.count.clamp(min=self._least)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

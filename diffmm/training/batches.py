@@ -1,4 +1,4 @@
-"""What a task takes for a batch: the dicts of this library, and what other loaders give."""
+"""Batch formats that a task accepts: the dicts of this library, and tuples of other loaders."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -10,30 +10,31 @@ from diffmm.training.lightning_internals import PreparesBatches
 
 
 class AnyBatches(PreparesBatches):
-    """A module that takes batches of any datamodule or loader: dicts of the fields of
-    `diffmm.batch`, or tuples of its model's inputs and its targets, in that order. An `index` is
-    never demanded. Steps, callbacks and metrics get dicts."""
+    """A module that accepts batches of any datamodule or data loader: dicts with the fields of
+    `diffmm.batch`, or tuples of the model's inputs and the targets, in that order. The `index`
+    field is optional. Steps, callbacks and metrics always receive dicts."""
 
     model: nn.Module
 
     TARGETS: ClassVar[tuple[str, ...]] = ()
-    """The fields of a batch that the loss needs beside the model's inputs."""
+    """Batch fields that the loss needs in addition to the model's inputs."""
 
     def check_batch(self, batch: Any) -> None:
-        """Refuse a batch, usually still on the CPU, that does not fit the model; takes any by
-        default."""
+        """Raise `ValueError` for a batch that does not fit the model. The batch is usually still
+        on the CPU. By default, every batch is accepted."""
 
     def layouts(self) -> list[Sequence[str]]:
-        """What the tensors of a batch may be that is a tuple, by its length."""
+        """Return the accepted layouts of a tuple batch, each a sequence of field names."""
         inputs = self._inputs()
         alone = [] if self.needs_targets else [inputs[:1]]
         return [(*inputs, *self.TARGETS), (*inputs[:1], *self.TARGETS), *alone]
 
     def prepared(self, batch: Any) -> Any:
-        """A batch as a dict of its fields, which fits the model.
+        """Return the batch as a dict of fields that fits the model.
 
         Raises:
-            ValueError: If it is none, naming what is taken and what was found.
+            ValueError: If the batch has another format; the message names the accepted formats
+                and the one found.
         """
         declared = self._inputs()[:1] if hasattr(self.model, "input_fields") else ()
         needed = (*declared, *(self.TARGETS if self.needs_targets else ()))
@@ -43,7 +44,7 @@ class AnyBatches(PreparesBatches):
 
     @property
     def needs_targets(self) -> bool:
-        """Whether the batches of this stage must have the task's targets."""
+        """Whether batches of the current stage must contain the task's targets."""
         return bool(self.TARGETS) and not self.trainer.predicting
 
     def _inputs(self) -> tuple[str, ...]:
@@ -51,7 +52,7 @@ class AnyBatches(PreparesBatches):
 
 
 def with_index(batch: Mapping[str, Any], **predictions: Tensor) -> dict[str, Tensor]:
-    """Predictions, and before them the samples' `index` where the batch has it."""
+    """Return the predictions, preceded by the samples' `index` if the batch has one."""
     return {**({"index": batch["index"]} if "index" in batch else {}), **predictions}
 
 
@@ -64,20 +65,21 @@ def check_range(
     index: Tensor | None = None,
     ignore: int | None = None,
 ) -> None:
-    """Refuse integers outside `[0, count)`.
+    """Check that all integers are in `[0, count)`.
 
-    Looks at values on the CPU only: elsewhere it would have to wait for them.
+    Only values on the CPU are checked, because reading them elsewhere would synchronize.
 
     Args:
-        name: what a value is called.
-        values: `[B, ...]`.
-        count: how many there are.
-        of: what `count` counts, for the message.
-        index: `[B]`, the samples' numbers in their dataset; by default those in the batch.
-        ignore: a value that is allowed besides.
+        name: Name of a value, for the message.
+        values: Integers to check, `[B, ...]`.
+        count: Number of valid values.
+        of: Plural noun for what `count` counts, for the message.
+        index: Positions of the samples in their dataset, `[B]`; by default, the message gives the
+            position in the batch.
+        ignore: An additional allowed value.
 
     Raises:
-        ValueError: naming the value, its sample and the count.
+        ValueError: If a value is out of range; the message names it, its sample and the count.
     """
     if values.device.type != "cpu":
         return
@@ -89,5 +91,5 @@ def check_range(
         sample = f"batch entry {place[0]}" if index is None else f"sample {index[place[0]].item()}"
         raise ValueError(
             f"{name} {values[place].item()} of {sample} is outside the "
-            f"model's {count} {of}, 0 to {count - 1}: give the model more, or mend the data"
+            f"model's {count} {of}, 0 to {count - 1}: give the model more, or fix the data"
         )

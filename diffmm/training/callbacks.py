@@ -1,4 +1,4 @@
-"""What is worth a curve: lambda of every layer, and the speed of training."""
+"""Callbacks that log the lambda of every layer and the training throughput."""
 
 import time
 from collections.abc import Iterator
@@ -16,15 +16,15 @@ from diffmm.training.parallel import data_share
 
 
 class LambdaMonitor(Callback):
-    """Logs `lambda/layer_00`, ...: the mean of each differential layer's lambda.
+    """Logs the mean lambda of each differential layer as `lambda/layer_00`, `lambda/layer_01`, ...
 
-    Where each head and token has a lambda of its own, that is the mean over those of the batch's
-    first sample. It is measured at logging steps, by one more forward pass of that sample without
-    gradients, eager and in evaluation mode. So training itself carries no hooks (which compiled and
-    recomputed blocks could not have), draws the same random numbers with and without this
-    callback, and does not slow down.
+    Where lambda differs per head and token, the mean is taken over the heads and tokens of the
+    batch's first sample. It is measured at logging steps by an additional, uncompiled forward pass
+    of that sample in evaluation mode and without gradients. Training itself therefore needs no
+    hooks (which compiled and recomputed blocks do not support), draws the same random numbers with
+    and without this callback, and is not slowed down.
 
-    Layers of a second backbone (the decoder of a masked autoencoder) are not logged.
+    The layers of a second backbone (the decoder of a masked autoencoder) are not logged.
     """
 
     def on_train_batch_end(
@@ -48,7 +48,7 @@ class LambdaMonitor(Callback):
 
 
 def differential_layers(module: nn.Module) -> dict[int, Attention]:
-    """The differential attention layers of a module's first backbone, by layer index."""
+    """Return the differential attention layers of a module's first backbone, by layer index."""
     layers: dict[int, Attention] = {}
     for layer in module.modules():
         if isinstance(layer, Attention) and layer.is_differential:
@@ -59,7 +59,7 @@ def differential_layers(module: nn.Module) -> dict[int, Attention]:
 def mean_lambdas(
     task: LightningModule, layers: dict[int, Attention], batch: dict[str, Tensor]
 ) -> dict[int, Tensor]:
-    """The mean lambda of each layer while `task` predicts `batch`."""
+    """Return the mean lambda of each layer while `task` predicts `batch`."""
     means: dict[int, Tensor] = {}
 
     def watch(index: int) -> Any:
@@ -82,7 +82,7 @@ def mean_lambdas(
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every part then has the mode it had."""
+    """Switch a module to evaluation mode; on exit, restore the mode of every submodule."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -93,8 +93,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 class SpeedMonitor(Callback):
-    """Logs `train/samples_per_second`, and for text `train/tokens_per_second`: over all processes,
-    between two logging steps, without the time that validation took."""
+    """Logs `train/samples_per_second` and, for text, `train/tokens_per_second`: the throughput of
+    all processes between two logging steps, excluding the time spent in validation."""
 
     def __init__(self) -> None:
         self._start = 0.0

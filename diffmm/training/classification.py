@@ -1,4 +1,4 @@
-"""Classification of images and sounds, with one label a sample or several."""
+"""Classification of images and audio, with one or several labels per sample."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,26 +26,28 @@ TOP_K = 5
 
 
 class Classification(Task):
-    """Cross-entropy over classes, or for `multi_label` a binary one for each class.
+    """Classification with cross-entropy or, if `multi_label`, binary cross-entropy per class.
 
-    Logs, besides what every task logs, `val/loss` (without smoothing and mixing) and
-    `val/accuracy`, with more than five classes also `val/accuracy_top5`; for `multi_label`,
-    `val/mean_average_precision`, a mean over the classes that have a positive sample.
+    In addition to the metrics of every task, it logs `val/loss` (without label smoothing and
+    mixing), `val/accuracy` and, with more than five classes, `val/accuracy_top5`. If `multi_label`,
+    it logs `val/mean_average_precision` instead of the accuracies: the mean over all classes that
+    have a positive sample.
 
     Args:
-        model: an image or audio model with `num_classes`, of this library or of timm.
-        optimizer, schedule, finetune, compile, activation_checkpointing: as in `Task`.
-        multi_label: labels are `[B, num_classes]` zeros and ones in place of `[B]` classes.
-        label_smoothing: share of a target that is spread evenly over all classes (Szegedy et al.
-            2016), or for `multi_label` over present and absent; in [0, 1).
-        mixing: mixup and cutmix of training batches; none by default.
-        augment: for the spectrograms of an audio model in training, such as
+        model: Image or audio model with `num_classes`, of this library or of timm.
+        optimizer, schedule, finetune, compile, activation_checkpointing: See `Task`.
+        multi_label: Whether labels are `[B, num_classes]` zeros and ones instead of `[B]` class
+            indices.
+        label_smoothing: Fraction of a target that is spread evenly over all classes (Szegedy et al.
+            2016) or, if `multi_label`, over present and absent; in [0, 1).
+        mixing: Mixup and CutMix of training batches; none by default.
+        augment: Augmentation of an audio model's spectrograms during training, such as
             `torchaudio.transforms.SpecAugment`; none by default.
-        seed: of the mixing.
+        seed: Seed of the mixing.
 
     Raises:
-        ValueError: for a model without classes, or a spectrogram augmentation for a model that has
-            no place for it.
+        ValueError: If the model has no classes, `label_smoothing` is out of range, or `augment` is
+            given for a model that does not support it.
     """
 
     measures_classes = False
@@ -75,7 +77,7 @@ class Classification(Task):
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         if augment is not None and not hasattr(model, "augment"):
-            raise ValueError(f"augment is for audio models, and got {type(model).__name__}")
+            raise ValueError(f"augment requires an audio model, got {type(model).__name__}")
         self.multi_label = multi_label
         super().__init__(
             model,
@@ -92,7 +94,7 @@ class Classification(Task):
         self.seed = seed
 
     def loss(self, logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """The loss of each sample, `[B]`, for labels or for `[B, num_classes]` soft targets."""
+        """Return the loss of each sample, `[B]`, for labels or `[B, num_classes]` soft targets."""
         logits = logits.float()
         if not self.multi_label:
             return cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction="none")
@@ -116,21 +118,21 @@ class Classification(Task):
     def make_job(self, data: Any) -> Job:
         job = super().make_job(data)
         if job.class_names is not None:
-            # Output `i` is the data's class `i`; what is beyond those is trained for none.
+            # Output `i` is the data's class `i`. Outputs beyond the data's classes have no name.
             numbers = map(str, range(len(job.class_names), self.num_classes))
             names = (*job.class_names, *numbers)[: self.num_classes]
             job = replace(job, class_names=names)
         return replace(job, multi_label=self.multi_label)
 
     def measure_classes(self) -> None:
-        """Measure each class by itself, too, in evaluations from now on: their `details` then have
-        `confusion_matrix`, `[true, predicted]` counts, or for `multi_label` `average_precision`
-        (see `diffmm.training.metrics.AveragePrecision`)."""
+        """Also compute per-class metrics in all following evaluations. Their `details` then contain
+        `confusion_matrix`, with `[true, predicted]` counts, or `average_precision` if
+        `multi_label` (see `diffmm.training.metrics.AveragePrecision`)."""
         self.measures_classes = True
         self.metrics = self._new_metrics()
 
     def make_metrics(self) -> dict[str, Metric]:
-        # Labels have been checked already, and on a GPU torchmetrics' own check would wait.
+        # Labels are already checked, and torchmetrics' own check would synchronize the GPU.
         metrics: dict[str, Metric] = {"loss": RatioOfSums()}
         if self.multi_label:
             metrics["mean_average_precision"] = MeanAveragePrecision(self.num_classes)
@@ -157,14 +159,14 @@ class Classification(Task):
             metrics[name].update(logits, labels.long())
 
     def predict_step(self, batch: ImageBatch | AudioBatch, batch_idx: int = 0) -> dict[str, Tensor]:
-        """Probabilities `[B, num_classes]`, which add up to 1 unless `multi_label`."""
+        """Return probabilities, `[B, num_classes]`, which sum to 1 unless `multi_label`."""
         logits = self.model(*inputs_of(self.model, batch)).float()
         probabilities = logits.sigmoid() if self.multi_label else logits.softmax(dim=1)
         return with_index(batch, probabilities=probabilities)
 
     def check_batch(self, batch: ImageBatch | AudioBatch) -> None:
         if "labels" not in batch:
-            return  # of a prediction
+            return  # batches to predict need no labels
         labels = batch["labels"]
         fields: Mapping[str, Any] = batch
         size = size_of([fields[name] for name in input_fields(self.model, batch)[:1]])
@@ -177,20 +179,20 @@ class Classification(Task):
         if self.multi_label:
             return
         if labels.dtype != torch.int64:
-            raise ValueError(f"labels must be int64 classes, got {labels.dtype}")
+            raise ValueError(f"labels must be int64 class indices, got {labels.dtype}")
         check_range("label", labels, self.num_classes, of="classes", index=batch.get("index"))
 
     def _mixed(
         self, batch: ImageBatch | AudioBatch, batch_idx: int
     ) -> tuple[ImageBatch | AudioBatch, Tensor]:
-        """A batch of mixtures, and their soft targets."""
+        """Return the mixed batch and its soft targets."""
         assert self.mixing is not None
         name = input_fields(self.model, batch)[0]
         key = (self.seed, self.current_epoch, batch_idx, data_share(self.trainer)[0])
         mixed: dict[str, Any] = dict(batch)
         mixed[name], weights = mix(mixed[name], self.mixing, key=key)
         if "num_samples" in batch:
-            # A mixture is as long as the longer of its two.
+            # A mixture is as long as the longer of its two waveforms.
             mixed["num_samples"] = torch.maximum(batch["num_samples"], batch["num_samples"].flip(0))
         labels = batch["labels"]
         targets = labels if self.multi_label else one_hot(labels, self.num_classes)

@@ -1,8 +1,8 @@
-"""Which samples of an evaluation count, where several processes share them.
+"""Excludes repeated samples from the metrics of a distributed evaluation.
 
-The datamodules of this library mark batches that are there for the other processes' sake alone.
-Lightning's own sampler (and torch's) begins the samples again to make all shares equal: these are
-told by their place.
+The datamodules of this library mark batches that only keep the processes in step. The distributed
+sampler of Lightning (and of torch) repeats samples from the beginning to make all shares equal;
+these are recognized by their position.
 """
 
 from typing import Any
@@ -13,12 +13,12 @@ from diffmm.batch import REPEATED, samples_of, size_of
 
 
 def counted(batch: dict[str, Any], batch_idx: int, loaders: Any) -> dict[str, Any] | None:
-    """The samples of a batch that count, or nothing if none does.
+    """Return the samples of a batch that count towards the metrics, or `None` if there are none.
 
     Args:
-        batch: of tensors whose first axis are samples.
-        batch_idx: the batch's number in this process.
-        loaders: the trainer's, of this evaluation.
+        batch: Tensors whose first dimension is the batch dimension.
+        batch_idx: Index of the batch in this process.
+        loaders: The trainer's data loaders of this evaluation.
     """
     if REPEATED in batch:
         return None

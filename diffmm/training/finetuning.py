@@ -1,4 +1,4 @@
-"""Starting from weights, and training only a part of the model."""
+"""Fine-tuning: starting from pretrained weights, and freezing a part of the model."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,18 +10,18 @@ from diffmm.checks import Settings
 
 @dataclass(frozen=True)
 class FineTuneConfig(Settings):
-    """How a run starts from weights, and what it then leaves as it is.
+    """Pretrained weights to start from, and the part of the model to freeze.
 
     Attributes:
-        weights: a checkpoint or a file of weights (`diffmm.models.weights.load_weights`), read
-            when fitting starts, but not when a run is resumed; none by default.
-        new_head: leave the model's own, newly drawn head in place of the file's.
-        freeze: how many of the first blocks keep their weights, and with any of them whatever
-            stands before the blocks; `"all_but_head"` is a linear probe. Frozen modules stay in
-            evaluation mode, without dropout and stochastic depth.
+        weights: Checkpoint or weights file to start from (`diffmm.models.weights.load_weights`). It
+            is read when fitting starts, but not when a run is resumed. None by default.
+        new_head: Whether to keep the model's newly initialized head instead of the file's.
+        freeze: Number of first blocks to freeze, together with all layers before them; 0 freezes
+            nothing, and "all_but_head" trains a linear probe. Frozen modules stay in evaluation
+            mode, without dropout and stochastic depth.
 
     Raises:
-        ValueError: naming the field and the value.
+        ValueError: If a field is invalid; the message names the field and the value.
     """
 
     weights: str | None = None
@@ -39,25 +39,25 @@ class FineTuneConfig(Settings):
 
 
 def freeze(model: nn.Module, config: FineTuneConfig) -> list[nn.Module]:
-    """Take the gradients from what `config` freezes.
+    """Disable the gradients of the parameters that `config` freezes.
 
     Args:
-        model: a text, image or audio model, with `model.backbone` and `model.head`.
-        config: says what to freeze.
+        model: Text, image or audio model with `model.backbone` and `model.head`.
+        config: Fine-tuning settings.
 
     Returns:
-        The frozen modules, which are to be kept in evaluation mode.
+        The frozen modules, which must be kept in evaluation mode.
 
     Raises:
-        ValueError: if the model has no backbone or head, fewer blocks, or ties its head to what
-            would be frozen.
+        ValueError: If the model has no backbone or head, has fewer blocks, or ties its head to a
+            frozen embedding.
     """
     if config.freeze == 0:
         return []
     backbone, head = getattr(model, "backbone", None), getattr(model, "head", None)
     if not isinstance(backbone, nn.Module) or not isinstance(head, nn.Module):
         raise ValueError(
-            f"freeze={config.freeze!r} needs a model with a backbone and a head, and "
+            f"freeze={config.freeze!r} needs a model with a backbone and a head, but "
             f"{type(model).__name__} lacks one of them"
         )
     blocks: list[nn.Module] = list(backbone.blocks)  # type: ignore[arg-type]

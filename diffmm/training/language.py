@@ -1,4 +1,4 @@
-"""Language modelling: the next token, or the masked ones."""
+"""Causal and masked language modeling."""
 
 import math
 from collections.abc import Sequence
@@ -24,20 +24,21 @@ from diffmm.training.task import Task
 
 
 class LanguageTask(Task):
-    """Cross-entropy of the batch's targets, a mean over all of them in an optimizer step.
+    """Cross-entropy averaged over all targets of an optimizer step.
 
-    Logs, besides what every task logs, `val/loss` (nats a target), `val/perplexity` (its exponent)
-    and `val/bits_per_byte` (bits that all targets take over the bytes they stand for, which
-    compares models with different tokenizers; only where the batches know their `num_bytes`).
+    In addition to the metrics of every task, it logs `val/loss` (nats per target),
+    `val/perplexity` (`exp(val/loss)`) and `val/bits_per_byte` (the total loss in bits divided by
+    the number of bytes that the targets encode). Bits per byte are comparable between tokenizers,
+    and are logged only if the batches contain `num_bytes`.
 
     Args:
-        model: a text model.
-        optimizer, schedule, finetune, compile, activation_checkpointing: as in `Task`.
-        tokenizer: name of the tokenizer that made the tokens; checkpoints carry it, so that
-            generation finds it.
+        model: Text model to train.
+        optimizer, schedule, finetune, compile, activation_checkpointing: See `Task`.
+        tokenizer: Name of the tokenizer that produced the tokens. Checkpoints store it for text
+            generation.
 
     Raises:
-        ValueError: if the model is a decoder where the task needs an encoder, or the other way.
+        ValueError: If `model.config.causal` is not what the task needs.
     """
 
     CAUSAL: ClassVar[bool]
@@ -75,7 +76,7 @@ class LanguageTask(Task):
         return job if job.reader else replace(job, reader=text_reader(self.tokenizer))
 
     def losses(self, batch: TextBatch) -> Tensor:
-        """The loss of each position, `[B, N]` in float32, 0 where there is no target."""
+        """Return the loss of each position, `[B, N]` in float32; 0 where there is no target."""
         mask = AttentionMask(
             causal=self.CAUSAL,
             document_ids=batch.get("document_ids"),
@@ -110,8 +111,8 @@ class LanguageTask(Task):
             metrics["bits_per_byte"].update(total / math.log(2.0), batch["num_bytes"].sum())
 
     def predict_step(self, batch: TextBatch, batch_idx: int = 0) -> dict[str, Tensor]:
-        """The negative log-likelihood of each sample's targets, `[B]` nats, and their bytes where
-        these are known."""
+        """Return the negative log-likelihood of each sample's targets, `[B]` in nats, and the
+        number of bytes that they encode, if known."""
         known = {"num_bytes": batch["num_bytes"]} if "num_bytes" in batch else {}
         return with_index(batch, nats=self.losses(batch).sum(dim=1), **known)
 
@@ -136,9 +137,10 @@ class LanguageTask(Task):
 
 
 class CausalLM(LanguageTask):
-    """Predict each next token, with a causal text model.
+    """Next-token prediction with a causal text model.
 
-    Of tokens alone, `[B, N + 1]`, all but the last are read and all but the first predicted.
+    A batch may also be tokens alone, `[B, N + 1]`: the first `N` are the inputs and the last `N`
+    the targets.
     """
 
     CAUSAL = True
@@ -158,7 +160,7 @@ class CausalLM(LanguageTask):
 
 
 class MaskedLM(LanguageTask):
-    """Predict masked tokens from all others (Devlin et al. 2019), with a bidirectional one. The
-    masks are drawn by the dataset."""
+    """Masked-token prediction with a bidirectional text model (Devlin et al. 2019). The dataset
+    draws the masks."""
 
     CAUSAL = False

@@ -1,7 +1,7 @@
-"""What the library needs of Lightning that has no public name, in one place.
+"""All uses of private Lightning attributes, in one place.
 
-Each function says what Lightning keeps there; `tests/training/test_lightning_internals.py` has one
-test for each, which fails when Lightning moves it.
+`tests/training/test_lightning_internals.py` has one test per function, which fails when Lightning
+changes the attribute.
 """
 
 from collections.abc import Callable
@@ -13,22 +13,22 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 
 class SignalHandling(Protocol):
-    """What a trainer asks of what handles its signals."""
+    """Interface of a trainer's signal handling."""
 
     @property
     def received_sigterm(self) -> bool:
-        """Whether to end; asked after every batch."""
+        """Whether to stop; queried after every batch."""
 
     def register_signal_handlers(self) -> None:
-        """Called when a run is set up."""
+        """Called during setup."""
 
     def teardown(self) -> None:
-        """Called last, after an exception too."""
+        """Called last, also after an exception."""
 
 
 def is_logging_step(trainer: Trainer) -> bool:
-    """Whether the trainer writes to its loggers after this batch; its own learning rate monitor
-    asks in the same way."""
+    """Whether the trainer writes to its loggers after this batch; Lightning's learning-rate monitor
+    uses the same check."""
     return trainer._logger_connector.should_update_logs
 
 
@@ -38,8 +38,8 @@ def training_has_data(trainer: Trainer) -> bool:
 
 
 def validation_follows(trainer: Trainer) -> bool:
-    """Whether the trainer validates after the batch it is at, by its schedule; not where it counts
-    seconds, or has no data yet."""
+    """Whether validation is scheduled after the current batch. False for time-based validation
+    intervals and before the first batch is fetched."""
     loop = trainer.fit_loop
     if trainer._val_check_time_interval is not None or loop._data_fetcher is None:  # type: ignore[attr-defined]
         return False
@@ -47,17 +47,17 @@ def validation_follows(trainer: Trainer) -> bool:
 
 
 def accumulates(trainer: Trainer) -> bool:
-    """Whether the batch only adds to the gradients, so that no optimizer step follows."""
+    """Whether the current batch only accumulates gradients, without an optimizer step."""
     return trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def is_last_batch(trainer: Trainer) -> bool:
-    """Whether the batch is the last of its epoch."""
+    """Whether the current batch is the last of its epoch."""
     return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
 def forget_fetched_batches(trainer: Trainer) -> None:
-    """End the epoch: what has been fetched ahead is not trained on."""
+    """End the epoch, discarding prefetched batches."""
     fetcher: Any = trainer.fit_loop._data_fetcher
     if fetcher is not None:
         fetcher.done = True
@@ -65,18 +65,19 @@ def forget_fetched_batches(trainer: Trainer) -> None:
 
 
 def checkpoint_of(trainer: Trainer) -> dict[str, Any]:
-    """What the trainer would save, callbacks' and datamodule's state included."""
+    """Return the checkpoint that the trainer would save, including the state of the callbacks and
+    the datamodule."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
 
 
 def replace_signal_handling(trainer: Trainer, handling: SignalHandling) -> Callable[[], None]:
-    """Let `handling` stand in for what the trainer does about signals.
+    """Replace the trainer's signal handling by `handling`.
 
-    Lightning's own hangs where one of several processes gets SIGTERM, and asks all processes at
-    every batch, for which a GPU has to wait.
+    Lightning's own handling hangs when only one of several processes receives SIGTERM, and it
+    communicates between processes at every batch, which synchronizes the GPU.
 
     Returns:
-        A function that puts the trainer's own back.
+        A function that restores the trainer's own signal handling.
     """
     before = trainer._signal_connector
     trainer._signal_connector = handling  # type: ignore[assignment]
@@ -90,22 +91,22 @@ def replace_signal_handling(trainer: Trainer, handling: SignalHandling) -> Calla
 
 
 def leave_signals_alone(trainer: Trainer) -> None:
-    """Have the trainer register no signal handlers."""
+    """Keep the trainer from registering signal handlers."""
     connector: Any = trainer._signal_connector
     connector.register_signal_handlers = lambda: None
 
 
 class PreparesBatches(LightningModule):
-    """A module that has the last word on its batches: of the public hooks
-    (`on_before_batch_transfer`, `on_after_batch_transfer`) Lightning calls a datamodule's in place
-    of the module's, and warns where the module has them, too."""
+    """A module that prepares its batches after the datamodule's hooks have run. The public hooks
+    (`on_before_batch_transfer`, `on_after_batch_transfer`) do not suffice: Lightning calls those of
+    the datamodule instead of the module's, and warns if both define them."""
 
     def prepared(self, batch: Any) -> Any:
-        """What the steps and the callbacks get; called a second time, it changes nothing."""
+        """Return the batch that steps and callbacks receive. The function is idempotent."""
         raise NotImplementedError
 
     def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
-        # The batch is still on the CPU: looking at its values makes no GPU wait.
+        # The batch is still on the CPU, so that checking its values does not synchronize the GPU.
         batch = super()._on_before_batch_transfer(batch, dataloader_idx)
         return batch if datamodule_has_hooks(self.trainer) else self.prepared(batch)
 
@@ -117,8 +118,8 @@ class PreparesBatches(LightningModule):
 
 
 def datamodule_has_hooks(trainer: Trainer) -> bool:
-    """Whether the trainer's datamodule changes batches itself: it has hooks for that, and does not
-    say `keeps_batches`."""
+    """Whether the trainer's datamodule overrides a batch transfer hook and does not set
+    `keeps_batches`."""
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     if datamodule is None or getattr(datamodule, "keeps_batches", False):
         return False

@@ -1,4 +1,4 @@
-"""Masked autoencoding of images and sounds."""
+"""Masked autoencoding of images and audio."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,23 +21,22 @@ from diffmm.training.schedule import ScheduleConfig
 from diffmm.training.task import Task
 
 NOISE = "mask_noise"
-"""Where a batch carries the noise that decides which patches are hidden, `[B, N]` in [0, 1)."""
+"""Batch field with the noise that determines which patches are masked, `[B, N]` in [0, 1)."""
 
 
 class MaskedAutoencoding(Task):
-    """Squared error over hidden patches (He et al. 2022), a mean over all of them in an optimizer
-    step.
+    """Squared error averaged over all masked patches of an optimizer step (He et al. 2022).
 
-    Which patches of a sample are hidden is drawn from the seed, the epoch and the sample's index,
-    so that it depends on neither batches nor processes and a resumed run hides the same; in
-    evaluation the same ones every time. Without an index, a batch's masks come from torch's
-    generator, and in evaluation from the seed and the sample's place in its batch. Logs, besides
-    what every task logs, `val/loss`.
+    The mask of a sample is drawn from the seed, the epoch and the sample's index. It therefore
+    does not depend on batches or processes, and a resumed run draws the same masks; in evaluation
+    the masks are the same every time. For batches without an index, training masks come from
+    torch's generator, and evaluation masks from the seed and the sample's position in its batch. In
+    addition to the metrics of every task, it logs `val/loss`.
 
     Args:
-        model: a masked autoencoder.
-        optimizer, schedule, finetune, compile, activation_checkpointing: as in `Task`.
-        seed: of the masks.
+        model: Masked autoencoder to train.
+        optimizer, schedule, finetune, compile, activation_checkpointing: See `Task`.
+        seed: Seed of the masks.
     """
 
     model: MaskedAutoencoder
@@ -64,11 +63,11 @@ class MaskedAutoencoding(Task):
         self.seed = seed
 
     def make_job(self, data: Any) -> Job:
-        # The data have classes, and the model none.
+        # The data may have classes, but the model predicts none.
         return replace(super().make_job(data), class_names=None)
 
     def layouts(self) -> list[Sequence[str]]:
-        # Labelled samples serve as well.
+        # Labeled samples are accepted, too.
         return [*super().layouts(), (*self._inputs(), "labels")]
 
     def prepared(self, batch: Any) -> Any:
@@ -88,7 +87,7 @@ class MaskedAutoencoding(Task):
         return {**batch, NOISE: noise.to(inputs[0].device)}
 
     def predicted(self, batch: ImageBatch | AudioBatch) -> MaskedPrediction:
-        """What the model makes of a batch."""
+        """Return the model's prediction for a batch."""
         return self.model(*inputs_of(self.model, batch), noise=batch.get(NOISE))
 
     def loss_sum(self, batch: ImageBatch | AudioBatch, batch_idx: int) -> LossSum:
@@ -104,19 +103,19 @@ class MaskedAutoencoding(Task):
         metrics["loss"].update(loss * mask.sum(), mask.sum())
 
     def predict_step(self, batch: ImageBatch | AudioBatch, batch_idx: int = 0) -> dict[str, Tensor]:
-        """The prediction of every patch, `[B, N, P]`, and which were hidden, `[B, N]`."""
+        """Return the prediction of every patch, `[B, N, P]`, and the mask, `[B, N]`."""
         _, prediction, mask = self.predicted(batch)
         return with_index(batch, prediction=prediction, mask=mask)
 
 
 def mask_noise(index: Tensor, num_patches: int, *, seed: int, epoch: int | None) -> Tensor:
-    """Noise for the patches of each sample, a function of `(seed, epoch, index)` alone.
+    """Draw noise for the patches of each sample, as a function of `(seed, epoch, index)` alone.
 
     Args:
-        index: `[B]`, the samples' numbers in their dataset.
-        num_patches: `N`.
-        seed: of the run.
-        epoch: from 0, or None for the one draw of evaluation.
+        index: Positions of the samples in their dataset, `[B]`.
+        num_patches: Number of patches per sample, `N`.
+        seed: Seed of the run.
+        epoch: Epoch, counted from 0; `None` for the fixed draw of evaluation.
 
     Returns:
         `[B, N]` float32 in [0, 1), on the CPU.

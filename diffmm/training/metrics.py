@@ -1,4 +1,4 @@
-"""The metrics that torchmetrics lacks."""
+"""Metrics that torchmetrics does not have."""
 
 import torch
 from torch import Tensor
@@ -8,19 +8,20 @@ from torchmetrics.utilities import dim_zero_cat
 
 
 class ExactMetric(Metric):
-    """A metric whose states stay float32 and int64, whatever its task is cast to."""
+    """A metric whose states stay float32 and int64 when its task is cast to another dtype."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the state of a process without any sample, when processes put theirs together."""
+        """Dtype of the state of a process without samples when states are gathered."""
         return torch.float32
 
 
 class RatioOfSums(ExactMetric):
     """`sum(numerators) / sum(denominators)` over all batches and processes.
 
-    A mean that is exact however samples fall into batches: nats a token, bits a byte. The sums of
-    the batches are kept and added in float64 on the CPU, since not every device has float64.
+    The result does not depend on how samples are divided into batches; used for nats per token and
+    bits per byte. The sums of the batches are kept and added in float64 on the CPU, since not every
+    device supports float64.
     """
 
     full_state_update = False
@@ -33,12 +34,12 @@ class RatioOfSums(ExactMetric):
         self.add_state("denominator", default=torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, numerator: Tensor, denominator: Tensor | int) -> None:
-        """Add the sums of a batch, a scalar and a count."""
+        """Add the numerator of a batch, a scalar, and its denominator, a count."""
         self.numerators.append(numerator.detach().reshape(1))
         self.denominator += denominator
 
     def compute(self) -> Tensor:
-        """The ratio; infinite or NaN where nothing was counted."""
+        """Return the ratio; infinite or NaN if the denominator is 0."""
         if not len(self.numerators):
             return torch.tensor(torch.nan, device=self.device)
         total = dim_zero_cat(self.numerators).cpu().double().sum()
@@ -46,25 +47,25 @@ class RatioOfSums(ExactMetric):
 
 
 class Perplexity(RatioOfSums):
-    """`exp` of nats a target. (torchmetrics' own would take all logits a second time.)"""
+    """`exp` of the nats per target. (torchmetrics' perplexity needs the logits again.)"""
 
     def compute(self) -> Tensor:
         return torch.exp(super().compute())
 
 
 class MeanAveragePrecision(ExactMetric):
-    """The mean over classes of the average precision, `sum_n (R_n - R_(n-1)) P_n`, where precision
-    `P_n` and recall `R_n` are those of the samples that score at least the `n`-th highest score.
+    """Mean over classes of the average precision, `sum_n (R_n - R_(n-1)) P_n`, where `P_n` and
+    `R_n` are the precision and recall of the samples that score at least the `n`-th highest score.
 
-    Scores may be logits of any size: only their order counts, and they are kept as they come, so
-    that neither batches nor a saturated sigmoid change the result. Samples with the same score
-    come in together. Classes without a positive sample have no recall and are left out of the mean;
-    it is NaN if no class has one, or if a score is NaN.
+    Scores may be logits of any magnitude: only their order matters, and they are stored unchanged,
+    so that neither the division into batches nor a saturated sigmoid affects the result. Samples
+    with equal scores share one threshold. Classes without a positive sample have no recall and are
+    excluded from the mean. The mean is NaN if no class has a positive sample or a score is NaN.
 
-    It keeps 8 bytes per sample and class: 84 MB for AudioSet's 20,000 clips of 527 classes.
+    It stores 8 bytes per sample and class: 84 MB for AudioSet's 20,000 clips and 527 classes.
 
     Args:
-        num_classes: at least 1.
+        num_classes: Number of classes, at least 1.
     """
 
     full_state_update = False
@@ -74,23 +75,24 @@ class MeanAveragePrecision(ExactMetric):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        # Flat, as torchmetrics takes the states of a process without any sample to be.
+        # One-dimensional, as torchmetrics assumes for the states of a process without samples.
         self.add_state("scores", default=[], dist_reduce_fx="cat")
         self.add_state("targets", default=[], dist_reduce_fx="cat")
 
     def update(self, scores: Tensor, targets: Tensor) -> None:
-        """Add a batch: `[B, num_classes]` scores, and as many zeros and ones."""
+        """Add a batch: scores and binary targets, both `[B, num_classes]`."""
         self.scores.append(scores.detach().float().flatten())
         self.targets.append(targets.float().flatten())
 
     def compute(self) -> Tensor:
-        """The mean, in [0, 1] or NaN."""
+        """Return the mean, in [0, 1] or NaN."""
         values, num_positive = self.of_classes()
         return values[num_positive > 0].mean().float().to(self.device)
 
     def of_classes(self) -> tuple[Tensor, Tensor]:
-        """The average precision of each class, `[num_classes]` float64 on the CPU, NaN where it has
-        no positive sample (and everywhere if a score is NaN), and how many it has."""
+        """Return the average precision of each class and its number of positive samples, both
+        `[num_classes]` on the CPU. The average precision is float64, and NaN for a class without
+        positive samples and for all classes if a score is NaN."""
         num_positive = torch.zeros(self.num_classes, dtype=torch.long)
         values = torch.full((self.num_classes,), torch.nan, dtype=torch.float64)
         if not len(self.scores):
@@ -113,17 +115,17 @@ class MeanAveragePrecision(ExactMetric):
 
 
 class AveragePrecision(MeanAveragePrecision):
-    """The average precision of each class by itself."""
+    """Average precision per class."""
 
     def compute(self) -> Tensor:
-        """`[2, num_classes]`: the average precision, in [0, 1] or NaN, and how many positive
-        samples there are."""
+        """Return `[2, num_classes]`: the average precision, in [0, 1] or NaN, and the number of
+        positive samples."""
         return torch.stack([values.double() for values in self.of_classes()])
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """Numbers in [0, 1) that are ordered within each column as the scores `[N, K]` are: what
-    torchmetrics takes for probabilities, however large the scores."""
+    """Map scores, `[N, K]`, to numbers in [0, 1) with the same order within each column, so that
+    torchmetrics treats them as probabilities."""
     ordered, places = scores.sort(dim=0)
     is_higher = torch.zeros_like(ordered, dtype=torch.bool)
     is_higher[1:] = ordered[1:] > ordered[:-1]

@@ -1,4 +1,4 @@
-"""Mixup and cutmix by timm, for images and sounds, with one label a sample or several."""
+"""Mixup and CutMix (by timm) for images and audio, with one or several labels per sample."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,17 +15,19 @@ from diffmm.checks import Settings, check_choice
 
 @dataclass(frozen=True)
 class MixingConfig(Settings):
-    """How samples of a batch are mixed, each with its mirror in the batch.
+    """Mixup and CutMix settings. Sample `i` is mixed with sample `B - 1 - i` of the batch.
 
     Attributes:
-        mixup_alpha: of the Beta distribution of mixup's weight (Zhang et al. 2018); 0 for no mixup.
-        cutmix_alpha: likewise of cutmix's area (Yun et al. 2019); images only.
-        probability: that a batch (or, with other modes, a sample) is mixed at all.
-        switch_probability: that it is cutmix, where both are on.
-        mode: one weight a `"batch"`, a `"pair"` of samples, or a sample (`"elem"`).
+        mixup_alpha: Parameter of the Beta distribution of Mixup's weight (Zhang et al. 2018); 0
+            disables Mixup.
+        cutmix_alpha: Parameter of the Beta distribution of CutMix's area (Yun et al. 2019), for
+            images only; 0 disables CutMix.
+        probability: Probability of mixing a batch (or, in the other modes, a sample), in [0, 1].
+        switch_probability: Probability of CutMix instead of Mixup if both are enabled, in [0, 1].
+        mode: Whether to draw one weight per "batch", per "pair" of samples or per sample ("elem").
 
     Raises:
-        ValueError: naming the field and the value.
+        ValueError: If a field is invalid; the message names the field and the value.
     """
 
     mixup_alpha: float = 0.0
@@ -53,16 +55,16 @@ def mix(inputs: Tensor, config: MixingConfig, *, key: tuple[int, ...]) -> tuple[
     """Mix the samples of a batch.
 
     Args:
-        inputs: `[B, C, H, W]` images or `[B, S]` waveforms; not changed.
-        config: says how.
-        key: non-negative integers that decide the draw, so that a resumed run draws the same.
+        inputs: Images, `[B, C, H, W]`, or waveforms, `[B, S]`; not modified.
+        config: Mixing settings.
+        key: Non-negative integers that seed the draw, so that a resumed run draws the same.
 
     Returns:
-        The mixed inputs, and `[B, B]` weights: row `i` says how much of each sample is in mixture
-        `i`, so that `weights @ targets` are the targets of the mixtures.
+        The mixed inputs, and `[B, B]` weights: row `i` holds the fraction of each sample in
+        mixture `i`, so that `weights @ targets` are the targets of the mixtures.
 
     Raises:
-        ValueError: for an odd batch, and for cutmix of anything but images.
+        ValueError: If the batch size is odd, or CutMix is used for anything but images.
     """
     size = inputs.shape[0]
     if size % 2:
@@ -85,7 +87,7 @@ def mix(inputs: Tensor, config: MixingConfig, *, key: tuple[int, ...]) -> tuple[
 
 @contextmanager
 def numpy_seeded(key: tuple[int, ...]) -> Iterator[None]:
-    """NumPy's global generator, from which timm draws, seeded for a while."""
+    """Seed NumPy's global generator, which timm uses, and restore its state on exit."""
     state = np.random.get_state()
     np.random.seed(np.random.SeedSequence(key).generate_state(8))
     try:

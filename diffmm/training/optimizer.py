@@ -1,4 +1,4 @@
-"""AdamW over parameter groups: what decays, what has its own learning rate."""
+"""AdamW with parameter groups for weight decay and learning rates."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from diffmm.checks import Settings
 from diffmm.models.parameters import LAMBDA, decaying, layer_of
 
 LARGEST_RATE = 1000.0
-"""AdamW moves a weight by about its learning rate in every step: more is a slip of the pen."""
+"""Upper limit of learning rates and weight decay. AdamW changes a weight by about its learning rate
+per step, so that a larger value is certainly a mistake."""
 
 
 @dataclass(frozen=True)
@@ -19,23 +20,24 @@ class OptimizerConfig(Settings):
     """AdamW (Loshchilov and Hutter 2019) and its parameter groups.
 
     Attributes:
-        learning_rate: the peak, which the schedule scales.
-        weight_decay: of the weights of linear and convolution layers, and of nothing else: not of
-            norms, biases, embeddings (tied to the head or not), positions, class, register and
-            mask tokens, logit scales, layer scales, lambda vectors or v2's `lambda_proj`.
-        betas: decay rates of the two moment estimates, each in [0, 1).
-        eps: added to the square root of the second moment. Weights in float16 (`16-true`) need one
-            of at least 2.5e-4: the second moment of a smaller gradient is 0 there.
-        lambda_learning_rate: peak for the parameters of lambda (`lambda_*`); `learning_rate` by
-            default.
-        layer_decay: factor on the learning rate from each layer to the one below, in (0, 1] (Clark
-            et al. 2020; Bao et al. 2022). Of `depth` blocks, block `i` learns at
-            `layer_decay ** (depth - i)` times the peak, whatever stands before the blocks (so an
-            embedding that is tied to the head, too) at `layer_decay ** (depth + 1)`, and final norm
-            and head at the peak itself.
+        learning_rate: Peak learning rate, which the schedule scales.
+        weight_decay: Weight decay of the weights of linear and convolution layers. It is not
+            applied to norms, biases, embeddings (tied to the head or not), positions, class,
+            register and mask tokens, logit scales, layer scales, lambda vectors or v2's
+            `lambda_proj`.
+        betas: Decay rates of the two moment estimates, each in [0, 1).
+        eps: Constant added to the square root of the second moment. Weights in float16 (`16-true`)
+            need at least 2.5e-4, because the second moment of a smaller gradient underflows to 0.
+        lambda_learning_rate: Peak learning rate of the parameters of lambda (`lambda_*`);
+            `learning_rate` by default.
+        layer_decay: Factor on the learning rate from each layer to the one below, in (0, 1] (Clark
+            et al. 2020; Bao et al. 2022). With `depth` blocks, block `i` has
+            `layer_decay ** (depth - i)` times the peak learning rate, all layers before the blocks
+            (including an embedding that is tied to the head) `layer_decay ** (depth + 1)` times,
+            and the final norm and the head the peak itself. None by default.
 
     Raises:
-        ValueError: naming the field and the value.
+        ValueError: If a field is invalid; the message names the field and the value.
     """
 
     learning_rate: float
@@ -68,16 +70,16 @@ class OptimizerConfig(Settings):
 def make_optimizer(
     model: nn.Module, config: OptimizerConfig, *, allow_fused: bool = True
 ) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups(model, config)`.
+    """Return AdamW over `parameter_groups(model, config)`.
 
     Args:
-        model: whose trainable parameters it takes.
-        config: its settings.
-        allow_fused: whether it may be the fused kernel where all parameters are on a CUDA device.
-            A gradient scaler (float16) cannot clip gradients under the fused kernel.
+        model: Model whose trainable parameters are optimized.
+        config: Optimizer settings.
+        allow_fused: Whether to use the fused kernel if all parameters are on a CUDA device. A
+            gradient scaler (float16) cannot clip gradients with the fused kernel.
 
     Raises:
-        ValueError: as `parameter_groups` does, and for an `eps` too small for the weights' type.
+        ValueError: If `parameter_groups` raises it, or `eps` is too small for the weights' dtype.
     """
     groups = parameter_groups(model, config)
     for group in groups:
@@ -95,13 +97,14 @@ def make_optimizer(
 
 
 def check_eps(eps: float, dtype: torch.dtype) -> None:
-    """Refuse an `eps` with which AdamW would divide by next to nothing.
+    """Check that `eps` is large enough for weights of this dtype.
 
-    A second moment is a square, so that gradients below the root of the type's smallest number have
-    none. Their step is then the gradient over `eps`, which must not be larger than that of others.
+    The second moment of a gradient below the square root of the dtype's smallest number underflows
+    to 0. Its step is then the gradient divided by `eps`, which must not exceed that of larger
+    gradients.
 
     Raises:
-        ValueError: naming the least `eps`.
+        ValueError: If `eps` is too small; the message names the smallest valid value.
     """
     least = math.sqrt(torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
     if eps < least:
@@ -113,14 +116,15 @@ def check_eps(eps: float, dtype: torch.dtype) -> None:
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The trainable parameters of `model`, grouped by weight decay and learning rate.
+    """Group the trainable parameters of `model` by weight decay and learning rate.
 
     Returns:
-        One dict a group for a torch optimizer: `params`, `lr`, `weight_decay`, and a `name` for the
-        reader (`"decay"`, `"no_decay"` or `"lambda"`, with `"/layer_03"` under `layer_decay`).
+        One dict per group for a torch optimizer, with `params`, `lr`, `weight_decay` and a `name`:
+        `"decay"`, `"no_decay"` or `"lambda"`, with a suffix such as `"/layer_03"` if `layer_decay`
+        is set.
 
     Raises:
-        ValueError: if nothing is trainable, or if `layer_decay` is asked of a model without blocks
+        ValueError: If no parameter is trainable, or `layer_decay` is set for a model without blocks
             in `model.backbone`.
     """
     decay = set(decaying(model))
@@ -142,7 +146,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         group = {"params": [], "lr": rate, "weight_decay": weight_decay, "name": kind}
         groups.setdefault(kind, group)["params"].append(parameter)
     if not groups:
-        raise ValueError(f"{type(model).__name__} has no trainable parameter: all are frozen")
+        raise ValueError(f"{type(model).__name__} has no trainable parameters: all are frozen")
     return list(groups.values())
 
 
@@ -150,7 +154,7 @@ def _num_blocks(model: nn.Module) -> int:
     blocks = getattr(getattr(model, "backbone", None), "blocks", None)
     if not isinstance(blocks, nn.ModuleList):
         raise ValueError(
-            f"layer_decay needs a model with blocks in model.backbone, and "
+            f"layer_decay needs a model with blocks in model.backbone, but "
             f"{type(model).__name__} has none: drop layer_decay"
         )
     return len(blocks)

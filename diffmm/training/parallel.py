@@ -1,4 +1,4 @@
-"""Many devices, one run: what `--trainer.strategy` may be besides Lightning's own `ddp`."""
+"""Strategies for `--trainer.strategy` beyond Lightning's own, and checkpoint loading for all."""
 
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,18 @@ class FSDP2Strategy(ModelParallelStrategy):
     that `diffmm.training.Task` shards. Registered as `fsdp2`, and with tensor parallelism over 2,
     4 or 8 devices as `fsdp2_tp2`, `fsdp2_tp4` and `fsdp2_tp8`.
 
-    Each process writes its own share of a checkpoint (see `diffmm.models.sharded_states`), and
-    nobody has the whole of it. It loads under every strategy and on any number of devices, as the
-    whole files of other strategies load under this one.
+    Each process writes its own shard of a checkpoint (see `diffmm.models.sharded_states`); no
+    process gathers all of it. A sharded checkpoint loads under every strategy and on any number of
+    devices, and the single-file checkpoints of other strategies load under this one.
 
     Args:
-        tensor_parallel_size: devices that share the heads of every block and compute on the same
-            samples; at best a divisor of the devices in a node, between which they talk most.
+        tensor_parallel_size: Number of devices that share the heads of every block and compute on
+            the same samples. It should divide the number of devices per node, because these devices
+            communicate most.
 
     Raises:
-        ValueError: (when a run starts) if it does not divide the number of devices.
+        ValueError: If `tensor_parallel_size` is below 1 or, when a run starts, does not divide the
+            number of devices.
     """
 
     def __init__(self, tensor_parallel_size: int = 1) -> None:
@@ -66,14 +68,14 @@ class FSDP2Strategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint with all processes together, each its own share."""
+        """Write a checkpoint. Must be called by all processes, each of which writes its shard."""
         if storage_options is not None:
-            raise TypeError("storage_options are for strategies that have a CheckpointIO")
+            raise TypeError("storage_options need a strategy that has a CheckpointIO")
         path = Path(self.broadcast(filepath))
         write_sharded_state(path, checkpoint, is_first=self.is_global_zero)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
-        """Put a checkpoint of any strategy in place; every process reads what it needs of it."""
+        """Load a checkpoint of any strategy. Each process reads only the tensors that it needs."""
         path = Path(self.broadcast(checkpoint_path))
         return self._load_shares(path) if path.is_dir() else self._load_file(path, weights_only)
 
@@ -114,7 +116,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def _load_file(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
         assert self.model is not None
-        # Where a strategy is set up first, Lightning does not pass on what it was told.
+        # Lightning does not pass `weights_only` on to a strategy that is set up first.
         tensors_only = weights_only is not False
         checkpoint = torch.load(path, map_location="cpu", weights_only=tensors_only, mmap=True)
         whole = StateDictOptions(full_state_dict=True)
@@ -131,7 +133,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 class AnyCheckpoint(TorchCheckpointIO):
-    """Reads whole files and shares, for strategies of which every process has a whole model."""
+    """Reads single-file and sharded checkpoints, for strategies that do not shard the model."""
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
@@ -142,14 +144,14 @@ class AnyCheckpoint(TorchCheckpointIO):
 
 
 def read_any_checkpoint(strategy: Strategy) -> None:
-    """Have a strategy with Lightning's own way to read checkpoints read shares, too."""
+    """Let a strategy with Lightning's default checkpoint IO read sharded checkpoints, too."""
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = AnyCheckpoint()
 
 
 def data_share(trainer: Trainer) -> tuple[int, int]:
-    """Which share of the samples is this process's, and how many shares there are. The processes
-    of one tensor-parallel group have the same."""
+    """Return this process's data-parallel rank and the data-parallel size. All processes of a
+    tensor-parallel group have the same data-parallel rank."""
     share = getattr(trainer.strategy, "distributed_sampler_kwargs", None)
     return (share["rank"], share["num_replicas"]) if share else (0, 1)
 

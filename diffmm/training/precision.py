@@ -1,4 +1,4 @@
-"""What low precision must not touch."""
+"""Batch fields that keep their precision under low-precision training."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -9,15 +9,16 @@ from torch import nn
 
 
 def exact_fields(model: nn.Module) -> tuple[str, ...]:
-    """The fields of a batch that a model needs as they are, by what its parts declare."""
+    """Return the batch fields that must not be cast, as declared by the configs of the model's
+    submodules."""
     configs = (getattr(module, "config", None) for module in model.modules())
     found = (getattr(config, "exact_fields", ()) for config in configs)
     return tuple(dict.fromkeys(field for fields in found for field in fields))
 
 
 def keep_exact(plugin: Precision, fields: Sequence[str]) -> None:
-    """Have a precision plugin (`bf16-true`, `16-true`) leave these fields of a batch as they are,
-    where it would cast them to fewer bits."""
+    """Keep a precision plugin (`bf16-true`, `16-true`) from casting these batch fields to fewer
+    bits."""
     plugin.convert_input = partial(_converted, plugin, fields)  # type: ignore[method-assign]
 
 

@@ -1,4 +1,4 @@
-"""Progress in lines: what a log or a pipe shows where a terminal shows a bar."""
+"""Training progress as lines of text, for logs and pipes that cannot show a progress bar."""
 
 import time
 from typing import Any
@@ -6,15 +6,16 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 SECONDS = 10.0
-"""From one line of progress to the next."""
+"""Interval between two lines of progress, in seconds."""
 
 
 class ProgressLines(Callback):
-    """Prints a line per validation with its metrics and, without a progress bar, one with the
-    training loss after the first step and then every few seconds.
+    """Prints one line with the metrics per validation and, at regular intervals from the first
+    step on, one with the training loss.
 
     Args:
-        seconds: from one line on training to the next; `None` for validations alone.
+        seconds: Interval between two lines with the training loss, in seconds; `None` prints
+            validation metrics only.
     """
 
     def __init__(self, seconds: float | None = SECONDS) -> None:
@@ -40,7 +41,7 @@ class ProgressLines(Callback):
         if self._told_at is not None and now - self._told_at < self.seconds:
             return
         loss = trainer.callback_metrics.get("train/loss")
-        if loss is None:  # no step has been made of the first batches
+        if loss is None:  # the first optimizer step is still accumulating gradients
             return
         is_first, self._told_at = self._told_at is None, now
         text = f"train/loss {float(loss):.4g}"
@@ -65,7 +66,7 @@ class ProgressLines(Callback):
 
 
 def tell(trainer: Trainer, text: str) -> None:
-    """Print a line that begins with how far training is, above the bar if there is one."""
+    """Print a line that begins with the current step, above the progress bar if there is one."""
     total = f"/{trainer.max_steps:,}" if trainer.max_steps > 0 else ""
     line = f"step {trainer.global_step:,}{total}  {text}"
     bar: Any = trainer.progress_bar_callback
@@ -76,15 +77,15 @@ def tell(trainer: Trainer, text: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """A length of time in writing: `1:02:03`."""
+    """Format a duration as hours, minutes and seconds, such as `1:02:03`."""
     minutes, rest = divmod(round(max(0.0, seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
 def show_progress(trainer: Trainer, *, is_terminal: bool) -> None:
-    """Let a trainer that shows its progress also print its validations and, where the output is no
-    terminal, lines in place of a bar."""
+    """Let a trainer with a progress bar also print validation metrics and, if the output is not a
+    terminal, replace the bar by lines of text."""
     bar = trainer.progress_bar_callback
     if bar is None:
         return

@@ -1,4 +1,4 @@
-"""A task and its settings as plain data in a checkpoint, and the task made from them again."""
+"""Saves a task's settings as plain data in a checkpoint, and restores the task from them."""
 
 import dataclasses
 import inspect
@@ -17,7 +17,7 @@ from diffmm.models.description import configured
 from diffmm.models.weights import DESCRIPTION_KEY, load_model, load_weights
 
 TASK_KEY = "task"
-"""Where a checkpoint keeps its task."""
+"""Checkpoint key of the task's description."""
 
 MODEL_PREFIX = "model."
 
@@ -26,7 +26,7 @@ ATTRIBUTES = {
     "schedule": "schedule_config",
     "compile": "compile_model",
 }
-"""Where a task keeps an argument that it keeps under another name."""
+"""Attributes of a task whose names differ from their arguments, by argument name."""
 
 PLAIN = (str, bool, int, float, type(None))
 
@@ -34,8 +34,8 @@ AnyTask = TypeVar("AnyTask", bound=LightningModule)
 
 
 def describe_task(task: LightningModule) -> dict[str, Any]:
-    """The class of a task and its arguments, as far as the task keeps them as attributes and they
-    are configs or plain values.
+    """Return the class of a task and those of its arguments that are stored as attributes and are
+    configs or plain values.
 
     Returns:
         `{"class_path": "diffmm.training.Classification", "init_args": {...}}`, without the model.
@@ -51,7 +51,7 @@ def describe_task(task: LightningModule) -> dict[str, Any]:
 
 
 def class_path(task_class: type) -> str:
-    """The name that users import a class by."""
+    """Return the public import path of a class."""
     package = "diffmm.training"
     module = task_class.__module__
     return f"{package if module.startswith(package) else module}.{task_class.__qualname__}"
@@ -60,20 +60,20 @@ def class_path(task_class: type) -> str:
 def restore_task(
     task_class: type[AnyTask], path: str | Path, *, strict: bool, given: Mapping[str, Any]
 ) -> AnyTask:
-    """The task in a checkpoint, with its model and weights, on the CPU and in training mode.
+    """Restore the task in a checkpoint, with its model and weights, on the CPU in training mode.
 
-    Nothing is imported because a checkpoint names it: its class is `task_class` or one of the
-    subclasses that are there.
+    A checkpoint cannot cause an import: the restored class is `task_class` or one of its subclasses
+    that are already defined.
 
     Args:
-        task_class: What the caller expects.
-        path: A Lightning checkpoint, a checkpoint's folder or a run.
-        strict: Whether the task must have the same weights beside its model's as the checkpoint.
-        given: Arguments in place of those in the checkpoint, the `model` among them.
+        task_class: Expected class of the task.
+        path: Lightning checkpoint, checkpoint folder or run directory.
+        strict: Whether the task's weights outside its model must match the checkpoint.
+        given: Arguments, possibly including `model`, that override those in the checkpoint.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: Naming the file and what is wrong with it or missing in it.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the checkpoint does not fit; the message names the file and the problem.
     """
     path = find_state(Path(path))
     if not path.exists():
@@ -94,7 +94,7 @@ def restore_task(
     missing = [name for name in needed if name not in arguments]
     if missing:
         raise ValueError(
-            f"{path} does not say what {' and '.join(missing)} were: give them to "
+            f"{path} does not contain the arguments {' and '.join(missing)}: pass them to "
             f"{chosen.__name__}.load_from_checkpoint as keyword arguments"
         )
     if "model" in arguments:
@@ -103,19 +103,19 @@ def restore_task(
         arguments["model"] = load_model(path)
     else:
         raise ValueError(
-            f"{path} says nothing about its model: give "
-            f"{chosen.__name__}.load_from_checkpoint one as model=..."
+            f"{path} does not describe its model: pass one to "
+            f"{chosen.__name__}.load_from_checkpoint as model=..."
         )
     task = chosen(**arguments)
     _fill_rest(task, checkpoint["state_dict"], path, strict=strict)
     task.on_load_checkpoint(checkpoint)
-    # As one that has just been made, and as Lightning's own does: the model was in evaluation mode.
+    # `load_model` returns the model in evaluation mode; Lightning restores in training mode.
     LightningModule.train(task)
     return task
 
 
 def _parameters(task_class: type) -> dict[str, inspect.Parameter]:
-    """The arguments of a task but its model."""
+    """Return the arguments of a task except its model."""
     every = dict(inspect.signature(task_class).parameters)
     return {name: parameter for name, parameter in every.items() if name != "model"}
 
@@ -129,15 +129,15 @@ def _chosen(task_class: type[AnyTask], wanted: Any, path: Path) -> type[AnyTask]
         if class_path(each) == wanted:
             return each
     if wanted in map(class_path, task_class.__mro__):
-        return task_class  # a refinement of what was saved
+        return task_class  # a subclass of the saved class
     raise ValueError(
-        f"{path} is of the task {wanted}, which is no {task_class.__name__}: use "
+        f"{path} is a checkpoint of the task {wanted}, which is not a {task_class.__name__}: use "
         f"{str(wanted).rpartition('.')[2]}.load_from_checkpoint"
     )
 
 
 def _arguments(task_class: type, values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Plain values as the task's arguments have them."""
+    """Convert plain values to the types of the task's arguments."""
     hints, parameters = get_type_hints(task_class.__init__), _parameters(task_class)  # type: ignore[misc]
     unknown = [name for name in values if name not in parameters]
     if unknown:
@@ -152,16 +152,16 @@ def _arguments(task_class: type, values: dict[str, Any], path: Path) -> dict[str
         try:
             typed = configured(configs[0], value) if configs and value is not None else value
         except ValueError as error:
-            raise ValueError(f"{path} has a {name} that cannot be used: {error}") from error
+            raise ValueError(f"{path} has an invalid {name}: {error}") from error
         arguments[name] = typed
     if arguments.get("finetune") is not None:
-        # It has been started from these: a fit of the restored task must not do so again.
+        # The checkpoint supersedes these weights: fitting the restored task must not load them.
         arguments["finetune"] = dataclasses.replace(arguments["finetune"], weights=None)
     return arguments
 
 
 def _fill_rest(task: LightningModule, state: Any, path: Path, *, strict: bool) -> None:
-    """Load what a task has beside its model."""
+    """Load the weights of a task outside its model."""
     rest = {name: value for name, value in state.items() if not name.startswith(MODEL_PREFIX)}
     found = task.load_state_dict(rest, strict=False)
     missing = [name for name in found.missing_keys if not name.startswith(MODEL_PREFIX)]

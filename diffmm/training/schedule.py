@@ -1,4 +1,4 @@
-"""Learning rate schedules over optimizer steps."""
+"""Learning-rate schedules over optimizer steps."""
 
 import math
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from diffmm.checks import Settings, check_choice
 
 @dataclass(frozen=True)
 class ScheduleConfig(Settings):
-    """A factor on the peak learning rate: a linear warmup, then `kind`.
+    """Learning-rate schedule: a linear warmup to the peak, followed by a decay of the given kind.
 
-    The horizon is given here and not asked of the trainer, so that a resumed or prolonged run has
-    the schedule that it started with.
+    The number of steps is set here and not taken from the trainer, so that a resumed or extended
+    run keeps the schedule that it started with.
 
     Attributes:
-        total_steps: optimizer steps until the factor reaches `final_fraction`, where it then
-            stays; usually the trainer's `max_steps`.
-        kind: `"cosine"`, `"linear"`, or `"constant"`, which stays at the peak.
-        warmup_steps: steps before the peak; step `s` of them has the factor
-            `(s + 1) / (warmup_steps + 1)`, so that no step is wasted on a factor of 0.
-        final_fraction: of the peak, at the end, in [0, 1].
+        total_steps: Number of optimizer steps until the learning rate reaches `final_fraction` of
+            its peak, where it stays; usually the trainer's `max_steps`.
+        kind: Shape of the decay: "cosine", "linear" or "constant" (stays at the peak).
+        warmup_steps: Number of warmup steps. Step `s`, counted from 0, has
+            `(s + 1) / (warmup_steps + 1)` times the peak, so that no step has a learning rate of 0.
+        final_fraction: Final learning rate as a fraction of the peak, in [0, 1].
 
     Raises:
-        ValueError: naming the field and the value.
+        ValueError: If a field is invalid; the message names the field and the value.
     """
 
     total_steps: int
@@ -51,7 +51,7 @@ class ScheduleConfig(Settings):
             raise ValueError(f"final_fraction must be in [0, 1], got {self.final_fraction}")
 
     def factor(self, step: int) -> float:
-        """The factor of optimizer step `step`, counted from 0."""
+        """Return the factor on the peak learning rate at optimizer step `step`, counted from 0."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         if self.kind == "constant":
@@ -62,13 +62,14 @@ class ScheduleConfig(Settings):
 
 
 def make_scheduler(optimizer: Optimizer, config: ScheduleConfig) -> LambdaLR:
-    """A torch scheduler that scales every group's learning rate by `config.factor(step)`."""
+    """Return a torch scheduler that scales the learning rate of every group by
+    `config.factor(step)`."""
     return LambdaLR(optimizer, config.factor)
 
 
 def set_learning_rates(scheduler: LambdaLR) -> None:
-    """Give every group the learning rate that the scheduler, which may have been changed, has for
-    the next step."""
+    """Set the learning rate of every group to the scheduler's value for the next step; needed when
+    a resumed run changes the schedule."""
     rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
     for group, (base, factor) in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = base * factor(scheduler.last_epoch)

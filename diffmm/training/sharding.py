@@ -1,8 +1,9 @@
-"""Spread a model over many devices: each block's heads (tensor parallelism), then all that is left
-(FSDP2). What is split keeps its name, and its shape in a checkpoint.
+"""Shards a model over devices: the heads of each block by tensor parallelism, then all weights by
+FSDP2. Sharded weights keep their names, and their shapes in a checkpoint.
 
-Weights stay in float32 and are gathered so: `bf16-mixed` casts them where it computes, as it does
-on one device. Lambda and norms thus never leave float32, and the numbers are those of one device.
+Weights are stored and gathered in float32: `bf16-mixed` casts them for each operation, as it does
+on one device. Lambda and norms therefore stay in float32, and the results match those of one
+device.
 """
 
 from collections import defaultdict
@@ -30,19 +31,19 @@ from diffmm.layers.registry import Split
 from diffmm.models.text import TextModel
 
 DATA_PARALLEL, TENSOR_PARALLEL = "data_parallel", "tensor_parallel"
-"""Names of the mesh's axes, which Lightning's `ModelParallelStrategy` gives them."""
+"""Names of the mesh dimensions, as set by Lightning's `ModelParallelStrategy`."""
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Spread `model` over the devices of `mesh`, in place; each device passes the same weights.
+    """Shard `model` over the devices of `mesh`, in place. Every process must pass equal weights.
 
     Args:
-        model: any of `diffmm.models`; of other models all weights are one group of FSDP2.
-        mesh: with the axes `data_parallel` and `tensor_parallel`.
+        model: Model of `diffmm.models`. All weights of another model form one FSDP2 group.
+        mesh: Device mesh with the dimensions `data_parallel` and `tensor_parallel`.
 
     Raises:
-        ValueError: if the heads, the feed-forward's width or the vocabulary cannot be split evenly
-            over the tensor-parallel devices, or if the weights are of several types.
+        ValueError: If the heads, the feed-forward width or the vocabulary cannot be split evenly
+            over the tensor-parallel devices, or the weights have several dtypes.
     """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if mesh[TENSOR_PARALLEL].size() > 1:
@@ -50,7 +51,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     if len(dtypes) > 1:
         raise ValueError(
-            f"FSDP2 needs weights of one type, got {', '.join(sorted(map(str, dtypes)))}: train "
+            f"FSDP2 needs weights of one dtype, got {', '.join(sorted(map(str, dtypes)))}: train "
             f"with precision bf16-mixed or 32-true"
         )
     for module in (*blocks, model):
@@ -58,21 +59,21 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has been here."""
+    """Whether the model is sharded by `shard`."""
     return isinstance(model, FSDPModule)
 
 
 def split_heads(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Give each device of `mesh` its share of every block's heads and feed-forward, and of a text
-    model's vocabulary.
+    """Split the heads and the feed-forward of every block, and the vocabulary of a text model, over
+    the devices of `mesh`.
 
     Raises:
-        ValueError: as `shard` does.
+        ValueError: If the model has no blocks or cannot be split evenly.
     """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if not blocks:
         raise ValueError(
-            f"tensor parallelism splits the heads of blocks, and {type(model).__name__} has none: "
+            f"tensor parallelism splits the heads of blocks, but {type(model).__name__} has none: "
             f"use fsdp2 or ddp"
         )
     for block in blocks:
@@ -82,7 +83,7 @@ def split_heads(model: nn.Module, mesh: DeviceMesh) -> None:
     for block in blocks:
         assert isinstance(block.attention, Attention)
         parallelize_module(block.attention, mesh, _plan(block.attention))
-        # What is left are lambda vectors, of which every device needs all.
+        # The remaining parameters are lambda vectors, which are replicated on every device.
         distribute_module(block.attention, mesh)
         parallelize_module(block.feed_forward, mesh, _plan(block.feed_forward))
     if isinstance(model, TextModel):
@@ -100,14 +101,14 @@ STYLES: dict[Split, Callable[[], ParallelStyle]] = {
     "rows": RowwiseParallel,
     "heads": partial(SequenceParallel, sequence_dim=2, use_local_output=True),
 }
-"""What a layer's `split` means. Norms see a share of the heads."""
+"""Parallel style for each value of a layer's `split`. Norms see only a share of the heads."""
 
 
 def _plan(layer: nn.Module) -> dict[str, ParallelStyle]:
-    """How a layer's children are divided, by what it declares.
+    """Return the parallel style of each child of a layer, as declared by `layer.split`.
 
     Raises:
-        ValueError: If it declares nothing of one that has parameters.
+        ValueError: If a child with parameters is missing in `layer.split`.
     """
     split: dict[str, Split] = getattr(layer, "split", {})
     children = [name for name, child in layer.named_children() if list(child.parameters())]
@@ -122,7 +123,8 @@ def _plan(layer: nn.Module) -> dict[str, ParallelStyle]:
 
 
 def _whole_input() -> ParallelStyle:
-    """Every projection reads one input, so that the gradients of all are summed up once."""
+    """Return a style with a replicated input: all projections share it, so that their gradients are
+    reduced once."""
     return PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate())
 
 
@@ -144,7 +146,7 @@ def _check_share(name: str, count: int, num_devices: int) -> None:
 
 
 def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Tensors that live on the same devices together; plain ones are a group of their own."""
+    """Group tensors by device mesh; plain tensors form their own group."""
     groups: dict[DeviceMesh | None, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         groups[tensor.device_mesh if isinstance(tensor, DTensor) else None].append(tensor)
@@ -152,7 +154,7 @@ def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The norm of all gradients as one vector, a plain scalar, the same on every device."""
+    """Return the total norm of all gradients, a plain scalar that is equal on every device."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = [nn.utils.get_total_norm(group) for group in by_mesh(gradients)]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
@@ -162,6 +164,6 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
-    """Scale all gradients so that their norm, now `norm`, is at most `max_norm`."""
+    """Scale all gradients, whose total norm is `norm`, to a norm of at most `max_norm`."""
     for group in by_mesh(parameters):
         nn.utils.clip_grads_with_norm_(group, max_norm, norm)

@@ -1,16 +1,16 @@
-"""What the training tasks share: optimizer, fine-tuning, compilation, checkpoints and logging.
+"""Base class of the training tasks: optimizer, fine-tuning, compilation, checkpoints and logging.
 
-Every task logs under the same names:
+Every task logs the following metrics, `train/` and `lambda/` at every logging step:
 
-| name | what, and when |
+| name | meaning |
 |---|---|
-| `train/loss` | the mean over all targets of a step, at every logging step |
-| `train/learning_rate` | the peak times the schedule's factor, at every logging step |
-| `train/grad_norm` | of all gradients, before clipping, at every logging step |
-| `train/skipped_steps` | so far, from the first on (see `NonFiniteGuard`), at every logging step |
-| `train/samples_per_second`, `train/tokens_per_second` | over all processes, since the last one |
-| `lambda/layer_00`, ... | mean lambda of each differential layer, at every logging step |
-| `val/loss`, ... | the task's metrics (see there), once a validation; `test/loss`, ... likewise |
+| `train/loss` | mean loss over all targets of the step |
+| `train/learning_rate` | peak learning rate times the factor of the schedule |
+| `train/grad_norm` | norm of all gradients, before clipping |
+| `train/skipped_steps` | number of skipped steps so far, once there are any (`NonFiniteGuard`) |
+| `train/samples_per_second`, `train/tokens_per_second` | throughput since the last logging step |
+| `lambda/layer_00`, ... | mean lambda of each differential layer |
+| `val/loss`, ... | metrics of the task, once per validation; `test/loss`, ... likewise |
 """
 
 import dataclasses
@@ -50,26 +50,26 @@ from diffmm.training.sharding import clip_gradients, gradient_norm, is_sharded, 
 
 
 class Task(AnyBatches):
-    """A model and how it is trained; a subclass says what its loss and its metrics are.
+    """A model and its training settings. Subclasses define the loss and the metrics.
 
     Args:
-        model: what is trained.
-        optimizer: AdamW's settings.
-        schedule: of the learning rate, with its horizon.
-        finetune: weights to start from, and what to freeze.
-        compile: run the model under `torch.compile`, block by block where it is sharded. Names of
-            weights do not change.
-        activation_checkpointing: recompute each block in the backward pass, for memory.
+        model: Model to train.
+        optimizer: Settings of AdamW.
+        schedule: Learning-rate schedule.
+        finetune: Weights to start from, and layers to freeze.
+        compile: Whether to run the model under `torch.compile`, block by block if it is sharded.
+            The names of the weights do not change.
+        activation_checkpointing: Whether to recompute each block in the backward pass to save
+            memory.
 
     Raises:
-        ValueError: if activation checkpointing or freezing is asked of a model that has no part
-            for it.
+        ValueError: If the model does not support the requested activation checkpointing or
+            freezing.
 
     Attributes:
-        job: what the model is for, which its checkpoints carry; known once a trainer has set the
-            task up.
-        recipe: the name of the recipe that it is trained by, if it has one.
-        details: the metrics of the last evaluation that are no single number, by name.
+        job: Purpose of the model, which is stored in checkpoints; set by `setup`.
+        recipe: Name of the recipe, if the task is trained by one.
+        details: Non-scalar metrics of the last evaluation, by name.
     """
 
     def __init__(
@@ -108,30 +108,30 @@ class Task(AnyBatches):
         self.details: dict[str, Tensor] = {}
 
     def loss_sum(self, batch: Any, batch_idx: int) -> LossSum:
-        """The loss of a training batch, as a sum over its targets and their number: what makes the
-        gradients independent of how samples are divided (see `diffmm.training.accumulation`)."""
+        """Return the summed loss of a training batch and its number of targets. With both, the
+        gradients do not depend on the micro-batches (see `diffmm.training.accumulation`)."""
         raise NotImplementedError
 
     def training_loss(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss of a training batch alone, a scalar."""
+        """Return the mean loss of a training batch, a scalar."""
         return self.loss_sum(batch, batch_idx).mean()
 
     def target_shapes(self, inputs: InputShapes) -> InputShapes:
-        """Shape and dtype of what a training batch has beside the model's inputs of these shapes:
-        nothing, unless a task says more."""
+        """Return the shapes and dtypes of the targets in a training batch whose inputs have the
+        given shapes; none by default."""
         return {}
 
     def make_metrics(self) -> dict[str, Metric]:
-        """Metrics of one evaluation, by name."""
+        """Return new metrics for one evaluation, by name."""
         raise NotImplementedError
 
     def update_metrics(self, batch: Any, metrics: dict[str, Metric]) -> None:
-        """Add a batch to `metrics`, made by `make_metrics`."""
+        """Update `metrics`, created by `make_metrics`, with a batch."""
         raise NotImplementedError
 
     @property
     def learning_rate(self) -> float:
-        """The peak learning rate; Lightning's learning rate finder sets it."""
+        """The peak learning rate; Lightning's learning-rate finder sets it."""
         return self.optimizer_config.learning_rate
 
     @learning_rate.setter
@@ -139,12 +139,12 @@ class Task(AnyBatches):
         self.optimizer_config = dataclasses.replace(self.optimizer_config, learning_rate=value)
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> dict[str, Tensor]:
-        """The task's predictions for a batch, with the samples' `index` where the batch has it."""
+        """Return the predictions for a batch, with the samples' `index` if the batch has one."""
         raise NotImplementedError
 
     def make_job(self, data: Any) -> Job:
-        """What the model is for, as far as it is known: what the datamodule says of its inputs
-        (`describe_inputs`, and at least `class_names`), and what the task itself does."""
+        """Describe the purpose of the model: the inputs as described by the datamodule (by
+        `describe_inputs`, or at least `class_names`), and the outputs of the task."""
         describe_inputs = getattr(data, "describe_inputs", None)
         if describe_inputs is not None:
             inputs = describe_inputs()
@@ -163,18 +163,18 @@ class Task(AnyBatches):
             self._compile([self.model])
 
     def configure_model(self) -> None:
-        """Shard the model, if the strategy has a mesh of devices for it (see
-        `diffmm.training.sharding`)."""
+        """Shard the model if the strategy has a device mesh (see `diffmm.training.sharding`)."""
         if self.device_mesh is None or is_sharded(self.model):
             return
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, WeightAveraging) for callback in callbacks):
             raise ValueError(
-                "weight averaging keeps a whole second model, which is not sharded: train with "
-                "strategy ddp, or without EMAWeightAveraging"
+                "weight averaging keeps a second model, which is not sharded: train with strategy "
+                "ddp, or without EMAWeightAveraging"
             )
         if self.trainer.state.fn == TrainerFn.FITTING:
-            # Not later: a file's weights are whole. A run that is resumed overwrites them.
+            # Before sharding, because the weights in the file are not sharded. A resumed run
+            # overwrites them.
             self._load_finetune_weights()
         shard(self.model, self.device_mesh)
         blocks: list[nn.Module] = [m for m in self.model.modules() if isinstance(m, Block)]
@@ -186,7 +186,7 @@ class Task(AnyBatches):
                 part.compile()
 
     def on_fit_start(self) -> None:
-        # Not earlier: only now is it known whether the trainer has restored a run.
+        # Not earlier: only here is it known whether the trainer resumes a run.
         if self.trainer.ckpt_path is None and not is_sharded(self.model):
             self._load_finetune_weights()
 
@@ -195,9 +195,9 @@ class Task(AnyBatches):
             load_weights(self.model, self.finetune.weights, skip_head=self.finetune.new_head)
 
     def on_train_start(self) -> None:
-        # Not earlier: Lightning warns of modules that are in evaluation mode before this.
+        # Not earlier: until here, Lightning warns about modules in evaluation mode.
         self.train()
-        # A restored optimizer has the learning rate that its schedule had then.
+        # A restored optimizer has the learning rate of the schedule that it was saved with.
         for scheduler in (config.scheduler for config in self.trainer.lr_scheduler_configs):
             if isinstance(scheduler, LambdaLR):
                 set_learning_rates(scheduler)
@@ -225,7 +225,7 @@ class Task(AnyBatches):
         return loss
 
     def on_after_backward(self) -> None:
-        # Before a gradient scaler, `NonFiniteGuard` and clipping look at the gradients.
+        # Before a gradient scaler, `NonFiniteGuard` and clipping use the gradients.
         num_accumulated = self.trainer.accumulate_grad_batches
         if num_accumulated > 1 and is_step_boundary(self.trainer):
             self.accumulated.complete(self.model.parameters(), num_accumulated)
@@ -248,7 +248,8 @@ class Task(AnyBatches):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer says, by the norm that `NonFiniteGuard` has measured, and log it."""
+        """Clip gradients as the trainer specifies, and log their norm, which `NonFiniteGuard` has
+        already computed."""
         parameters = list(self.trainer.precision_plugin.main_params(optimizer))
         norm = Coordinator.of(self.trainer).norm
         if norm is None:
@@ -270,8 +271,9 @@ class Task(AnyBatches):
         }
 
     def configure_callbacks(self) -> list[Callback]:
-        """Lambda and speed are logged, bad steps skipped, failing loggers put up with and signals
-        obeyed without a recipe asking for it."""
+        """Add the default callbacks that the trainer does not have: logging of lambda and
+        throughput, skipping of non-finite steps, tolerance of logger failures and graceful
+        shutdown."""
         defaults = (
             LambdaMonitor(),
             SpeedMonitor(),
@@ -283,8 +285,8 @@ class Task(AnyBatches):
         return [callback for callback in defaults if type(callback) not in given]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint from before some names changed loads all the same. A run that goes on keeps
-        its recipe's name."""
+        """Translate old names in checkpoints of earlier versions, and keep the recipe's name of a
+        resumed run."""
         if self.job is not None and self.job.recipe is None:
             recipe = (checkpoint.get(JOB_KEY) or {}).get("recipe")
             self.job = dataclasses.replace(self.job, recipe=recipe)
@@ -293,17 +295,16 @@ class Task(AnyBatches):
         checkpoint["callbacks"] = {STATES.get(name, name): state for name, state in states.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint says which task it is of, which model its weights belong to, and what that
-        model is for."""
+        """Store the descriptions of the task, of the model and of the model's purpose."""
         checkpoint[TASK_KEY] = describe_task(self)
-        # Known since `setup`: a sharded model is of another class.
+        # Determined in `setup`, because sharding changes the class of the model.
         if self.description is not None:
             checkpoint[DESCRIPTION_KEY] = self.description
         if self.job is not None:
             checkpoint[JOB_KEY] = self.job.plain()
 
     def _new_metrics(self) -> nn.ModuleDict:
-        # Lightning moves a module's metrics to its device, and leaves them out of checkpoints.
+        # As submodules, Lightning moves the metrics to the device. Checkpoints do not contain them.
         return nn.ModuleDict(
             {stage: nn.ModuleDict(self.make_metrics()) for stage in ("val", "test")}
         )
@@ -318,32 +319,35 @@ class Task(AnyBatches):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
-        """The task in a checkpoint, with its model, weights and settings, in training mode, as
-        Lightning leaves it: call `eval()` before using the model by hand.
+        """Restore a task from a checkpoint, with its model, weights and settings. As with
+        Lightning, it is in training mode: call `eval()` before using the model directly.
 
-        `Task.load_from_checkpoint` gives a task of the class that was trained; a subclass refuses
-        others. Only tensors and plain values are read.
+        `Task.load_from_checkpoint` returns a task of the class that was trained; a subclass accepts
+        only checkpoints of its own class. Only tensors and plain values are read.
 
         Args:
-            checkpoint_path: A checkpoint, its folder, or a run, whose newest whole one it is then.
-            map_location: The device for the task; the CPU by default.
-            hparams_file: Not used: the checkpoint has the settings. Only `None` is taken.
-            strict: `False` warns, rather than refuses, where a subclass has weights of its own
-                that are not those of the checkpoint. The model's must fit in any case.
-            weights_only: `True` in any case; `False` is refused.
-            kwargs: The task's arguments, in place of those in the checkpoint. What is no config or
-                plain value (`augment`, a model of another library) is in none: give it here.
+            checkpoint_path: Checkpoint, checkpoint folder, or run directory (its newest complete
+                checkpoint is used).
+            map_location: Device of the task; the CPU by default.
+            hparams_file: Unused, because the checkpoint contains the settings. Must be `None`.
+            strict: Whether to raise an error, and not only warn, if the weights of a subclass
+                outside its model do not match the checkpoint. The weights of the model must always
+                match.
+            weights_only: Must not be `False`: code in a checkpoint is never run.
+            kwargs: Arguments of the task that override those in the checkpoint. Arguments that are
+                neither configs nor plain values (`augment`, a model of another library) are not
+                stored in checkpoints and must be passed here.
 
         Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: Naming the file and what is wrong with it or missing in it.
+            FileNotFoundError: If the file does not exist.
+            ValueError: If the checkpoint does not fit; the message names the file and the problem.
         """
         if hparams_file is not None:
-            raise ValueError("hparams_file is not used: give settings as keyword arguments")
+            raise ValueError("hparams_file is not supported: pass settings as keyword arguments")
         if weights_only is False:
             raise ValueError(
-                "weights_only=False would run code from the file: leave it out, checkpoints are "
-                "tensors and plain values"
+                "weights_only=False would run code from the file: omit it, checkpoints contain "
+                "only tensors and plain values"
             )
         task = restore_task(cls, checkpoint_path, strict=strict is not False, given=kwargs)
         return task if map_location is None else task.to(map_location)
@@ -352,7 +356,7 @@ class Task(AnyBatches):
         if counting is not None:
             self.update_metrics(counting, dict(self.metrics[stage].items()))  # type: ignore[operator]
             return
-        # Other processes wait for this forward pass; what comes of it counts nowhere.
+        # Other processes wait for this forward pass, but its result is not counted.
         unused = {name: metric.to(self.device) for name, metric in self.make_metrics().items()}
         self.update_metrics(batch, unused)
 
@@ -369,5 +373,5 @@ class Task(AnyBatches):
 
 
 def mean_over_processes(task: LightningModule, value: Tensor) -> Tensor:
-    """The mean of `value` over the processes of the run."""
+    """Return the mean of `value` over all processes."""
     return task.trainer.strategy.reduce(value.clone(), reduce_op="mean")

@@ -59,7 +59,7 @@ def test_help_after_a_recipe_shows_its_settings_and_values(run, verb):
     result = run(verb, "--config", "image/digits_tiny", "--vars.attention", "diff_v1", "--help")
     assert result.code == 0
     lines = [re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in result.out.splitlines()]
-    comment = "softmax, diff_v1 or diff_v2: the one switch of a fair comparison"
+    comment = "softmax, diff_v1 or diff_v2: the only setting to change for a comparison"
     assert ["--vars.attention diff_v1", comment] in lines
     for key in (
         "--model.model.config.backbone.attention diff_v1",

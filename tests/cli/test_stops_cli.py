@@ -126,7 +126,7 @@ def test_replay_refuses_what_it_cannot_make_again(run, recipe):
     torch.save({"step": 2}, file)
     result = run("replay", "runs/recipe/first", "--batch", file)
     assert result.code == 2
-    assert "x.pt is no batch that a run left behind" in result.mistakes[0]
+    assert "x.pt is not a batch saved by a stopped run" in result.mistakes[0]
 
 
 def processes_of(group):

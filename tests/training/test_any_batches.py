@@ -123,7 +123,7 @@ WRONG = {
         (lambda b: (b["images"], b["labels"], b["labels"]), "got 3 tensors"),
         (lambda b: (b["images"], ["cat"] * 6), "got a tuple with a list in it"),
         (lambda b: without(b, "labels"), "got a dict of images, index without labels"),
-        (lambda b: (b["images"], b["labels"].float()), "labels must be int64 classes, got"),
+        (lambda b: (b["images"], b["labels"].float()), "labels must be int64 class indices, got"),
         (lambda b: (b["images"], b["labels"] + 5), "label 7 of batch entry 2 is outside"),
         (lambda b: "cat.jpg", "got a str"),
     ],

@@ -203,8 +203,8 @@ def test_too_many_in_a_row_stop_the_run(stopped, tmp_path, stream):
     assert stopped == (
         f"3 steps in a row had a loss or gradient that is not finite, the last of them step 6: "
         f"none of them changed the weights, which are saved in {saved}. The batches of that step "
-        f"are in {tmp_path}/bad_batch_step_*.pt (`diffmm replay RUN` makes it again). Mend the "
-        f"data, lower the learning rate, or go on from an earlier checkpoint"
+        f"are in {tmp_path}/bad_batch_step_*.pt (`diffmm replay RUN` repeats the step). Fix the "
+        f"data, lower the learning rate, or resume from an earlier checkpoint"
     )
     assert [told["step"] for told in news(tmp_path)] == [2, 4, 5, 6]
     assert [path.name for path in tmp_path.glob("*.pt")] == ["bad_batch_step_00000006_rank_0.pt"]
@@ -248,7 +248,7 @@ def test_a_file_that_is_no_batch_is_refused(tmp_path):
         load_batches(path)
     for content in ({"step": 1}, [1], b"xyz"):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        with pytest.raises(ValueError, match="x.pt is no batch that a run left behind: give a"):
+        with pytest.raises(ValueError, match="x.pt is not a batch saved by a stopped run: give a"):
             load_batches(path)
 
 
@@ -332,7 +332,7 @@ def test_processes_skip_alike(run_two_processes, tmp_path):
     (many, poisoned), (_, poisoned_too) = one.pop("errors"), two.pop("errors")
     assert one == two
     # The weights of one process alone are bad: both end, and save nothing.
-    assert poisoned.startswith("weights are not finite in another process after step 2: no check")
+    assert poisoned.startswith("weights are not finite in another process after step 2: they")
     assert poisoned_too.startswith("1 of 2 weights (the first is layer.bias) are not finite after")
     assert [path.name for path in (tmp_path / "poisoned").glob("step_*")] == ["step_00000001"]
     weights = one["weights"]

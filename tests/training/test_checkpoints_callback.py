@@ -109,7 +109,8 @@ def test_the_last_are_kept_and_the_best(saved, last, best, steps):
 
 def test_a_metric_that_is_not_logged_is_named(saved):
     with pytest.raises(
-        ValueError, match="monitor 'val/los' is not logged in validation; what is: .*val/loss"
+        ValueError,
+        match="monitor 'val/los' is not logged in validation; logged .*val/loss",
     ):
         saved(monitor="val/los")
 
@@ -173,7 +174,7 @@ def test_a_full_disk_fails_a_save_but_not_the_run(saved, full_disk, tmp_path, ba
     full_disk({2, 3})
     line = (
         r"the checkpoint of step %d could not be written to .*checkpoints: it needs about [\d,]+ "
-        r"bytes, [\d,]+ are free there \(\[Errno 28\] No space left on device\)\. Training goes on"
+        r"bytes, and [\d,]+ are free there \(\[Errno 28\] No space left on device\)\. Training cont"
     )
     with (
         pytest.warns(UserWarning, match=line % 4),
@@ -188,7 +189,7 @@ def test_a_full_disk_fails_a_save_but_not_the_run(saved, full_disk, tmp_path, ba
 def test_too_many_failed_saves_in_a_row_stop_the_run(saved, full_disk, tmp_path):
     full_disk({2, 4, 5})
     with (
-        pytest.warns(UserWarning, match="1 of 2 failed saves that stop it"),
+        pytest.warns(UserWarning, match="it stops after 2 failed saves in a row, so far 1"),
         pytest.raises(SaveFailedError, match="the checkpoint of step 5 could not be written"),
     ):
         saved(every_n_steps=1, keep_last=9, max_failed_saves=2, steps=9, background=False)
@@ -198,7 +199,7 @@ def test_too_many_failed_saves_in_a_row_stop_the_run(saved, full_disk, tmp_path)
 def test_a_run_whose_end_is_not_saved_has_failed(saved, full_disk):
     full_disk({2})
     with (
-        pytest.warns(UserWarning, match="Training goes on"),
+        pytest.warns(UserWarning, match="Training continues"),
         pytest.raises(SaveFailedError, match="of step 6"),
     ):
         saved(every_n_steps=3)

@@ -74,12 +74,10 @@ def test_two_processes_become_one(one, two, folder, tmp_path):
 
 
 def test_it_says_so(one, folder, two):
-    with pytest.warns(
-        UserWarning, match="with 1 processes in place of 2: each step takes the same"
-    ):
+    with pytest.warns(UserWarning, match="with 1 processes instead of 2: each step has the same"):
         one(folder / "two", resume=folder / "two", dropout=0.0, quiet=False)
 
 
 def test_gradients_of_two_processes_are_not_for_one(one, folder, two):
-    with pytest.raises(ValueError, match="of 2 processes stands within an accumulated step"):
+    with pytest.raises(ValueError, match="of 2 processes was saved within an accumulated step"):
         one(folder / "rest", resume=folder / "unfinished", accumulate_grad_batches=3)

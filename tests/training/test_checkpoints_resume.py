@@ -367,7 +367,7 @@ def test_what_would_not_be_exact_is_refused(go, tmp_path):
     go("first", stop=3, accumulate_grad_batches=2)
     ckpt = find_state(tmp_path / "first")
     with pytest.raises(
-        ValueError, match="took steps of 2 batches each, .* is now 4: resume with 2"
+        ValueError, match="saved with accumulate_grad_batches=2, which is now 4: resume with 2"
     ):
         go("first", ckpt=ckpt, accumulate_grad_batches=4)
     go("second", stop=3)
@@ -382,11 +382,11 @@ def test_what_would_not_be_exact_is_refused(go, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"gradient_clip_val": 0.5}, "gradient_clip_val=0.5 in place of None"),
-        ({"precision": "bf16-mixed"}, "precision='bf16-mixed' in place of '32-true'"),
+        ({"gradient_clip_val": 0.5}, "gradient_clip_val=0.5 instead of None"),
+        ({"precision": "bf16-mixed"}, "precision='bf16-mixed' instead of '32-true'"),
     ],
 )
 def test_changed_settings_of_the_trainer_are_told(go, tmp_path, changes, told):
     go("first", stop=3)
-    with pytest.warns(UserWarning, match=re.escape(f"the run goes on with {told}")):
+    with pytest.warns(UserWarning, match=re.escape(f"the run resumes with {told}")):
         go("first", ckpt=find_state(tmp_path / "first"), **changes)

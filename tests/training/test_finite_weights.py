@@ -70,14 +70,14 @@ def test_no_checkpoint_holds_them(poisoned, make, tmp_path, value, every_n_steps
     num_weights = len(list(make.image().parameters()))
     assert message == (
         f"1 of {num_weights} weights (the first is model.head.weight) are not finite after step 3: "
-        f"no checkpoint of them is kept, the last one is {kept[-1].path}. The step that made them "
-        f"so had a finite gradient: lower the learning rate, raise the optimizer's eps, or train "
-        f"in another precision"
+        f"they are not saved in a checkpoint, the last good one is {kept[-1].path}. The step that "
+        f"caused this had a finite gradient: lower the learning rate, raise the optimizer's eps, "
+        f"or train in another precision"
     )
 
 
 def test_without_checkpoints_the_next_step_finds_them(poisoned, tmp_path):
-    assert "there is none before them" in poisoned(float("nan"))
+    assert "there is no earlier one" in poisoned(float("nan"))
     assert not (tmp_path / "bad_steps.jsonl").exists()
 
 

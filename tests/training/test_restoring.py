@@ -136,7 +136,9 @@ def test_a_model_of_timm_is_given(fit, make, tmp_path):
 
     task = Classification(model(), SETTINGS["optimizer"], SETTINGS["schedule"])
     path = saved(task, make.batch("image"), fit, tmp_path)
-    with pytest.raises(ValueError, match=r"says nothing about its model: give Classification.load"):
+    with pytest.raises(
+        ValueError, match=r"not describe its model: pass one to Classification.load"
+    ):
         Task.load_from_checkpoint(path)
     same(Task.load_from_checkpoint(path, model=model()).state_dict(), task.state_dict())
 
@@ -166,13 +168,19 @@ def changed(path, change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c.pop("task"), "does not say what optimizer and schedule were: give them to"),
+        (
+            lambda c: c.pop("task"),
+            "does not contain the arguments optimizer and schedule: pass",
+        ),
         (lambda c: c.update(task=3), "has no usable description of its task, got 3"),
-        (lambda c: c["task"].update(class_path="os.system"), "is of the task os.system, which is"),
+        (
+            lambda c: c["task"].update(class_path="os.system"),
+            "is a checkpoint of the task os.system, which is",
+        ),
         (lambda c: c["task"]["init_args"].update(colour=1), r"does not know: colour"),
         (
             lambda c: c["task"]["init_args"]["optimizer"].update(eps=-1.0),
-            "has a optimizer that cannot be used: eps must be positive",
+            "has an invalid optimizer: eps must be positive",
         ),
         (lambda c: c["model"].update(class_path="os.system"), "class_path"),
     ],
@@ -203,14 +211,14 @@ def test_no_code_of_a_file_runs(tmp_path):
 
 def test_what_is_asked_wrongly_is_refused(checkpoint, tmp_path):
     for task in (CausalLM, MaskedAutoencoding):
-        with pytest.raises(ValueError, match=rf"diffmm.training.Classification, which is no {task}"
+        with pytest.raises(ValueError, match=rf"training.Classification, which is not a {task}"
                            .replace(str(task), task.__name__)):  # fmt: skip
             task.load_from_checkpoint(checkpoint)
     with pytest.raises(ValueError, match=r"no argument 'sed'; did you mean 'seed'\?"):
         Task.load_from_checkpoint(checkpoint, sed=1)
     with pytest.raises(ValueError, match="weights_only=False would run code"):
         Task.load_from_checkpoint(checkpoint, weights_only=False)
-    with pytest.raises(ValueError, match="hparams_file is not used"):
+    with pytest.raises(ValueError, match="hparams_file is not supported"):
         Task.load_from_checkpoint(checkpoint, hparams_file="hparams.yaml")
     with pytest.raises(FileNotFoundError, match="there is no checkpoint at"):
         Task.load_from_checkpoint(tmp_path / "none.ckpt")

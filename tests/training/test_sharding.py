@@ -54,7 +54,7 @@ def audio():
         (lambda: text(num_heads=6, head_dim=8, attention="softmax"), "SoftmaxAttention's number"),
         (lambda: text(feed_forward_width=66), "feed_forward_width must be a multiple .* 66 and 4"),
         (lambda: text(vocab_size=26), "vocab_size must be a multiple .* 26 and 4"),
-        (lambda: torch.nn.Linear(2, 2), "splits the heads of blocks, and Linear has none"),
+        (lambda: torch.nn.Linear(2, 2), "splits the heads of blocks, but Linear has none"),
     ],
 )  # fmt: skip
 def test_what_does_not_divide_is_refused(model, message, mesh):
@@ -103,7 +103,7 @@ def test_a_model_sharded_on_the_meta_device_starts_there(kind, mesh, monkeypatch
 
 def test_weights_of_two_types_are_refused(mesh):
     # What precision bf16-true makes of lambda.
-    with pytest.raises(ValueError, match="FSDP2 needs weights of one type, got torch.bfloat16, "):
+    with pytest.raises(ValueError, match="FSDP2 needs weights of one dtype, got torch.bfloat16, "):
         shard(text().bfloat16(), mesh)
 
 
@@ -137,7 +137,7 @@ def test_weights_to_start_from_are_loaded_before_they_are_shared_out(task, make,
 
 
 def test_weight_averaging_is_refused(task):
-    with pytest.raises(ValueError, match="weight averaging keeps a whole second model"):
+    with pytest.raises(ValueError, match="weight averaging keeps a second model"):
         task(callbacks=[EMAWeightAveraging()]).configure_model()
 
 

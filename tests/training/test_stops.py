@@ -289,7 +289,7 @@ def test_without_checkpoints_of_this_library(tmp_path, trainer, caplog):
             run_trainer.fit(tiny["Model"](), DataLoader(Numbers(), 4))
         assert stop.value.code == 143
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["stopped_step_00000002.ckpt"]
-    assert "not saved: checkpoints are off" in caplog.text
+    assert "not saved: checkpoints are disabled" in caplog.text
 
 
 @pytest.fixture
@@ -341,7 +341,7 @@ def test_a_requeue_that_fails_says_so(monkeypatch, scontrol):
     requeue_slurm_job()
     assert made() == []
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with pytest.warns(UserWarning, match=r"scontrol requeue 7` failed \(disabled\): submit"):
+    with pytest.warns(UserWarning, match=r"scontrol requeue 7` failed \(disabled\): resubmit"):
         requeue_slurm_job()
     monkeypatch.setenv("PATH", "")
     with pytest.warns(UserWarning, match="scontrol requeue 7` failed .*No such file"):

@@ -256,7 +256,7 @@ def test_classification_needs_classes_and_a_place_for_its_augmentation(make):
         Classification(ImageModel(make.image_config()), *settings)
     with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\), got 1.0"):
         Classification(make.image(), *settings, label_smoothing=1.0)
-    with pytest.raises(ValueError, match="augment is for audio models, and got ImageModel"):
+    with pytest.raises(ValueError, match="augment requires an audio model, got ImageModel"):
         Classification(make.image(), *settings, augment=torch.nn.Identity())
 
 

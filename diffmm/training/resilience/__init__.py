@@ -1,1 +1,1 @@
-"""Runs that lose nothing: checkpoints, stops by signals, steps whose numbers are not finite."""
+"""Fault tolerance: checkpoints, graceful shutdown, non-finite steps and failing loggers."""

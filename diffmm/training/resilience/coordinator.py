@@ -1,4 +1,4 @@
-"""What the callbacks of a run share: one agreement of all processes in every optimizer step."""
+"""Shared state of a run's callbacks, with one all-reduce per optimizer step."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,29 +11,29 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 Question = Callable[[], Tensor | float]
-"""What a process knows, as one number that is 0 where all is well."""
+"""Returns this process's answer, a number that is 0 in the normal case."""
 
 
 class Saver(Protocol):
-    """What keeps a run's checkpoints."""
+    """Interface of the callback that saves a run's checkpoints."""
 
     dirpath: Path | None
-    """Where, once it is known."""
+    """Folder of the checkpoints, once it is known."""
 
     def rest(self) -> None:
         """Wait until no checkpoint is being written."""
 
     def save_now(self, trainer: Trainer, *, reason: str) -> Path:
-        """Save at once, on all processes together."""
+        """Save immediately, on all processes together."""
 
 
 class Coordinator:
-    """One per trainer: callbacks put their questions to it, and the first that wants to know asks
-    all processes about all of them, by one all-reduce of one small tensor.
+    """Collects the questions of all callbacks of a trainer. The first callback in a batch that
+    needs an answer triggers one all-reduce of a small tensor, which answers all of them.
 
     Attributes:
-        norm: The norm of the step's gradients before clipping, once it is known.
-        saver: What saves a run that is about to end.
+        norm: Norm of the step's gradients before clipping, once it is known.
+        saver: Callback that saves a run before it stops.
     """
 
     def __init__(self) -> None:
@@ -45,18 +45,19 @@ class Coordinator:
 
     @staticmethod
     def of(trainer: Trainer) -> "Coordinator":
-        """The trainer's own."""
+        """Return the coordinator of a trainer."""
         return _COORDINATORS.setdefault(trainer, Coordinator())
 
     def ask(self, name: str, question: Question) -> None:
-        """Have a question put to all processes whenever they agree."""
+        """Register a question that is answered at every `agree`."""
         self._questions[name] = question
 
     def agree(self, trainer: Trainer, names: Sequence[str]) -> list[float]:
-        """The largest answers of all processes to these questions. All that have been asked are
-        answered at the same time, and then known for as long as the batch is the same.
+        """Return, for each named question, the largest answer of all processes.
 
-        Every process calls this at the same place of its batch. It waits for the GPU once.
+        All registered questions are answered together, and the answers are cached for the current
+        batch. Every process must call this at the same point of the batch. It synchronizes the GPU
+        once.
         """
         batch = trainer.fit_loop.total_batch_idx
         if batch != self._batch:

@@ -1,4 +1,4 @@
-"""Loggers that cannot write: told once, and training goes on."""
+"""Tolerance of failing loggers: each failure is reported once, and training continues."""
 
 import csv
 import io
@@ -14,36 +14,38 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from diffmm.checkpoint_folders import write_text
 
 METHODS = ("log_metrics", "save", "finalize")
-"""Of a logger, that a trainer calls while it trains."""
+"""Methods of a logger that a trainer calls during training."""
 
 
 class LoggersMayFail(Callback):
-    """Goes on training when a logger meets an `OSError`: a full disk, a server that is gone.
+    """Continues training when a logger raises an `OSError`, such as for a full disk or an
+    unreachable server.
 
-    Each logger's first failure is told in one line. CSV files get the rows that they missed when
-    there is room again, TensorBoard those that come then; neither keeps half a row. What a logger
-    fails at before training begins (a folder that cannot be made) still ends the run.
+    The first failure of each logger is reported as a warning. Once writing succeeds again, CSV
+    files receive the missed rows, and TensorBoard the rows from then on; neither contains
+    incomplete rows. Failures before training starts (such as a folder that cannot be created) still
+    stop the run.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for logger in trainer.loggers:
-            # A trainer may fit several times.
+            # A trainer may run `fit` several times.
             if not isinstance(vars(logger).get(METHODS[0]), _Tolerant):
                 tolerate(logger, is_writing=trainer.is_global_zero)
 
 
 def tolerate(logger: Logger, *, is_writing: bool) -> None:
-    """Let a logger's failures be warnings.
+    """Turn a logger's `OSError`s into warnings.
 
     Args:
-        logger: to be changed.
-        is_writing: whether this process is the one that writes.
+        logger: Logger to modify.
+        is_writing: Whether this process writes the log.
     """
     failures = _Failures(type(logger).__name__)
     if is_writing and isinstance(logger, CSVLogger):
         keep_rows_whole(logger.experiment)
     if is_writing and isinstance(logger, TensorBoardLogger):
-        # A thread of its own writes, and would end at the first failure, with a traceback.
+        # TensorBoard writes in a thread, which would end with a traceback at the first failure.
         events: Any = logger.experiment._get_file_writer().event_writer
         records = events._async_writer._writer
         records.write = _Tolerant(_whole(records.write, Path(events._file_name)), failures)
@@ -53,9 +55,9 @@ def tolerate(logger: Logger, *, is_writing: bool) -> None:
 
 
 def keep_rows_whole(experiment: Any) -> None:
-    """Let the writer of a CSV file lose no rows when it cannot write.
+    """Keep the writer of a CSV file from losing rows when writing fails.
 
-    Lightning's empties the file to write it again when there is a new column.
+    When there is a new column, Lightning's writer truncates the file before it rewrites it.
     """
     file = Path(experiment.metrics_file_path)
     append = _whole(experiment.save, file)
@@ -74,7 +76,7 @@ def keep_rows_whole(experiment: Any) -> None:
 
 
 def _write_columns(file: Path, columns: list[str]) -> None:
-    """Give a CSV file new columns, or leave it as it is."""
+    """Rewrite a CSV file with new columns; on failure, the file is unchanged."""
     with file.open(newline="", encoding="utf-8") as opened:
         rows = list(csv.DictReader(opened))
     text = io.StringIO(newline="")
@@ -85,7 +87,7 @@ def _write_columns(file: Path, columns: list[str]) -> None:
 
 
 class _Failures:
-    """Whether a logger has failed, which is told once."""
+    """Reports the first failure of a logger."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -95,12 +97,13 @@ class _Failures:
         if not self.is_told:
             self.is_told = True
             rank_zero_warn(
-                f"{self.name} could not write: {error}. Training goes on; this is told once"
+                f"{self.name} could not write: {error}. Training continues, and further failures "
+                f"of this logger are not reported"
             )
 
 
 class _Tolerant:
-    """A function whose `OSError` is told and no more."""
+    """A function whose `OSError`s are reported instead of raised."""
 
     def __init__(self, function: Callable[..., Any], failures: _Failures) -> None:
         self.function = function
@@ -114,7 +117,7 @@ class _Tolerant:
 
 
 def _whole(write: Callable[..., Any], file: Path) -> Callable[..., Any]:
-    """`write`, which adds to a file all of what it is given or nothing."""
+    """Wrap `write`, which appends to a file, so that a failure leaves the file unchanged."""
 
     def write_or_not(*args: Any) -> None:
         size = file.stat().st_size if file.exists() else 0

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: found before the weights take them."""
+"""Detects and skips optimizer steps whose loss or gradient is not finite."""
 
 import json
 import logging
@@ -20,57 +20,58 @@ from diffmm.training.sharding import gradient_norm
 logger = logging.getLogger(__name__)
 
 LOG_NAME = "bad_steps.jsonl"
-"""In a run's directory: one line for each skipped step."""
+"""File in the run directory with one line per skipped step."""
 
 BATCH_NAME = "bad_batch_step"
-"""The files that a run leaves behind when it stops begin so."""
+"""Prefix of the files with the last batches that a stopped run writes."""
 
 NUM_SHOWN = 16
-"""Sample ids of a process in a message; `LOG_NAME` has all."""
+"""Maximum number of sample ids per process in a message; `LOG_NAME` contains all of them."""
 
 
 class TooManyNonFiniteStepsError(RuntimeError):
-    """So many steps in a row had a loss or gradient that is not finite."""
+    """Too many consecutive steps had a loss or gradient that is not finite."""
 
 
 class NonFiniteGuard(Callback):
-    """Skips every optimizer step whose loss, in any micro-batch of any process, or whose gradient
-    is NaN or infinite, on all processes alike; stops the run after `max_in_a_row` of them.
+    """Skips every optimizer step whose gradient, or whose loss in any micro-batch of any process,
+    is NaN or infinite. All processes skip the step. After `max_in_a_row` consecutive skipped steps,
+    the run stops.
 
-    A skipped step leaves the weights, the optimizer's state and the running statistics of
-    normalization layers as they were. It counts as a step in all else: the learning rate schedule,
-    the data, `global_step` and `max_steps` go on, so that a run is as long as it was meant to be,
-    and a resumed one skips what the unbroken one skipped.
+    A skipped step does not change the weights, the optimizer's state or the running statistics of
+    normalization layers. In all other respects it counts as a step: the learning-rate schedule, the
+    data, `global_step` and `max_steps` advance. The length of the run is therefore unchanged, and a
+    resumed run skips the same steps as an uninterrupted one.
 
-    Each skipped step is told in a warning and, in full, in `bad_steps.jsonl` in the trainer's
-    `default_root_dir`: the step (counted from 1: the number of the checkpoint after it), and of
-    each process at fault its rank, losses and sample ids (`batch["index"]`): those of the
-    micro-batches whose loss is not finite, or of all where only the gradient is not (then every
-    process is listed: gradients have been averaged when they are looked at). A task's losses are
-    over the targets of the step's first micro-batch. The running count is logged as
-    `train/skipped_steps` once there is any.
+    Each skipped step is reported in a warning and, in full, in `bad_steps.jsonl` in the trainer's
+    `default_root_dir`: the step (counted from 1, like the checkpoint after it) and, for each
+    process at fault, its rank, losses and sample ids (`batch["index"]`). These are from the
+    micro-batches whose loss is not finite or, if only the gradient is not finite, from all
+    micro-batches of all processes, because gradients are checked after averaging. The losses of a
+    task are divided by the number of targets in the step's first micro-batch. The number of skipped
+    steps is logged as `train/skipped_steps` once there are any.
 
-    When the run stops, each process at fault writes the last step's micro-batches to
-    `bad_batch_step_00001234_rank_0.pt`; a checkpoint is saved, whose weights are those that met the
-    first of the bad steps; and `TooManyNonFiniteStepsError` is raised.
-    `diffmm.training.resilience.replay` makes the step again; a run that goes on from that
-    checkpoint goes on after it.
+    When the run stops, each process at fault writes the micro-batches of the last step to
+    `bad_batch_step_00001234_rank_0.pt`, a checkpoint is saved with the weights from before the
+    first of the skipped steps, and `TooManyNonFiniteStepsError` is raised.
+    `diffmm.training.resilience.replay` repeats the last step; a run that is resumed from the
+    checkpoint continues after it.
 
-    Where the weights themselves are not finite, no step can be: `NonFiniteWeightsError` ends the
-    run at once.
+    If the weights themselves are not finite, the run stops immediately with
+    `NonFiniteWeightsError`.
 
-    With a gradient scaler (`16-mixed`), infinite gradients are how it finds its scale: it skips
-    such a step itself and lowers the scale, which is no bad step as long as the scale is above 1.
-    A loss that is not finite always is one.
+    A gradient scaler (`16-mixed`) adjusts its scale by means of infinite gradients: it skips such a
+    step itself and lowers the scale. This does not count as a skipped step while the scale is
+    above 1. A loss that is not finite always counts.
 
-    It costs the norm of the gradients, which clipping needs anyway, and one wait for one small
-    tensor in every optimizer step.
+    The cost per optimizer step is the norm of the gradients, which clipping needs anyway, and one
+    synchronization for a small tensor.
 
     Args:
-        max_in_a_row: so many skipped steps, one after the other, stop the run; at least 1.
+        max_in_a_row: Number of consecutive skipped steps that stops the run, at least 1.
 
     Raises:
-        ValueError: naming the argument and the value.
+        ValueError: If `max_in_a_row` is below 1.
     """
 
     def __init__(self, max_in_a_row: int = 10) -> None:
@@ -79,13 +80,13 @@ class NonFiniteGuard(Callback):
         self.max_in_a_row = max_in_a_row
         self.num_in_a_row = 0
         self.num_skipped = 0
-        self._coordinator = Coordinator()  # the trainer's, once there is one
-        self._norm: Tensor | None = None  # of the gradients, before clipping
-        self._window: list[tuple[int, Any]] = []  # micro-batches of the step, with their numbers
+        self._coordinator = Coordinator()  # replaced by the trainer's when training starts
+        self._norm: Tensor | None = None  # norm of the gradients, before clipping
+        self._window: list[tuple[int, Any]] = []  # micro-batches of the step, with their indices
         self._losses: list[Tensor] = []
         self._statistics: list[tuple[Tensor, Tensor]] = []
-        self._clip_val: int | float | None = None  # the trainer's, while a step is skipped
-        self._report: dict[str, Any] | None = None  # of this process, if the step is skipped
+        self._clip_val: int | float | None = None  # the trainer's value, while a step is skipped
+        self._report: dict[str, Any] | None = None  # this process's report of a skipped step
 
     def state_dict(self) -> dict[str, int]:
         return {"num_in_a_row": self.num_in_a_row, "num_skipped": self.num_skipped}
@@ -123,7 +124,7 @@ class NonFiniteGuard(Callback):
             self.num_in_a_row = 0
         elif bad_loss or not scale_is_at_fault(trainer):
             check_weights(trainer)
-            # An optimizer does nothing to weights that have no gradient; clipping would fail.
+            # An optimizer skips weights without a gradient. Clipping would fail without gradients.
             for parameter in parameters:
                 parameter.grad = None
             self._clip_val, trainer.gradient_clip_val = trainer.gradient_clip_val, None
@@ -158,7 +159,7 @@ class NonFiniteGuard(Callback):
     def _is_loss_bad(self, pl_module: LightningModule) -> Tensor | float:
         if self._norm is None:
             return 0.0
-        # What came before a resume, within this step, is in the task's sum alone.
+        # Losses of this step from before resuming are only in the task's accumulated sum.
         accumulated = getattr(pl_module, "accumulated", None)
         before = [] if accumulated is None else [accumulated.total.to(self._norm)]
         losses = torch.stack([*self._losses, *before, self._norm.new_zeros(())])
@@ -168,7 +169,7 @@ class NonFiniteGuard(Callback):
         return 0.0 if self._norm is None else self._norm.isfinite().logical_not()
 
     def _tell(self, trainer: Trainer, bad_loss: bool) -> None:
-        """Write down a skipped step, and which processes are at fault."""
+        """Report a skipped step and the processes at fault."""
         report: dict[str, Any] = {"rank": trainer.global_rank, "losses": [], "samples": []}
         scale = scale_of(trainer) / trainer.accumulate_grad_batches
         for loss, (_, batch) in zip(torch.stack(self._losses).tolist(), self._window, strict=True):
@@ -192,7 +193,7 @@ class NonFiniteGuard(Callback):
             append(Path(trainer.default_root_dir, LOG_NAME), f"{json.dumps(fact)}\n")
 
     def _stop(self, trainer: Trainer, report: dict[str, Any]) -> None:
-        """Save what is needed to go on and to make the step again, and end the run."""
+        """Save what is needed to resume and to replay the step, and stop the run."""
         directory = Path(trainer.default_root_dir)
         name = f"{BATCH_NAME}_{trainer.global_step:08d}_rank_{trainer.global_rank}.pt"
         if report["losses"]:
@@ -206,41 +207,41 @@ class NonFiniteGuard(Callback):
                     "batches": [move_data_to_device(batch, "cpu") for _, batch in self._window],
                 },
             )
-        skipped, self.num_in_a_row = self.num_in_a_row, 0  # a run that goes on counts anew
+        skipped, self.num_in_a_row = self.num_in_a_row, 0  # a resumed run starts counting from 0
         where = save_before_end(trainer, reason="bad numbers")
         raise TooManyNonFiniteStepsError(
             f"{skipped} steps in a row had a loss or gradient that is not finite, the last of them "
             f"step {trainer.global_step}: none of them changed the weights"
             f"{'' if where is None else f', which are saved in {where}'}. The batches of that step "
-            f"are in {directory}/{BATCH_NAME}_*.pt (`diffmm replay RUN` makes it again). Mend the "
-            f"data, lower the learning rate, or go on from an earlier checkpoint"
+            f"are in {directory}/{BATCH_NAME}_*.pt (`diffmm replay RUN` repeats the step). Fix the "
+            f"data, lower the learning rate, or resume from an earlier checkpoint"
         )
 
 
 def running_statistics(module: nn.Module) -> list[Tensor]:
-    """The buffers that normalization layers change as they see batches."""
+    """Return the running-statistics buffers of normalization layers."""
     layers = [each for each in module.modules() if getattr(each, "track_running_stats", False)]
     return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
 
 
 def scale_of(trainer: Trainer) -> float:
-    """What the loss is multiplied by before the backward pass: 1 without a gradient scaler."""
+    """Return the scale of the gradient scaler; 1 if there is none."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else scaler.get_scale()
 
 
 def scale_is_at_fault(trainer: Trainer) -> bool:
-    """Whether gradients may be infinite for no other reason than a gradient scaler's scale."""
+    """Whether gradients may be infinite merely because of the gradient scaler's scale."""
     return scale_of(trainer) > 1.0
 
 
 def sample_ids(batch: Any) -> list[int]:
-    """The samples' numbers in their dataset, if the batch knows them."""
+    """Return the positions of the samples in their dataset; empty if the batch has none."""
     return batch["index"].tolist() if isinstance(batch, dict) and "index" in batch else []
 
 
 def summary_of(report: dict[str, Any]) -> str:
-    """A process's losses and samples, for a reader."""
+    """Format a process's losses and samples for a message."""
     samples = report["samples"]
     shown = ", ".join(map(str, samples[:NUM_SHOWN])) or "unknown"
     more = f" and {len(samples) - NUM_SHOWN} more" if len(samples) > NUM_SHOWN else ""
@@ -248,7 +249,7 @@ def summary_of(report: dict[str, Any]) -> str:
 
 
 def append(path: Path, line: str) -> None:
-    """Add to a log; a full disk is no reason to end a run."""
+    """Append a line to a log file; a failure is only a warning."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(line)
@@ -257,7 +258,7 @@ def append(path: Path, line: str) -> None:
 
 
 def save_batches(path: Path, content: dict[str, Any]) -> None:
-    """Write a file for `replay`, whole or not at all."""
+    """Write a file for `replay` atomically."""
     unfinished = path.with_name(f".{path.name}")
     torch.save(content, unfinished)
     unfinished.replace(path)

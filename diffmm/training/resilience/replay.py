@@ -1,4 +1,4 @@
-"""Make the step again that a run stopped at, and see where its numbers go bad."""
+"""Repeats the step at which a run stopped, and locates its non-finite numbers."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +18,15 @@ from diffmm.training.task import Task
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a micro-batch does to a model.
+    """Non-finite numbers in the forward and backward pass of a micro-batch.
 
     Attributes:
-        loss: of the whole micro-batch.
-        fields: of the batch, that hold numbers that are not finite.
-        module: the first part of the model whose output is not finite, by name, if any is.
-        samples: whose loss is not finite where each is alone, by their numbers in the dataset (or
+        loss: Loss of the micro-batch.
+        fields: Batch fields that contain non-finite numbers.
+        module: Name of the first submodule whose output is not finite, if any.
+        samples: Samples whose individual loss is not finite, by their position in the dataset (or
             in the batch, if it has no `index`).
-        gradients: that are not finite, by the names of their parameters.
+        gradients: Names of the parameters whose gradient is not finite.
     """
 
     loss: float
@@ -37,11 +37,11 @@ class MicroBatch:
 
 
 def load_batches(path: str | Path) -> dict[str, Any]:
-    """Read a file that `NonFiniteGuard` has written; no code in it is run.
+    """Read a file written by `NonFiniteGuard`, without running code from it.
 
     Raises:
-        ValueError: if it is another file.
-        FileNotFoundError: if there is none.
+        ValueError: If it is another kind of file.
+        FileNotFoundError: If the file does not exist.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -51,21 +51,24 @@ def load_batches(path: str | Path) -> dict[str, Any]:
             raise KeyError
     except Exception as error:
         raise ValueError(
-            f"{path} is no batch that a run left behind: give a file bad_batch_step_*.pt"
+            f"{path} is not a batch saved by a stopped run: give a file bad_batch_step_*.pt"
         ) from error
     return content
 
 
 def replay(trainer: Trainer, task: Task, content: dict[str, Any]) -> list[MicroBatch]:
-    """Make a step's forward and backward passes again, with the weights that `task` has.
+    """Repeat the forward and backward passes of a step, with the current weights of `task`.
 
-    Where the model draws random numbers (dropout), they are other ones than in the run; mixtures of
-    samples are the same if the run had one process.
+    Random numbers that the model draws (dropout) differ from those of the run. Mixtures of samples
+    are the same if the run had one process.
 
     Args:
-        trainer: of one process, for its device and precision.
-        task: in the state of the checkpoint that was saved when the run stopped.
-        content: from `load_batches`.
+        trainer: Single-process trainer, which provides the device and the precision.
+        task: Task with the weights of the checkpoint that was saved when the run stopped.
+        content: Contents of the file, from `load_batches`.
+
+    Returns:
+        One result per micro-batch.
     """
     device = trainer.strategy.root_device
     task.trainer = trainer
@@ -101,7 +104,7 @@ def _replay(trainer: Trainer, task: Task, batch: dict[str, Tensor], number: int)
 
 @contextmanager
 def _first_bad_output(model: nn.Module) -> Iterator[list[str]]:
-    """Names of the parts whose output is not finite, in the order in which they come to it."""
+    """Collect the names of submodules whose output is not finite, in execution order."""
     found: list[str] = []
 
     def watch(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Runs that stop at a signal: all processes at the same step, and nothing lost."""
+"""Graceful shutdown: on a signal, all processes stop after the same step and save."""
 
 import os
 import signal
@@ -21,48 +21,50 @@ from diffmm.training.resilience.checkpoints import check_weights
 from diffmm.training.resilience.coordinator import Coordinator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""That stop a run; where processes get several, the last of these counts."""
+"""Signals that stop a run. If processes receive several, the last in this order takes effect."""
 
 QUESTION = "stop"
-"""What the processes are asked, see `Coordinator.ask`."""
+"""Name of the question to all processes, see `Coordinator.ask`."""
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
-"""Of a process that was stopped by a signal."""
+"""Exit code of the process, by the signal that stopped it."""
 
 
 class GracefulShutdown(Callback):
-    """Ends a run that gets SIGTERM, SIGUSR1 or SIGINT (Ctrl-C), in any of its processes: all of
-    them finish the same step, save, and raise Lightning's `SIGTERMException`, a `SystemExit`, so
-    that they exit with 143 (130 after SIGINT).
+    """Stops a run when any of its processes receives SIGTERM, SIGUSR1 or SIGINT (Ctrl-C). All
+    processes finish the same step, save a checkpoint and raise Lightning's `SIGTERMException`, a
+    `SystemExit`, so that they exit with code 143 (130 after SIGINT).
 
-    The processes agree at the end of every optimizer step (with the `Coordinator`, which asks for
-    `NonFiniteGuard` at the same time), and at every batch of validation. A
-    validation that was cut short is made again, from its beginning, when the run goes on. Before
-    the first step there is nothing to save. Further signals change nothing, least of all a save.
+    The processes communicate at the end of every optimizer step (in the same all-reduce as
+    `NonFiniteGuard`, see `Coordinator`) and after every validation batch. An interrupted validation
+    is repeated from its beginning when the run is resumed. Before the first step, nothing is saved.
+    Further signals have no effect; in particular, they do not interrupt a save.
 
-    It saves by the trainer's `Checkpoints`; without that, as `stopped_step_00001000.ckpt` in
-    `default_root_dir`; and not at all where the trainer's checkpoints are off.
+    The checkpoint is saved by the trainer's `Checkpoints` callback or, without one, as
+    `stopped_step_00001000.ckpt` in `default_root_dir`. Nothing is saved if checkpointing is
+    disabled in the trainer.
 
-    Under SLURM, SIGUSR1 (`#SBATCH --signal=USR1@120`: two minutes before the time is up) also puts
-    the job back into the queue, once everything is saved.
+    Under SLURM, SIGUSR1 (`#SBATCH --signal=USR1@120`, two minutes before the time limit) also
+    requeues the job, after the checkpoint is saved.
 
-    While `fit` runs, Lightning's own signal handlers are off: SIGTERM to one process of several
-    makes them hang, and SLURM's signal makes them save elsewhere. Afterwards all handlers are what
-    they were before. Data loaders with workers should have
-    `worker_init_fn=diffmm.workers.ignore_stop_signals`: signals are often sent to workers as well.
+    While `fit` runs, Lightning's own signal handlers are disabled: they hang when only one of
+    several processes receives SIGTERM, and on SLURM's signal they save to another location. All
+    previous handlers are restored afterwards. Data loaders with workers should use
+    `worker_init_fn=diffmm.workers.ignore_stop_signals`, because signals are often also sent to the
+    workers.
 
     Args:
-        requeue: whether SIGUSR1 requeues a SLURM job.
+        requeue: Whether SIGUSR1 requeues a SLURM job.
     """
 
     def __init__(self, *, requeue: bool = True) -> None:
         self.requeue = requeue
         self._active = False
-        self._got: signal.Signals | None = None  # by this process
-        self._agreed: signal.Signals | None = None  # to be obeyed, by all processes
+        self._got: signal.Signals | None = None  # received by this process
+        self._agreed: signal.Signals | None = None  # agreed on by all processes
         self._step = 0
         self._num_common_batches = 0.0
-        self._random_state: Tensor | None = None  # after this fit's last step
+        self._random_state: Tensor | None = None  # after the last step of this fit
 
     @property
     def is_stopping(self) -> bool:
@@ -70,7 +72,7 @@ class GracefulShutdown(Callback):
         return self._agreed is not None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Python takes signals in its main thread alone.
+        # Python handles signals in its main thread only.
         self._active = stage == "fit" and threading.current_thread() is threading.main_thread()
         self._got = self._agreed = None
         self._random_state = None
@@ -92,17 +94,17 @@ class GracefulShutdown(Callback):
         batch_idx: int,
     ) -> None:
         if trainer.global_step == self._step:
-            return  # gradients are being accumulated, and would be lost
+            return  # accumulated gradients would be lost
         self._step = trainer.global_step
         self._random_state = torch.get_rng_state()
         if self._active:
             self._hear(*Coordinator.of(trainer).agree(trainer, [QUESTION]))
         if self.is_stopping:
-            # Lightning first logs this step, and then raises its exception.
+            # After this hook, Lightning logs the step and then raises its exception.
             self._save(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Where processes have unequal shares, only so many batches are sure to come in all.
+        # Processes may have different numbers of batches; they communicate only in common ones.
         count = float(sum(trainer.fit_loop.epoch_loop.val_loop.max_batches))
         if self._active:
             self._num_common_batches = -_largest(trainer, -count)
@@ -122,7 +124,7 @@ class GracefulShutdown(Callback):
         if not 0 < self._num_common_batches < float("inf") or not self._agree(trainer):
             return
         if self._random_state is not None:
-            # As it was before the validation, in which a loader drew a number when it began.
+            # Restore the state from before validation, whose data loader drew a random number.
             trainer.training = True
             torch.set_rng_state(self._random_state)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -148,28 +150,28 @@ class GracefulShutdown(Callback):
         got = signal.Signals(number)
         if got is signal.SIGINT and self._got is None and getattr(rank_zero_only, "rank", 0) == 0:
             # Printing is not safe here: this may run within another print.
-            os.write(2, b"\nstopping after this step (at once, without saving: Ctrl-\\)\n")
+            os.write(2, b"\nstopping after this step (Ctrl-\\ stops immediately, without saving)\n")
         self._got = got if self._got is None else max(self._got, got, key=SIGNALS.index)
 
     def _vote(self) -> float:
-        """What this process knows; 0 is to go on."""
+        """Return this process's vote; 0 means to continue."""
         return 0.0 if self._got is None else SIGNALS.index(self._got) + 1.0
 
     def _hear(self, vote: float) -> None:
-        """Take the highest of all processes' votes."""
+        """Store the signal of the highest vote of all processes."""
         if vote > 0.0:
             self._agreed = SIGNALS[int(vote) - 1]
 
     def _agree(self, trainer: Trainer) -> bool:
-        """Ask all processes, outside of a step."""
+        """Compare the votes of all processes outside of a step, and return whether to stop."""
         if self._active:
             self._hear(_largest(trainer, self._vote()))
         return self.is_stopping
 
     def _end(self, trainer: Trainer) -> None:
-        """End a validation."""
+        """Stop during validation."""
         if not trainer.sanity_checking:
-            # Otherwise Lightning leaves the workers of the training data to wait for their end.
+            # Otherwise Lightning does not shut down the workers of the training data loader.
             trainer.training = True
         raise SIGTERMException
 
@@ -178,12 +180,12 @@ class GracefulShutdown(Callback):
         where = save_before_end(trainer, reason=self._agreed.name)
         rank_zero_info(
             f"{self._agreed.name}: stopped after step {trainer.global_step}, "
-            f"{'not saved: checkpoints are off' if where is None else f'saved in {where}'}"
+            f"{'not saved: checkpoints are disabled' if where is None else f'saved in {where}'}"
         )
 
 
 class _Handlers:
-    """Stands in for what Lightning does about signals, until the trainer is torn down."""
+    """Replaces Lightning's signal handling until the trainer is torn down."""
 
     def __init__(self, stop: GracefulShutdown, trainer: Trainer) -> None:
         self.stop = stop
@@ -192,14 +194,15 @@ class _Handlers:
 
     @property
     def received_sigterm(self) -> bool:
-        """Lightning's loops ask after every batch, and raise `SIGTERMException`."""
+        """Whether to stop; Lightning's loops check it after every batch and raise
+        `SIGTERMException`."""
         return self.stop.is_stopping
 
     def register_signal_handlers(self) -> None:
-        """They are set already."""
+        """Do nothing: the handlers are already registered."""
 
     def teardown(self) -> None:
-        """The last thing that a trainer does, after an exception too."""
+        """Restore the previous handlers; called last, also after an exception."""
         for number, handler in self.before.items():
             if handler is not None:
                 signal.signal(number, handler)
@@ -207,13 +210,13 @@ class _Handlers:
 
 
 def save_before_end(trainer: Trainer, *, reason: str) -> Path | None:
-    """Save a run that is about to end; every process calls it at the same step.
+    """Save a run that is about to stop. Every process must call it at the same step.
 
     Returns:
-        Where; nothing if the trainer keeps no checkpoints.
+        Path of the checkpoint; `None` if checkpointing is disabled in the trainer.
     """
     path = _save(trainer, reason)
-    # Lightning kills all processes when one of them ends with a code other than 0.
+    # Lightning kills all processes when one of them exits with a non-zero code.
     getattr(trainer.strategy.launcher, "procs", []).clear()
     trainer.strategy.barrier()
     return path
@@ -232,7 +235,7 @@ def _save(trainer: Trainer, reason: str) -> Path | None:
 
 
 def requeue_slurm_job() -> None:
-    """Put the SLURM job that this process belongs to, if any, back into the queue."""
+    """Requeue the SLURM job that this process belongs to, if any."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return
@@ -241,11 +244,11 @@ def requeue_slurm_job() -> None:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).strip()
-        rank_zero_warn(f"`{' '.join(command)}` failed ({reason}): submit the job again yourself")
+        rank_zero_warn(f"`{' '.join(command)}` failed ({reason}): resubmit the job manually")
 
 
 def _largest(trainer: Trainer, value: float) -> float:
-    """The largest `value` of all processes."""
+    """Return the largest `value` of all processes."""
     if trainer.world_size == 1:
         return value
     values = torch.tensor([value], device=trainer.strategy.root_device)

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole, and from which a run goes on exactly where it was."""
+"""Verified checkpoints, from which a run resumes exactly."""
 
 from diffmm.checkpoint_folders import find_whole
 from diffmm.training.resilience.checkpoints.callback import Checkpoints

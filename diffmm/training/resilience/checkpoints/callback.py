@@ -1,4 +1,4 @@
-"""When checkpoints are saved, and how a run goes on from one."""
+"""The callback that saves checkpoints and resumes a run from one."""
 
 import math
 import time
@@ -35,37 +35,41 @@ from diffmm.training.resilience.coordinator import Coordinator
 
 SECONDS_A_MINUTE = 60.0
 STEPS_A_LOOK = 10
-"""Several processes agree on the time every so many steps, since that makes them wait."""
+"""Interval, in steps, at which several processes compare the time, because that synchronizes."""
 
 
 class Checkpoints(Checkpoint):
-    """Saves a run as folders that are whole or found out, and goes on with one exactly.
+    """Saves checkpoints whose completeness is verified, and resumes a run exactly.
 
-    A checkpoint holds all that the next batch depends on: weights, optimizer, schedule, the place
-    in the data, the loops' counters, other callbacks' states and the random states of every
-    process. With data whose samples depend on `(seed, epoch, index)` alone, and which save their
-    place (as those of `datamodules` do), a resumed run continues bitwise on the CPU.
+    A checkpoint is a folder with everything that the next batch depends on: weights, optimizer,
+    schedule, position in the data, counters of the loops, states of other callbacks and random
+    states of every process. If the samples of the data depend on `(seed, epoch, index)` alone and
+    the datamodule saves its position (as those of `datamodules` do), a resumed run is bitwise
+    identical on the CPU.
 
-    It is saved after an optimizer step; where a validation follows that step, after the validation.
-    The state is copied to CPU memory, and written from there while training goes on; one at a time.
-    Without the memory for that, and where processes write their own shares of the weights, training
-    waits for it. A save that fails (a full disk) leaves the earlier checkpoints whole and training
-    going on. Weights that are not finite are never saved: they end the run.
+    Checkpoints are saved after an optimizer step or, if validation follows that step, after
+    validation. The state is copied to CPU memory and written in the background while training
+    continues, one checkpoint at a time. Training waits instead if there is not enough memory, or if
+    processes write their own shards. If a save fails (on a full disk, for example), earlier
+    checkpoints stay intact and training continues. Weights that are not finite are never saved;
+    they stop the run.
 
     Args:
-        dirpath: the folder of the checkpoints, of this run alone; by default `checkpoints` in the
-            trainer's `default_root_dir`.
-        every_n_steps: optimizer steps between saves.
-        every_minutes: minutes between saves; several processes look at the clock every tenth step.
-        monitor: a metric of the validation; after each of them the state is saved.
-        mode: whether the `min` or the `max` of it is best.
-        keep_last: how many of the last checkpoints are kept, at least 1.
-        keep_best: how many of the best are kept besides, by `monitor`.
-        background: write beside the training, where memory allows.
-        max_failed_saves: so many failed saves in a row stop the run, at least 1.
+        dirpath: Folder of this run's checkpoints, not shared with other runs; by default
+            `checkpoints` in the trainer's `default_root_dir`.
+        every_n_steps: Number of optimizer steps between saves; None saves by time only.
+        every_minutes: Minutes between saves, checked at every tenth step if there are several
+            processes; None saves by steps only.
+        monitor: Validation metric that ranks the checkpoints. If set, a checkpoint is also saved
+            after every validation.
+        mode: Whether the "min" or the "max" of `monitor` is best.
+        keep_last: Number of most recent checkpoints to keep, at least 1.
+        keep_best: Number of best checkpoints by `monitor` to keep in addition, at least 0.
+        background: Whether to write while training continues, if memory allows.
+        max_failed_saves: Number of consecutive failed saves that stops the run, at least 1.
 
     Raises:
-        ValueError: naming the argument and the value.
+        ValueError: If an argument is invalid; the message names it and the value.
     """
 
     def __init__(
@@ -112,7 +116,8 @@ class Checkpoints(Checkpoint):
 
     @property
     def best_model_path(self) -> str:
-        """The state of the best checkpoint, or empty: what Lightning's `ckpt_path="best"` loads."""
+        """Path of the best checkpoint's state, or an empty string. Lightning loads it for
+        `ckpt_path="best"`."""
         if self.dirpath is None or self.monitor is None:
             return ""
         best = checkpoint_folders.best(self.dirpath, self.monitor, self.mode)
@@ -123,22 +128,22 @@ class Checkpoints(Checkpoint):
         self._writer.rest()
 
     def save_now(self, trainer: Trainer, *, reason: str) -> Path:
-        """Save and wait until that is done: before a run stops, say.
+        """Save a checkpoint, for example before a run stops, and wait until it is written.
 
-        To be called from a callback's `on_train_batch_end` (or `on_validation_end`), after the same
-        batch on every process, and before `trainer.should_stop` is set. A validation that is due
-        after this batch is still due when the run goes on.
+        Call it from a callback's `on_train_batch_end` or `on_validation_end`, after the same batch
+        on every process, and before setting `trainer.should_stop`. A validation that is due after
+        this batch is still run after resuming.
 
         Args:
-            trainer: within `fit`.
-            reason: for the manifest.
+            trainer: Trainer that is running `fit`.
+            reason: Reason of the save, for the manifest.
 
         Returns:
             The folder of the checkpoint.
 
         Raises:
-            SaveFailedError: on every process, if it could not be written.
-            NonFiniteWeightsError: on every process, if there are weights that are not finite.
+            SaveFailedError: On every process, if the checkpoint could not be written.
+            NonFiniteWeightsError: On every process, if any weight is not finite.
         """
         self._asked_at = self._place(trainer)
         self._save(trainer, reason=reason, background=False)
@@ -159,7 +164,7 @@ class Checkpoints(Checkpoint):
     ) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        checkpoint[EXACT_KEY] = None  # as the learning rate finder saves it, before the first batch
+        checkpoint[EXACT_KEY] = None  # before the first batch: saved by the learning-rate finder
         if training_has_data(trainer):
             progress.settle(trainer, checkpoint["loops"]["fit_loop"])
             checkpoint[EXACT_KEY] = exact_state(trainer)
@@ -173,7 +178,7 @@ class Checkpoints(Checkpoint):
         start_timers(trainer, checkpoint)
         if EXACT_KEY not in checkpoint:
             rank_zero_warn(
-                "this checkpoint was not saved by Checkpoints: the run goes on with its weights "
+                "this checkpoint was not saved by Checkpoints: the run resumes with its weights "
                 "and optimizer, but not exactly (it has no random states)"
             )
         elif checkpoint[EXACT_KEY] is not None:
@@ -187,7 +192,7 @@ class Checkpoints(Checkpoint):
             self._saved_at = self._place(trainer)
         assert self.dirpath is not None
         if trainer.is_global_zero:
-            # Not earlier: another process might still be reading.
+            # Not earlier: another process might still be reading a checkpoint.
             checkpoint_folders.clean(self.dirpath)
             logs.begin(trainer, self.dirpath, trainer.global_step)
         self._saved_at_seconds = time.monotonic()
@@ -196,7 +201,7 @@ class Checkpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if not self._is_step_logged:
-            # Only after the hook in which it was saved was the step itself logged.
+            # The step itself was logged only after the hook in which it was saved.
             logs.flush(trainer)
             self._is_step_logged = True
 
@@ -225,26 +230,26 @@ class Checkpoints(Checkpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        # The other processes may be elsewhere: nothing is agreed upon.
+        # Other processes may be at another point, so that no communication is possible.
         outcome = self._writer.wait()
         if isinstance(outcome, SaveFailedError):
             rank_zero_warn(str(outcome))
 
     def _place(self, trainer: Trainer) -> tuple[int, bool]:
-        """The batch that the run is at, and whether it is validated."""
+        """Return the current batch index, and whether validation is running."""
         return trainer.fit_loop.total_batch_idx, trainer.validating
 
     def _save_if_due(self, trainer: Trainer) -> None:
-        """Save if the schedule says so, on all processes alike."""
+        """Save if a save is due; the decision is the same on all processes."""
         place = self._place(trainer)
         if trainer.should_stop and self._asked_at is not None and self._asked_at[0] == place[0]:
-            return  # whoever asked for the save then stopped the run
+            return  # `save_now` has saved this batch, and its caller stopped the run
         is_measured = trainer.validating and self.monitor is not None
         if is_measured or progress.training_ends(trainer) or self._is_time(trainer):
             self._save(trainer, reason="schedule", background=self.background)
 
     def _is_time(self, trainer: Trainer) -> bool:
-        """Whether steps or minutes enough have passed."""
+        """Whether a save is due by the number of steps or by time."""
         step = trainer.global_step
         is_saved = self._saved_at is not None and self._saved_at[0] == self._place(trainer)[0]
         if is_saved or not progress.is_step_boundary(trainer):
@@ -285,7 +290,7 @@ class Checkpoints(Checkpoint):
             return error
 
     def _pruned(self, outcome: Path | SaveFailedError) -> Path | SaveFailedError:
-        """Make room, now that there is a new checkpoint."""
+        """Remove old checkpoints after a successful save."""
         if isinstance(outcome, SaveFailedError):
             return outcome
         try:
@@ -297,14 +302,14 @@ class Checkpoints(Checkpoint):
                 mode=self.mode,
             )
         except OSError as error:
-            rank_zero_warn(f"an old checkpoint could not be removed: {error}")
+            rank_zero_warn(f"could not remove an old checkpoint: {error}")
         return outcome
 
     def _settle(self, trainer: Trainer) -> Path | SaveFailedError | None:
-        """What became of the last save, which is waited for: on all processes alike.
+        """Wait for the last save, and return its outcome, the same on all processes.
 
         Raises:
-            SaveFailedError: if it was the last one of too many that failed.
+            SaveFailedError: If `max_failed_saves` saves have failed in a row.
         """
         outcome = trainer.strategy.broadcast(self._writer.wait())
         if outcome is None:
@@ -318,13 +323,13 @@ class Checkpoints(Checkpoint):
         if self._num_failed >= self.max_failed_saves:
             raise outcome
         rank_zero_warn(
-            f"{outcome}. Training goes on; {self._num_failed} of {self.max_failed_saves} failed "
-            f"saves that stop it"
+            f"{outcome}. Training continues; it stops after {self.max_failed_saves} failed saves "
+            f"in a row, so far {self._num_failed}"
         )
         return outcome
 
     def _facts(self, trainer: Trainer, reason: str) -> dict[str, Any]:
-        """What the manifest says about a state."""
+        """Return the manifest entries for the current state."""
         return {
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,
@@ -341,17 +346,18 @@ class Checkpoints(Checkpoint):
         }
 
     def _measured(self, trainer: Trainer) -> dict[str, float]:
-        """The monitored metric, if this state has just been validated and it is a number.
+        """Return the monitored metric if this state has just been validated and the value is
+        finite.
 
         Raises:
-            ValueError: naming the metrics that are logged, if it is none of them.
+            ValueError: If the metric is not logged; the message lists the logged metrics.
         """
         if self.monitor is None or not trainer.validating:
             return {}
         if self.monitor not in trainer.callback_metrics:
             logged = ", ".join(sorted(trainer.callback_metrics)) or "none"
             raise ValueError(
-                f"monitor {self.monitor!r} is not logged in validation; what is: {logged}"
+                f"monitor {self.monitor!r} is not logged in validation; logged metrics: {logged}"
             )
         value = float(trainer.callback_metrics[self.monitor])
         return {self.monitor: value} if math.isfinite(value) else {}

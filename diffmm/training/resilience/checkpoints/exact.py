@@ -1,4 +1,4 @@
-"""What a run needs, besides what Lightning keeps, to go on with the same bits."""
+"""State for bitwise identical resuming, in addition to what Lightning saves."""
 
 import warnings
 from typing import Any
@@ -18,7 +18,7 @@ from diffmm.training.resilience.checkpoints.random_state import (
 )
 
 EXACT_KEY = "exact_resume"
-"""Where a checkpoint keeps it."""
+"""Checkpoint key of this state."""
 
 
 SETTINGS = (
@@ -28,14 +28,14 @@ SETTINGS = (
     "limit_train_batches",
     "overfit_batches",
 )
-"""Of a trainer: they decide what the next steps are."""
+"""Trainer settings that affect the next steps."""
 
 
 def exact_state(trainer: Trainer) -> dict[str, Any]:
-    """Random states of every process, gradients and losses that no step has taken yet, and what
-    they are of.
+    """Return the random states of every process, its accumulated gradients and losses, and the
+    trainer settings that they depend on.
 
-    To be called on every process, after the same batch.
+    Must be called on every process, after the same batch.
     """
     own: dict[str, Any] = {"random": random_state(trainer.strategy.root_device)}
     if not progress.is_step_boundary(trainer):
@@ -51,53 +51,53 @@ def exact_state(trainer: Trainer) -> dict[str, Any]:
         "processes": gather(trainer, own),
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "settings": {name: getattr(trainer, name) for name in SETTINGS},
-        # A run that a criterion has ended does not begin again; one that ran out of time may.
+        # A run stopped by a criterion stays stopped; one that reached its time limit may resume.
         "should_stop": trainer.should_stop and not is_out_of_time(trainer),
     }
 
 
 def check_exact(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Refuse to go on where it could not be exact, or say what differs.
+    """Check that a run can resume exactly, and warn about settings that change its next steps.
 
     Raises:
-        ValueError: naming what was changed.
+        ValueError: If it cannot; the message names the change.
     """
     then, now = state["accumulate_grad_batches"], trainer.accumulate_grad_batches
     if then != now:
         raise ValueError(
-            f"the run took steps of {then} batches each, accumulate_grad_batches is now {now}: "
-            f"resume with {then}"
+            f"the run was saved with accumulate_grad_batches={then}, which is now {now}: resume "
+            f"with {then}"
         )
     for name, value in state.get("settings", {}).items():
         if value != getattr(trainer, name):
             rank_zero_warn(
-                f"the run goes on with {name}={getattr(trainer, name)!r} in place of {value!r}: "
-                f"its next steps are not what they would have been"
+                f"the run resumes with {name}={getattr(trainer, name)!r} instead of {value!r}: its "
+                f"next steps differ from those of an uninterrupted run"
             )
     processes, world_size = state["processes"], trainer.world_size
     if hasattr(trainer.lightning_module, "accumulated") and (
         "gradients" in processes[0] and "accumulated" not in processes[0]
     ):
         raise ValueError(
-            "the checkpoint stands within an accumulated step and does not know how many targets "
-            "that has had, as those of earlier versions: go on from another one"
+            "the checkpoint was saved within an accumulated step by an earlier version, without "
+            "the number of targets: resume from another checkpoint"
         )
     if len(processes) == world_size:
         return
     if "gradients" in processes[0]:
         raise ValueError(
-            f"the checkpoint of {len(processes)} processes stands within an accumulated step, "
+            f"the checkpoint of {len(processes)} processes was saved within an accumulated step, "
             f"which {world_size} cannot finish exactly: resume with {len(processes)}"
         )
     rank_zero_warn(
-        f"the run goes on with {world_size} processes in place of {len(processes)}: each step "
-        f"takes the same samples, dealt out anew, but what is drawn for a batch (dropout, mixing) "
-        f"is not what it would have been"
+        f"the run resumes with {world_size} processes instead of {len(processes)}: each step has "
+        f"the same samples, distributed differently, but random draws per batch (dropout, mixing) "
+        f"differ from those of an uninterrupted run"
     )
 
 
 def restore_exact(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Go on from `state`, right before the next batch."""
+    """Restore `state`, right before the next batch."""
     progress.end_epoch_if_over(trainer)
     trainer.should_stop = trainer.should_stop or state["should_stop"]
     processes, rank, device = state["processes"], trainer.global_rank, trainer.strategy.root_device
@@ -115,21 +115,21 @@ def restore_exact(trainer: Trainer, state: dict[str, Any]) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's share of a tensor; all of it where it is not sharded."""
+    """Return this process's shard of a tensor, or the whole tensor if it is not sharded."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def gradient_of(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """A parameter's gradient from this process's share of it.
+    """Return a parameter's gradient from this process's shard of it.
 
     Raises:
-        ValueError: if the parameter is sharded in another way than it was.
+        ValueError: If the parameter is sharded differently than when the gradient was saved.
     """
     share = local(parameter)
     if gradient.shape != share.shape:
         raise ValueError(
-            "the checkpoint stands within an accumulated step, which another strategy cannot "
-            "finish exactly: resume with the one it was saved under"
+            "the checkpoint was saved within an accumulated step, which another strategy cannot "
+            "finish exactly: resume with the strategy that it was saved under"
         )
     gradient = gradient.to(share)
     if not isinstance(parameter, DTensor):
@@ -145,15 +145,15 @@ def gradient_of(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 
 def trust_data(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Keep Lightning from warning of a loader that does not know its place, where the datamodule
-    has kept it."""
+    """Silence Lightning's warning about a stateless data loader if the datamodule saves the
+    position in the data."""
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     if datamodule is not None and checkpoint.get(type(datamodule).__qualname__):
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before")
 
 
 def gather(trainer: Trainer, own: Any) -> list[Any]:
-    """What each process has, in order of their ranks."""
+    """Gather an object from all processes, in order of their ranks."""
     every = [own] * trainer.world_size
     if trainer.world_size > 1:
         torch.distributed.all_gather_object(every, own)
@@ -161,14 +161,14 @@ def gather(trainer: Trainer, own: Any) -> list[Any]:
 
 
 def start_timers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """Let a time limit (`max_time`) be that of each start: one that was used up would end a run
-    that goes on before its first step."""
+    """Restart time limits (`max_time`) on resuming: a limit that was already reached would stop the
+    run before its first step."""
     for timer in timers(trainer):
         checkpoint.get("callbacks", {}).pop(timer.state_key, None)
 
 
 def timers(trainer: Trainer) -> list[Timer]:
-    """What watches the time."""
+    """Return the trainer's `Timer` callbacks."""
     return [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""Weights that are not finite: no checkpoint of them takes the place of a good one."""
+"""Checks that weights are finite before they are saved."""
 
 import math
 from collections.abc import Iterable
@@ -16,15 +16,15 @@ from diffmm.training.sharding import by_mesh
 
 
 class NonFiniteWeightsError(RuntimeError):
-    """A run's weights are NaN or infinite."""
+    """Some of the weights are NaN or infinite."""
 
 
 def check_weights(trainer: Trainer) -> None:
-    """Refuse weights that are not finite. All processes call it at the same step, within `fit`.
+    """Check that all weights are finite. All processes must call it at the same step, within `fit`.
 
     Raises:
-        NonFiniteWeightsError: on every process, with the first such weight and the last
-            checkpoint.
+        NonFiniteWeightsError: On every process, if any weight is not finite; the message names the
+            first such weight and the last checkpoint.
     """
     weights = dict(trainer.lightning_module.named_parameters())
     largest = largest_magnitude(weights.values())
@@ -36,23 +36,24 @@ def check_weights(trainer: Trainer) -> None:
     saver = Coordinator.of(trainer).saver
     directory = Path(trainer.default_root_dir) / DIRECTORY_NAME
     if saver is not None:
-        saver.rest()  # The last one may still be on its way to the disk.
+        saver.rest()  # The last checkpoint may still be being written.
         directory = saver.dirpath or directory
     kept = checkpoints(directory)
-    last = f"the last one is {kept[-1].path}" if kept else "there is none before them"
+    last = f"the last good one is {kept[-1].path}" if kept else "and there is no earlier one"
     what = f"{len(bad)} of {len(weights)} weights (the first is {bad[0]})" if bad else "weights"
     where = "" if bad else " in another process"
     raise NonFiniteWeightsError(
-        f"{what} are not finite{where} after step {trainer.global_step}: no checkpoint of them is "
-        f"kept, {last}. The step that made them so had a finite gradient: lower the learning rate, "
-        f"raise the optimizer's eps, or train in another precision"
+        f"{what} are not finite{where} after step {trainer.global_step}: they are not saved in a "
+        f"checkpoint, {last}. The step that caused this had a finite gradient: lower the learning "
+        f"rate, raise the optimizer's eps, or train in another precision"
     )
 
 
 def largest_magnitude(tensors: Iterable[Tensor]) -> Tensor:
-    """Of all numbers in the tensors: not finite if any of them is not. A scalar in float32."""
+    """Return the largest magnitude in all tensors, a float32 scalar; infinite if any number is not
+    finite."""
     groups = by_mesh(tensor.detach() for tensor in tensors if tensor.numel())
     norms = [nn.utils.get_total_norm(group, math.inf) for group in groups]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    # A maximum of several processes passes over NaN.
+    # A maximum over processes may ignore NaN, so NaN is mapped to infinity.
     return torch.stack([norm.float() for norm in whole]).max().nan_to_num(math.inf, math.inf)

@@ -1,7 +1,7 @@
-"""Logs of a run that goes on: each step is in them once.
+"""Logs of a resumed run, which contain each step once.
 
-A killed run has logged steps that came after its checkpoint. They are made again, so what was
-logged of them is taken back.
+A killed run may have logged steps after its last checkpoint. These steps are repeated on resuming,
+so their earlier log entries are removed.
 """
 
 import csv
@@ -17,17 +17,18 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from diffmm.checkpoint_folders import write_text
 
 LIST_NAME = "LOGS"
-"""Beside the checkpoints: the folders of a run's CSV files, one for each time it was started.
-Files outside the run are nobody's to cut back."""
+"""File next to the checkpoints that lists the folders of the run's CSV logs, one per start. Files
+outside the run are not modified."""
 
 
 def begin(trainer: Trainer, directory: Path, step: int) -> None:
-    """Remove from a run's CSV files, and hide in TensorBoard, what follows its first steps.
+    """Remove the entries after the first `step` steps from a run's CSV files, and hide them in
+    TensorBoard.
 
     Args:
-        trainer: of the first process, about to train.
-        directory: of the run's checkpoints.
-        step: how many steps are kept.
+        trainer: Trainer of the first process, before the first batch.
+        directory: Folder of the run's checkpoints.
+        step: Number of steps to keep.
     """
     listed = directory / LIST_NAME
     before = read_list(listed)
@@ -41,7 +42,7 @@ def begin(trainer: Trainer, directory: Path, step: int) -> None:
             folder = os.path.relpath(logger.log_dir, directory)
             folders += [folder] if is_in_run(directory, folder) else []
         elif isinstance(logger, TensorBoardLogger) and before:
-            # As SummaryWriter does it for its `purge_step`.
+            # As SummaryWriter does for its `purge_step`.
             start = SessionLog(status=SessionLog.START)
             logger.experiment.file_writer.add_event(Event(step=step, session_log=start), step)
     if folders != before:
@@ -50,20 +51,21 @@ def begin(trainer: Trainer, directory: Path, step: int) -> None:
 
 
 def read_list(listed: Path) -> list[str]:
-    """The folders that a list of logs names, as far as they are in the run."""
+    """Return the log folders listed in a file, without those outside the run."""
     try:
         lines = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []
     except (OSError, UnicodeDecodeError) as error:
-        rank_zero_warn(f"{listed} cannot be read, and no log of before is cut back: {error}")
+        rank_zero_warn(f"{listed} cannot be read, so earlier logs are not trimmed: {error}")
         return []
     outside = [folder for folder in lines if not is_in_run(listed.parent, folder)]
     if outside:
-        rank_zero_warn(f"{listed} names folders outside the run, which are left alone: {outside}")
+        rank_zero_warn(f"{listed} names folders outside the run, which are skipped: {outside}")
     return [folder for folder in lines if folder not in outside]
 
 
 def is_in_run(directory: Path, folder: str) -> bool:
-    """Whether a folder, told from a run's `checkpoints`, is in the run, links followed."""
+    """Whether a folder, given relative to a run's `checkpoints`, is inside the run after resolving
+    links."""
     try:
         file = (directory / folder / "metrics.csv").resolve()
         return file.is_relative_to(directory.parent.resolve())
@@ -72,11 +74,11 @@ def is_in_run(directory: Path, folder: str) -> bool:
 
 
 def keep_rows(file: Path, step: int) -> None:
-    """Leave the rows of the first `step` steps, which count from 0, in a CSV file."""
+    """Keep only the rows of the first `step` steps, counted from 0, in a CSV file."""
     with file.open(newline="", encoding="utf-8") as opened:
         reader = csv.DictReader(opened)
         rows = list(reader)
-    # The last line may be cut off.
+    # The last line may be incomplete.
     kept = [row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) < step]
     if len(kept) == len(rows):
         return
@@ -88,6 +90,6 @@ def keep_rows(file: Path, step: int) -> None:
 
 
 def flush(trainer: Trainer) -> None:
-    """Write what the loggers hold to their files."""
+    """Write the buffered entries of all loggers to their files."""
     for logger in trainer.loggers:
         logger.save()

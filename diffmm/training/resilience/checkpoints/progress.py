@@ -1,8 +1,8 @@
-"""Where a run stands between two batches, in the words of Lightning's loops.
+"""Progress of a run between two batches, as counters of Lightning's loops.
 
-Lightning saves its counters as they are within a hook, and guesses from them, on a resume, what had
-been done: it leaves out a validation that was due after the batch, and an epoch's end. Here they
-are saved as they will be when the batch is over, with what is then still to do.
+Lightning saves its counters as they are within a hook and, on resuming, infers from them what was
+done: it skips a validation that was due after the batch, and the end of an epoch. This module saves
+the counters as they are after the batch, including the work that is then still due.
 """
 
 from typing import Any
@@ -22,8 +22,8 @@ VALIDATION = f"{LOOP}.val_loop.batch_progress"
 
 
 def validation_is_due(trainer: Trainer) -> bool:
-    """Whether the trainer validates after the batch it is at, however long ago it last did."""
-    # A trainer that was told to stop validates once more: that is no part of the schedule.
+    """Whether validation is scheduled after the current batch."""
+    # Lightning validates once more when it is asked to stop, which is not part of the schedule.
     should_stop, trainer.should_stop = trainer.should_stop, False
     try:
         return validation_follows(trainer)
@@ -32,17 +32,17 @@ def validation_is_due(trainer: Trainer) -> bool:
 
 
 def is_step_boundary(trainer: Trainer) -> bool:
-    """Whether the batch ends an optimizer step, so that no gradient is half accumulated."""
+    """Whether the current batch completes an optimizer step."""
     return not accumulates(trainer)
 
 
 def is_epoch_end(trainer: Trainer) -> bool:
-    """Whether the batch is the epoch's last."""
+    """Whether the current batch is the last of its epoch."""
     return is_last_batch(trainer)
 
 
 def training_ends(trainer: Trainer) -> bool:
-    """Whether no batch follows."""
+    """Whether training ends after the current batch."""
     loop = trainer.fit_loop
     last_epoch = loop.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= loop.max_epochs
     steps_done = 0 <= loop.max_steps <= trainer.global_step
@@ -50,18 +50,18 @@ def training_ends(trainer: Trainer) -> bool:
 
 
 def is_complete(trainer: Trainer) -> bool:
-    """Whether a fit that has returned has made all its steps or epochs."""
+    """Whether a fit that has returned has completed all its steps or epochs."""
     loop = trainer.fit_loop
     epochs_done = loop.max_epochs not in (None, -1) and trainer.current_epoch >= loop.max_epochs
     return epochs_done or 0 <= loop.max_steps <= trainer.global_step
 
 
 def settle(trainer: Trainer, fit_loop: dict[str, Any]) -> None:
-    """Change the fit loop's saved counters to what they are when the batch is over.
+    """Change the saved counters of the fit loop to their values after the current batch.
 
     Args:
-        trainer: within `on_train_batch_end`, or `on_validation_end` of a fit.
-        fit_loop: the loop's state.
+        trainer: Trainer that is running `on_train_batch_end`, or `on_validation_end` of a fit.
+        fit_loop: State of the fit loop; modified in place.
     """
     batches = fit_loop[BATCHES]
     for counts in (batches["total"], batches["current"]):
@@ -70,13 +70,13 @@ def settle(trainer: Trainer, fit_loop: dict[str, Any]) -> None:
     is_pending = is_due and not trainer.validating
     if not is_due and is_step_boundary(trainer):
         fit_loop[f"{LOOP}.state_dict"]["_batches_that_stepped"] += 1
-    # A validation that has begun but one batch, and finished none, is what Lightning goes back to.
+    # Lightning restarts a validation of which one batch has started and none has completed.
     nothing = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
     begun = {**nothing, "ready": 1, "started": 1} if is_pending else nothing
     fit_loop[VALIDATION] = {"total": begun, "current": nothing, "is_last_batch": False}
 
 
 def end_epoch_if_over(trainer: Trainer) -> None:
-    """Let a resumed epoch that was at its end come to its end, rather than take a batch more."""
+    """End a resumed epoch whose batches are all done, instead of fetching another batch."""
     if is_epoch_end(trainer):
         forget_fetched_batches(trainer)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The states of this process's generators, as tensors and plain values.
+    """Return the states of this process's generators, as tensors and plain values.
 
     Args:
-        device: whose generator is meant, besides those of Python, NumPy and torch on the CPU.
+        device: Device whose generator is included, in addition to those of Python, NumPy and torch
+            on the CPU.
     """
     name, keys, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
@@ -27,9 +28,9 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Make this process's generators go on from `state`.
+    """Restore this process's generators from `state`.
 
-    A device of another kind than that of the state begins with numbers that follow from it.
+    If the device is of another type than the saved one, its generator is seeded from the state.
     """
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
@@ -47,7 +48,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def branch_random_state(state: dict[str, Any], rank: int, device: torch.device) -> None:
-    """Seed a process that the state knows nothing of, from another one's state and its own rank."""
+    """Seed a process without a saved state from the state of another process and its own rank."""
     seed = _number(state) + rank
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -1,4 +1,4 @@
-"""Checkpoints of which every process writes its own share (FSDP2, tensor parallelism)."""
+"""Sharded checkpoints, of which every process writes its own shard (FSDP2, tensor parallelism)."""
 
 import shutil
 from pathlib import Path
@@ -14,19 +14,19 @@ from diffmm.training.resilience.checkpoints.snapshot import num_bytes, snapshot
 from diffmm.training.resilience.checkpoints.writer import SaveFailedError, failed
 
 TENSORS = ("state_dict", "optimizer_states")
-"""Parts of a state that are sharded."""
+"""Entries of a state that are sharded."""
 
 
 def is_sharded(state: dict[str, Any]) -> bool:
-    """Whether each process has but its share of the weights."""
+    """Whether the weights in the state are sharded over processes."""
     return any(isinstance(tensor, DTensor) for tensor in state["state_dict"].values())
 
 
 def write_sharded(
     trainer: Trainer, directory: Path, state: dict[str, Any], facts: dict[str, Any]
 ) -> Path | SaveFailedError:
-    """Write a checkpoint with all processes together, and return its folder or what went wrong."""
-    needed = num_bytes(state)  # whatever a tensor is divided into
+    """Write a checkpoint on all processes together, and return its folder or the error."""
+    needed = num_bytes(state)  # in total: a sharded tensor counts with its global size
     plain = snapshot({key: value for key, value in state.items() if key not in TENSORS})
     shares = {key: state[key] for key in TENSORS if key in state}
     unfinished: Path | None = None
@@ -41,7 +41,7 @@ def write_sharded(
     if unfinished is not None:
         try:
             trainer.strategy.save_checkpoint({**plain, **shares}, unfinished / STATE_NAME)
-            # Each process its own files: one alone would read the whole checkpoint again.
+            # Each process hashes its own files, so that none has to read the whole checkpoint.
             own = sorted((unfinished / STATE_NAME).glob(f"__{trainer.global_rank}_*"))
             hashes = {f"{STATE_NAME}/{file.name}": checkpoint_folders.measure(file) for file in own}
         except Exception as refused:

@@ -1,4 +1,4 @@
-"""A copy of a training state, which training then no longer changes."""
+"""Copies of a training state that are independent of further training."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -15,17 +15,19 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def snapshot(state: Any, name: str = "checkpoint", *, copy: bool = True) -> Any:
-    """`state` in tensors on the CPU and plain values, of which nothing is shared with training.
+    """Copy `state` to tensors on the CPU and plain values.
 
-    Tensors that are one (tied weights) stay one.
+    Tensors that share memory (tied weights) still share it in the copy.
 
     Args:
-        state: dicts, lists and tuples of tensors and plain values.
-        name: of the state, for the message.
-        copy: tensors that are on the CPU already are copied; otherwise they are taken as they are.
+        state: Dicts, lists and tuples of tensors and plain values.
+        name: Name of the state, for error messages.
+        copy: Whether to copy tensors that are already on the CPU. If not, they are shared with
+            training.
 
     Raises:
-        ValueError: naming a value that could not be loaded without running code from the file.
+        ValueError: If a value could not be loaded without running code from the file; the message
+            names it.
     """
     return _snapshot(state, name, copy, {})
 
@@ -49,13 +51,13 @@ def _snapshot(value: Any, name: str, copy: bool, seen: dict[tuple[Any, ...], Ten
     if isinstance(value, PLAIN):
         return value
     raise ValueError(
-        f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: it is loaded as "
-        f"tensors and plain values only, so that no code in it can run. Keep it as such"
+        f"{name} is a {type(value).__name__}, which a checkpoint cannot contain: checkpoints hold "
+        f"only tensors and plain values, so that loading runs no code. Convert it to one of these"
     )
 
 
 def num_bytes(state: Any) -> int:
-    """Bytes of all tensors in a state."""
+    """Return the number of bytes of all tensors in a state."""
     if isinstance(state, Tensor):
         return state.numel() * state.element_size()
     if isinstance(state, dict):
@@ -66,13 +68,13 @@ def num_bytes(state: Any) -> int:
 
 
 def available_bytes() -> int | None:
-    """Memory that this process could still take; `None` where the system does not tell."""
+    """Return the memory available to this process, in bytes; `None` if it is unknown."""
     found = []
     with suppress(OSError, KeyError, ValueError):
         lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
         found.append(1024 * int(lines["MemAvailable"].split()[0]))
     with suppress(OSError, KeyError, ValueError):
-        # Within a container; what it has cached of files can be given up.
+        # The limit of a container. Its file cache can be reclaimed.
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         counts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
         found.append(limit - used + int(counts["inactive_file"]))

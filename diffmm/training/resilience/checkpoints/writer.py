@@ -1,4 +1,4 @@
-"""Writes checkpoints, if asked to beside the training."""
+"""Writes checkpoints, optionally in the background."""
 
 import hashlib
 import shutil
@@ -15,11 +15,11 @@ from diffmm.training.resilience.checkpoints.snapshot import num_bytes
 
 
 class SaveFailedError(OSError):
-    """A checkpoint could not be written; the earlier ones are as they were."""
+    """A checkpoint could not be written; earlier checkpoints are intact."""
 
 
 class HashedFile:
-    """A file for `torch.save` whose hash is taken on the way."""
+    """A file for `torch.save` that computes its hash while it is written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -40,7 +40,8 @@ def write(directory: Path, state: dict[str, Any], facts: dict[str, Any]) -> Path
     """Write a checkpoint, and return its folder.
 
     Raises:
-        SaveFailedError: naming the folder, and the bytes needed and free; nothing of it is left.
+        SaveFailedError: If writing fails; the message names the folder and the bytes needed and
+            free. No partial checkpoint is left behind.
     """
     unfinished = None
     try:
@@ -51,14 +52,14 @@ def write(directory: Path, state: dict[str, Any], facts: dict[str, Any]) -> Path
         hashes = {STATE_NAME: (hashed.size, hashed.hash.hexdigest())}
         return checkpoint_folders.finish(unfinished, facts, hashes)
     except (OSError, RuntimeError) as error:
-        # torch wraps the error of a file that it cannot write to in one of its own.
+        # torch wraps an OSError of the file in a RuntimeError.
         if unfinished is not None:
             shutil.rmtree(unfinished, ignore_errors=True)
         raise failed(directory, facts["step"], num_bytes(state), error) from error
 
 
 def failed(directory: Path, step: int, needed: int, error: Exception) -> SaveFailedError:
-    """The error of a save that did not work."""
+    """Return the error of a failed save."""
     existing = next(path for path in (directory, *directory.parents) if path.exists())
     free = shutil.disk_usage(existing).free
     cause: BaseException = error
@@ -66,18 +67,18 @@ def failed(directory: Path, step: int, needed: int, error: Exception) -> SaveFai
         cause = cause.__context__
     return SaveFailedError(
         f"the checkpoint of step {step} could not be written to {directory}: it needs about "
-        f"{needed:,} bytes, {free:,} are free there ({str(cause).splitlines()[0]})"
+        f"{needed:,} bytes, and {free:,} are free there ({str(cause).splitlines()[0]})"
     )
 
 
 class Writer:
-    """Runs one save at a time, in a thread beside the training or while that waits."""
+    """Runs one save at a time, in a background thread or while training waits."""
 
     def __init__(self) -> None:
         self._running: Future[Path | SaveFailedError] | None = None
 
     def run(self, save: Callable[[], Path | SaveFailedError], *, background: bool) -> None:
-        """Begin a save; what became of the one before has been asked for."""
+        """Start a save. The outcome of the previous save must have been fetched by `wait`."""
         assert self._running is None
         thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
         self._running = thread.submit(save)
@@ -89,11 +90,11 @@ class Writer:
         return self._running is not None and not self._running.done()
 
     def rest(self) -> None:
-        """Wait until nothing is being written; what became of it can still be asked for."""
+        """Wait until no save is running, without fetching its outcome."""
         if self._running is not None:
             wait([self._running])
 
     def wait(self) -> Path | SaveFailedError | None:
-        """What became of the save that was begun last, when it is done; `None` after that."""
+        """Wait for the last save and return its outcome; `None` if it was already fetched."""
         running, self._running = self._running, None
         return None if running is None else running.result()
