@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from diffmm.analysis.attention_maps import attention_maps
+from diffmm.layers.attention import ATTENTIONS
+from diffmm.layers.norm import NORMS
 from diffmm.models import BackboneConfig, ImageConfig, ImageModel, TextConfig, TextModel
+from diffmm.models.encoder import HEADS
 from diffmm.training import OptimizerConfig
 from diffmm.training.callbacks import differential_layers
 from diffmm.training.optimizer import parameter_groups
@@ -16,12 +19,24 @@ from diffmm.training.optimizer import parameter_groups
 FOLDER = Path(__file__).parents[1] / "docs/examples"
 
 
+def load(name):
+    """An example, which registers what it has even if another test has imported it before."""
+    if name in sys.modules:
+        return importlib.reload(sys.modules[name])
+    return importlib.import_module(name)
+
+
 @pytest.fixture(scope="module")
 def example():
     """`example("video")` imports docs/examples/video.py."""
+    registries = (ATTENTIONS, NORMS, HEADS)
+    before = [dict(registry) for registry in registries]
     sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module
+    yield load
     sys.path.remove(str(FOLDER))
+    for registry, names in zip(registries, before, strict=True):
+        for name in registry.keys() - names.keys():
+            del registry[name]
 
 
 @pytest.mark.filterwarnings(

@@ -131,5 +131,5 @@ def test_data_that_cannot_be_read_ends_a_run_in_one_line(run, recipe, monkeypatc
     result = run("fit", "--config", path)
     assert result.code == 1
     (line,) = result.mistakes
-    assert line.startswith(f"image {calls[-1]} (some.png) cannot be decoded: cut off; to go on")
+    assert line.startswith(f"image {calls[-1]} (some.png) cannot be decoded: cut off; to continue")
     assert "Traceback" not in result.err

@@ -27,7 +27,7 @@ from diffmm.training.task import Task
 
 # An attention of somebody else's: docs/extending.md.
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs/examples"))
-importlib.import_module("own_attention")
+importlib.reload(importlib.import_module("own_attention"))
 
 GLOBAL_BATCH, NUM_SAMPLES = 8, 16
 CURVES = ("train/loss", "train/grad_norm")

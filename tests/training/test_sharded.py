@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffmm.layers import ATTENTIONS
 from diffmm.models.checkpoint_files import read_checkpoint
 from diffmm.models.weights import load_model
 from diffmm.training import FSDP2Strategy, Task
@@ -47,7 +48,8 @@ SOURCES = {
 
 @pytest.fixture(scope="module")
 def script():
-    return runpy.run_path(str(SCRIPT))
+    yield runpy.run_path(str(SCRIPT))
+    ATTENTIONS.pop("uniform_noise")
 
 
 @pytest.fixture(scope="module")
