@@ -125,6 +125,8 @@ def main() -> int:
     options = parser.parse_args()
     faults: list[Fault] = []
     start = time.monotonic()
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out) as folder:
         bench = Bench(Path(folder))
         for name in options.only:

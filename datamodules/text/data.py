@@ -30,6 +30,7 @@ from datamodules.text.stream_loader import (
     StreamedWindows,
     StreamLoader,
     StreamState,
+    check_horizon,
     check_turns,
     collate_windows,
     collate_with_places,
@@ -266,7 +267,7 @@ class TextData(SeededDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Packed or padded windows of the training documents, shuffled."""
         if isinstance(self.source, HuggingFaceText) and self.source.streaming:
-            self._check_horizon()
+            check_horizon(self.trainer)
             self._stream = self._training_stream(self.source)
             return self._stream
         dataset = self._dataset("training")
@@ -441,16 +442,6 @@ class TextData(SeededDataModule):
             with suppress(FileExistsError):  # another process may have written it
                 write_token_file(path, source.documents(), self.tokenizer)
         return path
-
-    def _check_horizon(self) -> None:
-        """Check that training on an endless stream has an end."""
-        if self.trainer is None:
-            return
-        if self.trainer.max_steps < 0 and self.trainer.limit_train_batches == 1.0:
-            raise ValueError(
-                "a streamed source is endless: set trainer.max_steps, or "
-                "trainer.limit_train_batches for the length of an epoch"
-            )
 
 
 def _streams(corpus: Corpus | None) -> bool:

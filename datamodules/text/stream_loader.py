@@ -220,3 +220,19 @@ def collate_windows(
 ) -> TextBatch:
     """Collate a batch without positions."""
     return collate([sample for sample, _, _ in samples])
+
+
+def check_horizon(trainer: Any) -> None:
+    """Check that training on an endless stream has an end.
+
+    Args:
+        trainer: The trainer, or None outside of one.
+
+    Raises:
+        ValueError: If nothing ends an epoch.
+    """
+    if trainer is not None and trainer.max_steps < 0 and trainer.limit_train_batches == 1.0:
+        raise ValueError(
+            "a streamed source is endless: set trainer.max_steps, or "
+            "trainer.limit_train_batches for the length of an epoch"
+        )

@@ -1,7 +1,6 @@
 """Attention maps of a model, which the fused kernels do not materialize."""
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from diffmm.layers.attention import Attention
 from diffmm.layers.rope import Rotation
+from diffmm.models.modes import evaluating
 from diffmm.ops import AttentionMask
 from diffmm.ops.softmax_attention.reference import attention_map
 
@@ -123,15 +123,3 @@ def _recorder(name: str, maps: list[LayerMaps]) -> Callable[..., None]:
         maps.append(layer_maps(name, layer, args[0], mask=kwargs["mask"], rope=kwargs.get("rope")))
 
     return hook
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set evaluation mode for the body, then restore the mode of every submodule."""
-    modes = {part: part.training for part in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode

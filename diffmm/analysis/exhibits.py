@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffmm.analysis.attention_maps import LayerMaps, attention_maps, evaluating
+from diffmm.analysis.attention_maps import LayerMaps, attention_maps
 from diffmm.layers.stem import PatchStem
 from diffmm.models import AudioModel, ImageModel, TextModel
 from diffmm.models.encoder import Encoder
+from diffmm.models.modes import evaluating
 
 Array = np.ndarray
 

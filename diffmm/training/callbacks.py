@@ -1,8 +1,6 @@
 """Callbacks that log the lambda of every layer and the training throughput."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 
 from diffmm.batch import samples_of, size_of
 from diffmm.layers.attention import Attention
+from diffmm.models.modes import evaluating
 from diffmm.training.lightning_internals import is_logging_step
 from diffmm.training.parallel import data_share
 
@@ -78,18 +77,6 @@ def mean_lambdas(
         for handle in handles:
             handle.remove()
     return means
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Switch a module to evaluation mode; on exit, restore the mode of every submodule."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
 
 
 class SpeedMonitor(Callback):
