@@ -59,8 +59,8 @@ def train(modality: Modality, values: dict[str, Any], run_dir: Path, progress: s
         train_curve=means(witness.losses, POINTS),
         val_curve=witness.val_curve,
     )
-    told = f"{result.metric_text} {result.metric_name}"
-    witness.tell(f"loss {result.loss:.4f}  {told:<18}  {result.seconds:5.1f} s", last=True)
+    metric = f"{result.metric_text} {result.metric_name}"
+    witness.show(f"loss {result.loss:.4f}  {metric:<18}  {result.seconds:5.1f} s", last=True)
     return Run(cli.model.model, cli.datamodule, result)
 
 
@@ -75,7 +75,7 @@ class Witness(Callback):
         self.label = label
         self.losses: list[float] = []
         self.val_curve: Curve = []
-        self.told_at = 0.0
+        self.shown_at = 0.0
 
     @property
     def validated_at(self) -> float | None:
@@ -91,9 +91,9 @@ class Witness(Callback):
         batch_idx: int,
     ) -> None:
         self.losses.append(float(outputs["loss"]))
-        if time.monotonic() - self.told_at > 0.5:
+        if time.monotonic() - self.shown_at > 0.5:
             step = f"{trainer.global_step}/{trainer.max_steps}"
-            self.tell(f"step {step:>9}  training loss {self.losses[-1]:.3f}")
+            self.show(f"step {step:>9}  training loss {self.losses[-1]:.3f}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -101,9 +101,9 @@ class Witness(Callback):
                 (trainer.global_step, float(trainer.callback_metrics["val/loss"]))
             )
 
-    def tell(self, text: str, *, last: bool = False) -> None:
+    def show(self, text: str, *, last: bool = False) -> None:
         """Show `text` after the label. If the output is not a terminal, show only the last one."""
-        self.told_at = time.monotonic()
+        self.shown_at = time.monotonic()
         if sys.stdout.isatty():
             print(f"\r\x1b[2K{self.label}  {text}", end="\n" if last else "", flush=True)
         elif last:

@@ -183,8 +183,8 @@ def read_metadata(path: Path) -> Metadata:
         raise ValueError(f"{path / METADATA_NAME} cannot be used: {error}") from error
     except Exception as error:
         # A pickle can fail in any way.
-        told = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path / METADATA_NAME} cannot be read: {told}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path / METADATA_NAME} cannot be read: {reason}") from error
     return content
 
 

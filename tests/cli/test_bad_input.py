@@ -89,12 +89,12 @@ IMAGE = {
     ),
     "more than all batches": (
         {"trainer.limit_val_batches": 1.5},
-        "trainer.limit_val_batches must be a number of batches from 0 on, or a share of them up "
-        "to 1.0, got 1.5",
+        "trainer.limit_val_batches must be a number of batches of at least 0, or a fraction of "
+        "them up to 1.0, got 1.5",
     ),
     "no time": (
         {"trainer.max_time": {"minutes": -5}},
-        "trainer.max_time must be longer than nothing, got {'minutes': -5}",
+        "trainer.max_time must be longer than 0 seconds, got {'minutes': -5}",
     ),
     "a seed that is none": (
         {"seed_everything": -3},

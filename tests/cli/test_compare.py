@@ -64,7 +64,7 @@ def test_what_is_no_number_and_a_line_that_is_cut_off(tmp_path):
     path.write_text(path.read_text() + "3")
     assert read_curves(tmp_path) == {"a": [(2, 2.0)]}
     path.write_bytes(b"step,a\n0,\xff")
-    with pytest.raises(InputError, match=r"metrics.csv is no CSV file in UTF-8"):
+    with pytest.raises(InputError, match=r"metrics.csv is not a CSV file in UTF-8"):
         read_curves(tmp_path)
 
 

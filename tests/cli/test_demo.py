@@ -100,8 +100,8 @@ def test_progress_is_one_line(monkeypatch, is_terminal):
     stream.isatty = lambda: is_terminal
     monkeypatch.setattr("sys.stdout", stream)
     witness = Witness("[1/9] text")
-    witness.tell("step 1")
-    witness.tell("loss 2", last=True)
+    witness.show("step 1")
+    witness.show("loss 2", last=True)
     shown = stream.getvalue()
     assert shown.endswith("[1/9] text  loss 2\n")
     assert shown.count("\n") == 1

@@ -101,7 +101,7 @@ def test_on_devices_states_are_shared_out():
     (last,) = list(remedies(values_of("image/cifar10")))[-1:]
     assert last.settings["trainer.strategy"] == "fsdp2"
     assert "--vars.devices 8" in last.flags
-    assert "divide the batches" in last.what
+    assert "divide the batch size" in last.what
     sharded = remedies(values_of("image/imagenet_vit_b", "--trainer.strategy", "fsdp2"))
     assert all("trainer.strategy" not in remedy.settings for remedy in sharded)
 

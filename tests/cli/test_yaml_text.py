@@ -32,7 +32,7 @@ REFUSED = {
     "pairs": ("a: !!pairs [b: 1]", "a.0 is of YAML's type tuple"),
     "a number as key": ("a: {1: b}", "the key a.1 is not a string: put it in quotes"),
     "null as key": ("~: b", "the key None is not a string"),
-    "a list as key": ("? [a, b]\n: c", "a key is text, and no list or mapping"),
+    "a list as key": ("? [a, b]\n: c", "a key must be text, not a list or a mapping"),
     "a key twice": ("a: 1\na: 2", "the key 'a' appears twice"),
     "an object": ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
     "no YAML": ("a: [", "expected the node content"),

@@ -132,7 +132,7 @@ class NonFiniteGuard(Callback):
                 buffer.copy_(before)
             self.num_in_a_row += 1
             self.num_skipped += 1
-            self._tell(trainer, bad_loss)
+            self._report_step(trainer, bad_loss)
 
     def on_train_batch_end(
         self,
@@ -168,7 +168,7 @@ class NonFiniteGuard(Callback):
     def _is_gradient_bad(self) -> Tensor | float:
         return 0.0 if self._norm is None else self._norm.isfinite().logical_not()
 
-    def _tell(self, trainer: Trainer, bad_loss: bool) -> None:
+    def _report_step(self, trainer: Trainer, bad_loss: bool) -> None:
         """Report a skipped step and the processes at fault."""
         report: dict[str, Any] = {"rank": trainer.global_rank, "losses": [], "samples": []}
         scale = scale_of(trainer) / trainer.accumulate_grad_batches
