@@ -36,7 +36,7 @@ def test_decoding(tmp_path, capsys):
     assert all(row["ratio"] == 1.0 for row in rows if row["model"] == "softmax")
     printed = capsys.readouterr().out
     assert "SMOKE" in printed
-    assert "rates as ratios to softmax's" in printed
+    assert "rates relative to softmax" in printed
 
 
 @pytest.mark.slow
