@@ -1,4 +1,4 @@
-"""`python -m benchmarks.faults` in short: nothing is lost; and what would be lost is seen."""
+"""`python -m benchmarks.faults --quick` loses nothing, and its checks detect losses."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ def test_nothing_is_lost(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run that looks as if it had ended."""
+    """The files of a finished run."""
     run = Run("text", tmp_path / "first")
     for step in (NUM_STEPS - 2, NUM_STEPS):
         state = {
@@ -99,7 +99,7 @@ def test_other_values_are_seen(run, part, change, told):
     ],
 )
 def test_other_samples_are_seen(run, place, samples, digest, told):
-    """Even if the batch was made rightly another time."""
+    """A wrong batch is detected even if another repetition of it was correct."""
     other = copy(run, "second")
     line = {"place": [0, place], "step": place, "samples": samples, "digest": digest}
     with record_path(other.samples, 0).open("a") as file:

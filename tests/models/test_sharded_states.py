@@ -1,4 +1,4 @@
-"""States in shares: one process reads them whole, and nothing in them runs code."""
+"""Sharded states: a single process reads them, and they cannot run code."""
 
 import os
 import pickle
@@ -27,7 +27,7 @@ def model() -> ImageModel:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A checkpoint in shares, in a checkpoint's folder, and what it is of."""
+    """A sharded checkpoint in a checkpoint folder, and the state that it holds."""
     ours = model()
     state = {f"model.{name}": value for name, value in ours.state_dict().items()}
     optimizer = {
@@ -104,7 +104,7 @@ def test_the_manifest_finds_damage(name, damage, written, tmp_path):
     with pytest.raises(ValueError, match=rf"is damaged: .*state.ckpt/{name} ") as refused:
         find_state(path)
     assert "\n" not in str(refused.value)
-    # Without a manifest, whoever reads it finds out, or reads what was written.
+    # Without a manifest, the reader detects the damage, or reads the original values.
     if damage != "changed":
         with pytest.raises((ValueError, FileNotFoundError), match="state.ckpt"):
             load_model(path / "state.ckpt")
@@ -151,7 +151,7 @@ def test_a_hostile_plain_part_is_refused(folder):
 
 
 def test_a_hostile_share_is_refused(folder):
-    """A share is read as tensors only, whatever the metadata say."""
+    """A shard is only read as tensors, whatever the metadata contain."""
     metadata = read_metadata(folder)
     file = folder / "__0_0.distcp"
     torch.save(Hostile(os.system, ("touch owned",)), folder / "evil")
