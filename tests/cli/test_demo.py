@@ -8,7 +8,7 @@ import torch
 
 from diffmm.cli import main
 from diffmm.cli.demo import replacing
-from diffmm.cli.demo_runs import Witness, means
+from diffmm.cli.demo_runs import RunRecorder, means
 from diffmm.cli.demo_samples import repeated_word
 from diffmm.recipes.errors import InputError
 
@@ -99,9 +99,9 @@ def test_progress_is_one_line(monkeypatch, is_terminal):
     stream = io.StringIO()
     stream.isatty = lambda: is_terminal
     monkeypatch.setattr("sys.stdout", stream)
-    witness = Witness("[1/9] text")
-    witness.show("step 1")
-    witness.show("loss 2", last=True)
+    recorder = RunRecorder("[1/9] text")
+    recorder.show("step 1")
+    recorder.show("loss 2", last=True)
     shown = stream.getvalue()
     assert shown.endswith("[1/9] text  loss 2\n")
     assert shown.count("\n") == 1
