@@ -37,12 +37,12 @@ def train(modality: Modality, values: dict[str, Any], run_dir: Path, progress: s
     """
     attention = values["vars"]["attention"]
     start = time.monotonic()
-    witness = Witness(f"{progress} {modality.name:<5}  {attention:<7}")
+    recorder = RunRecorder(f"{progress} {modality.name:<5}  {attention:<7}")
     with quiet():
         cli: Any = RecipeCLI({**_without_progress_bar(values), "run_dir": str(run_dir)})
-        cli.trainer.callbacks[:0] = [ConfigSaver(run_dir, "", values), witness]
+        cli.trainer.callbacks[:0] = [ConfigSaver(run_dir, "", values), recorder]
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-        if witness.validated_at != cli.trainer.global_step:
+        if recorder.validated_at != cli.trainer.global_step:
             cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     result = RunResult(
@@ -56,15 +56,15 @@ def train(modality: Modality, values: dict[str, Any], run_dir: Path, progress: s
         metric_name=modality.metric_name,
         metric=metrics[modality.metric],
         seconds=time.monotonic() - start,
-        train_curve=means(witness.losses, POINTS),
-        val_curve=witness.val_curve,
+        train_curve=means(recorder.losses, POINTS),
+        val_curve=recorder.val_curve,
     )
     metric = f"{result.metric_text} {result.metric_name}"
-    witness.show(f"loss {result.loss:.4f}  {metric:<18}  {result.seconds:5.1f} s", last=True)
+    recorder.show(f"loss {result.loss:.4f}  {metric:<18}  {result.seconds:5.1f} s", last=True)
     return Run(cli.model.model, cli.datamodule, result)
 
 
-class Witness(Callback):
+class RunRecorder(Callback):
     """Records the losses of a run, and shows its progress on one line that a terminal updates.
 
     Args:

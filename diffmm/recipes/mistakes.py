@@ -21,7 +21,7 @@ from diffmm.recipes.errors import message_of
 from diffmm.recipes.numbers import wrong_numbers
 from diffmm.recipes.references import UNKNOWN, resolve, unused_variables
 from diffmm.recipes.settings import CLASS_KEYS
-from diffmm.recipes.trust import PLAIN, is_code, stranger
+from diffmm.recipes.trust import PLAIN, is_code, why_untrusted
 
 
 class Parameter(NamedTuple):
@@ -92,7 +92,7 @@ class _Finder:
         options = _options(hint)
         classes = [option for option in options if inspect.isclass(option)]
         configs = [option for option in classes if dataclasses.is_dataclass(option)]
-        if isinstance(value, str) and any(map(is_code, options)) and self.is_strange(value, path):
+        if isinstance(value, str) and any(map(is_code, options)) and self.is_untrusted(value, path):
             return UNKNOWN
         if isinstance(value, dict) and "class_path" in value:
             return self.instance(value, [c for c in classes if c not in PLAIN], path)
@@ -141,7 +141,7 @@ class _Finder:
         """Create the object that a node with a `class_path` specifies."""
         self.check_keys(node, CLASS_KEYS, path)
         class_path = node["class_path"]
-        if class_path is UNKNOWN or self.is_strange(class_path, f"{path}.class_path"):
+        if class_path is UNKNOWN or self.is_untrusted(class_path, f"{path}.class_path"):
             return UNKNOWN
         try:
             cls = import_class(class_path)
@@ -162,9 +162,9 @@ class _Finder:
             return UNKNOWN
         return self.build(cls, {**arguments, **(node.get("dict_kwargs") or {})}, path)
 
-    def is_strange(self, class_path: Any, path: str) -> bool:
+    def is_untrusted(self, class_path: Any, path: str) -> bool:
         """Whether a class path must not be imported, which is reported as a mistake."""
-        why = None if self.trust else stranger(class_path)
+        why = None if self.trust else why_untrusted(class_path)
         if why is not None:
             self.mistakes.append(f"{path}: {why}")
         return why is not None

@@ -13,7 +13,7 @@ from diffmm.recipes.errors import InputError, refusing
 from diffmm.recipes.mistakes import import_class
 from diffmm.recipes.references import REFERENCE, resolve, used_variables, walk
 from diffmm.recipes.settings import load, override, parse_overrides
-from diffmm.recipes.trust import stranger
+from diffmm.recipes.trust import why_untrusted
 
 Place = tuple[str | int, ...]
 
@@ -66,7 +66,7 @@ def on_own_data(
     node = resolve(looked)[0].get("data")
     node = node if isinstance(node, dict) else {}
     class_path = node.get("class_path")
-    if not trust and (why := stranger(class_path)):
+    if not trust and (why := why_untrusted(class_path)):
         raise InputError(f"data.class_path: {why}")
     try:
         data_class = import_class(class_path)

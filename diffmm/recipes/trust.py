@@ -41,7 +41,7 @@ def add_trust_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def stranger(class_path: Any) -> str | None:
+def why_untrusted(class_path: Any) -> str | None:
     """Return why a class path must not be imported; `None` if it belongs to a `KNOWN` package or to
     one that is not installed, or is a name without a package."""
     if not isinstance(class_path, str) or not CLASS_PATH.fullmatch(class_path):

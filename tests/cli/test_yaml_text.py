@@ -1,4 +1,4 @@
-"""What a recipe's file may hold, whoever wrote it: refused in one line, in bounded time."""
+"""Invalid content of recipe files is refused in one line and in bounded time."""
 
 import time
 from contextlib import suppress
@@ -56,7 +56,8 @@ def test_files_that_are_no_recipe_are_refused_in_one_line(what, tmp_path):
 
 
 def test_merges_of_merges_take_no_time():
-    """PyYAML drops repeated keys, or (older) hands them on: then they are counted."""
+    """PyYAML drops repeated keys, or (older versions) passes them on, in which case they are
+    counted."""
     start = time.monotonic()
     with suppress(ValueError):
         assert parse(MERGES)["a11"] == {"x": 1, "y": 2}

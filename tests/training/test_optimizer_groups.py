@@ -1,4 +1,4 @@
-"""Which parameters decay, and how fast each learns."""
+"""Weight decay and learning rates of parameter groups."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def models(make, attention, **changes):
 
 
 def by_name(model, config):
-    """Each trainable parameter's group, by the parameter's name."""
+    """The group of each trainable parameter, by its name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, config)
     found = {names[id(p)]: group for group in groups for p in group["params"]}
