@@ -19,13 +19,23 @@ def pytest_configure() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
+# torch's warnings about what it does itself, of which some versions have some.
+GPU_WARNINGS = (
+    "ignore:Attempting to run cuBLAS, but there was no current CUDA context",
+    "ignore:The CUDA Graph is empty",
+    "ignore:The AccumulateGrad node's stream does not match",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none, saying so."""
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if not item.get_closest_marker("gpu"):
+            continue
+        if not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for warning in GPU_WARNINGS:
+            item.add_marker(pytest.mark.filterwarnings(warning))
 
 
 @pytest.fixture(autouse=True)
