@@ -19,13 +19,23 @@ def pytest_configure() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
+GPU_WARNINGS = (
+    "ignore:Attempting to run cuBLAS, but there was no current CUDA context",
+    "ignore:The CUDA Graph is empty",
+    "ignore:The AccumulateGrad node's stream does not match",
+)
+"""Warnings that some versions of torch raise about themselves."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests that need a GPU if there is none."""
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if not item.get_closest_marker("gpu"):
+            continue
+        if not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for warning in GPU_WARNINGS:
+            item.add_marker(pytest.mark.filterwarnings(warning))
 
 
 @pytest.fixture(autouse=True)

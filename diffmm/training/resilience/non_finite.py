@@ -203,7 +203,7 @@ class NonFiniteGuard(Callback):
         if not bad_loss and not bad_norm:
             self.num_in_a_row = 0
             return
-        check_weights(trainer)
+        check_weights(trainer, record.step - 1)
         self.num_in_a_row += 1
         self.num_skipped += 1
         scale = scale_of(trainer) / trainer.accumulate_grad_batches
