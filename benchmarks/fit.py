@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -44,7 +44,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.text.sources import Corpus
-from datamodules.text.token_documents import TokenDocuments, TokenizedDocument
+from datamodules.text.token_documents import TokenDocuments, TokenizedDocument, key_number
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.settings import load, override
 from diffmm.recipes.trainer import RecipeCLI
@@ -55,26 +55,26 @@ WAYS = ("fit", "graph", "outside", "trainer")
 
 
 class RandomTokens(Corpus):
-    """Documents of random tokens, with lengths from an exponential distribution.
+    """Documents of random bytes, with lengths from an exponential distribution.
 
     Args:
-        vocab_size: Number of token ids.
         num_tokens: Total number of tokens.
         mean_length: Mean length of a document, in tokens.
     """
 
-    def __init__(self, vocab_size: int, num_tokens: int, mean_length: int = 500) -> None:
-        self.vocab_size, self.num_tokens, self.mean_length = vocab_size, num_tokens, mean_length
+    def __init__(self, num_tokens: int, mean_length: int = 500) -> None:
+        self.num_tokens, self.mean_length = num_tokens, mean_length
 
     def load(self, tokenizer: Tokenizer) -> TokenDocuments:
         random = np.random.default_rng(0)
         lengths = 1 + random.exponential(self.mean_length, self.num_tokens // self.mean_length)
-        return TokenDocuments.in_memory(
-            TokenizedDocument(
-                number, random.integers(self.vocab_size, size=int(length), dtype="u4")
-            )
-            for number, length in enumerate(lengths)
-        )
+
+        def documents() -> Iterator[TokenizedDocument]:
+            for number, length in enumerate(lengths):
+                tokens = random.integers(256, size=int(length), dtype=np.uint32)
+                yield TokenizedDocument(key_number(str(number)), tokens)
+
+        return TokenDocuments.in_memory(documents())
 
 
 class _Repeated(Dataset[dict[str, Tensor]]):
@@ -197,17 +197,14 @@ def text_case(
     """Next-token prediction over packed documents."""
 
     def settings(batch: int, length: int, vocab: int) -> dict[str, Any]:
-        corpus = {
-            "vocab_size": vocab,
-            "num_tokens": max(50_000, min(20_000_000, steps * batch * length)),
-        }
+        num_tokens = max(50_000, min(20_000_000, steps * batch * length))
         return {
             "vars.vocab_size": vocab,
             "vars.sequence_length": length,
             "data.init_args.batch_size": batch,
             "data.init_args.source": {
                 "class_path": "benchmarks.fit.RandomTokens",
-                "init_args": corpus,
+                "init_args": {"num_tokens": num_tokens},
             },
         }
 
@@ -220,6 +217,8 @@ def text_case(
             "vars.tokenizer": "bytes",
             "trainer.accumulate_grad_batches": 1,
             "trainer.limit_val_batches": 0,
+            "data.init_args.validation_fraction": 0.0,
+            "data.init_args.test_fraction": 0.0,
             f"{BACKBONE}dim": dim,
             f"{BACKBONE}depth": depth,
             f"{BACKBONE}num_heads": heads,

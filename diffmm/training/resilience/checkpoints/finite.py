@@ -30,6 +30,8 @@ def check_weights(trainer: Trainer, step: int | None = None) -> None:
         NonFiniteWeightsError: On every process, if any weight is not finite; the message names the
             first such weight and the last checkpoint.
     """
+    if step is None:
+        Coordinator.of(trainer).receive()  # An earlier step may have met them already.
     weights = dict(trainer.lightning_module.named_parameters())
     largest = largest_magnitude(weights.values())
     if trainer.world_size > 1:
