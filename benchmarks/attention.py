@@ -1,14 +1,14 @@
-"""Differential attention beside softmax attention: time, rate and memory of one op.
+"""Time, rate and memory of one attention op: differential attention and softmax attention.
 
     python -m benchmarks.attention [--only d64] [--more] [--out FOLDER]
 
 On one GPU in one run, for every shape: softmax attention by cuDNN and by torch's flash kernel with
-as many query heads; v1 and v2 by the backends `sdpa` and `triton`, and by two plain calls. All in
-bfloat16, softmax eager and the others compiled for the one shape; medians of the GPU's time with a
-cold L2 cache. The ratio is of forward + backward to cuDNN's. The rate counts what the op needs,
-whatever an implementation adds to it. Memory is the peak of forward + backward beyond the inputs.
-The host's time is what launching forward + backward takes: it shows where the GPU has nothing else
-to do.
+the same number of query heads; v1 and v2 with the backends `sdpa` and `triton`, and with two plain
+calls. All are in bfloat16; softmax is not compiled, the others are compiled for the one shape.
+Times are medians of the GPU time with a cold L2 cache. The ratio is the time of forward + backward
+relative to cuDNN's. The rate counts only the operations that the op needs, not those that an
+implementation adds. Memory is the peak of forward + backward beyond the inputs. Host time is the
+time to launch forward + backward; it matters where the GPU has nothing else to do.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from benchmarks.timing import host_ms, median_ms
 from diffmm.ops import AttentionMask, diff_attention
 from diffmm.ops.softmax_attention.sdpa import sdpa as softmax
 
-# Floating-point operations of the products, in units of D a query-key pair of one differential
-# head, that is of two query heads: forward, backward. Softmax's forward is QKᵀ and PV of two heads.
+# Floating-point operations of the matrix products (forward, backward), in units of D per query-key
+# pair of one differential head, which is two query heads. Softmax's forward is QKᵀ and PV of both.
 OPERATIONS = {"softmax": (8, 20), "v1": (12, 20), "v2": (8, 16)}
 
 
@@ -45,13 +45,13 @@ class Shape:
     causal: bool
 
     def flops(self, kind: str) -> tuple[float, float]:
-        """Of forward, and of forward + backward."""
+        """Floating-point operations of forward, and of forward + backward."""
         pairs = self.batch * self.pairs * self.length**2 / (2 if self.causal else 1)
         forward, backward = OPERATIONS[kind]
         return forward * self.D * pairs, (forward + backward) * self.D * pairs
 
     def inputs(self, kind: str) -> list[Tensor]:
-        """Random q, k, v, and lam for differential attention."""
+        """Random q, k and v, and also lam for differential attention."""
 
         def random(*size: int) -> Tensor:
             tensor = torch.randn(self.batch, self.length, *size, device="cuda")
@@ -76,7 +76,7 @@ SHAPES = [
     Shape("d64-1k-full", 32, 1024, 8, 64, False),
     Shape("d64-197-full", 128, 197, 6, 64, False),
 ]
-# What else `diffmm.ops.diff_attention.choose_backend` rests on.
+# Further shapes that `diffmm.ops.diff_attention.choose_backend` is based on.
 MORE_SHAPES = [
     Shape("d32-2k", 8, 2048, 16, 32, True),
     Shape("d32-1k-full", 16, 1024, 16, 32, False),
@@ -94,7 +94,7 @@ MORE_SHAPES = [
 
 @dataclass(frozen=True)
 class Row:
-    """What one implementation took for one shape."""
+    """Measurements of one implementation for one shape."""
 
     shape: str
     kind: str
@@ -132,7 +132,7 @@ def measure(shape: Shape, kind: str, by: str, op: Callable[..., Tensor]) -> Row:
 
 
 def implementations(shape: Shape, kind: str) -> dict[str, Callable[..., Tensor]]:
-    """Every way to compute attention of `kind`, by name."""
+    """All implementations of attention of `kind`, by name."""
     mask, scale = AttentionMask(causal=shape.causal), shape.D**-0.5
     if kind == "softmax":
         plain = partial(softmax, mask=mask, scale=scale)
@@ -145,7 +145,7 @@ def implementations(shape: Shape, kind: str) -> dict[str, Callable[..., Tensor]]
         "triton": partial(diff_attention, mask=mask, backend="triton"),
         "two calls": partial(two_calls, mask=mask, scale=scale),
     }
-    # Static: Dynamo would else take what differs between two shapes for a dynamic size.
+    # Otherwise Dynamo would treat sizes that differ between two shapes as dynamic.
     return {by: torch.compile(op, dynamic=False) for by, op in ops.items()}
 
 
@@ -158,9 +158,9 @@ def _with(backend: SDPBackend, op: Callable[..., Tensor]) -> Callable[..., Tenso
 
 
 def main() -> None:
-    """Print the table, a line an implementation."""
-    parser = argparse.ArgumentParser(description="Differential beside softmax attention.")
-    parser.add_argument("--only", default="", help="shapes whose name starts so")
+    """Print the table, one line per implementation."""
+    parser = argparse.ArgumentParser(description="Differential and softmax attention.")
+    parser.add_argument("--only", default="", help="only shapes whose names start with this")
     parser.add_argument("--more", action="store_true", help="also the shapes behind choose_backend")
     parser.add_argument("--out", type=Path, help="folder for attention.json")
     options = parser.parse_args()

@@ -1,13 +1,14 @@
-"""Which tiles the fused kernels should use: the measurement behind `triton/tiles.py`.
+"""Finds the best tiles of the fused kernels, which `triton/tiles.py` uses.
 
     python -m benchmarks.attention_tiles [--out FOLDER] [--only v1-128]
 
-Compiles every candidate in parallel processes and holds each against the float64 reference on a
-small problem; then times the right ones, a kernel at a time, beside cuDNN's softmax attention with
-the same query heads, on one GPU in one run. On Hopper the kernels written for it are candidates
-too; `combined` is the forward pass with one value product (`benchmarks.combined_forward`), which
-serves nowhere. Prints the best candidates of every kernel and shape, and what those that may serve
-add up to; `--out` receives every number as JSON.
+Compiles every candidate in parallel processes and compares each with the float64 reference on a
+small problem. Then times the correct ones, one kernel at a time, together with cuDNN's softmax
+attention with the same number of query heads, on one GPU in one run. On Hopper, the kernels written
+for it are also candidates; `combined` is the forward pass with one value product
+(`benchmarks.combined_forward`), which the library does not use. Prints the best candidates for
+every kernel and shape, and their total time without `combined`; `--out` receives every number as
+JSON.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from diffmm.ops.diff_attention.triton.rows import query_rows
 from diffmm.ops.diff_attention.triton.tiles import Tile
 from diffmm.ops.softmax_attention.sdpa import sdpa as softmax
 
-# A candidate further from float64 than this is wrong: bfloat16 kernels come to 2e-3 to 6e-3.
+# Maximum relative error of a correct candidate; bfloat16 kernels have errors of 2e-3 to 6e-3.
 TOLERANCE = 2e-2
 SECONDS_TO_COMPILE = 200
 HOPPER_PACKAGE = "diffmm.ops.diff_attention.triton.hopper"
@@ -55,8 +56,8 @@ class Problem:
     causal: bool
 
     def flops(self, kernel: str) -> float:
-        """Floating-point operations of a kernel's products, by what it computes."""
-        score, value = 2 * self.D, self.E  # multiply-adds a pair, for both maps and for one value
+        """Floating-point operations of a kernel's matrix products."""
+        score, value = 2 * self.D, self.E  # multiply-adds per pair: both maps, one value product
         count = {
             "forward": score + 2 * value,
             "combined": 2 * score + value,
@@ -81,8 +82,8 @@ PROBLEMS = [
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel (`gradients` are key and query at once), the problems' widths and mask it is
-    compiled for, and its tile or the module of `hopper` that it comes from."""
+    """A kernel (`gradients` computes key and query gradients together), the widths and the mask
+    that it is compiled for, and its tile or its module in `hopper`."""
 
     kernel: str
     D: int
@@ -100,7 +101,8 @@ class Candidate:
         return f"{name}{' split' if tile.split else ''}"
 
 
-# What cannot hold its accumulators, or lost by far on an H100, is left out. `E > 128`, then others.
+# Tiles whose accumulators do not fit, or that were far slower on an H100, are omitted. `WIDE` is
+# for `E > 128`.
 WIDE: dict[str, list[tuple[int, int, int, int]]] = {
     "forward split": [(128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (64, 64, 4, 2),
                       (64, 32, 4, 3), (64, 32, 4, 4), (128, 32, 8, 4)],
@@ -121,7 +123,7 @@ HOPPER = [("forward", "forward"), ("gradients", "backward")]
 
 
 def candidates() -> list[Candidate]:
-    """Everything worth a look; each width has its own list, for registers decide."""
+    """All candidates; each width has its own list, because the number of registers is limited."""
     found = []
     for D, E, C, causal in sorted({(p.D, p.E, p.C, p.causal) for p in PROBLEMS}):
         for name, tiles in (WIDE if E > 128 else NARROW).items():
@@ -134,7 +136,7 @@ def candidates() -> list[Candidate]:
 
 
 class Inputs:
-    """Random tensors of one problem, and what the kernels hand each other."""
+    """Random tensors of one problem, and the intermediate results of the kernels."""
 
     def __init__(self, batch: int, length: int, heads: int, D: int, E: int, C: int, causal: bool):
         def random(*size: int) -> Tensor:
@@ -181,7 +183,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Truth:
-    """A small awkward problem and its answers in float64."""
+    """A small problem of irregular size and its results in float64."""
 
     inputs: Inputs
     out: Tensor
@@ -200,8 +202,8 @@ class Truth:
 
 
 def error_of(candidate: Candidate, truth: Truth) -> float:
-    """The largest relative error of what a candidate computes; NaN if anything is."""
-    # What the allocator hands out next holds NaN wherever a kernel forgets to write.
+    """The largest relative error of a candidate's outputs; NaN if any output is NaN."""
+    # The memory that the allocator returns next holds NaN wherever a kernel does not write.
     poison = torch.full((64 << 20,), torch.nan, device="cuda", dtype=torch.bfloat16)
     del poison
     results = truth.inputs.run(candidate)
@@ -218,7 +220,7 @@ def error_of(candidate: Candidate, truth: Truth) -> float:
 
 
 def compile_and_check(todo: list[tuple[int, Candidate]], path: str) -> None:
-    """A worker: writes a line for every candidate; dies where the GPU's state is lost."""
+    """A worker process: write a line for every candidate; exit if the CUDA context is lost."""
     truths: dict[tuple[int, int, int, bool], Truth] = {}
     with open(path, "a") as file:
         for number, candidate in todo:
@@ -244,11 +246,12 @@ def compile_and_check(todo: list[tuple[int, Candidate]], path: str) -> None:
 
 
 def check_all(todo: list[Candidate], processes: int) -> list[dict[str, object]]:
-    """Every candidate's error or failure, by parallel processes that also fill Triton's cache."""
+    """Return the error or failure of every candidate, computed by parallel processes, which also
+    fill Triton's cache."""
     results: list[dict[str, object]] = [{"failure": "not run"} for _ in todo]
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("spawn")
-        # Neighbours in the list compile alike: deal them out.
+        # Neighbors in the list take similar times to compile, so they are distributed in turn.
         hands = [list(enumerate(todo))[start::processes] for start in range(processes)]
         paths = [f"{folder}/{worker}.jsonl" for worker in range(processes)]
         workers = [
@@ -292,7 +295,7 @@ def _lines(path: str) -> dict[int, dict[str, object]]:
 
 
 def softmax_ms(problem: Problem) -> tuple[float, float]:
-    """Forward and backward of cuDNN's softmax attention with the same query heads."""
+    """Milliseconds of forward and backward of cuDNN's softmax attention of the same size."""
     size = (problem.batch, problem.length, 2 * problem.heads, problem.D)
     q, k, v = (
         torch.randn(*size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -315,7 +318,7 @@ def measure(
     table: list[dict[str, object]],
     num_printed: int,
 ) -> str:
-    """Time every candidate for one problem; its numbers go to `table`, the verdict comes back."""
+    """Time every candidate for one problem, add the results to `table` and return a summary."""
     base_forward, base_backward = softmax_ms(problem)
     widths = (problem.D, problem.E, problem.C, problem.causal)
     inputs = Inputs(problem.batch, problem.length, problem.heads, *widths)
@@ -357,11 +360,13 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Which tiles the fused kernels should use.")
+    parser = argparse.ArgumentParser(description="Find the best tiles of the fused kernels.")
     parser.add_argument("--out", type=Path, help="folder for tiles.json")
-    parser.add_argument("--only", default="", help="problems whose name starts so")
+    parser.add_argument("--only", default="", help="only problems whose names start with this")
     parser.add_argument("--processes", type=int, default=min(14, os.cpu_count() or 1))
-    parser.add_argument("--best", type=int, default=3, help="candidates to print of each kernel")
+    parser.add_argument(
+        "--best", type=int, default=3, help="number of candidates to print per kernel"
+    )
     options = parser.parse_args()
 
     problems = [p for p in PROBLEMS if p.name.startswith(options.only)]

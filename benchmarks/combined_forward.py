@@ -1,10 +1,10 @@
-"""The other way to compute the forward pass, which `python -m benchmarks.attention_tiles` times
-beside the kernels that serve.
+"""An alternative forward pass, which `python -m benchmarks.attention_tiles` times together with the
+kernels that the library uses.
 
-A first walk along the keys finds both maps' normalizers; a second forms `P1 - lam P2` and
-multiplies it by the values once. One accumulator in place of two and one value product in place of
-two, for scores and exponentials that are computed twice. It leaves no second output, which the
-backward pass needs for lambda's gradient.
+A first loop over the keys computes the normalizers of both maps; a second computes `P1 - lam P2`
+and multiplies it by the values once. This needs one accumulator and one value product instead of
+two, but computes scores and exponentials twice. It does not produce the second output, which the
+backward pass needs for the gradient of lambda.
 """
 
 import triton
@@ -21,7 +21,7 @@ def _scores(
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Both maps' scores for a tile of keys, in units of log2."""
+    """The scores of both maps for a tile of keys, in units of log2."""
     k1 = k_desc.load([batch, m0, group, 0, 0]).reshape(BLOCK_M, BLOCK_D)
     if C == 2:
         k2 = k_desc.load([batch, m0, group, 1, 0]).reshape(BLOCK_M, BLOCK_D)
@@ -37,7 +37,7 @@ def _scores(
 
 @triton.jit
 def _normalize(scores, top, total):
-    """A tile of scores into a row's running maximum and sum."""
+    """Update the running maximum and the running sum of each row with a tile of scores."""
     new_top = tl.maximum(top, tl.max(scores, 1))
     shift = tl.where(new_top == -float("inf"), 0.0, new_top)
     total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
@@ -50,7 +50,7 @@ def _find_normalizers(
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The first walk, along some keys."""
+    """The first loop, over a range of keys."""
     for m0 in range(low, high, BLOCK_M):
         s1, s2 = _scores(
             q1, q2, k_desc, batch, group, m0, positions, M, scale, CAUSAL, MASKED, C, BLOCK_M,
@@ -67,7 +67,7 @@ def _add_values(
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The second walk, along some keys."""
+    """The second loop, over a range of keys."""
     for m0 in range(low, high, BLOCK_M):
         s1, s2 = _scores(
             q1, q2, k_desc, batch, group, m0, positions, M, scale, CAUSAL, MASKED, C, BLOCK_M,
@@ -112,7 +112,7 @@ def _combined_kernel(
         CAUSAL, True, C, BLOCK_M, BLOCK_D,
     )  # fmt: skip
 
-    # A row that sees nothing gets weights of exp2(-inf).
+    # A row without visible keys gets weights of exp2(-inf).
     lse1 = tl.where(total1 == 0.0, float("inf"), top1 + tl.log2(total1))
     lse2 = tl.where(total2 == 0.0, float("inf"), top2 + tl.log2(total2))
     lam_rows = lam + batch64 * lam_b + queries.to(tl.int64) * lam_n + head * lam_h
@@ -135,7 +135,7 @@ def _combined_kernel(
 def combined_forward(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *, causal: bool, scale: float, tile: Tile
 ) -> Tensor:
-    """`[B, N, H, E]` for a full or causal mask and contiguous inputs in 16 bits."""
+    """Compute `[B, N, H, E]` outputs for a full or causal mask and contiguous 16-bit inputs."""
     (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     block_d, block_e = pad(D), pad(E)
     out = q.new_empty(B, N, H, E)

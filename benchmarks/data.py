@@ -1,16 +1,16 @@
-"""How fast a recipe's data comes, without the model: does training wait for it?
+"""Throughput of a recipe's data loader without the model, and whether training waits for it.
 
     python -m benchmarks.data [RECIPE ...] [--workers 0,1,2,4] [--needed SAMPLES_PER_SECOND]
 
-Of each recipe (a file or a name; by default all tiny ones) the training loader alone is read, with
-each number of workers, for `--seconds` after its workers have begun. Beside it stands the rate at
-which the model trains on this machine: steps of the recipe's batch size, again and again on one
-batch that is there already. `--needed` gives that rate for a model that is trained elsewhere, in
-samples a second of one process; a recipe for a GPU needs it where there is none.
+For each recipe (a file or a name; by default all tiny ones), the training data loader alone is
+read with each number of workers, for `--seconds` after its workers have started. Its rate is
+compared with the rate at which the model trains on this machine, with steps of the recipe's batch
+size on a single batch in memory. `--needed` gives that rate for a model that trains on another
+machine, in samples per second of one process; a recipe for a GPU needs it on a machine without one.
 
-Waiting is the share of a training step that goes into waiting for data: with no workers loading
-and training take turns, with workers they overlap. (On a CPU they also share its cores, which is
-not reckoned with.)
+Waiting is the fraction of a training step spent waiting for data: without workers, loading and
+training alternate; with workers, they overlap. (On a CPU they also share its cores, which is not
+taken into account.)
 """
 
 import argparse
@@ -41,11 +41,11 @@ ONE_DEVICE = {
     "trainer.strategy": "auto",
     "trainer.precision": "32-true",
 }
-"""A trainer that can be made anywhere; nothing is trained by it."""
+"""Settings of a trainer that can be created on any machine; it does not train."""
 
 
 class Rate(NamedTuple):
-    """What came in a second."""
+    """Throughput of a data loader, per second."""
 
     samples: float
     tokens: float
@@ -53,14 +53,14 @@ class Rate(NamedTuple):
 
     @property
     def volume(self) -> str:
-        """Tokens of text, or bytes of anything else."""
+        """The rate in tokens for text, and in bytes for other data."""
         if self.tokens:
             return f"{self.tokens:,.0f} tokens/s"
         return f"{self.mebibytes:,.1f} MiB/s"
 
 
 def batches(loader: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """Epoch after epoch."""
+    """Iterate over the batches of successive epochs."""
     for epoch in count():
         if hasattr(loader.sampler, "set_epoch"):
             loader.sampler.set_epoch(epoch)
@@ -68,7 +68,7 @@ def batches(loader: Any) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def loading_rate(loader: Any, *, seconds: float) -> Rate:
-    """The rate of a loader in its stride: its workers have begun, what they had ready is used."""
+    """The steady rate of a loader, measured after startup and the first prefetched batches."""
     stream = batches(loader)
     for _ in range(1 + loader.num_workers * (loader.prefetch_factor or 0)):
         next(stream)
@@ -85,7 +85,7 @@ def loading_rate(loader: Any, *, seconds: float) -> Rate:
 def training_rate(
     task: Any, batch: dict[str, torch.Tensor], *, half: bool, seconds: float
 ) -> float:
-    """Samples a second of training steps on one batch: forward, backward and optimizer."""
+    """Samples per second of training steps on one batch: forward, backward and optimizer."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     task.trainer = plain_trainer()
     task.to(device).train()
@@ -118,14 +118,14 @@ def _rate(step: Callable[[], None], seconds: float, device: torch.device) -> flo
 
 
 def waiting(loaded: float, needed: float, *, num_workers: int) -> float:
-    """The share of a step that waits for data, of both rates in samples a second."""
+    """The fraction of a step spent waiting for data, from both rates in samples per second."""
     if num_workers == 0:
         return needed / (needed + loaded)
     return max(0.0, 1 - loaded / needed)
 
 
 def verdict(rates: dict[int, Rate], needed: float) -> str:
-    """Whether the data or the model sets the pace, and with how many workers."""
+    """Describe whether the data or the model is the bottleneck, and with how many workers."""
     enough = [number for number, rate in rates.items() if number > 0 and rate.samples >= needed]
     idle = min(waiting(rate.samples, needed, num_workers=n) for n, rate in rates.items())
     if 0 in rates and waiting(rates[0].samples, needed, num_workers=0) < 0.1:
@@ -142,7 +142,7 @@ def verdict(rates: dict[int, Rate], needed: float) -> str:
 def measure(
     recipe: str, *, workers: Sequence[int], needed: float | None, seconds: float
 ) -> tuple[dict[int, Rate], float | None]:
-    """The loading rate for each number of workers, and the rate at which the model trains."""
+    """Return the loading rate per number of workers, and the rate at which the model trains."""
     values = {**load([find_recipe(recipe)]), "run_dir": "runs"}
     resolved = resolve(values)[0]["trainer"]
     for key, value in ONE_DEVICE.items():
@@ -166,19 +166,19 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a table, a line a recipe and number of workers, and a verdict on each recipe."""
-    parser = argparse.ArgumentParser(description="The speed of a recipe's data.")
+    """Print a table, one line per recipe and number of workers, and a verdict per recipe."""
+    parser = argparse.ArgumentParser(description="Throughput of a recipe's data loader.")
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help="all tiny ones by default")
-    parser.add_argument("--workers", default="0,1,2,4", help="numbers, parted by commas")
-    parser.add_argument("--needed", type=float, help="samples a second that the model takes")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--workers", default="0,1,2,4", help="numbers of workers, comma-separated")
+    parser.add_argument("--needed", type=float, help="samples per second that the model trains on")
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of each measurement")
     options = parser.parse_args(arguments)
     workers = [int(number) for number in options.workers.split(",")]
     if options.needed is not None and options.needed <= 0:
         parser.error(f"--needed must be positive, got {options.needed}")
 
     print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) a "
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) per "
         f"process, torch {torch.__version__}, lightning {lightning.__version__}"
     )
     print(f"\n{'recipe':34} {'workers':>7} {'samples/s':>10} {'volume':>18} {'waiting':>8}")

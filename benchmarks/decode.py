@@ -1,18 +1,18 @@
-"""Decoding: tokens a second with a cache, and one op against it, softmax beside v1 and v2.
+"""Decoding with a key-value cache: tokens per second of models, and the attention op alone.
 
     python -m benchmarks.decode [--models softmax,v1-triton] [--out DIR]
 
-On one GPU, for 1, 16 and 64 sequences with 1K and 32K tokens behind them. The model (dim 2048, 8
-blocks, 16 query heads of 128, 4 key heads, 492 M parameters in bfloat16) reads the cache of
-`diffmm.generate`, filled with random numbers, and writes the likeliest token:
+Runs on one GPU, for 1, 16 and 64 sequences with contexts of 1K and 32K tokens. The model (dim 2048,
+8 blocks, 16 query heads of 128, 4 key heads, 492 M parameters in bfloat16) reads the cache of
+`diffmm.generate`, filled with random numbers, and selects the most likely token:
 
-* `compiled`: steps of the compiled model one after the other, as `generate` takes them;
-* `graph`: one such step in a CUDA graph, replayed: what the GPU alone takes.
+* `compiled`: consecutive steps of the compiled model, as in `generate`;
+* `graph`: one such step in a CUDA graph, replayed, which measures GPU time only.
 
-`op` is the attention op by itself, a query of one token a sequence against the cache of one layer,
-eager in a CUDA graph with a cold L2 cache. Models take turns, `--rounds` times round; ratios are of
-rates, to softmax attention in the same round, and medians over the rounds are shown. With
-`--smoke`, tiny sizes on the CPU check this program (there without graphs).
+`op` is the attention op alone, with a query of one token per sequence and the cache of one layer,
+uncompiled in a CUDA graph with a cold L2 cache. The models alternate for `--rounds` rounds; ratios
+are those of the rates to softmax attention in the same round, and the medians over all rounds are
+shown. With `--smoke`, tiny sizes on the CPU test this program (without graphs).
 """
 
 import argparse
@@ -34,7 +34,7 @@ from diffmm.layers.cache import KVCache
 from diffmm.models import TextModel
 from diffmm.ops import AttentionMask, diff_attention, softmax_attention
 
-# Softmax first, then the most telling: kind and backend of the attention op.
+# Kind and backend of the attention op, softmax first and then the most important ones.
 MODELS = {
     "softmax": ("softmax", "auto"),
     "v1-triton": ("v1", "triton"),
@@ -47,7 +47,7 @@ CONTEXTS, BATCHES = (1024, 32768), (1, 16, 64)
 
 @dataclass(frozen=True)
 class Row:
-    """What one model or op took for one shape: medians, rates in tokens a second."""
+    """Medians of one model or op for one shape, with the rate in tokens per second."""
 
     what: str
     model: str
@@ -59,22 +59,22 @@ class Row:
 
 
 class Decoder:
-    """A compiled model that takes turns with others; between them it holds its weights only."""
+    """A compiled model that alternates with others; between turns it only holds its weights."""
 
     def __init__(self, model: TextModel) -> None:
         self.model = model.eval()
         self.compiled = torch.compile(model, dynamic=True)
 
     def step(self, tokens: Tensor, position: Tensor, cache: KVCache) -> Tensor:
-        """The likeliest next token of each sequence, `[B, 1]`."""
+        """The most likely next token of each sequence, `[B, 1]`."""
         mask = AttentionMask(causal=True)
         logits = self.compiled(tokens, mask=mask, positions=position, cache=cache)
         return logits[:, -1:].argmax(dim=-1)
 
     @torch.no_grad()
     def take_turn(self, batch: int, context: int, steps: int) -> dict[str, float]:
-        """Seconds of a step with about `context` tokens in the cache, by way of taking it."""
-        # As `generate` has it, there is always room for one more: a full cache is another graph.
+        """Seconds per step with about `context` tokens in the cache, for each way of running it."""
+        # As in `generate`, the cache always has room for one more token: a full one is recompiled.
         cache = self.model.new_cache(batch, context + 1)
         for buffer in (*cache.keys, *cache.values):
             buffer.normal_()
@@ -109,7 +109,7 @@ class Decoder:
 def measure_models(
     decoders: dict[str, Decoder], batch: int, context: int, *, rounds: int, steps: int
 ) -> list[Row]:
-    """Rows for every model and way of taking a step."""
+    """Return a row for every model and way of running a step."""
     turns: dict[str, list[dict[str, float]]] = {name: [] for name in decoders}
     for _ in range(rounds):
         for name, decoder in decoders.items():
@@ -125,7 +125,7 @@ def measure_models(
 
 
 def op_of(size: TextSize, name: str, batch: int, context: int) -> Callable[[], Tensor]:
-    """One call of the op of a model, on random inputs of the shapes that its layers give it."""
+    """One call of a model's attention op, on random inputs with the shapes in its layers."""
     kind, backend = MODELS[name]
     with torch.device("meta"):
         attention = size.ours(kind, backend, context).config.backbone.make_attention(0)
@@ -145,7 +145,7 @@ def op_of(size: TextSize, name: str, batch: int, context: int) -> Callable[[], T
 
 @torch.no_grad()
 def op_ms(op: Callable[[], Tensor]) -> float:
-    """Median milliseconds of a call, in a CUDA graph where there is CUDA."""
+    """Median milliseconds of a call, in a CUDA graph if CUDA is available."""
     op()
     if not torch.cuda.is_available():
         start = time.perf_counter()
@@ -159,7 +159,7 @@ def op_ms(op: Callable[[], Tensor]) -> float:
 
 
 def measure_ops(size: TextSize, names: list[str], batch: int, context: int) -> list[Row]:
-    """Rows for the op of every model."""
+    """Return a row for the op of every model."""
     times = {name: op_ms(op_of(size, name, batch, context)) for name in names}
     base = times[names[0]]
     return [
@@ -176,7 +176,7 @@ def line_of(row: Row) -> str:
 
 
 def table_of(rows: list[Row], names: list[str]) -> str:
-    """Ratios to the first model, a line a shape and way."""
+    """Format the ratios to the first model, one line per shape and way."""
     found = {(row.batch, row.context, row.what, row.model): row.ratio for row in rows}
     lines = [" " * 24 + "".join(f"{name:>11}" for name in names)]
     for batch, context, what in dict.fromkeys(key[:3] for key in found):
@@ -186,23 +186,23 @@ def table_of(rows: list[Row], names: list[str]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print every number as it comes, and the table of ratios last."""
-    parser = argparse.ArgumentParser(description="Decoding with a cache.")
-    parser.add_argument("--models", default="", help="models, with commas; all by default")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each model")
-    parser.add_argument("--steps", type=int, default=48, help="measured steps of a turn")
+    """Print all results as they are measured, and finally the table of ratios."""
+    parser = argparse.ArgumentParser(description="Decoding with a key-value cache.")
+    parser.add_argument("--models", default="", help="models, comma-separated; all by default")
+    parser.add_argument("--rounds", type=int, default=7, help="number of turns per model")
+    parser.add_argument("--steps", type=int, default=48, help="measured steps per turn")
     parser.add_argument("--out", type=Path, help="folder for decode.json")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, on a CPU if need be")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes; also runs on a CPU")
     options = parser.parse_args(arguments)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.smoke:
-        raise SystemExit("this needs a CUDA device; --smoke checks the program without one")
+        raise SystemExit("this needs a CUDA device; --smoke tests the program without one")
     names = chosen(options.models, MODELS)
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(f"{where}, torch {torch.__version__}", "SMOKE: sizes mean nothing" * options.smoke)
+    print(f"{where}, torch {torch.__version__}", "SMOKE: the results mean nothing" * options.smoke)
     if device == "cpu":
-        print("without a GPU there is no backend triton: its models are left out")
+        print("the backend triton needs a GPU: its models are skipped")
         names = [name for name in names if "triton" not in name]
     size = TEXT_SMOKE if options.smoke else TEXT_GROUPED
     contexts, batches = ((64, 128), (1, 2)) if options.smoke else (CONTEXTS, BATCHES)
@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
                 (options.out / "decode.json").write_text(
                     json.dumps([asdict(row) for row in rows], indent=1)
                 )
-    print(f"\nrates as ratios to {names[0]}'s\n{table_of(rows, names)}")
+    print(f"\nrates relative to {names[0]}\n{table_of(rows, names)}")
 
 
 if __name__ == "__main__":

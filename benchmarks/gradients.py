@@ -1,4 +1,4 @@
-"""Gradients of whole compiled decoders in bfloat16 against eager float32, each parameter."""
+"""Gradients of compiled decoders in bfloat16 compared with uncompiled float32, per parameter."""
 
 from collections.abc import Callable
 
@@ -19,10 +19,11 @@ def make_decoder(
     depth: int = 3,
     length: int = 1024,
 ) -> TextModel:
-    """A decoder whose attention maps have something to say.
+    """A decoder with non-uniform attention maps.
 
-    Queries and keys start three times larger than in training: at the usual start all maps are
-    nearly uniform, their difference is rounding, and lambda's gradient is nothing but noise.
+    Queries and keys are initialized three times larger than for training: with the usual
+    initialization, all maps are nearly uniform, their difference is rounding error, and the
+    gradient of lambda is only noise.
     """
     num_heads = dim // head_dim
     backbone = BackboneConfig(
@@ -48,7 +49,7 @@ def make_decoder(
 def gradients(
     model: TextModel, forward: Callable[[Tensor], Tensor], tokens: Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Every parameter's gradient of one next-token loss, computed in `dtype` by autocast."""
+    """The gradient of every parameter for one next-token loss, computed in `dtype` by autocast."""
     model.zero_grad()
     with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
         logits = forward(tokens[:, :-1])
@@ -58,10 +59,10 @@ def gradients(
 
 
 def relative_errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """`|found - truth| / |truth|` of each parameter; a missing gradient is NaN.
+    """`|found - truth| / |truth|` per parameter; NaN for a missing gradient.
 
-    Of lambda's parameters, relative to the largest gradient among them: one number a layer sums
-    over all tokens and heads, and where the sum happens to be near zero, so is its own norm.
+    Errors of lambda's parameters are relative to the largest gradient among them: the gradient of
+    one number per layer is a sum over all tokens and heads, whose own norm may be close to zero.
     """
     largest = max([g.norm() for name, g in truth.items() if "lambda" in name], default=None)
 

@@ -1,12 +1,12 @@
-"""A folder of letters: 26 classes drawn in the machine's fonts, validation in fonts of its own.
+"""Draws a folder of letter images: 26 classes, with separate fonts for validation.
 
     python -m benchmarks.letters FOLDER --train-fonts DIR... --val-fonts DIR...
 
-Each class gets `--per-class` training images and a third as many for validation, 64 x 64 pixels of
-gray: upper case, of random size, place, tilt, ink and paper, with a little noise. The folder is
-what `datamodules.image.ImageFolder` reads, and what somebody's first own data look like.
-On Debian the packages fonts-dejavu, fonts-liberation and fonts-freefont-ttf for training, and
-fonts-lato and fonts-urw-base35 for validation, bring fonts enough.
+Each class gets `--per-class` training images and a third as many for validation, grayscale with
+64 x 64 pixels: upper-case letters with random size, position, rotation, foreground and background,
+and a little noise. `datamodules.image.ImageFolder` reads the folder, which resembles a user's own
+small data set. On Debian, the packages fonts-dejavu, fonts-liberation and fonts-freefont-ttf for
+training, and fonts-lato and fonts-urw-base35 for validation, provide enough fonts.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 64
 SUFFIXES = (".ttf", ".otf")
-# Of symbols, or of letters that nobody could tell apart.
+# Fonts of symbols, or with letters that cannot be distinguished.
 NOT_LETTERS = ("Dingbats", "D050000L", "Symbol", "StandardSymbols")
 
 
@@ -37,7 +37,7 @@ def find_fonts(folders: Sequence[str]) -> list[Path]:
 
 
 def draw_letter(letter: str, font: Path, rng: np.random.Generator) -> Image.Image:
-    """One gray image of `letter`, drawn from `rng`."""
+    """Draw a grayscale image of `letter`, with random properties from `rng`."""
     paper, ink = rng.uniform(150, 255), rng.uniform(0, 105)
     image = Image.new("L", (SIDE, SIDE), round(paper))
     face = ImageFont.truetype(str(font), round(rng.uniform(32, 52)))
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="made anew")
+    parser.add_argument("folder", type=Path, help="folder to create")
     parser.add_argument("--train-fonts", nargs="+", required=True, metavar="DIR")
     parser.add_argument("--val-fonts", nargs="+", required=True, metavar="DIR")
     parser.add_argument("--per-class", type=int, default=120, metavar="N")

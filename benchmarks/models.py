@@ -1,7 +1,7 @@
-"""The whole models that benchmarks compare: ours and others', of the same dims, weights random.
+"""The models that benchmarks compare: ours and other libraries', of equal sizes.
 
-Widths are the softmax model's; v2 gives the parameters of its extra queries back in the
-feed-forward (see `BackboneConfig.feed_forward_width`).
+Widths are those of the softmax model; v2 compensates for the parameters of its additional queries
+in the feed-forward layers (see `BackboneConfig.feed_forward_width`).
 """
 
 from dataclasses import dataclass, replace
@@ -27,15 +27,16 @@ ATTENTIONS = {"softmax": "softmax", "v1": "diff_v1", "v2": "diff_v2", "grouped":
 
 @dataclass(frozen=True)
 class TextSize:
-    """A decoder of Llama's kind, with untied embeddings.
+    """Sizes of a decoder like Llama, with untied embeddings.
 
     Args:
-        dim: width of the residual stream.
-        depth: blocks.
-        num_heads: query heads of the softmax model.
-        num_kv_heads: its key and value heads.
-        width: of its feed-forward; the others' have as many parameters in all, in steps of 64.
-        vocab_size: token ids.
+        dim: Width of the residual stream.
+        depth: Number of blocks.
+        num_heads: Number of query heads of the softmax model.
+        num_kv_heads: Number of key and value heads of the softmax model.
+        width: Feed-forward width of the softmax model. The other models get the multiple of 64 with
+            which they have the same total number of parameters.
+        vocab_size: Number of token ids.
     """
 
     dim: int
@@ -46,7 +47,7 @@ class TextSize:
     vocab_size: int
 
     def ours(self, kind: str, backend: str, length: int) -> TextModel:
-        """`kind` is a key of `ATTENTIONS`; `backend` is the attention op's."""
+        """Build our model. `kind` is a key of `ATTENTIONS`, `backend` that of the attention op."""
         backbone = BackboneConfig(
             dim=self.dim,
             depth=self.depth,
@@ -63,10 +64,10 @@ class TextSize:
         return TextModel(TextConfig(self.vocab_size, length, backbone, tie_embeddings=False))
 
     def hugging_face(self, kind: str, length: int) -> nn.Module:
-        """`LlamaForCausalLM` for softmax, `DiffLlamaForCausalLM` for v1.
+        """Build `LlamaForCausalLM` for softmax, or `DiffLlamaForCausalLM` for v1.
 
-        Compiled with its own `sdpa`, HF hands torch a mask in memory, which keeps it from the flash
-        and cuDNN kernels. An attention of another name gets no mask, and so these have HF's best.
+        With its own `sdpa`, HF passes a mask tensor to torch, which rules out the flash and cuDNN
+        kernels. An attention function with another name gets no mask, which is HF's fastest option.
         """
         transformers.AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)
         config_class, model_class = {
@@ -91,14 +92,15 @@ class TextSize:
 
 @dataclass(frozen=True)
 class EncoderSize:
-    """A vision transformer's blocks: LayerNorm, GELU, biases, learned positions, a class token."""
+    """Sizes of a vision transformer with LayerNorm, GELU, biases, learned position embeddings and a
+    class token."""
 
     dim: int
     depth: int
     num_heads: int
 
     def backbone(self, kind: str, backend: str) -> BackboneConfig:
-        """`kind` is a key of `ATTENTIONS`; `backend` is the attention op's."""
+        """Config of the blocks. `kind` is a key of `ATTENTIONS`, `backend` that of the op."""
         return BackboneConfig(
             dim=self.dim,
             depth=self.depth,
@@ -113,7 +115,7 @@ class EncoderSize:
         )
 
     def image(self, kind: str, backend: str, image_size: int) -> ImageModel:
-        """Patches of 16, 1000 classes."""
+        """Build an image model with patches of 16 and 1000 classes."""
         return ImageModel(
             ImageConfig(
                 backbone=self.backbone(kind, backend),
@@ -124,7 +126,8 @@ class EncoderSize:
         )
 
     def audio(self, kind: str, backend: str, clip_seconds: float) -> AudioModel:
-        """AST's front end (128 mel bands every 10 ms), patches of 16 side by side, 527 classes."""
+        """Build an audio model with AST's front end (128 mel bands every 10 ms), non-overlapping
+        patches of 16 and 527 classes."""
         return AudioModel(
             AudioConfig(
                 backbone=self.backbone(kind, backend),
@@ -136,12 +139,12 @@ class EncoderSize:
         )
 
     def timm_image(self, kind: str, num_heads: int, image_size: int) -> nn.Module:
-        """timm's vision transformer with patches of 16.
+        """Build timm's vision transformer with patches of 16.
 
         Args:
             kind: `"softmax"`, or `"v1"` for `attn_layer="diff"`.
-            num_heads: as timm counts them: with `"v1"`, pairs.
-            image_size: side of the images.
+            num_heads: Number of heads as counted by timm: with `"v1"`, the number of pairs.
+            image_size: Height and width of the images.
         """
         sizes: dict[str, Any] = {"img_size": image_size, "embed_dim": self.dim, "depth": self.depth}
         if kind == "v1":
@@ -152,7 +155,7 @@ class EncoderSize:
 TEXT_748M = TextSize(2048, 12, 16, 16, 5632, 32000)
 TEXT_SMOKE = TextSize(64, 2, 8, 2, 192, 256)
 TEXT_KV4 = TextSize(2048, 12, 16, 4, 5632, 32000)
-# Grouped keys, so that 64 contexts of 32K tokens take 34 GB in bfloat16.
+# With grouped keys, 64 contexts of 32K tokens take 34 GB in bfloat16.
 TEXT_GROUPED = TextSize(2048, 8, 16, 4, 5632, 32000)
 VIT_B = EncoderSize(768, 12, 12)
 VIT_SMOKE = EncoderSize(64, 2, 4)

@@ -1,12 +1,12 @@
-"""Which way of making differential attention from torch's softmax attention is right, and fast.
+"""Correctness and speed of differential attention composed from torch's softmax attention.
 
     python -m benchmarks.sdpa_composition
 
-Two tables, on one GPU in one run. First, whole decoders compiled in bfloat16: the worst relative
-error of a gradient against eager float32, lambda's parameters / all others, for the eager bfloat16
-model and two compiled runs (wrong gradients were seen to differ between runs). Then the time of
-forward and of forward + backward for one op, as medians in milliseconds, compiled, beside softmax
-attention with the same query heads.
+Prints two tables, on one GPU in one run. The first is for decoders in bfloat16: the worst relative
+error of a gradient relative to uncompiled float32, for lambda's parameters / all others, of the
+uncompiled bfloat16 model and of two compiled runs (wrong gradients have differed between runs). The
+second is for one compiled op: the median milliseconds of forward and of forward + backward, and of
+softmax attention with the same number of query heads.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ Op = Callable[..., Tensor]
 def two_calls(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *, mask: AttentionMask, scale: float
 ) -> Tensor:
-    """A call a component, values as wide as they are."""
+    """One call per component, with the full width of the values."""
     out1 = softmax(q[..., 0, :], k[..., 0, :], v, mask=mask, scale=scale)
     out2 = softmax(q[..., 1, :], k[..., -1, :], v, mask=mask, scale=scale)
     return out1 - lam.unsqueeze(-1).to(out1.dtype) * out2
@@ -37,7 +37,8 @@ def two_calls(
 def value_halves(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *, mask: AttentionMask, scale: float
 ) -> Tensor:
-    """A call a component, halves of the values as heads of their own: equal head dims."""
+    """One call per component, with the halves of the values as separate heads, so that all head
+    dimensions are equal."""
     halves = v.unflatten(-1, (-1, q.shape[-1])).flatten(2, 3)
     num = halves.shape[2] // v.shape[2]
     outs = [
@@ -58,7 +59,8 @@ def value_halves(
 def padded(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *, mask: AttentionMask, scale: float
 ) -> Tensor:
-    """One call, queries and keys padded with zeros to the width of the values: equal head dims."""
+    """One call, with queries and keys zero-padded to the width of the values, so that all head
+    dimensions are equal."""
     pad = (0, v.shape[-1] - q.shape[-1])
     return one_call(
         torch.nn.functional.pad(q, pad),
@@ -81,8 +83,8 @@ COMPOSITIONS: dict[str, Op] = {
 def gradient_errors(
     op: Op, attention: str, head_dim: int, causal: bool, grouped: bool
 ) -> list[tuple[float, float]]:
-    """The worst relative gradient error among lambda's parameters and among all others: of the
-    eager bfloat16 model, then of two compiled runs."""
+    """The worst relative gradient errors among lambda's parameters and among all others, of the
+    uncompiled bfloat16 model and then of two compiled runs."""
     model = make_decoder(attention, head_dim=head_dim, causal=causal, grouped=grouped).cuda()
     tokens = torch.randint(0, 512, (8, 1025), device="cuda")
     BACKENDS["sdpa"] = op
@@ -99,7 +101,7 @@ def gradient_errors(
 def op_times(
     op: Op | None, shape: tuple[int, int, int, int, bool], v2: bool
 ) -> tuple[float, float]:
-    """Milliseconds of forward and of forward + backward; `None` is softmax attention by cuDNN."""
+    """Milliseconds of forward and of forward + backward; `None` means cuDNN's softmax attention."""
     batch, length, pairs, head_dim, causal = shape
     mask = AttentionMask(causal=causal)
     scale = head_dim**-0.5
@@ -117,7 +119,7 @@ def op_times(
         random(batch, length, pairs, head_dim if v2 else 2 * head_dim),
         torch.rand(batch, length, pairs, device="cuda", requires_grad=True),
     ]
-    # Static: Dynamo would else take what differs between two shapes for a dynamic size.
+    # Otherwise Dynamo would treat sizes that differ between two shapes as dynamic.
     compiled = torch.compile(lambda *x: op(*x, mask=mask, scale=scale), dynamic=False)
     return _times(compiled, inputs)
 
@@ -136,7 +138,9 @@ def main() -> None:
     """Print both tables."""
     torch._dynamo.config.cache_size_limit = 64
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
-    print("\nworst relative gradient error, lambda / others: eager bfloat16, two compiled runs")
+    print(
+        "\nworst relative gradient error, lambda / others: uncompiled bfloat16, two compiled runs"
+    )
     for head_dim, attention, causal, grouped in (
         (32, "diff_v1", True, False),
         (64, "diff_v1", True, True),

@@ -1,11 +1,11 @@
-"""Peak memory and time of saving a sharded model: each process its own share, against whole
-weights and moments put together in the first process.
+"""Peak memory and time of saving a sharded model: each process writes its own shard, or the first
+process gathers all weights and moments.
 
     python -m benchmarks.sharded_save
 
 Two processes on the CPU (gloo) shard a text model of about 100 M parameters by FSDP2, take a step
-of AdamW and save. Each way has processes of its own. Memory is the peak resident set, over what
-the process held before it saved.
+of AdamW and save. Each way runs in new processes. Memory is the peak resident set beyond the memory
+that the process held before saving.
 """
 
 import argparse
@@ -35,13 +35,13 @@ WAYS = ("whole", "shares")
 
 
 def memory_mib(name: str) -> float:
-    """A figure of this process: `VmRSS` is what it holds, `VmHWM` the most that it has held."""
+    """Memory of this process in MiB: `VmRSS` is the current and `VmHWM` the peak resident set."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[name].split()[0]) / 1024
 
 
 def save_whole(trainer: Trainer, file: Path) -> int:
-    """As `diffmm` saved before it saved shares."""
+    """Gather the state in the first process and save it there, as older versions did."""
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model, (optimizer,) = trainer.strategy.model, trainer.optimizers
     assert model is not None
@@ -53,7 +53,7 @@ def save_whole(trainer: Trainer, file: Path) -> int:
 
 
 def measure(way: str, dim: int, depth: int) -> None:
-    """Train a step and save; the first process prints what it took."""
+    """Train one step and save; the first process prints the measurements."""
     backbone = BackboneConfig(dim, depth, dim // 64, attention="diff_v2", rope="1d")
     model = TextModel(TextConfig(32000, 64, backbone, tie_embeddings=False))
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -63,7 +63,7 @@ def measure(way: str, dim: int, depth: int) -> None:
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(task, DataLoader(TensorDataset(torch.randint(32000, (4, 33))), batch_size=2))
-    # What the step took may be free again by now, and would hide what the save takes.
+    # Memory that the step used and freed would hide the memory of the save: reset the peak.
     Path("/proc/self/clear_refs").write_text("5")
     before = memory_mib("VmRSS")
     with tempfile.TemporaryDirectory() as folder:
@@ -90,7 +90,7 @@ def measure(way: str, dim: int, depth: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--way", choices=WAYS, help="one of them; both by default")
+    parser.add_argument("--way", choices=WAYS, help="way of saving; both by default")
     parser.add_argument("--dim", type=int, default=640)
     parser.add_argument("--depth", type=int, default=12)
     options = parser.parse_args()

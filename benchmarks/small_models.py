@@ -1,21 +1,22 @@
-"""Small models on small data: which attention learns, with which settings, and what holds it back.
+"""Training of small models on small data, to compare attention variants and settings.
 
     python -m benchmarks.small_models [--tasks letters,digits] [--attentions softmax,diff_v1]
         [--settings plain,qk_norm+warmup_100] [--rates 1e-3,2e-3] [--seeds 0,1,2]
         [--letters DIR] [--out DIR]
 
 A cell is one training run of a tiny recipe: a task, an attention, a setting made of `PARTS`, a peak
-learning rate and a seed. Cells of one task and seed see the same samples in the same order. Each is
-written to `OUT/cells.jsonl` as it ends, and what stands there is not run again, so that a table can
-grow over several sittings and processes (`--part 0/4` runs every fourth cell). The table shows, for
-each setting, the rate with the best mean over the seeds, and every seed at it.
+learning rate and a seed. Cells of one task and seed see the same samples in the same order. Each
+result is appended to `OUT/cells.jsonl`, and cells in that file are not run again, so that a table
+can be filled by several sessions and processes (`--part 0/4` runs every fourth cell). The table
+shows, for each setting, the rate with the best mean over the seeds, and the results of all seeds
+with it.
 
-`--trace` prints what happens inside the attention layers at steps 0, 10, 50 and 200 in place of the
-table (see `Trace`). `--steps N` cuts the runs short, for a look at whether everything works.
+`--trace` prints statistics of the attention layers at steps 0, 10, 50 and 200 instead of the table
+(see `Trace`). `--steps N` shortens the runs, for a quick test.
 
-The task `letters` reads the folder that `benchmarks.letters` makes; the others need nothing. On a
-CUDA device the step is one CUDA graph, since launching so small kernels takes longer than running
-them.
+The task `letters` reads the folder that `benchmarks.letters` creates; the others need no files. On
+a CUDA device, the step is one CUDA graph, because launching such small kernels takes longer than
+running them.
 """
 
 import argparse
@@ -78,12 +79,12 @@ TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "mixed_sounds": ("audio/sound_events_multilabel_tiny", ()),
     "text_25m": ("text/stdlib_tiny", LARGER),
 }
-"""A recipe and what is changed in it."""
+"""Recipes and overrides, by task."""
 
 
 def rescale(names: tuple[str, ...], std: float | None = None) -> Change:
-    """Draw the weights of the linear layers called `names` anew: from a normal distribution of
-    deviation `std`, by default one over the square root of the inputs' number."""
+    """Reinitialize the weights of the linear layers called `names` from a normal distribution of
+    standard deviation `std`; by default, one over the square root of the number of inputs."""
 
     def change(model: nn.Module) -> None:
         for name, module in model.named_modules():
@@ -97,8 +98,8 @@ def rescale(names: tuple[str, ...], std: float | None = None) -> Change:
 
 
 def torch_default(model: nn.Module) -> None:
-    """Draw linear layers anew as torch does, deviation one over the square root of three times the
-    number of inputs, residual projections less for depth as before."""
+    """Reinitialize linear layers with torch's default standard deviation, one over the square root
+    of three times the number of inputs; residual projections are still scaled down by depth."""
     blocks = sum(isinstance(module, Attention) for module in model.modules())
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -109,7 +110,7 @@ def torch_default(model: nn.Module) -> None:
 
 
 def embedding_std(std: float) -> Change:
-    """Draw token embeddings anew (and a head that is tied to them)."""
+    """Reinitialize token embeddings (and a head that is tied to them)."""
 
     def change(model: nn.Module) -> None:
         for module in model.modules():
@@ -120,14 +121,14 @@ def embedding_std(std: float) -> Change:
 
 
 def fan_in_stem(model: nn.Module) -> None:
-    """Draw convolutions anew with a variance of one over the number of inputs."""
+    """Reinitialize convolutions with a variance of one over the number of inputs."""
     for module in model.modules():
         if isinstance(module, nn.Conv1d | nn.Conv2d):
             nn.init.trunc_normal_(module.weight, std=module.weight[0].numel() ** -0.5)
 
 
 def norm_eps(eps: float) -> Change:
-    """Another eps in the headwise norm."""
+    """Change the eps of the headwise norm."""
 
     def change(model: nn.Module) -> None:
         for module in model.modules():
@@ -138,7 +139,7 @@ def norm_eps(eps: float) -> Change:
 
 
 def norm_gain(gain: float | None) -> Change:
-    """Another start of the headwise norm's weight; by default the size of a value at the start."""
+    """Change the initial weight of the headwise norm; by default, to the size of a new value."""
 
     def change(model: nn.Module) -> None:
         for module in model.modules():
@@ -186,11 +187,11 @@ PARTS: dict[str, tuple[tuple[str, ...], Change | None]] = {
     "layernorm": ((f"{BACKBONE}norm=layernorm",), None),
     "layer_scale": ((f"{BACKBONE}layer_scale=0.1",), None),
 }
-"""What settings are made of, with a plus between: overrides of the recipe, and what is done to the
-new model in this order. `former` is how the tiny recipes were before docs/lab_notes.md, "A slow
-start"."""
+"""Parts of a setting, joined by plus signs: overrides of the recipe, and changes that are applied
+to the new model in this order. `former` is the previous default of the tiny recipes (see
+docs/lab_notes.md, "A slow start")."""
 ONLY_V1 = ("lambda", "no_norm", "eps", "gain")
-"""Parts that mean something to v1 alone: `gain` is the start of its headwise norm's weight."""
+"""Parts that only apply to v1; `gain` is the initial weight of its headwise norm."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ class Cell:
 
 @dataclass
 class Data:
-    """All batches that a run sees, `[steps, B, ...]` each, and the validation batches."""
+    """All training batches of a run, `[steps, B, ...]` per field, and its validation batches."""
 
     train: Batch
     val: list[Batch]
@@ -217,7 +218,7 @@ class Data:
 
 
 class SmallRun:
-    """A recipe with the changes of a cell, built but not trained."""
+    """The untrained model and the data of a recipe with the changes of a cell."""
 
     def __init__(self, cell: Cell, letters: Path, steps: int | None) -> None:
         recipe, changes = TASKS[cell.task]
@@ -243,7 +244,7 @@ class SmallRun:
         self.num_steps: int = steps or self.trainer.max_steps
 
     def collect(self) -> Data:
-        """The batches of training, in order, and those of validation."""
+        """Load the training batches, in order, and the validation batches."""
         self.data.prepare_data()
         self.data.setup("fit")
         batches: list[Batch] = []
@@ -275,7 +276,7 @@ class SmallRun:
         )
 
     def train(self, data: Data, device: str, trace: "Trace | None" = None) -> list[float]:
-        """The losses of all steps. The clip is the recipe's."""
+        """Train with the recipe's gradient clipping, and return the losses of all steps."""
         model = self.task.model.to(device).train()
         optimizer = self.optimizer(device)
         peaks = [float(group["lr"]) for group in optimizer.param_groups]
@@ -302,14 +303,14 @@ class SmallRun:
             if graph is not None:
                 graph.replay()
             elif device == "cuda" and trace is None and number == 3:
-                # Three steps have allocated what they need, and the optimizer has its state.
+                # After three steps, all memory is allocated and the optimizer has its state.
                 optimizer.zero_grad(set_to_none=True)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
                     loss = step()
                 graph.replay()
             elif device == "cuda":
-                # Capture wants what it captures to have run on another stream before.
+                # Graph capture requires warmup steps on another stream.
                 side = torch.cuda.Stream()
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):
@@ -324,7 +325,7 @@ class SmallRun:
 
     @torch.no_grad()
     def evaluate(self, data: Data) -> dict[str, float]:
-        """The task's validation metrics."""
+        """Return the task's validation metrics."""
         self.task.model.eval()
         metrics: dict[str, Any] = self.task.make_metrics()
         for metric in metrics.values():
@@ -336,7 +337,7 @@ class SmallRun:
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Batches of sounds end with the longest clip: zeros after the end of the shorter ones."""
+    """Stack batches; waveforms are padded with zeros to the longest clip."""
     if tensors[0].ndim != 2 or not tensors[0].is_floating_point():
         return torch.stack(list(tensors))
     longest = max(tensor.shape[1] for tensor in tensors)
@@ -344,12 +345,12 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class Trace:
-    """What the first and the last attention layer do, at a few steps of a run.
+    """Prints statistics of all attention layers at a few steps of a run.
 
-    Columns: the gradient's norm of each projection; the root mean square of the heads before the
-    headwise norm (v1) or as they are; the share of their energy that all tokens of a sample have in
-    common, and that of the layer's whole output; the output's size over that of the stream it is
-    added to; the deviation of the attention logits.
+    Columns: the gradient norm of each projection; the root mean square of the heads, before the
+    headwise norm in v1; the fraction of their energy that is common to all tokens of a sample, and
+    that of the layer's whole output; the norm of the output relative to that of the residual
+    stream; the standard deviation of the attention logits.
     """
 
     steps = (0, 10, 50, 200)
@@ -419,7 +420,7 @@ class _Restore:
 
 
 def common_share(x: Tensor) -> float:
-    """Of the energy of `[B, N, ...]`, the part that is the same for all tokens of a sample."""
+    """The fraction of the energy of `[B, N, ...]` that is common to all tokens of a sample."""
     x = x.flatten(2)
     return float(x.mean(1).pow(2).sum() * x.shape[1] / x.pow(2).sum())
 
@@ -427,7 +428,7 @@ def common_share(x: Tensor) -> float:
 def run_cell(
     cell: Cell, data: Data, device: str, letters: Path, steps: int | None
 ) -> dict[str, Any]:
-    """Train and evaluate."""
+    """Train and evaluate a cell."""
     start = time.monotonic()
     run = SmallRun(cell, letters, steps)
     losses = run.train(data, device)
@@ -451,7 +452,7 @@ def headline(row: dict[str, Any]) -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line per task, attention and setting: the best rate and every seed there."""
+    """Format one line per task, attention and setting: the best rate and its result per seed."""
     lines = [
         "| task | attention | setting | best rate | mean | seeds | other rates |",
         "|" + "---|" * 7,
@@ -532,7 +533,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def batches(cell: Cell, options: argparse.Namespace) -> Data:
-    """What all cells of a task and seed see, kept beside the table."""
+    """The batches of all cells of a task and seed, cached in the output folder."""
     path: Path = options.out / f"batches_{cell.task}_{cell.seed}_{options.steps}.pt"
     if not path.exists():
         data = SmallRun(cell, options.letters, options.steps).collect()

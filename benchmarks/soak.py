@@ -1,12 +1,12 @@
-"""A long run with flat memory: does anything pile up, step after step?
+"""A long run that checks whether memory, open files and threads stay constant.
 
     python -m benchmarks.soak [RECIPE] [--minutes 60] [--out FOLDER] [--set KEY VALUE ...]
 
 Trains a recipe (text/stdlib_tiny by default) for that long, with a checkpoint every 50 steps and a
-validation every 200, and looks at the memory of the run and its workers (what each has allocated;
-what they share counts for each, since it moves when they cease to share it), its open files and its
-threads. Prints a line a minute and, last, how memory moved from the second fifth of the run, when
-everything is warm, to the last.
+validation every 200, and samples the memory of the run and its workers, its open files and its
+threads. Memory is what each process has allocated; shared pages count for each process, because
+they stop being shared when a process writes to them. Prints one line per minute and, at the end,
+the change of memory from the second fifth of the run, after warmup, to the last fifth.
 """
 
 import argparse
@@ -43,19 +43,19 @@ def look(root: int) -> dict[str, float]:
                 memory += int(rollup.split(kind)[1].split()[0])
             files += len(list((folder / "fd").iterdir()))
             threads += len(list((folder / "task").iterdir()))
-        except (OSError, IndexError):  # It has just ended.
+        except (OSError, IndexError):  # The process has just ended.
             continue
     return {"memory_mib": memory / 1024, "files": files, "threads": threads}
 
 
 def steps_done(run_dir: Path) -> int:
-    """The newest checkpoint's step."""
+    """The step of the newest checkpoint."""
     names = [path.name for path in (run_dir / "checkpoints").glob("step_*")]
     return max((int(name.removeprefix("step_")) for name in names), default=0)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="A long run with flat memory.")
+    parser = argparse.ArgumentParser(description="Checks the memory of a long run.")
     parser.add_argument("recipe", nargs="?", default="text/stdlib_tiny")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--out", type=Path, help="folder for soak.json")
@@ -65,7 +65,7 @@ def main() -> int:
     )  # fmt: skip
     options = parser.parse_args()
     if not Path("/proc/self/smaps_rollup").exists():
-        parser.error("benchmarks.soak reads memory from /proc, which is Linux's alone")
+        parser.error("benchmarks.soak reads memory from /proc, which only Linux has")
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: ended.set())
 
@@ -102,7 +102,8 @@ def main() -> int:
 def watch(
     command: list[str], log: Path, run_dir: Path, seconds: float, ended: threading.Event
 ) -> list[dict[str, float]]:
-    """Run a command for that long, or until `ended`, looking at it; nothing if it ended before."""
+    """Run a command for `seconds`, or until `ended`, and sample its memory; return an empty list if
+    the command ended early."""
     looks: list[dict[str, float]] = []
     with log.open("w") as file:
         run = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)

@@ -10,16 +10,16 @@ import torch
 def median_ms(
     run: Callable[[], object], *, warmup: int = 5, repeats: int = 20, flush_mb: int = 256
 ) -> float:
-    """Median milliseconds that `run` takes of the GPU, by CUDA events.
+    """Median GPU time of `run` in milliseconds, measured by CUDA events.
 
-    Before each, the L2 cache is flushed over and over for twice the time that the host takes to
-    launch `run` (`host_ms`), so that the host is ahead and its time does not show, as in a training
+    Before each repeat, the L2 cache is flushed repeatedly for twice the time that the host takes to
+    launch `run` (`host_ms`), so that the host is ahead and its time is hidden, as in a training
     step.
     """
     for _ in range(warmup):
         run()
     scratch = torch.empty(flush_mb << 20, dtype=torch.uint8, device="cuda")
-    # The least of five: one that the host holds up would make too few flushes.
+    # The minimum of five, because a flush that the host delays would lead to too few flushes.
     flush_ms = min(_event_ms(scratch.zero_) for _ in range(5))
     num_flushes = 1 + math.ceil(2 * host_ms(run) / flush_ms)
     times = []
@@ -40,7 +40,7 @@ def _event_ms(run: Callable[[], object]) -> float:
 
 
 def host_ms(run: Callable[[], object], *, warmup: int = 3, repeats: int = 20) -> float:
-    """Median milliseconds that the host takes to launch `run`, which is warm."""
+    """Median milliseconds that the host takes to launch `run`, after warmup."""
     for _ in range(warmup):
         run()
     times = []

@@ -1,24 +1,25 @@
-"""Training steps of whole compiled models: rate and peak memory, softmax beside v1 and v2.
+"""Training steps of compiled models: rate and peak memory with softmax, v1 and v2.
 
     python -m benchmarks.train_step [--only text2048,vit] [--models softmax,v1-triton] [--out DIR]
 
-A step is forward, backward and AdamW (fused) under bfloat16 autocast with float32 weights; model
-and loss are one `torch.compile` with static shapes, alike for every model. Cases, on one GPU each:
+A step is forward, backward and AdamW (fused) under bfloat16 autocast with float32 weights. The
+model and the loss are compiled together with static shapes, for every model alike. Cases, each on
+one GPU:
 
 * text2048, text8192: a decoder of 748 M parameters (dim 2048, 12 blocks, 16 heads of 128), 16,384
-  tokens a step, beside HF's Llama and DiffLlama with torch's fused attention;
+  tokens per step, compared with HF's Llama and DiffLlama with torch's fused attention;
 * text8192-kv4: the same with 4 key and value heads, as grouped differential attention needs them
-  (4 signal heads to a noise head);
-* vit: ViT-B/16 at 224, 256 images a step, beside timm's, and timm's with `attn_layer="diff"` for
-  as many pairs as ours (`timm-diff`) and as it comes, with twice as many of half the width
-  (`timm-diff-12`);
-* audio: the same blocks on 1024 patches of 20.48 s of sound, 32 clips a step.
+  (4 signal heads per noise head);
+* vit: ViT-B/16 at 224, 256 images per step, compared with timm's, and with timm's with
+  `attn_layer="diff"` for as many pairs as ours (`timm-diff`) and by default, with twice as many
+  pairs of half the width (`timm-diff-12`);
+* audio: the same blocks on 1024 patches of 20.48 s of sound, 32 clips per step.
 
-Models take turns, `--rounds` times round: a step or more unmeasured, then `--steps` measured ones.
-Ratios are of rates, to softmax attention in the same round; what is shown is the median over the
-rounds. Memory is the peak of a step, weights and optimizer included. The first round compiles,
-which takes most of the time; its numbers are printed as they come. With `--smoke`, tiny sizes on
-the CPU check this program.
+The models alternate for `--rounds` rounds, with one or more warmup steps and then `--steps`
+measured steps per turn. Ratios are those of the rates to softmax attention in the same round, and
+the median over all rounds is shown. Memory is the peak of a step, including weights and optimizer.
+The first round compiles, which takes most of the time; its results are printed as they are
+measured. With `--smoke`, tiny sizes on the CPU test this program.
 """
 
 import argparse
@@ -46,11 +47,11 @@ class Case:
     """One task for several models.
 
     Args:
-        name: of the case.
-        unit: what its rate counts.
-        units_per_step: how many of them a step takes.
-        make_batch: inputs and targets, integers in a range, on the default device.
-        models: what makes each, by name, softmax first, then the most telling.
+        name: Name of the case.
+        unit: Unit of the rate, such as "tokens".
+        units_per_step: Number of units per step.
+        make_batch: Creates inputs and integer targets on the default device.
+        models: Functions that create the models, by name; softmax first, then the most important.
     """
 
     name: str
@@ -61,7 +62,7 @@ class Case:
 
 
 def ours(make: Callable[[str, str], nn.Module], others: dict[str, Maker]) -> dict[str, Maker]:
-    """Our models of every attention and backend around `others`."""
+    """Our models with every attention and backend, together with `others`."""
     return {
         "softmax": partial(make, "softmax", "auto"),
         "v1-triton": partial(make, "v1", "triton"),
@@ -73,7 +74,8 @@ def ours(make: Callable[[str, str], nn.Module], others: dict[str, Maker]) -> dic
 
 
 def text_case(length: int, *, grouped: bool = False, smoke: bool) -> Case:
-    """Next-token prediction over sequences of `length`; `grouped` has four query heads to a key."""
+    """Next-token prediction with sequences of `length`; `grouped` uses four query heads per key
+    head."""
     size = TEXT_SMOKE if smoke else TEXT_KV4 if grouped else TEXT_748M
     name, tokens_per_step = f"text{length}" + "-kv4" * grouped, 16384
     if smoke:
@@ -148,7 +150,7 @@ def all_cases(*, smoke: bool) -> dict[str, Case]:
 
 
 def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross-entropy, logits in float32."""
+    """The mean cross-entropy, computed in float32."""
     logits = model(inputs)
     logits = getattr(logits, "logits", logits)
     return cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
@@ -156,7 +158,7 @@ def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Turn:
-    """Seconds of a step, bytes at its peak, and the last loss of one turn."""
+    """Seconds per step, peak memory in bytes, and the last loss of one turn."""
 
     seconds: float
     peak_bytes: int
@@ -164,21 +166,21 @@ class Turn:
 
 
 class Contestant:
-    """A model that takes turns with others on one device: between them it holds its weights only.
+    """A model that alternates with others on one device; between turns it only holds its weights.
 
     Args:
-        model: on its device; it is put into training mode and compiled together with its loss.
+        model: Model on its device; it is set to training mode and compiled together with its loss.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.train()
-        # Static: Dynamo would else take what differs between two models for a dynamic size.
+        # Otherwise Dynamo would treat sizes that differ between two models as dynamic.
         self.loss = torch.compile(partial(loss_of, model), dynamic=False)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.turns: list[Turn] = []
 
     def take_turn(self, batch: tuple[Tensor, Tensor], steps: int, warmup: int) -> None:
-        """Train for `warmup` steps unmeasured and `steps` measured ones."""
+        """Train for `warmup` unmeasured and `steps` measured steps."""
         weights = list(self.model.parameters())
         optimizer = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.1, fused=True)
         device = batch[0].device.type
@@ -212,14 +214,14 @@ def synchronize() -> None:
 
 
 def allocated_bytes(*, peak: bool = False) -> int:
-    """Of the GPU, now or at most since the last reset; 0 on a CPU."""
+    """Allocated GPU memory in bytes, now or the peak since the last reset; 0 on a CPU."""
     if not torch.cuda.is_available():
         return 0
     return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
 
 
 def row_of(case: Case, name: str, contestant: Contestant, base: Contestant) -> dict[str, Any]:
-    """The medians of one model, and its rate over that of `base` in each round."""
+    """The medians of one model, and its rate relative to that of `base` in each round."""
     turns = contestant.turns
     ratios = [b.seconds / t.seconds for t, b in zip(turns, base.turns, strict=True)]
     seconds = median(t.seconds for t in turns)
@@ -248,7 +250,7 @@ def line_of(row: dict[str, Any]) -> str:
 def run_case(
     case: Case, names: list[str], device: str, *, rounds: int, steps: int
 ) -> list[dict[str, Any]]:
-    """Compile and measure the models of these names; a row each."""
+    """Compile and measure the models with these names; return one row per model."""
     contestants: dict[str, Contestant] = {}
     with torch.device(device):
         batch = case.make_batch()
@@ -271,7 +273,7 @@ def run_case(
 
 
 def chosen(wanted: str, names: Iterable[str]) -> list[str]:
-    """What a list with commas names, each one of `names`; all by default."""
+    """Parse a comma-separated list of elements of `names`; all by default."""
     names = list(dict.fromkeys(names))
     for name in wanted.split(",") if wanted else ():
         if name not in names:
@@ -280,29 +282,29 @@ def chosen(wanted: str, names: Iterable[str]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print a line a model as it is compiled, and the table of medians last."""
-    parser = argparse.ArgumentParser(description="Training steps of whole compiled models.")
-    parser.add_argument("--only", default="", help="cases, with commas; all by default")
-    parser.add_argument("--models", default="", help="models, with commas; all by default")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each model")
-    parser.add_argument("--steps", type=int, default=5, help="measured steps of a turn")
+    """Print one line per model when it is compiled, and finally the table of medians."""
+    parser = argparse.ArgumentParser(description="Training steps of compiled models.")
+    parser.add_argument("--only", default="", help="cases, comma-separated; all by default")
+    parser.add_argument("--models", default="", help="models, comma-separated; all by default")
+    parser.add_argument("--rounds", type=int, default=3, help="number of turns per model")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps per turn")
     parser.add_argument("--out", type=Path, help="folder for train_step.json")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, on a CPU if need be")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes; also runs on a CPU")
     options = parser.parse_args(arguments)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.smoke:
-        raise SystemExit("this needs a CUDA device; --smoke checks the program without one")
+        raise SystemExit("this needs a CUDA device; --smoke tests the program without one")
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.cache_size_limit = 64
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(f"{where}, torch {torch.__version__}", "SMOKE: sizes mean nothing" * options.smoke)
+    print(f"{where}, torch {torch.__version__}", "SMOKE: the results mean nothing" * options.smoke)
 
     rows: list[dict[str, Any]] = []
     cases = all_cases(smoke=options.smoke)
     models = chosen(options.models, (name for case in cases.values() for name in case.models))
     if device == "cpu":
-        print("without a GPU there is no backend triton: its models are left out")
+        print("the backend triton needs a GPU: its models are skipped")
         models = [name for name in models if "triton" not in name]
     for case in (cases[name] for name in chosen(options.only, cases)):
         start = time.perf_counter()

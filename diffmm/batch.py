@@ -87,17 +87,17 @@ def input_fields(model: Any, batch: Mapping[str, Any]) -> Sequence[str]:
 def named_fields(
     batch: Any, layouts: Sequence[Sequence[str]], needed: Sequence[str], *, owner: str
 ) -> dict[str, Any]:
-    """A batch as a dict of its fields, whatever a loader gives.
+    """Convert a batch of any data loader to a dict of fields.
 
     Args:
         batch: A dict, a tuple or list of tensors, or a tensor.
-        layouts: The names of a tuple's tensors. The first layout of its length counts; one name is
-            that of a tensor alone.
-        needed: The fields that a dict must have.
-        owner: Who needs them, for the message.
+        layouts: Accepted names of a tuple's tensors. The first layout of the same length is used; a
+            layout of one name also accepts a single tensor.
+        needed: Fields that a dict must contain.
+        owner: Name of the class that needs the fields, for the message.
 
     Raises:
-        ValueError: If the batch is none of these.
+        ValueError: If the batch has another format; the message names the accepted ones.
     """
     if isinstance(batch, Mapping):
         missing = [name for name in needed if name not in batch]
@@ -123,8 +123,8 @@ def named_fields(
 
 
 def size_of(batch: Any) -> int:
-    """How many samples a batch has: the length of the first tensor in it that has an axis, and 0
-    if there is none."""
+    """The number of samples of a batch: the length of its first tensor with a dimension; 0 if it
+    has none."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else 0
     values = batch.values() if isinstance(batch, Mapping) else batch
@@ -134,7 +134,7 @@ def size_of(batch: Any) -> int:
 
 
 def samples_of(batch: Mapping[str, Any], samples: slice) -> dict[str, Any]:
-    """Some of a batch's samples; what has no value for each of them stays as it is."""
+    """Select samples of a batch; fields without one value per sample are kept unchanged."""
     size = size_of(batch)
 
     def has_all(value: Any) -> bool:

@@ -133,8 +133,8 @@ def measure(path: Path) -> tuple[int, str]:
 
 def seal(manifest: dict[str, Any]) -> str:
     """Compute the SHA-256 of a manifest's contents."""
-    told = {key: value for key, value in manifest.items() if key != SEAL}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    content = {key: value for key, value in manifest.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def remove(folder: Path) -> None:

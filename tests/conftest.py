@@ -1,4 +1,4 @@
-"""What every test can lean on."""
+"""Fixtures for all tests."""
 
 import os
 import signal
@@ -14,21 +14,21 @@ import torch
 
 
 def pytest_configure() -> None:
-    """What a test compiles is compiled: Dynamo would else give up after some variants of a
-    function, with a warning, and run it as it is."""
+    """Make tests fail if Dynamo gives up on compiling a function after too many variants, instead
+    of running it uncompiled with a warning."""
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
-# torch's warnings about what it does itself, of which some versions have some.
 GPU_WARNINGS = (
     "ignore:Attempting to run cuBLAS, but there was no current CUDA context",
     "ignore:The CUDA Graph is empty",
     "ignore:The AccumulateGrad node's stream does not match",
 )
+"""Warnings that some versions of torch raise about themselves."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, saying so."""
+    """Skip tests that need a GPU if there is none."""
     for item in items:
         if not item.get_closest_marker("gpu"):
             continue
@@ -50,12 +50,12 @@ def _compiled_anew() -> Iterator[None]:
 
 
 class Started(subprocess.Popen[str]):
-    """A command that runs beside a test, in a process group of its own with all that it starts.
+    """A command that runs during a test, in its own process group.
 
     Args:
-        command: what to run.
-        environment: of the command, besides the test's own.
-        cwd: its directory, by default the test's.
+        command: Command to run.
+        environment: Environment variables, in addition to those of the test.
+        cwd: Working directory; by default that of the test.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class Started(subprocess.Popen[str]):
         )
 
     def finish(self, seconds: float) -> tuple[str, str]:
-        """What it has printed, on stdout and on stderr: see `finish_all`."""
+        """Wait for the command, and return its stdout and stderr; see `finish_all`."""
         return self.finish_all([self], seconds)[0]
 
     @staticmethod
     def finish_all(processes: Sequence["Started"], seconds: float) -> list[tuple[str, str]]:
-        """What each has printed, on stdout and on stderr, once all who could print have ended.
+        """Wait for several commands, and return the stdout and stderr of each.
 
-        If that takes longer, the test fails, and tells where every thread of theirs stood.
+        If that takes too long, the test fails with the stack traces of all their threads.
         """
         end = time.monotonic() + seconds
         try:
@@ -96,7 +96,7 @@ class Started(subprocess.Popen[str]):
         pytest.fail("\n".join([f"not ended within {seconds:g} seconds:", *printed]))
 
     def __exit__(self, *exception: Any) -> None:
-        """Leave nothing of the group behind."""
+        """Kill the whole process group."""
         self._send(signal.SIGKILL)
         super().__exit__(*exception)
 

@@ -1,4 +1,4 @@
-"""Numbers that no run can mean are refused by every dataclass of settings."""
+"""Every dataclass of settings rejects invalid numbers."""
 
 import dataclasses
 import importlib
@@ -45,7 +45,7 @@ WRONG = (math.nan, math.inf, -math.inf, 1e300, 1e-300)
 
 
 def all_settings():
-    """Every dataclass in the packages that recipes name classes of."""
+    """Every dataclass in the packages whose classes recipes name."""
     for package in (diffmm.models, diffmm.training, datamodules):
         for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             for value in vars(importlib.import_module(found.name)).values():
@@ -54,7 +54,7 @@ def all_settings():
 
 
 def float_fields(cls):
-    """Fields that are numbers, or hold some."""
+    """Fields that are numbers, or contain some."""
     return [name for name, hint in get_type_hints(cls).items() if "float" in str(hint)]
 
 

@@ -1,4 +1,4 @@
-"""The guides' commands and examples run as they are printed, on small data and for a few steps."""
+"""The commands and examples of the guides run as printed, on small data and for a few steps."""
 
 import re
 import shlex
@@ -74,7 +74,7 @@ def texts(folder: Path) -> None:
 
 
 def run_command(line: str) -> None:
-    """A line of a guide, shortened where it trains."""
+    """A line of a guide, with shortened training."""
     program, verb, *arguments = shlex.split(line)
     assert program == "diffmm"
     if verb in ("fit", "finetune", "sweep"):

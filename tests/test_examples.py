@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md run, and what they register works where it should."""
+"""The examples of docs/extending.md run, and the objects that they register work."""
 
 import importlib
 import sys
@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parents[1] / "docs/examples"
 
 
 def load(name):
-    """An example, which registers what it has even if another test has imported it before."""
+    """An example, which registers its objects even if another test has imported it before."""
     if name in sys.modules:
         return importlib.reload(sys.modules[name])
     return importlib.import_module(name)
@@ -45,7 +45,7 @@ def example():
 def test_video_learns_which_way_squares_move(example):
     video = example("video")
     assert len((FOLDER / "video.py").read_text().splitlines()) <= 120
-    assert video.train(steps=100) > 0.9  # by chance: 0.25
+    assert video.train(steps=100) > 0.9  # 0.25 by chance
 
 
 @pytest.mark.parametrize("attention", ["softmax", "diff_v1", "diff_v2"])
@@ -63,7 +63,7 @@ def test_video_has_what_every_encoder_has(example, attention):
     assert id(model.stem.weight) in decaying
     model.reset_classifier(5)
     assert model(clip).shape == (2, 5)
-    # A clip turned over in time is another clip.
+    # A clip reversed in time is another clip.
     assert not torch.allclose(model(clip), model(clip.flip(2)), atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""The README's examples run as they are printed."""
+"""The examples of the README run as printed."""
 
 import re
 from pathlib import Path

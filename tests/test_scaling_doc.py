@@ -1,4 +1,4 @@
-"""The figures of docs/scaling.md are those of the code and of its own formulas."""
+"""The figures in docs/scaling.md match the code and the document's own formulas."""
 
 import re
 import shlex
@@ -59,21 +59,21 @@ def test_the_arithmetic_is_right():
     sums = (4 * 2 + 2 * 4) * 8 * tokens * config.backbone.dim * 2 * 7 / 8 * config.backbone.depth
     for words in (
         f"{size:,} parameters",
-        f"T = {tokens:,} tokens a GPU and n = {gpus} GPUs",
+        f"T = {tokens:,} tokens per GPU and n = {gpus} GPUs",
         f"| {flop / 1e12:.0f} TFLOP |",
         f"| {seconds:.2f} s |",
         f"| {12 * size * share / 1e9:.0f} GB |",
         f"| {12 * size * share / 300e9:.2f} s |",
         f"| {8 * size * share / 1e9:.0f} GB |",
         f"{4 * size / 1e9:.0f} GB through its eight ports",
-        f"{3 * 4 * size / 12.5e9:.1f} s a step",
+        f"{3 * 4 * size / 12.5e9:.1f} s per step",
         f"8 x {4 * size / 2**30:.1f} = {32 * size / 2**30:.0f} GiB",
         f"A checkpoint is {12 * size / 2**30:.0f} GiB",
         f"its own {12 * size / gpus / 2**30:.1f} GiB",
         f"that takes {12 * size / trainer['num_nodes'] / 2e9:.0f} seconds",
         f"about {trainer['max_steps'] * seconds / 3600:.0f} hours",
         f"two blocks of {block / 1e6:.0f} M parameters",
-        f"{sums / 1e9:.0f} GB a step and GPU, {sums / 300e9:.2f} s",
+        f"{sums / 1e9:.0f} GB per step and GPU, {sums / 300e9:.2f} s",
     ):
         assert words in DOC, words
 

@@ -1,4 +1,5 @@
-"""`start`, by which tests run commands: what hangs tells where, and nothing outlives its test."""
+"""The fixture `start`: commands that hang report their stack traces, and no process outlives its
+test."""
 
 import os
 import select
@@ -35,7 +36,7 @@ def test_nothing_outlives_its_test(start):
     with start([sys.executable, "-c", HANGS], {}) as hangs:
         assert hangs.stdout.readline() == "begun\n"
         stdout = os.dup(hangs.stdout.fileno())
-    # It ends when the last who could write to it has ended.
+    # It ends when the last process that could write to it has ended.
     assert select.select([stdout], [], [], 10)[0]
     assert os.read(stdout, 1) == b""
     os.close(stdout)

@@ -1,4 +1,4 @@
-"""Tokenizers give text back, count its bytes, and say clearly what they lack."""
+"""Tokenizers restore texts, count their bytes, and report missing tokens clearly."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ SPECIALS = ["<|endoftext|>", "[MASK]", "<pad>"]
 
 
 def byte_level(specials: list[str] = SPECIALS) -> tokenizers.Tokenizer:
-    """As GPT-2's."""
+    """A tokenizer like GPT-2's."""
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -40,7 +40,7 @@ def byte_level(specials: list[str] = SPECIALS) -> tokenizers.Tokenizer:
 
 
 def byte_fallback() -> tokenizers.Tokenizer:
-    """As Llama 2's: spaces as ▁, unknown characters as bytes."""
+    """A tokenizer like Llama 2's: spaces as ▁, unknown characters as bytes."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
     vocab |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     for token in ["▁", *"abcdefghijklmnopqrstuvwxyzTé,.", "th", "▁a"]:
@@ -66,7 +66,7 @@ def byte_fallback() -> tokenizers.Tokenizer:
 
 
 def word_piece() -> tokenizers.Tokenizer:
-    """As BERT's."""
+    """A tokenizer like BERT's."""
     inner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     inner.normalizer = normalizers.BertNormalizer(lowercase=True)
     inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -99,10 +99,10 @@ def test_bytes() -> None:
 @settings(max_examples=50)
 def test_text_survives_and_its_bytes_are_counted(name: str, text: str) -> None:
     tokenizer = ALL[name]
-    text = text.replace("▁", "_")  # what byte_fallback writes spaces with
+    text = text.replace("▁", "_")  # byte_fallback writes spaces as this character
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    # byte_fallback counts the space it puts before a text.
+    # byte_fallback counts the space that it adds before a text.
     assert tokenizer.num_bytes(ids) == len(text.encode()) + (name == "byte_fallback" and text != "")
 
 
@@ -132,8 +132,8 @@ def test_streaming_gives_the_whole_text_in_whole_characters(name: str, data: st.
     tokenizer = ALL[name]
     text = data.draw(st.text("théé日 🎉,", max_size=20))
     ids = tokenizer.encode(text)
-    # What an untrained model writes. (For byte_fallback the library decodes a run of bytes whole,
-    # so that a late bad byte would change a character already given out.)
+    # Random ids, as from an untrained model. (For byte_fallback, the library decodes a sequence of
+    # bytes as a whole, so that a later invalid byte would change a character already returned.)
     if name != "byte_fallback" and data.draw(st.booleans()):
         ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=20))
     decoder = StreamDecoder(tokenizer)
@@ -178,7 +178,7 @@ def test_special_tokens_are_found_by_name_or_missed_clearly() -> None:
     assert BUILT["byte_fallback"].eos_id == 2
     assert BUILT["word_piece"].eos_id == 1
     assert BUILT["word_piece"].pad_id == 3
-    assert BUILT["byte_fallback"].pad_id == 2  # none of its own: the end of text
+    assert BUILT["byte_fallback"].pad_id == 2  # it has none: the end of text
     with pytest.raises(ValueError, match=r"'byte_fallback' has no mask token: none of \[MASK\]"):
         _ = BUILT["byte_fallback"].mask_id
     bare = HuggingFaceTokenizer("bare", byte_level(specials=[]))

@@ -1,4 +1,4 @@
-"""What is installed is what was written: the wheel, in an empty environment, trains by name."""
+"""The wheel is complete: installed in an empty environment, it trains a recipe by name."""
 
 import subprocess
 import sys

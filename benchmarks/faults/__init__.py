@@ -1,5 +1,7 @@
-"""Breaks runs on purpose and counts what survives: `python -m benchmarks.faults`.
+"""Fault injection into real runs: `python -m benchmarks.faults`.
 
-`kills` and `signals` end whole processes of real runs, `damage` spoils checkpoints and disks,
-`mutations` spoils recipes. Each gives a `Fault` for every fault that it injected.
+`kills` and `signals` end processes of runs, `damage` damages checkpoints, `disk` fills disks,
+`neighbours` starts a run twice and changes its data, `strangers` replaces files by pipes and writes
+invalid headers, and `mutations` changes recipes and checkpoints at random. Each yields a `Fault`
+for every injected fault.
 """

@@ -1,10 +1,10 @@
-"""Faults injected, survived, lost.
+"""Injects faults into runs and counts those that they survive.
 
     python -m benchmarks.faults [--quick] [--seed 0] [--out FOLDER] [--only kills ...]
 
-Kills and signals hit real runs of tiny recipes, in processes of their own; their final weights,
-optimizer and every batch must be those of the undisturbed run, bit by bit. Exits with 1 if anything
-was lost. About six minutes on two cores; `--quick` one.
+Kills and signals are sent to real runs of tiny recipes in separate processes. Their final weights,
+optimizer state and every batch must be bitwise identical to those of an uninterrupted run. Exits
+with 1 if anything was lost. Takes about six minutes on two cores; `--quick` takes one.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from benchmarks.faults.tally import Fault, save, table
 
 
 class Bench:
-    """The undisturbed runs, made when they are first asked for, and new ones to break."""
+    """Uninterrupted runs, which are trained at their first use, and new runs to inject faults."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -117,10 +117,10 @@ PARTS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Faults injected, survived, lost.")
-    parser.add_argument("--quick", action="store_true", help="a minute's worth of them")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and places of faults")
-    parser.add_argument("--out", type=Path, help="folder for faults.json and what runs left")
+    parser = argparse.ArgumentParser(description="Injects faults into runs.")
+    parser.add_argument("--quick", action="store_true", help="a selection that takes one minute")
+    parser.add_argument("--seed", type=int, default=0, help="seed of times and places of faults")
+    parser.add_argument("--out", type=Path, help="folder for faults.json and temporary files")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
     faults: list[Fault] = []

@@ -1,4 +1,4 @@
-"""Checkpoints whose bytes are flipped, cut off, blanked or gone."""
+"""Damage to checkpoints: bytes flipped or zeroed, files truncated or missing."""
 
 import os
 import random
@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.faults.runs import SECONDS_A_RUN, Run, differences
+from benchmarks.faults.runs import SECONDS_PER_RUN, Run, differences
 from benchmarks.faults.tally import Fault
 from diffmm.checkpoint_folders import LATEST_NAME, find_whole
 
@@ -21,14 +21,14 @@ def flip(path: Path, rng: random.Random) -> str:
 
 
 def truncate(path: Path, rng: random.Random) -> str:
-    """Cut the end off."""
+    """Truncate the file."""
     size = rng.randrange(path.stat().st_size)
     os.truncate(path, size)
     return f"to {size} bytes"
 
 
 def blank(path: Path, rng: random.Random) -> str:
-    """Zeros in place of a part, as a disk leaves them that lost its power."""
+    """Replace a part by zeros, as a power failure may leave a file."""
     content = bytearray(path.read_bytes())
     start = rng.randrange(len(content))
     end = min(len(content), start + rng.choice((16, 4096, len(content))))
@@ -40,7 +40,7 @@ def blank(path: Path, rng: random.Random) -> str:
 
 
 def delete(path: Path, rng: random.Random) -> str:
-    """Remove it."""
+    """Remove the file."""
     path.unlink()
     return "gone"
 
@@ -56,14 +56,14 @@ WAYS: dict[str, Callable[[Path, random.Random], str]] = {
 def damage_checkpoints(
     whole: Run, way: str, count: int, folder: Path, rng: random.Random
 ) -> Iterator[Fault]:
-    """Damage a copy of a run's checkpoints so many times, and see which one is used.
+    """Damage copies of a run's checkpoints, and check which checkpoint is used.
 
     Args:
-        whole: a run that has ended.
-        way: one of `WAYS`.
-        count: how many cases, of one to all checkpoints each.
-        folder: for the copies.
-        rng: for the places.
+        whole: A finished run.
+        way: Kind of damage, a key of `WAYS`.
+        count: Number of cases, each with one to all checkpoints damaged.
+        folder: Folder for the copies.
+        rng: Random generator for the places of the damage.
     """
     for _ in range(count):
         shutil.rmtree(folder, ignore_errors=True)
@@ -82,25 +82,26 @@ def damage_checkpoints(
 
 
 def _wrong_choice(folder: Path, best: str | None, damaged: list[str]) -> list[str]:
-    """What is wrong with what is used of a folder of checkpoints, and with what is told."""
-    told: list[str] = []
+    """Return the faults of the choice of a checkpoint, and of its messages."""
+    messages: list[str] = []
     used = None
     try:
-        path = find_whole(folder, warn=told.append)
+        path = find_whole(folder, warn=messages.append)
         used = path and path.name
     except ValueError as error:
-        told.append(str(error))
-    wrong = [] if used == best else [f"{used} is used in place of {best}"]
-    if len(told) > 1:
-        wrong.append(f"it is not told in one line: {told}")
-    return wrong + [f"{name} is not named in {told}" for name in damaged if name not in str(told)]
+        messages.append(str(error))
+    wrong = [] if used == best else [f"{used} is used instead of {best}"]
+    if len(messages) > 1:
+        wrong.append(f"it is not reported in one line: {messages}")
+    unnamed = [name for name in damaged if name not in str(messages)]
+    return wrong + [f"{name} is not named in {messages}" for name in unnamed]
 
 
 def resume_damaged(run: Run, whole: Run, way: str, rng: random.Random) -> Fault:
-    """Damage the newest checkpoints of a run that was cut off, and let it go on to its end."""
+    """Damage the newest checkpoints of an interrupted run, and resume it to its end."""
     shutil.copytree(whole.directory, run.directory)
     shutil.copytree(whole.samples, run.samples)
-    # As if it had been killed after its best checkpoint.
+    # The copy looks like a run that was killed after its best checkpoint.
     config = run.directory / "config.yaml"
     config.write_text(config.read_text().replace(str(whole.directory), str(run.directory)))
     names = [found.path.name for found in whole.whole()]
@@ -109,12 +110,12 @@ def resume_damaged(run: Run, whole: Run, way: str, rng: random.Random) -> Fault:
         file = rng.choice(sorted((run.checkpoints / name).iterdir()))
         done.append(f"{name}/{file.name} {WAYS[way](file, rng)}")
     attempt = run.start("resume")
-    codes = attempt.wait(SECONDS_A_RUN)
+    codes = attempt.wait(SECONDS_PER_RUN)
     wrong = []
     if any(codes):
         wrong.append(f"exit codes {codes}: {attempt.printed[-2000:]}")
     else:
         wrong += differences(run, whole)
     if f"using {names[0]} instead of" not in attempt.printed:
-        wrong.append(f"what it goes on with is not told: {attempt.printed[-2000:]}")
+        wrong.append(f"the checkpoint it uses is not reported: {attempt.printed[-2000:]}")
     return Fault(f"resumed, {way}", f"{run.name}: {', '.join(done)}").and_lost(wrong)

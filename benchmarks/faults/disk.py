@@ -1,4 +1,4 @@
-"""A disk that is full, for a while or for good."""
+"""Full disks, temporarily or permanently."""
 
 import csv
 import resource
@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Protocol
 
 from benchmarks.faults.processes import Attempt
-from benchmarks.faults.runs import NUM_STEPS, SECONDS_A_RUN, Run, differences, wait
+from benchmarks.faults.runs import NUM_STEPS, SECONDS_PER_RUN, Run, differences, wait
 from benchmarks.faults.tally import Fault
 
 DISK_MIB = 64
 SMALL_FILE_BYTES = 2**16
-"""Logs fit in, checkpoints do not."""
+"""Limit of file sizes in bytes, which logs do not reach and checkpoints exceed."""
 
 
 class Disk(Protocol):
-    """Where a run's directory is: checkpoints, logs and all."""
+    """The disk of a run's directory, including its checkpoints and logs."""
 
     name: str
 
@@ -28,7 +28,7 @@ class Disk(Protocol):
 
 
 class Tmpfs:
-    """A small file system of its own, in memory, filled by a large file."""
+    """A small separate file system in memory, which is filled by a large file."""
 
     name = "a tmpfs"
 
@@ -49,7 +49,7 @@ class Tmpfs:
 
 
 class FileLimit:
-    """Where nothing can be mounted: the system lets a process write no large files."""
+    """A limit on the size of files that a process writes, for systems where mounting fails."""
 
     name = "a limit on files"
 
@@ -69,7 +69,7 @@ class FileLimit:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Disk]:
-    """Something at `folder` that can be full."""
+    """Create `folder` on a disk that can be filled."""
     folder.mkdir(parents=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(folder)]
     try:
@@ -84,57 +84,57 @@ def small_disk(folder: Path) -> Iterator[Disk]:
 
 
 def full_for_a_while(run: Run, whole: Run) -> Fault:
-    """Some saves fail; the run goes on, and saves again when there is room."""
+    """Some saves fail; the run continues, and saves again once there is space."""
     run.write_recipe(**{"trainer.callbacks.0.max_failed_saves": 1000})
     with small_disk(run.directory) as disk:
         attempt = run.start()
-        wait(attempt, lambda: run.num_batches() > NUM_STEPS // 4, SECONDS_A_RUN)
+        wait(attempt, lambda: run.num_batches() > NUM_STEPS // 4, SECONDS_PER_RUN)
         before = {found.step for found in run.whole()}
         disk.fill(attempt)
-        wait(attempt, lambda: "failed saves in a row, so far" in attempt.printed, SECONDS_A_RUN)
+        wait(attempt, lambda: "failed saves in a row, so far" in attempt.printed, SECONDS_PER_RUN)
         during = {found.step for found in run.whole()}
         disk.free(attempt)
-        codes = attempt.wait(SECONDS_A_RUN)
+        codes = attempt.wait(SECONDS_PER_RUN)
         wrong = []
         if any(codes):
             wrong.append(f"exit codes {codes}: {attempt.printed[-2000:]}")
         else:
             wrong += differences(run, whole) + rows_missing(run)
         if before and not during:
-            wrong.append(f"whole were {before}, none was when the disk was full")
+            wrong.append(f"{before} were complete, none was when the disk was full")
         if "could not be written" not in attempt.printed:
-            wrong.append("the failed save was not told")
+            wrong.append("the failed save was not reported")
         return Fault(f"full disk for a while ({disk.name})", run.name).and_lost(wrong)
 
 
 def rows_missing(run: Run) -> list[str]:
-    """Steps that are not in a run's CSV file, or more than once."""
+    """Return a message if the steps in a run's CSV file are missing or repeated."""
     with (run.directory / "csv" / "version_0" / "metrics.csv").open(newline="") as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
     return [] if steps == list(range(NUM_STEPS)) else [f"the CSV file has the steps {steps}"]
 
 
 def full_for_good(run: Run, whole: Run) -> Fault:
-    """The run ends with a message, and goes on when there is room."""
+    """The run ends with a message, and can be resumed once there is space."""
     with small_disk(run.directory) as disk:
         attempt = run.start()
-        wait(attempt, lambda: run.num_batches() > NUM_STEPS // 4, SECONDS_A_RUN)
+        wait(attempt, lambda: run.num_batches() > NUM_STEPS // 4, SECONDS_PER_RUN)
         disk.fill(attempt)
-        codes = attempt.wait(SECONDS_A_RUN)
+        codes = attempt.wait(SECONDS_PER_RUN)
         wrong = [] if codes[0] == 1 else [f"exit codes {codes}"]
-        (told, *more) = [
+        (message, *more) = [
             line for line in attempt.printed.splitlines() if line.startswith("diffmm: error: ")
         ] or [""]
-        if more or "could not be written" not in told or "free there" not in told:
-            wrong.append(f"it is not told why it ended: {attempt.printed[-2000:]}")
+        if more or "could not be written" not in message or "free there" not in message:
+            wrong.append(f"the cause of its end is not reported: {attempt.printed[-2000:]}")
         if not run.whole():
             wrong.append("no checkpoint is left")
         if isinstance(disk, Tmpfs):
             disk.free(attempt)
         attempt = run.start("resume")
-        codes = attempt.wait(SECONDS_A_RUN)
+        codes = attempt.wait(SECONDS_PER_RUN)
         if any(codes):
-            wrong.append(f"exit codes {codes} when it went on: {attempt.printed[-2000:]}")
+            wrong.append(f"exit codes {codes} when it was resumed: {attempt.printed[-2000:]}")
         else:
             wrong += differences(run, whole)
         return Fault(f"full disk for good ({disk.name})", run.name).and_lost(wrong)

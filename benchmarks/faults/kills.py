@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, and within a save for sure; then the run goes on to its end."""
+"""SIGKILL at random times, including during saves; the run is then resumed to its end."""
 
 import random
 import time
@@ -8,22 +8,22 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.faults.processes import Attempt
-from benchmarks.faults.runs import NUM_STEPS, SECONDS_A_RUN, Run, differences, wait
+from benchmarks.faults.runs import NUM_STEPS, SECONDS_PER_RUN, Run, differences, wait
 from benchmarks.faults.tally import Fault
 from diffmm.checkpoint_folders import LATEST_NAME, REMOVED, UNFINISHED
 
 SECONDS_TO_NOTICE = 90.0
-"""A process whose partner was killed ends by itself within these."""
+"""Maximum time in seconds until a process ends after another one was killed."""
 
 
 def break_run(run: Run, whole: Run, rng: random.Random, num_kills: int) -> Iterator[Fault]:
-    """Kill a run so many times, let it go on to its end, and compare.
+    """Kill a run several times, resume it to its end, and compare the results.
 
     Args:
-        run: to be broken; its recipe is written.
-        whole: the same run, undisturbed.
-        rng: for the moments.
-        num_kills: how many.
+        run: Run to kill, whose recipe is already written.
+        whole: The same run, uninterrupted.
+        rng: Random generator for the times of the kills.
+        num_kills: Number of kills.
     """
     faults = []
     for number in range(num_kills):
@@ -34,20 +34,20 @@ def break_run(run: Run, whole: Run, rng: random.Random, num_kills: int) -> Itera
     place = newest(run)
     begun = run.times_begun()
     attempt = run.start("resume" if (run.directory / "config.yaml").exists() else "auto")
-    codes = attempt.wait(SECONDS_A_RUN)
+    codes = attempt.wait(SECONDS_PER_RUN)
     if any(codes):
         wrong = [f"exit codes {codes} at the end: {attempt.printed[-2000:]}"]
     else:
-        wrong = [*went_on_elsewhere(run, begun, place), *differences(run, whole)]
+        wrong = [*resumed_elsewhere(run, begun, place), *differences(run, whole)]
     for fault in faults:
         yield fault.and_lost(wrong)
 
 
 def _kill(run: Run, how: str, moment: str, rng: random.Random) -> Fault:
-    """Start a run, wait for a moment, kill it, and see what is left on the disk."""
+    """Start a run, wait for a moment, kill it, and check what is left on the disk."""
     place, begun, before = newest(run), run.times_begun(), marks_of_a_save(run.checkpoints)
     if not (run.directory / "config.yaml").exists():
-        how = "auto"  # It was killed before there was a run to go on with.
+        how = "auto"  # The run was killed before it could be resumed.
     attempt = run.start(how)
     everyone = range(run.num_processes)
     victims = [rng.choice(everyone)] if rng.random() < 0.5 else list(everyone)
@@ -57,18 +57,18 @@ def _kill(run: Run, how: str, moment: str, rng: random.Random) -> Fault:
         had_ended = not attempt.is_running
         attempt.kill(victims)
         if run.times_begun() == begun:
-            # One that waits for another to join it is ended by whatever started both.
+            # A process that waits for another to join would be ended by its launcher.
             attempt.kill(everyone)
     finally:
         codes = attempt.wait(SECONDS_TO_NOTICE)
-    lost = went_on_elsewhere(run, begun, place)
+    lost = resumed_elsewhere(run, begun, place)
     if had_ended and any(codes):
         lost.append(f"exit codes {codes} before it was killed: {attempt.printed[-2000:]}")
     if None in codes:
         lost.append(f"rank {codes.index(None)} hung when rank {victims} was killed")
     whole = [found.step for found in run.whole()]
     if promised is not None and max(whole, default=-1) < promised:
-        lost.append(f"LATEST named step {promised}, whole are {whole}")
+        lost.append(f"LATEST named step {promised}, complete are {whole}")
     if had_ended:
         kind = "SIGKILL, after the end"
     elif is_in_save(run, before):
@@ -76,47 +76,47 @@ def _kill(run: Run, how: str, moment: str, rng: random.Random) -> Fault:
     else:
         kind = "SIGKILL outside of saves"
     who = "all" if len(victims) == run.num_processes else f"rank {victims[0]}"
-    return Fault(kind, f"{run.name}: {who}, {moment}; whole: {whole}").and_lost(lost)
+    return Fault(kind, f"{run.name}: {who}, {moment}; complete: {whole}").and_lost(lost)
 
 
 def newest(run: Run) -> int:
-    """The step of the newest whole checkpoint; 0 without one."""
+    """The step of the newest complete checkpoint; 0 if there is none."""
     return max((found.step for found in run.whole()), default=0)
 
 
-def went_on_elsewhere(run: Run, times_begun: int, step: int) -> list[str]:
-    """What is wrong if training began again, and not at `step`."""
+def resumed_elsewhere(run: Run, times_begun: int, step: int) -> list[str]:
+    """Return a message if training was resumed at another step than `step`."""
     steps = run.records()[0].begun_at[times_begun:]
-    return (
-        [f"it went on at step {steps}, step {step} was whole"] if steps not in ([], [step]) else []
-    )
+    if steps in ([], [step]):
+        return []
+    return [f"it resumed at step {steps}, but step {step} was complete"]
 
 
 def _wait_for(moment: str, run: Run, attempt: Attempt, rng: random.Random) -> None:
-    """Return when it has come, or the run has ended."""
+    """Wait until the given moment or the end of the run."""
     if moment == "start":
         wait(attempt, lambda: False, rng.uniform(0.0, 1.5))
         return
     begun, made = run.times_begun(), run.num_batches()
-    wait(attempt, lambda: run.times_begun() > begun, SECONDS_A_RUN)
+    wait(attempt, lambda: run.times_begun() > begun, SECONDS_PER_RUN)
     if moment == "training":
         steps = rng.randint(0, NUM_STEPS // 5)
-        wait(attempt, lambda: run.num_batches() >= made + steps, SECONDS_A_RUN)
+        wait(attempt, lambda: run.num_batches() >= made + steps, SECONDS_PER_RUN)
         time.sleep(rng.uniform(0.0, 0.05))
         return
     for _ in range(rng.randint(1, 4)):
         before = marks_of_a_save(run.checkpoints)
-        wait(attempt, partial(is_in_save, run, before), SECONDS_A_RUN)
+        wait(attempt, partial(is_in_save, run, before), SECONDS_PER_RUN)
     time.sleep(rng.choice((0.0, 0.0, rng.uniform(0.0, 0.005))))
 
 
 def is_in_save(run: Run, seen: set[tuple[str, int]]) -> bool:
-    """Whether a save is under way that has left other marks than those."""
+    """Whether a save is in progress that has left other marks than `seen`."""
     return bool(marks_of_a_save(run.checkpoints) - seen)
 
 
 def marks_of_a_save(checkpoints: Path) -> set[tuple[str, int]]:
-    """Names and inodes of what is there only while a save is under way, or was cut off in one."""
+    """Names and inodes of files that only exist during a save, or after an interrupted one."""
     found = set()
     with suppress(OSError):
         for path in checkpoints.iterdir():

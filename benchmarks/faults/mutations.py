@@ -1,5 +1,5 @@
-"""Recipes and checkpoints changed at random, by hypothesis: each is taken, or refused with a line
-that says why. What ends in a traceback, says nothing or hangs is lost."""
+"""Random changes of recipes and checkpoints, drawn by hypothesis. Each must be accepted, or refused
+with a line that gives the reason; a traceback, no message or a hang counts as lost."""
 
 import io
 import json
@@ -27,7 +27,7 @@ from diffmm.cli.demo_runs import quiet
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.references import walk
 
-SECONDS_A_COMMAND = 60
+SECONDS_PER_COMMAND = 60
 
 DEEPEST = 6
 
@@ -42,7 +42,7 @@ JUNK: st.SearchStrategy[Any] = st.one_of(
     st.lists(st.integers(0, 3), max_size=2),
     st.dictionaries(st.sampled_from(["class_path", "init_args", "x"]), st.integers(), max_size=2),
 )
-"""What may stand in a recipe by mistake."""
+"""Values that a recipe may contain by mistake."""
 
 
 class HangError(BaseException):
@@ -50,31 +50,31 @@ class HangError(BaseException):
 
 
 def mutate_recipes(name: str, count: int, folder: Path, rng: random.Random) -> Iterator[Fault]:
-    """Change a shipped recipe in one or two places, so many times; `diffmm check` looks at it.
+    """Run `diffmm check` on copies of a shipped recipe with one or two changed values.
 
     Args:
-        name: of the recipe.
-        count: how many changed ones.
-        folder: for them.
-        rng: for hypothesis.
+        name: Name of the recipe.
+        count: Number of changed copies.
+        folder: Folder for the copies.
+        rng: Random generator for the seed of hypothesis.
     """
     values = yaml.safe_load(find_recipe(name).read_text())
     places = [path for path, _ in walk(values) if path]
     path = folder / "mutated.yaml"
 
     def look(data: st.DataObject) -> Fault:
-        changed, told = deepcopy(values), []
+        changed, changes = deepcopy(values), []
         for _ in range(data.draw(st.integers(1, 2))):
-            told.append(_change(changed, data.draw(st.sampled_from(places)), data))
+            changes.append(_change(changed, data.draw(st.sampled_from(places)), data))
         path.write_text(yaml.safe_dump(changed, sort_keys=False))
         lost = outcome("check", str(path))
-        return Fault("recipes: values changed", f"{name}: {', '.join(told)}").and_lost(lost)
+        return Fault("recipes: values changed", f"{name}: {', '.join(changes)}").and_lost(lost)
 
     yield from _examples(look, count, rng)
 
 
 def mutate_text(name: str, count: int, folder: Path, rng: random.Random) -> Iterator[Fault]:
-    """Change some bytes of a recipe's file, so many times; `diffmm check` looks at it."""
+    """Run `diffmm check` on `count` copies of a shipped recipe with changed bytes."""
     content = find_recipe(name).read_bytes()
     path = folder / "mutated.yaml"
 
@@ -92,47 +92,46 @@ def mutate_text(name: str, count: int, folder: Path, rng: random.Random) -> Iter
 
 
 def mutate_states(run: Run, count: int, rng: random.Random) -> Iterator[Fault]:
-    """Change a checkpoint in one place and give it a manifest that says it is whole, so many times;
-    the run goes on with it.
+    """Resume a run from checkpoints with one changed value and a valid manifest.
 
     Args:
-        run: that has ended; the checkpoint before its last is replaced.
-        count: how many changed ones.
-        rng: for hypothesis.
+        run: A finished run, whose last but one checkpoint is replaced.
+        count: Number of changed checkpoints.
+        rng: Random generator for the seed of hypothesis.
     """
     *_, before_last, _ = run.whole()
     state = torch.load(before_last.path / STATE_NAME, weights_only=True)
-    # Not each of the many numbers of a random state.
+    # The depth limit excludes the many numbers of a random state.
     places = [path for path, _ in walk(state) if 0 < len(path) <= DEEPEST]
 
     def look(data: st.DataObject) -> Fault:
         changed = deepcopy(state)
-        told = _change(changed, data.draw(st.sampled_from(places)), data)
+        change = _change(changed, data.draw(st.sampled_from(places)), data)
         facts = {"step": state["global_step"], "epoch": 0, "metrics": {}}
         unfinished = checkpoint_folders.start(run.checkpoints, state["global_step"])
         torch.save(changed, unfinished / STATE_NAME)
         checkpoint_folders.finish(unfinished, facts)
         lost = outcome("fit", "--resume", str(run.directory), "--trust")
-        return Fault("checkpoints: values changed", f"{run.name}: {told}").and_lost(lost)
+        return Fault("checkpoints: values changed", f"{run.name}: {change}").and_lost(lost)
 
     yield from _examples(look, count, rng)
 
 
 def outcome(*arguments: str, may: bool = True) -> list[str]:
-    """What is wrong with how a command ends: nothing, if it succeeds or says why it does not.
+    """Run a command; return no faults if it succeeds or reports why it fails.
 
     Args:
-        arguments: of `diffmm`.
-        may: whether it may succeed.
+        arguments: Arguments of `diffmm`.
+        may: Whether the command may succeed.
     """
     out, err = io.StringIO(), io.StringIO()
     before = signal.signal(signal.SIGALRM, _hang)
-    signal.alarm(SECONDS_A_COMMAND)
+    signal.alarm(SECONDS_PER_COMMAND)
     try:
         with quiet(), redirect_stdout(out), redirect_stderr(err):
             code = main(arguments)
     except HangError:
-        return [f"it hung for {SECONDS_A_COMMAND} s"]
+        return [f"it hung for {SECONDS_PER_COMMAND} s"]
     except BaseException as error:
         if any("was resumed from" in note for note in getattr(error, "__notes__", ())):
             return []
@@ -142,10 +141,10 @@ def outcome(*arguments: str, may: bool = True) -> list[str]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-    told = [line for line in err.getvalue().splitlines() if line.startswith("diffmm: error: ")]
-    if (code == 0 and may) or (code in (1, 2) and told and all(len(line) > 25 for line in told)):
+    lines = [line for line in err.getvalue().splitlines() if line.startswith("diffmm: error: ")]
+    if (code == 0 and may) or (code in (1, 2) and lines and all(len(line) > 25 for line in lines)):
         return []
-    return [f"exit code {code}, and it says {told}"]
+    return [f"exit code {code}, and it prints {lines}"]
 
 
 def _hang(number: int, frame: FrameType | None) -> None:
@@ -155,7 +154,7 @@ def _hang(number: int, frame: FrameType | None) -> None:
 def _examples(
     look: Callable[[st.DataObject], Fault], count: int, rng: random.Random
 ) -> Iterator[Fault]:
-    """What hypothesis finds in so many examples."""
+    """Run `look` on `count` examples of hypothesis."""
     found: list[Fault] = []
 
     @seed(rng.randrange(2**32))
@@ -175,7 +174,7 @@ def _examples(
 
 
 def _change(tree: Any, path: tuple[Any, ...], data: st.DataObject) -> str:
-    """Change a node of a tree; where it is gone by an earlier change, nothing."""
+    """Change a node of a tree; do nothing if an earlier change has removed it."""
     *parents, last = path
     name = ".".join(map(str, path))
     node = tree

@@ -1,7 +1,7 @@
 """Starts runs as real processes that can be killed.
 
-`diffmm fit ...` is what they run. They are forked from a server that has imported everything, which
-saves each of them ten seconds; several are joined as torchrun joins them.
+The processes run `diffmm fit ...`. They are forked from a server that has imported all modules,
+which saves ten seconds per process; several processes form a group as under torchrun.
 """
 
 import multiprocessing
@@ -27,12 +27,12 @@ PRELOADED = (
 
 
 class Attempt:
-    """One start of a run, by one process or several.
+    """One start of a run, with one or more processes.
 
     Args:
-        arguments: of `diffmm`.
-        log: a file that what the processes print is added to.
-        num_processes: how many.
+        arguments: Arguments of `diffmm`.
+        log: File to which the output of the processes is appended.
+        num_processes: Number of processes.
     """
 
     def __init__(self, arguments: Sequence[str], log: Path, num_processes: int = 1) -> None:
@@ -57,65 +57,65 @@ class Attempt:
 
     @property
     def is_running(self) -> bool:
-        """Whether all processes are."""
+        """Whether all processes are running."""
         return all(process.is_alive() for process in self.ranks)
 
     def send(self, number: int, ranks: Sequence[int]) -> None:
-        """A signal to some of the processes alone."""
+        """Send a signal to some of the processes, without their workers."""
         for rank in ranks:
             with suppress(ProcessLookupError):
                 os.kill(self.ranks[rank].pid or 0, number)
 
     def kill(self, ranks: Sequence[int]) -> None:
-        """SIGKILL, to the workers of these processes as well."""
+        """Send SIGKILL to some of the processes and their workers."""
         for rank in ranks:
             kill_group(self.ranks[rank])
 
     def wait(self, seconds: float) -> list[int | None]:
-        """Exit codes, or `None` for a process that hung so long and was killed."""
+        """Return the exit codes; `None` for a process that did not end in time and was killed."""
         end = time.monotonic() + seconds
         for process in self.ranks:
             process.join(max(0.0, end - time.monotonic()))
         codes = [process.exitcode for process in self.ranks]
         for process in self.ranks:
-            # Workers outlive their process for a moment.
+            # Workers briefly outlive their process.
             kill_group(process)
             process.join()
         return codes
 
     @property
     def printed(self) -> str:
-        """What the processes have printed."""
+        """The output of the processes so far."""
         text = self.log.read_bytes()[self._log_start :] if self.log.exists() else b""
         return text.decode(errors="replace")
 
 
 def kill_group(process: ForkServerProcess) -> None:
-    """SIGKILL to a process and all whom it leads."""
+    """Send SIGKILL to a process and its process group."""
     assert process.pid is not None
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
-        process.kill()  # It leads no group yet.
+        process.kill()  # It has not created its group yet.
 
 
 def free_port() -> int:
-    """One that nothing listens at."""
+    """Return an unused port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
 def _run(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
-    """What a process does."""
+    """Entry point of a process."""
     os.setsid()
-    # As in any other process; here it would be the server's way.
+    # Reset the start method, which would otherwise be that of the fork server.
     multiprocessing.set_start_method(None, force=True)
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
-    # As a terminal's would be: written at once.
+    # Write each line immediately, as on a terminal.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.argv = ["diffmm", *arguments]
 

@@ -1,4 +1,4 @@
-"""A callback that notes every batch, so that two runs can be compared batch by batch."""
+"""A callback that records every batch, so that two runs can be compared batch by batch."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class Batch(NamedTuple):
-    """A batch of one process: which samples, and the hash of all their tensors."""
+    """A batch of one process: the indices of its samples, and the hash of all tensors."""
 
     step: int
     samples: tuple[int, ...]
@@ -18,9 +18,9 @@ class Batch(NamedTuple):
 
 
 class SampleRecorder(Callback):
-    """Appends a line to `FOLDER/rank_R.jsonl` when training begins or goes on, and at every batch.
+    """Appends a line to `FOLDER/rank_R.jsonl` when training starts or resumes, and at every batch.
 
-    Each line is one write: a process that is killed leaves no half ones.
+    Each line is a single write, so that a killed process leaves no incomplete lines.
     """
 
     def __init__(self, folder: str) -> None:
@@ -56,11 +56,11 @@ class SampleRecorder(Callback):
 
 
 class Record(NamedTuple):
-    """What one process noted.
+    """The record of one process.
 
     Attributes:
-        begun_at: the steps at which training began or went on.
-        batches: by epoch and number; where a batch was made again, both times.
+        begun_at: Steps at which training started or resumed.
+        batches: Batches by epoch and number; a repeated batch has several entries if they differ.
     """
 
     begun_at: list[int]
@@ -68,12 +68,12 @@ class Record(NamedTuple):
 
 
 def record_path(folder: Path, rank: int) -> Path:
-    """Where a process notes."""
+    """The path of a process's record."""
     return folder / f"rank_{rank}.jsonl"
 
 
 def read_record(folder: Path, rank: int) -> Record:
-    """What a process has noted so far."""
+    """Read the record of a process."""
     record = Record([], {})
     path = record_path(folder, rank)
     for text in path.read_text().splitlines() if path.exists() else ():

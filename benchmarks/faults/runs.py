@@ -1,4 +1,4 @@
-"""Tiny runs to break, and whether what came out of one is what came out of another."""
+"""Tiny runs for fault injection, and the comparison of their results."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +17,8 @@ from diffmm.recipes.settings import load, override
 
 NUM_STEPS = 40
 SAVED_EVERY = 2
-SECONDS_A_RUN = 240.0
-"""What takes longer hangs; usually it is a few seconds."""
+SECONDS_PER_RUN = 240.0
+"""Time limit of a run in seconds; a run usually takes a few seconds."""
 
 COMMON: dict[str, Any] = {
     "trainer.max_steps": NUM_STEPS,
@@ -80,18 +80,18 @@ MODALITIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Recipes, and what makes them tiny; all with dropout and augmentation, several epochs long."""
+"""Recipes and overrides that make them tiny; all with dropout and augmentation."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of one of `MODALITIES`, in a folder of its own.
+    """A run of one of `MODALITIES`, in a separate folder.
 
     Attributes:
-        modality: which.
-        folder: where its recipe and its directory are.
-        num_processes: joined by gloo.
-        num_workers: of each process.
+        modality: Key of `MODALITIES`.
+        folder: Folder of its recipe and its run directory.
+        num_processes: Number of processes, which communicate through gloo.
+        num_workers: Number of workers per process.
     """
 
     modality: str
@@ -109,7 +109,7 @@ class Run:
 
     @property
     def samples(self) -> Path:
-        """What its processes note; not in its directory, whose disk may be full."""
+        """Folder of the records; outside of the run directory, whose disk may be full."""
         return self.folder / "samples"
 
     @property
@@ -117,7 +117,7 @@ class Run:
         return f"{self.modality}, {self.num_processes} processes, {self.num_workers} workers"
 
     def write_recipe(self, **changes: Any) -> Path:
-        """Write the recipe, and the data that it reads."""
+        """Write the recipe and its data."""
         recipe, settings = MODALITIES[self.modality]
         values = load([find_recipe(recipe)])
         several = {"trainer.devices": self.num_processes, "trainer.strategy": "ddp"}
@@ -141,7 +141,7 @@ class Run:
         return path
 
     def start(self, how: str = "auto") -> Attempt:
-        """Start it or (`auto`) go on with it by the same command, or go on (`resume`)."""
+        """Start or resume the run with the same command (`auto`), or resume it (`resume`)."""
         arguments = ["fit", "--resume", str(self.directory), "--trust"]
         if how != "resume":
             arguments = ["fit", "--config", str(self.folder / "recipe.yaml")]
@@ -149,19 +149,19 @@ class Run:
         return Attempt(arguments, self.folder / "log.txt", self.num_processes)
 
     def whole(self) -> list[Checkpoint]:
-        """Its whole checkpoints, oldest first."""
+        """Its complete checkpoints, oldest first."""
         return [found for found in checkpoints(self.checkpoints) if fault(found.path) is None]
 
     def records(self) -> list[Record]:
-        """What each process has noted."""
+        """The record of each process."""
         return [read_record(self.samples, rank) for rank in range(self.num_processes)]
 
     def times_begun(self) -> int:
-        """How often training has begun or gone on."""
+        """How often training has started or resumed."""
         return self._count("begins")
 
     def num_batches(self) -> int:
-        """How many batches have been made, the repeated ones too."""
+        """Number of batches so far, including repeated ones."""
         return self._count("place")
 
     def _count(self, key: str) -> int:
@@ -170,26 +170,26 @@ class Run:
 
 
 def wait(attempt: Attempt, is_over: Callable[[], bool], seconds: float) -> None:
-    """Until something is so, the run has ended, or this long."""
+    """Wait until a condition holds, the run has ended, or the time limit is reached."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and not is_over() and attempt.is_running:
         time.sleep(0.002)
 
 
 def finish(run: Run) -> None:
-    """Run to the end, undisturbed.
+    """Run to the end without interruption.
 
     Raises:
-        RuntimeError: if that does not work: there is nothing to compare with.
+        RuntimeError: If the run fails.
     """
     attempt = run.start()
-    codes = attempt.wait(SECONDS_A_RUN)
+    codes = attempt.wait(SECONDS_PER_RUN)
     if any(codes):
         raise RuntimeError(f"{run.name}: exit codes {codes}\n{attempt.printed}")
 
 
 def differences(run: Run, whole: Run) -> list[str]:
-    """In what a run that was disturbed came out other than the one that was not."""
+    """Return the differences between an interrupted run and an uninterrupted one."""
     found = []
     state, expected = (
         torch.load(find_state(each.directory), weights_only=True) for each in (run, whole)
@@ -209,7 +209,7 @@ def differences(run: Run, whole: Run) -> list[str]:
 
 
 def same(value: Any, other: Any) -> bool:
-    """Whether two states are equal, bit by bit."""
+    """Whether two states are bitwise equal."""
     if isinstance(value, torch.Tensor):
         return isinstance(other, torch.Tensor) and torch.equal(value, other)
     if isinstance(value, dict):
@@ -221,7 +221,7 @@ def same(value: Any, other: Any) -> bool:
 
 
 def write_texts(folder: Path) -> Path:
-    """A small corpus."""
+    """Write a small text corpus, and return its folder."""
     if not folder.exists():
         folder.mkdir(parents=True)
         for number in range(24):

@@ -1,4 +1,4 @@
-"""Signals that stop a run, to any of its processes; then it goes on to its end."""
+"""Stop signals to any process of a run, which is then resumed to its end."""
 
 import os
 import random
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from benchmarks.faults.processes import Attempt
-from benchmarks.faults.runs import SECONDS_A_RUN, Run, differences, wait
+from benchmarks.faults.runs import SECONDS_PER_RUN, Run, differences, wait
 from benchmarks.faults.tally import Fault
 from diffmm.checkpoint_folders import find_whole, read_manifest
 
@@ -17,12 +17,12 @@ SECONDS_TO_STOP = 60.0
 
 
 def stop_run(run: Run, whole: Run, rng: random.Random) -> Iterator[Fault]:
-    """Stop a run by every signal to every process, let it go on to its end, and compare.
+    """Stop a run by every signal to every process, resume it to its end, and compare the results.
 
     Args:
-        run: to be stopped; its recipe is written.
-        whole: the same run, undisturbed.
-        rng: for the moments, and for who gets a second signal.
+        run: Run to stop, whose recipe is already written.
+        whole: The same run, uninterrupted.
+        rng: Random generator for the times of the signals and for second signals.
     """
     targets = [[rank] for rank in range(run.num_processes)]
     if run.num_processes > 1:
@@ -33,7 +33,7 @@ def stop_run(run: Run, whole: Run, rng: random.Random) -> Iterator[Fault]:
             with_workers = ranks == targets[-1]
             faults.append(_stop(run, number, ranks, with_workers, rng))
     attempt = run.start("resume")
-    codes = attempt.wait(SECONDS_A_RUN)
+    codes = attempt.wait(SECONDS_PER_RUN)
     wrong = differences(run, whole)
     if any(codes):
         wrong = [f"exit codes {codes} at the end: {attempt.printed[-2000:]}"]
@@ -44,13 +44,13 @@ def stop_run(run: Run, whole: Run, rng: random.Random) -> Iterator[Fault]:
 def _stop(
     run: Run, number: signal.Signals, ranks: list[int], with_workers: bool, rng: random.Random
 ) -> Fault:
-    """Start a run, send the signal within one of its next steps, and see how it ends."""
+    """Start a run, send the signal during one of its next steps, and check how it ends."""
     begun, made = run.times_begun(), run.num_batches()
     attempt = run.start("resume" if begun else "auto")
     try:
-        wait(attempt, lambda: run.times_begun() > begun, SECONDS_A_RUN)
+        wait(attempt, lambda: run.times_begun() > begun, SECONDS_PER_RUN)
         steps = rng.randint(0, 2)
-        wait(attempt, lambda: run.num_batches() > made + steps, SECONDS_A_RUN)
+        wait(attempt, lambda: run.num_batches() > made + steps, SECONDS_PER_RUN)
         for _ in range(rng.randint(1, 2)):
             _send(attempt, number, ranks, with_workers)
             time.sleep(rng.uniform(0.0, 0.01))
@@ -60,7 +60,7 @@ def _stop(
     if codes != [EXIT_CODES[number]] * run.num_processes:
         lost.append(f"exit codes {codes}: {attempt.printed[-2000:]}")
     if attempt.printed.count("stopped: resume with `diffmm fit --resume ") != 1:
-        lost.append(f"it did not say how to go on: {attempt.printed[-500:]}")
+        lost.append(f"it did not report how to resume: {attempt.printed[-500:]}")
     places = [list(record.batches) for record in run.records()]
     if any(each != places[0] for each in places):
         lost.append("its processes stopped at different steps")

@@ -1,4 +1,4 @@
-"""Files that are not what they seem: named pipes in their places, and headers that lie."""
+"""Invalid files: named pipes in place of files, and headers that do not match their content."""
 
 import json
 import os
@@ -36,14 +36,14 @@ PLACES = ("config.yaml", f"checkpoints/{LATEST_NAME}", "checkpoints/LOGS")
 
 
 def pipes(whole: Run, folder: Path) -> Iterator[Fault]:
-    """Put a named pipe, which nobody writes to, in the place of each kind of file."""
+    """Replace each kind of file by a named pipe without a writer."""
     newest = f"checkpoints/{whole.whole()[-1].path.name}"
     for place in (*PLACES, f"{newest}/{MANIFEST_NAME}", f"{newest}/{STATE_NAME}"):
         run = fresh(folder) / "run"
         shutil.copytree(whole.directory, run)
         (run / place).unlink()
         os.mkfifo(run / place)
-        # What is known of the run elsewhere is used.
+        # The run may use other files instead, such as an earlier checkpoint.
         yield Fault("FIFOs", place).and_lost(outcome("fit", "--resume", str(run), "--trust"))
     for name in ("text", "image", "audio"):
         path, file = data(fresh(folder), name)
@@ -55,7 +55,7 @@ def pipes(whole: Run, folder: Path) -> Iterator[Fault]:
 
 
 def lies(folder: Path) -> Iterator[Fault]:
-    """Let headers say what their files do not hold."""
+    """Write headers that do not match the content of their files."""
     for field, value in (("num_tokens", 2**40), ("num_documents", 10**9), ("dtype", "O")):
         path, file = tokens(fresh(folder))
         header = json.loads(file.read_text())
@@ -78,7 +78,7 @@ def lies(folder: Path) -> Iterator[Fault]:
 
 
 def sealed_lies(whole: Run, folder: Path) -> Iterator[Fault]:
-    """Let manifests of checkpoints lie, under a seal that fits."""
+    """Write invalid manifests of checkpoints with valid seals."""
     changes: dict[str, Callable[[dict[str, Any]], object]] = {
         "no files": lambda manifest: manifest.update(files={}),
         "no step": lambda manifest: manifest.pop("step"),
@@ -100,7 +100,7 @@ def sealed_lies(whole: Run, folder: Path) -> Iterator[Fault]:
 
 
 def fresh(folder: Path) -> Path:
-    """The folder, empty."""
+    """Empty and return a folder."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
@@ -113,7 +113,7 @@ def patch(file: Path, place: int, value: bytes) -> None:
 
 
 def refused(folder: Path, recipe: Path) -> list[str]:
-    """What is wrong with how a recipe is refused that cannot be trained."""
+    """Return the faults of the refusal of a recipe that cannot be trained."""
     return outcome("fit", "--config", str(recipe), "--run_dir", str(folder / "run"), may=False)
 
 
@@ -127,7 +127,7 @@ def recipe_of(folder: Path, name: str, changes: dict[str, Any]) -> Path:
 
 
 def data(folder: Path, name: str) -> tuple[Path, Path]:
-    """A recipe of a folder of files, and the one of them that every epoch needs."""
+    """Write a recipe with a folder of files; return it and a file that every epoch reads."""
     rng = np.random.default_rng(0)
     files = folder / "files"
     for number in range(8):
@@ -163,7 +163,7 @@ def data(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def tokens(folder: Path) -> tuple[Path, Path]:
-    """A recipe of a token file, and that file's header."""
+    """Write a recipe with a token file; return it and the header of that file."""
     documents = [Document(str(number), f"Text {number} of many. " * 9) for number in range(40)]
     path = write_token_file(folder / "tokens.bin", documents, load_tokenizer("bytes"))
     source = {"class_path": "datamodules.text.TokenFiles", "init_args": {"paths": [str(path)]}}

@@ -1,4 +1,4 @@
-"""What was injected, and what became of it."""
+"""Injected faults and their outcomes."""
 
 import json
 from collections.abc import Iterable
@@ -8,12 +8,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault that was injected.
+    """One injected fault.
 
     Attributes:
-        kind: its row in the table.
-        where: what it hit, for whoever looks into it.
-        lost: what was lost by it, or done wrong; empty if all survived.
+        kind: Kind of the fault, its row in the table.
+        where: Description of the run and the place.
+        lost: Description of what was lost or wrong; empty if the run survived.
     """
 
     kind: str
@@ -21,13 +21,13 @@ class Fault:
     lost: str = ""
 
     def and_lost(self, more: Iterable[str]) -> "Fault":
-        """The same with more that was lost."""
-        told = [self.lost, *more] if self.lost else more
-        return replace(self, lost="; ".join(told))
+        """Return a copy with further losses."""
+        losses = [self.lost, *more] if self.lost else more
+        return replace(self, lost="; ".join(losses))
 
 
 def table(faults: Iterable[Fault]) -> str:
-    """Faults injected, survived and lost, by kind, as Markdown."""
+    """Format the numbers of injected, survived and lost faults per kind, as Markdown."""
     counts: dict[str, list[int]] = {}
     for fault in faults:
         row = counts.setdefault(fault.kind, [0, 0])

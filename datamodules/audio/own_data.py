@@ -9,10 +9,10 @@ from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.own_data import (
     KEPT,
     OwnData,
+    describe_splits,
     fitting_batch_size,
     locate,
     looked_at,
-    told_splits,
 )
 
 LOWEST_RATE_HZ = 8000
@@ -32,8 +32,8 @@ def own_sounds(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) 
     }
     settings = {**kept, **located.arguments}
     splits = make(**settings).splits()
-    rates, told_lengths = _inspect(splits.train)
-    told = told_splits(path, "sounds", settings, splits) + told_lengths
+    rates, lengths = _inspect(splits.train)
+    summary = describe_splits(path, "sounds", settings, splits) + lengths
     found: dict[str, Any] = {
         "source": {"class_path": f"datamodules.audio.{make.__name__}", "init_args": settings},
         **fitting_batch_size(given, 32, len(splits.train.labels)),
@@ -46,7 +46,7 @@ def own_sounds(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) 
             facts["sample_rate_hz"] = min(rates)
         else:
             found["resample"] = True
-    return OwnData(found, facts, told)
+    return OwnData(found, facts, summary)
 
 
 def _inspect(clips: AudioClips) -> tuple[set[int], str]:

@@ -10,10 +10,10 @@ from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.own_data import (
     KEPT,
     OwnData,
+    describe_splits,
     fitting_batch_size,
     locate,
     looked_at,
-    told_splits,
 )
 
 OWN_TRANSFORM = ImageTransform(
@@ -46,8 +46,8 @@ def own_images(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) 
     settings = {**kept, **located.arguments}
     splits = make(**settings).splits()
     channels, sizes = _inspect(splits.train)
-    told = told_splits(path, "images", settings, splits)
-    told += f"; {IN_WORDS[channels]}, {sizes} pixels"
+    summary = describe_splits(path, "images", settings, splits)
+    summary += f"; {IN_WORDS[channels]}, {sizes} pixels"
     node = {"class_path": f"datamodules.image.{make.__name__}", "init_args": settings}
     found: dict[str, Any] = {
         "source": node,
@@ -62,7 +62,7 @@ def own_images(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) 
     facts = {"num_classes": len(splits.class_names)}
     if inputs_may_change:
         facts["channels"] = channels
-    return OwnData(found, facts, told)
+    return OwnData(found, facts, summary)
 
 
 def _inspect(images: LabelledImages) -> tuple[int, str]:

@@ -130,16 +130,16 @@ class Triage:
             BadSampleError: If the policy is `raise`.
             TooManyBadSamplesError: If `max_bad_fraction` is exceeded; the message gives the counts.
         """
-        told = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         if not self.tolerates:
             raise BadSampleError(
-                f"{told}; to continue without it, set bad_samples.policy to substitute or "
+                f"{message}; to continue without it, set bad_samples.policy to substitute or "
                 f"quarantine",
                 error.file,
             ) from error
         self.num_bad += 1
         if error.file is None or error.file not in self._found:
-            _logger.warning("%s; %s", told, instead)
+            _logger.warning("%s; %s", message, instead)
             if error.file is not None:
                 self._found.add(error.file)
                 if self._list is not None:
@@ -149,7 +149,7 @@ class Triage:
             raise TooManyBadSamplesError(
                 f"{self.num_bad} of {self.num_read} samples read by this process are bad, which "
                 f"exceeds bad_samples.max_bad_fraction ({limit:g} of at least {LEAST_READ} "
-                f"samples); the last one: {told}"
+                f"samples); the last one: {message}"
             ) from error
 
 

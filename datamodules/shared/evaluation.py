@@ -105,12 +105,12 @@ def evened(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     spare: dict[str, Any] | None = None
     for own in chain(batches, repeat(None)):
         spare = own or spare
-        told: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(told, (own is not None, spare is not None))
-        if not any(has_own for has_own, _ in told):
+        states: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(states, (own is not None, spare is not None))
+        if not any(has_own for has_own, _ in states):
             return
-        if not all(has_spare for _, has_spare in told):
-            giver = next(rank for rank, (has_own, _) in enumerate(told) if has_own)
+        if not all(has_spare for _, has_spare in states):
+            giver = next(rank for rank, (has_own, _) in enumerate(states) if has_own)
             given = [spare]
             torch.distributed.broadcast_object_list(given, src=giver)
             spare = spare or given[0]

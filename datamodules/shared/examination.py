@@ -61,11 +61,11 @@ def examine_labelled(
         counts = Counter(label for labels in samples.labels for label in labels)
         lines[split] = f"{len(samples.labels):,} samples: {_by_class(counts, names)}"
         if missing := [name for number, name in enumerate(names) if not counts[number]]:
-            told = f"the {split} split has no samples of {_listed(missing)}"
-            (faults if split == "train" else doubts).append(told)
+            message = f"the {split} split has no samples of {_listed(missing)}"
+            (faults if split == "train" else doubts).append(message)
         bad, count = _read_some(samples, read, limit)
         num_read += count
-        (doubts if tolerates else faults).extend(f"{split}: {told}" for told in bad)
+        (doubts if tolerates else faults).extend(f"{split}: {message}" for message in bad)
     lines["read"] = f"{num_read:,} samples, including the first and the last of each split"
     return Examined(lines, faults, doubts, len(names), splits.multi_label)
 

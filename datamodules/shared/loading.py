@@ -183,13 +183,13 @@ class SeededDataModule(LightningDataModule):
         found = changes(then, self._fingerprint)
         if not found:
             return
-        told = f"the training data differ from those of the checkpoint ({'; '.join(found)})"
+        message = f"the training data differ from those of the checkpoint ({'; '.join(found)})"
         if not self.allow_changed_data:
             raise ValueError(
-                f"{told}: resume with the original data, or use --allow-changed-data to resume "
+                f"{message}: resume with the original data, or use --allow-changed-data to resume "
                 f"with the changed data"
             )
-        rank_zero_warn(f"{told}: resuming at the same position of the changed data")
+        rank_zero_warn(f"{message}: resuming at the same position of the changed data")
 
     def _check_batch_size(self, then: int) -> None:
         now = self.batch_size * self.world_size

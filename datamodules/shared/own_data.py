@@ -44,12 +44,12 @@ class OwnData(NamedTuple):
     Attributes:
         settings: Arguments of the datamodule, by name.
         facts: Properties that the model must match: `num_classes`, `channels`, `sample_rate_hz`.
-        told: A one-line summary.
+        summary: A one-line summary.
     """
 
     settings: dict[str, Any]
     facts: dict[str, int]
-    told: str
+    summary: str
 
 
 class Located(NamedTuple):
@@ -195,7 +195,7 @@ def looked_at_numbers(total: int, count: int) -> list[int]:
     return sorted({round(i * (total - 1) / max(1, count - 1)) for i in range(count)})
 
 
-def told_splits(path: str, noun: str, settings: Mapping[str, Any], splits: Splits[Any]) -> str:
+def describe_splits(path: str, noun: str, settings: Mapping[str, Any], splits: Splits[Any]) -> str:
     """A one-line summary of the splits."""
     names = list(splits.class_names)
     listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -294,7 +294,7 @@ class TextData(SeededDataModule):
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
-        """Windows of the test documents, in order; no loader where there is no such split."""
+        """Windows of the test documents in order; no loader without a test split."""
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, split: Split) -> DataLoader[Any] | list[DataLoader[Any]]:

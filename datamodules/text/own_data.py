@@ -27,10 +27,10 @@ def own_texts(path: str, given: Mapping[str, Any]) -> OwnData:
     }
     whole = absolute(path)
     if whole.is_file():
-        node, told, is_plain = _source(path, whole.parent, [whole])
+        node, summary, is_plain = _source(path, whole.parent, [whole])
         by_position = {"split_by": "position"} if is_plain else {}
         settings |= {"source": node, **by_position}
-        return OwnData(settings, {}, f"{told}; {_held_out(by_position)}")
+        return OwnData(settings, {}, f"{summary}; {_held_out(by_position)}")
     check_folder(whole)
     splits = named_splits(path, [entry for entry in whole.iterdir() if entry.is_dir()])
     if "train" not in splits or len(splits) == 1:
@@ -41,8 +41,8 @@ def own_texts(path: str, given: Mapping[str, Any]) -> OwnData:
         if split in splits:
             folder = Path(splits[split])
             files = list_files(folder, (*PLAIN, *ROWS))
-            settings[name], told, is_plain = _source(path, folder, files)
-            parts.append(told if len(splits) == 1 else f"{told} for {split}")
+            settings[name], summary, is_plain = _source(path, folder, files)
+            parts.append(summary if len(splits) == 1 else f"{summary} for {split}")
             num_files = num_files or (len(files) if is_plain else FEW)
     if num_files < FEW and "val" not in splits:
         settings["split_by"] = "position"
@@ -64,21 +64,21 @@ def _source(path: str, folder: Path, files: Sequence[Path]) -> tuple[dict[str, A
     chosen = [file for file in files if file.suffix.lower() == ending]
     size = sum(file.stat().st_size for file in chosen)
     texts = "text" if len(chosen) == 1 else "texts"
-    told = f"{path} has {len(chosen):,} {texts} ({ending}, {_in_words(size)})"
+    summary = f"{path} has {len(chosen):,} {texts} ({ending}, {_in_words(size)})"
     if len(counts) > 1:
         others = ", ".join(sorted(other for other in counts if other != ending))
-        told += f", and other files that are skipped ({others})"
+        summary += f", and other files that are skipped ({others})"
     if ending in ROWS:
         arguments: dict[str, Any] = {"name": ROWS[ending], "data_files": list(map(str, chosen))}
         node = {"class_path": "datamodules.text.HuggingFaceText", "init_args": arguments}
-        return node, told, False
+        return node, summary, False
     # Patterns are case-sensitive.
     if len(chosen) == 1:
         pattern = glob.escape(chosen[0].relative_to(folder).as_posix())
     else:
         pattern = f"**/*{_any_case(ending, chosen)}"
     arguments = {"root": str(folder), "pattern": pattern}
-    return {"class_path": "datamodules.text.TextFolder", "init_args": arguments}, told, True
+    return {"class_path": "datamodules.text.TextFolder", "init_args": arguments}, summary, True
 
 
 def _any_case(ending: str, files: Sequence[Path]) -> str:

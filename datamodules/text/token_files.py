@@ -166,9 +166,9 @@ def _read_token_file(
         documents = _read_documents(_documents_path(path))
         found = f"{len(documents)} documents of {num_tokens} tokens"
         found += f" and {rest} bytes" if rest else ""
-        told = f"{header['num_documents']} documents of {header['num_tokens']} tokens"
-        if found != told:
-            raise _DamageError(f"it has {found}, but its header says {told}")
+        declared = f"{header['num_documents']} documents of {header['num_tokens']} tokens"
+        if found != declared:
+            raise _DamageError(f"it has {found}, but its header says {declared}")
         lengths = documents["length"]
         # Also summed as floats, because 64-bit integers may overflow to the right sum.
         sums = int(lengths.sum()), int(lengths.sum(dtype=np.float64))

@@ -15,7 +15,7 @@ from diffmm.cli.endings import (
     ClosedOutputError,
     TerminatedError,
     flush_output,
-    is_unheard,
+    is_output_closed,
     terminable,
 )
 from diffmm.recipes.errors import InputError, RunFailedError, message_of
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"diffmm: error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and is_unheard():
+        if isinstance(error, BrokenPipeError) and is_output_closed():
             with suppress(OSError):
                 flush_output()
             return 141

@@ -9,18 +9,19 @@ if TYPE_CHECKING:
     from diffmm.runs.summaries import Summary
 
 MOST_RUNS = 6
-"""More models are not shown."""
+"""Maximum number of runs whose attention maps are shown."""
 NUM_CLASSES = 3
-"""Of each of so many classes, one sample is shown."""
+"""Number of classes, of each of which one sample is shown."""
 NUM_BATCHES = 20
-"""Samples are looked for in so many."""
+"""Maximum number of batches that are searched for samples."""
 NUM_TOKENS = 128
 OWN_TO_A_RUN = ("data.seed", "data.batch_size", "data.num_workers")
-"""Settings of the data that do not change what a sample is."""
+"""Settings of the data that do not affect the content of samples."""
 
 
 def exhibits_of(runs: Sequence["Summary"]) -> "tuple[list[Exhibit], str]":
-    """Samples with the maps of all runs, by the runs' numbers from 1, or why there are none."""
+    """Return samples with the attention maps of all runs, by the number of the run from 1, or the
+    reason why there are none."""
     if len(runs) > MOST_RUNS:
         return [], f"they are drawn for up to {MOST_RUNS} runs"
     data_settings = [

@@ -37,12 +37,12 @@ def train(modality: Modality, values: dict[str, Any], run_dir: Path, progress: s
     """
     attention = values["vars"]["attention"]
     start = time.monotonic()
-    witness = Witness(f"{progress} {modality.name:<5}  {attention:<7}")
+    recorder = RunRecorder(f"{progress} {modality.name:<5}  {attention:<7}")
     with quiet():
         cli: Any = RecipeCLI({**_without_progress_bar(values), "run_dir": str(run_dir)})
-        cli.trainer.callbacks[:0] = [ConfigSaver(run_dir, "", values), witness]
+        cli.trainer.callbacks[:0] = [ConfigSaver(run_dir, "", values), recorder]
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-        if witness.validated_at != cli.trainer.global_step:
+        if recorder.validated_at != cli.trainer.global_step:
             cli.trainer.validate(cli.model, datamodule=cli.datamodule, verbose=False)
     metrics = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     result = RunResult(
@@ -56,15 +56,15 @@ def train(modality: Modality, values: dict[str, Any], run_dir: Path, progress: s
         metric_name=modality.metric_name,
         metric=metrics[modality.metric],
         seconds=time.monotonic() - start,
-        train_curve=means(witness.losses, POINTS),
-        val_curve=witness.val_curve,
+        train_curve=means(recorder.losses, POINTS),
+        val_curve=recorder.val_curve,
     )
-    told = f"{result.metric_text} {result.metric_name}"
-    witness.tell(f"loss {result.loss:.4f}  {told:<18}  {result.seconds:5.1f} s", last=True)
+    metric = f"{result.metric_text} {result.metric_name}"
+    recorder.show(f"loss {result.loss:.4f}  {metric:<18}  {result.seconds:5.1f} s", last=True)
     return Run(cli.model.model, cli.datamodule, result)
 
 
-class Witness(Callback):
+class RunRecorder(Callback):
     """Records the losses of a run, and shows its progress on one line that a terminal updates.
 
     Args:
@@ -75,7 +75,7 @@ class Witness(Callback):
         self.label = label
         self.losses: list[float] = []
         self.val_curve: Curve = []
-        self.told_at = 0.0
+        self.shown_at = 0.0
 
     @property
     def validated_at(self) -> float | None:
@@ -91,9 +91,9 @@ class Witness(Callback):
         batch_idx: int,
     ) -> None:
         self.losses.append(float(outputs["loss"]))
-        if time.monotonic() - self.told_at > 0.5:
+        if time.monotonic() - self.shown_at > 0.5:
             step = f"{trainer.global_step}/{trainer.max_steps}"
-            self.tell(f"step {step:>9}  training loss {self.losses[-1]:.3f}")
+            self.show(f"step {step:>9}  training loss {self.losses[-1]:.3f}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -101,9 +101,9 @@ class Witness(Callback):
                 (trainer.global_step, float(trainer.callback_metrics["val/loss"]))
             )
 
-    def tell(self, text: str, *, last: bool = False) -> None:
+    def show(self, text: str, *, last: bool = False) -> None:
         """Show `text` after the label. If the output is not a terminal, show only the last one."""
-        self.told_at = time.monotonic()
+        self.shown_at = time.monotonic()
         if sys.stdout.isatty():
             print(f"\r\x1b[2K{self.label}  {text}", end="\n" if last else "", flush=True)
         elif last:

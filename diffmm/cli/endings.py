@@ -56,7 +56,7 @@ def flush_output() -> None:
     try:
         sys.stdout.flush()
     except OSError:
-        is_closed = is_unheard()
+        is_closed = is_output_closed()
         with suppress(OSError, ValueError):  # a stream without a file
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
@@ -67,10 +67,10 @@ def flush_output() -> None:
 
 
 class ClosedOutputError(BrokenPipeError):
-    """The output of this command is no longer read: `diffmm recipes | head -1`."""
+    """The reader of this command's output has closed it, as in `diffmm recipes | head -1`."""
 
 
-def is_unheard() -> bool:
+def is_output_closed() -> bool:
     """Whether standard output is a pipe whose reader has closed it."""
     try:
         place = sys.stdout.fileno()

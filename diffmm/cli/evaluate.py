@@ -18,14 +18,14 @@ from diffmm.recipes.trust import add_trust_option
 from diffmm.runs.directories import CONFIG_NAME
 
 QUIET = {"trainer": {"logger": False, "enable_checkpointing": False}}
-"""Evaluation writes nothing beside its result."""
+"""Settings with which an evaluation writes nothing except its result."""
 
 DEPTH = 3
-"""A run's config is at most so many folders above a checkpoint's file."""
+"""Maximum number of folders from a checkpoint's file up to the run's config."""
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
-    """Measure, and print and write the result."""
+    """Evaluate, and print or write the result."""
     parser = make_parser(verb)
     options, overrides = parse(parser, arguments)
     if wants_help(options, overrides):
@@ -43,7 +43,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
 
 
 def make_parser(verb: str) -> argparse.ArgumentParser:
-    """The options that are not settings of the recipe."""
+    """Create the parser of all options that are not settings of the recipe."""
     data = "validation" if verb == "validate" else "test"
     parser = argparse.ArgumentParser(
         prog=f"diffmm {verb}",

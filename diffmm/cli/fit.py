@@ -87,7 +87,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if verb == "fit" and options.resume == AUTO:
         run_dir = same_run(recipe, values, options.name, options.run_dir)
         if run_dir is not None:
-            # Its values equal those of the given recipe.
+            # The values of this run equal those of the given recipe, which is trusted.
             changed = options.allow_changed_data
             return leave(resume(run_dir, trust=True, allow_changed_data=changed))
     run_dir = new_run(recipe, options.name, options.run_dir)
@@ -105,7 +105,7 @@ def leave(code: int) -> int:
 
 
 def make_parser(verb: str) -> argparse.ArgumentParser:
-    """The options that are not settings of the recipe."""
+    """Create the parser of all options that are not settings of the recipe."""
     parser = argparse.ArgumentParser(
         prog=f"diffmm {verb}",
         add_help=False,
@@ -183,9 +183,9 @@ def refuse_ckpt_path(verb: str, overrides: Sequence[str]) -> None:
 def resume(
     run_dir: Path, overrides: Sequence[str] = (), *, trust: bool, allow_changed_data: bool
 ) -> int:
-    """Resume a run from its newest complete checkpoint, under its own config, perhaps for longer.
-    Code that the config names outside `diffmm.recipes.trust.KNOWN` is refused without
-    `trust`, and data that have changed without `allow_changed_data`."""
+    """Resume a run from its newest complete checkpoint, with its own config and possibly another
+    length. Without `trust`, classes outside `diffmm.recipes.trust.KNOWN` are rejected, and without
+    `allow_changed_data`, changed data are."""
     saved_config(run_dir)
     with claimed(run_dir):
         config, checkpoint = find_run(str(run_dir))

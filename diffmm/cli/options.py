@@ -16,14 +16,14 @@ RUN_DIR = "<the run's directory>"
 
 
 def add_data_option(parser: argparse.ArgumentParser) -> None:
-    """`--data`, for the verbs that take a user's own data."""
+    """Add `--data` to a command that accepts a user's own data."""
     parser.add_argument(
         "--data",
         metavar="PATH",
-        help="train on this instead of the recipe's data: a folder with a folder per class (or "
+        help="train on this instead of the recipe's data: a folder with one folder per class (or "
         "such folders in train and val), a CSV file of files and labels, or texts; the number of "
-        "classes and what else follows from the data is set and printed, and settings given here "
-        "win",
+        "classes and other settings derived from the data are set and printed, and settings given "
+        "here take precedence",
     )
 
 

@@ -52,7 +52,7 @@ class Writer(ABC):
 
     @abstractmethod
     def add(self, prediction: "Prediction") -> None:
-        """Add a row to what has been written."""
+        """Append a row to the file."""
 
     @abstractmethod
     def close(self) -> None:

@@ -19,11 +19,11 @@ TOP_K = 5
 
 
 def written_predictions(batches: list[Batch], data: Any, task: Any, output: Path) -> None:
-    """Write the predictions of a recipe's data: a dict of tensors (`.pt`), or a row per sample as
-    for files (see `diffmm.cli.prediction_files`), with its number where it has no file.
+    """Write the predictions of a recipe's data: a dict of tensors (`.pt`), or one row per sample as
+    for files (see `diffmm.cli.prediction_files`), with its index if it has no file.
 
     Raises:
-        RunFailedError: if they cannot be written.
+        RunFailedError: If they cannot be written.
     """
     if output.suffix.lower() == ".pt":
         save(joined(batches), output)
@@ -47,8 +47,8 @@ def _ranked(batches: list[Batch], data: Any, task: Any) -> Iterator[Prediction]:
 
 
 def joined(batches: list[Batch]) -> dict[str, Any]:
-    """Concatenate the predictions of all batches; a list where their lengths differ between batches
-    (as for padded clips)."""
+    """Concatenate the predictions of all batches; keep a list if their lengths differ between
+    batches (as for padded clips)."""
     columns = {name: [batch[name].cpu() for batch in batches] for name in batches[0]}
     return {
         name: torch.cat(parts) if len({part.shape[1:] for part in parts}) == 1 else parts
@@ -57,22 +57,22 @@ def joined(batches: list[Batch]) -> dict[str, Any]:
 
 
 def gathered(batches: list[Batch]) -> list[Batch] | None:
-    """The batches of all processes on the first of them, and `None` on the others; in the order of
-    their samples, each sample once.
+    """Gather the batches of all processes on the first one, in the order of their samples and
+    without repeated samples; return `None` on the others.
 
-    Processes take turns with the samples, some of which two may have: the first ones are repeated
-    where that makes the shares equal, and a tensor-parallel group computes all of its samples
-    together. Batches of one process come back as they are.
+    Samples are assigned to processes in turn. Several processes may have the same sample: the first
+    samples are repeated to make the shares equal, and all processes of a tensor-parallel group
+    compute the same samples. Batches of a single process are returned unchanged.
 
     Raises:
-        RunFailedError: On every process, if batches do not say which samples they are of.
+        RunFailedError: On every process, if a batch has no indices of its samples.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return batches
     if any("index" not in batch for batch in batches):
         raise RunFailedError(
-            "the predictions of several processes are put in order by the samples' index, which "
-            "these data do not give: predict with --trainer.devices 1"
+            "the predictions of several processes are sorted by the index of the samples, which "
+            "these data do not provide: predict with --trainer.devices 1"
         )
     on_cpu = [{name: tensor.cpu() for name, tensor in batch.items()} for batch in batches]
     is_first = torch.distributed.get_rank() == 0

@@ -39,7 +39,7 @@ STOPPED = (130, 143)
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
-    """Train, or write a script that does."""
+    """Train all runs, or write a script that does."""
     parser = argparse.ArgumentParser(
         prog="diffmm sweep", allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG
     )
@@ -124,7 +124,7 @@ def sweep(
 
 
 def values_of(recipes: Sequence[Path], one: Combination, data: str | None) -> dict[str, Any]:
-    """The values that a run's config has."""
+    """Return the values of a run's config."""
     if data is None:
         return load(recipes, one.arguments)
     from diffmm.recipes.own_data import on_own_data
@@ -133,15 +133,15 @@ def values_of(recipes: Sequence[Path], one: Combination, data: str | None) -> di
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """Run `diffmm` in a process of its own, in this one's group, and return its exit code.
+    """Run `diffmm` in a new process in this process group, and return its exit code.
 
-    A signal that stops this process is passed on, and waits until the run has saved.
+    A signal that stops this process is forwarded, and this process waits until the run has saved.
     """
     process = subprocess.Popen([sys.executable, "-m", "diffmm.cli", *arguments])
     try:
         code = process.wait()
     except BaseException as end:
-        # A Ctrl-C has reached the run as well.
+        # Ctrl-C is also sent to the run itself.
         if not isinstance(end, KeyboardInterrupt):
             process.send_signal(signal.SIGTERM)
         process.wait()
@@ -150,7 +150,7 @@ def launch(arguments: Sequence[str]) -> int:
 
 
 def compare_runs(folder: Path, runs: Sequence[Combination]) -> None:
-    """Print the table of the runs that there are."""
+    """Print the table of the runs that exist."""
     from diffmm.cli.compare import compare
     from diffmm.runs.directories import CONFIG_NAME
 
@@ -163,10 +163,10 @@ def compare_runs(folder: Path, runs: Sequence[Combination]) -> None:
 def write_script(
     path: Path, folder: Path, commands: Sequence[Sequence[str]], arguments: Sequence[str]
 ) -> int:
-    """Write the script of a SLURM array, a task per run.
+    """Write the script of a SLURM array with one task per run.
 
     Raises:
-        InputError: if there is such a file, or no folder for it.
+        InputError: If the file exists, or its folder does not exist.
     """
     if path.exists():
         raise InputError(f"{path} exists already: choose another --slurm")
@@ -180,7 +180,7 @@ def write_script(
 
 
 def script(folder: Path, commands: Sequence[Sequence[str]], arguments: Sequence[str]) -> str:
-    """The text of a SLURM array's script."""
+    """Return the script of a SLURM array."""
     python = shlex.quote(sys.executable)
     written = " ".join(shlex.join(arguments).split())
     tasks = "".join(

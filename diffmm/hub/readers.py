@@ -46,9 +46,9 @@ def make_reader(job: Job, origin: str) -> Any:
     try:
         return reader_class(**arguments)
     except (TypeError, ValueError) as error:
-        told = str(error).replace(f"{reader_class.__name__}.__init__() ", "")
+        reason = str(error).replace(f"{reader_class.__name__}.__init__() ", "")
         raise ValueError(
-            f"the reader {class_path} of {origin} cannot be created: {told}"
+            f"the reader {class_path} of {origin} cannot be created: {reason}"
         ) from error
 
 

@@ -83,8 +83,8 @@ def find_device(name: str | torch.device) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        told = str(error).splitlines()[0]
-        raise ValueError(f"device {str(name)!r} is not available: {told}") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(name)!r} is not available: {reason}") from error
     return torch.device(name)
 
 

@@ -93,8 +93,10 @@ def load_attention(
     missing, unknown = set(names) - set(tensors), set(tensors) - set(names)
     if missing or unknown:
         faults = [("missing", missing), ("unknown", unknown)]
-        told = "; ".join(f"{kind}: {', '.join(sorted(found))}" for kind, found in faults if found)
-        raise ValueError(f"these are not the weights of a {variant} attention layer: {told}")
+        details = "; ".join(
+            f"{kind}: {', '.join(sorted(found))}" for kind, found in faults if found
+        )
+        raise ValueError(f"these are not the weights of a {variant} attention layer: {details}")
 
     query = tensors["q_proj.weight"]
     if query.ndim != 2 or query.shape[0] % (2 * num_heads):

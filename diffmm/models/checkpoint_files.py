@@ -1,4 +1,4 @@
-"""Lightning checkpoints as tensors and plain values: reading one never runs code from it."""
+"""Reads Lightning checkpoints as tensors and plain values, without running code from the file."""
 
 import pickle
 import zipfile
@@ -9,29 +9,28 @@ import torch
 
 
 def read_checkpoint(file: Path, *, weights: bool = True, optimizer: bool = False) -> dict[str, Any]:
-    """What a checkpoint holds, its tensors on the CPU and mapped: those that nobody looks at are
-    not read.
+    """Read a checkpoint, with its tensors on the CPU and memory-mapped, so that only the tensors in
+    use are read from the disk.
 
     Args:
-        file: The file, or a folder of shares (see `diffmm.models.sharded_states`).
-        weights, optimizer: Whether to read these parts of shares.
+        file: Path of the file, or of a sharded checkpoint (see `diffmm.models.sharded_states`).
+        weights, optimizer: Whether to read these parts of a sharded checkpoint.
 
     Raises:
-        ValueError: naming the file, if it is not a complete Lightning checkpoint of tensors and
-        plain values.
+        ValueError: If it is not a complete Lightning checkpoint of tensors and plain values; the
+            message names the file.
     """
     if file.is_dir():
-        # Not earlier: it takes half a second.
+        # Imported here because the import takes half a second.
         from diffmm.models.sharded_states import is_sharded_state, read_sharded_state
 
         if not is_sharded_state(file):
-            raise ValueError(f"{file} is a folder, but not one of shares: it has no meta.pt")
+            raise ValueError(f"{file} is not a sharded checkpoint: it has no meta.pt")
         return read_sharded_state(file, weights=weights, optimizer=optimizer)
     if not zipfile.is_zipfile(file):
         raise ValueError(
-            f"{file} is not a complete checkpoint of tensors and plain values: it is no archive, "
-            f"as "
-            f"torch.save writes them"
+            f"{file} is not a complete checkpoint of tensors and plain values: it is not an "
+            f"archive written by torch.save"
         )
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

@@ -1,13 +1,13 @@
-"""States of which every process has written its own share, by torch's distributed checkpoint.
+"""Sharded states, of which every process writes its own shard by torch's distributed checkpoint.
 
     state.ckpt/
-      meta.pt                   all that is no tensor of the model or the optimizer
-      .metadata                 which part of which tensor is in which file
-      __0_0.distcp, ...         the shares, a file for each process
+      meta.pt                   everything except the tensors of the model and the optimizer
+      .metadata                 the location of each part of each tensor
+      __0_0.distcp, ...         the shards, one file per process
 
-What such a folder holds does not depend on how many processes wrote it, and any number of them
-reads it. Reading runs no code from it: `.metadata` is a pickle and is read by an unpickler that
-knows the few classes that belong there; the rest are tensors and plain values.
+The content does not depend on the number of processes that wrote it, and any number of processes
+can read it. Reading runs no code from the files: `.metadata` is a pickle, which is read by an
+unpickler that accepts only the classes needed; all other values are tensors and plain values.
 """
 
 import io
@@ -26,25 +26,25 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 PLAIN_NAME = "meta.pt"
 METADATA_NAME = ".metadata"
 WEIGHTS, OPTIMIZERS = "state_dict", "optimizer_states"
-"""Keys of a state whose tensors are shared out; in the files they begin the tensors' names."""
+"""Keys of a state whose tensors are sharded; prefixes of the tensors' names in the files."""
 
 
 def is_sharded_state(path: Path) -> bool:
-    """Whether this is a folder of shares."""
+    """Whether the path is a sharded state."""
     return (path / PLAIN_NAME).is_file()
 
 
 def write_sharded_state(path: Path, state: dict[str, Any], *, is_first: bool) -> None:
-    """Write a state with all processes together, each its own share of the tensors.
+    """Write a state on all processes together, each of which writes its own shard of the tensors.
 
     Args:
-        path: The folder, made if need be.
+        path: The folder, which is created if necessary.
         state: A Lightning checkpoint, with sharded weights by name under `state_dict`, and under
             `optimizer_states` the optimizers' states by the names of the parameters.
-        is_first: Whether this process writes what is in no share.
+        is_first: Whether this process writes everything outside the shards.
 
     Raises:
-        OSError: On every process, if one of them cannot write its share.
+        OSError: On every process, if any of them cannot write its shard.
     """
     path.mkdir(parents=True, exist_ok=True)
     plain = {key: value for key, value in state.items() if key not in (WEIGHTS, OPTIMIZERS)}
@@ -69,15 +69,15 @@ def write_sharded_state(path: Path, state: dict[str, Any], *, is_first: bool) ->
 
 
 def read_sharded_state(path: Path, *, weights: bool, optimizer: bool) -> dict[str, Any]:
-    """A state as one process would have saved it, with whole tensors on the CPU.
+    """Read a state in the format of a single process, with unsharded tensors on the CPU.
 
     Args:
         path: The folder.
-        weights: Whether to read the weights; otherwise there are none under `state_dict`.
+        weights: Whether to read the weights; otherwise `state_dict` is empty.
         optimizer: Whether to read the optimizers' tensors.
 
     Raises:
-        ValueError: Naming the folder, if it is damaged or holds what does not belong there.
+        ValueError: If the folder is damaged or has unexpected content; the message names it.
     """
     state = read_plain(path)
     found = read_metadata(path)
@@ -104,10 +104,10 @@ def read_sharded_state(path: Path, *, weights: bool, optimizer: bool) -> dict[st
 
 
 def read_plain(path: Path) -> dict[str, Any]:
-    """What a state holds beside its shares.
+    """Read everything in a state except its shards.
 
     Raises:
-        ValueError: Naming the file.
+        ValueError: If the file is damaged; the message names it.
     """
     file = path / PLAIN_NAME
     try:
@@ -118,7 +118,7 @@ def read_plain(path: Path) -> dict[str, Any]:
             f"{(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error
     if not isinstance(plain, dict):
-        raise ValueError(f"{file} holds no dict")
+        raise ValueError(f"{file} does not hold a dict")
     return plain
 
 
@@ -127,11 +127,11 @@ def read_tensors(path: Path, tensors: dict[str, Tensor], *, together: bool) -> N
 
     Args:
         path: The folder.
-        tensors: By their names in the files; of a sharded one its own part is read.
-        together: Whether all processes do this at the same time, each for its own tensors.
+        tensors: Tensors by their names in the files; of a sharded one, only its own part is read.
+        together: Whether all processes call this at the same time, each for its own tensors.
 
     Raises:
-        ValueError: Naming the folder and what is wrong.
+        ValueError: If the files cannot be read; the message names the folder and the problem.
     """
     try:
         with warnings.catch_warnings():
@@ -144,7 +144,7 @@ def read_tensors(path: Path, tensors: dict[str, Tensor], *, together: bool) -> N
 def with_tensors(
     optimizer: dict[str, Any], number: int, tensors: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """The plain part of an optimizer's state with its tensors, all by the parameters' names."""
+    """Add the tensors to the plain part of an optimizer's state, by the names of the parameters."""
     state: dict[str, dict[str, Any]] = {k: dict(v) for k, v in optimizer["state"].items()}
     prefix = f"{OPTIMIZERS}.{number}."
     for full_name, tensor in tensors.items():
@@ -155,13 +155,13 @@ def with_tensors(
 
 
 def numbered(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state by the numbers of the parameters, as the optimizer itself has it."""
+    """Return an optimizer's state by the numbers of the parameters, the optimizer's own format."""
     names = [name for group in optimizer["param_groups"] for name in group["params"]]
     return renamed(optimizer, {name: number for number, name in enumerate(names)})
 
 
 def renamed(optimizer: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
-    """An optimizer's state with other names for its parameters."""
+    """Return an optimizer's state with other names for its parameters."""
     groups = [
         {**group, "params": [names[name] for name in group["params"]]}
         for group in optimizer["param_groups"]
@@ -171,10 +171,10 @@ def renamed(optimizer: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What the shares are of, checked against the files.
+    """Read the metadata of the shards and check it against the files.
 
     Raises:
-        ValueError: Naming the folder and what is wrong.
+        ValueError: If it is invalid; the message names the file and the problem.
     """
     try:
         content = _Unpickler(io.BytesIO((path / METADATA_NAME).read_bytes())).load()
@@ -182,9 +182,9 @@ def read_metadata(path: Path) -> Metadata:
     except ValueError as error:
         raise ValueError(f"{path / METADATA_NAME} cannot be used: {error}") from error
     except Exception as error:
-        # A pickle can fail in any way.
-        told = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path / METADATA_NAME} cannot be read: {told}") from error
+        # A damaged pickle can raise any error.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path / METADATA_NAME} cannot be read: {reason}") from error
     return content
 
 
@@ -198,11 +198,11 @@ _CLASSES: dict[str, Any] = {
     },
     "_StorageInfo": filesystem._StorageInfo,
 }
-"""What metadata is made of, besides sizes, types and the path that it was written to."""
+"""Classes that metadata may contain, besides sizes, dtypes and the path it was written to."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows what belongs in metadata, and nothing else."""
+    """Unpickles only the classes that metadata may contain."""
 
     def find_class(self, module: str, name: str) -> Any:
         found: Any = None
@@ -216,36 +216,40 @@ class _Unpickler(pickle.Unpickler):
         elif module in ("pathlib", "pathlib._local"):
             found = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}.get(name)
         if found is None:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong there")
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not allowed there")
         return found
 
 
 def _check(path: Path, content: Any) -> None:
-    """Refuse metadata that names other files than its own, or more than they hold."""
+    """Raise if metadata refers to files outside the folder, or to more bytes than they contain."""
     if not isinstance(content, Metadata) or not isinstance(content.storage_data, dict):
-        raise ValueError("it is no metadata of a distributed checkpoint")
+        raise ValueError("it is not the metadata of a distributed checkpoint")
     sizes: dict[str, int] = {}
     for place in content.storage_data.values():
         name = place.relative_path
         if not isinstance(name, str) or Path(name).name != name or place.transform_descriptors:
-            raise ValueError(f"it has a part in {name!r:.80}, which is no file of its own")
+            raise ValueError(f"it refers to {name!r:.80}, which is not a file in this folder")
         if name not in sizes:
             sizes[name] = (path / name).stat().st_size if (path / name).is_file() else -1
         if not 0 <= place.offset <= place.offset + place.length <= sizes[name]:
-            raise ValueError(f"{name} is missing or cut off")
+            raise ValueError(f"{name} is missing or truncated")
     needed = 0
     for name, entry in content.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             continue
         needed += entry.size.numel() * entry.properties.dtype.itemsize
         if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
-            raise ValueError(f"the parts of {name} do not make a tensor {tuple(entry.size)}")
+            raise ValueError(
+                f"the parts of {name} do not form a tensor of shape {tuple(entry.size)}"
+            )
     if needed > sum(sizes.values()):
-        raise ValueError(f"it tells of {needed:,} bytes, the files have {sum(sizes.values()):,}")
+        raise ValueError(
+            f"its tensors need {needed:,} bytes, but the files have {sum(sizes.values()):,}"
+        )
 
 
 class _Reader(FileSystemReader):
-    """torch's own, but for the metadata."""
+    """torch's reader, with checked metadata."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         found = read_metadata(Path(self.path))
@@ -254,6 +258,6 @@ class _Reader(FileSystemReader):
 
 
 def _cause(error: CheckpointException) -> str:
-    """What went wrong first, in one line."""
+    """The first failure, in one line."""
     first = next((each[0] for each in error.failures.values()), error)
     return (str(first) or type(first).__name__).splitlines()[0]

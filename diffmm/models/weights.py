@@ -173,11 +173,11 @@ def _read(file: Path) -> _Contents:
                 metadata = opened.metadata() or {}
                 weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             weights = weights_with_new_names(weights)
-            told = [
+            parsed = [
                 json.loads(metadata[key]) if key in metadata else None
                 for key in (DESCRIPTION_KEY, JOB_KEY)
             ]
-            return _Contents(weights, *told)
+            return _Contents(weights, *parsed)
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
     checkpoint = read_checkpoint(file)
@@ -234,8 +234,8 @@ def _outline(description: Any, weights: dict[str, Tensor], file: Path) -> nn.Mod
         with torch.device("meta"):
             return build(description)
     except (ValueError, ArithmeticError, RuntimeError, TypeError) as error:
-        told = str(error).splitlines()[0]
-        raise ValueError(f"{file} describes a model that cannot be built: {told}") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{file} describes a model that cannot be built: {reason}") from error
 
 
 def _depths(description: Any) -> Iterator[int]:
@@ -280,11 +280,11 @@ def _check_fit(
         ],
     }
     if any(faults.values()):
-        told = "; ".join(_listed(kind, names) for kind, names in faults.items() if names)
+        details = "; ".join(_listed(kind, names) for kind, names in faults.items() if names)
         every = [name for names in faults.values() for name in names]
         only_head = all(name.startswith(HEAD_PREFIX) for name in every)
         advice = ". Only the head differs: skip_head=True keeps the new one" if only_head else ""
-        raise ValueError(f"{file} does not fit {type(model).__name__}: {told}{advice}")
+        raise ValueError(f"{file} does not fit {type(model).__name__}: {details}{advice}")
     return weights
 
 

@@ -1,1 +1,1 @@
-"""The recipe language: files, overrides, references, checks, and building of their objects."""
+"""The recipe language: files, overrides, references, checks, and creation of the objects."""

@@ -1,7 +1,7 @@
-"""The shipped recipes: where they are, and what their headers say.
+"""The shipped recipes: their location and their headers.
 
-A recipe's header is a comment block. Its first line says what the recipe is; `FIELDS` follow, one
-per paragraph: `# Command: diffmm fit --config text/stdlib_tiny`.
+A recipe's header is a comment block. Its first line describes the recipe; `FIELDS` follow, one per
+paragraph: `# Command: diffmm fit --config text/stdlib_tiny`.
 """
 
 import difflib
@@ -13,7 +13,7 @@ import diffmm
 from diffmm.recipes.errors import InputError
 
 FIELDS = ("Command", "Hardware", "Time", "Metric", "Measured")
-"""What every header says. `Measured` says which of the figures above it were measured."""
+"""The fields of every header. `Measured` says which figures of the other fields were measured."""
 
 
 def recipe_root() -> Path:
@@ -66,7 +66,7 @@ def description(text: str) -> str:
 
 
 def fields(text: str) -> dict[str, str]:
-    """The header's fields, their continuation lines joined."""
+    """The header's fields, with continuation lines joined."""
     found: dict[str, str] = {}
     current = None
     for line in (line.removeprefix("#").strip() for line in header(text).splitlines()[1:]):
@@ -82,7 +82,7 @@ def fields(text: str) -> dict[str, str]:
 
 
 def copy_recipe(name: str, target: str | None = None) -> Path:
-    """Copy a recipe to a new file and return that.
+    """Copy a recipe to a new file and return its path.
 
     Raises:
         InputError: If the recipe or the target folder does not exist, or the target file exists.

@@ -11,11 +11,11 @@ from diffmm.recipes.references import UNKNOWN, resolve, walk
 from diffmm.recipes.yaml_text import Loader
 
 COMMENT = re.compile(r"\s*[,\]}]*\s+# ?(.*)")
-"""What may follow a value on its line."""
+"""Matches the rest of a line after a value, with a comment."""
 
 LEFT_OUT = ("init_args", "dict_kwargs")
 WIDTH = 44
-"""Of settings and values; comments stand to the right of it."""
+"""Width of the column of settings and values, in characters; comments follow it."""
 
 
 def explain(recipes: Sequence[Path], values: dict[str, Any]) -> str:
@@ -44,7 +44,7 @@ def explain(recipes: Sequence[Path], values: dict[str, Any]) -> str:
 
 
 def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The settings by their names on a command line; a list of plain values is one."""
+    """The settings by their names on the command line; a list of plain values is one setting."""
     inside: set[tuple[str | int, ...]] = set()
     for place, value in walk(values):
         if place[0] == "run_dir" or place[:-1] in inside:

@@ -1,8 +1,8 @@
 """Runs that are extended beyond their planned length: `diffmm fit --resume RUN --trainer.max_steps
 N`.
 
-The schedule of the learning rate stays as it is, and the rate at its final value, unless the
-schedule's own length (`total_steps`) is given, too.
+The learning-rate schedule is unchanged, and the learning rate stays at its final value, unless the
+schedule's length (`total_steps`) is also given.
 """
 
 from collections.abc import Sequence
@@ -53,8 +53,7 @@ def lengthened(config: Path, overrides: Sequence[str]) -> Longer | None:
 
 
 def leaves(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a recipe by their dotted names, without references and what is only referred
-    to."""
+    """The resolved settings of a recipe by their dotted names, without its variables."""
     return {
         ".".join(map(str, path)): value
         for path, value in walk(resolve(values)[0])
@@ -76,7 +75,7 @@ def step_of(checkpoint: Path | None) -> int:
     from diffmm.models.checkpoint_files import read_checkpoint
 
     try:
-        # As Lightning's own callback writes it.
+        # A checkpoint of Lightning's own callback.
         return read_checkpoint(checkpoint, weights=False)["global_step"]
     except Exception as error:
         raise InputError(f"{checkpoint} is not a checkpoint of a run: {error}") from error
@@ -99,20 +98,20 @@ def outlook(task: Any, trainer: Any, schedule: dict[str, Any] | None, step: int)
         raise InputError(
             f"the run has already made {step} steps: trainer.max_steps must be larger, got {end}"
         )
-    goes_on = f"resumes from step {step}" + (f" to step {end}" if end > 0 else "")
-    now = getattr(task, "schedule_config", None)
-    if now is None:
-        return goes_on
-    peak, was = task.optimizer_config.learning_rate, type(now)(**(schedule or {}))
-    final = (end if end > 0 else max(step + 1, now.total_steps)) - 1
-    rate, last = peak * now.factor(step), peak * now.factor(final)
+    steps = f"resumes from step {step}" + (f" to step {end}" if end > 0 else "")
+    new = getattr(task, "schedule_config", None)
+    if new is None:
+        return steps
+    peak, old = task.optimizer_config.learning_rate, type(new)(**(schedule or {}))
+    final = (end if end > 0 else max(step + 1, new.total_steps)) - 1
+    rate, last = peak * new.factor(step), peak * new.factor(final)
     if rate == last == 0.0:
         raise InputError(
-            f"the learning rate reaches 0 at step {now.total_steps}, and nothing would be "
+            f"the learning rate reaches 0 at step {new.total_steps}, and nothing would be "
             f"learned after it: also give a longer schedule (--model.schedule.total_steps "
             f"{final + 1})"
         )
-    is_same = was.total_steps == now.total_steps
-    where = f"at step {now.total_steps}{', as before' if is_same else f', not {was.total_steps}'}"
+    is_same = old.total_steps == new.total_steps
+    where = f"at step {new.total_steps}{', as before' if is_same else f', not {old.total_steps}'}"
     then = f"stays at {rate:.3g}" if rate == last else f"is {rate:.3g} now and {last:.3g} at last"
-    return f"{goes_on}; its schedule ends {where}: the learning rate {then}"
+    return f"{steps}; its schedule ends {where}: the learning rate {then}"

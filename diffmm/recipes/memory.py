@@ -1,21 +1,24 @@
-"""An estimate of the memory that a training step takes.
+"""An estimate of the memory of a training step.
 
 * **Weights, gradients, optimizer**: 4 bytes each for the weights and their gradients, 8 for AdamW's
   two moments, in float32; 2, 2 and 4 under a `-true` 16-bit precision. Frozen weights have neither
-  gradients nor moments. Under FSDP2 all are spread over the devices. Exact.
-* **Gathered** (FSDP2 only): whole weights that a device holds while it computes with them, and
-  their gradients before they are shared out: what is outside the blocks, of two blocks the weights
-  (one is fetched while the other computes) and of one the gradients. With tensor parallelism a
-  split of them; activations are counted as without it, which is too many.
+  gradients nor moments. Under FSDP2 all are sharded over the devices. These sizes are exact.
+* **Gathered** (FSDP2 only): unsharded weights that a device holds while it computes with them, and
+  their gradients before they are reduce-scattered: everything outside the blocks, the weights of
+  two blocks (one is gathered while the other is computed) and the gradients of one. With tensor
+  parallelism, a device holds its split of them; activations are counted as if they were not split,
+  which overestimates them.
 * **Activations**: the task's own training loss is computed on tensors without memory
-  (`FakeTensorMode`), under the recipe's autocast, and what autograd would keep for the backward
-  pass is added up, each storage once. Under activation checkpointing a block keeps its input, and
-  only the largest block keeps more for a while. The gradient of the largest kept tensor (the
-  logits, in a language model) comes on top, in float32 and in half precision: 1.5 times its size.
+  (`FakeTensorMode`), under the recipe's autocast, and the sizes of the tensors that autograd would
+  save for the backward pass are summed, each storage once. Under activation checkpointing, every
+  block keeps its input, and only the largest block temporarily keeps more. The gradient of the
+  largest saved tensor (the logits, in a language model) is added, in float32 and in half precision:
+  1.5 times its size.
 
-Against the peak of eager steps on an H100, bf16-mixed (models of eight shipped recipes, 4 to 43
-GiB), the sum was 0.93 to 1.07 of it. `compile: true` took 16 % and 26 % less than the sum (it
-recomputes what is cheap). The CUDA context and fragmentation are not counted.
+The estimate was 0.93 to 1.07 of the measured peak of uncompiled steps on an H100 in bf16-mixed
+(models of eight shipped recipes, 4 to 43 GiB). Compiled steps (`compile: true`) took 16 % and 26 %
+less than the estimate, because they recompute cheap operations. The CUDA context and fragmentation
+are not counted.
 """
 
 import logging
@@ -37,7 +40,7 @@ HALF_PRECISIONS = ("bf16-true", "16-true")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a training step, for one device."""
+    """Memory of a training step on one device, in bytes."""
 
     weights: int
     gradients: int
@@ -47,7 +50,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         kept = self.weights + self.gradients + self.optimizer
         return kept + self.activations + self.gathered
 
@@ -60,7 +63,7 @@ def estimate_memory(
     num_shards: int = 1,
     num_splits: int = 1,
 ) -> Memory:
-    """The memory of one training step of `task` (see this module).
+    """Estimate the memory of one training step of `task` (see this module).
 
     Args:
         task: Task on the meta device; its model is converted to fake tensors.
@@ -83,7 +86,7 @@ def estimate_memory(
 
 
 def num_gathered(task: LightningModule) -> int:
-    """Weights and gradients that FSDP2 holds whole at once."""
+    """Number of weights and gradients that FSDP2 holds unsharded at the same time."""
     blocks = [module for module in task.modules() if isinstance(module, Block)]
     sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
     outside = sum(p.numel() for p in task.parameters()) - sum(sizes)
@@ -91,7 +94,7 @@ def num_gathered(task: LightningModule) -> int:
 
 
 def saved_bytes(task: LightningModule, batch: dict[str, Any], precision: str) -> int:
-    """What autograd keeps of one training loss, in bytes."""
+    """Size of the tensors that autograd saves for one training loss, in bytes."""
     floating = torch.bfloat16 if precision in HALF_PRECISIONS else torch.float32
     task.to(floating)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -108,7 +111,7 @@ def saved_bytes(task: LightningModule, batch: dict[str, Any], precision: str) ->
 
 
 def plain_trainer() -> Trainer:
-    """A trainer that a task can ask for its strategy, and that says nothing."""
+    """A trainer with default settings that prints nothing."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -126,7 +129,7 @@ def plain_trainer() -> Trainer:
 
 
 class _Meter(torch.autograd.graph.saved_tensors_hooks):
-    """Adds up saved tensors, block by block."""
+    """Sums the sizes of saved tensors per block."""
 
     def __init__(self, task: LightningModule) -> None:
         super().__init__(self._pack, lambda tensor: tensor)
@@ -145,7 +148,7 @@ class _Meter(torch.autograd.graph.saved_tensors_hooks):
 
     @property
     def total(self) -> int:
-        """Bytes kept at the worst moment of the backward pass."""
+        """Peak number of bytes held in the backward pass."""
         kept = self._outside + self._inputs + max(self._blocks, default=0)
         return kept + 3 * self._largest // 2
 
@@ -167,7 +170,7 @@ class _Meter(torch.autograd.graph.saved_tensors_hooks):
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._weights and storage._cdata not in self._seen:
-            self._seen[storage._cdata] = tensor  # kept alive, so that its number stays its own
+            self._seen[storage._cdata] = tensor  # keeps it alive, so that its address is not reused
             self._largest = max(self._largest, storage.nbytes())
             if self._inside:
                 self._blocks[-1] += storage.nbytes()
@@ -177,7 +180,7 @@ class _Meter(torch.autograd.graph.saved_tensors_hooks):
 
 
 def fake_shapes(task: Any, data: Any) -> InputShapes | None:
-    """Shapes and dtypes of a training batch, or `None` for a model or data of another kind."""
+    """Shapes and dtypes of a training batch; `None` for unknown kinds of models or data."""
     config: Any = getattr(getattr(task, "model", None), "config", None)
     config = getattr(config, "encoder", config)
     size = getattr(data, "batch_size", None)

@@ -1,7 +1,7 @@
-"""Every mistake in a recipe at once.
+"""A search for all mistakes in a recipe.
 
-A recipe is walked beside the signatures of the classes it names. What is right is built on the way
-up (models on no device), so that what a class itself refuses is found as well.
+The values of a recipe are checked against the signatures of the classes that it names. Valid nodes
+are created (models on the meta device), so that errors raised by the classes are found as well.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from diffmm.recipes.errors import message_of
 from diffmm.recipes.numbers import wrong_numbers
 from diffmm.recipes.references import UNKNOWN, resolve, unused_variables
 from diffmm.recipes.settings import CLASS_KEYS
-from diffmm.recipes.trust import PLAIN, is_code, stranger
+from diffmm.recipes.trust import PLAIN, is_code, why_untrusted
 
 
 class Parameter(NamedTuple):
@@ -32,17 +32,17 @@ class Parameter(NamedTuple):
 class Findings(NamedTuple):
     mistakes: list[str]
     model: LightningModule | None
-    """On the meta device; `None` if it could not be made."""
+    """The model on the meta device; `None` if it could not be created."""
     data: LightningDataModule | None
 
 
 def find_mistakes(values: dict[str, Any], *, trust: bool = True) -> Findings:
-    """Look for all mistakes in the values of a recipe (see `diffmm.recipes.settings.load`).
+    """Find all mistakes in the values of a recipe (see `diffmm.recipes.settings.load`).
 
     Args:
-        values: of the recipe.
-        trust: import and call what it names outside `diffmm.recipes.trust.KNOWN`; otherwise that
-            is a mistake.
+        values: Values of the recipe.
+        trust: Whether to import and call classes outside `diffmm.recipes.trust.KNOWN`; otherwise,
+            naming one is a mistake.
     """
     resolved, mistakes = resolve(values)
     mistakes += unused_variables(values)
@@ -56,7 +56,7 @@ def find_mistakes(values: dict[str, Any], *, trust: bool = True) -> Findings:
     model = finder.check(resolved.get("model", {}), LightningModule, "model")
     data = finder.check(resolved.get("data", {}), LightningDataModule, "data")
     is_whole = isinstance(model, LightningModule) and isinstance(data, LightningDataModule)
-    # A misspelt key leaves a default in its place, and that may disagree with anything.
+    # A misspelled key leaves a default in place, which may cause unrelated disagreements.
     if is_whole and not finder.has_unknown_keys:
         trainer = resolved.get("trainer")
         precision = trainer.get("precision") if isinstance(trainer, dict) else None
@@ -69,7 +69,7 @@ def find_mistakes(values: dict[str, Any], *, trust: bool = True) -> Findings:
 
 
 def make_data(values: dict[str, Any], *, trust: bool = True) -> LightningDataModule:
-    """The data of a recipe without mistakes, and nothing else of it."""
+    """Create only the data of a recipe without mistakes."""
     finder = _Finder([], trust=trust, device="cpu")
     data = finder.check(resolve(values)[0].get("data", {}), LightningDataModule, "data")
     assert isinstance(data, LightningDataModule), finder.mistakes
@@ -77,7 +77,7 @@ def make_data(values: dict[str, Any], *, trust: bool = True) -> LightningDataMod
 
 
 class _Finder:
-    """Checks values against types, collects mistakes and gives what was built."""
+    """Checks values against types, creates their objects and collects mistakes."""
 
     def __init__(self, mistakes: list[str], *, trust: bool, device: str = "meta") -> None:
         self.mistakes = mistakes
@@ -86,13 +86,13 @@ class _Finder:
         self.has_unknown_keys = False
 
     def check(self, value: Any, hint: Any, path: str) -> Any:
-        """`value` as `hint` would have it, or `UNKNOWN` after a mistake."""
+        """Convert `value` to the type `hint`; return `UNKNOWN` after a mistake."""
         if value is UNKNOWN:
             return UNKNOWN
         options = _options(hint)
         classes = [option for option in options if inspect.isclass(option)]
         configs = [option for option in classes if dataclasses.is_dataclass(option)]
-        if isinstance(value, str) and any(map(is_code, options)) and self.is_strange(value, path):
+        if isinstance(value, str) and any(map(is_code, options)) and self.is_untrusted(value, path):
             return UNKNOWN
         if isinstance(value, dict) and "class_path" in value:
             return self.instance(value, [c for c in classes if c not in PLAIN], path)
@@ -114,7 +114,7 @@ class _Finder:
         return self.leaf(value, hint, path)
 
     def leaf(self, value: Any, hint: Any, path: str) -> Any:
-        """A plain value, converted as the recipe's parser would convert it."""
+        """Convert a plain value in the same way as the recipe's parser."""
         for option in _options(hint):
             if get_origin(option) is Literal and len(_options(hint)) == 1:
                 choices = get_args(option)
@@ -129,7 +129,7 @@ class _Finder:
         try:
             parser.add_argument("--value", type=hint)
         except ValueError:
-            # A type that the parser cannot check, it does not check in a recipe either.
+            # The parser does not check values of this type in a recipe either.
             return value
         try:
             return parser.parse_object({"value": value}).value
@@ -138,10 +138,10 @@ class _Finder:
             return UNKNOWN
 
     def instance(self, node: dict[str, Any], bases: list[type], path: str) -> Any:
-        """The object that a node with a `class_path` stands for."""
+        """Create the object that a node with a `class_path` specifies."""
         self.check_keys(node, CLASS_KEYS, path)
         class_path = node["class_path"]
-        if class_path is UNKNOWN or self.is_strange(class_path, f"{path}.class_path"):
+        if class_path is UNKNOWN or self.is_untrusted(class_path, f"{path}.class_path"):
             return UNKNOWN
         try:
             cls = import_class(class_path)
@@ -157,30 +157,30 @@ class _Finder:
             )
             return UNKNOWN
         arguments = self.arguments(node.get("init_args") or {}, cls, f"{path}.init_args")
-        # What the trainer holds (loggers, strategies) may act when made: it is looked at only.
+        # Parts of the trainer (loggers, strategies) may have side effects when they are created.
         if arguments is UNKNOWN or path.startswith("trainer"):
             return UNKNOWN
         return self.build(cls, {**arguments, **(node.get("dict_kwargs") or {})}, path)
 
-    def is_strange(self, class_path: Any, path: str) -> bool:
+    def is_untrusted(self, class_path: Any, path: str) -> bool:
         """Whether a class path must not be imported, which is reported as a mistake."""
-        why = None if self.trust else stranger(class_path)
+        why = None if self.trust else why_untrusted(class_path)
         if why is not None:
             self.mistakes.append(f"{path}: {why}")
         return why is not None
 
     def config(self, node: dict[str, Any], cls: type, path: str) -> Any:
-        """A configuration (a dataclass), which refuses what it cannot be."""
+        """Create a configuration (a dataclass), which checks its own values."""
         arguments = self.arguments(node, cls, path)
         return UNKNOWN if arguments is UNKNOWN else self.build(cls, arguments, path)
 
     def arguments(self, values: Any, cls: Any, path: str) -> Any:
-        """The arguments of a class, checked, or `UNKNOWN` after a mistake in any."""
+        """Check the arguments of a class; return `UNKNOWN` after a mistake in any of them."""
         if not isinstance(values, dict):
             self.mistakes.append(f"{path} must hold keys and values, got {values!r}")
             return UNKNOWN
         parameters = _parameters(cls)
-        # Unknown keys do not keep the rest from being checked.
+        # The other keys are checked even if some are unknown.
         self.check_keys(values, parameters, path)
         before = len(self.mistakes)
         for name, parameter in parameters.items():
@@ -194,14 +194,14 @@ class _Finder:
         return UNKNOWN if len(self.mistakes) > before else _whole(checked)
 
     def build(self, cls: type, arguments: dict[str, Any], path: str) -> Any:
-        """An object of `cls`, usually on no device."""
+        """Create an object of `cls`, usually on the meta device."""
         try:
             with torch.device(self.device):
                 return cls(**arguments)
         except (ValueError, FileNotFoundError) as error:
             self.mistakes.append(f"{path}: {message_of(error)}")
         except Exception as error:
-            # No refusal: a class that did not reckon with such values.
+            # The class does not check these values itself.
             self.mistakes.append(
                 f"{path}: {cls.__name__} cannot be created from these values "
                 f"({type(error).__name__}: {message_of(error)})"
@@ -209,7 +209,7 @@ class _Finder:
         return UNKNOWN
 
     def check_keys(self, values: dict[str, Any], known: Iterable[str], path: str) -> None:
-        """Refuse keys that are not `known`, with the nearest that is."""
+        """Report keys that are not in `known`, each with the nearest known one."""
         known = list(known)
         for key in values:
             if key not in known:
@@ -223,7 +223,7 @@ TOP = ("seed_everything", "vars", "run_dir", "trainer", "model", "data")
 
 
 def _options(hint: Any) -> list[Any]:
-    """The members of a union, or the one type that is none."""
+    """The members of a union; any other type alone."""
     if get_origin(hint) in (Union, types.UnionType):
         return [option for member in get_args(hint) for option in _options(member)]
     return [hint]
@@ -244,12 +244,12 @@ def _is_module(classes: list[type]) -> bool:
 
 
 def _nearest_config(node: dict[str, Any], configs: list[type]) -> type:
-    """Of several dataclasses the one with most of the node's keys."""
+    """The dataclass that shares the most keys with the node."""
     return max(configs, key=lambda c: len(set(node) & {f.name for f in dataclasses.fields(c)}))
 
 
 def _whole(container: Any) -> Any:
-    """A container of known values, or `UNKNOWN`."""
+    """The container, or `UNKNOWN` if any of its values is unknown."""
     return UNKNOWN if _has_unknown(container) else container
 
 
@@ -262,12 +262,12 @@ def _has_unknown(value: Any) -> bool:
 
 
 def _parameters(cls: Any) -> dict[str, Parameter]:
-    """The arguments a class takes, with their types; `Any` for those it hands to its parents."""
+    """The arguments of a class with their types; `Any` for those that it passes to its parents."""
     function = cls.__init__ if inspect.isclass(cls) else cls
     try:
         hints = get_type_hints(function)
     except NameError:
-        # Annotated with names that are imported for type checkers only.
+        # The annotations use names that are imported for type checkers only.
         hints = {}
     signature = inspect.signature(function).parameters.values()
     found = {
@@ -276,7 +276,7 @@ def _parameters(cls: Any) -> dict[str, Parameter]:
         if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self"
     }
     if any(p.kind is p.VAR_KEYWORD for p in signature):
-        # The recipe's parser finds by the source what becomes of **kwargs.
+        # The recipe's parser resolves **kwargs from the source code.
         parser = ArgumentParser(exit_on_error=False)
         for name in parser.add_class_arguments(cls, fail_untyped=False, sub_configs=True):
             found.setdefault(name, Parameter(Any, required=False))
@@ -284,10 +284,10 @@ def _parameters(cls: Any) -> dict[str, Parameter]:
 
 
 def import_class(class_path: Any) -> Any:
-    """The class, or `None` for a short name, which the recipe's parser alone understands.
+    """Import a class; return `None` for a short name, which only the recipe's parser resolves.
 
     Raises:
-        ImportError: saying what is not there, with the nearest name.
+        ImportError: If the module or the class does not exist; the message gives the nearest name.
     """
     if not isinstance(class_path, str):
         raise ImportError(f"expected a class path, got {class_path!r}")
@@ -306,12 +306,12 @@ def import_class(class_path: Any) -> Any:
 
 
 def article(noun: str) -> str:
-    """The indefinite article of a class's name."""
+    """The indefinite article of a class name."""
     return "an" if noun[:1] in "AEIOU" else "a"
 
 
 def _name(hint: Any) -> str:
-    """A type in words."""
+    """A description of a type."""
     names = [
         "null"
         if option is type(None)

@@ -51,7 +51,7 @@ def wrong_numbers(
         resolved: The same values, with references resolved.
     """
     written, anywhere, out_of_range = faults(values), faults(resolved), trainer_faults(resolved)
-    # What several settings refer to is reported once, where it is set.
+    # A value that several settings refer to is reported once, where it is set.
     found = {**(written or anywhere), **out_of_range}
     mistakes = [f"{'.'.join(map(str, path))} {fault}" for path, fault in found.items()]
     return mistakes, without(resolved, anywhere.keys() | out_of_range.keys(), instead=UNKNOWN)
@@ -67,7 +67,7 @@ def faults(values: dict[str, Any]) -> dict[Place, str]:
 
 
 def trainer_faults(values: dict[str, Any]) -> dict[Place, str]:
-    """What is wrong with settings of the trainer, and with the seed, that are numbers or times."""
+    """Return the faults of the trainer's numbers and times and of the seed, by path."""
     trainer = values.get("trainer")
     found: dict[Place, str] = {
         ("trainer", name): f"must be {fault}, got {value}"
@@ -81,7 +81,7 @@ def trainer_faults(values: dict[str, Any]) -> dict[Place, str]:
 
 
 def trainer_fault(name: str, value: Any) -> str | None:
-    """What a setting of the trainer must be, if it is a number or a time that no run can mean."""
+    """Return what a setting of the trainer must be if it is an invalid number or time."""
     if not is_number(value):
         return time_fault(value) if name in TIMES and isinstance(value, str | dict) else None
     if name in LEAST and value < LEAST[name]:
@@ -94,11 +94,11 @@ def trainer_fault(name: str, value: Any) -> str | None:
     is_share = isinstance(value, float) and (0.0 < value <= 1.0 or value == least == 0.0)
     if is_share or (isinstance(value, int) and value >= least):
         return None
-    return f"a number of batches from {least} on, or a share of them up to 1.0"
+    return f"a number of batches of at least {least}, or a fraction of them up to 1.0"
 
 
 def time_fault(value: str | dict[str, int]) -> str | None:
-    """What a length of time must be, if it is none."""
+    """Return what a duration must be if it is invalid."""
     from lightning.pytorch.callbacks import Timer
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -106,7 +106,7 @@ def time_fault(value: str | dict[str, int]) -> str | None:
         seconds = Timer(value).time_remaining()
     except (MisconfigurationException, TypeError, OverflowError) as error:
         return f"a time, such as '00:12:00:00' for twelve hours ({message_of(error)})"
-    return None if seconds is not None and seconds > 0.0 else "longer than nothing"
+    return None if seconds is not None and seconds > 0.0 else "longer than 0 seconds"
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

@@ -1,4 +1,4 @@
-"""Advice for a run that is out of memory: settings, and the memory of a step with each."""
+"""Advice for a run that is out of memory: settings, and the memory of a step with each of them."""
 
 import shlex
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ class Remedy(NamedTuple):
 
     @property
     def flags(self) -> str:
-        """As they are written on a command line."""
+        """The settings as command-line options."""
         return " ".join(
             f"--{key} {shlex.quote(str(value).lower() if value is True else str(value))}"
             for key, value in self.settings.items()
@@ -46,14 +46,14 @@ class Remedy(NamedTuple):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a step failed for want of memory, a device's or the machine's."""
+    """Whether a step failed because the device or the host is out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
 
 
 def advice(error: BaseException, values: dict[str, Any], run_dir: Path, step: int) -> str:
-    """What to tell a user whose run ended for want of memory.
+    """Return the message for a run that ended because it was out of memory.
 
     Args:
         error: Error that ended the run.
@@ -66,19 +66,19 @@ def advice(error: BaseException, values: dict[str, Any], run_dir: Path, step: in
     values = {**values, "run_dir": str(run_dir)}
     if (memory := estimate(values)) is not None:
         lines += [f"a step takes about {memory_text(memory)}", *_helpful(values, memory)]
-    with suppress(ValueError):  # there are checkpoints, but none is complete
+    with suppress(ValueError):  # raised if no checkpoint is complete
         checkpoint = find_whole(run_dir / "checkpoints", warn=warn)
         if checkpoint is not None:
             lines.append(
                 f"the last checkpoint is complete: {checkpoint}. To start from its weights with "
-                f"other "
-                f"settings: diffmm finetune --config {run_dir}/config.yaml --weights {run_dir} ..."
+                f"other settings: diffmm finetune --config {run_dir}/config.yaml "
+                f"--weights {run_dir} ..."
             )
     return "\n".join(lines)
 
 
 def _helpful(values: dict[str, Any], memory: Memory) -> Iterator[str]:
-    """A line for each remedy that takes less than `memory`, and one for all of them."""
+    """Yield a line for each remedy that takes less than `memory`, and one for all of them."""
     together: dict[str, Any] = {}
     found = []
     for remedy in remedies(values):
@@ -94,7 +94,7 @@ def _helpful(values: dict[str, Any], memory: Memory) -> Iterator[str]:
 
 
 def estimate(values: dict[str, Any]) -> Memory | None:
-    """What a step of a recipe takes, as `diffmm check` reckons; `None` where it cannot."""
+    """Estimate the memory of a step, as `diffmm check` does; `None` if that is not possible."""
     found = find_mistakes(values)
     shapes = None if found.mistakes else fake_shapes(found.model, found.data)
     if shapes is None:
@@ -103,7 +103,7 @@ def estimate(values: dict[str, Any]) -> Memory | None:
 
 
 def remedies(values: dict[str, Any]) -> Iterator[Remedy]:
-    """What may help, in the order in which to try it: first what changes nothing but time."""
+    """Yield remedies in the order to try them, first those that only change the speed."""
     resolved = resolve(values)[0]
     trainer, data, model = (resolved.get(name) or {} for name in ("trainer", "data", "model"))
     batch_size = _arguments(data).get("batch_size")
@@ -138,9 +138,8 @@ def remedies(values: dict[str, Any]) -> Iterator[Remedy]:
         devices = max(torch.cuda.device_count(), 1)
         devices = devices if devices > 1 else MANY_DEVICES
         yield Remedy(
-            f"on {devices} devices, with sharded weights, gradients and moments; divide the "
-            f"batches "
-            f"as well, for the same step",
+            f"on {devices} devices, with sharded weights, gradients and moments; also divide the "
+            f"batch size to keep the step the same",
             {
                 setting_key(values, "trainer.strategy"): "fsdp2",
                 setting_key(values, "trainer.devices"): devices,
@@ -160,7 +159,7 @@ def _arguments(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def setting_key(values: dict[str, Any], key: str) -> str:
-    """Where a setting is made: at `key`, or at the variable that it refers to."""
+    """Return the key to set: `key`, or the variable that its value refers to."""
     node: Any = values
     for part in key.split("."):
         node = (node.get("init_args") or {}) if "class_path" in node else node

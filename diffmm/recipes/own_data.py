@@ -1,8 +1,8 @@
 """A recipe on a user's own data: `diffmm fit --config RECIPE --data PATH`.
 
-The recipe's class of data looks at the path (its class method `own_data`); what it finds becomes
-settings of the data, and the number of classes, the channels and the sample rate of the model. The
-overrides of the command line come after these and win.
+The class method `own_data` of the recipe's data class inspects the path. Its findings become
+settings of the data, and the number of classes, the channels and the sample rate of the model.
+Overrides on the command line take precedence.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,19 +13,19 @@ from diffmm.recipes.errors import InputError, refusing
 from diffmm.recipes.mistakes import import_class
 from diffmm.recipes.references import REFERENCE, resolve, used_variables, walk
 from diffmm.recipes.settings import load, override, parse_overrides
-from diffmm.recipes.trust import stranger
+from diffmm.recipes.trust import why_untrusted
 
 Place = tuple[str | int, ...]
 
 LOCATIONS = ("train", "val", "test", "root")
-"""Arguments of the recipe's own source that say where its data are, and nothing of the user's."""
+"""Arguments of the recipe's own source that locate its data; they do not apply to the user's."""
 
 INPUT_SIZE = ("image_size",)
-"""A setting of models that see images: beside it stands how many channels they have."""
+"""Settings of image models; their number of channels is a setting of the same node."""
 
 
 class OnOwnData(NamedTuple):
-    """A recipe whose data are the user's.
+    """A recipe with the user's data.
 
     Attributes:
         values: Values of the recipe, complete and unresolved.
@@ -60,13 +60,13 @@ def on_own_data(
     for where in [where for where, _ in walk(looked) if where[-1] in LOCATIONS]:
         if where[:-1] == ("data", "init_args", "source", "init_args"):
             del looked["data"]["init_args"]["source"]["init_args"][where[-1]]
-    # Overrides may say how to look at the data (--data.source.val_fraction) and where else.
+    # Overrides may change how the data are read, such as --data.source.val_fraction.
     for key, value in parse_overrides(overrides):
         override(looked, key, value)
     node = resolve(looked)[0].get("data")
     node = node if isinstance(node, dict) else {}
     class_path = node.get("class_path")
-    if not trust and (why := stranger(class_path)):
+    if not trust and (why := why_untrusted(class_path)):
         raise InputError(f"data.class_path: {why}")
     try:
         data_class = import_class(class_path)
@@ -74,8 +74,7 @@ def on_own_data(
         raise InputError(f"data.class_path: {error}") from error
     if not hasattr(data_class, "own_data"):
         raise InputError(
-            f"--data {path}: data of class {class_path} cannot be found by --data: set "
-            f"--data.source"
+            f"--data {path}: the data class {class_path} does not support --data: set --data.source"
         )
     with refusing():
         found = data_class.own_data(
@@ -99,36 +98,38 @@ def on_own_data(
     left = set(used) - set(used_variables(values))
     if isinstance(values.get("vars"), dict):
         values["vars"] = {name: v for name, v in values["vars"].items() if name not in left}
-    lines = [found.told]
+    lines = [found.summary]
     final = resolve({**values, "run_dir": "runs"})[0]
     if "num_classes" in names:
-        _check_labels(final, found.told)
+        _check_labels(final, found.summary)
     if names:
-        told = [_told(name, place, value, final) for name, (place, value) in names.items()]
-        lines.append(f"set: {', '.join(told)}")
+        changes = [
+            _change_text(name, place, value, final) for name, (place, value) in names.items()
+        ]
+        lines.append(f"set: {', '.join(changes)}")
     if found.facts.get("num_classes") == 1 and "num_classes" in names:
         raise InputError(
-            f"{found.told}. A classifier needs at least two classes: if their folders are one "
+            f"{found.summary}. A classifier needs at least two classes: if their folders are one "
             f"level down, give that folder"
         )
     return OnOwnData(values, lines)
 
 
-def _check_labels(final: dict[str, Any], told: str) -> None:
-    """Refuse data of one label per sample for a model of several, and the other way around."""
+def _check_labels(final: dict[str, Any], summary: str) -> None:
+    """Raise if only one of the data and the model has several labels per sample."""
     source = final["data"]["init_args"]["source"].get("init_args") or {}
     theirs = bool(source.get("multi_label", False))
     ours = bool((final["model"].get("init_args") or {}).get("multi_label", False))
     if theirs != ours:
         raise InputError(
-            f"{told}. The data have multi_label={theirs}, but the recipe's model has {ours}: a CSV "
-            f"file may give several labels per sample (--data.source.multi_label true), a folder "
-            f"gives one (--model.multi_label false, and another metric to monitor)"
+            f"{summary}. The data have multi_label={theirs}, but the recipe's model has {ours}: a "
+            f"CSV file may give several labels per sample (--data.source.multi_label true), a "
+            f"folder gives one (--model.multi_label false, and another metric to monitor)"
         )
 
 
 def _places(values: dict[str, Any], name: str) -> Iterator[Place]:
-    """Where a recipe's model and data say what `name` is, in their own words."""
+    """Yield the paths of the settings of a recipe's model and data that give the fact `name`."""
     model = [(("model", *place), value) for place, value in walk(values.get("model"))]
     if name == "num_classes":
         yield from (place for place, _ in model if place[-1] == "num_classes")
@@ -143,10 +144,10 @@ def _places(values: dict[str, Any], name: str) -> Iterator[Place]:
 
 
 def set_through(values: dict[str, Any], place: Place, value: Any) -> Place:
-    """Set a value, or the one that stands elsewhere if there is a reference to it in its place.
+    """Set a value in place; if the current value is a reference, set its target instead.
 
     Returns:
-        Where it was set.
+        The path at which the value was set.
     """
     node: Any = values
     for part in place[:-1]:
@@ -160,8 +161,8 @@ def set_through(values: dict[str, Any], place: Place, value: Any) -> Place:
     return place
 
 
-def _told(name: str, place: Place, value: Any, final: dict[str, Any]) -> str:
-    """A setting and its value; also what the data have, where the command line says otherwise."""
+def _change_text(name: str, place: Place, value: Any, final: dict[str, Any]) -> str:
+    """Describe a setting and its value, and the data's value if the command line overrides it."""
     now: Any = final
     for part in place:
         now = now.get(part) if isinstance(now, dict) else now[part]

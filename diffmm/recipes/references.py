@@ -12,7 +12,7 @@ from diffmm.checks import did_you_mean
 REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.\[\]]*)\}")
 
 MAX_SIZE = 1 << 20
-"""Characters and nodes of a recipe whose references are resolved."""
+"""Maximum number of characters and nodes of a recipe with its references resolved."""
 
 UNKNOWN = object()
 """Stands for a value that is unknown because of a mistake that was already reported."""
@@ -28,10 +28,10 @@ def resolve(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         mistake = f"the references between settings stand for more than {MAX_SIZE:,} characters"
         paths = {path for path, value in walk(values) if isinstance(value, str) and "${" in value}
         return without(values, paths, instead=UNKNOWN), [mistake]
-    unreadable = {path: told for path, value in walk(values) if (told := _unreadable(value))}
+    unreadable = {path: fault for path, value in walk(values) if (fault := _unreadable(value))}
     tree = OmegaConf.create(without(values, unreadable, instead=None))
     names = [".".join(map(str, path)) for path, _ in walk(values)]
-    mistakes = [f"{'.'.join(map(str, path))}: {told}" for path, told in unreadable.items()]
+    mistakes = [f"{'.'.join(map(str, path))}: {fault}" for path, fault in unreadable.items()]
 
     def resolved(value: Any, path: tuple[str | int, ...]) -> Any:
         if path in unreadable:
@@ -47,7 +47,7 @@ def resolve(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             for part in path:
                 node = node[part]
         except OmegaConfBaseException as error:
-            mistakes.append(_told(path, value, names, error))
+            mistakes.append(_reference_fault(path, value, names, error))
             return UNKNOWN
         return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
@@ -55,13 +55,13 @@ def resolve(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def used_variables(values: dict[str, Any]) -> list[str]:
-    """The names of the variables that something refers to."""
+    """The names of the variables that any setting refers to."""
     text = " ".join(value for _, value in walk(values) if isinstance(value, str))
     return sorted(set(re.findall(r"\$\{vars\.(\w+)", text)))
 
 
 def unused_variables(values: dict[str, Any]) -> list[str]:
-    """A line for each variable that nothing refers to, and that therefore changes nothing."""
+    """Return one line for each variable that no setting refers to."""
     used, variables = used_variables(values), values.get("vars")
     return [
         f"vars.{name} has no effect: nothing refers to it{did_you_mean(name, used)}"
@@ -98,7 +98,7 @@ def without(
 
 
 def _resolved_size(values: dict[str, Any]) -> int:
-    """About as many characters and nodes as the values have once references are resolved."""
+    """Approximate number of characters and nodes of the values with references resolved."""
     nodes = {".".join(map(str, path)): value for path, value in walk(values)}
     known: dict[str, int] = {}
 
@@ -121,7 +121,7 @@ def _resolved_size(values: dict[str, Any]) -> int:
 
 
 def _unreadable(value: Any) -> str | None:
-    """Why a leaf of a tree, such as `${vars.`, can be no value; `None` if it can."""
+    """Return why a leaf such as `${vars.` is not a valid value; `None` if it is valid."""
     if isinstance(value, dict | list):
         return None
     try:
@@ -131,7 +131,7 @@ def _unreadable(value: Any) -> str | None:
     return None
 
 
-def _told(
+def _reference_fault(
     path: tuple[str | int, ...], value: str, names: list[str], error: OmegaConfBaseException
 ) -> str:
     place = ".".join(map(str, path))

@@ -1,7 +1,7 @@
 """A recipe with the overrides of a command line, as one tree of plain values.
 
-References (`${vars.attention}`, `${oc.env:TOKEN}`) are left as they are written: they are resolved
-when the tree is parsed, after all overrides, and never in what a run saves.
+References (`${vars.attention}`, `${oc.env:TOKEN}`) are kept as written: they are resolved when the
+tree is parsed, after all overrides, and never in the config that a run saves.
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 
 
 def load(recipes: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The values of one or more recipes, later ones over earlier ones, then the overrides.
+    """Load the values of one or more recipes and apply overrides; later values take precedence.
 
     Args:
         recipes: YAML files.
-        overrides: `--key value` or `--key=value` with dotted keys. `init_args` may be left out of
-            a key; a number picks from a list, and `key+` adds to one.
+        overrides: `--key value` or `--key=value` with dotted keys. `init_args` may be omitted from
+            a key; a number selects an item of a list, and `key+` appends to a list.
 
     Raises:
-        InputError: for a file that is not a mapping in YAML, or an override without a value.
+        InputError: If a file is not a mapping in YAML, or an override has no value.
     """
     values: dict[str, Any] = {}
     for recipe in recipes:
@@ -37,10 +37,11 @@ def load(recipes: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, An
 
 
 def load_file(path: Path) -> dict[str, Any]:
-    """The values of one YAML file, old names in it replaced by those of today with a warning.
+    """Load the values of one YAML file; old names are replaced by current ones with a warning.
 
     Raises:
-        InputError: naming the file, and the line if it is not YAML.
+        InputError: If it cannot be read; the message names the file, and the line if it is not
+            YAML.
     """
     try:
         with path.open(encoding="utf-8") as file:
@@ -54,19 +55,19 @@ def load_file(path: Path) -> dict[str, Any]:
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
-    """Keys and values of `--key value` and `--key=value`.
+    """Parse the keys and values of `--key value` and `--key=value`.
 
     Raises:
-        InputError: for what is neither.
+        InputError: If an argument has neither form.
     """
     return [(key, parse_value(text)) for key, text in split_overrides(arguments)]
 
 
 def split_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """Keys and values, as they are written, of `--key value` and `--key=value`.
+    """Split `--key value` and `--key=value` into keys and values, as written.
 
     Raises:
-        InputError: for what is neither.
+        InputError: If an argument has neither form.
     """
     pairs = []
     rest = list(arguments)
@@ -83,7 +84,7 @@ def split_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def parse_value(text: str) -> Any:
-    """A value of the command line: YAML, or text where it is none."""
+    """Parse a value of the command line as YAML; invalid YAML is plain text."""
     try:
         return parse(text)
     except ValueError:
@@ -91,7 +92,7 @@ def parse_value(text: str) -> Any:
 
 
 def merge(below: Any, above: Any) -> Any:
-    """`above` over `below`: mappings key by key, but another class with its own arguments."""
+    """Merge `above` over `below` key by key; a node of another class replaces the whole node."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return deepcopy(above)
     if "class_path" in above and above["class_path"] != below.get("class_path"):
@@ -106,7 +107,7 @@ def override(values: dict[str, Any], key: str, value: Any) -> None:
     """Set one dotted key, in place.
 
     Raises:
-        InputError: if the key leads outside a list.
+        InputError: If the key refers to a list item that does not exist.
     """
     *parents, last = key.split(".")
     node: Any = values
@@ -131,7 +132,7 @@ def override(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _inside(node: Any, part: str, key: str) -> Any:
-    """The node below `node`, made if it is not there or is no node."""
+    """The child node at `part`; created if it does not exist or is a plain value."""
     if isinstance(node, list):
         if not part.isdigit():
             return _inside(_added_last(node, key), part, key)
@@ -148,7 +149,7 @@ def _inside(node: Any, part: str, key: str) -> Any:
 
 
 def _added_last(node: list[Any], key: str) -> dict[str, Any]:
-    """The item of a list that a key without a number means."""
+    """The last item of a list, which a key without a number refers to."""
     if not node:
         raise InputError(f"--{key}: the list is empty, there is nothing to set in it")
     if not isinstance(node[-1], dict):

@@ -1,4 +1,4 @@
-"""Textual summary of a recipe: its model, its steps and their memory."""
+"""A text summary of a recipe: its model, its steps and their memory."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from diffmm.training.parallel import StrategyRegistry
 
 
 def report(task: Any, data: Any, values: dict[str, Any]) -> dict[str, str]:
-    """What a recipe's model and steps are, in words."""
+    """Describe the model and the steps of a recipe, one line per property."""
     trainer = resolve(values)[0].get("trainer") or {}
     model = getattr(task, "model", task)
     lines = {"model": f"{type(model).__name__} under {type(task).__name__}"}
@@ -46,7 +46,7 @@ def report(task: Any, data: Any, values: dict[str, Any]) -> dict[str, str]:
 
 
 def step_memory(task: Any, shapes: dict[str, Any], trainer: dict[str, Any]) -> Memory:
-    """What a training step on batches of `shapes` takes, under the settings of a trainer."""
+    """Estimate the memory of a training step on batches of `shapes` with a trainer's settings."""
     return estimate_memory(
         task,
         shapes,
@@ -57,14 +57,14 @@ def step_memory(task: Any, shapes: dict[str, Any], trainer: dict[str, Any]) -> M
 
 
 def memory_text(memory: Memory) -> str:
-    """An estimate in words."""
+    """Format a memory estimate."""
     parts = {f.name: getattr(memory, f.name) for f in dataclasses.fields(memory)}
     split = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
     return f"{gib(memory.total)} per device: {split}"
 
 
 def step_size(trainer: dict[str, Any], data: Any, shapes: dict[str, Any]) -> str:
-    """Samples, and tokens of a text, of one optimizer step."""
+    """Describe the number of samples and tokens per optimizer step."""
     accumulated, split = trainer.get("accumulate_grad_batches") or 1, tensor_parallel_size(trainer)
     known = num_devices(trainer) // split
     samples = data.batch_size * accumulated * known
@@ -77,19 +77,19 @@ def step_size(trainer: dict[str, Any], data: Any, shapes: dict[str, Any]) -> str
     detail += f" x {known} {who}" if known > 1 else ""
     devices = trainer.get("devices", "auto")
     if not isinstance(devices, int) or devices < 1:
-        detail += f", for each device (devices: {devices})"
+        detail += f", per device (devices: {devices})"
     return f"{text} ({detail})"
 
 
 def num_devices(trainer: dict[str, Any]) -> int:
-    """Of all nodes; one where the recipe leaves it to the machine."""
+    """Number of devices of all nodes, counting one per node if the recipe leaves it open."""
     devices = trainer.get("devices", "auto")
     known = devices if isinstance(devices, int) and devices > 0 else 1
     return known * (trainer.get("num_nodes") or 1)
 
 
 def tensor_parallel_size(trainer: dict[str, Any]) -> int:
-    """How many devices share the heads of a block, and so compute on the same samples."""
+    """Number of devices that share the heads of a block and compute on the same samples."""
     strategy = trainer.get("strategy")
     settings: dict[str, Any] = {}
     if isinstance(strategy, dict):
@@ -100,5 +100,5 @@ def tensor_parallel_size(trainer: dict[str, Any]) -> int:
 
 
 def gib(num_bytes: int) -> str:
-    """Bytes in a suitable unit."""
+    """Format a number of bytes in MiB or GiB."""
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:.1f} MiB"

@@ -1,7 +1,7 @@
 """LightningCLI for one recipe, whose overrides have already been merged.
 
-An override reaches everything that refers to it, since references are resolved last (the parser
-mode `omegaconf+`). No checkpoint changes a setting behind the recipe's back.
+An override affects every setting that refers to it, because references are resolved last (parser
+mode `omegaconf+`). Checkpoints never change the settings of a recipe.
 """
 
 import atexit
@@ -37,27 +37,29 @@ REFUSALS = (
     OmegaConfBaseException,
     MisconfigurationException,
 )
-"""The errors with which the library, the parser, Lightning and the system refuse an input."""
+"""Errors of the library, the parser, Lightning and the system that report invalid input."""
 
 
 NOISE = (
-    # Lightning calls its parser by an older name, and torch's pytrees by an older class.
+    # Lightning uses deprecated names of jsonargparse and of torch's pytrees.
     r"\s*(By default only one Jsonargparse|``instantiate_classes``)",
     ".*LeafSpec",
-    # A resumed run has its directory already; a new run gets a new one.
+    # This is expected for a resumed run; a new run gets a new directory.
     "Checkpoint directory .* exists and is not empty",
-    # Task refuses what this warns of.
+    # `Task` raises an error in the case that this warns of.
     "You're using the WeightAveraging callback with a model that overrides",
 )
-"""Warnings of the libraries that a user can do nothing about."""
+"""Warnings of the libraries that a user cannot act on."""
 
 
 class SettingsCLI(LightningCLI):
-    """Lightning's settings, and the keys of a recipe that are not Lightning's."""
+    """Lightning's settings, and the additional keys of a recipe."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--vars", type=dict, default={}, help="to refer to: ${vars.name}")
-        parser.add_argument("--run_dir", type=str, default=None, help="where the run is kept")
+        parser.add_argument(
+            "--vars", type=dict, default={}, help="Variables that settings refer to: ${vars.name}."
+        )
+        parser.add_argument("--run_dir", type=str, default=None, help="Directory of the run.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
@@ -115,8 +117,9 @@ class RecipeCLI(SettingsCLI):
     def instantiate_trainer(self, **changes: Any) -> Trainer:
         """Keep a recipe's `limit_val_batches: 1` (one batch) an integer.
 
-        The parser tries the types of `Optional[Union[int, float]]` in turn and may find `1.0` (all
-        batches) first: Python gives them in the order in which anything wrote that union first.
+        The parser tries the types of `Optional[Union[int, float]]` in order and may convert the
+        value to `1.0` (all batches), because Python caches unions and returns the types in the
+        order of the first use.
         """
         values = resolve(self.values)[0].get("trainer") or {}
         whole = {
@@ -170,7 +173,7 @@ def parser_settings() -> dict[str, Any]:
 
 
 def silence_noise() -> None:
-    """Leave `NOISE`, and Lightning's advertisement of a logger, out of what a run says."""
+    """Suppress `NOISE` and Lightning's advertisement of a logger."""
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
@@ -196,9 +199,9 @@ def leave_processes(code: int) -> None:
 
 @contextmanager
 def refusing_before_training(cli: RecipeCLI, checkpoint: Path | None = None) -> Iterator[None]:
-    """Turn refusals before the first batch into `InputError`s; later failures stay as they are.
+    """Turn `REFUSALS` before the first batch into `InputError`; later errors are not changed.
 
-    If a run was resumed from `checkpoint`, a failure before the end of its first batch names it.
+    If a run was resumed from `checkpoint`, an error before the end of its first batch names it.
     """
     training = _TrainingWatcher()
     callbacks: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
@@ -215,7 +218,6 @@ def refusing_before_training(cli: RecipeCLI, checkpoint: Path | None = None) -> 
         if checkpoint is not None and not training.has_made_a_batch:
             error.add_note(
                 f"raised when the run was resumed from {checkpoint}: if that checkpoint is "
-                f"damaged, "
-                f"remove its folder, and the previous one is used"
+                f"damaged, remove its folder, and the previous one is used"
             )
         raise

@@ -1,8 +1,7 @@
-"""Which code a recipe may name.
+"""Restrictions on the code that an untrusted recipe may run.
 
-A recipe names classes, and naming one imports and calls it. In a recipe or run from
-someone else, only the classes of `KNOWN` packages are imported and called, until `--trust` says
-that its own code may be run.
+The classes that a recipe names are imported and called. For a recipe or run from another author,
+only classes of `KNOWN` packages are imported and called unless `--trust` is given.
 """
 
 import argparse
@@ -24,16 +23,16 @@ KNOWN = (
     "pytorch_lightning",
     "timm",
 )
-"""Packages whose classes any recipe may name."""
+"""Packages whose classes are always trusted."""
 
 PLAIN = (int, float, bool, str, bytes, complex, dict, list, tuple, set, type(None))
-"""Types whose values a recipe holds as they are."""
+"""Types whose values a recipe holds directly."""
 
 CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
 def add_trust_option(parser: argparse.ArgumentParser) -> None:
-    """`--trust`, for the verbs that may be given the recipe or run of someone else."""
+    """Add `--trust` to a command that may be given a recipe or run from another author."""
     parser.add_argument(
         "--trust",
         action="store_true",
@@ -42,9 +41,9 @@ def add_trust_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def stranger(class_path: Any) -> str | None:
-    """Why a class path must not be imported, in words; None if it belongs to one of the `KNOWN`
-    packages or to no installed one, or is a name without a package."""
+def why_untrusted(class_path: Any) -> str | None:
+    """Return why a class path must not be imported; `None` if it belongs to a `KNOWN` package or to
+    one that is not installed, or is a name without a package."""
     if not isinstance(class_path, str) or not CLASS_PATH.fullmatch(class_path):
         return None
     package = class_path.partition(".")[0]
@@ -58,8 +57,7 @@ def stranger(class_path: Any) -> str | None:
 
 
 def is_code(option: Any) -> bool:
-    """Whether a type makes the parser import what a string names: an instance of a class, the class
-    itself, or a function."""
+    """Whether the parser imports the class or function that a string of this type names."""
     if option is type or option is callable or "Callable" in str(option):
         return True
     origin = get_origin(option)

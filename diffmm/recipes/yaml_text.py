@@ -1,4 +1,4 @@
-"""YAML as recipes use it: plain values of bounded size and depth."""
+"""The subset of YAML that recipes use: plain values of bounded size and depth."""
 
 import re
 from typing import Any
@@ -10,19 +10,20 @@ MAX_BYTES = 1 << 20
 MAX_NODES = 100_000
 """Maximum number of nodes of a tree; an alias counts each time it is used."""
 MAX_DEPTH = 100
+"""Maximum nesting depth of a tree."""
 
 PLAIN = (str, bool, int, float, type(None))
 
 
 class Loader(yaml.SafeLoader):
-    """YAML with the floats of YAML 1.2 (`1e-3` is one), without repeated keys, and without dates:
-    `2026-01-01` is text."""
+    """A YAML loader with the floats of YAML 1.2 (such as `1e-3`), which rejects repeated keys and
+    reads dates such as `2026-01-01` as text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise _refusal("a key is text, and no list or mapping", key)
+                raise _refusal("a key must be text, not a list or a mapping", key)
             if key.value in seen:
                 raise _refusal(f"the key {key.value!r} appears twice", key)
             seen.add(key.value)
@@ -50,11 +51,12 @@ def _refusal(message: str, node: yaml.Node) -> yaml.constructor.ConstructorError
 
 
 def parse(text: str) -> Any:
-    """The plain values that a YAML text holds.
+    """Parse a YAML text of plain values.
 
     Raises:
-        ValueError: in one line, for what is no YAML, is none of mappings with text as keys, lists,
-            text, numbers, booleans and null, or is larger or deeper than a recipe can be.
+        ValueError: If the text is not valid YAML, has other values than mappings with text as keys,
+            lists, text, numbers, booleans and null, or exceeds the size or depth of a recipe. The
+            message is one line.
     """
     if len(text) > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES:,} characters, more than a recipe may have")
@@ -65,14 +67,14 @@ def parse(text: str) -> Any:
     except RecursionError:
         raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep") from None
     except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
-        # Of PyYAML's own constructors: an integer of thousands of digits, `!!int` of nothing.
+        # Raised by PyYAML's constructors, such as for an integer of thousands of digits.
         raise ValueError(f"it holds a value that cannot be read: {error}") from error
     _size(values, (), {})
     return values
 
 
 def _size(value: Any, path: tuple[str | int, ...], known: dict[int, int | None]) -> int:
-    """The number of nodes in a tree; each is looked at once, however often it is referred to."""
+    """The number of nodes in a tree; a node with several references is visited only once."""
     if not isinstance(value, dict | list):
         if type(value) not in PLAIN:
             place = ".".join(map(str, path)) or "it"

@@ -24,12 +24,14 @@ LOCK_NAME = "run.lock"
 def claimed(run: Path) -> Iterator[None]:
     """Own a run directory, which is created if necessary, until the block ends.
 
-    If the block refuses its input, or is stopped before the run has begun (has its `config.yaml`),
-    whatever it created is removed: the directory itself, or, in an existing directory, its new
-    folders and the new files below them. The first of a run's processes owns the directory for all.
+    If the block raises `InputError`, or is interrupted before the run has begun (before
+    `config.yaml` is written), everything that it created is removed: the directory itself, or, in
+    an existing directory, its new folders and the new files below them. The first process of a run
+    owns the directory for all of its processes.
 
     Raises:
-        InputError: If another process owns it, with its number, its machine and the time.
+        InputError: If another process owns it; the message gives its process ID, host and start
+            time.
     """
     if not is_first_process():
         yield
@@ -44,7 +46,7 @@ def claimed(run: Path) -> Iterator[None]:
     except OSError as error:
         _remove(run, missing)
         raise InputError(f"{run} cannot be written: {error}") from error
-    # Workers are forked: a copy of theirs would hold the lock after this process is gone.
+    # Forked workers would otherwise inherit the lock and hold it after this process has ended.
     held = [lock]
     os.register_at_fork(after_in_child=lambda: _close(held))
     try:
@@ -53,7 +55,7 @@ def claimed(run: Path) -> Iterator[None]:
         if isinstance(end, InputError) or not (run / CONFIG_NAME).exists():
             _remove(run, missing)
             if run not in missing:
-                _put_back(run, before, deep=was_run)
+                _remove_new(run, before, deep=was_run)
             if config is not None and (run / CONFIG_NAME).read_text("utf-8") != config:
                 write_text(run / CONFIG_NAME, config)
         raise
@@ -64,7 +66,7 @@ def claimed(run: Path) -> Iterator[None]:
 
 
 def _content(run: Path, *, deep: bool) -> set[Path]:
-    """What is in a directory, or also below it."""
+    """The content of a directory; with `deep`, also of its subdirectories."""
     return set(run.rglob("*") if deep else run.iterdir()) if run.is_dir() else set()
 
 
@@ -77,10 +79,10 @@ def _remove(run: Path, missing: list[Path]) -> None:
             path.rmdir()
 
 
-def _put_back(run: Path, before: set[Path], *, deep: bool) -> None:
-    """Remove what has come into a directory that was there before."""
+def _remove_new(run: Path, before: set[Path], *, deep: bool) -> None:
+    """Remove what was added to a directory that already existed."""
     for path in _content(run, deep=deep) - before:
-        # A new file beside the run's own is perhaps the user's: a log that the shell writes.
+        # A new file in the directory itself may be the user's, such as a log written by the shell.
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         elif path.parent != run or path.name == CONFIG_NAME:
@@ -93,14 +95,14 @@ def _close(held: list[int]) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the first or the only one of its run. Lightning, torchrun and srun
-    number those that they start."""
+    """Whether this process is the first or only one of its run, according to the ranks that
+    Lightning, torchrun and srun set."""
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
     return all(os.environ.get(name, "0") == "0" for name in names)
 
 
 def _lock(run: Path) -> int:
-    """A locked file, which says who holds it."""
+    """Lock the lock file of a run and write the owner to it; return its file descriptor."""
     import fcntl
 
     path = run / LOCK_NAME
@@ -108,7 +110,7 @@ def _lock(run: Path) -> int:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The one before removes its file: what is locked must be the file that is there.
+            # The previous owner removes the lock file, so the locked file must still be in place.
             if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
                 break
         except BlockingIOError:
@@ -122,15 +124,15 @@ def _lock(run: Path) -> int:
             raise
         os.close(lock)
     now = time.strftime("%Y-%m-%d %H:%M:%S")
-    told = {"process": os.getpid(), "machine": socket.gethostname(), "since": now}
+    record = {"process": os.getpid(), "machine": socket.gethostname(), "since": now}
     os.ftruncate(lock, 0)
-    os.write(lock, json.dumps(told).encode())
+    os.write(lock, json.dumps(record).encode())
     return lock
 
 
 def _owner(path: Path) -> str:
-    """Who holds a lock, in words."""
+    """A description of the process that holds a lock."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        told = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {told['process']} on {told['machine']} since {told['since']}"
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {record['process']} on {record['machine']} since {record['since']}"
     return "another process"

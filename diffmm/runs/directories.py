@@ -20,11 +20,11 @@ RUNS = Path("runs")
 
 
 def run_name(recipe: str) -> str:
-    """The folder of a recipe's runs below `runs`: its own name, or that of its file."""
+    """The folder of a recipe's runs below `runs`: the name of the recipe or of its file."""
     path = Path(recipe)
     if path.suffix not in (".yaml", ".yml"):
         return recipe
-    # The saved config of a run stands in runs/<recipe>/<run>/.
+    # The saved config of a run is in runs/<recipe>/<run>/.
     is_saved = path.name == CONFIG_NAME
     return path.resolve().parent.parent.name if is_saved else path.stem
 
@@ -39,11 +39,11 @@ def new_run(recipe: str, name: str | None, directory: str | None) -> Path:
 
     Raises:
         InputError: If the directory already holds a run, or if several processes would each choose
-        a name of their own.
+            their own name.
     """
     if name is None and directory is None and is_one_of_several():
         raise InputError(
-            "a run whose processes are started by torchrun or srun needs a name, the same for all: "
+            "a run whose processes are started by torchrun or srun needs a common name: "
             "--name NAME (with --resume auto, the same command resumes it)"
         )
     if directory is not None:
@@ -123,7 +123,7 @@ def same_run(
 
 
 def config_text(header: str, values: dict[str, Any]) -> str:
-    """The text of a run's config: the comment at its top, and the values."""
+    """The text of a run's config: the header comment and the values."""
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
     return f"{header}{text}"
 

@@ -1,4 +1,4 @@
-"""The curves of a run, from the CSV files that it has logged to."""
+"""The curves of a run, read from the CSV files that it has logged."""
 
 import csv
 import math
@@ -9,17 +9,17 @@ from pathlib import Path
 from diffmm.recipes.errors import InputError
 
 Curve = list[tuple[int, float]]
-"""`(steps made, value)`, in ascending order of steps."""
+"""Pairs `(completed steps, value)`, in ascending order of steps."""
 
 
 def read_curves(run: Path) -> dict[str, Curve]:
-    """Every metric that a run has logged, by name, each step once.
+    """Return the curve of every metric that a run has logged, by name.
 
-    A run that was resumed has a CSV file for each of its starts. They are one curve: where a later
-    start has made steps again, its values are the ones.
+    A resumed run has one CSV file per start. They are joined to one curve: if a later start has
+    repeated steps, its values replace the earlier ones.
 
     Raises:
-        InputError: for a file that is no CSV file in UTF-8, naming it.
+        InputError: If a file is not a CSV file in UTF-8; the message names it.
     """
     curves: dict[str, dict[int, float]] = {}
     for file in sorted(run.rglob("metrics.csv"), key=_order):
@@ -30,13 +30,13 @@ def read_curves(run: Path) -> dict[str, Curve]:
                 del values[step]
         for step, numbers in rows:
             for name, value in numbers.items():
-                # Lightning counts from 0: the row of step 9 is of ten steps.
+                # Lightning counts from 0: the row of step 9 is logged after ten steps.
                 curves.setdefault(name, {})[step + 1] = value
     return {name: sorted(values.items()) for name, values in curves.items() if values}
 
 
 def _rows(file: Path) -> Iterable[tuple[int, dict[str, float]]]:
-    """The step and the numbers of each row; a last line that is cut off is passed over."""
+    """The step and the numbers of each row; an incomplete last line is skipped."""
     try:
         with file.open(newline="", encoding="utf-8") as opened:
             for row in csv.DictReader(opened):
@@ -47,11 +47,11 @@ def _rows(file: Path) -> Iterable[tuple[int, dict[str, float]]]:
                     numbers = {name: number(text) for name, text in row.items()}
                     yield int(step), {n: v for n, v in numbers.items() if v is not None}
     except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is no CSV file in UTF-8: {error}") from error
+        raise InputError(f"{file} is not a CSV file in UTF-8: {error}") from error
 
 
 def number(text: str | None) -> float | None:
-    """A finite number in writing, or `None`."""
+    """Parse a finite number; `None` for any other text."""
     try:
         value = float(text or "")
     except ValueError:
@@ -60,6 +60,6 @@ def number(text: str | None) -> float | None:
 
 
 def _order(file: Path) -> list[tuple[int, str]]:
-    """`version_10` comes after `version_9`."""
+    """A sort key by which `version_10` comes after `version_9`."""
     parts = re.split(r"(\d+)", str(file))
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

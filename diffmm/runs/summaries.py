@@ -1,4 +1,4 @@
-"""Several runs side by side: the settings that differ, and what came of them."""
+"""Summaries of several runs: the settings that differ, and their metrics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from diffmm.runs.directories import CONFIG_NAME, saved_config
 from diffmm.runs.metrics import Curve, read_curves
 
 SMALLER_IS_BETTER = ("loss", "perplexity", "bits", "error")
-"""In the names of metrics; of all others, larger values are better."""
+"""Parts of the names of metrics for which smaller values are better; for others, larger ones."""
 
 SPEEDS = ("train/tokens_per_second", "train/samples_per_second")
-"""What speed is logged as, the first one that there is."""
+"""Metrics of training speed; the first one that was logged is used."""
 
 LEFT_OUT = ("init_args", "dict_kwargs")
-"""Parts of a setting's place that a command line leaves out."""
+"""Parts of a setting's path that are omitted on the command line."""
 
 
 class Best(NamedTuple):
@@ -32,7 +32,7 @@ class Best(NamedTuple):
 
 @dataclass(frozen=True)
 class Summary:
-    """A run.
+    """The settings and metrics of a run.
 
     Attributes:
         path: Directory of the run.
@@ -54,7 +54,7 @@ class Summary:
 
     @property
     def speed(self) -> tuple[str, float] | None:
-        """Tokens or samples per second, and the median of it, without the first value."""
+        """The name of the speed metric, and its median without the first value."""
         for name in SPEEDS:
             if curve := self.curves.get(name):
                 return name.removeprefix("train/"), median(v for _, v in curve[1:] or curve)
@@ -62,11 +62,11 @@ class Summary:
 
     @property
     def steps(self) -> int:
-        """How many steps it has logged."""
+        """Last logged step, counted from 1."""
         return max((curve[-1][0] for curve in self.curves.values()), default=0)
 
     def best(self, metric: str) -> Best | None:
-        """The best value of a metric, the first where there are equals."""
+        """The best value of a metric; the first one if several are equal."""
         curve = self.curves.get(metric)
         if not curve:
             return None
@@ -76,7 +76,11 @@ class Summary:
 
 
 def is_smaller_better(metric: str, values: dict[str, Any]) -> bool:
-    """As the recipe's checkpoints say of the metric that they monitor; of others by their names."""
+    """Whether smaller values of a metric are better.
+
+    For the metric that the recipe's checkpoints monitor, this is their `mode`; for all others, the
+    name decides (`SMALLER_IS_BETTER`).
+    """
     trainer = values.get("trainer")
     for callback in (trainer.get("callbacks") if isinstance(trainer, dict) else None) or []:
         arguments = callback.get("init_args") if isinstance(callback, dict) else None
@@ -86,10 +90,10 @@ def is_smaller_better(metric: str, values: dict[str, Any]) -> bool:
 
 
 def find_runs(paths: Sequence[str]) -> list[Path]:
-    """Run directories, each once; a folder of runs stands for all in it.
+    """Return run directories without duplicates; a folder of runs stands for all runs in it.
 
     Raises:
-        InputError: for what is neither.
+        InputError: If a path is neither.
     """
     found: dict[Path, None] = {}
     for path in map(Path, paths):
@@ -107,7 +111,7 @@ def summarize(paths: Sequence[Path]) -> list[Summary]:
     """Read runs.
 
     Raises:
-        InputError: for a config or a log that cannot be read.
+        InputError: If a config or a log cannot be read.
     """
     names = short_names([str(path) for path in paths])
     return [_summary(path, name) for path, name in zip(paths, names, strict=True)]
@@ -133,7 +137,7 @@ def _summary(path: Path, name: str) -> Summary:
 
 
 def settings_of(values: dict[str, Any]) -> dict[str, Any]:
-    """The leaves of a recipe by their names on a command line."""
+    """The settings of a recipe by their names on the command line."""
     return {
         ".".join(str(part) for part in place if part not in LEFT_OUT): value
         for place, value in walk(values)
@@ -142,9 +146,9 @@ def settings_of(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def differing(runs: Sequence[Summary]) -> list[str]:
-    """The settings that are not the same in all runs, in the order of the recipes.
+    """The settings that differ between runs, in the order of the recipes.
 
-    Where only a variable differs, what refers to it is not named again.
+    If only a variable differs, the settings that refer to it are not listed.
     """
     names = dict.fromkeys(name for run in runs for name in run.settings)
 
@@ -157,7 +161,7 @@ def differing(runs: Sequence[Summary]) -> list[str]:
 
 
 def shown(run: Summary, setting: str) -> str:
-    """A setting of a run in writing; a secret from the environment stays its name."""
+    """A setting of a run as text; a secret from the environment is shown as its reference."""
     if setting not in run.settings:
         return "-"
     written = run.settings[setting]
@@ -167,13 +171,13 @@ def shown(run: Summary, setting: str) -> str:
 
 
 def metrics_of(runs: Sequence[Summary]) -> list[str]:
-    """The validation metrics of any run."""
+    """The names of all validation metrics of the runs."""
     names = dict.fromkeys(name for run in runs for name in run.curves)
     return sorted(name for name in names if name.startswith("val/"))
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names without the folders that all of them are in."""
+    """Names without their common parent folders."""
     if len(names) == 1:
         return list(names)
     parts = [name.split("/") for name in names]
@@ -184,7 +188,7 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def short_settings(settings: Sequence[str]) -> list[str]:
-    """The last parts of settings' names, as many as tell them apart."""
+    """The shortest unique endings of the names of settings."""
     parts = [setting.split(".") for setting in settings]
     return [
         next(
@@ -200,6 +204,6 @@ def short_settings(settings: Sequence[str]) -> list[str]:
 
 
 def description_of(run: Summary) -> str:
-    """What the recipe of a run says of itself, or nothing."""
+    """The description in the header of a run's recipe; may be empty."""
     text = header(saved_config(run.path).read_text(encoding="utf-8"))
     return text.partition("\n")[0].removeprefix("#").strip()

@@ -1,4 +1,4 @@
-"""A recipe under all combinations of some settings: what the runs are, and which are done."""
+"""Sweeps: runs of a recipe with all combinations of some settings, and which are finished."""
 
 import itertools
 import json
@@ -44,10 +44,10 @@ class Combination:
 
 
 def split_values(text: str) -> list[str]:
-    """The values that commas divide, outside of brackets, braces and quotes.
+    """Split values at commas outside of brackets, braces and quotes.
 
-    `0,1,2` is three values; `[0.2,1.0],[0.5,1.0]` is two lists, `"a,b"` one text with a comma, and
-    `[0.2,1.0]` one list, under which nothing is varied.
+    `0,1,2` gives three values, `[0.2,1.0],[0.5,1.0]` two lists, `"a,b"` one text with a comma, and
+    `[0.2,1.0]` one list, with which nothing is varied.
     """
     values, start, closing = [], 0, ""
     quote = ""
@@ -67,31 +67,31 @@ def split_values(text: str) -> list[str]:
 
 
 def combinations(pairs: Sequence[tuple[str, str]]) -> list[Combination]:
-    """The product of all values, the last setting varying fastest.
+    """Return all combinations of the values; the last setting varies fastest.
 
     Args:
-        pairs: keys and values as written, several values divided by commas.
+        pairs: Keys and values as written, with several values separated by commas.
 
     Raises:
-        InputError: where nothing is varied, or a value is missing or there twice.
+        InputError: If no setting has several values, or a value is missing or repeated.
     """
     choices = [(key, split_values(text)) for key, text in pairs]
     varied = [key for key, values in choices if len(values) > 1]
     if not varied:
         raise InputError(
-            "diffmm sweep needs a setting with several values, divided by commas: "
+            "diffmm sweep needs a setting with several values, separated by commas: "
             "--vars.seed 0,1,2 (for one run: diffmm fit)"
         )
     for key, values in choices:
         for value in values:
             if len(values) > 1 and not value:
                 raise InputError(
-                    f"--{key} {','.join(values)} has an empty value: '' in quotes is one"
+                    f"--{key} {','.join(values)} has an empty value: write '' for an empty text"
                 )
             if values.count(value) > 1:
                 raise InputError(f"--{key} has the value {value} twice")
     if len({key for key, _ in choices}) < len(choices):
-        raise InputError("a setting is given twice: give its values once, divided by commas")
+        raise InputError("a setting is given twice: give its values once, separated by commas")
     found: dict[str, Combination] = {}
     for chosen in itertools.product(*(values for _, values in choices)):
         settings = [(key, value) for (key, _), value in zip(choices, chosen, strict=True)]
@@ -103,13 +103,13 @@ def combinations(pairs: Sequence[tuple[str, str]]) -> list[Combination]:
 
 
 def sweep_name(pairs: Sequence[tuple[str, str]]) -> str:
-    """What a sweep is called by what it varies: `sweep_seed_attention`."""
+    """The default name of a sweep, from the settings that it varies: `sweep_seed_attention`."""
     varied = [key for key, text in pairs if len(split_values(text)) > 1]
     return "_".join(["sweep", *(re.sub(r"[^\w.-]", "_", key) for key in short_settings(varied))])
 
 
 def _name(settings: Sequence[tuple[str, str]]) -> str:
-    """A folder's name for what is varied, without letters that shells or systems take otherwise:
+    """A folder name for the varied settings, without special characters of shells and file systems:
     `scale=0.2-1.0` for `[0.2,1.0]`."""
     keys = short_settings([key for key, _ in settings])
     text = ",".join(f"{key}={value}" for key, (_, value) in zip(keys, settings, strict=True))
@@ -117,13 +117,13 @@ def _name(settings: Sequence[tuple[str, str]]) -> str:
     name = ",".join(f"{key}={value}" for key, value in zip(keys, plain, strict=True))
     safe = re.sub(r"[^\w.=,+-]", "_", name)
     if safe != name or len(safe) > LONGEST_NAME:
-        # What is replaced or cut off still tells two runs apart, whatever else is varied.
+        # Names that become equal by replacing or truncation are distinguished by a checksum.
         safe = f"{safe[:LONGEST_NAME]}_{zlib.crc32(text.encode()):08x}"
     return safe
 
 
 def read_record(folder: Path) -> dict[str, int]:
-    """The exit codes of a sweep's runs that have ended, by name; none where there is no record."""
+    """The exit codes of the ended runs of a sweep, by name; empty if there is no record."""
     try:
         record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -131,18 +131,18 @@ def read_record(folder: Path) -> dict[str, int]:
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / RECORD_NAME} cannot be read: {error}") from error
     if not isinstance(record, dict):
-        raise InputError(f"{folder / RECORD_NAME} is no record of a sweep")
+        raise InputError(f"{folder / RECORD_NAME} is not the record of a sweep")
     return {name: code for name, code in record.items() if isinstance(code, int)}
 
 
 def note(folder: Path, name: str, code: int) -> None:
-    """Record how a run has ended."""
+    """Record the exit code of a run."""
     record = {**read_record(folder), name: code}
     write_text(folder / RECORD_NAME, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def is_finished(run: Path, values: dict[str, Any], code: int | None) -> bool:
-    """Whether nothing is left to do for a run.
+    """Whether a run is finished.
 
     Args:
         run: Directory of the run.
@@ -159,5 +159,5 @@ def is_finished(run: Path, values: dict[str, Any], code: int | None) -> bool:
                 return True
         except InputError:
             return False
-    # Its epochs are over, or a callback ended it; a run that stopped at its time limit resumes.
+    # All epochs are done or a callback ended it; a run that stopped at its time limit can resume.
     return code == 0 and trainer.get("max_time") is None

@@ -83,11 +83,11 @@ def replace_signal_handling(trainer: Trainer, handling: SignalHandling) -> Calla
     trainer._signal_connector = handling  # type: ignore[assignment]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
-    def put_back() -> None:
+    def restore() -> None:
         trainer._signal_connector = before
         del trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor
 
-    return put_back
+    return restore
 
 
 def leave_signals_alone(trainer: Trainer) -> None:

@@ -21,11 +21,11 @@ class ProgressLines(Callback):
     def __init__(self, seconds: float | None = SECONDS) -> None:
         self.seconds = seconds
         self._began = (0.0, 0)
-        self._told_at: float | None = None
+        self._printed_at: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = (time.monotonic(), trainer.global_step)
-        self._told_at = None
+        self._printed_at = None
 
     def on_train_batch_end(
         self,
@@ -38,12 +38,13 @@ class ProgressLines(Callback):
         now = time.monotonic()
         if self.seconds is None or not trainer.is_global_zero:
             return
-        if self._told_at is not None and now - self._told_at < self.seconds:
+        if self._printed_at is not None and now - self._printed_at < self.seconds:
             return
-        loss = trainer.callback_metrics.get("train/loss")
-        if loss is None:  # the first optimizer step is still accumulating gradients
+        # Unlike `callback_metrics`, these are numbers: reading them does not wait for the device.
+        loss = trainer.progress_bar_metrics.get("train/loss")
+        if loss is None:  # the first step is not complete
             return
-        is_first, self._told_at = self._told_at is None, now
+        is_first, self._printed_at = self._printed_at is None, now
         text = f"train/loss {float(loss):.4g}"
         steps = trainer.global_step - self._began[1]
         if not is_first and steps > 0:
@@ -51,7 +52,7 @@ class ProgressLines(Callback):
             text += f"  {rate:.3g} steps/s"
             if trainer.max_steps > 0:
                 text += f"  {duration((trainer.max_steps - trainer.global_step) / rate)} left"
-        tell(trainer, text)
+        print_line(trainer, text)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
@@ -62,10 +63,10 @@ class ProgressLines(Callback):
             if name.startswith("val/")
         ]
         if metrics:
-            tell(trainer, "  ".join(metrics))
+            print_line(trainer, "  ".join(metrics))
 
 
-def tell(trainer: Trainer, text: str) -> None:
+def print_line(trainer: Trainer, text: str) -> None:
     """Print a line that begins with the current step, above the progress bar if there is one."""
     total = f"/{trainer.max_steps:,}" if trainer.max_steps > 0 else ""
     line = f"step {trainer.global_step:,}{total}  {text}"

@@ -167,10 +167,10 @@ def _fill_rest(task: LightningModule, state: Any, path: Path, *, strict: bool) -
     missing = [name for name in found.missing_keys if not name.startswith(MODEL_PREFIX)]
     if not missing and not found.unexpected_keys:
         return
-    told = (
+    message = (
         f"{path} does not fit {type(task).__name__}: missing {missing}, unexpected "
         f"{found.unexpected_keys}"
     )
     if strict:
-        raise ValueError(told)
-    rank_zero_warn(told)
+        raise ValueError(message)
+    rank_zero_warn(message)

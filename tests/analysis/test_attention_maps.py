@@ -1,4 +1,4 @@
-"""Materialised maps are those that the layers use."""
+"""Materialized maps equal those that the layers use."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def test_looking_changes_nothing():
     model, tokens = text_model().train(), torch.randint(40, (1, 5))
     model.backbone.norm.eval()
     first, second = attention_maps(model, tokens), attention_maps(model, tokens)
-    torch.testing.assert_close(first[-1].combined, second[-1].combined)  # dropout stood still
+    torch.testing.assert_close(first[-1].combined, second[-1].combined)  # dropout was disabled
     assert model.training
     assert model.backbone.blocks[0].training
     assert not model.backbone.norm.training

@@ -1,4 +1,4 @@
-"""The report: whole, self-contained, and true to its numbers."""
+"""The report is complete and self-contained, and its numbers are correct."""
 
 import re
 from html.parser import HTMLParser
@@ -108,7 +108,7 @@ def page(sections):
 
 
 class Reader(HTMLParser):
-    """Checks that tags are balanced, and keeps what the tests ask for."""
+    """Checks that tags are balanced, and collects the elements that the tests need."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ def test_the_page_has_every_number_and_says_what_it_is_worth(page, sections):
 def test_every_map_is_drawn_and_names_are_escaped(page):
     reader = read(page)
     pictures = [attrs for tag, attrs in reader.tags if tag == "img"]
-    # A text has 1 + 3 + 3 maps; an image and a sound have those over the picture, and the picture.
+    # A text has 1 + 3 + 3 maps; an image and a sound have maps over the picture, and the picture.
     assert len(pictures) == 7 + 2 * (1 + 2 * 7)
     assert "<dog>" not in page
     assert "<dog>" in reader.text
@@ -198,13 +198,13 @@ def test_views_read_the_last_layer(exhibits, modality):
             np.testing.assert_allclose(first.sum(-1), 1.0, rtol=1e-5)
             if attention == "diff_v1":  # one lambda for all heads and tokens
                 np.testing.assert_allclose(combined, first - view.lam * second, atol=1e-6)
-        elif modality == "audio":  # no special tokens: all weight is on patches
+        elif modality == "audio":  # no special tokens, so that all weight is on patches
             left = 0.0 if view.lam is None else view.lam
             np.testing.assert_allclose(combined.sum(), 1.0 - left, rtol=1e-4)
 
 
 def test_a_sound_is_upright_and_cut_to_what_patches_see(exhibits):
-    # 38 frames in patches of 8, 20 bands of which 16 are seen.
+    # 38 frames in patches of 8, and 20 bands, of which 16 are visible.
     assert exhibits["audio"].spectrogram.shape == (16, 40)
 
 
@@ -217,7 +217,7 @@ def test_chart_draws_every_line_with_its_points():
     assert [chart.count(f'<g class="{kind}">') for kind in ATTENTIONS] == [1, 1, 1]
     assert "softmax, step 50: 1.000" in chart
     assert "diff_v2 ends at 2.500" in chart
-    # The first point is above the chart: it stretches nothing, and has no marker.
+    # The first point is above the chart: it does not change the scale, and has no marker.
     assert ">10<" not in chart
     assert "step 1:" not in chart
 

@@ -1,4 +1,4 @@
-"""The forward pass with one value product, in the tests' interpreter."""
+"""The forward pass with one value product, in the interpreter of the tests."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Runs of small models at sizes that mean nothing: that they run, go on, and what they say."""
+"""Runs of small models with tiny sizes: they run, resume and print their tables."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_cells_are_kept_and_run_once(tmp_path, capsys):
     small_models.main(arguments(tmp_path, "--settings", "plain,gain_1"))
     kept = cells(tmp_path)
     assert len(kept) == len({(c["attention"], c["setting"], c["rate"]) for c in kept}) == 6
-    # The same samples and the same start, but for the norm's weight.
+    # The same samples and the same initial weights, except for the norm's weight.
     plain, gain = (c for c in kept if c["attention"] == "diff_v1" and c["rate"] == 0.004)
     assert plain["train_loss"] != gain["train_loss"]
     assert plain["parameters"] == gain["parameters"]
@@ -76,7 +76,7 @@ def test_what_goes_on_inside(tmp_path, capsys):
         for setting in ("former", "plain")
     )
     assert [line[4] for line in former] == [line[4] for line in plain] == ["0", "1", "2", "3"]
-    # Nearly uniform maps: what is added is the same for all tokens, and much.
+    # Nearly uniform maps add a large vector that is the same for all tokens.
     assert all(float(line[10]) > 0.95 for line in former)
     assert all(float(line[12]) > 0.02 for line in former)
     assert all(float(line[10]) < 0.5 for line in plain)

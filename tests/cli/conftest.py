@@ -1,4 +1,4 @@
-"""Commands, run in this process and in a directory of their own."""
+"""Fixtures that run commands in this process, each in its own directory."""
 
 import time
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from diffmm.recipes.settings import load, override
 IGNORED_WARNINGS = (
     # Lightning 2.6 under torch 2.11.
     "ignore:.*LeafSpec.*:FutureWarning",
-    # The tiny recipes load in the training process: workers would only cost time.
+    # The tiny recipes load data in the training process, because workers would only cost time.
     "ignore:.*does not have many workers.*",
 )
 
@@ -45,7 +45,7 @@ class Result(NamedTuple):
 
     @property
     def mistakes(self) -> list[str]:
-        """The lines on stderr that tell a mistake."""
+        """The error messages on stderr."""
         start = "diffmm: error: "
         return [
             line.removeprefix(start) for line in self.err.splitlines() if line.startswith(start)
@@ -59,7 +59,7 @@ WaitUntil = Callable[..., None]
 
 @pytest.fixture
 def wait_until() -> WaitUntil:
-    """`wait_until(is_so, seconds)` fails the test if it is not so by then."""
+    """`wait_until(is_so, seconds)` waits for a condition and fails the test after a time limit."""
 
     def wait(is_so: Callable[[], bool], seconds: float = 30.0) -> None:
         end = time.monotonic() + seconds
@@ -72,7 +72,7 @@ def wait_until() -> WaitUntil:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """`run("fit", "--config", ...)` in an empty directory, which it makes the current one."""
+    """`run("fit", "--config", ...)` runs a command in an empty working directory."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
@@ -103,7 +103,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 @pytest.fixture
 def text_changes(tmp_path: Path) -> dict[str, Any]:
-    """Changes that train a text recipe on two small files."""
+    """Overrides that train a text recipe on a few small files."""
     folder = tmp_path / "texts"
     folder.mkdir()
     for number in range(40):

@@ -1,4 +1,4 @@
-"""What a user gets wrong: one clear line each, exit code 2, and nothing left on the disk."""
+"""User errors: one clear line each, exit code 2, and nothing left on the disk."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,8 @@ BACKBONE = "model.model.config.backbone"
 
 
 def refused(run, *arguments):
-    """The mistakes of a command that must be refused and leave nothing behind."""
+    """Run a command that must be refused and leave nothing behind, and return its error
+    messages."""
     result = run(*arguments)
     assert result.code == 2, result.err
     assert result.out == "" or arguments[0] != "check"
@@ -21,7 +22,7 @@ def refused(run, *arguments):
     return result.mistakes
 
 
-# What is wrong, and what is said. `fit` and `check` say the same.
+# The mistakes, and their messages, which are the same for `fit` and `check`.
 IMAGE = {
     "an unknown key": (
         {"trainer.max_stesp": 3},
@@ -89,12 +90,12 @@ IMAGE = {
     ),
     "more than all batches": (
         {"trainer.limit_val_batches": 1.5},
-        "trainer.limit_val_batches must be a number of batches from 0 on, or a share of them up "
-        "to 1.0, got 1.5",
+        "trainer.limit_val_batches must be a number of batches of at least 0, or a fraction of "
+        "them up to 1.0, got 1.5",
     ),
     "no time": (
         {"trainer.max_time": {"minutes": -5}},
-        "trainer.max_time must be longer than nothing, got {'minutes': -5}",
+        "trainer.max_time must be longer than 0 seconds, got {'minutes': -5}",
     ),
     "a seed that is none": (
         {"seed_everything": -3},
@@ -284,7 +285,7 @@ def test_a_gpu_where_there_is_none(run, recipe):
 
 @pytest.fixture
 def text_weights(tmp_path) -> Path:
-    """A text model in a file."""
+    """A file with the weights of a text model."""
     from diffmm.models import BackboneConfig, TextConfig
 
     backbone = BackboneConfig(dim=32, depth=1, num_heads=4, rope="1d")

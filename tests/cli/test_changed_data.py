@@ -1,4 +1,4 @@
-"""Going on with data that have changed: refused with what changed, or told and gone on with."""
+"""Resuming with changed data: refused with the changes, or reported and continued."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,8 @@ NUM_STEPS = 6
 
 @pytest.fixture
 def interrupted(run, recipe, tmp_path):
-    """A run of 3 steps of 8 images in an epoch of 12, meant to be of 6, and its data."""
+    """A run that stopped after 3 of 6 steps, in an epoch of 12 images in batches of 8, and its
+    data."""
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -49,7 +50,7 @@ def changed(folder):
 
 
 def fewer(folder):
-    # The place of the checkpoint is behind the end of such an epoch.
+    # The position of the checkpoint lies beyond the end of such an epoch.
     for path in (*(folder / "a").glob("[1-5].png"), *(folder / "b").glob("[2-5].png")):
         path.unlink()
 

@@ -1,4 +1,4 @@
-"""`diffmm check` and its estimate of memory."""
+"""`diffmm check` and its memory estimate."""
 
 from pathlib import Path
 

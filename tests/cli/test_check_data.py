@@ -1,4 +1,5 @@
-"""`diffmm check --read-data` and `--data`: what there is, and what a run would stop at."""
+"""`diffmm check --read-data` and `--data`: a summary of the data, and the errors that would stop a
+run."""
 
 from pathlib import Path
 
@@ -14,7 +15,7 @@ def write_image(path):
 
 @pytest.fixture
 def table(tmp_path):
-    """Images of two classes, of which `val` has one, and one file is not there."""
+    """Images of two classes, one of which is missing from `val`, with one missing file."""
     rows = ["a/0.png,a,train", "gone.png,b,train", "a/1.png,b,train", "b/0.png,b,val"]
     for name in ("a/0", "a/1", "b/0"):
         write_image(tmp_path / f"{name}.png")
@@ -44,7 +45,7 @@ def test_files_that_are_missing_and_classes_of_one_split(run, table):
     assert lines_of(result)["train"] == "3 samples: 1 a; 2 b"
     assert result.mistakes == [f"train: image 1 ({table.parent / 'gone.png'}) does not exist"]
     assert "diffmm: warning: the val split has no samples of a\n" in result.err
-    # A run that puts up with it is no mistake.
+    # It is not an error if the run tolerates it.
     policy = ("--data.bad_samples.policy", "substitute")
     result = run("check", "image/digits_tiny", "--data", table, *policy)
     assert result.code == 0

@@ -50,7 +50,7 @@ def test_the_curves_of_a_resumed_run_are_one(tmp_path):
         return [{"epoch": 0, "step": step, "a": value, "b": ""} for step in steps]
 
     write_log(tmp_path, 0, rows(range(0, 6), 0))
-    # Made again from step 4 on, and named so that 10 follows 9.
+    # Repeated from step 4, and named so that 10 must follow 9.
     write_log(tmp_path, 9, rows(range(4, 8), 9))
     write_log(tmp_path, 10, [*rows([6], 10), {"step": 6, "b": 5}, {"step": "", "a": 1}])
     curves = read_curves(tmp_path)
@@ -64,7 +64,7 @@ def test_what_is_no_number_and_a_line_that_is_cut_off(tmp_path):
     path.write_text(path.read_text() + "3")
     assert read_curves(tmp_path) == {"a": [(2, 2.0)]}
     path.write_bytes(b"step,a\n0,\xff")
-    with pytest.raises(InputError, match=r"metrics.csv is no CSV file in UTF-8"):
+    with pytest.raises(InputError, match=r"metrics.csv is not a CSV file in UTF-8"):
         read_curves(tmp_path)
 
 
@@ -148,7 +148,7 @@ def test_somebody_elses_code_is_not_imported(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Runs of two attentions, with checkpoints."""
+    """Runs with two attention variants and checkpoints."""
     from diffmm.cli import main
 
     folder = tmp_path_factory.mktemp("trained")
@@ -176,7 +176,7 @@ def test_the_page_has_table_curves_and_maps_of_all_runs(run, trained):
         "val/accuracy_top5",
     }
     for number in (1, 2):
-        assert page.count(f'class="group {number}"') == 3  # of three classes one sample
+        assert page.count(f'class="group {number}"') == 3  # one sample for each of three classes
     assert page.count("data:image/png") > 12
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "<script" not in page

@@ -1,4 +1,4 @@
-"""`diffmm demo`, end to end with a few steps, and what it does with its directory."""
+"""`diffmm demo`, end to end with a few steps, and its handling of its directory."""
 
 import io
 import json
@@ -8,7 +8,7 @@ import torch
 
 from diffmm.cli import main
 from diffmm.cli.demo import replacing
-from diffmm.cli.demo_runs import Witness, means
+from diffmm.cli.demo_runs import RunRecorder, means
 from diffmm.cli.demo_samples import repeated_word
 from diffmm.recipes.errors import InputError
 
@@ -38,7 +38,7 @@ def test_two_steps_of_everything(tmp_path, capsys):
     for modality in MODALITIES:
         counts = [run["parameters"] for run in runs if run["modality"] == modality]
         assert max(counts) / min(counts) < 1.005
-        # Every run is one like any other: its config, to be trained again or gone on with.
+        # Every run is a normal run with a config, which can be repeated or resumed.
         assert all((output / modality / a / "config.yaml").is_file() for a in ATTENTIONS)
     assert page.count('<svg class="chart"') == 6
     assert [path.name for path in output.parent.iterdir()] == ["demo"]
@@ -99,9 +99,9 @@ def test_progress_is_one_line(monkeypatch, is_terminal):
     stream = io.StringIO()
     stream.isatty = lambda: is_terminal
     monkeypatch.setattr("sys.stdout", stream)
-    witness = Witness("[1/9] text")
-    witness.tell("step 1")
-    witness.tell("loss 2", last=True)
+    recorder = RunRecorder("[1/9] text")
+    recorder.show("step 1")
+    recorder.show("loss 2", last=True)
     shown = stream.getvalue()
     assert shown.endswith("[1/9] text  loss 2\n")
     assert shown.count("\n") == 1
@@ -113,5 +113,5 @@ def test_the_text_stops_inside_a_word_that_came_before():
     tokens, target = repeated_word(torch.tensor(list(text.encode())))
     assert bytes(tokens.tolist()).decode().endswith("value = fun")
     assert chr(target) == "c"
-    # The same word again at once is no distance to look over.
+    # A repetition immediately after the first occurrence does not count.
     assert repeated_word(torch.tensor(list(b"functools.functools()\n"))) is None

@@ -1,4 +1,4 @@
-"""`diffmm doctor`: what it finds, and the command it gives."""
+"""`diffmm doctor`: its findings, and the commands it suggests."""
 
 import sys
 

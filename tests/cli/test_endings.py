@@ -1,4 +1,4 @@
-"""Commands that something from outside ends: signals in every phase, closed pipes, full disks."""
+"""Commands ended from outside: signals in every phase, closed pipes, full disks."""
 
 import errno
 import os
@@ -38,7 +38,7 @@ PHASES = {
 
 @pytest.fixture
 def command(recipe, tmp_path):
-    """`command(verb)`: its arguments, with the weights of a model that has not been trained."""
+    """`command(verb)` returns a command, with the weights of an untrained model."""
 
     def arguments(verb):
         path = recipe()
@@ -59,9 +59,9 @@ def command(recipe, tmp_path):
 def test_a_signal_in_every_phase(run, command, monkeypatch, phase, number):
     verb, target = PHASES[phase]
     arguments = command(verb)
-    # A shell leaves its background jobs deaf to it.
+    # A shell starts background jobs with this signal ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # As in a process of its own, whatever ran in this one before.
+    # Reset the state that earlier commands in this process may have left.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     handlers = {each: signal.getsignal(each) for each in CODES}
     original = pkgutil.resolve_name(target)
@@ -84,7 +84,7 @@ def test_a_signal_in_every_phase(run, command, monkeypatch, phase, number):
 
 
 def shell(line, tmp_path):
-    """What a line of bash prints to stderr, and its exit code."""
+    """Run a line of bash, and return its stderr and exit code."""
     command = f"{sys.executable} -m diffmm.cli"
     environment = {**os.environ, "DIFFMM": command, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -111,7 +111,7 @@ def test_a_full_output(tmp_path):
 
 @needs_full
 def test_predictions_that_do_not_fit(run, command, monkeypatch):
-    """A file that has another name until it is whole."""
+    """A file that is written under a temporary name until it is complete."""
     arguments = command("predict")
     save = torch.save
 
@@ -161,7 +161,7 @@ def test_paths_that_cannot_be(run, arguments, told):
 
 
 def test_data_that_may_not_be_read(run, recipe, monkeypatch, tmp_path):
-    """The system's own words, before and in training."""
+    """The error message of the system, before and during training."""
     folder = tmp_path / "images"
     for name in "ab":
         (folder / name).mkdir(parents=True)
@@ -188,7 +188,7 @@ def tree(folder):
 
 
 def refuse_late(recipe):
-    """A recipe that is refused when loggers and folders have been made."""
+    """A recipe that is refused only after loggers and folders are created."""
     return recipe(**{"data.batch_size": 100_000})
 
 
@@ -217,7 +217,7 @@ def test_a_refusal_leaves_a_run_as_it_was(run, recipe):
 
 
 def test_what_comes_beside_a_refused_run_is_kept(tmp_path):
-    """What a shell writes beside it, say."""
+    """A file that a shell writes in the same directory, for example."""
     run = tmp_path / "run"
     run.mkdir()
 
@@ -250,7 +250,7 @@ def test_numbers_beyond_any_memory(run, recipe, name, changes, told):
 
 
 def test_signals_of_another_owner_are_left_alone(monkeypatch):
-    """Whoever calls `main` with a handler of its own keeps it."""
+    """A caller of `main` keeps its own signal handler."""
     got = []
     before = signal.signal(signal.SIGTERM, lambda *args: got.append(args[0]))
     try:

@@ -17,7 +17,7 @@ from diffmm.cli.predictions import joined
 
 @pytest.fixture
 def trained(run, recipe):
-    """A recipe, and the weights of a run of it."""
+    """A recipe, and the weights of one of its runs."""
     path = recipe()
     assert run("fit", "--config", path, "--name", "first").code == 0
     return path, Path("runs/recipe/first")
@@ -25,7 +25,7 @@ def trained(run, recipe):
 
 @pytest.mark.parametrize("verb", ["validate", "test"])
 def test_a_run_alone_is_enough(run, trained, verb):
-    """Its config and its newest checkpoint, whether it is named by its folder or by a file."""
+    """The config and the newest checkpoint of a run, given as a folder or as a file."""
     path, weights = trained
     expected = run(verb, "--config", path, "--weights", weights).out
     for given in (
@@ -41,7 +41,7 @@ def test_a_run_alone_is_enough(run, trained, verb):
 
 
 def table_of(out: str) -> list[str]:
-    """The lines of metrics and classes, without those of progress."""
+    """The lines with metrics and classes, without progress lines."""
     return [line for line in out.splitlines() if re.match(r"│|\d ", line)]
 
 
@@ -67,7 +67,7 @@ def test_the_weights_are_the_given_ones(run, trained):
     for given in (weights, "changed.ckpt"):
         result = run("validate", "--config", path, "--weights", given)
         printed.append(re.search(r"val/loss\D+([\d.]+)", result.out)[1])
-    # With a head of zeros all ten classes are as likely.
+    # With zeros as the head's weights, all ten classes are equally likely.
     assert float(printed[1]) == pytest.approx(2.302585, abs=1e-4)
     assert printed[0] != printed[1]
 
@@ -105,7 +105,7 @@ def test_a_run_alone_predicts_its_test_data(run, trained):
     assert run("predict", weights, "--output", "rows.csv").code == 0
     with open("rows.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    # Digits have no files: their numbers stand in place of them.
+    # Digits have no files, so that their numbers are printed instead.
     assert [row["file"] for row in rows] == [str(index) for index in one["index"].tolist()]
     best = one["probabilities"].max(dim=1)
     assert [row["label"] for row in rows] == [str(label) for label in best.indices.tolist()]
@@ -227,7 +227,7 @@ def test_what_a_model_is_for_goes_on_with_a_run_and_begins_anew_with_another(run
     trained_anew = diffmm.load("runs/other/new")
     assert trained_anew.class_names == ("no", "yes")
     assert trained_anew.job.recipe == "other"
-    # The source's own defaults are others than those of digits.
+    # The source has other defaults than those of digits.
     assert trained_anew.job.reader["init_args"]["crop_pct"] == 0.875
     result = run("predict", "runs/other/new", "--output", "rows.csv")
     assert result.code == 0, result.err

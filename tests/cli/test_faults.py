@@ -1,4 +1,4 @@
-"""`python -m benchmarks.faults` in short: nothing is lost; and what would be lost is seen."""
+"""`python -m benchmarks.faults --quick` loses nothing, and its checks detect losses."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ def test_nothing_is_lost(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run that looks as if it had ended."""
+    """The files of a finished run."""
     run = Run("text", tmp_path / "first")
     for step in (NUM_STEPS - 2, NUM_STEPS):
         state = {
@@ -99,7 +99,7 @@ def test_other_values_are_seen(run, part, change, told):
     ],
 )
 def test_other_samples_are_seen(run, place, samples, digest, told):
-    """Even if the batch was made rightly another time."""
+    """A wrong batch is detected even if another repetition of it was correct."""
     other = copy(run, "second")
     line = {"place": [0, place], "step": place, "samples": samples, "digest": digest}
     with record_path(other.samples, 0).open("a") as file:
@@ -110,9 +110,9 @@ def test_other_samples_are_seen(run, place, samples, digest, told):
 
 def test_a_place_that_was_lost_is_seen(run):
     assert kills.newest(run) == NUM_STEPS
-    assert kills.went_on_elsewhere(run, 1, NUM_STEPS) == []
-    (line,) = kills.went_on_elsewhere(run, 0, NUM_STEPS)
-    assert line == f"it went on at step [0], step {NUM_STEPS} was whole"
+    assert kills.resumed_elsewhere(run, 1, NUM_STEPS) == []
+    (line,) = kills.resumed_elsewhere(run, 0, NUM_STEPS)
+    assert line == f"it resumed at step [0], but step {NUM_STEPS} was complete"
 
 
 def test_a_save_that_was_cut_off_is_seen(run):
@@ -129,7 +129,7 @@ def test_damage_that_goes_unnoticed_is_seen(run, tmp_path, monkeypatch, way):
     assert [case.lost for case in cases] == [""] * 10
     monkeypatch.setattr(checkpoint_folders, "fault", lambda folder, read=True: None)
     cases = list(damage.damage_checkpoints(run, way, 10, tmp_path / "damaged", rng))
-    assert any("is used in place of" in case.lost for case in cases)
+    assert any("is used instead of" in case.lost for case in cases)
 
 
 def test_what_a_command_does_not_tell_is_seen(monkeypatch):

@@ -1,4 +1,4 @@
-"""`diffmm fit` and `diffmm finetune`: runs, and what they keep."""
+"""`diffmm fit` and `diffmm finetune`: runs, and the files that they keep."""
 
 import csv
 import os
@@ -111,7 +111,7 @@ def test_runs_are_told_apart_by_time_or_name(run, tmp_path):
     monday = new_run("text/stdlib_tiny", None, None)
     assert monday.parent == Path("runs/text/stdlib_tiny")
     monday.mkdir(parents=True)
-    # Perhaps in the same second.
+    # Both may start in the same second.
     assert new_run("text/stdlib_tiny", None, None) != monday
     assert new_run("folder/mine.yaml", "a", None) == Path("runs/mine/a")
     assert new_run("runs/image/mine/2026/config.yaml", "a", None) == Path("runs/mine/a")

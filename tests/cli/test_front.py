@@ -1,4 +1,4 @@
-"""`diffmm` itself: which verb is called, and what that costs."""
+"""The `diffmm` command itself: which verb is called, and its startup time."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def test_help_answers_at_once():
         subprocess.run([sys.executable, "-m", "diffmm.cli", "--help"], check=True, stdout=-3)
         return time.perf_counter() - start
 
-    # The best of three: other tests may run beside this one.
+    # The minimum of three, because other tests may run at the same time.
     assert min(seconds() for _ in range(3)) < 1.5
 
 

@@ -1,4 +1,4 @@
-"""Recipes and manifests changed at random: a line that says why, or the values that are there."""
+"""Random changes of recipes and manifests: an error line, or the original values."""
 
 import json
 import random
@@ -24,7 +24,7 @@ from diffmm.checkpoint_folders import MANIFEST_NAME, SEAL, STATE_NAME, find_whol
     ],
 )
 def test_recipes(tmp_path, name, how):
-    """Neither a traceback nor a hang nor silence."""
+    """A command must not raise, hang or fail without a message."""
     faults = list(getattr(mutations, how)(name, 12, tmp_path, random.Random(f"{name} {how}")))
     assert len(faults) == 12
     assert [fault for fault in faults if fault.lost] == []
@@ -57,7 +57,7 @@ def bounded(count):
 
 
 def used(directory):
-    """The step that is used, and what is told."""
+    """The step of the checkpoint that is used, and the warnings."""
     told = []
     path = find_whole(directory, warn=told.append)
     checkpoint_folders.best(directory, "a", "min")
@@ -67,7 +67,7 @@ def used(directory):
 @bounded(200)
 @given(st.data())
 def test_manifests_whose_bytes_are_others(tmp_path_factory, data):
-    """A manifest knows its own hash: another one is damage, and the checkpoint before is used."""
+    """A manifest contains its own hash: if it differs, the previous checkpoint is used."""
     folder = tmp_path_factory.mktemp("a")
     try:
         path = manifest_of(folder)
@@ -90,7 +90,7 @@ def test_manifests_whose_bytes_are_others(tmp_path_factory, data):
 @bounded(200)
 @given(st.sampled_from(FIELDS), JUNK, st.booleans())
 def test_manifests_that_lie_under_a_seal(tmp_path_factory, field, value, inside):
-    """What a manifest says of its files and its step is believed only where it can be so."""
+    """Invalid file names and steps in a manifest with a valid hash are rejected."""
     folder = tmp_path_factory.mktemp("a")
     try:
         path = manifest_of(folder)
@@ -111,7 +111,7 @@ def test_manifests_that_lie_under_a_seal(tmp_path_factory, field, value, inside)
 
 
 def manifest_of(folder):
-    """Of the last of two whole checkpoints, in a new folder."""
+    """Copy the last of two complete checkpoints to a new folder."""
     for step in (1, 2):
         unfinished = checkpoint_folders.start(folder, step)
         torch.save({"step": step}, unfinished / STATE_NAME)

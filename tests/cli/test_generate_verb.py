@@ -44,7 +44,7 @@ def test_a_run_directory_and_exported_weights_serve_too(run, trained, tmp_path):
     assert first.code == 0, first.err
     assert run("generate", trained, *arguments).out == first.out
     saved = save_model(load_model(trained / "checkpoints" / "step_00000002"), tmp_path / "exported")
-    # It knows its tokenizer, and another name of that is as good.
+    # The model knows its tokenizer, and another name of the same one is accepted.
     assert run("generate", saved.parent, *arguments).out == first.out
     assert run("generate", saved.parent, *arguments, "--tokenizer", "bytes").out == first.out
     others = {run("generate", trained, *arguments[:3], "--seed", str(s)).out for s in range(5)}

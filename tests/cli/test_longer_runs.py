@@ -1,4 +1,4 @@
-"""Runs that have ended: they say so, and go on for longer."""
+"""Finished runs: they report that they are finished, and can be extended."""
 
 import csv
 import shutil
@@ -25,7 +25,7 @@ def state_of(directory):
 
 @pytest.fixture
 def finished(run, recipe):
-    """A run that ended after four steps, at the end of its schedule."""
+    """A run that finished after four steps, at the end of its schedule."""
     path = recipe(
         **{**EVERY_STEP, "trainer.max_steps": "${vars.steps}", "vars.steps": 4},
         **{"model.schedule.warmup_steps": 1, "model.schedule.final_fraction": 0.01},
@@ -36,7 +36,7 @@ def finished(run, recipe):
 
 
 def rates_of(directory):
-    """The learning rate of every step, as it was logged."""
+    """The logged learning rate of every step."""
     rates = {}
     for file in (directory / "csv").rglob("metrics.csv"):
         with file.open() as opened:
@@ -47,7 +47,7 @@ def rates_of(directory):
 
 
 def used_rates(monkeypatch):
-    """The learning rate of every step that is made, as the optimizer has it."""
+    """The learning rate of the optimizer in every step."""
     rates, original = [], torch.optim.AdamW.step
 
     def step(optimizer, *args, **settings):
@@ -81,7 +81,7 @@ LONGER_BY = {
 
 @pytest.mark.parametrize("how", LONGER_BY)
 def test_a_finished_run_goes_on_for_longer(run, finished, monkeypatch, how):
-    """And what the logs say of the learning rate is what the steps had."""
+    """The logged learning rates are those of the steps."""
     arguments, line, expected = LONGER_BY[how]
     rates = used_rates(monkeypatch)
     result = run("fit", "--resume", finished, *arguments)
@@ -90,7 +90,7 @@ def test_a_finished_run_goes_on_for_longer(run, finished, monkeypatch, how):
     assert rates == pytest.approx(expected, rel=0.01)
     assert rates_of(finished)[4:] == pytest.approx(rates)
     assert state_of(finished)["global_step"] == 6
-    # The run has this length from now on, however it is taken up.
+    # From now on, the run has this length, however it is resumed.
     shutil.rmtree(finished / "checkpoints" / "step_00000006")
     assert run("fit", "--resume", finished).code == 0
     assert state_of(finished)["global_step"] == 6
@@ -184,7 +184,8 @@ def test_steps_that_would_learn_nothing_are_refused(run, recipe):
 
 
 def test_max_time_is_that_of_each_start(run, recipe, monkeypatch):
-    """A run whose time was up goes on when it is started again, and says how."""
+    """A run that reached its time limit reports how to resume, and resumes when it is started
+    again."""
     path = recipe(**{**EVERY_STEP, "trainer.max_time": {"seconds": 100}})
     now = [0.0]
     monkeypatch.setattr("lightning.pytorch.callbacks.timer.time.monotonic", lambda: now[0])

@@ -1,4 +1,4 @@
-"""A run that does not fit into memory, or meets data it cannot read, ends in words."""
+"""Runs that are out of memory, or cannot read their data, end with a message."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def test_a_run_out_of_memory_says_what_would_help(run, recipe, text_changes, mon
 
     monkeypatch.setattr(CausalLM, "training_step", step)
     changes = {"trainer.max_steps": 6, "trainer.val_check_interval": 2}
-    # Long enough for activations, and not weights, to be what 16 bits halve.
+    # The sequence is long, so that halving activations, not weights, saves the most memory.
     changes["vars.sequence_length"] = 128
     path = recipe("text/stdlib_tiny", **{**text_changes, **changes})
     result = run("fit", "--config", path, "--run_dir", "kept")
@@ -55,7 +55,7 @@ def test_a_run_out_of_memory_says_what_would_help(run, recipe, text_changes, mon
     assert flags[1].startswith("model.activation_checkpointing true  (")
     assert flags[2].startswith("trainer.precision bf16-mixed  (")
     assert lines[3].endswith("with all of them")
-    # The last checkpoint is there, whole, and named.
+    # The last checkpoint is complete and named in the message.
     checkpoint = find_whole(Path("kept/checkpoints"))
     assert checkpoint is not None
     assert lines[4].startswith(f"the last checkpoint is complete: {checkpoint}. ")
@@ -78,7 +78,7 @@ def test_other_failures_are_no_want_of_memory(run, recipe, text_changes, monkeyp
 
 
 def test_each_flag_gives_the_memory_that_it_promises():
-    """What is advised is a recipe without mistakes, whose own estimate is the one that is told."""
+    """Each suggestion is a valid recipe, whose own memory estimate is the one that is printed."""
     values = values_of("text/stdlib_tiny")
     before = estimate(values)
     assert before is not None
@@ -101,7 +101,7 @@ def test_on_devices_states_are_shared_out():
     (last,) = list(remedies(values_of("image/cifar10")))[-1:]
     assert last.settings["trainer.strategy"] == "fsdp2"
     assert "--vars.devices 8" in last.flags
-    assert "divide the batches" in last.what
+    assert "divide the batch size" in last.what
     sharded = remedies(values_of("image/imagenet_vit_b", "--trainer.strategy", "fsdp2"))
     assert all("trainer.strategy" not in remedy.settings for remedy in sharded)
 

@@ -50,7 +50,7 @@ def photos(tmp_path):
 
 
 def own(recipe, path, *overrides, inputs_may_change=True):
-    """The resolved values, and what is told."""
+    """The resolved values, and the printed lines."""
     found = on_own_data(
         [find_recipe(recipe)], overrides, str(path), inputs_may_change=inputs_may_change
     )
@@ -113,7 +113,7 @@ def test_folders_of_splits(tmp_path, names):
     assert values["data"]["init_args"]["batch_size"] == 4
     assert "4 for training, 4 for validation" in lines[0]
     assert ("4 for testing" in lines[0]) == ("test" in names)
-    # Weights are for the channels that the recipe says.
+    # Pretrained weights fix the number of channels of the recipe.
     values, _ = own("image/finetune", tmp_path, inputs_may_change=False)
     assert values["vars"]["channels"] == 3
 
@@ -169,7 +169,7 @@ def test_nothing_is_mirrored_unless_the_recipe_says_so(photos):
     shipped = yaml.safe_load(find_recipe("image/finetune").read_text())
     transform = shipped["data"]["init_args"]["transform"]
     assert transform == values["data"]["init_args"]["transform"]
-    # Another recipe's own transform stays.
+    # The recipe's own transform is kept.
     values, _ = own("image/cifar10", photos)
     assert values["data"]["init_args"]["transform"]["hflip"] == 0.5
 
@@ -177,7 +177,7 @@ def test_nothing_is_mirrored_unless_the_recipe_says_so(photos):
 def test_what_the_recipe_calls_timms_default_is_that():
     lines = find_recipe("image/finetune").read_text().splitlines()
     said = [line.split(":")[0].strip() for line in lines if "# timm's default" in line]
-    said.remove("color_jitter")  # which says another number
+    said.remove("color_jitter")  # the recipe has another number
     assert len(said) == 8
     for training in (True, False):
         without = ImageTransform(
@@ -257,7 +257,7 @@ def test_texts_in_rows_and_in_splits(tmp_path):
 
 
 def odd(kind, folder):
-    """Make what `kind` says, and give the path of it."""
+    """Create data of the given kind, and return its path."""
     if kind == "one class":
         write_images(folder / "cats", 20)
     elif kind == "empty class":

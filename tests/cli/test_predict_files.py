@@ -1,4 +1,4 @@
-"""`diffmm predict RUN PATH...`: files and folders."""
+"""`diffmm predict RUN PATH...` for files and folders."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ NAMES = ("one", "two", "three, four")
 
 @pytest.fixture
 def weights(tmp_path):
-    """A model of three classes in a file."""
+    """A file with a model of three classes."""
     torch.manual_seed(0)
     model = diffmm.create_model("image/digits_tiny", num_classes=3)
     torch.nn.init.normal_(model.head.weight)
@@ -46,7 +46,7 @@ def weights(tmp_path):
 
 @pytest.fixture
 def pictures(run):
-    """Pictures in folders of the current directory."""
+    """Images in folders of the working directory."""
     rng = np.random.default_rng(0)
     for name in ("b.png", "a.PNG", "c/d.jpg", "c/.hidden.png", "c/notes.txt", "été.png"):
         path = Path("pictures", name)
@@ -273,7 +273,7 @@ def test_sounds_of_several_classes_of_any_rate(run, tmp_path):
 
 
 def test_a_file_that_the_model_does_not_take_is_named(run, tmp_path):
-    """It is found by itself though it was read together with others."""
+    """A bad file is identified even though it was read in a batch with others."""
     model = diffmm.create_model("audio/sound_events_tiny")
     reader = {"class_path": "datamodules.audio.AudioReader", "init_args": {"sample_rate_hz": 8000}}
     weights = diffmm.TrainedModel(model, Job(reader=reader)).save(tmp_path)

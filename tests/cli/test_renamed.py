@@ -1,4 +1,4 @@
-"""Runs, recipes and weights from before names changed."""
+"""Runs, recipes and weights with names of earlier versions."""
 
 import importlib
 import inspect
@@ -18,7 +18,7 @@ WITH_TOKENS = {f"{CONFIG}cls_token": True, f"{CONFIG}num_reg_tokens": 2, f"{CONF
 
 
 def in_old_names(values):
-    """Values of today as version 0.1 had them."""
+    """Convert current values to the names of version 0.1."""
     if isinstance(values, list):
         return [in_old_names(value) for value in values]
     if not isinstance(values, dict):
@@ -31,7 +31,7 @@ def in_old_names(values):
 
 
 def age(run):
-    """Give a run's config and newest checkpoint their names of version 0.1."""
+    """Convert a run's config and newest checkpoint to the names of version 0.1."""
     config = run / "config.yaml"
     config.write_text(yaml.safe_dump(in_old_names(yaml.safe_load(config.read_text()))))
     state = find_state(run)
@@ -101,13 +101,13 @@ def test_every_new_argument_is_there(cls, arguments):
         with pytest.warns(FutureWarning, match=f"{old} of {cls} is now {new}"):
             values = with_new_names({"a": node}, "here.yaml")
         assert values["a"]["init_args"] == {new: 1, "kept": 2}
-    # The same name elsewhere means something else.
+    # The same name has another meaning elsewhere.
     other = {"class_path": "a.B", "init_args": dict.fromkeys(arguments, 1)}
     assert with_new_names({"a": other}, "here.yaml") == {"a": other}
 
 
 def test_a_renamed_class_does_what_it_did(tmp_path):
-    """Under its old name the table had other columns, and several labels per clip."""
+    """Under its old name, the table has other default columns, and several labels per clip."""
     (tmp_path / "a.csv").write_text("path,tags\na.wav,x;y\n")
     table = str(tmp_path / "a.csv")
     old = {"train": table, "val": table, "labels_column": "tags"}

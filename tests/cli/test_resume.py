@@ -1,4 +1,4 @@
-"""`diffmm fit --resume`: runs that were cut off go on as if they had not been."""
+"""`diffmm fit --resume`: interrupted runs continue as if they had not been interrupted."""
 
 import csv
 import os
@@ -25,7 +25,7 @@ LONGER = {**EVERY_STEP, "trainer.max_steps": 6, "trainer.val_check_interval": 3}
 
 @pytest.fixture
 def samples(monkeypatch):
-    """The samples of every batch that is trained on."""
+    """The samples of every training batch."""
     seen = []
     original = Task.training_step
 
@@ -39,7 +39,7 @@ def samples(monkeypatch):
 
 @pytest.fixture
 def interrupted(run, recipe):
-    """A recipe, and a run of it of four steps that was killed after two."""
+    """A recipe, and one of its runs of four steps that was killed after two."""
     path = recipe(**EVERY_STEP)
     assert run("fit", "--config", path, "--name", "first").code == 0
     directory = Path("runs/recipe/first")
@@ -48,7 +48,7 @@ def interrupted(run, recipe):
 
 
 def cut_back(directory, step):
-    """As if the run had been killed soon after this step."""
+    """Change a run as if it had been killed soon after this step."""
     for found in checkpoints(directory / "checkpoints"):
         if found.step > step:
             shutil.rmtree(found.path)
@@ -103,7 +103,7 @@ def test_resume_goes_on_with_the_same_run(run, interrupted):
 
 @pytest.mark.parametrize("kept", [2, 0])
 def test_every_step_is_logged_once(run, interrupted, kept):
-    """Those that the killed run had logged, and that are made again, too."""
+    """Steps that the killed run had logged and that are repeated are logged once."""
     _, directory = interrupted
     cut_back(directory, kept)
     for _ in range(2):
@@ -248,7 +248,7 @@ def test_a_finetuned_run_needs_the_weights_it_started_from_no_more(
     second = Path("runs/recipe/second")
     cut_back(second, 2)
     shutil.rmtree(first)
-    # Where a model is sharded, weights are read before it is known that a run is resumed.
+    # With a sharded model, pretrained weights are read before it is known that the run is resumed.
     started_from = []
     original = Task.configure_model
 
@@ -263,7 +263,7 @@ def test_a_finetuned_run_needs_the_weights_it_started_from_no_more(
 
 
 def test_a_failure_right_after_a_checkpoint_names_it(run, interrupted):
-    """Whole by its manifest, and yet not what the run saved."""
+    """A checkpoint with a valid manifest whose content is not what the run saved."""
     _, directory = interrupted
     state = torch.load(find_state(directory), weights_only=True)
     del state["optimizer_states"][0]["state"][0]["step"]

@@ -1,4 +1,4 @@
-"""The scripts for several machines, and what several processes write together."""
+"""The scripts for several machines, and the output of several processes."""
 
 import os
 import re
@@ -22,7 +22,7 @@ from diffmm.recipes.summary import num_devices
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
 SLURM = SCRIPTS / "slurm.sbatch"
-# The first `python` that the scripts find is this one.
+# Make this interpreter the first `python` that the scripts find.
 ENVIRONMENT = {
     **os.environ,
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -33,7 +33,8 @@ ENVIRONMENT = {
 
 
 def two_nodes(*arguments):
-    """Run a command on two "machines" of one process each, and give what each has printed."""
+    """Run a command on two simulated machines of one process each, and return the output of
+    each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         first = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -63,7 +64,7 @@ def test_two_machines_train_and_predict_together(run, recipe):
     state = find_state(Path("runs/recipe/two"))
     assert len(list(state.glob("*.distcp"))) == 2
     checkpoint = state.parent
-    # Another number of samples than two processes can share evenly.
+    # Two processes cannot share this number of samples evenly.
     settings = ("--config", path, "--weights", "runs/recipe/two", "--data.batch_size", "7")
     printed = two_nodes("predict", *settings, "--output", "two.pt")
     assert "two.pt" in printed[0]
@@ -75,7 +76,7 @@ def test_two_machines_train_and_predict_together(run, recipe):
     assert two.keys() == one.keys()
     assert two["index"].equal(one["index"])
     torch.testing.assert_close(two["probabilities"], one["probabilities"])
-    # One process starts from the shares, and finds damage.
+    # One process resumes from the sharded checkpoint, and detects damage.
     alone = ("--trainer.strategy", "auto", "--trainer.devices", "1")
     assert run("finetune", "--config", path, "--weights", "runs/recipe/two", *alone).code == 0
     share = next(checkpoint.glob("state.ckpt/__1_*"))
@@ -107,7 +108,7 @@ def test_scripts_are_whole_and_can_be_run(script):
 
 @pytest.fixture
 def submitted(tmp_path):
-    """`submitted(recipe, ...)`: what the SLURM script would have srun start."""
+    """`submitted(recipe, ...)` returns the command that the SLURM script would start by srun."""
     srun = tmp_path / "srun"
     srun.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
     srun.chmod(0o755)
@@ -140,7 +141,8 @@ def test_slurm_starts_the_recipe_on_its_machines(submitted):
     assert int(asked["nodes"]) == trainer["num_nodes"]
     assert asked["ntasks-per-node"] == asked["gpus-per-node"] == str(trainer["devices"])
     assert num_devices(trainer) == 64
-    # To the processes, not to the script alone ("B:"); and a requeued job goes on in its log.
+    # The signal goes to the processes, not only to the script ("B:"); a requeued job appends to its
+    # log.
     assert asked["signal"] == "USR1@120"
     assert "requeue" in asked
     assert asked["open-mode"] == "append"

@@ -1,4 +1,4 @@
-"""What a command shows: the complete recipe, a recipe's own settings, progress in a pipe."""
+"""Output of commands: the complete recipe, a recipe's own settings, progress in a pipe."""
 
 import re
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_help_after_a_recipe_shows_its_settings_and_values(run, verb):
     "name", ["text/wikitext103", "image/finetune", "audio/speech_commands", "image/cifar10"]
 )
 def test_what_help_shows_are_overrides_that_change_nothing(name):
-    """Every setting of a recipe, given back as it is shown, gives the same recipe."""
+    """All printed settings of a recipe, passed as overrides, give the same recipe."""
     values = load([find_recipe(name)])
     shown = [line.split("  ")[1] for line in explain([find_recipe(name)], values).splitlines()]
     overrides = []
@@ -131,7 +131,7 @@ def test_a_terminal_keeps_its_bar_and_gets_the_validations(run, recipe, monkeypa
     result = run("fit", "--config", recipe())
     assert result.out.count("step ") == 1
     assert "step 2/2  val/loss" in result.out
-    assert "train/loss:" in result.out  # of the bar
+    assert "train/loss:" in result.out  # written by the progress bar
 
 
 def test_who_wants_no_bar_gets_no_lines(run, recipe):
@@ -151,7 +151,7 @@ def test_lines_come_at_intervals(monkeypatch, capsys):
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     trainer, lines = Trainer(), ProgressLines(10.0)
     lines.on_train_start(trainer, None)
-    lines.on_train_batch_end(trainer, None, None, None, 0)  # no step made yet
+    lines.on_train_batch_end(trainer, None, None, None, 0)  # no completed step yet
     trainer.callback_metrics = {"train/loss": 1.0}
     for step in range(1, 26):
         now[0], trainer.global_step = float(step), step

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.soak`: what it looks at, and that its run ends with it."""
+"""`python -m benchmarks.soak`: its measurements, and the end of its run."""
 
 import subprocess
 import sys

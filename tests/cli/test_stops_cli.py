@@ -1,4 +1,4 @@
-"""Signals and bad numbers, as a user of the command line meets them."""
+"""Signals and non-finite numbers on the command line."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from diffmm.training import Classification
 
 @pytest.fixture
 def sends(monkeypatch):
-    """`sends(number, step)`: training sends itself a signal within the step after `step`."""
+    """`sends(number, step)` makes training send itself a signal during the step after `step`."""
 
     def install(number, step):
         original = Classification.loss_sum
@@ -64,7 +64,7 @@ def test_before_the_first_step_a_run_can_go_on_too(run, recipe, monkeypatch):
     path = recipe()
     assert run("fit", "--config", path, "--name", "first").code == 143
     monkeypatch.undo()
-    # The directory of the test is gone with that.
+    # `undo` has also restored the previous working directory.
     os.chdir(path.parent / "work")
     result = run("fit", "--resume", "runs/recipe/first")
     assert result.code == 0, result.err
@@ -90,9 +90,9 @@ def test_ctrl_c_elsewhere_prints_no_traceback(run, recipe, monkeypatch):
 
 
 def test_a_run_that_diverges_says_why_it_ends_and_can_be_looked_at(run, recipe, monkeypatch):
-    # Beyond what is accepted: nothing milder is sure to give numbers that are not finite.
+    # A learning rate above the accepted maximum, because a smaller one may give finite numbers.
     monkeypatch.setattr("diffmm.training.optimizer.LARGEST_RATE", 1e30)
-    # v1's lambda is an exponential, and so the first thing that is not finite.
+    # The lambda of v1 is an exponential, and therefore the first value that overflows.
     changes = {"vars.learning_rate": 1e30, "vars.attention": "diff_v1"}
     path = recipe(**changes, **{"trainer.max_steps": 50, "data.batch_size": 3})
     result = run("fit", "--config", path, "--name", "first")
@@ -130,7 +130,7 @@ def test_replay_refuses_what_it_cannot_make_again(run, recipe):
 
 
 def processes_of(group):
-    """Ranks and numbers of the training processes of a process group, from the kernel's lists."""
+    """Ranks and process IDs of the training processes of a process group, from /proc."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -140,7 +140,7 @@ def processes_of(group):
         except OSError:
             continue
         rank = next((each[11:] for each in environment if each.startswith(b"LOCAL_RANK=")), b"0")
-        # Workers come later than their process.
+        # Workers have higher process IDs than their process.
         found.setdefault(int(rank), []).append(int(folder.name))
     return {rank: min(numbers) for rank, numbers in found.items()}
 
@@ -149,7 +149,8 @@ def processes_of(group):
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
 @pytest.mark.parametrize("target", ["rank 1", "group"])
 def test_two_processes_with_workers_stop_together(recipe, tmp_path, start, wait_until, target):
-    """Started by Lightning; as a terminal or a scheduler does, or to one process alone."""
+    """Processes started by Lightning; the signal is sent to all, as by a terminal or a scheduler,
+    or to one."""
     changes = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.num_workers": 1}
     path = recipe(**{**changes, "trainer.max_steps": 10**6})
     command = [sys.executable, "-m", "diffmm.cli", "fit", "--config", str(path), "--run_dir", "run"]

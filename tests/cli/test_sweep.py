@@ -45,7 +45,8 @@ def test_the_product_in_order_and_its_names():
     assert found[1].name == "x=0,y=0.5-1"
     assert found[2].name == "x=0,y=ab"
     assert found[0].name.startswith("x=0,y=p_q_")
-    # Names of one last part are told apart, and so are values that come to one name.
+    # Settings with the same last part get distinct names, and so do values that would give the same
+    # name.
     assert combinations([("a.x", "0,1"), ("b.x", "0,1")])[1].name == "a.x=0,b.x=1"
     names = [one.name for one in combinations([("a", "p/q,p:q,[1],1")])]
     assert len(set(names)) == 4
@@ -68,7 +69,7 @@ def test_what_is_no_sweep(pairs, message):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The runs that are trained, in this process."""
+    """Record the runs that are trained in this process."""
     names = []
 
     def launch(arguments):
@@ -91,7 +92,7 @@ def test_a_sweep_trains_each_run_once_and_compares_them(run, recipe, launched):
     table = result.out.splitlines()[-6:]
     assert table[0].split()[:3] == ["run", "attention", "seed"]
     assert [line.split()[0] for line in table[2:]] == names
-    # Finished ones are passed over, and those are trained that are new.
+    # Finished runs are skipped, and new ones are trained.
     launched.clear()
     result = run(*command[:-1], "softmax,diff_v1,diff_v2")
     assert result.out.count("already finished") == 4

@@ -1,4 +1,4 @@
-"""Somebody else's recipe or run: what it names is neither called nor imported."""
+"""Untrusted recipes and runs: classes that they name are neither called nor imported."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ PLACES = {
 
 @pytest.fixture
 def strange(tmp_path, monkeypatch):
-    """A module that tells of its import, in a folder that Python looks into."""
+    """A module on the import path that records its import."""
     folder = tmp_path / "strange"
     folder.mkdir()
     (folder / "strange_code.py").write_text(MODULE)
@@ -73,7 +73,8 @@ def test_check_calls_and_imports_nothing_strange(place, run, recipe, strange):
 
 @pytest.fixture
 def strange_run(run, recipe, tmp_path):
-    """`strange_run(place)`: a run, with a checkpoint, whose config somebody has changed."""
+    """`strange_run(place)` returns a run with a checkpoint, whose config was modified by another
+    author."""
 
     def make(place):
         result = run("fit", "--config", recipe(), "--run_dir", "runs/mine")
@@ -112,7 +113,7 @@ def test_own_code_runs_when_it_is_trusted(run, recipe, strange):
     path = recipe(**own)
     assert run("check", path).code == 2
     assert run("check", path, "--trust").code == 0
-    # A recipe that is given to `fit` is given to be run.
+    # A recipe given to `fit` is trusted.
     assert run("fit", "--config", path, "--run_dir", "runs/mine").code == 0
     assert strange.exists()
     assert run("fit", "--resume", "runs/mine", "--trainer.max_steps", "3").code == 2

@@ -1,4 +1,4 @@
-"""What a recipe's file may hold, whoever wrote it: refused in one line, in bounded time."""
+"""Invalid content of recipe files is refused in one line and in bounded time."""
 
 import time
 from contextlib import suppress
@@ -32,7 +32,7 @@ REFUSED = {
     "pairs": ("a: !!pairs [b: 1]", "a.0 is of YAML's type tuple"),
     "a number as key": ("a: {1: b}", "the key a.1 is not a string: put it in quotes"),
     "null as key": ("~: b", "the key None is not a string"),
-    "a list as key": ("? [a, b]\n: c", "a key is text, and no list or mapping"),
+    "a list as key": ("? [a, b]\n: c", "a key must be text, not a list or a mapping"),
     "a key twice": ("a: 1\na: 2", "the key 'a' appears twice"),
     "an object": ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
     "no YAML": ("a: [", "expected the node content"),
@@ -56,7 +56,8 @@ def test_files_that_are_no_recipe_are_refused_in_one_line(what, tmp_path):
 
 
 def test_merges_of_merges_take_no_time():
-    """PyYAML drops repeated keys, or (older) hands them on: then they are counted."""
+    """PyYAML drops repeated keys, or (older versions) passes them on, in which case they are
+    counted."""
     start = time.monotonic()
     with suppress(ValueError):
         assert parse(MERGES)["a11"] == {"x": 1, "y": 2}

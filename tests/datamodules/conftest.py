@@ -1,4 +1,4 @@
-"""What the tests of data can lean on."""
+"""Fixtures for tests of data."""
 
 import signal
 from collections.abc import Iterator
@@ -9,10 +9,10 @@ import pytest
 
 @pytest.fixture
 def within_a_minute() -> Iterator[None]:
-    """The test fails, rather than hangs, where a file keeps its reader waiting."""
+    """Make a test fail instead of hanging if a file blocks its reader."""
 
     def stop(signum: int, frame: Any) -> None:
-        pytest.fail("the test took more than a minute")  # which nothing takes for a bad file
+        pytest.fail("the test took more than a minute")  # which is not handled as a bad file
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(60)

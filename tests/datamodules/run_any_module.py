@@ -1,5 +1,5 @@
-"""Trains somebody's own module on each datamodule, as `python run_any_module.py FOLDER` in one
-process or in several, with all of Lightning's defaults, and writes down which samples it saw."""
+"""Trains a plain Lightning module on each datamodule, as `python run_any_module.py FOLDER` in one
+or several processes, with Lightning's defaults, and records the samples that it saw."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ STAGES = ("training", "validation", "test", "predict")
 
 
 class Anyones(LightningModule):
-    """Knows nothing of the library, but that a batch has this field."""
+    """A plain module that only knows that a batch has this field."""
 
     def __init__(self, field: str) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def data(folder: Path) -> dict[str, SeededDataModule]:
 
 
 def run(folder: Path, devices: int) -> dict[str, Any]:
-    """The sorted numbers of the samples that all processes saw in each stage."""
+    """The sorted indices of the samples that all processes saw in each stage."""
     results: dict[str, Any] = {}
     for field, module in data(folder / "texts").items():
         trainer = Trainer(

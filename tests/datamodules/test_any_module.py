@@ -1,4 +1,4 @@
-"""Any Lightning module trains on a datamodule of this library, with Lightning's own defaults."""
+"""Any Lightning module trains on a datamodule of this library with Lightning's defaults."""
 
 import json
 import os
@@ -55,6 +55,6 @@ def test_processes_share_the_samples_under_lightnings_own_default(field, two_pro
     seen = two_processes[field]
     assert len(seen["training"]) == len(set(seen["training"])) > 0
     for stage in ("validation", "test", "predict"):
-        # One sample may be seen by both, where that makes their numbers of batches equal.
+        # Both processes may see one sample, so that they have equal numbers of batches.
         assert set(seen[stage]) == set(range(max(seen[stage]) + 1))
         assert len(seen[stage]) - len(set(seen[stage])) <= 2

@@ -1,4 +1,4 @@
-"""Batches of sound: crops, padding, buckets, augmentation; the same whatever the workers."""
+"""Batches of sound: crops, padding, buckets and augmentation, independent of the workers."""
 
 import numpy as np
 import pytest
@@ -168,7 +168,7 @@ def test_buckets_are_shared_evenly_and_steps_are_alike():
     shares = [[index for _, index in sampler] for sampler in ranks]
     assert len(shares[0]) == len(shares[1]) == len(ranks[0])
     assert not set(shares[0]) & set(shares[1])
-    for step in range(13):  # 107 = 13 batches of 8, and 3 that are left out
+    for step in range(13):  # 107 = 13 batches of 8, and 3 samples that are dropped
         together = [share[step * 4 : step * 4 + 4] for share in shares]
         assert sorted(together[0] + together[1]) == sorted(one[step * 8 : step * 8 + 8])
         spread = np.ptp([lengths[i] for i in together[0] + together[1]])

@@ -1,4 +1,4 @@
-"""Sources of sound, on small trees in the formats they have on disk."""
+"""Sources of sounds, with small folders in the formats of the data sets."""
 
 import csv
 import os
@@ -142,7 +142,7 @@ def test_speech_commands_are_split_as_torchaudio_splits_them(commands):
     from torchaudio.datasets import SPEECHCOMMANDS
 
     source = SpeechCommands(str(commands), download=True)
-    source.prepare()  # it is there: nothing is fetched
+    source.prepare()  # it exists already, so nothing is downloaded
     splits = source.splits()
     assert splits.class_names == ["marvin", "no", "yes"]
     names = {"train": "training", "val": "validation", "test": "testing"}

@@ -1,4 +1,5 @@
-"""Bad samples: refused, replaced alike by every process, or listed; never in silence."""
+"""Bad samples are refused, replaced by the same samples on every process, or listed, always with a
+message."""
 
 import logging
 import multiprocessing
@@ -28,7 +29,7 @@ RATE_HZ = 8000
 
 
 def cut(path: Path) -> None:
-    """Leave half of a file."""
+    """Truncate a file to half its size."""
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
 
@@ -45,7 +46,7 @@ def empty(path: Path) -> None:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Twenty-four noisy pictures of two classes, three of them broken."""
+    """Twenty-four noise images of two classes, three of them damaged."""
     rng = np.random.default_rng(0)
     for number in range(24):
         folder = tmp_path / "pictures" / "ab"[number % 2]
@@ -61,7 +62,7 @@ def pictures(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sounds(tmp_path: Path) -> Path:
-    """Twenty-four noises of two classes, four of them broken."""
+    """Twenty-four noise sounds of two classes, four of them damaged."""
     rng = np.random.default_rng(0)
     for number in range(24):
         folder = tmp_path / "sounds" / "ab"[number % 2]
@@ -133,7 +134,7 @@ def same(left: list[Any], right: list[Any]) -> bool:
 
 
 def named(caplog: pytest.LogCaptureFixture, folder: Path) -> list[str]:
-    """The files that the log's lines name."""
+    """The files that the log names."""
     found = []
     for record in caplog.records:
         message = record.getMessage()
@@ -167,7 +168,7 @@ def test_another_sample_stands_in(kind: str, folder: Path, num_workers: int) -> 
     ]
     indices = torch.cat([batch["index"] for batch in batches]).tolist()
     assert not set(bad) & set(indices)
-    # The good ones are all there; a label is the substitute's own.
+    # All good samples are there; a label is that of the substitute.
     assert set(indices) == set(range(24)) - set(bad)
     labels = torch.cat([batch["labels"] for batch in batches]).tolist()
     assert labels == [data.splits.train.labels[index][0] for index in indices]
@@ -178,7 +179,7 @@ def test_workers_epochs_and_processes_draw_the_same(kind: str, folder: Path) -> 
     assert same(epoch_of(alone, 1), epoch_of(make(kind, folder, bad_samples=LENIENT), 1))
     with_workers = make(kind, folder, bad_samples=LENIENT, num_workers=2)
     assert same(epoch_of(alone, 1), epoch_of(with_workers, 1))
-    # In another epoch, others stand in.
+    # In another epoch, there are other substitutes.
     dataset: Any = alone.train_dataloader().dataset
     bad = next(i for i, path in enumerate(dataset.samples.paths) if "00." in path.name)
     assert len({int(dataset[epoch, bad]["index"]) for epoch in range(8)}) > 1
@@ -204,7 +205,7 @@ def test_quarantine_is_remembered(
     assert set(listed.read_text().splitlines()) == {str(folder / name) for name in BROKEN[kind]}
     before = listed.read_text()
     with caplog.at_level(logging.WARNING, "datamodules"):
-        # The list changes nothing of what is drawn, and a limit of zero is kept.
+        # The list does not change the samples that are drawn, and a limit of zero is respected.
         strict = BadSamples("quarantine", 0.0, str(listed))
         again = epoch_of(make(kind, folder, bad_samples=strict), 3)
     assert same(first, again)
@@ -228,7 +229,7 @@ def test_too_many_stop_the_run(kind: str, folder: Path) -> None:
 
 
 class Numbers(SeededDataset[int]):
-    """Numbers, of which those from `first_bad` on cannot be read."""
+    """Integers; those from `first_bad` cannot be read."""
 
     def __init__(self, count: int, first_bad: int) -> None:
         self.count = count

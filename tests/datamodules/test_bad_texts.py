@@ -1,4 +1,4 @@
-"""Bad files of a corpus that is read before training: left out where the run is to go on."""
+"""Bad files of a corpus that is read before training are skipped if the policy allows it."""
 
 import gzip
 import json
@@ -73,7 +73,7 @@ def token_source(root: Path) -> tuple[Corpus, Path]:
 
 @pytest.fixture(params=[folder_source, lines_source, parquet_source, token_source])
 def corpus(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Corpus, Path]:
-    """Four files of a document each, of which number 2 is broken."""
+    """Four files with one document each, of which number 2 is damaged."""
     root = tmp_path / "corpus"
     root.mkdir()
     return request.param(root)
@@ -147,6 +147,6 @@ def test_the_datamodule_passes_its_policy_on(tmp_path: Path) -> None:
     data.prepare_data()
     data.setup()
     assert len(data.train_dataloader()) > 0
-    # What was left out is not forgotten: the cache of a strict run is another.
+    # A strict run does not use the cache without the skipped documents.
     with pytest.raises(BadSampleError):
         TextData(source, cache_dir=str(tmp_path / "cache"), **arguments).prepare_data()  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.data`: what it measures, and what it makes of it."""
+"""`python -m benchmarks.data`: its measurements and conclusions."""
 
 import pytest
 
@@ -10,7 +10,7 @@ def rates(**samples: float) -> dict[int, Rate]:
 
 
 def test_waiting_is_a_share_of_the_step() -> None:
-    assert waiting(100.0, 100.0, num_workers=0) == 0.5  # they take turns
+    assert waiting(100.0, 100.0, num_workers=0) == 0.5  # they alternate
     assert waiting(300.0, 100.0, num_workers=0) == 0.25
     assert waiting(100.0, 100.0, num_workers=2) == 0.0  # they overlap
     assert waiting(25.0, 100.0, num_workers=2) == 0.75

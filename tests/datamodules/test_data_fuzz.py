@@ -1,4 +1,4 @@
-"""Real files, cut and changed at random: each gives what it holds, or is refused by its name."""
+"""Real files with random changes give their content, or are refused by name."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("within_a_minute")
 
 
 def bounded(max_examples: int) -> settings:
-    """The same examples in every run, so many of them."""
+    """Run a fixed number of examples, the same in every run."""
     return settings(
         max_examples=max_examples,
         derandomize=True,
@@ -38,12 +38,12 @@ Edits = list[tuple[int, int]]
 
 
 def lengths(content: bytes) -> st.SearchStrategy[int]:
-    """To which `content` is cut."""
+    """The length to which `content` is cut."""
     return st.integers(0, len(content) - 1)
 
 
 def edits(content: bytes, header: int = 200) -> st.SearchStrategy[Edits]:
-    """A few places of `content`, most of them in its header, and the bytes that come there."""
+    """A few positions in `content`, most of them in its header, and the bytes to write there."""
     places = st.integers(0, min(header, len(content)) - 1) | st.integers(0, len(content) - 1)
     values = st.sampled_from([0, 1, 0x7F, 0x80, 0xFF]) | st.integers(0, 255)
     return st.lists(st.tuples(places, values), min_size=1, max_size=4)
@@ -57,7 +57,7 @@ def edited(content: bytes, changes: Edits) -> bytes:
 
 
 def held(path: Path, content: bytes, read: Callable[[Path], Any]) -> Any:
-    """What `path` with this content gives, or `None` where it is refused by its name."""
+    """The result of reading `path` with this content; `None` if it is refused by name."""
     path.write_bytes(content)
     try:
         return read(path)
@@ -183,7 +183,7 @@ def test_sounds(kind: str, tmp_path: Path) -> None:
     @given(lengths(content))
     def cut(length: int) -> None:
         samples = held(path, content[:length], read_sound)
-        # Nothing tells how long a FLAC without its length was.
+        # The length of a FLAC file without a number of samples is unknown.
         end = len(samples) if samples is not None and "without" in kind else None
         assert samples is None or np.array_equal(samples, whole[:end])
 

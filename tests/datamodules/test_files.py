@@ -1,4 +1,4 @@
-"""Which files are data: hidden ones never, others only where they are regular files."""
+"""Which files are data: no hidden files, and only regular files."""
 
 import os
 import socket
@@ -29,7 +29,7 @@ HIDDEN = ("._a", ".ipynb_checkpoints/a-checkpoint", "deep/.cache/a", "deep/._b")
 
 
 def write(path: Path) -> Path:
-    """A small file of the kind that its suffix says."""
+    """A small file of the kind that its extension names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
         Image.new("L", (4, 4)).save(path)
@@ -42,7 +42,7 @@ def write(path: Path) -> Path:
 
 @pytest.fixture
 def tree(tmp_path: Path):
-    """Two classes, `a` and `b`, of two files each, and hidden ones at every depth."""
+    """Two classes, `a` and `b`, with two files each, and hidden files at every depth."""
 
     def build(suffix: str, name: str = "data") -> Path:
         folder = tmp_path / name
@@ -170,7 +170,7 @@ def test_links_are_followed_but_not_around(tmp_path: Path) -> None:
 
 @pytest.fixture(params=["a named pipe", "a socket", "a device", "a folder"])
 def irregular(request: pytest.FixtureRequest, tmp_path: Path):
-    """Puts something that is no regular file under a name; its kind."""
+    """Create a file that is not a regular file, and return its kind."""
     sockets = []
 
     def put(path: Path) -> str:
@@ -195,7 +195,7 @@ def irregular(request: pytest.FixtureRequest, tmp_path: Path):
 
 
 def test_only_regular_files_are_opened(irregular, tmp_path: Path) -> None:
-    """A reader of a named pipe would wait for a writer, and no signal would reach it."""
+    """A reader of a named pipe would wait for a writer, and could not be interrupted by signals."""
     words = irregular(tmp_path / "a.png")
     assert why_no_file(tmp_path / "a.png") == words
     with pytest.raises(BadSampleError, match=rf"image 0 \(.*a.png\) {words}"):

@@ -1,4 +1,5 @@
-"""A checkpoint knows its data: what differs is named, and what is copied elsewhere is the same."""
+"""A checkpoint records its data: differences are named, and a copy in another folder is the
+same."""
 
 import os
 import shutil
@@ -63,7 +64,7 @@ MODALITIES = ("images", "sounds", "texts")
 
 
 def a_file(modality, folder, number=0):
-    """Of the training data."""
+    """The fingerprint of the training data."""
     module_ = module(modality, folder)
     module_.setup("fit")
     if modality != "texts":

@@ -1,4 +1,4 @@
-"""Batches of images: timm's transforms, seeded; the same whatever the workers."""
+"""Batches of images: timm's transforms with seeds, independent of the workers."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from datamodules.image.transform import ImageTransform
 
 
 class Dots(Digits):
-    """A few digits: enough to look at, quick to go through."""
+    """A few digits, which are quick to iterate over."""
 
     def splits(self):
         splits = super().splits()

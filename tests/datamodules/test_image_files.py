@@ -1,4 +1,4 @@
-"""Every kind of image file: its right values, or a refusal that names it."""
+"""Every kind of image file gives correct values, or an error that names it."""
 
 import os
 import struct
@@ -26,7 +26,7 @@ def pixels(path: Path) -> list:
     return np.asarray(read_image(path)).tolist()
 
 
-ROUNDED = ("lab", "ycbcr")  # by libraries that may round in other ways
+ROUNDED = ("lab", "ycbcr")  # of libraries that may round differently
 
 
 def saved(image: Image.Image, suffix: str, **arguments) -> bytes:
@@ -36,7 +36,7 @@ def saved(image: Image.Image, suffix: str, **arguments) -> bytes:
 
 
 def tiff(samples: np.ndarray, order: str = "<", **tags: int) -> bytes:
-    """A gray TIFF of one strip, uncompressed, as its tags say."""
+    """An uncompressed grayscale TIFF of one strip, with the given tags."""
     data = samples.astype(samples.dtype.newbyteorder(order)).tobytes()
     height, width = samples.shape
     bits = samples.dtype.itemsize * 8
@@ -53,7 +53,7 @@ def tiff(samples: np.ndarray, order: str = "<", **tags: int) -> bytes:
 def png(
     rows: list[bytes], width: int, depth: int, color: int, *, height: int = 0, **chunks: bytes
 ) -> bytes:
-    """A PNG of these lines, of a `height` that may not be true."""
+    """A PNG of these lines, with a `height` that may be wrong."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return (
@@ -78,13 +78,13 @@ def pnm(magic: str, samples: np.ndarray, most: str) -> bytes:
 
 
 def in_mode(mode: str, values: tuple[int, ...]) -> Image.Image:
-    """A picture of one color, of any mode."""
+    """An image of one color, in any mode."""
     bands = [Image.new("L", (2, 2), value) for value in values]
     return bands[0] if len(bands) == 1 else Image.merge(mode, bands)
 
 
 def palette(alpha: bytes | None = None) -> tuple[Image.Image, dict]:
-    """Entry 1 is green; entry 0 red."""
+    """Entry 1 is green, and entry 0 is red."""
     image = Image.new("P", (2, 2), 1)
     image.putpalette([255, 0, 0, 0, 255, 0])
     return image, {} if alpha is None else {"transparency": alpha}
@@ -96,7 +96,7 @@ THIRDS = np.array([[0.0, 1 / 3, 2 / 3, 1.0]], np.float32)
 TWELVE = np.frombuffer(bytes([0x00, 0x0F, 0xFF, 0x80, 0x00, 0x00]), np.uint8).reshape(1, 6)
 
 VALUES: dict[str, tuple[bytes, list]] = {
-    # 16 bits by their full range: as Pillow names them, I;16, I;16B and I
+    # 16 bits over their full range, in Pillow's modes I;16, I;16B and I
     "16.png": (saved(Image.fromarray(WIDE), "PNG"), GRAYS.tolist()),
     "16.tif": (saved(Image.fromarray(WIDE), "TIFF"), GRAYS.tolist()),
     "16_lzw.tif": (saved(Image.fromarray(WIDE), "TIFF", compression="tiff_lzw"), GRAYS.tolist()),
@@ -113,7 +113,7 @@ VALUES: dict[str, tuple[bytes, list]] = {
         png([struct.pack(">3H", 257 * 9, 257 * 99, 65535)], 1, 16, 2),
         [[[9, 99, 255]]],
     ),
-    # floats, from black to white
+    # floats from black to white
     "float.tif": (tiff(THIRDS), [[0, 85, 170, 255]]),
     "float_big_endian.tif": (tiff(THIRDS, ">"), [[0, 85, 170, 255]]),
     "float_white_is_zero.tif": (tiff(THIRDS, _262=0), [[255, 170, 85, 0]]),
@@ -134,7 +134,7 @@ VALUES: dict[str, tuple[bytes, list]] = {
     ),
     "la.png": (saved(in_mode("LA", (100, 0)), "PNG"), [[[255] * 3] * 2] * 2),
     "la_opaque.tif": (saved(in_mode("LA", (100, 255)), "TIFF"), [[[100] * 3] * 2] * 2),
-    "la_premultiplied.tif": (  # half of 100 is left, and half of white shows behind it
+    "la_premultiplied.tif": (  # half of 100 remains, and half of the white background is added
         tiff(np.uint8([[50, 128, 0, 0]]), _256=2, _277=2, _338=1),
         [[[177] * 3, [255] * 3]],
     ),
@@ -228,7 +228,7 @@ def test_what_has_no_right_values_is_refused(name: str, tmp_path: Path) -> None:
 def test_black_lines_that_are_there_are_kept(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png([b"\7", b"\0"], 1, 8, 0))
     assert pixels(tmp_path / "a.png") == [[7], [0]]
-    # Interlaced: Adam7's lines come in another order.
+    # Interlaced (Adam7) images store their lines in another order.
     values = np.arange(11 * 9, dtype=np.uint8).reshape(9, 11)
     passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2)]
     rows = [
@@ -290,7 +290,7 @@ def test_a_turned_picture_of_16_bits_with_broken_exif(tmp_path: Path) -> None:
 def test_the_content_decides_about_the_format(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "a.png").write_bytes(saved(Image.new("RGB", (4, 4), "lime"), "JPEG"))
     assert read_image(tmp_path / "a.png").getpixel((0, 0)) == (0, 255, 1)
-    # Pillow would have Ghostscript draw this one.
+    # Pillow would call Ghostscript for this one.
     eps = saved(Image.new("RGB", (4, 4)), "EPS")
     (tmp_path / "b.png").write_bytes(eps)
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", pytest.fail)
@@ -332,7 +332,7 @@ def test_bombs_are_refused_before_they_take_memory(tmp_path: Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three pictures of noise in color in each of two classes, and a bad one of each kind."""
+    """Three color noise images in each of two classes, and a bad file of each kind."""
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -350,7 +350,7 @@ def test_gray_of_color_and_color_of_gray(folder: Path) -> None:
         data = ImageData(source, image_size=16, channels=channels, batch_size=7, transform=whole)
         data.setup()
         assert next(iter(data.train_dataloader()))["images"].shape == (7, channels, 16, 16)
-        # By timm's numbers for color; their means, for gray.
+        # With timm's mean and standard deviation for color, and their averages for grayscale.
         mean, std = (np.array(numbers) for numbers in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
         if channels == 1:
             mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)

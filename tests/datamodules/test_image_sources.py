@@ -1,4 +1,4 @@
-"""Sources of images, on small trees in the formats they have on disk."""
+"""Sources of images, with small folders in the formats of the data sets."""
 
 import hashlib
 import pickle
@@ -34,7 +34,7 @@ def cifar_images(number, num_images):
 
 
 def write_cifar(monkeypatch, dataset, root, names, labels_key, num_classes):
-    """The files of `dataset` with a few images, and their checksums as the expected ones."""
+    """The files of `dataset` with a few images, with matching expected checksums."""
     folder = root / dataset.base_folder
     folder.mkdir(parents=True)
 
@@ -65,7 +65,7 @@ def test_cifar10_as_torchvision_keeps_it(monkeypatch, tmp_path):
     names = [f"thing {i}" for i in range(10)]
     folder = write_cifar(monkeypatch, datasets.CIFAR10, tmp_path, names, "labels", 10)
     source = CIFAR10(str(tmp_path), download=True)
-    source.prepare()  # it is there: nothing is fetched
+    source.prepare()  # it exists already, so nothing is downloaded
     splits = source.splits()
     assert splits.class_names == names
     assert [len(s.labels) for s in (splits.train, splits.val, splits.test)] == [100, 20, 20]
@@ -117,7 +117,7 @@ def imagenet(tmp_path):
             for i in range(count):
                 name = f"{synset}_{i}.JPEG" if split == "train" else f"ILSVRC2012_val_{i}.JPEG"
                 write_image(tmp_path / split / synset / name, (200 * number, 50 * i, 0))
-    # As in ImageNet: one file is a PNG by its content, one is CMYK.
+    # As in ImageNet, one file is a PNG by its content, and one is CMYK.
     png = tmp_path / "train" / "n01440764" / "n02105855_2933.JPEG"
     write_image(png.with_suffix(".png"), (0, 0, 255), mode="RGBA")
     png.with_suffix(".png").rename(png)
@@ -189,7 +189,7 @@ def test_an_animation_is_its_first_frame(tmp_path):
         )
     splits = ImageFolder(str(tmp_path), str(tmp_path)).splits()
     assert [path.name for path in splits.train.paths] == ["moving.GIF"] * 2
-    # 64 colors fit a palette of 256: nothing is lost.
+    # 64 colors fit into a palette of 256, so nothing is lost.
     assert np.array_equal(np.asarray(splits.train.read(1)), first)
 
 
@@ -210,7 +210,7 @@ def test_a_folder_of_images_holds_out_some_of_each_class(tmp_path):
 
 @pytest.fixture
 def table(tmp_path):
-    """Ten images of two classes in a folder beside the table that names them."""
+    """Ten images of two classes in a folder next to a table with their names."""
     rows = []
     for number in range(10):
         write_image(tmp_path / "bilder süß" / f"{number} 1.png", (number, 0, 0))

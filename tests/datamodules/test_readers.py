@@ -1,4 +1,4 @@
-"""Readers: what a model sees in evaluation, of files and of the like in memory."""
+"""Readers: inputs of a model in evaluation, from files and from objects in memory."""
 
 import json
 import os
@@ -25,7 +25,7 @@ RATE_HZ = 8000
 
 
 def again(reader):
-    """A reader made of what a checkpoint keeps of it."""
+    """A reader created from its description in a checkpoint."""
     described = json.loads(json.dumps(reader.describe()))
     assert described["class_path"] == type(reader).class_path
     made = type(reader)(**described["init_args"])
@@ -35,7 +35,7 @@ def again(reader):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Folders of two classes, of pictures of several sizes and kinds."""
+    """Folders of two classes, with images of several sizes and kinds."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
         for number, (name, mode) in enumerate(
@@ -75,7 +75,7 @@ def test_a_picture_in_memory_is_turned_and_bounded_as_a_file(tmp_path):
     upright = np.zeros((20, 20), np.uint8)
     upright[:10] = 255
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera lay on its side
+    exif[0x0112] = 6  # the camera was rotated
     picture = Image.fromarray(np.rot90(upright)).convert("RGB")
     picture.save(tmp_path / "turned.png", exif=exif)
     of_file = reader.read(tmp_path / "turned.png")["images"]
@@ -244,7 +244,7 @@ def test_a_folder_is_walked_in_order(tree, at_once, monkeypatch):
 
 
 def test_a_folder_is_walked_as_files_are_taken(tree, monkeypatch):
-    """However many there are, a few names are held: the folders further on are not looked into."""
+    """Only a few names are kept in memory, and later folders are not listed in advance."""
     looked_into, scandir = [], os.scandir
     monkeypatch.setattr(files, "_AT_ONCE", 2)
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Samplers share and shuffle; random numbers follow (seed, epoch, index) alone."""
+"""Samplers distribute and shuffle; random numbers depend on (seed, epoch, index) only."""
 
 import math
 import random
@@ -27,7 +27,7 @@ from diffmm.batch import REPEATED
 
 
 class Draws(SeededDataset[torch.Tensor]):
-    """Index, epoch and a draw."""
+    """Returns the index, the epoch and a random draw."""
 
     def __init__(self, num_samples: int) -> None:
         self.num_samples = num_samples
@@ -42,7 +42,7 @@ class Draws(SeededDataset[torch.Tensor]):
 
 
 class Numbered(Draws):
-    """Index alone, in a dict as batches are."""
+    """Returns the index only, in a dict like a batch."""
 
     def sample(self, epoch: int, index: int) -> dict[str, int]:  # type: ignore[override]
         return {"index": index}

@@ -1,4 +1,4 @@
-"""The synthesizer: what is written on a clip can be heard in it."""
+"""The synthesizer: the labels of a clip match its sound."""
 
 import time
 
@@ -33,7 +33,7 @@ def centroid_hz(waveform):
 
 
 def envelope(waveform, window=160):
-    """RMS of each 10 milliseconds."""
+    """RMS per 10 milliseconds."""
     frames = waveform[: len(waveform) // window * window].reshape(-1, window)
     return np.sqrt((frames**2).mean(axis=1))
 
@@ -52,7 +52,7 @@ def test_events_have_unit_rms_and_fade_out(name, num_samples):
 @pytest.mark.parametrize("pitch_hz", [150.0, 437.3, 1500.0])
 def test_pitched_events_peak_at_their_pitch(name, pitch_hz):
     freqs_hz, power = spectrum(synthesize(name, pitch_hz))
-    # The strongest overtone of a string may be a higher one: look around the pitch.
+    # The strongest overtone of a string may be a higher one, so the test looks near the pitch.
     near = (freqs_hz > pitch_hz * 0.7) & (freqs_hz < pitch_hz * 1.5)
     assert freqs_hz[near][power[near].argmax()] == pytest.approx(pitch_hz, rel=0.01, abs=2)
     assert power[near].max() > 100 * np.median(power)
@@ -141,7 +141,7 @@ def test_background_falls_with_frequency():
     for seed in range(20):
         freqs_hz, power = spectrum(background(16000, np.random.default_rng(seed)))
         low, high = ((freqs_hz > a) & (freqs_hz < 2 * a) for a in (100, 3200))
-        slopes.append(10 * np.log10(power[low].mean() / power[high].mean()) / 5)  # dB an octave
+        slopes.append(10 * np.log10(power[low].mean() / power[high].mean()) / 5)  # dB per octave
     assert min(slopes) > -0.7
     assert max(slopes) < 7.0
     assert np.ptp(slopes) > 3, "of different colors"

@@ -1,4 +1,4 @@
-"""Every kind of sound file: its right samples, or a refusal that names it."""
+"""Every kind of sound file gives correct samples, or an error that names it."""
 
 import os
 import struct
@@ -33,7 +33,7 @@ def changed(content: bytes, place: int, new: bytes) -> bytes:
 
 
 def without_length(flac: bytes) -> bytes:
-    """A FLAC as an encoder writes it into a pipe: with no number of samples, and no MD5."""
+    """A FLAC file as written to a pipe, without a number of samples or an MD5."""
     return changed(flac, 21, bytes([flac[21] & 0xF0]) + bytes(4 + 16))
 
 
@@ -48,7 +48,7 @@ PAGES = [place for place in range(len(OGG)) if OGG[place : place + 4] == b"OggS"
 
 @pytest.fixture
 def clip(tmp_path: Path):
-    """The clip in a file of this content."""
+    """The clip of a file with this content."""
 
     def write(content: bytes, name: str = "a.wav") -> FileClips:
         (tmp_path / name).write_bytes(content)
@@ -133,7 +133,7 @@ BAD = {
         "cannot be decoded",
     ),
     "none_unknown.flac": (without_length(FLAC)[: 4 + 4 + 34], "is not a readable|has no samples"),
-    # 68,719,476,735 samples: 256 GiB, were they there
+    # 68,719,476,735 samples would take 256 GiB
     "lying.flac": (changed(FLAC, 21, bytes([FLAC[21] | 15]) + b"\xff" * 4), "has 68,719,476,735 s"),
     "cut.ogg": (OGG[: PAGES[-1] + 50], "is incomplete .its last page is truncated"),
     "cut_page.ogg": (OGG[: PAGES[-1]], "is incomplete .*not marked as the end"),

@@ -1,4 +1,4 @@
-"""Streams of files: every row once an epoch, and on from anywhere as if nothing had happened."""
+"""Streams of files: every row once per epoch, with exact resuming from any position."""
 
 import gzip
 import json
@@ -81,7 +81,7 @@ def same(left: list[Any], right: list[Any]) -> bool:
 
 
 def merged(modules: list[Process]) -> dict[str, Any]:
-    """The state that processes would gather."""
+    """The state that the processes would gather."""
     states = [module.state_dict() for module in modules]
     return {**states[0], "places": {k: v for state in states for k, v in state["places"].items()}}
 
@@ -187,7 +187,7 @@ def test_a_run_goes_on_with_another_number_of_processes(files: Path) -> None:
 
 @pytest.mark.parametrize(("num_shares", "files_read"), [(1, 1), (4, 1), (6, 1), (8, 2), (13, 3)])
 def test_every_row_comes_once_an_epoch(files: Path, num_shares: int, files_read: int) -> None:
-    """Also where the files do not divide by the shares, and where there are more shares."""
+    """Also if the files cannot be divided evenly among the shares, or there are more shares."""
     module = data(files, packing="padded", batch_size=1, stream_shares=num_shares)
     stream = module._training_stream(module.source)  # type: ignore[arg-type]
     size = NUM_FILES * files_read
@@ -214,7 +214,7 @@ def test_rows_are_shuffled_and_each_epoch_is_another(files: Path) -> None:
 
 
 class Watcher(lightning.pytorch.LightningModule):
-    """Sees batches, and learns nothing."""
+    """Records batches without learning."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ class Watcher(lightning.pytorch.LightningModule):
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_trainer_takes_batches_one_by_one(files: Path, num_workers: int, tmp_path: Path) -> None:
-    """It fetches ahead, validates in between, and its epochs are lengths of one stream."""
+    """It prefetches, validates in between, and its epochs are parts of one stream."""
     changes = {"num_workers": num_workers, "validation_fraction": 0.2}
     whole = list(islice(data(files, **changes).train_dataloader(), 21))
     trainer = lightning.Trainer(
@@ -268,7 +268,7 @@ def test_a_trainer_takes_batches_one_by_one(files: Path, num_workers: int, tmp_p
 
 def test_evaluation_does_not_depend_on_who_shares_it(files: Path) -> None:
     def windows(num_workers: int, world_size: int) -> dict[int, list[int]]:
-        """All samples of all processes, by their number."""
+        """All samples of all processes, by their index."""
         found = {}
         for rank in range(world_size):
             changes = {"validation_fraction": 0.3, "num_workers": num_workers}
@@ -376,7 +376,7 @@ def test_a_first_file_that_cannot_be_opened_is_passed_over(tmp_path: Path) -> No
 def test_quarantine_leaves_a_file_out_and_changes_no_run_that_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # The first rows of number 3 can be read, until its second chunk.
+    # The first rows of number 3 can be read, up to its second chunk.
     root = write_files(tmp_path / "files", "parquet")
     path = root / "3.parquet"
     content = bytearray(path.read_bytes())
@@ -397,11 +397,11 @@ def test_quarantine_leaves_a_file_out_and_changes_no_run_that_goes_on(
         start.append(next(batches))
     following = start[-1:] + list(islice(batches, 20))
     assert listed.read_text() == f"{path}\n"
-    # The run goes on as it began, though the list now has the file.
+    # The resumed run is unchanged, although the list now contains the file.
     resumed = data(root, **changes)
     resumed.load_state_dict(state)
     assert same(list(islice(resumed.train_dataloader(), 21)), following)
-    # A new one does not open it.
+    # A new run does not open it.
     caplog.clear()
     seen = documents_in(list(islice(data(root, **changes).train_dataloader(), 150)))
     assert not any(name.startswith("3.") for name in seen)

@@ -1,4 +1,4 @@
-"""TextData: splits, loaders, caches, and what it refuses."""
+"""TextData: splits, loaders, caches and errors."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def data(source: Corpus | Path, **changes: Any) -> TextData:
 
 
 def documents_in(loader: Any) -> set[str]:
-    """The documents that a loader's tokens mention, by the name that each begins with."""
+    """The documents in a loader's tokens, by the name that each begins with."""
     text = "".join(BYTES.decode(row) for batch in loader for row in batch["tokens"].tolist())
     return {part[:2] for part in text.split("<")[1:]}
 
@@ -179,7 +179,7 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceText:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 5 worker")
-@pytest.mark.parametrize("num_workers", [0, 2, 5])  # also more than there are files
+@pytest.mark.parametrize("num_workers", [0, 2, 5])  # also more shares than files
 def test_a_stream_is_endless_in_training_and_whole_in_validation(
     stream: HuggingFaceText, num_workers: int
 ) -> None:
@@ -255,7 +255,7 @@ def test_a_split_without_documents(folder: Path, tmp_path: Path) -> None:
 
 
 def text_of(loaders: Any) -> str:
-    """All that the loaders' samples predict, in order, and the token before it."""
+    """All tokens that the loaders' samples predict, in order, and the token before them."""
     samples = [sample for loader in loaders for sample in loader.dataset]
     ids = [sample["targets"][sample["targets"] != IGNORE_INDEX] for sample in samples]
     return BYTES.decode(samples[0]["tokens"][:1].tolist() + torch.cat(ids).tolist())
@@ -333,7 +333,7 @@ def test_what_cannot_be_split_by_position_is_refused(tmp_path: Path) -> None:
 
 
 class Reader(lightning.LightningModule):
-    """Records what it is given."""
+    """Records its batches."""
 
     def __init__(self) -> None:
         super().__init__()

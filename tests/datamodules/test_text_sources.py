@@ -1,4 +1,4 @@
-"""Every source gives its documents, and names what it cannot read."""
+"""Every source yields its documents, and names files that it cannot read."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_the_standard_library_is_real_text() -> None:
     assert all(name.endswith(".py") for name in names)
     assert not any("test" in name.split("/") or "site-packages" in name for name in names)
     assert names == [d.key for d in StandardLibrary(max_bytes=300_000).documents()]
-    assert len({name[0] for name in names}) > 5  # a sample of the whole
+    assert len({name[0] for name in names}) > 5  # a sample of all modules
 
 
 def test_an_interpreter_without_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_folder_of_texts(folder: Path) -> None:
     ]
     assert [d.key for d in TextFolder(str(folder), "*.md").documents()] == ["notes.md"]
     loaded = TextFolder(str(folder)).load(BYTES)
-    assert texts_of(loaded) == ["first — with é", "second", "third"]  # nothing of the empty one
+    assert texts_of(loaded) == ["first — with é", "second", "third"]  # none from the empty file
 
 
 def test_files_are_split_where_asked(folder: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_read_is_named(folder: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-32-be"])
 def test_a_byte_order_mark_is_no_text(folder: Path, encoding: str) -> None:
-    # Python writes one itself, and reads it, where the name leaves the order open.
+    # Python writes such a file itself, and reads it if the name does not specify the byte order.
     text = "one|two" if encoding == "utf-16" else f"{MARK}one|two"
     (folder / "a.txt").write_text(text, encoding)
     source = TextFolder(str(folder), "a.txt", encoding=encoding)
@@ -300,7 +300,7 @@ def test_several_token_files_are_one_corpus(tmp_path: Path) -> None:
     chosen = corpus.held_out(0.3, 0.9)
     assert 0 < len(chosen) < 9
     assert set(texts_of(chosen)) < set(expected)
-    # A worker that is not forked gets the files, not their content.
+    # A worker that is not forked receives the paths, not the content of the files.
     data = pickle.dumps(corpus)
     assert texts_of(pickle.loads(data)) == expected
     assert b"text 0a" not in data

@@ -1,4 +1,4 @@
-"""Windows: no token is lost or doubled, and targets are what they say."""
+"""Windows: no token is lost or duplicated, and targets are correct."""
 
 from itertools import pairwise
 from typing import Any
@@ -71,12 +71,12 @@ def test_document_ids_tell_documents_apart(texts: list[str], length: int) -> Non
         for place, (a, b) in enumerate(pairwise(ids)):
             real = place + 1 < min(length, len(owners) - 1 - index * length)
             assert (a != b) == (real and mine[place] != mine[place + 1]) or not real
-        # Each target belongs to its token's document.
+        # Each target belongs to the document of its token.
         for place, target in enumerate(sample["targets"].tolist()):
             if target != IGNORE_INDEX:
                 assert owners[index * length + place] == owners[index * length + place + 1]
                 predicted.append(target)
-    # All but each document's first token (and its bytes) are predicted.
+    # All tokens (and bytes) except the first of each document are predicted.
     assert predicted == [id for text in texts for id in [*text.encode()[1:], EOS]]
 
 
@@ -100,7 +100,7 @@ def test_padded_windows_keep_documents_apart(texts: list[str], length: int) -> N
     assert batch["targets"][real].tolist() == expected
     assert (batch["targets"][~real] == IGNORE_INDEX).all()
     assert (real.int().diff(dim=1) <= 0).all()  # padding on the right
-    assert real.any(dim=0).all()  # no longer than the longest
+    assert real.any(dim=0).all()  # no longer than the longest document
     assert "document_ids" not in batch
     assert batch["num_bytes"].sum() == sum(len(text.encode()) - 1 for text in texts)
     assert batch["index"].tolist() == list(range(len(dataset)))

@@ -1,4 +1,4 @@
-"""Token files that lie: what their headers promise is checked before it is believed."""
+"""Invalid token files: headers are checked against the content."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def change_lengths(path: Path, *lengths: int) -> None:
 
 
 def refused(path: Path, message: str) -> None:
-    """`path` is refused with this message, and left out where that is asked for."""
+    """Check that `path` is refused with this message, and skipped if the policy allows it."""
     source = TokenFiles([str(path)])
     with pytest.raises(BadSampleError, match=rf"token file 0 \(.*a\.bin\) is damaged: {message}"):
         source.load(BYTES)
@@ -112,7 +112,7 @@ def test_lengths_that_overflow_to_the_right_sum(path: Path) -> None:
 
 
 class Opened:
-    """Pickled in a table of documents, this would make a file when it is opened."""
+    """Pickled in a table of documents, this would create a file when it is loaded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (Path("opened"),)
@@ -127,7 +127,7 @@ def test_tables_that_lie(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Path("opened").exists()
     np.save(table, np.zeros(3, [("key", "<u8"), ("length", "<i8")]))
     refused(path, r".*has 3 rows and 0 bytes, but its header says \[\('key', '<u8'\), ")
-    # 2 ** 60 rows: 16 EiB, were they there
+    # 2 ** 60 rows would take 16 EiB
     table.write_bytes(whole.replace(b"(3,), }" + b" " * 18, b"(1152921504606846976,), }"))
     assert table.stat().st_size == len(whole)
     refused(
@@ -149,14 +149,14 @@ def test_bytes_that_make_no_token(path: Path) -> None:
 
 def test_ids_beyond_the_vocabulary_are_refused_when_they_are_read(path: Path) -> None:
     tokens = np.fromfile(path, "<u2")
-    tokens[7] = 259  # the second document's
+    tokens[7] = 259  # of the second document
     tokens.tofile(path)
     documents = TokenFiles([str(path)]).load(BYTES)
     assert documents.read(0, 0, 6).tolist() == [*b"xxxxx", 256]
     message = r"a\.bin has the id 259 among its tokens 6 to 13, but the tokenizer has 259 tokens"
     with pytest.raises(BadSampleError, match=message):
         documents.read(1, 0, 7)
-    # Another sample stands in for it where that is asked for.
+    # Another sample is its substitute if the policy allows it.
     data = TextData(
         TokenFiles([str(path)]),
         validation_fraction=0.0,

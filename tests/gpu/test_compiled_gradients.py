@@ -1,5 +1,5 @@
-"""Whole compiled models against eager float32, every parameter: two fused causal calls with values
-wider than keys were once seen to give wrong gradients in a compiled decoder alone."""
+"""Gradients of compiled models compared with uncompiled float32, for every parameter. Two fused
+causal calls with values wider than keys once gave wrong gradients in a compiled decoder only."""
 
 import pytest
 import torch
@@ -30,8 +30,8 @@ def test_compiled_gradients_are_as_exact_as_eager_ones(attention, backend, group
     truth = gradients_by("reference", torch.float32)
     eager = relative_errors(gradients_by("sdpa", torch.bfloat16), truth)
     compiled = gradients_by(backend, torch.bfloat16, compile=True)
-    # Lambda's few numbers are allowed what the worst of them needs, three times: of so few, the
-    # largest error is chance. The wrong gradients that this looks for were off by 2, or NaN.
+    # The few numbers of lambda are allowed three times their worst uncompiled error, because the
+    # largest error of so few numbers is random. The wrong gradients had errors of 2, or were NaN.
     worst_lambda = max([error for name, error in eager.items() if "lambda" in name], default=0.0)
     for name, error in relative_errors(compiled, truth).items():
         allowed = (3 * worst_lambda if "lambda" in name else 2 * eager[name]) + 0.02

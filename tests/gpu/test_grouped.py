@@ -1,4 +1,4 @@
-"""Grouped differential attention on a GPU, on every backend, against the reference."""
+"""Grouped differential attention on a GPU, with every backend, against the reference."""
 
 import pytest
 import torch

@@ -1,16 +1,17 @@
-"""Training by the fused kernels goes as training by torch's: the same loss curve, to noise.
+"""Training with the fused kernels gives the same loss curve as with torch's, up to noise.
 
-Two runs that differ in rounding alone drift apart, some by ten times as much as others. So each
-backend trains several times, from weights that differ by what bfloat16 rounds away, and the two
-mean curves are compared: they may be at most `LIMIT` times as far apart as the spread of the sdpa
-runs lets expect of the means of two such sets. (Both backends start from the same weights, which
-brings them nearer than that, if anything.)
+Two runs that only differ by rounding drift apart, some by ten times as much as others. Each backend
+therefore trains several times, from weights that differ by bfloat16's rounding error, and the two
+mean curves are compared. Their distance may be at most `LIMIT` times the distance that the spread
+of the sdpa runs predicts for the means of two such sets. (Both backends start from the same
+weights, which can only reduce the distance.)
 
-What this can see, on one H100 (v1, v2): the kernels were 0.38 and 0.40 of that apart; without
-lambda's gradient 6.6 and 51, without that of the second key 13 and 1346, with noise as large as the
-gradient of values 5.9 and 30. Half of the second query's gradient was 2.2 and 9.1 apart, and so
-goes by in v1. Two sets of sdpa runs are beyond the limit in about 1 % of cases (v1, by bootstrap).
-The learning rate decides it: at 2e-3 noise hid the first three (on a CPU).
+Sensitivity on one H100 (v1, v2), in units of the predicted distance: the kernels had a distance of
+0.38 and 0.40; without lambda's gradient it was 6.6 and 51, without that of the second key 13 and
+1346, with noise as large as the gradient of values 5.9 and 30. With half of the second query's
+gradient it was 2.2 and 9.1, which is not detected in v1. Two sets of sdpa runs exceed the limit in
+about 1 % of cases (v1, by bootstrap). The sensitivity depends on the learning rate: at 2e-3, noise
+hid the first three errors (on a CPU).
 """
 
 import sysconfig
@@ -28,13 +29,13 @@ DEVICE = "cuda"
 STEPS, BATCH, LENGTH = 200, 16, 256
 LEARNING_RATE, WARMUP = 5e-4, 20
 NUM_RUNS, LIMIT = 8, 3.0
-# Half of the distance between two bfloat16 numbers, relative.
+# Half of the relative distance between two bfloat16 numbers.
 ROUNDING = 2.0**-9
 
 
 @pytest.fixture(scope="module")
 def batches():
-    """The same crops of Python's own sources for every run, as bytes."""
+    """The same random windows of Python's own sources for every run, as bytes."""
     folder = Path(sysconfig.get_path("stdlib"))
     corpus = b"".join(
         (folder / f"{name}.py").read_bytes() for name in ("argparse", "typing", "ast")
@@ -46,7 +47,7 @@ def batches():
 
 
 def perturbed(weights, seed):
-    """`weights` moved by up to what bfloat16 rounds away; seed 0 moves nothing."""
+    """`weights` changed randomly by up to bfloat16's rounding error; seed 0 changes nothing."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
 
     def move(weight):
@@ -74,9 +75,9 @@ def train(model, forward, batches):
 
 
 def distance(baselines, found):
-    """How far the mean curves `[runs, STEPS]` are apart, in units of what is expected of noise.
+    """The distance of the mean curves of `[runs, STEPS]`, in units of that expected from noise.
 
-    Root mean squares over curves that are averaged over 10 steps.
+    It is a root mean square over curves that are averaged over 10 steps.
     """
     baselines, found = (c.unflatten(1, (-1, 10)).mean(dim=2) for c in (baselines, found))
     noise = baselines.var(dim=0) * (1 / len(baselines) + 1 / len(found))
@@ -98,7 +99,7 @@ def curves(attention, backend, batches):
 
 @pytest.fixture(scope="module", params=["diff_v1", "diff_v2"])
 def baselines(request, batches):
-    """An attention, and its curves by torch's kernels."""
+    """An attention variant, and its curves with torch's kernels."""
     found = curves(request.param, "sdpa", batches)
     assert found[:, -20:].mean() < 0.7 * found[:, :5].mean(), "it has learned nothing"
     return request.param, found

@@ -1,4 +1,4 @@
-"""The sdpa backend on a GPU against the reference, whatever kernel torch picks."""
+"""The sdpa backend on a GPU against the reference, with any kernel that torch selects."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The fused kernels on a GPU: never further from float64 than twice plain low precision."""
+"""The fused kernels on a GPU: at most twice the error of plain low precision."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ make_inputs = partial(attention_checks.make_inputs, device="cuda")
 
 @pytest.fixture(autouse=True)
 def _poisoned():
-    """Every uninitialized allocation holds NaN."""
+    """Fill every uninitialized allocation with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -47,7 +47,7 @@ def test_every_width(widths, dtype):
 
 @pytest.mark.parametrize("shape", [(), (3,), (1, 100, 1)], ids=str)
 def test_a_lambda_that_is_shared_gets_the_sum_of_the_gradients(shape):
-    # Of one number the error is chance; its gradient is a sum of those that `check` holds.
+    # The error of a single number is random; its gradient is a sum of those that `check` compares.
     mask = AttentionMask(causal=True)
     inputs = make_inputs(100, 300, 3, 1, V1, torch.bfloat16, lam_shape=shape)
     each = [*inputs[:3], inputs[3].detach().expand(BATCH, 100, 3).contiguous().requires_grad_()]
@@ -58,7 +58,7 @@ def test_a_lambda_that_is_shared_gets_the_sum_of_the_gradients(shape):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("num_bytes", [1, 200_000, 700_000])
 def test_wide_values_in_little_memory(monkeypatch, num_bytes, causal):
-    """Heads take turns, and bands of keys where one head is too much."""
+    """Heads are processed in turn, and bands of keys if one head is too large."""
     from diffmm.ops.diff_attention.triton.hopper import backward
 
     monkeypatch.setattr(backward, "SCRATCH_BYTES", num_bytes)

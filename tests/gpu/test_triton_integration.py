@@ -1,4 +1,4 @@
-"""The fused operators among torch's own means: opcheck, compiling, recomputing, CUDA graphs."""
+"""The fused operators with torch's tools: opcheck, compilation, recomputation, CUDA graphs."""
 
 import pytest
 import torch
@@ -146,7 +146,7 @@ def test_recomputed_blocks_have_the_same_gradients(attention):
 
     compiled = gradients(torch.compile(model, fullgraph=True))
     for (name, _), c, k in zip(model.named_parameters(), compiled, kept, strict=True):
-        if "lambda" not in name:  # Sums of rounding: test_compiled_gradients.py holds them.
+        if "lambda" not in name:  # see test_compiled_gradients.py
             assert (c - k).norm() <= 5e-2 * k.norm(), name
 
 

@@ -1,4 +1,4 @@
-"""A trained digits model, and pictures of digits."""
+"""A trained digits model, and images of digits."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from diffmm.cli import main
 IGNORED_WARNINGS = (
     # Lightning 2.6 under torch 2.11.
     "ignore:.*LeafSpec.*:FutureWarning",
-    # The tiny recipes load in the training process: workers would only cost time.
+    # The tiny recipes load data in the training process, because workers would only cost time.
     "ignore:.*does not have many workers.*",
 )
 
@@ -52,6 +52,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def there(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The workplace as the current directory."""
+    """The same directory, as the working directory."""
     monkeypatch.chdir(workplace)
     return workplace

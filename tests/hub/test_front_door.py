@@ -1,4 +1,4 @@
-"""What `import diffmm` costs and offers; the examples of its names."""
+"""The import time and the names of `import diffmm`, and the examples of its functions."""
 
 import doctest
 import subprocess
@@ -24,7 +24,7 @@ def test_importing_is_light_and_quick():
         for _ in range(3)
     ]
     assert [run.returncode for run in runs] == [0, 0, 0], runs[0].stderr
-    # The best of three: other tests may run beside this one.
+    # The minimum of three, because other tests may run at the same time.
     assert min(float(run.stdout) for run in runs) < 0.2
 
 

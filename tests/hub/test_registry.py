@@ -110,7 +110,7 @@ def test_weights_to_start_from(tmp_path):
 
 @pytest.mark.parametrize("name", ["image/digits_mae_tiny", "audio/sound_events_mae_tiny"])
 def test_no_setting_stands_in_two_configs(name):
-    """An override would not say which it means."""
+    """An override would be ambiguous."""
     description = describe_model(name, {})
     model = config_class(description["class_path"])
     encoder = type(build(description).config.encoder)

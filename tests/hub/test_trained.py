@@ -1,4 +1,4 @@
-"""Trained models that know what they are for."""
+"""Trained models with the description of their task."""
 
 import dataclasses
 import json
@@ -226,7 +226,7 @@ def test_a_file_has_nothing_but_readers_imported(class_path, there, trained, tmp
 def test_a_reader_that_does_not_fit_is_refused(changes, message, there, trained):
     arguments = {**trained.job.reader["init_args"], **changes}
     job = dataclasses.replace(trained.job, reader={**trained.job.reader, "init_args": arguments})
-    # The fault is the reader's, and no file's.
+    # The error is the reader's, not that of a file.
     with pytest.raises(ValueError, match=re.escape(message)):
         diffmm.TrainedModel(trained.model, job).stream(["seven.png"], on_error=print)
 

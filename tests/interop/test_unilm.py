@@ -1,5 +1,5 @@
-"""Other implementations' attention layers against ours: the authors' recorded numbers, and timm's
-and Hugging Face's live."""
+"""Our attention layers compared with other implementations: recorded results of the authors' code,
+and the installed timm and Hugging Face."""
 
 import json
 import math
@@ -18,13 +18,13 @@ CASES = sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
 
 
 def assert_same(actual, truth, name="", tolerance=1e-5):
-    """Equal to 1e-5 of the largest number in `truth`, which is what float32 sums can give."""
+    """Check equality to 1e-5 of the largest number in `truth`, the precision of float32 sums."""
     error = ((actual - truth).abs().max() / truth.abs().max()).item()
     assert error < tolerance, f"{name} is off by {error:.1e} of its largest number"
 
 
 class Golden:
-    """One of the authors' layers: its case, weights, input, output and gradients."""
+    """A layer of the authors' code: its case, weights, input, output and gradients."""
 
     def __init__(self, name):
         with safe_open(GOLDEN / f"{name}.safetensors", framework="pt") as file:
@@ -56,7 +56,7 @@ class Golden:
 
 
 def ours(name):
-    """Our parameter's name for one of the authors'."""
+    """Our name of a parameter of the authors' code."""
     return {"subln.weight": "norm.weight", "o_proj.weight": "out_proj.weight"}.get(name, name)
 
 
@@ -89,7 +89,7 @@ def reordered(golden, key, order, head_dim):
 
 
 def misreadings():
-    """Ways to read the same weights that have the right shapes and are wrong."""
+    """Layouts of the same weights that have the right shapes but are wrong."""
 
     def halves(golden):
         num_raw, head_dim = 2 * golden.case["num_heads"], golden.case["head_dim"]
@@ -142,7 +142,7 @@ def test_lambda_init_enters_as_the_start_of_lambda_and_as_the_scale_of_the_heads
     ]
     expected = (ends[0] - ends[1] + lambda_init).item()
     assert attention.lam(golden["x"]).item() == pytest.approx(expected, abs=1e-6)
-    # The norm makes heads of mean square 1, whatever lambda: their scale is the other place.
+    # The norm gives heads a mean square of 1 for any lambda; their scale also depends on lambda.
     heads = {}
     attention.out_proj.register_forward_pre_hook(lambda _, args: heads.update(out=args[0]))
     attention.norm.weight.data.fill_(1.0)
@@ -186,8 +186,8 @@ def test_gradients_agree_where_the_two_maps_cancel():
     weights = golden.under("weight.")
     head_dim = golden.case["head_dim"]
     for key in ("q_proj.weight", "k_proj.weight"):
-        # The second component is nearly the first, and lambda (below) nearly 1: heads of about
-        # 1e-4, which the norm blows up by its largest gain.
+        # The two components are nearly equal and lambda (below) is nearly 1, so that heads are
+        # about 1e-4, which the norm scales up by its largest gain.
         rows = weights[key].double().unflatten(0, (-1, 2, head_dim))
         rows[:, 1] = rows[:, 0] + 1e-4 * rows[:, 1]
         weights[key] = rows.flatten(0, 2)
@@ -234,7 +234,7 @@ def test_groups_that_would_split_a_pair_are_refused():
 
 
 def assert_same_gradients(theirs, ours, x, pairs):
-    """Hold an output and its gradients, to the input and to `pairs` of parameters, together."""
+    """Compare an output and its gradients, for the input and for `pairs` of parameters."""
     grad_out = torch.randn_like(x)
     grads = []
     outs = []
@@ -306,7 +306,7 @@ def test_hugging_face_diffllama_attention(num_kv_heads):
     with torch.no_grad():
         ours.q_proj.weight.copy_(interleaved(theirs.q_proj.weight, 8, True))
         ours.k_proj.weight.copy_(interleaved(theirs.k_proj.weight, num_kv_heads, True))
-        # The value of head i is raw values i and i + K/2 side by side.
+        # The value of head i consists of raw values i and i + K/2.
         ours.v_proj.weight.copy_(interleaved(theirs.v_proj.weight, num_kv_heads, False))
         ours.out_proj.weight.copy_(theirs.o_proj.weight)
         for name in DiffAttentionV1.LAMBDA_NAMES:

@@ -1,4 +1,4 @@
-"""The three attention layers, by what must hold of them."""
+"""Properties of the three attention layers."""
 
 import math
 
@@ -17,7 +17,7 @@ CAUSAL = AttentionMask(causal=True)
 
 
 def make(kind: str, **changes):
-    """An attention layer with four heads; a noise head of `diff_grouped` serves two of them."""
+    """An attention layer with four heads; in `diff_grouped`, one noise head serves two of them."""
     own = {"num_kv_heads": 2, "signal_per_noise": 2} if kind == "diff_grouped" else {}
     return ATTENTIONS[kind](DIM, **{"num_heads": 4, **own, **changes})
 
@@ -161,7 +161,7 @@ def test_without_headwise_norm_heads_come_out_as_they_are():
     layer = DiffAttentionV1(DIM, num_heads=4, headwise_norm=False)
     assert not [name for name, _ in layer.named_parameters() if "norm" in name]
     x = torch.randn(1, 1, DIM)
-    value = layer.v_proj(x)  # one token attends to itself alone: both maps are 1
+    value = layer.v_proj(x)  # one token attends only to itself: both maps are 1
     expected = layer.out_proj((1 - layer.lam(x)) * value)
     torch.testing.assert_close(layer(x, mask=CAUSAL), expected)
 
@@ -216,7 +216,7 @@ def test_bad_arguments_are_refused(build, message):
 
 
 def gated(layer, x):
-    """A layer's output, computed step by step: heads, without their own values, normed, gated."""
+    """A layer's output, computed step by step: heads, exclusion of own values, norm and gate."""
     q, k, v = layer.project(x, None)
     heads = layer.attend(x, q, k, v, CAUSAL)
     if layer.exclusive:

@@ -14,7 +14,7 @@ def test_patchify_and_back() -> None:
     images = torch.randn(2, 3, 8, 12)
     patches = patchify(images, (4, 3))
     assert patches.shape == (2, 8, 36)
-    # The second patch of the first row, pixels row by row, channels fastest.
+    # The second patch of the first row: pixels row by row, with channels varying fastest.
     torch.testing.assert_close(
         patches[1, 1], images[1, :, :4, 3:6].permute(1, 2, 0).reshape(-1), rtol=0, atol=0
     )
@@ -75,12 +75,12 @@ def test_stems_refuse() -> None:
 def test_resampling_positions() -> None:
     positions = torch.randn(4, 6, 8)
     assert resample(positions, (4, 6)) is positions
-    # timm's, for the same sizes.
+    # Equal to timm's for the same sizes.
     theirs = resample_abs_pos_embed(
         positions.reshape(1, 24, 8), new_size=[7, 5], old_size=[4, 6], num_prefix_tokens=0
     )
     torch.testing.assert_close(resample(positions, (7, 5)).reshape(1, 35, 8), theirs)
-    # Over one axis, or a grid one token wide, a line stays a line (but for the borders).
+    # Along one axis, or in a grid one token wide, a line stays a line (except at the borders).
     line = torch.linspace(0, 1, 8)[:, None].expand(8, 3)
     for longer in (resample(line, (16,)), resample(line[:, None], (16, 1)).squeeze(1)):
         torch.testing.assert_close(longer[4:-4].diff(dim=0), torch.full((7, 3), 0.5 / 7))
@@ -104,6 +104,6 @@ def test_coordinates_count_from_one() -> None:
 def test_coordinates_of_another_size_keep_their_place() -> None:
     assert coordinates((2, 4), (2, 4)).equal(coordinates((2, 4)))
     coarse, fine = coordinates((4, 4)).reshape(4, 4, 2), coordinates((8, 8), (4, 4))
-    # The middle of four fine patches is the middle of the coarse one.
+    # The center of four fine patches is the center of the coarse one.
     fine = fine.reshape(4, 2, 4, 2, 2).mean(dim=(1, 3))
     torch.testing.assert_close(fine, coarse)

@@ -1,4 +1,4 @@
-"""The log-mel spectrogram: exact lengths, exact precision."""
+"""The log-mel spectrogram: exact lengths and exact precision."""
 
 import math
 
@@ -32,7 +32,7 @@ def test_a_tone_stands_in_its_band_and_a_click_in_its_frame() -> None:
     band = 2595 * math.log10(1 + 1000 / 700) / top * 41 - 1
     assert abs(tone[:, 50].argmax().item() - band) < 1
     click = torch.zeros(1, 8000)
-    click[0, 40 * 80 + 40] = 1.0  # the middle of frame 40
+    click[0, 40 * 80 + 40] = 1.0  # the center of frame 40
     energy = log_mel(click)[0][0].mean(dim=0)
     assert energy.argmax().item() == 40
     torch.testing.assert_close(energy[39], energy[41], rtol=1e-3, atol=1e-3)
@@ -42,7 +42,7 @@ def test_a_tone_stands_in_its_band_and_a_click_in_its_frame() -> None:
 def test_padding_changes_no_frame(num_samples: int) -> None:
     log_mel, clips = spectrogram(), torch.randn(2, 4000)
     alone, _ = log_mel(clips[:1, :num_samples])
-    # What stands after a clip's end, even if it is not silence, has no influence.
+    # Values after the end of a clip have no influence, even if they are not silence.
     padded, num_frames = log_mel(clips, torch.tensor([num_samples, 4000]))
     assert num_frames.tolist() == [alone.shape[2], 50]
     torch.testing.assert_close(padded[:1, :, : alone.shape[2]], alone, rtol=1e-5, atol=1e-5)

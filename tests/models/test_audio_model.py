@@ -1,4 +1,4 @@
-"""The audio model: padding changes nothing, whatever the stem."""
+"""The audio model: padding has no effect, with any stem."""
 
 from dataclasses import replace
 from typing import Any
@@ -34,7 +34,7 @@ def config(stem: str = "patch", positions: str = "rope", **changes: Any) -> Audi
 
 
 def real(features: Tensor, padding: Tensor, num_prefix: int) -> Tensor:
-    """A clip's special tokens and real patches."""
+    """The special tokens and the real patches of a clip."""
     return torch.cat([features[:num_prefix], features[num_prefix:][padding]])
 
 
@@ -43,9 +43,9 @@ def real(features: Tensor, padding: Tensor, num_prefix: int) -> Tensor:
 @pytest.mark.parametrize("stem", STEMS)
 def test_padding_changes_no_feature(stem: str, positions: str, pool: str) -> None:
     model = AudioModel(config(stem, positions, pool=pool, num_reg_tokens=1)).eval()
-    for parameter in model.stem.parameters():  # biases too: they are what leaks past an end
+    for parameter in model.stem.parameters():  # including biases, which would leak past the end
         nn.init.normal_(parameter, std=0.3)
-    clips = torch.randn(2, 8000)  # noise after the end: it must not be heard either
+    clips = torch.randn(2, 8000)  # noise after the end, which must be ignored
     for num_samples in (50, 3456, 7900):
         lengths = torch.tensor([num_samples, 8000])
         alone = clips[:1, :num_samples]
@@ -55,11 +55,11 @@ def test_padding_changes_no_feature(stem: str, positions: str, pool: str) -> Non
         expected = model.forward_features(alone)[0]
         torch.testing.assert_close(real(features[0], padding[0], 2), expected, rtol=1e-5, atol=1e-5)
         assert padding.sum(dim=1).tolist() == [len(expected) - 2, model.num_patches(clips)]
-        # The head by itself agrees with the whole.
+        # The separate head gives the same result.
         torch.testing.assert_close(
             model.forward_head(features, key_padding=padding), model(clips, lengths)
         )
-        # Saying how long whole clips are changes nothing.
+        # Passing the lengths of full clips changes nothing.
         torch.testing.assert_close(
             model(alone, torch.tensor([num_samples])), model(alone), rtol=1e-5, atol=1e-5
         )
@@ -67,7 +67,7 @@ def test_padding_changes_no_feature(stem: str, positions: str, pool: str) -> Non
 
 @pytest.mark.parametrize("stem", ["patch", "frame"])
 def test_padding_is_not_a_silent_clip(stem: str) -> None:
-    """Zeros are sound, too: only `num_samples` makes them padding."""
+    """Zeros are also sound: only `num_samples` makes them padding."""
     model = AudioModel(config(stem)).eval()
     clips = torch.randn(1, 8000)
     clips[:, 4000:] = 0.0
@@ -111,7 +111,8 @@ def test_shapes() -> None:
 
 
 def test_ast() -> None:
-    """The original's count of tokens for its 10.24 s: 12 bands by 101 steps, and what is left."""
+    """The original's number of tokens for 10.24 s: 12 bands by 101 steps, and the special
+    tokens."""
     backbone = BackboneConfig(dim=32, depth=1, num_heads=4, rope="2d")
     ast = AudioModel(AudioConfig(sample_rate_hz=16000, patch_stride=10, backbone=backbone))
     assert ast.stem.grid(1016) == (101, 12)
@@ -141,7 +142,7 @@ def test_augmentation_in_training_only() -> None:
     plain = model.eval().embed(clips, lengths).tokens
     assert model.eval().embed(clips, lengths).tokens.equal(plain)
     assert not model.train().embed(clips, lengths).tokens.equal(plain)
-    # What is to be predicted in masked autoencoding is the sound itself.
+    # The target of masked autoencoding is the sound itself.
     assert model.train().patchify(clips, lengths).equal(model.eval().patchify(clips, lengths))
 
 
@@ -155,7 +156,7 @@ def test_augmentation_leaves_padding_silent() -> None:
     clips = torch.randn(2, 8000)
     alone = model.embed(clips[:1, :1000]).tokens
     padded = model.embed(clips, torch.tensor([1000, 8000])).tokens
-    # 13 frames alone: the end of the second patch is silence there, and must be here.
+    # 13 frames: the rest of the second patch is silence there, and must be here.
     alone_frames = model.spectrogram.num_frames(1000)
     assert alone_frames % 8
     torch.testing.assert_close(padded[:1, :4], alone, rtol=1e-5, atol=1e-5)
@@ -167,7 +168,7 @@ def test_longer_and_shorter_clips(stem: str) -> None:
     clips = torch.randn(1, 4000)
     at_1 = model(clips)
     before = model.positions.grid.detach().clone()
-    model.set_input_size(0.5)  # cut: what remains keeps its place
+    model.set_input_size(0.5)  # cropped: the remaining positions are unchanged
     torch.testing.assert_close(model(clips), at_1, rtol=0, atol=0)
     assert model.positions.grid.equal(before[: len(model.positions.grid)])
     model.set_input_size(2.0)

@@ -13,7 +13,7 @@ from diffmm.ops import AttentionMask
 ATTENTIONS = ("softmax", "diff_v1", "diff_v2")
 CAUSAL = AttentionMask(causal=True)
 
-# What torch does for forward-mode derivatives of its own operators.
+# Warnings of torch for forward-mode derivatives of its own operators.
 TORCH_SCRIPTS = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 
 
@@ -139,9 +139,9 @@ def test_heads_of_v1_start_no_larger_than_values(dim, init_std, size):
         q, k, v = attention.project(x, None)
         heads = attention.finish(attention.attend(x, q, k, v, AttentionMask()))
         sizes = heads.square().mean(-1).sqrt() / (1.0 - attention.lambda_init)
-        # The norm's eps makes them a little smaller.
+        # The eps of the norm makes them slightly smaller.
         assert 0.8 * size < sizes.mean() <= size * 1.001
-    # Without the norm, or in the layer alone, nothing is touched.
+    # Without the norm, or in the layer alone, nothing is changed.
     Backbone(config(attention="diff_v1", headwise_norm=False))
     assert (DiffAttentionV1(dim, num_heads=4).norm.weight == 1.0).all()
 
@@ -238,7 +238,7 @@ def test_forward_mode_derivatives_are_those_of_reverse_mode(attention, backend, 
     _, vjp = torch.func.vjp(out, weights, x)
     pairs = zip(tree_leaves(vjp(weighted)), tree_leaves(tangents), strict=True)
     torch.testing.assert_close((forward * weighted).sum(), sum((a * b).sum() for a, b in pairs))
-    # And forward over reverse: a Hessian times a vector.
+    # Also forward over reverse: a Hessian-vector product.
     loss = torch.func.grad(lambda x: out(weights, x).square().sum())
     _, product = torch.func.jvp(loss, (x,), (tangents[1],))
     step = 1e-5 * tangents[1]

@@ -1,4 +1,4 @@
-"""What image and audio models share: the backbone is a module like any other."""
+"""Common properties of image and audio models: the backbone is a normal module."""
 
 import pytest
 import torch

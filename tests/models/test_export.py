@@ -1,4 +1,4 @@
-"""Models as programs of `torch.export`, which serve any batch."""
+"""Models exported by `torch.export` accept batches of any size."""
 
 from copy import deepcopy
 
@@ -42,7 +42,7 @@ def ids(batch, length=LENGTH):
 
 
 def mask_of(kind, batch, length=LENGTH):
-    """A mask and how its tensors may vary, in the order that it flattens to."""
+    """A mask and its dynamic dimensions, in the order in which it is flattened."""
     documents = torch.arange(length).expand(batch, -1) // 4
     real = torch.arange(length) >= torch.arange(batch)[:, None] % 4
     prefix = torch.arange(batch) % 3
@@ -82,7 +82,7 @@ def test_text_with_a_mask(attention, kind):
     ("attention", "strict"), [*((name, False) for name in ATTENTIONS), ("diff_v1", True)]
 )
 def test_text_with_a_cache_and_a_mask(attention, strict):
-    """One program writes every token of every batch; who runs it counts them."""
+    """One program generates every token of every batch; its caller counts them."""
     model = text(attention)
 
     def started(batch):
@@ -152,7 +152,7 @@ def test_trees_of_masks_and_caches():
         leaves, spec = _pytree.tree_flatten(mask)
         assert _pytree.tree_unflatten(leaves, spec) == mask
         assert _pytree.treespec_loads(_pytree.treespec_dumps(spec)) == spec
-        # Whatever the leaves are.
+        # This holds for any leaves.
         shapes = _pytree.tree_map(lambda leaf: type(leaf).__name__, mask)
         assert (shapes.causal, shapes.window) == (mask.causal, mask.window)
     cache = text().new_cache(2, 6)

@@ -1,4 +1,4 @@
-"""Generation: greedy, sampled, batched, streamed, and every refusal."""
+"""Generation: greedy, sampled, batched, streamed, and all errors."""
 
 import math
 
@@ -24,7 +24,7 @@ def make_model(attention="diff_v1", *, causal=True, max_length=48, depth=2):
         tie_embeddings=False,
     )
     model = TextModel(config).eval()
-    # Large weights, so that the likeliest token depends on all of the prompt.
+    # Large weights, so that the most likely token depends on the whole prompt.
     for parameter in model.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
@@ -67,7 +67,8 @@ def test_left_padded_prompts_go_on_as_they_would_alone(attention):
 
 
 def test_positions_count_real_tokens():
-    # Rotary positions are relative, so outputs would not show it; long prompts' precision would.
+    # Rotary positions are relative, so outputs would not differ, except for the precision of long
+    # prompts.
     model = make_model()
     seen = []
     model.backbone.rope.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -170,7 +171,7 @@ def test_sampling_follows_the_probabilities():
         ({"top_p": 0.41}, {1, 3}),
         ({"top_p": 0.66}, {1, 3, 4}),
         ({"top_p": 1.0}, {0, 1, 2, 3, 4}),
-        # Among the two of top_k the first has 0.4 / 0.65.
+        # Of the two tokens of top_k, the first has a probability of 0.4 / 0.65.
         ({"top_k": 2, "top_p": 0.6}, {1}),
         ({"top_k": 2, "top_p": 0.63}, {1, 3}),
     ],
@@ -224,7 +225,7 @@ def test_a_compiled_model_writes_the_same_and_is_compiled_a_bounded_number_of_ti
         )
 
     check(tokens)
-    # Once for the first length of the cache, once for all the others.
+    # Once for the first length of the cache, and once for all others.
     assert counter.frame_count <= 2
     for length in (3, 8):
         check(tokens[:, :length], max_new_tokens=24)

@@ -1,4 +1,4 @@
-"""The image model: timm's numbers, timm's words, any size."""
+"""The image model: timm's numbers, timm's argument names, any size."""
 
 from dataclasses import replace
 from typing import Any
@@ -39,7 +39,7 @@ def vit_config(dim: int, depth: int, num_heads: int, **changes: Any) -> ImageCon
 
 
 def from_timm(weights: dict[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
-    """timm's ViT weights under our names."""
+    """timm's ViT weights with our names."""
     renamed = {
         "cls_token": weights["cls_token"][0],
         "positions.prefix": weights["pos_embed"][0, :1],
@@ -79,7 +79,7 @@ def test_same_numbers_as_timm() -> None:
     theirs = VisionTransformer(
         img_size=(16, 24), patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=7
     ).eval()
-    for parameter in theirs.parameters():  # timm starts biases at zero, which would hide them
+    for parameter in theirs.parameters():  # timm initializes biases to zero
         torch.nn.init.normal_(parameter, std=0.2)
     ours = ImageModel(vit_config(32, 2, 4, image_size=(16, 24), patch_size=8, num_classes=7)).eval()
     ours.load_state_dict(from_timm(theirs.state_dict(), (2, 3)))
@@ -93,7 +93,7 @@ def test_same_numbers_as_timm() -> None:
         final_theirs, taken_theirs = theirs.forward_intermediates(images, indices, norm=True)
         torch.testing.assert_close(final, final_theirs, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(taken, taken_theirs, rtol=1e-4, atol=1e-5)
-    # And at another size.
+    # Also at another size.
     theirs.set_input_size((32, 16))
     ours.set_input_size((32, 16))
     images = torch.randn(2, 3, 32, 16)
@@ -166,7 +166,7 @@ def test_rope_sees_places_and_special_tokens_have_none() -> None:
     model = ImageModel(config(cls_token=False, pool="mean", num_classes=0)).eval()
     images = torch.randn(1, 3, 16, 16)
     features = model.forward_features(images)
-    # Without positions attention could not tell transposed patches apart.
+    # Without positions, attention could not distinguish transposed patches.
     moved = model.forward_features(images.roll(4, dims=3))
     grid = features.unflatten(1, (4, 4)).roll(1, dims=2).flatten(1, 2)
     assert (moved - grid).abs().max() > 1e-3
@@ -186,7 +186,7 @@ def test_another_size(learned: bool) -> None:
     model.set_input_size((24, 32))
     assert model(torch.randn(2, 3, 24, 32)).shape == (2, 5)
     assert model.config.image_size == (24, 32)
-    # The description is whole: the model can be made again as it is now.
+    # The description is complete: the model can be recreated in its current form.
     twin = build(describe(model)).eval()
     twin.load_state_dict(model.state_dict())
     wide = torch.randn(2, 3, 24, 32)
@@ -194,7 +194,7 @@ def test_another_size(learned: bool) -> None:
     positions = model.embed(wide).positions
     assert 0.5 < positions.min() < 1
     assert 4 < positions.max() < 4.5
-    if not learned:  # rotary coordinates go back to what they were
+    if not learned:  # rotary coordinates are restored
         model.set_input_size(16)
         torch.testing.assert_close(model(images), at_16, rtol=0, atol=0)
 
@@ -204,7 +204,7 @@ def test_the_same_size_changes_nothing() -> None:
     images, before = torch.randn(2, 3, 16, 16), model.state_dict()
     logits, parameter = model(images), model.positions.grid
     model.set_input_size(16)
-    assert model.positions.grid is parameter  # an optimizer that has it still trains it
+    assert model.positions.grid is parameter  # an optimizer that holds it still trains it
     torch.testing.assert_close(model(images), logits, rtol=0, atol=0)
     assert model.resample_weights(before)["positions.grid"].equal(before["positions.grid"])
 
@@ -216,7 +216,7 @@ def test_weights_of_another_size_load() -> None:
     larger.load_state_dict(larger.resample_weights(weights))
     model.set_input_size(32)
     torch.testing.assert_close(larger.positions.grid, model.positions.grid)
-    # What does not fit for another reason is left for the loader to refuse.
+    # Other mismatches are left for the loader to report.
     strange = {"positions.grid": torch.zeros(4, 4, 7)}
     assert larger.resample_weights(strange) is strange
 

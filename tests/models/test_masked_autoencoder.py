@@ -1,4 +1,4 @@
-"""Masked autoencoding: what is hidden is not seen, what is padding is not counted."""
+"""Masked autoencoding: masked patches are not seen, and padding is not counted."""
 
 import copy
 from dataclasses import replace
@@ -101,7 +101,7 @@ def test_the_least_noise_stays_visible() -> None:
 
 
 def test_hidden_patches_are_not_seen() -> None:
-    """No gradient of any prediction reaches them, and the loss is on them alone."""
+    """No prediction has a gradient to masked patches, and the loss is on them only."""
     model = autoencoder(image_config(), normalize_targets=False)
     images, noise = torch.randn(1, 3, 16, 16, requires_grad=True), torch.rand(1, 16)
     loss, prediction, mask = model(images, noise=noise)
@@ -118,13 +118,13 @@ def test_hidden_patches_are_not_seen() -> None:
 
 
 def test_each_visible_patch_keeps_its_place() -> None:
-    """With all but one patch visible, the prediction is what an unshuffled decoder would give."""
+    """With all but one patch visible, the prediction is that of an unshuffled decoder."""
     model = autoencoder(image_config(), mask_ratio=1 / 16).eval()
     images, noise = torch.randn(1, 3, 16, 16), torch.rand(1, 16)
     noise[0, 5] = 1.0
     prediction = model(images, noise=noise)
     assert prediction.mask.nonzero().tolist() == [[0, 5]]
-    # The order in which visible patches go in does not matter: another noise, the same mask.
+    # The order of visible patches does not matter: another noise with the same mask.
     reordered = model(images, noise=torch.cat([noise[:, :5].flip(1), noise[:, 5:]], dim=1))
     torch.testing.assert_close(reordered.prediction, prediction.prediction, rtol=1e-4, atol=1e-5)
     embedded = model.encoder.embed(images)
@@ -162,7 +162,7 @@ def test_padding_is_neither_seen_nor_predicted(rope: str) -> None:
     torch.testing.assert_close(
         padded.prediction[:1, :num_real], alone.prediction, rtol=1e-4, atol=1e-5
     )
-    # The loss is a mean over the hidden patches of all clips.
+    # The loss is a mean over the masked patches of all clips.
     other = model(clips[1:], noise=noise[1:])
     counts = [alone.mask.sum(), other.mask.sum()]
     expected = (alone.loss * counts[0] + other.loss * counts[1]) / sum(counts)
@@ -189,7 +189,7 @@ def test_the_encoder_fine_tunes() -> None:
 
 
 def test_it_learns() -> None:
-    """Images that repeat one patch can be completed from any one of it."""
+    """Images that repeat one patch can be reconstructed from any one of them."""
     model = autoencoder(image_config(), normalize_targets=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -263,7 +263,7 @@ def test_noise_of_another_shape() -> None:
 
 @pytest.mark.parametrize("percent", [10, 29, 57, 60, 70, 80, 90])
 def test_counts_are_exact_at_every_length(percent: int) -> None:
-    """Binary fractions must not hide one patch less in one clip than in another."""
+    """Rounding must not mask one patch less in one clip than in another."""
     model = autoencoder(image_config(), mask_ratio=percent / 100)
     lengths = torch.arange(1, 1025)
     padding = torch.arange(1024) < lengths[:, None]
@@ -273,7 +273,7 @@ def test_counts_are_exact_at_every_length(percent: int) -> None:
 
 
 def test_counts_agree_where_binary_fractions_do_not() -> None:
-    """`100 * 0.29` is just below 29: one patch more would be seen and yet be predicted."""
+    """`100 * 0.29` is just below 29, so that one more patch would be both visible and predicted."""
     model = autoencoder(image_config(image_size=20, patch_size=2), mask_ratio=0.29)
     images = torch.randn(1, 3, 20, 20, requires_grad=True)
     _, prediction, mask = model(images)

@@ -1,4 +1,4 @@
-"""Models that leave the meta device, in memory of their own, are whole."""
+"""Models that are moved from the meta device to new memory are complete."""
 
 import pickle
 from copy import deepcopy
@@ -80,7 +80,7 @@ MODELS = (text, untied_text, image, audio, frames, masked)
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
-    """What `to_empty` leaves unwritten is NaN."""
+    """Fill the memory that `to_empty` leaves uninitialized with NaN."""
     empty_like = torch.empty_like
 
     def poisoned(tensor, **options):
@@ -119,7 +119,7 @@ def test_reset_parameters_starts_a_model_anew_in_any_order(make):
         empty = on_meta(make).to_empty(device="cpu")
         for module in order(list(empty.modules())):
             own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-            # As FSDP2's users and Lightning do. A module without it is left NaN.
+            # As FSDP2's users and Lightning do. A module without this method is left with NaN.
             if own and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         assert outputs(empty, inputs).isfinite().all()
@@ -168,7 +168,7 @@ def test_a_head_put_in_later_is_not_tied():
 
 
 class WatchesFloat64(TorchDispatchMode):
-    """Counts tensors on the device, and those that devices such as Apple's cannot have."""
+    """Counts tensors on the device, and tensors with dtypes that devices such as Apple's lack."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Parameter counts: the paper's sizes, and the three attentions at the same count."""
+"""Parameter counts: the paper's sizes, and the three attention variants with equal counts."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""States in shares: one process reads them whole, and nothing in them runs code."""
+"""Sharded states: a single process reads them, and they cannot run code."""
 
 import os
 import pickle
@@ -27,7 +27,7 @@ def model() -> ImageModel:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A checkpoint in shares, in a checkpoint's folder, and what it is of."""
+    """A sharded checkpoint in a checkpoint folder, and the state that it holds."""
     ours = model()
     state = {f"model.{name}": value for name, value in ours.state_dict().items()}
     optimizer = {
@@ -104,7 +104,7 @@ def test_the_manifest_finds_damage(name, damage, written, tmp_path):
     with pytest.raises(ValueError, match=rf"is damaged: .*state.ckpt/{name} ") as refused:
         find_state(path)
     assert "\n" not in str(refused.value)
-    # Without a manifest, whoever reads it finds out, or reads what was written.
+    # Without a manifest, the reader detects the damage, or reads the original values.
     if damage != "changed":
         with pytest.raises((ValueError, FileNotFoundError), match="state.ckpt"):
             load_model(path / "state.ckpt")
@@ -139,7 +139,7 @@ def test_a_hostile_metadata_is_refused(call, folder, monkeypatch, tmp_path):
     hostile = Hostile(*call)
     for content in (hostile, {"a": [hostile]}):
         (folder / ".metadata").write_bytes(pickle.dumps(content))
-        with pytest.raises(ValueError, match=r"\.metadata cannot be read: it names .*, which does"):
+        with pytest.raises(ValueError, match=r"\.metadata cannot be read: it names .* not allowed"):
             load_model(folder)
     assert not Path("owned").exists()
 
@@ -151,7 +151,7 @@ def test_a_hostile_plain_part_is_refused(folder):
 
 
 def test_a_hostile_share_is_refused(folder):
-    """A share is read as tensors only, whatever the metadata say."""
+    """A shard is only read as tensors, whatever the metadata contain."""
     metadata = read_metadata(folder)
     file = folder / "__0_0.distcp"
     torch.save(Hostile(os.system, ("touch owned",)), folder / "evil")
@@ -190,16 +190,16 @@ def lose_a_place(metadata):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (change_place(relative_path="../../etc/passwd"), "which is no file of its own"),
-        (change_place(relative_path="/etc/passwd"), "which is no file of its own"),
-        (change_place(relative_path="__7_0.distcp"), "__7_0.distcp is missing or cut off"),
-        (change_place(length=2**50), "__0_0.distcp is missing or cut off"),
-        (change_place(offset=-1), "__0_0.distcp is missing or cut off"),
-        (change_place(transform_descriptors=["zstd"]), "which is no file of its own"),
-        (enlarge, "it tells of .* bytes, the files have"),
-        (lose_a_part, "the parts of state_dict.model.head.weight do not make a tensor"),
+        (change_place(relative_path="../../etc/passwd"), "which is not a file in this folder"),
+        (change_place(relative_path="/etc/passwd"), "which is not a file in this folder"),
+        (change_place(relative_path="__7_0.distcp"), "__7_0.distcp is missing or truncated"),
+        (change_place(length=2**50), "__0_0.distcp is missing or truncated"),
+        (change_place(offset=-1), "__0_0.distcp is missing or truncated"),
+        (change_place(transform_descriptors=["zstd"]), "which is not a file in this folder"),
+        (enlarge, "its tensors need .* bytes, but the files have"),
+        (lose_a_part, "the parts of state_dict.model.head.weight do not form a tensor"),
         (lose_a_place, "cannot be read"),
-        (lambda metadata: setattr(metadata, "storage_data", None), "it is no metadata"),
+        (lambda metadata: setattr(metadata, "storage_data", None), "it is not the metadata"),
     ],
 )
 def test_metadata_must_agree_with_the_files(change, words, folder):
@@ -213,7 +213,7 @@ def test_metadata_must_agree_with_the_files(change, words, folder):
 
 def test_a_folder_of_something_else_is_no_state(tmp_path):
     (tmp_path / "state.ckpt").mkdir()
-    with pytest.raises(ValueError, match=r"is a folder, but not one of shares: it has no meta\.pt"):
+    with pytest.raises(ValueError, match=r"is not a sharded checkpoint: it has no meta\.pt"):
         load_model(tmp_path / "state.ckpt")
 
 

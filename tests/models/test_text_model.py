@@ -1,4 +1,4 @@
-"""The text model: who sees whom, what it refuses, and that compiling it changes nothing."""
+"""The text model: visibility of tokens, errors, and equality with the compiled model."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def make_model(attention="diff_v1", *, causal=True, tie_embeddings=True, max_len
         tie_embeddings=tie_embeddings,
     )
     model = TextModel(config)
-    # Larger queries and keys: at their usual start all maps are nearly uniform.
+    # Larger queries and keys, because with the usual initialization all maps are nearly uniform.
     for name, parameter in model.named_parameters():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             parameter.data.mul_(6.0)
@@ -28,7 +28,7 @@ def make_model(attention="diff_v1", *, causal=True, tie_embeddings=True, max_len
 
 
 def influence(model, tokens, query, **options):
-    """`[B, N]`: how much each token's embedding moves the logits at position `query`."""
+    """`[B, N]`: the effect of each token's embedding on the logits at position `query`."""
     taken = []
     handle = model.embedding.register_forward_hook(
         lambda *args: taken.append(args[-1]) or args[-1].retain_grad()
@@ -75,7 +75,7 @@ def test_a_document_is_read_as_if_it_were_alone(attention):
     mask = AttentionMask(causal=True, document_ids=ids)
     seen = influence(model, tokens, query=8, mask=mask)
     assert torch.equal(seen[0] > 0, torch.tensor([False] * 5 + [True] * 4 + [False] * 3))
-    # Rotary positions are relative, so it does not matter where a document starts.
+    # Rotary positions are relative, so the start of a document does not matter.
     torch.testing.assert_close(
         model(tokens, mask=mask)[:, 5:], model(tokens[:, 5:]), atol=1e-5, rtol=1e-5
     )
@@ -175,7 +175,7 @@ def test_activation_checkpointing_gives_the_same_gradients(attention):
     assert len(runs) == 2, "nothing was recomputed"
 
 
-# Heads of 32, and in v1 values of 64: where compiled gradients were once seen to be wrong on a GPU.
+# Heads of 32, and values of 64 in v1, for which compiled gradients were once wrong on a GPU.
 WIDE = {"dim": 128, "num_heads": 4}
 
 

@@ -1,4 +1,4 @@
-"""timm's contract: what its tools ask of a model, compared with timm's own vision transformer."""
+"""timm's interface: the methods that its tools use, compared with timm's own vision transformer."""
 
 import pytest
 import torch
@@ -224,4 +224,4 @@ def test_another_patch_size_keeps_what_the_model_sees():
     assert model(large).shape == before.shape
     with pytest.raises(ValueError, match="is not a multiple of patch_size 5x5"):
         model.set_input_size(patch_size=5)
-    assert model(large).shape == before.shape  # as it was
+    assert model(large).shape == before.shape  # unchanged

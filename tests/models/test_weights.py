@@ -1,4 +1,4 @@
-"""Weights travel with their architecture, and fit wholly or not at all."""
+"""Weights are saved with their architecture, and are loaded completely or not at all."""
 
 import dataclasses
 import json
@@ -82,7 +82,7 @@ def same_weights(one, other):
 
 
 def save_checkpoint(model, path, more=None):
-    """What Lightning writes, as far as weights are concerned."""
+    """The weights in a checkpoint as Lightning writes it."""
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     state["metrics.total"] = torch.zeros(())
     torch.save({"state_dict": state, "model": describe(model)} | (more or {}), path)
@@ -206,7 +206,7 @@ def test_of_averaged_training_it_is_the_average_once_there_is_one(tmp_path, star
 
 
 class Planted:
-    """A pickle that would run code when it is opened."""
+    """A pickle that would run code when it is loaded."""
 
     def __reduce__(self):
         return Path.touch, (Path("planted"),)
@@ -294,7 +294,8 @@ def test_a_description_that_cannot_be_built_is_refused(tmp_path, spoil, message)
 
 
 def test_no_description_takes_more_memory_than_the_file_has_weights(tmp_path, monkeypatch):
-    """Shapes are compared on no device: a model of terabytes is not made to be refused."""
+    """Shapes are compared on the meta device: a model of terabytes is not allocated to be
+    refused."""
     made = []
     original = torch.empty
 
@@ -406,7 +407,7 @@ def test_a_new_head_is_asked_for_and_listed(tmp_path):
     assert load_weights(target, file, skip_head=True) == ["head.bias", "head.weight"]
     assert torch.equal(target.head.weight, head)
     assert same_weights(target.backbone, source.backbone)
-    # A head that would fit is skipped all the same: its classes may be others.
+    # Even a head that fits is skipped, because it may have other classes.
     twin = ImageModel(image_config())
     assert load_weights(twin, file, skip_head=True) == ["head.bias", "head.weight"]
     assert not torch.equal(twin.head.weight, source.head.weight)

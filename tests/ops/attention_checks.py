@@ -1,5 +1,5 @@
-"""What fused differential attention is held against: never further from float64 than twice plain
-low precision."""
+"""Checks of fused differential attention: its error relative to float64 is at most twice that of
+plain low precision."""
 
 import math
 
@@ -17,7 +17,7 @@ NAMES = ("out", "q", "k", "v", "lam")
 
 
 def masks(num_keys, device):
-    """Every field and combinations, with rows and tiles that see nothing."""
+    """Every field and combinations, including rows and tiles without visible keys."""
     keys = torch.arange(num_keys, device=device)
     lengths = torch.randint(1, num_keys + 1, (BATCH, 1), device=device)
     packed = torch.stack([keys // 50, keys // 130])
@@ -68,11 +68,12 @@ def plain(mask, *, upcast):
 
 
 def errors_of_stored_outputs(exact, mask, dtype):
-    """How far rounding of the stored outputs alone takes each of `NAMES` from exact arithmetic.
+    """The errors of each of `NAMES` that are caused only by the rounding of stored outputs.
 
-    A fused backward takes `delta_i = rowsum(P_i * dP)` as `dO·O_i` from outputs stored in `dtype`,
-    and so `dS_i = P_i * (dP - delta_i)` is off by `P_i` times what that rounds. Plain code is not:
-    a row that sees one key has dS = 0, which plain code finds exactly and fused code to rounding.
+    A fused backward pass computes `delta_i = rowsum(P_i * dP)` as `dO·O_i` from outputs stored in
+    `dtype`, so that `dS_i = P_i * (dP - delta_i)` has an error of `P_i` times that rounding. Plain
+    code does not: a row with one visible key has dS = 0, which plain code computes exactly, and
+    fused code only up to rounding.
     """
     q, k, v, lam = exact
     weight, scale = lam.detach().expand(q.shape[:3]), q.shape[-1] ** -0.5
@@ -85,7 +86,7 @@ def errors_of_stored_outputs(exact, mask, dtype):
         grad = upstream(out.to(dtype)).double()
         delta2 = (grad * (second.to(dtype) - second)).sum(-1)
         delta1 = (grad * (out.to(dtype) - out)).sum(-1) + weight * delta2
-    # The gradient of a log-sum-exp is P: that of these weighted ones is the error looked for.
+    # The gradient of a log-sum-exp is P, so that of these weighted ones is the required error.
     keys = k.expand(-1, -1, -1, 2, -1).repeat_interleave(q.shape[2] // k.shape[2], dim=2)
     scores = torch.einsum("bnhcd,bmhcd->cbnhm", q, keys) * scale
     sees = mask.to_bool(q.shape[1], k.shape[1], device=q.device).transpose(1, 2)
@@ -95,11 +96,11 @@ def errors_of_stored_outputs(exact, mask, dtype):
 
 
 def check(inputs, mask, *, num_largest=1):
-    """Never further from float64 than twice plain low precision and the stored outputs' rounding,
-    in the norm of all errors and in that of the largest.
+    """Check that errors relative to float64 are at most twice those of plain low precision plus
+    those of rounding stored outputs, in the norm of all errors and in that of the largest.
 
-    Sums are float32 in the end, and so an error may also be eight float32 roundings of the largest
-    entry: plain float32 splits its sums, the kernels add them up in one chain.
+    Sums are accumulated in float32, so an error may also be eight float32 roundings of the largest
+    entry: plain float32 splits its sums, while the kernels add them sequentially.
     """
     exact = [x.detach().double().requires_grad_() for x in inputs]
     truth = run(plain(mask, upcast=True), exact)
@@ -119,8 +120,8 @@ def check(inputs, mask, *, num_largest=1):
 
 
 def far_apart(tensor, axis, file):
-    """`tensor` with steps of over 2³⁰ numbers along `axis`: the third one is further away than 32
-    bits can say. The memory is a sparse `file`, which takes what is written and no more."""
+    """Copy `tensor` with a stride of over 2³⁰ numbers along `axis`, so that the offset of the third
+    entry exceeds 32 bits. The memory is a sparse `file`, which only stores the written parts."""
     step = 2**30 + 64
     others = [size if other != axis else 1 for other, size in enumerate(tensor.shape)]
     strides = [math.prod(others[other + 1 :]) for other in range(tensor.dim())]

@@ -1,17 +1,17 @@
-"""Triton and Gluon kernels for Hopper on a CPU, one turn at a time and at the worst of times.
+"""An interpreter that runs Triton and Gluon kernels for Hopper on a CPU and detects races.
 
     with interpreted(seed=0):
         forward(q, k, v, lam, mask, scale)  # every launch runs here, on tensors of the CPU
 
-A kernel's Python function runs as it is, with other meanings for the words of Triton's language.
-Each partition of `warp_specialize` is a thread; one runs at a time, and at every operation that
-others can notice chance decides who goes on. What the hardware does in the background happens at
-the worst moment that it may: a copy to shared memory empties its destination at once and fills it
-late, and products and copies to global memory hold their operands until they are waited for.
+A kernel's Python function runs unchanged, with replacements for the functions of Triton's language.
+Each partition of `warp_specialize` is a thread. One runs at a time, and at every operation that is
+visible to others the next one is chosen at random. Asynchronous operations take effect at the worst
+possible time: a copy to shared memory clears its destination immediately and fills it late, and
+products and copies to global memory use their operands until they are waited for.
 
-`RaceError` is raised for what the hardware leaves undefined, `DeadlockError` where no partition can
-go on. Memory that nobody wrote is NaN. Layouts are carried along and checked by nobody but the
-compiler.
+`RaceError` is raised for accesses that the hardware leaves undefined, and `DeadlockError` if no
+partition can continue. Uninitialized memory is NaN. Layouts are stored but not checked; only the
+compiler checks them.
 """
 
 import inspect
@@ -47,7 +47,7 @@ from triton.runtime.jit import JITFunction
 
 @contextmanager
 def interpreted(seed: int = 0) -> Iterator[None]:
-    """Launches of Triton's and Gluon's kernels run here; `seed` decides what is left to chance."""
+    """Run launches of Triton's and Gluon's kernels here; `seed` determines random choices."""
     chance, compiled = random.Random(seed), JITFunction.run
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -68,7 +68,7 @@ def interpreted(seed: int = 0) -> Iterator[None]:
 
 
 def _argument(x: Any, annotation: Any) -> Any:
-    """An argument of a launch as the kernel sees it."""
+    """An argument of a launch, as seen by the kernel."""
     if isinstance(x, Tensor):
         return Pointer.to_first_of(x)
     if hasattr(x, "block_shape"):
@@ -78,7 +78,7 @@ def _argument(x: Any, annotation: Any) -> Any:
 
 
 def _constant(x: Any) -> Any:
-    """A constant without its wrapping, a type as torch's."""
+    """Unwrap a constant, and convert a type to torch's."""
     x = x.value if isinstance(x, gl.constexpr) else x
     if not isinstance(x, tl.dtype):
         return x
@@ -87,7 +87,7 @@ def _constant(x: Any) -> Any:
 
 
 class Program(Turns):
-    """One program of a launch, and the words of Triton's language as its kernel means them."""
+    """One program of a launch, with its meaning of the functions of Triton's language."""
 
     def __init__(
         self, place: tuple[int, ...], grid: tuple[int, ...], chance: random.Random
@@ -129,7 +129,7 @@ class Program(Turns):
         if isinstance(x, JITFunction):
             return lambda *args, **kwargs: self._call(x)(*args, **kwargs)
         if isinstance(x, ModuleType) and x.__name__.startswith("triton."):
-            return self  # One space of names serves all of them.
+            return self  # All functions share one namespace.
         if hasattr(x, "__triton_builtin__"):
             return getattr(self, x.__name__)
         return _constant(x)
@@ -213,8 +213,7 @@ class Program(Turns):
             self._arrive(self._barrier(barrier), arrivals=count)
 
     def wait(self, barrier: Shared, phase: Any, pred: Any = True, deps: Any = ()) -> None:
-        """Returns while the phase before the current one has this parity; a fresh barrier passes
-        for 1."""
+        """Wait until the previous phase has the given parity; a new barrier passes for parity 1."""
         if not pred:
             return
         state, parity = self._barrier(barrier), int(phase)
@@ -241,7 +240,7 @@ class Program(Turns):
         self._late_stores.append((tensor_desc, place, block))
 
     def store_wait(self, pendings: int) -> None:
-        """Until the copies are through with shared memory; global memory may get them later."""
+        """Wait until the copies have read shared memory; they may reach global memory later."""
         self.pause()
         stores = self.turn.stores
         while len(stores) > pendings:

@@ -1,8 +1,8 @@
-"""What a kernel holds outside its registers, in the interpreter of Gluon; who may touch it when.
+"""Memory outside of registers in the interpreter of Gluon, and the detection of races.
 
-Whether one access comes before another is not left to the order in which the interpreter happens to
-run them. Every partition has a clock, and others learn how far it was when they wait at a barrier
-where it arrived. An access is safe if whoever makes it knows, in this sense, of all before it.
+The order of accesses does not depend on the order in which the interpreter runs them. Every
+partition has a vector clock, and others receive its time when they wait at a barrier at which it
+has arrived. An access is safe if its partition knows, in this sense, of all earlier accesses.
 """
 
 import sys
@@ -14,15 +14,15 @@ import torch
 from gluon_values import Value, poisoned
 from torch import Tensor
 
-Clock = dict[Any, int]  # Of every partition and barrier: the last moment that is known of it.
+Clock = dict[Any, int]  # For every partition and barrier: the last known time.
 
 
 class RaceError(Exception):
-    """Memory or a barrier used in a way that the hardware leaves undefined."""
+    """Memory or a barrier is used in a way that the hardware leaves undefined."""
 
 
 def line() -> str:
-    """The line of the kernel that is at work."""
+    """The line of the kernel that is executed."""
     frame = sys._getframe(1)
     while (name := frame.f_code.co_filename.rpartition("/")[2]).startswith("gluon_"):
         frame = frame.f_back
@@ -35,7 +35,7 @@ def learn(clock: Clock, other: Clock) -> None:
 
 
 class Descriptor:
-    """A tensor as the copy engine sees it: in blocks, with zeros around it."""
+    """A tensor as seen by the copy engine: in blocks, padded with zeros."""
 
     def __init__(self, descriptor: Any) -> None:
         self.tensor = descriptor.base.detach().as_strided(descriptor.shape, descriptor.strides)
@@ -47,7 +47,8 @@ class Descriptor:
     block_type = type = property(lambda self: self)
 
     def _overlap(self, place: list[Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """Where the block at `place` and the tensor meet: as parts of the tensor, of the block."""
+        """The overlap of the block at `place` and the tensor, as slices of the tensor and of the
+        block."""
         outer, inner = [], []
         for start, length, size in zip(map(int, place), self.shape, self.tensor.shape, strict=True):
             low, high = max(start, 0), min(start + length, size)
@@ -71,7 +72,8 @@ class Descriptor:
 
 
 class Event(NamedTuple):
-    """An access to shared memory. What is under way is its own actor, of which nobody knows."""
+    """An access to shared memory. An operation in flight is its own actor, unknown to all
+    others."""
 
     what: str
     line: str
@@ -80,14 +82,14 @@ class Event(NamedTuple):
 
 
 class State(NamedTuple):
-    """What happened to a cell of shared memory: its last write, and the reads since."""
+    """The history of a cell of shared memory: its last write, and the reads since."""
 
     write: Event | None = None
     reads: frozenset[Event] = frozenset()
 
 
 class Shared:
-    """A view of shared memory; `states` holds each cell's place in the program's list of states."""
+    """A view of shared memory; `states` holds each cell's index in the program's list of states."""
 
     def __init__(self, program: Any, data: Tensor, states: Tensor, layout: Any) -> None:
         self.program, self.data, self.states, self.layout = program, data, states, layout
@@ -130,16 +132,16 @@ class Shared:
         self.data.copy_(value.data)
 
     def hold(self, event: Event) -> None:
-        """A product or a copy reads this from now on."""
+        """A product or a copy starts to read this memory."""
         self._change(lambda state: self._read(state, event, in_background=True))
 
     def release(self, event: Event) -> None:
-        """`event` is over, and the partition that waited for it knows."""
+        """`event` is complete, and the partition that waited for it knows this."""
         seen = self.program.event(event.what)._replace(line=event.line)
         self._change(lambda state: state._replace(reads=state.reads - {event} | {seen}))
 
     def empty(self, event: Event) -> None:
-        """A copy will fill this."""
+        """A copy will fill this memory."""
         self._change(lambda state: self._written(state, event))
         self.data.copy_(poisoned((), self.dtype))
 
@@ -180,15 +182,15 @@ class Shared:
 
 @dataclass(eq=False)
 class Barrier:
-    """Counts the arrivals and the bytes that its current phase still lacks."""
+    """Counts the arrivals and the bytes that its current phase is still waiting for."""
 
     count: int
     name: str
     arrivals: int = field(init=False)
     bytes: int = 0
     phase: int = 0
-    clock: Clock = field(default_factory=dict)  # what those know who wait
-    arrived: Clock = field(default_factory=dict)  # what those knew who arrived in this phase
+    clock: Clock = field(default_factory=dict)  # known to the partitions that wait
+    arrived: Clock = field(default_factory=dict)  # known to those that arrived
 
     def __post_init__(self) -> None:
         self.arrivals = self.count
@@ -209,7 +211,7 @@ class Barrier:
 
 
 class Copy:
-    """A copy under way from global to shared memory."""
+    """A copy in flight from global to shared memory."""
 
     def __init__(self, source: Descriptor, place: list[int], barrier: Barrier, to: Shared) -> None:
         source.must_fit(to)
@@ -239,7 +241,7 @@ class Reading:
 
 
 class UnfinishedProduct(Reading):
-    """What `warpgroup_mma` with `is_async` returns: fit to be added to or waited for."""
+    """The result of `warpgroup_mma` with `is_async`, which may be accumulated or waited for."""
 
     def __init__(self, operands: list[Shared], value: Value) -> None:
         super().__init__("product", operands)

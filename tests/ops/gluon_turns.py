@@ -1,4 +1,4 @@
-"""How partitions take turns, in the interpreter of Gluon: chance decides at every pause."""
+"""Scheduling of partitions in the interpreter of Gluon, which is random at every pause."""
 
 import random
 import threading
@@ -9,15 +9,15 @@ from gluon_memory import Clock, Copy, Event, RaceError, Reading, UnfinishedProdu
 
 
 class DeadlockError(Exception):
-    """Every partition waits for something that cannot come."""
+    """Every partition waits for something that cannot happen."""
 
 
 class _Stopped(BaseException):
-    """Ends the threads that are left when a program is over."""
+    """Ends the remaining threads when a program is over."""
 
 
 class Partition:
-    """A thread of a program, what it knows of the others, and what it has under way."""
+    """A thread of a program, its knowledge of the others, and its operations in flight."""
 
     def __init__(self, name: str, clock: Clock) -> None:
         self.name, self.clock = name, {**clock, self: 1}
@@ -33,7 +33,7 @@ class Partition:
         return " ".join(map(str, (self.name, *self.waits_for)))
 
     def tick(self) -> Clock:
-        """What it knows up to here; what it does from now on is news."""
+        """Return its current knowledge; its later actions are not part of it."""
         known = dict(self.clock)
         self.clock[self] += 1
         return known
@@ -49,7 +49,7 @@ class Partition:
 
 
 class Turns:
-    """Runs partitions and copies, one at a time; `turn` is the partition at work."""
+    """Runs partitions and copies, one at a time; `turn` is the running partition."""
 
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
@@ -77,7 +77,7 @@ class Turns:
             raise RaceError(f"nobody waits for the copy of {copy.line}")
 
     def run_beside(self, bodies: list[Callable[[], Any]]) -> Any:
-        """The first one here, the others in partitions of their own; returns what it returns."""
+        """Run the first one here and the others as partitions; return the result of the first."""
         default, clock = self.turn, self.turn.tick()
         others = [
             self._start(body, f"partition {number}", clock)
@@ -99,11 +99,11 @@ class Turns:
             raise _Stopped
 
     def event(self, what: str) -> Event:
-        """An access by the partition at work."""
+        """Record an access by the running partition."""
         return Event(what, line(), self.turn, self.turn.clock[self.turn])
 
     def _take_turn(self) -> None:
-        """Let a partition go on until its next pause, or a copy arrive: rather late than soon."""
+        """Let a partition run until its next pause, or a copy arrive, preferring late arrival."""
         left = [partition for partition in self._partitions if not partition.is_over]
         ready = [partition for partition in left if partition.can_go()]
         if self.copies and (not ready or self._chance.random() < 0.1):

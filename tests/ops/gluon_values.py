@@ -1,4 +1,4 @@
-"""What a kernel holds in registers, in the interpreter of Gluon: numbers, tiles and pointers."""
+"""Values in registers, in the interpreter of Gluon: numbers, tiles and pointers."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 
 
 def poisoned(shape: Any, dtype: torch.dtype) -> Tensor:
-    """Memory that nobody wrote."""
+    """The value of uninitialized memory."""
     if dtype == torch.bool:
         return torch.ones(shape, dtype=dtype)
     value = math.nan if dtype.is_floating_point else torch.iinfo(dtype).min
@@ -34,8 +34,8 @@ def _kind(dtype: torch.dtype) -> int:
 
 
 def _common_type(*operands: Any) -> torch.dtype:
-    """The type in which Triton computes: a number in the kernel's text adapts to tiles, if it is of
-    their kind."""
+    """The dtype in which Triton computes: a constant in the kernel's code takes the dtype of tiles
+    of the same kind."""
     types = [_own_type(x) for x in operands if isinstance(x, Value)]
     common = functools.reduce(torch.promote_types, types) if types else torch.bool
     for x in operands:
@@ -49,7 +49,7 @@ def _common_type(*operands: Any) -> torch.dtype:
 
 
 def elementwise(function: Callable[..., Tensor], *operands: Any) -> "Value":
-    """`function` of operands brought to a common type, in the layout of the largest."""
+    """Apply `function` to operands with a common type, in the layout of the largest."""
     dtype = _common_type(*operands)
     values = [Value.of(operand) for operand in operands]
     widest = max(values, key=lambda value: value.data.dim())
@@ -57,9 +57,9 @@ def elementwise(function: Callable[..., Tensor], *operands: Any) -> "Value":
 
 
 class Value:
-    """A tile in registers, or a single number, with a layout that nothing depends on.
+    """A tile in registers, or a single number, with a layout that has no effect.
 
-    Integers divide as in C: towards zero.
+    Integer division rounds towards zero, as in C.
     """
 
     def __init__(self, data: Tensor, layout: Any = None) -> None:
@@ -103,7 +103,7 @@ class Value:
 
 
 def _divide(x: Tensor, y: Tensor) -> Tensor:
-    return x.float() / y.float()  # Also where both have 16 bits.
+    return x.float() / y.float()  # Also if both have 16 bits.
 
 
 _OPERATORS = {
@@ -130,7 +130,7 @@ for _name, _function in _OPERATORS.items():
 
 
 class Pointer:
-    """Places in a tensor's memory, all of which is within reach and nothing beyond."""
+    """Positions in a tensor's memory, with bounds checks."""
 
     def __init__(self, memory: Tensor, place: Value) -> None:
         self.memory, self.place = memory, place
@@ -210,7 +210,7 @@ def _on_floats(function: Callable[[Tensor], Tensor]) -> Callable[[Any], Value]:
     return lambda x: elementwise(function, Value.of(x))
 
 
-# NaN wins in `maximum` and `minimum`, unlike on a GPU: what was never written shall be seen.
+# Unlike on a GPU, `maximum` and `minimum` propagate NaN, to reveal uninitialized memory.
 VOCABULARY: dict[str, Any] = {
     "constexpr": lambda x: x,
     "range": _range,

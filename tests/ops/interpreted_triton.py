@@ -18,7 +18,7 @@ BATCH = 2
 
 @pytest.fixture(autouse=True)
 def _numpy_scalars(monkeypatch):
-    """Triton 3.6 turns one-element arrays into integers in a way that numpy 2.4 refuses."""
+    """Triton 3.6 converts one-element arrays to integers in a way that numpy 2.4 rejects."""
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor, scope):
@@ -30,14 +30,14 @@ def _numpy_scalars(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _poisoned():
-    """Every uninitialized allocation holds NaN."""
+    """Fill every uninitialized allocation with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def masks(num_keys):
-    """Every field and combinations, with rows and tiles that see nothing."""
+    """Every field and combinations, including rows and tiles without visible keys."""
     keys = torch.arange(num_keys)
     prefix = torch.tensor([3, num_keys - 5])
     packed = torch.stack([keys // 20, keys // 33])
@@ -95,7 +95,7 @@ def check(inputs, mask, tolerance=2e-6):
     wanted = run(truth, [x.detach().double().requires_grad_() for x in inputs])
     for what, want in wanted.items():
         error, size = (found[what].double() - want).norm(), want.norm()
-        # A softmax over one key has no gradient; rounding is then all there is.
+        # A softmax over one key has no gradient, so that there is only rounding error.
         assert error < tolerance * (size + 10), f"{what}: {error:.1e} of {size:.1e}"
 
 
@@ -158,7 +158,7 @@ def test_strided_inputs():
 
 @pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "tokens", "heads"])
 def test_offsets_of_more_than_32_bits(axis, tmp_path):
-    """Forward, backward and decoding, of inputs and gradients that lie far apart."""
+    """Forward, backward and decoding with strides beyond 32 bits for inputs and gradients."""
     shapes = (3, 3, 3, 2, 16), (3, 3, 3, 2, 16), (3, 3, 3, 16), (3, 3, 3)
     near = [torch.randn(shape) for shape in shapes]
     grad = torch.randn(3, 3, 3, 16)

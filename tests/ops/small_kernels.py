@@ -1,4 +1,5 @@
-"""Small kernels for the tests of the interpreter, with a `fault` on demand that it has to find."""
+"""Small kernels for the tests of the interpreter, with an optional `fault` that it has to
+detect."""
 
 import triton
 import triton.language as tl
@@ -17,7 +18,7 @@ BLOCK = gl.constexpr(64)
 
 @triton.jit
 def numbers_kernel(x, y, out, num, half):
-    """Integers as in C, of 32 bits, and what types meet."""
+    """Integers as in C, with 32 bits, and type promotion."""
     place = tl.arange(0, 8)
     whole = tl.load(x + place, mask=place < num, other=-9)
     tl.store(out + place, whole // 4)
@@ -120,7 +121,7 @@ def _add_up(ring, full, empty, out, num_steps, fault: gl.constexpr, layout: gl.c
 
 @gluon.jit
 def gram_kernel(a_desc, out, num_steps, fault: gl.constexpr, layout: gl.constexpr):
-    """`aᵀ a` over tiles of rows that go through a ring."""
+    """`aᵀ a` over tiles of rows in a ring buffer."""
     ring = gl.allocate_shared_memory(a_desc.dtype, [2, BLOCK, BLOCK], a_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())

@@ -1,5 +1,5 @@
-"""The plain kernels, compiled for GPUs that are not there: within the shared memory of the smallest
-Ampere and Ada cards, 99 KiB. What they compute, the interpreter's tests tell."""
+"""The plain kernels compiled for GPUs that are not present: they fit into the shared memory of the
+smallest Ampere and Ada cards, 99 KiB. Their results are tested in the interpreter."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ LOOKS = {"window": "i32", "prefix": "*i32", "documents": "*i64", "padding": "*i1
 
 
 def compiled(kernel, tile, D, E, C, **constants):
-    """A kernel for bfloat16, causal, without other masks."""
+    """A kernel for bfloat16 and a causal mask, without other masks."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

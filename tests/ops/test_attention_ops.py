@@ -1,4 +1,4 @@
-"""The ops against float64 truths written another way, on every backend, mask and dtype."""
+"""The ops against independent float64 references, with every backend, mask and dtype."""
 
 import itertools
 import subprocess
@@ -14,7 +14,7 @@ BATCH, HEADS, GROUPS, DIM = 2, 4, 2, 8
 
 
 def make_masks(num_keys: int) -> dict[str, AttentionMask]:
-    """One mask of every kind, and combinations; in some, rows see nothing."""
+    """One mask of every kind, and combinations; in some, rows have no visible keys."""
     keys = torch.arange(num_keys)
     documents = torch.stack([keys // 3, keys // 5])
     padding = torch.stack([keys < num_keys - 2, keys >= 2])
@@ -45,7 +45,7 @@ MASK_NAMES = list(make_masks(6))
 def make_inputs(
     num_queries=9, num_keys=9, num_components=2, width=2 * DIM, dtype=torch.float64, lam="map"
 ):
-    """Queries, keys, values and lambda that ask for gradients."""
+    """Queries, keys, values and lambda that require gradients."""
     shapes = [
         (BATCH, num_queries, HEADS, 2, DIM),
         (BATCH, num_keys, GROUPS, num_components, DIM),
@@ -58,7 +58,7 @@ def make_inputs(
 
 
 def by_hand(q, k, v, lam, mask):
-    """Equation 1, a head and a row at a time."""
+    """Equation 1, one head and one row at a time."""
     num_queries, num_keys = q.shape[1], k.shape[1]
     visible = mask.to_bool(num_queries, num_keys).expand(BATCH, 1, num_queries, num_keys)
     lam = lam.expand(BATCH, num_queries, HEADS)
@@ -75,7 +75,7 @@ def by_hand(q, k, v, lam, mask):
 
 
 def results(op, inputs):
-    """Output and all gradients for a fixed output gradient."""
+    """The output and all gradients for a fixed output gradient."""
     out = op(*inputs)
     grad = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).to(out.dtype).view_as(out)
     return dict(
@@ -136,8 +136,8 @@ def test_gradients_by_finite_differences(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["causal", "everything"])
 def test_error_is_at_most_twice_that_of_plain_low_precision(name, dtype):
-    """In the norm of all errors and in that of the eight largest: which roundings add up in a
-    single one is chance."""
+    """In the norm of all errors and in that of the eight largest, because the rounding error of a
+    single entry is random."""
     inputs = make_inputs(33, 33, dtype=dtype)
     mask = make_masks(33)[name]
     exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -179,7 +179,7 @@ def test_equal_components_and_lam_one_cancel(backend):
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lambda_is_not_rounded_to_half_precision(backend, dtype):
-    """Ones as values: all that is left is 1 - lam, which both backends can say exactly enough."""
+    """With values of one, the output is 1 - lam, which both backends compute accurately enough."""
     q, k = (torch.randn(1, 5, 2, 2, 16).to(dtype) for _ in range(2))
     v = torch.ones(1, 5, 2, 16, dtype=dtype)
     lam = torch.tensor(0.998, requires_grad=True)
@@ -250,7 +250,7 @@ def test_softmax_backends_agree():
 
 
 def bad(**changes):
-    """Arguments of `diff_attention` with some replaced."""
+    """Arguments of `diff_attention`, with some replaced."""
     q, k, v, lam = make_inputs()
     return {"q": q, "k": k, "v": v, "lam": lam, "mask": AttentionMask()} | changes
 

@@ -1,4 +1,4 @@
-"""What `backend="auto"` chooses, for tensors of a GPU that is not there."""
+"""The choice of `backend="auto"`, for tensors of a GPU that is not present."""
 
 from types import SimpleNamespace
 

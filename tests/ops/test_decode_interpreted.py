@@ -1,5 +1,5 @@
-"""Decoding in the tests' interpreter, for GPUs of several sizes: however the line of tiles falls on
-the programs, the splits of every group are found and joined."""
+"""Decoding in the interpreter of the tests, for GPUs of several sizes: however the list of tiles is
+divided among programs, the splits of every group are found and combined."""
 
 import pytest
 import torch
@@ -37,7 +37,8 @@ def make_inputs(B, N, M, H, G, C, D=32, E=64, dtype=torch.float32):
 @pytest.mark.parametrize("C", [2, 1])
 @pytest.mark.parametrize("padding", [False, True])
 def test_many_splits(C, padding, monkeypatch):
-    """More than one step of the join takes; the second sample's first splits see nothing."""
+    """More than one step of the second kernel; the first splits of the second sample have no
+    visible keys."""
     M, first = 5000, torch.tensor([[0], [2000]])
     mask = AttentionMask(causal=True, key_padding=torch.arange(M) >= first if padding else None)
     check(*make_inputs(2, 1, M, 2, 1, C), mask, 200, monkeypatch)

@@ -1,5 +1,5 @@
-"""Decoding as a compiled graph sees it, for a GPU that is not there: one graph for every number of
-keys, which launches the kernels itself and knows what they write."""
+"""Decoding in a compiled graph, for a GPU that is not present: one graph for every number of keys,
+which launches the kernels itself and knows which tensors they write."""
 
 import contextlib
 
@@ -16,7 +16,8 @@ triton = pytest.importorskip("triton", reason="needs the package triton")
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """To tell what a kernel writes, torch has Triton translate it for the driver's GPU."""
+    """To find the tensors that a kernel writes, torch has Triton compile it for the driver's
+    GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
 

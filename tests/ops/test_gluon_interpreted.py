@@ -1,4 +1,4 @@
-"""The Hopper kernels on a CPU, in an interpreter that stops at their races."""
+"""The Hopper kernels on a CPU, in an interpreter that detects races."""
 
 import pytest
 import torch
@@ -13,14 +13,13 @@ if not triton.__version__.startswith("3.6."):
 
 WIDE, ODD, SHARED_KEY = (128, 256, 2), (96, 192, 2), (128, 256, 1)  # D, E, C
 V1, V2, SMALL = (64, 128, 2), (128, 128, 1), (48, 64, 1)
-FEW = (
-    8  # Of one largest error in so small a sample it is chance whether plain code's is half of it.
-)
+# The single largest error of such a small sample is random, so that several are compared.
+FEW = 8
 
 
 @pytest.fixture(autouse=True)
 def _poisoned():
-    """Every uninitialized allocation holds NaN."""
+    """Fill every uninitialized allocation with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -28,7 +27,7 @@ def _poisoned():
 
 @pytest.fixture(autouse=True)
 def _served(monkeypatch):
-    """The public function takes the Hopper kernels, here."""
+    """Let the public function use the Hopper kernels here."""
     from diffmm.ops.diff_attention.triton import hopper, op
 
     monkeypatch.setattr(op, "INTERPRETED", True)
@@ -68,7 +67,7 @@ def test_every_width(widths):
 @pytest.mark.parametrize("num_bytes", [1, 200_000])
 @pytest.mark.parametrize("widths", [WIDE, V1], ids=str)
 def test_little_memory(monkeypatch, widths, num_bytes, causal):
-    """Heads take turns, and bands of keys where one head is too much."""
+    """Heads are processed in turn, and bands of keys if one head is too large."""
     from diffmm.ops.diff_attention.triton.hopper import backward
 
     monkeypatch.setattr(backward, "SCRATCH_BYTES", num_bytes)

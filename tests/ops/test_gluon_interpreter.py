@@ -1,4 +1,4 @@
-"""The interpreter of Gluon: what it computes, and that it finds what is wrong with a kernel."""
+"""The interpreter of Gluon: its results, and the faults of kernels that it detects."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ RACE, DEADLOCK = "RaceError", "DeadlockError"
 
 
 def launch(name, inputs, *args, seed=0):
-    """Run one of the kernels, with 64 x 64 blocks of `inputs` described."""
+    """Run one of the kernels, with descriptors of 64 x 64 blocks of `inputs`."""
     import small_kernels
     from gluon_interpreter import interpreted
     from triton.experimental.gluon import language as gl
@@ -107,7 +107,7 @@ def test_partitions(seed):
     ],
 )  # fmt: skip
 def test_faults_between_partitions(fault, error, message, seed):
-    """Found whoever happens to go first."""
+    """Detected in any order of execution."""
     with pytest.raises(Exception, match=message) as found:
         gram(fault, seed)
     assert found.typename == error

@@ -25,7 +25,7 @@ def make_masks(num_keys: int) -> dict[str, AttentionMask]:
 
 
 def make_inputs(num_queries, num_keys, num_signals, *, width=DIM, dtype=torch.float64):
-    """Queries, keys, values and lambda that ask for gradients."""
+    """Queries, keys, values and lambda that require gradients."""
     shapes = [
         (BATCH, num_queries, NOISE, num_signals + 1, DIM),
         (BATCH, num_keys, GROUPS, DIM),
@@ -104,7 +104,7 @@ def test_lambda_broadcasts_and_stays_float32():
 
 
 def test_the_kernels_serve_it():
-    """What Triton is asked for; the kernels themselves have their own tests."""
+    """The arguments passed to Triton; the kernels have their own tests."""
     q, k, v, lam = make_inputs(5, 5, 2, dtype=torch.float32)
     with pytest.raises(ValueError, match="triton"):
         grouped_diff_attention(q, k, v, lam, mask=AttentionMask(), backend="triton")

@@ -1,4 +1,5 @@
-"""The Hopper kernels compiled without a GPU: within the registers, and with products in flight."""
+"""The Hopper kernels compiled without a GPU: they fit into registers, and products stay in
+flight."""
 
 import re
 import subprocess
@@ -80,7 +81,7 @@ def forward_kernel(dtype, widths, *, causal, looked_up=False):
 
 
 def report(kernel, folder):
-    """What the assembler says of a kernel."""
+    """The report of the assembler on a kernel."""
     ptx = folder / "kernel.ptx"
     ptx.write_text(kernel.asm["ptx"])
     command = [PTXAS, "-v", "-arch=sm_90a", ptx, "-o", folder / "kernel.cubin"]
@@ -91,7 +92,7 @@ def report(kernel, folder):
 def check(kernel, folder, most_bytes):
     said = report(kernel, folder)
     assert int(re.search(r"(\d+) bytes spill stores", said)[1]) <= most_bytes, said
-    # The assembler waits for each product where it cannot see through the schedule.
+    # The assembler waits for each product if it cannot analyze the schedule.
     assert "serialized" not in said, said
     assert kernel.metadata.shared <= 227 * 1024
 
@@ -100,7 +101,7 @@ WIDE, V2, V1 = (128, 256, 2), (128, 128, 1), (64, 128, 2)  # D, E, C
 OTHERS = [(64, 64, 1), (64, 64, 2), (128, 128, 2), (128, 256, 1), (64, 256, 2), (128, 64, 1)]
 
 
-# What a masked tile needs may spill, and the addresses of operands; accumulators never.
+# Values for masked tiles and addresses of operands may spill, but never accumulators.
 @pytest.mark.parametrize(("dtype", "causal"), [("bf16", True), ("bf16", False), ("fp16", True)])
 @pytest.mark.parametrize(("widths", "most"), [(WIDE, 8), (V2, 96), (V1, 64)], ids=str)
 def test_in_registers_and_in_flight(widths, most, causal, dtype, tmp_path):

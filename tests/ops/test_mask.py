@@ -1,4 +1,4 @@
-"""The mask type: what each query sees, said once more in plain loops."""
+"""The mask type, compared with plain loops."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from diffmm.ops import AttentionMask
 
 
 def sees(mask: AttentionMask, batch: int, query: int, key: int, num_queries: int, num_keys: int):
-    """Whether a query sees a key, by the words of the docstring."""
+    """Whether a query sees a key, according to the docstring."""
     position = query + num_keys - num_queries
     in_prefix = mask.prefix_lengths is not None and key < int(mask.prefix_lengths[batch])
     if mask.causal and key > position and not in_prefix:

@@ -1,6 +1,6 @@
-"""The Triton kernels on the CPU: what `interpreted_triton.py` holds, under Triton's interpreter.
+"""The Triton kernels on the CPU: runs `interpreted_triton.py` under Triton's interpreter.
 
-Triton decides between compiling and interpreting when it is imported: hence a process of its own.
+Triton decides between compiling and interpreting when it is imported, so a new process is needed.
 """
 
 import os

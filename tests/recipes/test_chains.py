@@ -1,4 +1,4 @@
-"""Recipes whose weights others start from: masked autoencoders, and models to fine-tune."""
+"""Recipes that start from the weights of others: masked autoencoders and fine-tuned models."""
 
 import pytest
 
@@ -32,7 +32,8 @@ def test_every_masked_autoencoder_starts_a_classifier():
 
 @pytest.mark.parametrize(("first", "then"), [*CHAINS.items(), *FINETUNED.items()])
 def test_weights_of_one_fit_the_other(first, then, tmp_path):
-    """On the meta device: names, shapes and what the weights mean."""
+    """Names and shapes of the weights, on the meta device, and the settings that give them
+    meaning."""
     source, model = built(first), built(then)
     config = getattr(source.config, "encoder", source.config)
     weights = getattr(source, "encoder", source).state_dict()

@@ -1,4 +1,4 @@
-"""Every recipe of the tree: its header, its values, its model; the tiny ones trained for a step."""
+"""All shipped recipes: header, values and model; the tiny ones are trained for a step."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ TINY = (
     "text/stdlib_tiny",
 )
 
-# Name, and the parameters (in millions) that its description promises.
+# Name, and the number of parameters (in millions) in its description.
 PROMISED = {
     "text/wikitext103": 124,
     "text/fineweb_edu_350m": 350,
@@ -33,7 +33,7 @@ PROMISED = {
     "text/paper_830m": 830,
     "text/paper_1_4b": 1_400,
     "text/paper_2_8b": 2_800,
-    # What the paper calls 3B: without the embedding of 308 M.
+    # The paper's 3B does not count the embedding of 308 M.
     "text/paper_3b": 3_171 + 308,
     "text/paper_6_8b": 6_800,
     "text/paper_13b": 13_100,
@@ -81,7 +81,7 @@ def test_the_header_says_what_a_user_wants_to_know(name):
     command = f"diffmm fit --config {name}"
     assert said["Command"] == (f"{command} --data PATH" if name in OWN_DATA else command)
     assert all(len(value) > 8 for value in said.values())
-    # Figures that nobody measured are said to be so.
+    # Figures that were not measured are marked as such.
     if name not in TINY:
         assert re.search(r"\b(none|nothing)\b", said["Measured"]), said["Measured"]
 
@@ -141,7 +141,7 @@ def test_what_belongs_together_agrees(name):
         "TensorBoardLogger",
     }
     if trainer["accelerator"] == "gpu":
-        # One flag between ways to use several devices.
+        # One flag switches between ways to use several devices.
         assert trainer["strategy"] in ("auto", "fsdp2")
         assert trainer["precision"] == "bf16-mixed"
         assert found.model.compile_model
@@ -164,7 +164,7 @@ def test_the_papers_batches(name):
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
-# Of four clips, or eight, some class is in none.
+# With four or eight clips, some classes are missing.
 @pytest.mark.filterwarnings("ignore:No positive samples found in target")
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("name", TINY)

@@ -39,9 +39,9 @@ from diffmm.training import (
 IGNORED_WARNINGS = (
     # Lightning 2.6 under torch 2.11.
     "ignore:.*LeafSpec.*:FutureWarning",
-    # The batches here are made already: workers would only cost time.
+    # The batches are already in memory, so that workers would only cost time.
     "ignore:.*does not have many workers.*",
-    # Task shards models for strategies that ask for it, and refuses that with weight averaging.
+    # Task shards models if the strategy requires it, and rejects weight averaging in that case.
     "ignore:You're using the WeightAveraging callback with a model that overrides",
     "ignore:You defined a `validation_step` but have no `val_dataloader`.*",
 )
@@ -65,7 +65,8 @@ def backbone(attention: str = "diff_v1", **changes: Any) -> BackboneConfig:
 
 @dataclass
 class Make:
-    """Builds tiny things; `attention` and changes to the backbone are the backbone's."""
+    """Builds tiny models, tasks and batches; `attention` and other changes apply to the
+    backbone."""
 
     num_classes = NUM_CLASSES
     vocab_size = VOCAB
@@ -116,7 +117,7 @@ class Make:
         )
 
     def task(self, name: str, attention: str = "diff_v1", **settings: Any) -> Task:
-        """One of `TASKS` by name; `settings` are the task's, or the backbone's under
+        """Build one of `TASKS` by name. `settings` are the task's, or the backbone's under
         `backbone`."""
         changes = settings.pop("backbone", {})
         settings.setdefault("optimizer", OptimizerConfig(3e-3))
@@ -132,7 +133,7 @@ class Make:
         return MaskedAutoencoding(autoencoder, **settings)
 
     def batch(self, name: str, size: int = 6) -> dict[str, Tensor]:
-        """A batch for the task of this name."""
+        """Make a batch for the task of this name."""
         index = torch.arange(size)
         if name.endswith("_lm"):
             tokens = torch.randint(VOCAB, (size, 17))
@@ -164,7 +165,7 @@ def make() -> Make:
 
 
 class Repeated(IterableDataset[dict[str, Tensor]]):
-    """The same batches, again and again."""
+    """Repeats the same batches forever."""
 
     def __init__(self, batches: list[dict[str, Tensor]]) -> None:
         self.batches = batches
@@ -180,7 +181,7 @@ Fit = Callable[..., Trainer]
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> Callable[..., Trainer]:
-    """A trainer that is quiet and quick, and logs every step to `tmp_path/csv/metrics.csv`."""
+    """A trainer without output that logs every step to `tmp_path/csv/metrics.csv`."""
 
     def build(**settings: Any) -> Trainer:
         defaults: dict[str, Any] = {
@@ -202,7 +203,7 @@ def trainer(tmp_path: Path) -> Callable[..., Trainer]:
 
 @pytest.fixture
 def fit(trainer: Callable[..., Trainer]) -> Fit:
-    """`fit(task, batches, max_steps=3, ...)` trains on the same batches in turn."""
+    """`fit(task, batches, max_steps=3, ...)` trains on the given batches repeatedly."""
 
     def run(
         task: LightningModule,

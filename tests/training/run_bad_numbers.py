@@ -1,4 +1,4 @@
-"""Two processes meet bad numbers, each its own.
+"""Trains on two processes with different non-finite losses and gradients.
 
 RANK=0 WORLD_SIZE=2 ... python run_bad_numbers.py OUTPUT_FOLDER
 """
@@ -23,7 +23,7 @@ STEPS = ["", "loss of 1", "", "gradient of 0", "", "losses", "loss of 1"]
 
 
 class Model(LightningModule):
-    """The loss of a process is that of its batch, plus what is bad about the step."""
+    """The loss of a process is that of its batch, plus a non-finite value in bad steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Model(LightningModule):
 
 
 class Watch(Callback):
-    """The weights after each step, and the number of all-reduces before."""
+    """Records the weights after each step, and the number of all-reduces before it."""
 
     def __init__(self) -> None:
         self.weights: list[Any] = []
@@ -64,7 +64,7 @@ class Watch(Callback):
 
 
 class Poison(Callback):
-    """Makes a weight of one process bad after the second step."""
+    """Makes a weight of one process non-finite after the second step."""
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any) -> None:
         if trainer.global_step == 2 and trainer.global_rank == 1:
@@ -81,7 +81,7 @@ def main(output: Path) -> None:
         strategy="ddp",
         max_steps=len(STEPS),
         use_distributed_sampler=False,
-        # In this order the last one sees the step's end before the run is stopped.
+        # In this order, the last callback sees the end of the step before the run is stopped.
         callbacks=[
             watch,
             GracefulShutdown(),

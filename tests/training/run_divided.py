@@ -1,6 +1,7 @@
-"""Gradients of a step and metrics of evaluations on as many processes as there are.
+"""Computes gradients of a step and metrics of evaluations on all processes of the group.
 
-RANK=0 WORLD_SIZE=2 ... python run_divided.py FOLDER, which holds texts; without these, one process.
+RANK=0 WORLD_SIZE=2 ... python run_divided.py FOLDER, a folder of texts; runs one process if these
+variables are not set.
 """
 
 import json
@@ -50,7 +51,7 @@ CLASSES = 7
 
 
 def task(kind: str) -> Task:
-    """Whose losses are very different from sample to sample."""
+    """Samples whose losses differ by large factors."""
     seed_everything(0, verbose=False)
     made = untouched_task(kind)
     head: Any = made.model.decoder_head if kind == "masked images" else made.model.head
@@ -87,7 +88,7 @@ def untouched_task(kind: str) -> Task:
 
 
 class Samples(SeededDataset[dict[str, Tensor]]):
-    """Images, or sounds (of several classes each) of one length."""
+    """Images, or sounds of equal length with several classes each."""
 
     def __init__(self, kind: str, size: int) -> None:
         self.kind, self.size = kind, size
@@ -126,7 +127,7 @@ class Data(SeededDataModule):
 
 
 class PlainData(LightningDataModule):
-    """Loaders that know of no processes: Lightning gives them samplers that do."""
+    """Loaders without samplers of their own, to which Lightning adds distributed samplers."""
 
     def __init__(self, size: int, batch_size: int) -> None:
         super().__init__()
@@ -228,7 +229,7 @@ DIVISIONS = {1: [[8]], 2: [[1, 2, 1], [2, 1, 1]]}
 
 
 def gradients(kind: str, num_processes: int) -> dict[str, Any]:
-    """Of one step, which ends before there are as many micro-batches as a step may have."""
+    """The gradients of a step that ends before all micro-batches, at the end of an epoch."""
     batch = text_batch() if kind == "texts" else image_batch()
     watch = Watch()
     own = trainer(
@@ -251,7 +252,8 @@ def gradients(kind: str, num_processes: int) -> dict[str, Any]:
 
 
 def evaluate(kind: str, data: LightningDataModule, num_processes: int) -> dict[str, Any]:
-    """The metrics of a fit's validation, where DDP makes the forward pass, and of the verbs."""
+    """The metrics of a fit's validation, where DDP runs the forward pass, and of `validate` and
+    `test`."""
     model = task(kind)
     fitted = trainer(num_processes, max_steps=1, limit_train_batches=1)
     model.optimizer_config = OptimizerConfig(1e-30)

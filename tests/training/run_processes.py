@@ -1,4 +1,4 @@
-"""Trains two tasks on as many processes as asked, and writes down what was logged.
+"""Trains two tasks on the given number of processes, and writes the logged values to a file.
 
 python run_processes.py NUM_PROCESSES OUTPUT.json
 """
@@ -23,7 +23,7 @@ WATCHED = ("train/loss", "train/grad_norm", "val/loss", "val/bits_per_byte", "va
 
 
 def masked_texts() -> dict[str, Tensor]:
-    """Texts with very different numbers of targets, so that means of means would be wrong."""
+    """Texts with very different numbers of targets, so that a mean of means would be wrong."""
     tokens = torch.randint(20, (NUM_SAMPLES, 16))
     share = torch.linspace(0.1, 0.9, NUM_SAMPLES)[:, None]
     is_target = (torch.rand(tokens.shape) < share) | (torch.arange(16) == 0)
@@ -85,7 +85,7 @@ def train(task: LightningModule, batch: dict[str, Tensor], num_processes: int) -
 
 
 def run(num_processes: int) -> dict[str, Any]:
-    """What both tasks log on so many processes."""
+    """The values that both tasks log with this number of processes."""
     settings = (OptimizerConfig(3e-3), ScheduleConfig(NUM_STEPS, warmup_steps=2))
     results = {}
     seed_everything(0, verbose=False)

@@ -1,7 +1,7 @@
-"""A tiny run that stops, and goes on: what `test_checkpoints_processes.py` uses, and (as a script)
-in two processes.
+"""A tiny run that is stopped and resumed, for `test_checkpoints_processes.py`; as a script, it runs
+on two processes.
 
-python run_resume.py FOLDER, which holds a run of one process
+python run_resume.py FOLDER, a folder with a run of one process
 """
 
 import json
@@ -39,7 +39,7 @@ class Numbers(SeededDataset[dict[str, torch.Tensor]]):
 
 
 class Data(SeededDataModule):
-    """Six batches an epoch."""
+    """Six batches per epoch."""
 
     def __init__(self, batch_size: int) -> None:
         super().__init__(batch_size=batch_size, num_workers=0, seed=0)
@@ -132,7 +132,7 @@ def run(
 
 
 def compare(folder: Path, stop: int, **settings: Any) -> dict[str, Any]:
-    """Whether a run that stopped goes on as the unbroken one."""
+    """Whether a stopped and resumed run equals an uninterrupted one."""
     whole = run(folder / "whole", devices=2, **settings)
     first = run(folder / "stopped", stop=stop, devices=2, **settings)
     rest = run(folder / "stopped", resume=folder / "stopped", devices=2, **settings)

@@ -1,4 +1,4 @@
-"""Trains small models on as many processes as asked and writes down all there is to compare.
+"""Trains small models on the given number of processes, and saves the results for comparison.
 
 python run_sharded.py FOLDER RUNS, where RUNS is a list in JSON of keyword arguments of `run`, all
 with the same number of processes.
@@ -25,7 +25,7 @@ from diffmm.training import CausalLM, Classification, OptimizerConfig, ScheduleC
 from diffmm.training.parallel import data_share
 from diffmm.training.task import Task
 
-# An attention of somebody else's: docs/extending.md.
+# A user's own attention, as in docs/extending.md.
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs/examples"))
 importlib.reload(importlib.import_module("own_attention"))
 
@@ -41,7 +41,7 @@ def task_and_data(
     learning_rate: float = 1e-2,
     compile: bool = False,
 ) -> tuple[Task, StackDataset]:
-    """A case is an attention in a text model with tied embeddings, or `image`."""
+    """A case is an attention variant in a text model with tied embeddings, or `image`."""
     seed_everything(0, verbose=False)
     settings: dict[str, Any] = {
         "optimizer": OptimizerConfig(learning_rate, eps=1e-4, lambda_learning_rate=3e-2),
@@ -49,7 +49,7 @@ def task_and_data(
         "activation_checkpointing": True,
         "compile": compile,
     }
-    # Grouped keys and norms over heads: what sharing out heads could get wrong.
+    # Grouped keys and norms over heads are where splitting heads could go wrong.
     shared: dict[str, Any] = {"num_kv_heads": 4, "qk_norm": True, "feed_forward_width": 2 * dim}
     shared["backend"] = backend
     index = torch.arange(NUM_SAMPLES)
@@ -99,7 +99,7 @@ class Recorded(Callback):
 
 
 class Shares:
-    """Each process its own share of the samples, once it is known which."""
+    """Give each process its own share of the samples, once its rank is known."""
 
     def __init__(self, samples: StackDataset, accumulate: int) -> None:
         self.samples, self.accumulate = samples, accumulate
@@ -150,7 +150,7 @@ def fit(
 
 
 def refusal(task: Task, samples: StackDataset, ckpt_path: Path, setting: dict[str, Any]) -> str:
-    """Why a checkpoint of a deeper model is not gone on with."""
+    """The error when a checkpoint of a deeper model is resumed."""
     task.model.backbone.blocks = task.model.backbone.blocks[:1]  # type: ignore[union-attr, index, operator]
     try:
         fit(task, samples, max_steps=4, ckpt_path=ckpt_path, **setting)
@@ -195,17 +195,17 @@ def run(
     source: str = "auto_1",
     **changes: Any,
 ) -> None:
-    """Write the curve, the gradients of the first step and the weights after two steps, with a
-    checkpoint; and the weights after two more steps from `CASE_SOURCE.ckpt`, by default that of one
-    process, if it has run before.
+    """Save the loss curve, the gradients of the first step and the weights after two steps, with a
+    checkpoint, and the weights after two more steps from `CASE_SOURCE.ckpt`, by default that of one
+    process, if it exists.
 
     Args:
-        folder: for the files, called `CASE_STRATEGY_NUM` with the variant at their end.
-        case, changes: of `task_and_data`.
-        strategy, num_processes, accelerator, precision: of the trainer.
-        accumulate: into how many micro-batches a process's share of a step is divided.
-        variant: tells runs apart that are the same in all else that is in their name.
-        source: the strategy and number of processes whose checkpoint it goes on from.
+        folder: Folder for the files, which are named `CASE_STRATEGY_NUM` followed by the variant.
+        case, changes: Arguments of `task_and_data`.
+        strategy, num_processes, accelerator, precision: Settings of the trainer.
+        accumulate: Number of micro-batches per step and process.
+        variant: Suffix that distinguishes runs with otherwise equal names.
+        source: Strategy and number of processes of the checkpoint to resume from.
     """
     setting: dict[str, Any] = {"strategy": strategy, "num_processes": num_processes}
     setting |= {"accelerator": accelerator, "precision": precision, "accumulate": accumulate}
@@ -230,7 +230,7 @@ def run(
 
 
 if __name__ == "__main__":
-    # What Dynamo cannot compile, or has too often, it runs as it is, and nobody would notice.
+    # Dynamo would otherwise silently run uncompiled what it cannot compile or recompiles too often.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     for arguments in json.loads(sys.argv[2]):
         torch._dynamo.reset()

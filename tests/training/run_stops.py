@@ -1,4 +1,4 @@
-"""A tiny run that signals end: what `test_stops.py` uses, and (as a script) in two processes.
+"""A tiny run that is stopped by signals, for `test_stops.py`; as a script, on two processes.
 
 RANK=0 WORLD_SIZE=2 ... python run_stops.py OUTPUT_FOLDER
 """
@@ -33,7 +33,8 @@ class Numbers(SeededDataset[torch.Tensor]):
 
 
 class Data(SeededDataModule):
-    """Six batches of eight an epoch (of four on two processes), and six of validation."""
+    """Six training batches of eight per epoch (of four with two processes), and six validation
+    batches."""
 
     def __init__(self, *, batch_size: int = 8, num_workers: int = 0) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=0)
@@ -46,7 +47,7 @@ class Data(SeededDataModule):
 
 
 class Model(LightningModule):
-    """Not one of this library's tasks: a plain Lightning module."""
+    """A plain Lightning module instead of a task of this library."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class Model(LightningModule):
         return self.layer(torch.nn.functional.dropout(batch)).square().mean()
 
     def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-        noise = torch.rand(())  # a number less for the dropout of the next step
+        noise = torch.rand(())  # one random number less for the dropout of the next step
         self.log("val/loss", self.layer(batch + noise).square().mean(), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
@@ -68,7 +69,7 @@ class Model(LightningModule):
 
 
 class Send(Callback):
-    """Sends this process signals when a hook is called after so many steps, for the nth time."""
+    """Sends this process signals when a hook is called after a given step, for the nth time."""
 
     def __init__(self, hook: str, step: int, *numbers: int, nth: int = 1) -> None:
         self.step, self.numbers, self.nth = step, numbers, nth
@@ -83,7 +84,7 @@ class Send(Callback):
 
 
 class Impatient(Checkpoints):
-    """Meets further signals within its saves."""
+    """Receives further signals during its saves."""
 
     def save_now(self, trainer: Trainer, *, reason: str) -> Path:
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Gradients and losses of a step do not depend on how its samples are divided."""
+"""Gradients and losses of a step do not depend on its division into micro-batches."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ DIVISIONS = {
 
 
 class Watch(Callback):
-    """The gradients of every step, as clipping and the optimizer find them."""
+    """Records the gradients of every step before clipping."""
 
     def __init__(self):
         self.gradients, self.losses = [], []
@@ -60,7 +60,8 @@ def divided(batch, sizes):
 
 @pytest.fixture
 def one_step(make, fit):
-    """`one_step(name, sizes, num_accumulated)`: its gradients, loss and logged norm."""
+    """`one_step(name, sizes, num_accumulated)` returns the gradients, the loss and the logged
+    norm."""
 
     def run(name, sizes, num_accumulated, **settings):
         watch = Watch()
@@ -108,7 +109,7 @@ def test_with_a_gradient_scaler_too(one_step):
 
 
 def test_a_micro_batch_without_targets_is_none(make, fit):
-    """The first has no target, and all the others' gradients are as they would be without it."""
+    """The first micro-batch has no target, and the gradients of the others are unchanged by it."""
     _, batch = task_and_batch(make, "causal_lm")
     empty = {**batch, "targets": torch.full_like(batch["targets"], IGNORE_INDEX)}
     found = []
@@ -127,7 +128,8 @@ def test_a_micro_batch_without_targets_is_none(make, fit):
 
 
 def test_steps_of_an_epoch_and_the_next(make, fit):
-    """Five micro-batches, two a step: the third step has one, and the next epoch begins anew."""
+    """Five micro-batches, two per step: the third step has one, and the next epoch starts a new
+    step."""
     _, batch = task_and_batch(make, "masked_lm")
     parts = divided(batch, [1, 1, 2, 1, 1])
     found = []
@@ -164,7 +166,8 @@ class Stop(Callback):
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")
 @pytest.mark.parametrize("is_bad", [False, True])
 def test_a_step_that_was_cut_off_is_taken_up(make, fit, tmp_path, is_bad, monkeypatch):
-    """Bit by bit; also where the loss before the cut was infinite, with a gradient that is not."""
+    """Bitwise equal, also if the loss before the interruption was infinite or the gradient not
+    finite."""
     _, batch = task_and_batch(make, "causal_lm")
     first, second = divided(batch, [2, 4])
     watches = []

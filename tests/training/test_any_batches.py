@@ -1,4 +1,4 @@
-"""Tasks take what other loaders give: tuples, tensors, dicts without an index."""
+"""Tasks accept the batches of other loaders: tuples, tensors, dicts without an index."""
 
 import re
 
@@ -35,7 +35,7 @@ def dicts(name, batch):
 
 @pytest.fixture
 def same_start(make):
-    """Two tasks of a kind that start alike."""
+    """Two tasks of the same kind with the same initial weights."""
 
     def build(name, **settings):
         tasks = [make.task(name, **settings) for _ in range(2)]
@@ -64,7 +64,7 @@ def test_a_task_needs_no_index_and_no_names(name, loader, make, same_start, trai
     assert expected.keys() - metrics.keys() == left_out & expected.keys()
     assert expected_test.keys() - tested.keys() == left_out & expected_test.keys()
     assert metrics["train/samples_per_second"] > 0
-    if "mae" in name:  # other patches are hidden
+    if "mae" in name:  # other patches are masked
         assert all(loss.isfinite() for loss in metrics.values())
     else:
         for key in metrics.keys() - {"train/samples_per_second", "train/tokens_per_second"}:
@@ -153,7 +153,7 @@ def test_a_wrong_batch_gets_one_clear_line(name, change, words, make, trainer):
 
 
 class HasHooks(LightningDataModule):
-    """Somebody's datamodule that changes its own tuples on the way, as it does everywhere else."""
+    """A user's datamodule that changes its tuples in transfer hooks, as in other projects."""
 
     def __init__(self, samples):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite leaves no trace in a run but the news of it."""
+"""A non-finite loss or gradient has no effect on a run, and is reported."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from diffmm.training.resilience.replay import MicroBatch, load_batches, replay
 
 
 class Stream:
-    """Images, some of which are bad."""
+    """Images, some of which have non-finite values."""
 
     def __init__(self, make):
         self.batches = [make.batch("image") for _ in range(6)]
@@ -27,7 +27,7 @@ class Stream:
         self.bad["index"] = 900 + torch.arange(6)
 
     def __call__(self, pattern):
-        """`"..x."`: a good batch for each dot, in turn, and the bad one for each x."""
+        """`"..x."` gives a good batch for each dot, in turn, and the bad one for each x."""
         good = iter(self.batches)
         return [self.bad if mark == "x" else next(good) for mark in pattern]
 
@@ -39,7 +39,7 @@ def stream(make):
 
 @pytest.fixture
 def train(make, fit):
-    """`train(batches, ...)`: the task and its trainer, at the end or at an error."""
+    """`train(batches, ...)` returns the task and its trainer, at the end or at an error."""
 
     def run(batches, steps=None, task=None, **settings):
         torch.manual_seed(3)
@@ -51,7 +51,7 @@ def train(make, fit):
 
 
 def state_of(task, trainer):
-    """All that a step may change: weights, buffers, moments."""
+    """Everything that a step may change: weights, buffers and moments."""
     tensors = dict(task.state_dict())
     (optimizer,) = trainer.optimizers
     for number, moments in optimizer.state_dict()["state"].items():
@@ -81,7 +81,7 @@ def news(folder):
 )
 @pytest.mark.parametrize("pattern", ["x...", ".x..", "..xx.", "...x"])
 def test_a_bad_step_changes_nothing(train, stream, pattern, settings):
-    """The schedule is constant: the rest of the run is the run without it."""
+    """The schedule is constant, so the run equals one without the bad steps."""
     with_it = train(stream(pattern), **settings)
     without = train(stream(pattern.replace("x", "")), **settings)
     assert_same(state_of(*with_it), state_of(*without))
@@ -97,7 +97,7 @@ def test_a_bad_micro_batch_takes_its_step_along(train, stream, tmp_path, pattern
     without = train([*good[:2], *good[4:6]], accumulate_grad_batches=2)
     assert_same(state_of(*with_it), state_of(*without))
     (told,) = news(tmp_path)
-    # The ids of the micro-batches that are at fault alone.
+    # Only the indices of the micro-batches at fault are recorded.
     assert told["processes"][0]["samples"] == [*range(900, 906)] * pattern.count("x")
 
 
@@ -124,7 +124,7 @@ def bad_loss(loss, task):
 
 
 def changing(monkeypatch, task, change, only=None):
-    """Change the loss of a task, in every batch or in `only` one."""
+    """Change the loss of a task, in every batch or only in batch `only`."""
     loss_sum = type(task).loss_sum
 
     def changed(self, batch, number):
@@ -138,7 +138,7 @@ def changing(monkeypatch, task, change, only=None):
 
 @pytest.mark.parametrize(("change", "kind"), [(bad_gradient, "gradient"), (bad_loss, "loss")])
 def test_one_of_the_two_is_enough(make, train, stream, monkeypatch, tmp_path, caplog, change, kind):
-    """A finite loss with a gradient that is not, and the other way."""
+    """A finite loss with a non-finite gradient, and vice versa."""
     torch.manual_seed(3)
     task = make.task("image", optimizer=OptimizerConfig(1e-2))
     changing(monkeypatch, task, change, only=1)
@@ -157,7 +157,7 @@ def test_one_of_the_two_is_enough(make, train, stream, monkeypatch, tmp_path, ca
 
 
 def test_weights_of_layers_that_keep_statistics_stay_finite(trainer):
-    """A plain module of Lightning, with batch normalization."""
+    """A plain Lightning module with batch normalization."""
 
     class Model(LightningModule):
         def __init__(self):
@@ -185,7 +185,7 @@ def test_weights_of_layers_that_keep_statistics_stay_finite(trainer):
 
 @pytest.fixture
 def stopped(train, stream, tmp_path):
-    """A run that ended at its third bad step in a row, and the error."""
+    """A run that stopped at its third consecutive bad step, and the error."""
     keeper = Checkpoints(every_n_steps=1, every_minutes=None, keep_last=9)
     callbacks = [NonFiniteGuard(max_in_a_row=3), keeper]
     with pytest.raises(TooManyNonFiniteStepsError) as error:
@@ -218,7 +218,7 @@ def test_too_many_in_a_row_stop_the_run(stopped, tmp_path, stream):
     }
     (batch,) = content["batches"]
     torch.testing.assert_close(batch, stream.bad, equal_nan=True, rtol=0, atol=0)
-    # The last good one is intact, and the weights are still those.
+    # The last good checkpoint is intact, and the weights are unchanged.
     assert_same(checkpoint(tmp_path, 3)["state_dict"], checkpoint(tmp_path, 6)["state_dict"])
     assert checkpoint(tmp_path, 6)["callbacks"]["NonFiniteGuard"] == {
         "num_in_a_row": 0,
@@ -254,7 +254,7 @@ def test_a_file_that_is_no_batch_is_refused(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended")
 def test_a_resumed_run_counts_on(train, stream, tmp_path):
-    """Two bad steps, a save, and one more: three in a row."""
+    """Two bad steps, a save, and one more bad step count as three in a row."""
     keeper = Checkpoints(every_n_steps=3, every_minutes=None)
     settings = {"enable_checkpointing": True, "logger": False}
     train(stream(".xx"), callbacks=[NonFiniteGuard(3), keeper], **settings)
@@ -270,7 +270,7 @@ def test_a_resumed_run_counts_on(train, stream, tmp_path):
         )
 
 
-# The first steps are the scaler's to skip.
+# The gradient scaler skips the first steps.
 first_skipped = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 
 
@@ -311,7 +311,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(train, stream, tmp_path, cap
 
 
 def test_the_norm_is_that_of_clipping(train, stream):
-    """It is measured once, and logged for a step that was skipped, too."""
+    """The norm is computed once, and also logged for a skipped step."""
     _, clipped = train(stream("."), gradient_clip_val=1e-3)
     _, free = train(stream("."))
     norms = [each.callback_metrics["train/grad_norm"] for each in (clipped, free)]
@@ -331,14 +331,14 @@ def test_processes_skip_alike(run_two_processes, tmp_path):
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     (many, poisoned), (_, poisoned_too) = one.pop("errors"), two.pop("errors")
     assert one == two
-    # The weights of one process alone are bad: both end, and save nothing.
+    # The weights of only one process are not finite: both processes end and save nothing.
     assert poisoned.startswith("weights are not finite in another process after step 2: they")
     assert poisoned_too.startswith("1 of 2 weights (the first is layer.bias) are not finite after")
     assert [path.name for path in (tmp_path / "poisoned").glob("step_*")] == ["step_00000001"]
     weights = one["weights"]
     changed = [weights[step] != weights[step - 1] for step in range(1, len(weights))]
     assert changed == [False, True, False, True, False, False]
-    # One in a step, besides that of DDP itself, and in a bad one another, about the weights.
+    # One all-reduce per step besides DDP's own, and another about the weights in a bad step.
     assert one["num_reduces"] == [1, 2, 1, 2, 1, 2, 2]
     skipped = [
         (told["step"], told["bad"], [(p["rank"], p["samples"]) for p in told["processes"]])

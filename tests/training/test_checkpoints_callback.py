@@ -1,4 +1,4 @@
-"""When checkpoints are saved, what they hold, and what happens where they cannot be."""
+"""When checkpoints are saved, their content, and failed saves."""
 
 import errno
 import json
@@ -42,7 +42,7 @@ def saved(make, fit, tmp_path):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """`full_disk({2, 3})` lets the second and the third save run out of space."""
+    """`full_disk({2, 3})` makes the second and the third save fail with a full disk."""
 
     def fill(numbers):
         attempts = []
@@ -64,7 +64,7 @@ def full_disk(monkeypatch):
 
 
 class Weights(Callback):
-    """The weights of the head after each step."""
+    """Records the weights of the head after each step."""
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         self.weight = pl_module.model.head.weight.detach().clone()
@@ -117,7 +117,7 @@ def test_a_metric_that_is_not_logged_is_named(saved):
 
 @pytest.mark.parametrize("is_late", [True, False])
 def test_a_run_that_is_told_to_stop_is_saved_there(saved, tmp_path, is_late):
-    """One that has run out of time may go on; one that a criterion ended may not."""
+    """A run that reached its time limit may resume; one that a criterion stopped may not."""
 
     class Stop(Timer):
         def time_remaining(self, stage="train"):
@@ -132,7 +132,7 @@ def test_a_run_that_is_told_to_stop_is_saved_there(saved, tmp_path, is_late):
 
 
 def test_the_state_is_that_of_its_step_though_training_goes_on(saved, tmp_path, monkeypatch):
-    """The weights change while they are written."""
+    """The weights change while they are being written."""
     release, original = threading.Event(), writer.torch.save
 
     def slow(state, file):

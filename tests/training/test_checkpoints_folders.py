@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole, or found out."""
+"""Checkpoints on disk are complete, or their damage is detected."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_there_may_be_none_yet(directory):
 
 
 def reseal(folder, alter):
-    """Alter a manifest, and give it a seal that fits: as somebody who means harm would."""
+    """Alter a manifest and give it a valid hash, as an attacker would."""
     manifest = json.loads((folder / MANIFEST_NAME).read_text())
     alter(manifest)
     manifest[SEAL] = seal(manifest)
@@ -208,7 +208,7 @@ def test_a_wrong_latest_loses_nothing(save, directory, content):
 def test_whenever_a_save_is_cut_off_a_whole_one_is_left(
     save, directory, monkeypatch, moment, again
 ):
-    """Cut off at every change that it makes to the disk, in turn."""
+    """Interrupt a save at each of its changes to the disk, in turn."""
     save(1)
     last = 2 if again else 1
     save(last)
@@ -254,7 +254,7 @@ def test_a_broken_checkpoint_of_the_same_step_is_replaced(save, directory):
 
 
 def test_the_newest_is_the_one_that_was_written_last(save, directory):
-    for step in (5, 6, 3):  # as of a run that went back, and then another way
+    for step in (5, 6, 3):  # as in a run resumed from an earlier step
         save(step)
     assert steps(directory) == [5, 6, 3]
     assert find_whole(directory).name == "step_00000003"

@@ -1,4 +1,4 @@
-"""The list of a run's logs: what it names outside the run is left alone."""
+"""The list of a run's logs: files outside the run are not changed."""
 
 import os
 
@@ -13,7 +13,7 @@ ROWS = "step,loss\n0,1.0\n5,0.5\n9,0.1\n"
 
 @pytest.fixture
 def run(tmp_path):
-    """A run with one CSV file, and another file beside the run."""
+    """A run with one CSV file, and another file outside the run."""
     for folder in ("run/csv", "run/checkpoints", "other"):
         (tmp_path / folder).mkdir(parents=True)
     for folder in ("run/csv", "other"):

@@ -1,4 +1,4 @@
-"""Runs of two processes go on exactly, and as runs of one process."""
+"""Runs of two processes resume exactly, also as runs of one process."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run that stopped anywhere goes on with the same samples, hooks and bits."""
+"""A run that was stopped anywhere resumes with the same samples, hooks and bits."""
 
 import re
 from pathlib import Path
@@ -47,7 +47,7 @@ class StoppedError(Exception):
 
 
 class Stop(Callback):
-    """Saves after so many batches, and stops."""
+    """Saves after a number of batches, and stops."""
 
     def __init__(self, num_batches: int) -> None:
         self.num_batches = num_batches
@@ -60,7 +60,7 @@ class Stop(Callback):
 
 
 class Record(Callback):
-    """What a run does, in order."""
+    """Records the hooks and samples of a run, in order."""
 
     def __init__(self) -> None:
         self.done: list[Any] = []
@@ -92,7 +92,7 @@ class Numbers(SeededDataset[dict[str, torch.Tensor]]):
 
 
 class NumbersData(SeededDataModule):
-    """Seven batches of eight an epoch."""
+    """Seven batches of eight per epoch."""
 
     def __init__(self, *, batch_size: int = 8, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
@@ -105,7 +105,7 @@ class NumbersData(SeededDataModule):
 
 
 class Plain(LightningModule):
-    """None of this library's tasks."""
+    """A module that is not a task of this library."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def audio():
         patch_size=(4, 16),
         clip_seconds=0.25,
     )
-    # Of several lengths, so that batches are made by length.
+    # Texts of several lengths, so that batches are grouped by length.
     source = SoundEvents(80, 10, sample_rate_hz=RATE_HZ, clip_seconds=(0.2, 0.3))
     model = AudioModel(config)
     model.augment = FrequencyMasking(6)
@@ -289,7 +289,7 @@ def test_a_run_that_stopped_after_any_batch_goes_on_exactly(go, tmp_path, schedu
 @pytest.mark.parametrize("modality", ["text", "stream", "audio", "image"])
 @pytest.mark.parametrize("workers", [(0, 0), (0, 2), (2, 0)])
 def test_every_checkpoint_of_a_run_leads_to_the_same_bits(go, tmp_path, modality, workers):
-    """Workers that persist or are changed; saved beside the training and after validations."""
+    """With persistent or changed workers, background saves, and saves after validation."""
     before, after = ({"num_workers": count} for count in workers)
     every = {"every_n_steps": 1, "keep_last": 100}
     weights, whole = go("whole", modality, data=before, checkpoints=every, max_steps=11)
@@ -305,7 +305,7 @@ def test_every_checkpoint_of_a_run_leads_to_the_same_bits(go, tmp_path, modality
 
 @pytest.mark.parametrize("modality", ["text", "audio", "image"])
 def test_overfitting_goes_on_with_the_batch_that_is_due(go, tmp_path, modality):
-    """The first batches in order, again and again, and each of them drawn alike."""
+    """Repeats the first batches in order, each with the same random draws."""
     changes = {"overfit_batches": 2, "max_steps": 7}
     weights, whole = go("whole", modality, **changes)
     batches = [row for row in whole if isinstance(row[0], int)]

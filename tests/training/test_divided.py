@@ -38,7 +38,7 @@ def results(tmp_path_factory, run_two_processes):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["texts", "images"])
 def test_gradients(results, kind):
-    """Of a step of three micro-batches of four, divided unevenly in both processes."""
+    """Gradients of a step of three micro-batches of four, divided unevenly in both processes."""
     one, two = (each["gradients"][kind] for each in results)
     for name in ("train/loss", "train/grad_norm"):
         assert two[name] == pytest.approx(one[name], rel=1e-5)
@@ -50,7 +50,7 @@ def test_gradients(results, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_metrics(results, name):
-    """Of a fit's validation, of `validate` and of `test`."""
+    """Metrics of a fit's validation, of `validate` and of `test`."""
     one, two = (each["metrics"][name] for each in results)
     assert {key.split()[0] for key in one} == {"fit", "validate", "test"}
     assert two == pytest.approx(one, rel=1e-5)

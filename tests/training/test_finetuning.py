@@ -1,4 +1,4 @@
-"""Starting from weights, and leaving a part of them as they are."""
+"""Starting from pretrained weights, and freezing a part of them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Weights that are not finite end a run, and never take the place of good ones."""
+"""Non-finite weights end a run, and never replace good ones in a checkpoint."""
 
 import signal
 
@@ -12,7 +12,7 @@ from diffmm.training.resilience.checkpoints import NonFiniteWeightsError
 
 
 class Poison(Callback):
-    """Makes one weight bad after a step, as an overflow in the optimizer would."""
+    """Makes one weight non-finite after a step, like an overflow in the optimizer."""
 
     def __init__(self, step, value):
         self.step, self.value = step, value
@@ -24,7 +24,7 @@ class Poison(Callback):
 
 
 class Stop(GracefulShutdown):
-    """Gets a signal after a step."""
+    """Receives a signal after a step."""
 
     def __init__(self, step):
         super().__init__()
@@ -38,7 +38,8 @@ class Stop(GracefulShutdown):
 
 @pytest.fixture
 def poisoned(make, fit, tmp_path):
-    """`poisoned(value, ...)`: what ends a run whose weight turns into `value` after step 3."""
+    """`poisoned(value, ...)` returns the error of a run in which a weight becomes `value` after
+    step 3."""
 
     def run(value, *callbacks, **settings):
         with pytest.raises(NonFiniteWeightsError) as error:
@@ -58,7 +59,7 @@ def poisoned(make, fit, tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("every_n_steps", [1, 2])
 def test_no_checkpoint_holds_them(poisoned, make, tmp_path, value, every_n_steps):
-    """Found when they would be saved, or by the next step's loss, whichever comes first."""
+    """They are detected at the next save or by the loss of the next step, whichever comes first."""
     keeper = Checkpoints(tmp_path / "kept", every_n_steps=every_n_steps, every_minutes=None)
     message = poisoned(value, keeper, enable_checkpointing=True)
     kept = checkpoints(tmp_path / "kept")
@@ -83,7 +84,7 @@ def test_without_checkpoints_the_next_step_finds_them(poisoned, tmp_path):
 
 @pytest.mark.parametrize("own", [True, False])
 def test_a_stop_does_not_save_them(poisoned, tmp_path, own):
-    """By this library's checkpoints or by Lightning's."""
+    """With the checkpoints of this library and with Lightning's."""
     callbacks = [Checkpoints(every_minutes=None)] if own else []
     poisoned(float("nan"), Stop(3), *callbacks, enable_checkpointing=True)
     assert not list(tmp_path.rglob("*.ckpt"))

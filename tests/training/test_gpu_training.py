@@ -11,7 +11,7 @@ pytestmark = pytest.mark.gpu
 )
 @pytest.mark.parametrize("name", ["causal_lm", "image", "audio", "image_mae"])
 def test_the_optimizer_is_fused_where_it_can_be(name, precision, fused, make, fit):
-    """A gradient scaler could not clip what the fused kernel unscales by itself."""
+    """A gradient scaler could not clip gradients that the fused kernel unscales itself."""
     batch = make.batch(name)
     trainer = fit(
         make.task(name),

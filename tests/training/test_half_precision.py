@@ -1,4 +1,4 @@
-"""Weights in 16 bits: what is computed from the data is not, and AdamW can cope with them."""
+"""Weights in 16 bits: input features keep their precision, and AdamW works."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ HALF = ("bf16-true", "16-true")
 
 
 class Watch(Callback):
-    """What the model is given, and the losses."""
+    """Records the inputs of the model, and the losses."""
 
     def __init__(self):
         self.batches, self.losses = [], []
@@ -40,7 +40,7 @@ def test_data_are_not_rounded(make, fit, precision, name, field):
 
 
 def test_other_fields_are(make, fit):
-    """So that models that know nothing of it, such as timm's, can take them."""
+    """Inputs have the weights' dtype, so that models such as timm's accept them."""
     watch, batch = Watch(), make.batch("image")
     fit(make.task("image"), [batch], precision="bf16-true", callbacks=[watch])
     assert watch.batches[0]["images"].dtype == torch.bfloat16
@@ -49,7 +49,7 @@ def test_other_fields_are(make, fit):
 @pytest.mark.parametrize("precision", HALF)
 @pytest.mark.parametrize("name", ["audio_mae", "image_mae"])
 def test_targets_of_faint_patterns_are_those_of_float32(make, fit, precision, name):
-    """A pattern far fainter than what it lies on: bfloat16 would not see it."""
+    """A pattern far fainter than its background, which bfloat16 cannot represent."""
     batch = make.batch(name)
     if name == "image_mae":
         batch["images"] = 2.0 + 1e-3 * batch["images"]

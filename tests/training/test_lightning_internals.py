@@ -1,4 +1,4 @@
-"""What the library takes of Lightning's private parts is still where it was."""
+"""The private attributes of Lightning that the library uses still exist."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "
 
 
 class Watcher(Callback):
-    """Asks `question` at the end of every batch."""
+    """Evaluates `question` at the end of every batch."""
 
     def __init__(self, question):
         self.question, self.answers = question, []

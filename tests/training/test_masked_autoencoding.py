@@ -1,4 +1,4 @@
-"""Which patches are hidden: a function of seed, epoch and sample."""
+"""Masked patches are a function of seed, epoch and sample."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Metrics are those of the samples, whatever their batches and however large their scores."""
+"""Metrics depend only on the samples, not on their batches or the magnitude of their scores."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def measured(metric, sizes, *tensors):
 
 
 def truth(scores, targets):
-    """scikit-learn's, a mean over the classes that have a positive sample."""
+    """scikit-learn's average precision, averaged over the classes with a positive sample."""
     present = [k for k in range(scores.shape[1]) if targets[:, k].any()]
     each = [average_precision_score(targets[:, k], scores[:, k].double()) for k in present]
     return sum(each) / len(each)
@@ -30,7 +30,7 @@ def truth(scores, targets):
 def test_mean_average_precision_is_that_of_the_scores_order(scale):
     scores = scale * torch.randn(12, 4)
     scores[:3] = scores[:3].abs()
-    scores[7] = scores[2]  # of equal scores none comes first
+    scores[7] = scores[2]  # equal scores share one rank
     targets = (torch.rand(12, 4) < 0.4).float()
     targets[:, 2] = 0.0
     expected = truth(scores, targets)

@@ -21,7 +21,7 @@ def test_targets_are_mixed_as_the_inputs(kind, mode):
     mixed, weights = mix(IMAGES, config, key=(0,))
     assert not torch.equal(mixed, IMAGES)
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(6))
-    # The mean of a mixed image is the weighted mean of the images in it.
+    # The mean of a mixed image is the weighted mean of its source images.
     torch.testing.assert_close(mixed.mean(dim=(1, 2, 3)), weights.float() @ torch.arange(6.0))
 
 

@@ -1,4 +1,4 @@
-"""What is logged says what it means, and watching changes nothing."""
+"""Logged values are correct, and monitors do not change training."""
 
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ def test_lambda_of_v2_is_the_mean_over_tokens_and_heads(make):
 
 
 def test_watching_leaves_training_as_it_is(make, fit, monkeypatch):
-    """With dropout and stochastic depth: the same random numbers are drawn."""
+    """With dropout and stochastic depth, the same random numbers are drawn."""
     weights = []
     for watched in (False, True):
         if not watched:

@@ -1,4 +1,4 @@
-"""Which parameters decay, and how fast each learns."""
+"""Weight decay and learning rates of parameter groups."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def models(make, attention, **changes):
 
 
 def by_name(model, config):
-    """Each trainable parameter's group, by the parameter's name."""
+    """The group of each trainable parameter, by its name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, config)
     found = {names[id(p)]: group for group in groups for p in group["params"]}
@@ -116,7 +116,7 @@ def test_the_optimizer_takes_the_settings(make):
     assert isinstance(optimizer, torch.optim.AdamW)
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (2e-3, (0.8, 0.99), 1e-6)
-        assert not group["fused"]
+        assert group["fused"]
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,8 @@ def test_settings_of_the_task_come_back(make, fit, tmp_path):
     assert restored.finetune == FineTuneConfig(freeze=1)
     assert len(restored.frozen) > 0
     assert restored.model.backbone.activation_checkpointing
-    fit(restored, [make.batch("image")], max_steps=1, logger=False)  # from its weights, not a file
+    # The deleted file is not needed any longer.
+    fit(restored, [make.batch("image")], max_steps=1, logger=False)
 
 
 def test_a_run_and_a_folder_are_checkpoints_too(make, fit, tmp_path):
@@ -92,7 +93,7 @@ def test_a_run_and_a_folder_are_checkpoints_too(make, fit, tmp_path):
 
 
 class Weighted(Classification):
-    """Somebody's own task, with an argument and a weight of its own."""
+    """A user's own task, with an additional argument and weight."""
 
     def __init__(self, model, optimizer, schedule, *, temperature: float = 1.0) -> None:
         super().__init__(model, optimizer, schedule)
@@ -121,7 +122,7 @@ def test_a_subclass_comes_back_with_what_is_its_own(make, fit, tmp_path):
 
 
 class Renamed(Classification):
-    """A refinement with the same arguments."""
+    """A subclass with the same arguments."""
 
 
 def test_a_refinement_takes_what_its_base_was(checkpoint):
@@ -145,7 +146,7 @@ def test_a_model_of_timm_is_given(fit, make, tmp_path):
 
 @pytest.fixture(scope="module")
 def kept():
-    """Bytes of a checkpoint, once it has been made."""
+    """The bytes of a checkpoint, which is created once."""
     return []
 
 

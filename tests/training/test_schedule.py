@@ -49,7 +49,7 @@ def test_a_resumed_run_follows_its_configuration(make, fit, tmp_path):
     def rates(trainer):
         return trainer.optimizers[0].param_groups[0]["lr"]
 
-    # The trainer stops early and later goes on: the horizon stays the configuration's.
+    # The trainer stops early and later resumes: the schedule keeps its configured length.
     trainer = fit(make.task("image", schedule=schedule, **settings), [batch], max_steps=6)
     assert rates(trainer) == pytest.approx(1e-2 * schedule.factor(6))
     trainer.save_checkpoint(tmp_path / "run.ckpt")

@@ -1,6 +1,6 @@
-"""FSDP2 and tensor parallelism: several processes train as one does, from each other's checkpoints.
+"""FSDP2 and tensor parallelism: several processes train like one, from each other's checkpoints.
 
-Processes are slow to start: two of them go through all cases, four through one.
+Processes are slow to start: two of them run all cases, and four run one.
 """
 
 import json
@@ -54,7 +54,7 @@ def script():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, script):
-    """The results of every run by its name, beside their checkpoints in a folder."""
+    """The results of every run by its name, and the folder of their checkpoints."""
     folder = tmp_path_factory.mktemp("sharded")
     for case in CASES:
         script["run"](folder, case, "auto", 1)

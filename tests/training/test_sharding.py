@@ -1,5 +1,5 @@
-"""How models are split, and what is refused because it cannot be. On a mesh of processes that are
-not there, since nothing here is computed."""
+"""How models are split, and which models cannot be. The tests use a fake mesh of processes, because
+nothing is computed."""
 
 import math
 
@@ -81,7 +81,7 @@ def test_heads_are_split_and_names_are_kept(mesh):
 @pytest.mark.filterwarnings("ignore:DTensor random operators may not have:UserWarning")
 @pytest.mark.parametrize("kind", ["text", "audio"])
 def test_a_model_sharded_on_the_meta_device_starts_there(kind, mesh, monkeypatch):
-    """What PyTorch's and Lightning's guides to FSDP2 do."""
+    """The steps of PyTorch's and Lightning's guides to FSDP2."""
     with torch.device("meta"):
         model = text() if kind == "text" else audio()
     for module in (*model.backbone.blocks, model):
@@ -102,14 +102,14 @@ def test_a_model_sharded_on_the_meta_device_starts_there(kind, mesh, monkeypatch
 
 
 def test_weights_of_two_types_are_refused(mesh):
-    # What precision bf16-true makes of lambda.
+    # Weights as under precision bf16-true, with lambda in float32.
     with pytest.raises(ValueError, match="FSDP2 needs weights of one dtype, got torch.bfloat16, "):
         shard(text().bfloat16(), mesh)
 
 
 @pytest.fixture
 def task(make, trainer, mesh):
-    """Builds a task whose trainer is about to fit it over four devices."""
+    """Builds a task whose trainer is about to fit it on four devices."""
 
     def build(callbacks=(), **settings):
         task = make.task("causal_lm", **settings)

@@ -1,4 +1,4 @@
-"""A signal ends a run at a step, with everything saved and the handlers of before."""
+"""A signal ends a run after a step, with everything saved and previous handlers restored."""
 
 import json
 import multiprocessing
@@ -27,7 +27,7 @@ tiny = runpy.run_path(str(SCRIPT))
 run, Send, Numbers = tiny["run"], tiny["Send"], tiny["Numbers"]
 TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
-# Lightning looks at the loader alone; the data module saves the place in the data.
+# Lightning only inspects the loader; the datamodule saves the position in the data.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You're resuming from a checkpoint that ended before"
 )
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run that nothing stops."""
+    """The uninterrupted run."""
     return run(tmp_path_factory.mktemp("whole"))
 
 
@@ -45,7 +45,7 @@ def summary(result):
 
 @pytest.mark.parametrize(("number", "code"), [(TERM, 143), (USR1, 143), (INT, 130)])
 def test_a_signal_ends_the_step_saves_and_exits(tmp_path, whole, number, code):
-    """The checkpoint callback of `run` sends two more signals within the save."""
+    """The checkpoint callback of `run` sends two more signals during the save."""
     before = [signal.getsignal(each) for each in SIGNALS]
     stopped = run(tmp_path, Send("on_before_backward", 4, number))
     assert summary(stopped) == (code, 5, [5, number.name])
@@ -81,7 +81,7 @@ def test_a_long_validation_is_cut_short_and_made_again(tmp_path, whole):
     stopped = run(tmp_path, Send("on_validation_batch_start", 4, TERM, nth=3))
     assert summary(stopped) == (143, 4, [4, "SIGTERM"])
     assert stopped["validations"] == 0
-    # Again, before the resumed run made a step: what was saved stays as it is.
+    # Stopped again before the resumed run made a step: the checkpoint is unchanged.
     again = run(tmp_path, Send("on_validation_batch_start", 4, TERM, nth=2), resume=True)
     assert summary(again) == (143, 4, [4, "SIGTERM"])
     resumed = run(tmp_path, resume=True)
@@ -90,7 +90,7 @@ def test_a_long_validation_is_cut_short_and_made_again(tmp_path, whole):
 
 
 def test_averaged_weights_are_not_mistaken_for_the_run_s(tmp_path):
-    """Lightning puts them in their place for the time of a validation."""
+    """Lightning swaps the weights for the duration of a validation."""
 
     def average():
         return EMAWeightAveraging(decay=0.5)
@@ -127,7 +127,7 @@ def test_accumulated_gradients_are_not_lost(tmp_path):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_at_random_moments(tmp_path, whole, seed):
-    """Each attempt gets a signal, or several, somewhere; in the end the weights are the same."""
+    """Each attempt receives one or more signals at some point; the final weights are the same."""
     rng = random.Random(seed)
     results = []
     while not results or results[-1]["code"] is not None:
@@ -148,7 +148,8 @@ def test_at_random_moments(tmp_path, whole, seed):
 
 
 class KillWorkers(Callback):
-    """Another process sends signals to this one's workers and, with `number`, to it as well."""
+    """Another process sends signals to the workers of this one and, with `number`, to this one as
+    well."""
 
     def __init__(self, number):
         self.number = number
@@ -156,7 +157,7 @@ class KillWorkers(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 3:
             workers = [child.pid for child in multiprocessing.active_children()]
-            assert len(workers) >= 2  # others are left of earlier runs
+            assert len(workers) >= 2  # workers of earlier runs
             for number in (*SIGNALS, self.number):
                 pids = [*workers, *([os.getpid()] if number is self.number else [])]
                 subprocess.run(["kill", f"-{int(number)}", *map(str, pids)], check=True)
@@ -175,7 +176,7 @@ def test_a_worker_ends_by_its_own_process():
     (worker,) = [each for each in multiprocessing.active_children() if each not in others]
     subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
     next(workers)
-    time.sleep(1.0)  # two signals that wait at once are one
+    time.sleep(1.0)  # two pending signals of the same kind are delivered once
     start = time.monotonic()
     worker.terminate()
     worker.join(20)
@@ -184,7 +185,7 @@ def test_a_worker_ends_by_its_own_process():
 
 
 def test_a_worker_is_born_deaf_to_signals():
-    """One that came before `ignore_stop_signals` would end it, and the run."""
+    """A signal before `ignore_stop_signals` is called would end the worker, and the run."""
     context = multiprocessing.get_context("fork")
     heard = context.SimpleQueue()
 
@@ -202,7 +203,7 @@ def test_a_worker_is_born_deaf_to_signals():
 
 
 def test_a_worker_that_is_born_dead_is_born_again(monkeypatch, caplog):
-    """As a lock that another thread held at the fork would have it (before Python 3.12)."""
+    """A worker that hangs like one forked while another thread held a lock (before Python 3.12)."""
     monkeypatch.setattr(forks, "SECONDS_TO_BE_BORN", 0.5)
     fork, tries, start = os.fork, [], time.monotonic()
 
@@ -216,7 +217,7 @@ def test_a_worker_that_is_born_dead_is_born_again(monkeypatch, caplog):
     monkeypatch.setattr(os, "fork", stillborn_at_first)
     loader = DataLoader(Numbers(), num_workers=2, multiprocessing_context=forks.CheckedForks())
     torch.testing.assert_close(torch.cat(list(loader)), torch.stack(list(Numbers())))
-    assert time.monotonic() - start < 20  # both were ended, not waited for
+    assert time.monotonic() - start < 20  # both were killed without waiting for them
     first, second, *_ = tries
     assert len(tries) == 4
     for dead in (first, second):
@@ -294,7 +295,7 @@ def test_without_checkpoints_of_this_library(tmp_path, trainer, caplog):
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
-    """A fake one that writes down its calls, with an exit code."""
+    """A fake `scontrol` that records its calls, with an exit code."""
 
     def install(code=0):
         folder = tmp_path / "bin"
@@ -325,7 +326,7 @@ SLURM = {
 def test_slurm_requeues_once_after_the_save(
     tmp_path, monkeypatch, scontrol, number, calls, by_srun
 ):
-    """Started by srun, Lightning would have a handler of its own."""
+    """Under srun, Lightning would install its own handler."""
     for name, value in SLURM.items():
         if by_srun or name == "SLURM_JOB_ID":
             monkeypatch.setenv(name, value)
@@ -350,7 +351,7 @@ def test_a_requeue_that_fails_says_so(monkeypatch, scontrol):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory, run_two_processes):
-    """What both processes of each scenario of the script did."""
+    """The results of both processes for each scenario of the script."""
     output = tmp_path_factory.mktemp("two")
     run_two_processes(SCRIPT, output)
     return [json.loads((output / f"{rank}.json").read_text()) for rank in range(2)]

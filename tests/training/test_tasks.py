@@ -1,4 +1,4 @@
-"""Every task, with every attention: it learns, logs, and saves what can be read back."""
+"""Every task with every attention variant: it learns, logs, and saves what can be loaded again."""
 
 import csv
 import math
@@ -20,7 +20,7 @@ ATTENTIONS = ("softmax", "diff_v1", "diff_v2")
 
 
 def logged(tmp_path: Path) -> dict[str, list[float]]:
-    """The columns of the CSV log, without gaps."""
+    """The columns of the CSV log, without empty cells."""
     columns: dict[str, list[float]] = {}
     with (tmp_path / "csv" / "metrics.csv").open() as file:
         for row in csv.DictReader(file):
@@ -38,7 +38,7 @@ def test_the_loss_falls_and_is_logged(name, attention, make, fit, tmp_path):
     log = logged(tmp_path)
     losses = log["train/loss"]
     assert len(losses) == 40
-    # Masks of autoencoding change with the epoch alone, so all of them can be learned by heart.
+    # The masks of autoencoding only change with the epoch, so that all of them can be memorized.
     assert losses[-1] < (0.95 if name.endswith("mae") else 0.6) * losses[0]
     expected = {"train/loss", "train/learning_rate", "train/grad_norm", "val/loss"}
     expected |= {"train/samples_per_second"}
@@ -77,7 +77,7 @@ def test_a_checkpoint_is_tensors_and_loads_as_the_model(name, make, fit, tmp_pat
 )
 def test_compiled_training_is_the_same(name, attention, make, fit, tmp_path, monkeypatch):
     compile_fn = torch.nn.Module.compile
-    # Inductor takes a minute here; what is tested is what the task does around it.
+    # Inductor takes a minute here; the test is about the task, not about compilation.
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda module: compile_fn(module, backend="aot_eager")
     )
@@ -204,8 +204,8 @@ def test_packed_documents_and_padding_reach_the_attention(make):
     changed["tokens"][:, :8] = 0
     for extra, leaks in (({}, True), ({"document_ids": document_ids}, False),
                          ({"key_padding": document_ids.bool()}, False)):  # fmt: skip
-        ours = task.losses({**batch, **extra})[:, 8:]
-        theirs = task.losses({**changed, **extra})[:, 8:]
+        ours = task.losses({**batch, **extra}).each[:, 8:]
+        theirs = task.losses({**changed, **extra}).each[:, 8:]
         assert torch.equal(ours, theirs) != leaks
 
 

@@ -91,11 +91,11 @@ class _Failures:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.is_told = False
+        self.is_reported = False
 
-    def tell(self, error: OSError) -> None:
-        if not self.is_told:
-            self.is_told = True
+    def report(self, error: OSError) -> None:
+        if not self.is_reported:
+            self.is_reported = True
             rank_zero_warn(
                 f"{self.name} could not write: {error}. Training continues, and further failures "
                 f"of this logger are not reported"
@@ -113,7 +113,7 @@ class _Tolerant:
         try:
             return self.function(*args, **kwargs)
         except OSError as error:
-            self.failures.tell(error)
+            self.failures.report(error)
 
 
 def _whole(write: Callable[..., Any], file: Path) -> Callable[..., Any]:

@@ -98,7 +98,7 @@ class GracefulShutdown(Callback):
         self._step = trainer.global_step
         self._random_state = torch.get_rng_state()
         if self._active:
-            self._hear(*Coordinator.of(trainer).agree(trainer, [QUESTION]))
+            self._store_vote(self._vote_of_all(trainer))
         if self.is_stopping:
             # After this hook, Lightning logs the step and then raises its exception.
             self._save(trainer)
@@ -157,15 +157,21 @@ class GracefulShutdown(Callback):
         """Return this process's vote; 0 means to continue."""
         return 0.0 if self._got is None else SIGNALS.index(self._got) + 1.0
 
-    def _hear(self, vote: float) -> None:
+    def _store_vote(self, vote: float) -> None:
         """Store the signal of the highest vote of all processes."""
         if vote > 0.0:
             self._agreed = SIGNALS[int(vote) - 1]
 
+    def _vote_of_all(self, trainer: Trainer) -> float:
+        """Return the highest vote of all processes after a step."""
+        if trainer.world_size == 1:
+            return self._vote()
+        return Coordinator.of(trainer).latest(trainer, QUESTION)
+
     def _agree(self, trainer: Trainer) -> bool:
         """Compare the votes of all processes outside of a step, and return whether to stop."""
         if self._active:
-            self._hear(_largest(trainer, self._vote()))
+            self._store_vote(_largest(trainer, self._vote()))
         return self.is_stopping
 
     def _end(self, trainer: Trainer) -> None:
@@ -190,7 +196,7 @@ class _Handlers:
     def __init__(self, stop: GracefulShutdown, trainer: Trainer) -> None:
         self.stop = stop
         self.before = {number: signal.signal(number, stop._note) for number in SIGNALS}
-        self.put_back = replace_signal_handling(trainer, self)
+        self.restore = replace_signal_handling(trainer, self)
 
     @property
     def received_sigterm(self) -> bool:
@@ -206,7 +212,7 @@ class _Handlers:
         for number, handler in self.before.items():
             if handler is not None:
                 signal.signal(number, handler)
-        self.put_back()
+        self.restore()
 
 
 def save_before_end(trainer: Trainer, *, reason: str) -> Path | None:

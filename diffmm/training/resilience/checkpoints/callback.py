@@ -33,8 +33,8 @@ from diffmm.training.resilience.checkpoints.snapshot import available_bytes, num
 from diffmm.training.resilience.checkpoints.writer import SaveFailedError, Writer, write
 from diffmm.training.resilience.coordinator import Coordinator
 
-SECONDS_A_MINUTE = 60.0
-STEPS_A_LOOK = 10
+SECONDS_PER_MINUTE = 60.0
+STEPS_PER_TIME_CHECK = 10
 """Interval, in steps, at which several processes compare the time, because that synchronizes."""
 
 
@@ -256,9 +256,9 @@ class Checkpoints(Checkpoint):
             return False
         if self.every_n_steps is not None and step % self.every_n_steps == 0:
             return True
-        if self.every_minutes is None or (trainer.world_size > 1 and step % STEPS_A_LOOK):
+        if self.every_minutes is None or (trainer.world_size > 1 and step % STEPS_PER_TIME_CHECK):
             return False
-        minutes = (time.monotonic() - self._saved_at_seconds) / SECONDS_A_MINUTE
+        minutes = (time.monotonic() - self._saved_at_seconds) / SECONDS_PER_MINUTE
         return trainer.strategy.broadcast(minutes >= self.every_minutes)
 
     def _save(self, trainer: Trainer, *, reason: str, background: bool) -> None:

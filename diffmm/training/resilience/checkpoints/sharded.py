@@ -46,9 +46,9 @@ def write_sharded(
             hashes = {f"{STATE_NAME}/{file.name}": checkpoint_folders.measure(file) for file in own}
         except Exception as refused:
             error = refused
-    shares_told = gather(trainer, (error and (str(error) or type(error).__name__), hashes))
-    failures = [failure for failure, _ in shares_told if failure]
-    hashes = {name: found for _, files in shares_told for name, found in files.items()}
+    results = gather(trainer, (error and (str(error) or type(error).__name__), hashes))
+    failures = [failure for failure, _ in results if failure]
+    hashes = {name: found for _, files in results for name, found in files.items()}
     outcome: Path | SaveFailedError | None = None
     if trainer.is_global_zero:
         try:
