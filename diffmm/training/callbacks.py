@@ -82,11 +82,14 @@ def mean_lambdas(
 
 class SpeedMonitor(Callback):
     """Logs `train/samples_per_second` and, for text, `train/tokens_per_second`: the throughput of
-    all processes between two logging steps, excluding the time spent in validation."""
+    all processes between two logging steps, excluding the time spent in validation; and
+    `train/data_wait`, the share of that time, in [0, 1], that this process waited for batches."""
 
     def __init__(self) -> None:
         self._start = 0.0
         self._paused_at = 0.0
+        self._waits_since = 0.0
+        self._waited = 0.0
         self._num_samples = 0
         self._num_tokens = 0
 
@@ -97,7 +100,13 @@ class SpeedMonitor(Callback):
         self._paused_at = time.monotonic()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start += time.monotonic() - self._paused_at
+        self._waits_since = time.monotonic()
+        self._start += self._waits_since - self._paused_at
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._waited += time.monotonic() - self._waits_since
 
     def on_train_batch_end(
         self,
@@ -109,9 +118,12 @@ class SpeedMonitor(Callback):
     ) -> None:
         self._num_samples += size_of(batch)
         self._num_tokens += batch["tokens"].numel() if "tokens" in batch else 0
+        self._waits_since = time.monotonic()
         if not is_logging_step(trainer):
             return
-        rate = data_share(trainer)[1] / max(1e-9, time.monotonic() - self._start)
+        seconds = max(1e-9, self._waits_since - self._start)
+        log_step(pl_module, "train/data_wait", self._waited / seconds, prog_bar=True)
+        rate = data_share(trainer)[1] / seconds
         log_step(pl_module, "train/samples_per_second", rate * self._num_samples)
         if self._num_tokens:
             tokens_per_second = rate * self._num_tokens
@@ -119,5 +131,6 @@ class SpeedMonitor(Callback):
         self._restart()
 
     def _restart(self) -> None:
-        self._start = time.monotonic()
+        self._start = self._waits_since = time.monotonic()
+        self._waited = 0.0
         self._num_samples = self._num_tokens = 0

@@ -45,13 +45,15 @@ class ProgressLines(Callback):
         if loss is None:  # the first step is not complete
             return
         is_first, self._printed_at = self._printed_at is None, now
-        text = f"train/loss {float(loss):.4g}"
+        text = f"train/loss {loss:.4g}"
         steps = trainer.global_step - self._began[1]
         if not is_first and steps > 0:
             rate = steps / max(1e-9, now - self._began[0])
             text += f"  {rate:.3g} steps/s"
             if trainer.max_steps > 0:
                 text += f"  {duration((trainer.max_steps - trainer.global_step) / rate)} left"
+        if (wait := trainer.progress_bar_metrics.get("train/data_wait")) is not None:
+            text += f"  {wait:.0%} waiting for data"
         print_line(trainer, text)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,6 +9,7 @@ Every task logs the following metrics, `train/` and `lambda/` at every logging s
 | `train/grad_norm` | norm of all gradients, before clipping |
 | `train/skipped_steps` | number of skipped steps so far, once there are any (`NonFiniteGuard`) |
 | `train/samples_per_second`, `train/tokens_per_second` | throughput since the last logging step |
+| `train/data_wait` | share of that time in which the process waited for batches, in [0, 1] |
 | `lambda/layer_00`, ... | mean lambda of each differential layer |
 | `val/loss`, ... | metrics of the task, once per validation; `test/loss`, ... likewise |
 """

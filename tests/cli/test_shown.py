@@ -110,12 +110,12 @@ def test_progress_in_a_pipe_is_lines_and_each_validation_one(run, recipe, monkey
     validation = rf"val/loss {number}  val/accuracy {number}  val/accuracy_top5 {number}"
     training = rf"train/loss {number}"
     rate = rf"  {number} steps/s  0:00:\d\d left"
+    wait = r"(  \d+% waiting for data)?"
     expected = [
-        rf"step 1/4  {training}",
-        rf"step 2/4  {training}{rate}",
+        rf"step 2/4  {training}{wait}",
         rf"step 2/4  {validation}",
-        rf"step 3/4  {training}{rate}",
-        rf"step 4/4  {training}{rate}",
+        rf"step 3/4  {training}{rate}{wait}",
+        rf"step 4/4  {training}{rate}{wait}",
         rf"step 4/4  {validation}",
     ]
     assert len(lines) == len(expected)
@@ -144,7 +144,7 @@ def test_who_wants_no_bar_gets_no_lines(run, recipe):
 def test_lines_come_at_intervals(monkeypatch, capsys):
     class Trainer:
         is_global_zero, max_steps, global_step = True, -1, 0
-        callback_metrics: dict = {}  # noqa: RUF012
+        progress_bar_metrics: dict = {}  # noqa: RUF012
         progress_bar_callback = None
 
     now = [0.0]
@@ -152,13 +152,13 @@ def test_lines_come_at_intervals(monkeypatch, capsys):
     trainer, lines = Trainer(), ProgressLines(10.0)
     lines.on_train_start(trainer, None)
     lines.on_train_batch_end(trainer, None, None, None, 0)  # no completed step yet
-    trainer.callback_metrics = {"train/loss": 1.0}
+    trainer.progress_bar_metrics = {"train/loss": 1.0, "train/data_wait": 0.25}
     for step in range(1, 26):
         now[0], trainer.global_step = float(step), step
         lines.on_train_batch_end(trainer, None, None, None, step)
     assert capsys.readouterr().out.splitlines() == [
-        "step 1  train/loss 1",
-        "step 11  train/loss 1  1 steps/s",
-        "step 21  train/loss 1  1 steps/s",
+        "step 1  train/loss 1  25% waiting for data",
+        "step 11  train/loss 1  1 steps/s  25% waiting for data",
+        "step 21  train/loss 1  1 steps/s  25% waiting for data",
     ]
     assert duration(3723.4) == "1:02:03"

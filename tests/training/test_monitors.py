@@ -84,7 +84,10 @@ def test_speed_counts_samples_and_tokens_but_no_validation(make, fit, monkeypatc
         now = 100.0
 
         def on_train_batch_start(self, *args):
-            self.now += 0.05
+            self.now += 0.02  # waiting for the batch
+
+        def on_before_optimizer_step(self, *args):
+            self.now += 0.03
 
         def on_validation_batch_start(self, *args):
             self.now += 0.5
@@ -107,6 +110,7 @@ def test_speed_counts_samples_and_tokens_but_no_validation(make, fit, monkeypatc
     assert speed == pytest.approx(6 / 0.05)
     tokens = trainer.callback_metrics["train/tokens_per_second"].item()
     assert tokens == pytest.approx(16 * speed.item(), rel=1e-5)
+    assert trainer.callback_metrics["train/data_wait"] == pytest.approx(0.4)
 
 
 def test_a_monitor_that_the_trainer_has_is_not_doubled(make, fit):
