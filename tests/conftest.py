@@ -83,7 +83,7 @@ class Started(subprocess.Popen[str]):
             printed = [
                 "\n".join([str(each.args), *each.communicate(timeout=30)]) for each in processes
             ]
-        pytest.fail("\n".join([f"not ended within {seconds:g} seconds:", *printed]))
+        pytest.fail("\n".join([f"did not end within {seconds:g} seconds:", *printed]))
 
     def __exit__(self, *exception: Any) -> None:
         """Kill the whole process group."""

@@ -72,7 +72,7 @@ def test_two_machines_train_and_predict_together(run, recipe):
     one_process = (*settings, "--trainer.strategy", "auto", "--output", "one.pt")
     assert run("predict", *one_process).code == 0
     one, two = (torch.load(name, weights_only=True) for name in ("one.pt", "two.pt"))
-    assert len(one["index"]) % 2 == 1, "this shows nothing about repeated samples"
+    assert len(one["index"]) % 2 == 1, "the test needs repeated samples"
     assert two.keys() == one.keys()
     assert two["index"].equal(one["index"])
     torch.testing.assert_close(two["probabilities"], one["probabilities"])
