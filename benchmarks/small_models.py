@@ -22,6 +22,7 @@ running them.
 import argparse
 import json
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -536,7 +537,9 @@ def batches(cell: Cell, options: argparse.Namespace) -> Data:
     path: Path = options.out / f"batches_{cell.task}_{cell.seed}_{options.steps}.pt"
     if not path.exists():
         data = SmallRun(cell, options.letters, options.steps).collect()
-        torch.save(asdict(data), path)
+        unfinished = path.with_suffix(f".{os.getpid()}")  # other processes may read `path`
+        torch.save(asdict(data), unfinished)
+        unfinished.replace(path)
     return Data(**torch.load(path))
 
 

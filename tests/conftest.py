@@ -19,13 +19,23 @@ def pytest_configure() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
+# Warnings of some torch versions about torch's own operations.
+GPU_WARNINGS = (
+    "ignore:Attempting to run cuBLAS, but there was no current CUDA context",
+    "ignore:The CUDA Graph is empty",
+    "ignore:The AccumulateGrad node's stream does not match",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests that need a GPU if there is none."""
-    if torch.cuda.is_available():
-        return
+    """Skip GPU tests if there is no GPU, and ignore torch's warnings in them."""
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if not item.get_closest_marker("gpu"):
+            continue
+        if not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for warning in GPU_WARNINGS:
+            item.add_marker(pytest.mark.filterwarnings(warning))
 
 
 @pytest.fixture(autouse=True)

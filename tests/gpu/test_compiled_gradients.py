@@ -17,8 +17,7 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("head_dim", "grouped"), [(32, True), (64, False), (128, True)])
 @pytest.mark.parametrize(("attention", "backend"), MODELS)
 def test_compiled_gradients_are_as_exact_as_eager_ones(attention, backend, grouped, head_dim):
     def gradients_by(backend, dtype, *, compile=False):
