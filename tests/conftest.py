@@ -25,6 +25,7 @@ GPU_WARNINGS = (
     "ignore:The CUDA Graph is empty",
     "ignore:The AccumulateGrad node's stream does not match",
 )
+"""Warnings that some versions of torch raise about themselves."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -51,7 +51,7 @@ def batch_files(run: Path) -> list[Path]:
     Raises:
         InputError: If there are none.
     """
-    from diffmm.training.resilience.non_finite import BATCH_NAME
+    from diffmm.training.resilience.bad_steps import BATCH_NAME
 
     files = sorted(run.glob(f"{BATCH_NAME}_*.pt"))
     if not files:

@@ -2,17 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
-from diffmm.batch import InputShapes
+from diffmm.batch import IGNORE_INDEX, InputShapes
 from diffmm.checks import Settings
 from diffmm.layers.cache import KVCache
 from diffmm.layers.linear import Embedding, Linear, init_weights
 from diffmm.models.backbone import Backbone, BackboneConfig
-from diffmm.ops import AttentionMask
+from diffmm.ops import AttentionMask, Losses, linear_cross_entropy
+from diffmm.ops.linear_cross_entropy import MAX_LOGITS
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,18 @@ class TextModel(nn.Module):
         mask: AttentionMask | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> Tensor:
-        """Compute logits `[B, N, vocab_size]` of `tokens`, `[B, N]` ids. Arguments as in
-        `forward_features`."""
+        targets: Tensor | None = None,
+    ) -> Any:
+        """Compute logits `[B, N, vocab_size]` of `tokens`, `[B, N]` ids; or, given `targets`, their
+        cross-entropy (`diffmm.ops.Losses`), for which the logits are never in memory as a whole.
+
+        Args:
+            tokens, mask, positions, cache: See `forward_features`.
+            targets: Token ids to predict, `[B, N]`; `diffmm.batch.IGNORE_INDEX` where there is
+                none.
+        """
         features = self.forward_features(tokens, mask=mask, positions=positions, cache=cache)
-        return self.head(features)
+        return self.head(features) if targets is None else self._losses(features, targets)
 
     def forward_features(
         self,
@@ -119,6 +130,23 @@ class TextModel(nn.Module):
         if mask is None:
             mask = AttentionMask(causal=self.config.causal)
         return self.backbone(self.embedding(tokens), mask=mask, positions=positions, cache=cache)
+
+    def _losses(self, features: Tensor, targets: Tensor) -> Losses:
+        head = self.head
+        is_plain = type(head) in (Linear, nn.Linear) and not isinstance(head.weight, DTensor)
+        if is_plain and not (head._forward_hooks or head._forward_pre_hooks):
+            return linear_cross_entropy(features, head.weight, targets, bias=head.bias)
+        # Any other head is a function that the backward pass computes again, chunk by chunk.
+        rows = max(1, MAX_LOGITS // self.config.vocab_size)
+        chunks = zip(
+            features.flatten(0, -2).split(rows), targets.flatten().split(rows), strict=True
+        )
+        each = torch.cat([checkpoint(self._chunk, *c, use_reentrant=False) for c in chunks])
+        return Losses(each.sum(), each.detach().view(targets.shape))
+
+    def _chunk(self, features: Tensor, targets: Tensor) -> Tensor:
+        logits = self.head(features).float()
+        return cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
 
     # `to_empty` and `load_state_dict(assign=True)` replace the parameters of every module, so a
     # tied head is tied again afterwards. A head replaced by the user may not be tied.

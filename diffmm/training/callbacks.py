@@ -12,6 +12,7 @@ from diffmm.layers.attention import Attention
 from diffmm.models.modes import evaluating
 from diffmm.training.lightning_internals import is_logging_step
 from diffmm.training.parallel import data_share
+from diffmm.training.step_log import log_step
 
 
 class LambdaMonitor(Callback):
@@ -43,7 +44,7 @@ class LambdaMonitor(Callback):
         with trainer.precision_plugin.forward_context():
             means = mean_lambdas(pl_module, layers, sample)
         for index, mean in means.items():
-            pl_module.log(f"lambda/layer_{index:02d}", mean)
+            log_step(pl_module, f"lambda/layer_{index:02d}", mean)
 
 
 def differential_layers(module: nn.Module) -> dict[int, Attention]:
@@ -111,9 +112,10 @@ class SpeedMonitor(Callback):
         if not is_logging_step(trainer):
             return
         rate = data_share(trainer)[1] / max(1e-9, time.monotonic() - self._start)
-        pl_module.log("train/samples_per_second", rate * self._num_samples)
+        log_step(pl_module, "train/samples_per_second", rate * self._num_samples)
         if self._num_tokens:
-            pl_module.log("train/tokens_per_second", rate * self._num_tokens, prog_bar=True)
+            tokens_per_second = rate * self._num_tokens
+            log_step(pl_module, "train/tokens_per_second", tokens_per_second, prog_bar=True)
         self._restart()
 
     def _restart(self) -> None:

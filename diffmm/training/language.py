@@ -7,13 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
 from diffmm.batch import IGNORE_INDEX, InputShapes, TextBatch
 from diffmm.models.job import Job, text_reader
 from diffmm.models.text import TextModel
-from diffmm.ops import AttentionMask
+from diffmm.ops import AttentionMask, Losses
 from diffmm.training.accumulation import LossSum
 from diffmm.training.batches import check_range, with_index
 from diffmm.training.finetuning import FineTuneConfig
@@ -75,25 +74,18 @@ class LanguageTask(Task):
         job = super().make_job(data)
         return job if job.reader else replace(job, reader=text_reader(self.tokenizer))
 
-    def losses(self, batch: TextBatch) -> Tensor:
-        """Return the loss of each position, `[B, N]` in float32; 0 where there is no target."""
+    def losses(self, batch: TextBatch) -> Losses:
+        """Return the losses of all positions, `[B, N]`, and their sum."""
         mask = AttentionMask(
             causal=self.CAUSAL,
             document_ids=batch.get("document_ids"),
             key_padding=batch.get("key_padding"),
         )
-        logits = self.model(batch["tokens"], mask=mask)
-        losses = cross_entropy(
-            logits.flatten(0, 1).float(),
-            batch["targets"].flatten(),
-            ignore_index=IGNORE_INDEX,
-            reduction="none",
-        )
-        return losses.view_as(batch["targets"])
+        return self.model(batch["tokens"], mask=mask, targets=batch["targets"])
 
     def loss_sum(self, batch: TextBatch, batch_idx: int) -> LossSum:
         count = (batch["targets"] != IGNORE_INDEX).sum().float()
-        return LossSum(self.losses(batch).sum(), count)
+        return LossSum(self.losses(batch).total, count)
 
     def target_shapes(self, inputs: InputShapes) -> InputShapes:
         return {"targets": inputs["tokens"]}
@@ -102,7 +94,7 @@ class LanguageTask(Task):
         return {"loss": RatioOfSums(), "perplexity": Perplexity(), "bits_per_byte": RatioOfSums()}
 
     def update_metrics(self, batch: TextBatch, metrics: dict[str, Metric]) -> None:
-        total = self.losses(batch).sum()
+        total = self.losses(batch).total
         count = (batch["targets"] != IGNORE_INDEX).sum()
         metrics["loss"].update(total, count)
         metrics["perplexity"].update(total, count)
@@ -114,7 +106,7 @@ class LanguageTask(Task):
         """Return the negative log-likelihood of each sample's targets, `[B]` in nats, and the
         number of bytes that they encode, if known."""
         known = {"num_bytes": batch["num_bytes"]} if "num_bytes" in batch else {}
-        return with_index(batch, nats=self.losses(batch).sum(dim=1), **known)
+        return with_index(batch, nats=self.losses(batch).each.sum(dim=1), **known)
 
     @property
     def needs_targets(self) -> bool:

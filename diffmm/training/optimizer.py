@@ -75,8 +75,9 @@ def make_optimizer(
     Args:
         model: Model whose trainable parameters are optimized.
         config: Optimizer settings.
-        allow_fused: Whether to use the fused kernel if all parameters are on a CUDA device. A
-            gradient scaler (float16) cannot clip gradients with the fused kernel.
+        allow_fused: Whether to use the fused kernel if all parameters are on a CPU or CUDA device,
+            which also skips steps without waiting for the device (see `NonFiniteGuard`). A gradient
+            scaler (float16) cannot clip gradients with the fused kernel.
 
     Raises:
         ValueError: If `parameter_groups` raises it, or `eps` is too small for the weights' dtype.
@@ -85,7 +86,8 @@ def make_optimizer(
     for group in groups:
         for parameter in group["params"]:
             check_eps(config.eps, parameter.dtype)
-    fused = allow_fused and all(p.is_cuda for group in groups for p in group["params"])
+    devices = {p.device.type for group in groups for p in group["params"]}
+    fused = allow_fused and devices <= {"cpu", "cuda"}
     return torch.optim.AdamW(
         groups,
         lr=config.learning_rate,

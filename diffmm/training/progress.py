@@ -40,8 +40,9 @@ class ProgressLines(Callback):
             return
         if self._printed_at is not None and now - self._printed_at < self.seconds:
             return
-        loss = trainer.callback_metrics.get("train/loss")
-        if loss is None:  # the first optimizer step is still accumulating gradients
+        # Unlike `callback_metrics`, these are numbers: reading them does not wait for the device.
+        loss = trainer.progress_bar_metrics.get("train/loss")
+        if loss is None:  # the first step is not complete
             return
         is_first, self._printed_at = self._printed_at is None, now
         text = f"train/loss {float(loss):.4g}"

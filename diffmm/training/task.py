@@ -47,6 +47,7 @@ from diffmm.training.resilience.shutdown import GracefulShutdown
 from diffmm.training.restoring import TASK_KEY, describe_task, restore_task
 from diffmm.training.schedule import ScheduleConfig, make_scheduler, set_learning_rates
 from diffmm.training.sharding import clip_gradients, gradient_norm, is_sharded, shard
+from diffmm.training.step_log import StepLog, log_step
 
 
 class Task(AnyBatches):
@@ -103,6 +104,7 @@ class Task(AnyBatches):
         self.recipe: str | None = None
         self.frozen = freeze(model, self.finetune)
         self.accumulated = AccumulatedLoss()
+        self.step_log = StepLog()
         self.unmeasured: set[str] = set()
         self.metrics = self._new_metrics()
         self.details: dict[str, Tensor] = {}
@@ -219,9 +221,9 @@ class Task(AnyBatches):
         )
         if is_step_boundary(self.trainer):
             mean = loss.detach() if num_accumulated == 1 else self.accumulated.mean()
-            self.log("train/loss", mean, prog_bar=True, sync_dist=True)
-        factor = self.schedule_config.factor(self.global_step)
-        self.log("train/learning_rate", self.optimizer_config.learning_rate * factor)
+            log_step(self, "train/loss", mean_over_processes(self, mean), prog_bar=True)
+            factor = self.schedule_config.factor(self.global_step)
+            log_step(self, "train/learning_rate", self.learning_rate * factor)
         return loss
 
     def on_after_backward(self) -> None:
@@ -229,6 +231,10 @@ class Task(AnyBatches):
         num_accumulated = self.trainer.accumulate_grad_batches
         if num_accumulated > 1 and is_step_boundary(self.trainer):
             self.accumulated.complete(self.model.parameters(), num_accumulated)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if is_step_boundary(self.trainer):
+            self.step_log.send(self.trainer)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate("val", counted(batch, batch_idx, self.trainer.val_dataloaders), batch)
@@ -258,7 +264,7 @@ class Task(AnyBatches):
             nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:
             clip_gradients(parameters, gradient_clip_val, norm)
-        self.log("train/grad_norm", norm)
+        log_step(self, "train/grad_norm", norm)
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(

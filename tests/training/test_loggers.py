@@ -69,7 +69,8 @@ def test_a_full_disk_for_a_while(fit, make, tmp_path, disk):
     ]
     (events,) = (tmp_path / "tb").rglob("events*")
     steps = {event.step for event in EventFileLoader(str(events)).Load() if event.summary.value}
-    assert steps >= {0, 1, 2, 3, 20, 21, 22, 23}
+    # The metrics of the step before a failure may arrive during it.
+    assert steps >= {0, 1, 2, 20, 21, 22, 23}
 
 
 class Failing(Logger):

@@ -116,7 +116,7 @@ def test_the_optimizer_takes_the_settings(make):
     assert isinstance(optimizer, torch.optim.AdamW)
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (2e-3, (0.8, 0.99), 1e-6)
-        assert not group["fused"]
+        assert group["fused"]
 
 
 @pytest.mark.parametrize(

@@ -204,8 +204,8 @@ def test_packed_documents_and_padding_reach_the_attention(make):
     changed["tokens"][:, :8] = 0
     for extra, leaks in (({}, True), ({"document_ids": document_ids}, False),
                          ({"key_padding": document_ids.bool()}, False)):  # fmt: skip
-        ours = task.losses({**batch, **extra})[:, 8:]
-        theirs = task.losses({**changed, **extra})[:, 8:]
+        ours = task.losses({**batch, **extra}).each[:, 8:]
+        theirs = task.losses({**changed, **extra}).each[:, 8:]
         assert torch.equal(ours, theirs) != leaks
 
 

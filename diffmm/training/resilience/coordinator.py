@@ -1,8 +1,13 @@
-"""Shared state of a run's callbacks, with one all-reduce per optimizer step."""
+"""Shared state of a run's callbacks, with one all-reduce per optimizer step.
 
+Nothing here waits for the GPU in a normal step. What the host needs to know about a step is copied
+to it while the GPU works, and is received during the next step, when the copy has long arrived.
+"""
+
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,6 +17,9 @@ from torch.distributed import ReduceOp
 
 Question = Callable[[], Tensor | float]
 """Returns this process's answer, a number that is 0 in the normal case."""
+
+Receiver = Callable[[list[float]], None]
+"""Receives numbers that have been copied from the device."""
 
 
 class Saver(Protocol):
@@ -27,9 +35,18 @@ class Saver(Protocol):
         """Save immediately, on all processes together."""
 
 
+class _Copy(NamedTuple):
+    """Numbers on their way to the host."""
+
+    numbers: Tensor
+    arrival: torch.cuda.Event | None
+    receive: Receiver
+
+
 class Coordinator:
     """Collects the questions of all callbacks of a trainer. The first callback in a batch that
-    needs an answer triggers one all-reduce of a small tensor, which answers all of them.
+    needs an answer triggers one all-reduce of a small tensor, which answers all of them: with
+    `agree`, immediately, or with `agree_later`, on the device now and on the host later.
 
     Attributes:
         norm: Norm of the step's gradients before clipping, once it is known.
@@ -42,6 +59,7 @@ class Coordinator:
         self._questions: dict[str, Question] = {}
         self._answers: dict[str, float] = {}
         self._batch = -1
+        self._copies: deque[_Copy] = deque()
 
     @staticmethod
     def of(trainer: Trainer) -> "Coordinator":
@@ -49,7 +67,7 @@ class Coordinator:
         return _COORDINATORS.setdefault(trainer, Coordinator())
 
     def ask(self, name: str, question: Question) -> None:
-        """Register a question that is answered at every `agree`."""
+        """Register a question that is answered at every `agree` and `agree_later`."""
         self._questions[name] = question
 
     def agree(self, trainer: Trainer, names: Sequence[str]) -> list[float]:
@@ -59,18 +77,68 @@ class Coordinator:
         batch. Every process must call this at the same point of the batch. It synchronizes the GPU
         once.
         """
-        batch = trainer.fit_loop.total_batch_idx
-        if batch != self._batch:
-            found = [question() for question in self._questions.values()]
-            device = trainer.strategy.root_device
+        if trainer.fit_loop.total_batch_idx != self._batch:
+            self._batch = trainer.fit_loop.total_batch_idx
+            found = self._ask_all()
             if trainer.world_size > 1 or any(isinstance(value, Tensor) for value in found):
-                numbers = torch.stack([torch.as_tensor(v, device=device).float() for v in found])
-                if trainer.world_size > 1:
-                    torch.distributed.all_reduce(numbers, ReduceOp.MAX)
-                found = numbers.tolist()
+                found = self._largest(trainer, found).tolist()
             self._answers = dict(zip(self._questions, map(float, found), strict=True))
-            self._batch = batch
         return [self._answers[name] for name in names]
+
+    def agree_later(
+        self, trainer: Trainer, receive: Callable[[dict[str, float]], None]
+    ) -> dict[str, Tensor]:
+        """Return the largest answers of all processes to all questions, as scalars on the device,
+        and pass them to `receive` once they are on the host.
+
+        Every process must call this at the same point of the batch, and before anything calls
+        `agree`.
+        """
+        self._batch = trainer.fit_loop.total_batch_idx
+        names = tuple(self._questions)
+        answers = self._largest(trainer, self._ask_all())
+
+        def receive_all(numbers: list[float]) -> None:
+            self._answers = dict(zip(names, numbers, strict=True))
+            receive(self._answers)
+
+        self.send(answers, receive_all)
+        return dict(zip(names, answers.unbind(), strict=True))
+
+    def latest(self, trainer: Trainer, name: str) -> float:
+        """Return the newest answer that the host has, the same on all processes: that of the
+        current batch or, while it is still on the device, that of the batch before it."""
+        if trainer.fit_loop.total_batch_idx != self._batch:
+            return self.agree(trainer, [name])[0]
+        return self._answers.get(name, 0.0)
+
+    def send(self, numbers: Tensor, receive: Receiver) -> None:
+        """Begin to copy a one-dimensional tensor to the host, and pass it to `receive` later."""
+        arrival = None
+        if numbers.is_cuda:
+            numbers = numbers.to("cpu", non_blocking=True)
+            arrival = torch.cuda.Event()
+            arrival.record()
+        self._copies.append(_Copy(numbers, arrival, receive))
+
+    def receive(self, *, all_but: int = 0) -> None:
+        """Pass on what was sent, in that order, except the last `all_but` tensors. Waits for the
+        device if it has not yet computed them."""
+        while len(self._copies) > all_but:
+            copy = self._copies.popleft()
+            if copy.arrival is not None:
+                copy.arrival.synchronize()
+            copy.receive(copy.numbers.tolist())
+
+    def _ask_all(self) -> list[Tensor | float]:
+        return [question() for question in self._questions.values()]
+
+    def _largest(self, trainer: Trainer, found: list[Tensor | float]) -> Tensor:
+        device = trainer.strategy.root_device
+        numbers = torch.stack([torch.as_tensor(v, device=device).float() for v in found])
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(numbers, ReduceOp.MAX)
+        return numbers
 
 
 _COORDINATORS: WeakKeyDictionary[Trainer, Coordinator] = WeakKeyDictionary()

@@ -1,32 +1,22 @@
 """Detects and skips optimizer steps whose loss or gradient is not finite."""
 
-import json
-import logging
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diffmm.training.resilience.bad_steps import BATCH_NAME, StepRecord, write_report
 from diffmm.training.resilience.checkpoints import check_weights
 from diffmm.training.resilience.coordinator import Coordinator
 from diffmm.training.resilience.shutdown import save_before_end
 from diffmm.training.sharding import gradient_norm
+from diffmm.training.step_log import log_step
 
-logger = logging.getLogger(__name__)
-
-LOG_NAME = "bad_steps.jsonl"
-"""File in the run directory with one line per skipped step."""
-
-BATCH_NAME = "bad_batch_step"
-"""Prefix of the files with the last batches that a stopped run writes."""
-
-NUM_SHOWN = 16
-"""Maximum number of sample ids per process in a message; `LOG_NAME` contains all of them."""
+LOSS, GRADIENT = "loss is not finite", "gradient is not finite"
+"""Names of the questions to all processes, see `Coordinator.ask`."""
 
 
 class TooManyNonFiniteStepsError(RuntimeError):
@@ -64,8 +54,11 @@ class NonFiniteGuard(Callback):
     step itself and lowers the scale. This does not count as a skipped step while the scale is
     above 1. A loss that is not finite always counts.
 
-    The cost per optimizer step is the norm of the gradients, which clipping needs anyway, and one
-    synchronization for a small tensor.
+    The cost per optimizer step is the norm of the gradients, which clipping needs anyway. A fused
+    optimizer (as `Task` creates on CPUs and CUDA devices) skips the step on the device, and the
+    process reads the verdict during the next step, so that it never waits for the GPU while all
+    steps are finite. Every other optimizer, and a gradient scaler, need one synchronization per
+    step.
 
     Args:
         max_in_a_row: Number of consecutive skipped steps that stops the run, at least 1.
@@ -82,13 +75,15 @@ class NonFiniteGuard(Callback):
         self.num_skipped = 0
         self._coordinator = Coordinator()  # replaced by the trainer's when training starts
         self._norm: Tensor | None = None  # norm of the gradients, before clipping
-        self._window: list[tuple[int, Any]] = []  # micro-batches of the step, with their indices
-        self._losses: list[Tensor] = []
+        self._record = StepRecord(1, 0)
         self._statistics: list[tuple[Tensor, Tensor]] = []
-        self._clip_val: int | float | None = None  # the trainer's value, while a step is skipped
-        self._report: dict[str, Any] | None = None  # this process's report of a skipped step
+        self._is_clipping_off = False
+        self._clip_val: int | float | None = None  # the trainer's value, while clipping is off
+        self._last_skipped: StepRecord | None = None
+        self._is_at_fault = False  # whether this process is, for that step
 
     def state_dict(self) -> dict[str, int]:
+        self._coordinator.receive()
         return {"num_in_a_row": self.num_in_a_row, "num_skipped": self.num_skipped}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -97,42 +92,32 @@ class NonFiniteGuard(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._coordinator = Coordinator.of(trainer)
-        self._coordinator.ask("loss is not finite", lambda: self._is_loss_bad(pl_module))
-        self._coordinator.ask("gradient is not finite", self._is_gradient_bad)
-        self._begin_step()
+        self._coordinator.ask(LOSS, lambda: self._is_loss_bad(pl_module))
+        self._coordinator.ask(GRADIENT, self._is_gradient_bad)
+        self._begin_step(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if not self._window:
+        if not self._record.batches:
+            self._record.epoch = trainer.current_epoch
             self._statistics = [(each, each.clone()) for each in running_statistics(pl_module)]
-        self._window.append((batch_idx, batch))
+        self._record.batches.append((batch_idx, batch))
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        self._losses.append(loss.detach())
+        self._record.losses.append(loss.detach())
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         parameters = list(trainer.precision_plugin.main_params(optimizer))
         self._norm = self._coordinator.norm = gradient_norm(parameters)
-        names = ("loss is not finite", "gradient is not finite")
-        bad_loss, bad_norm = map(bool, self._coordinator.agree(trainer, names))
-        if not bad_loss and not bad_norm:
-            self.num_in_a_row = 0
-        elif bad_loss or not scale_is_at_fault(trainer):
-            check_weights(trainer)
-            # An optimizer skips weights without a gradient. Clipping would fail without gradients.
-            for parameter in parameters:
-                parameter.grad = None
-            self._clip_val, trainer.gradient_clip_val = trainer.gradient_clip_val, None
-            for buffer, before in self._statistics:
-                buffer.copy_(before)
-            self.num_in_a_row += 1
-            self.num_skipped += 1
-            self._report_step(trainer, bad_loss)
+        if can_skip(optimizer) and not has_scaler(trainer):
+            self._skip_on_device(trainer, optimizer)
+        else:
+            self._skip_on_host(trainer, parameters)
 
     def on_train_batch_end(
         self,
@@ -144,17 +129,25 @@ class NonFiniteGuard(Callback):
     ) -> None:
         if self._norm is None:
             return  # gradients are being accumulated
-        if self.num_skipped:
-            pl_module.log("train/skipped_steps", float(self.num_skipped))
-        if self._report is not None:
-            trainer.gradient_clip_val = self._clip_val
-            if self.num_in_a_row >= self.max_in_a_row:
-                self._stop(trainer, self._report)
-        self._begin_step()
+        log_step(pl_module, "train/skipped_steps", lambda: float(self.num_skipped) or None)
+        if self._is_clipping_off:
+            trainer.gradient_clip_val, self._is_clipping_off = self._clip_val, False
+        if self.num_in_a_row >= self.max_in_a_row:
+            self._stop(trainer)
+        self._begin_step(trainer)
 
-    def _begin_step(self) -> None:
-        self._window, self._losses, self._statistics = [], [], []
-        self._norm = self._coordinator.norm = self._report = None
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._coordinator.receive()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._coordinator.receive()
+        for optimizer in trainer.optimizers:
+            optimizer.__dict__.pop("found_inf", None)
+
+    def _begin_step(self, trainer: Trainer) -> None:
+        self._record = StepRecord(trainer.global_step + 1, trainer.current_epoch)
+        self._statistics = []
+        self._norm = self._coordinator.norm = None
 
     def _is_loss_bad(self, pl_module: LightningModule) -> Tensor | float:
         if self._norm is None:
@@ -162,51 +155,74 @@ class NonFiniteGuard(Callback):
         # Losses of this step from before resuming are only in the task's accumulated sum.
         accumulated = getattr(pl_module, "accumulated", None)
         before = [] if accumulated is None else [accumulated.total.to(self._norm)]
-        losses = torch.stack([*self._losses, *before, self._norm.new_zeros(())])
+        losses = torch.stack([*self._record.losses, *before, self._norm.new_zeros(())])
         return losses.isfinite().logical_not().any()
 
     def _is_gradient_bad(self) -> Tensor | float:
         return 0.0 if self._norm is None else self._norm.isfinite().logical_not()
 
-    def _report_step(self, trainer: Trainer, bad_loss: bool) -> None:
-        """Report a skipped step and the processes at fault."""
-        report: dict[str, Any] = {"rank": trainer.global_rank, "losses": [], "samples": []}
+    def _skip_on_device(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        """Let the optimizer skip the step if it is bad, and judge the previous step."""
+        record = self._record
+        found = self._coordinator.agree_later(
+            trainer,
+            lambda answers: self._judge(
+                trainer, record, bool(answers[LOSS]), bool(answers[GRADIENT])
+            ),
+        )
+        bad = torch.maximum(found[LOSS], found[GRADIENT])
+        # As a gradient scaler does, which shares this attribute.
+        optimizer.found_inf = bad  # type: ignore[attr-defined]
+        for buffer, before in self._statistics:
+            buffer.copy_(torch.where(bad > 0, before, buffer))
+        self._coordinator.receive(all_but=1)
+        if self.num_in_a_row or self.max_in_a_row == 1:
+            # This step may be the last one of the run, which must stop before another one changes
+            # the weights.
+            self._coordinator.receive()
+
+    def _skip_on_host(self, trainer: Trainer, parameters: list[nn.Parameter]) -> None:
+        """Judge the step, and remove its gradients if it is bad."""
+        self._coordinator.receive()
+        bad_loss, bad_norm = map(bool, self._coordinator.agree(trainer, (LOSS, GRADIENT)))
+        if not bad_loss and bad_norm and scale_is_at_fault(trainer):
+            return
+        self._judge(trainer, self._record, bad_loss, bad_norm)
+        if not bad_loss and not bad_norm:
+            return
+        # An optimizer skips weights without a gradient. Clipping would fail without gradients.
+        for parameter in parameters:
+            parameter.grad = None
+        self._clip_val, trainer.gradient_clip_val = trainer.gradient_clip_val, None
+        self._is_clipping_off = True
+        for buffer, before in self._statistics:
+            buffer.copy_(before)
+
+    def _judge(self, trainer: Trainer, record: StepRecord, bad_loss: bool, bad_norm: bool) -> None:
+        """Count and report a step, once it is known whether it was skipped."""
+        if not bad_loss and not bad_norm:
+            self.num_in_a_row = 0
+            return
+        check_weights(trainer, record.step - 1)
+        self.num_in_a_row += 1
+        self.num_skipped += 1
         scale = scale_of(trainer) / trainer.accumulate_grad_batches
-        for loss, (_, batch) in zip(torch.stack(self._losses).tolist(), self._window, strict=True):
-            if not bad_loss or not math.isfinite(loss):
-                report["losses"].append(f"{loss / scale:.6g}")
-                report["samples"] += sample_ids(batch)
-        self._report = report
+        report = record.report(trainer.global_rank, scale, is_loss_bad=bad_loss)
+        self._last_skipped, self._is_at_fault = record, bool(report["losses"])
         reports = [report]
         if trainer.world_size > 1:
             reports = [report] * trainer.world_size
             torch.distributed.all_gather_object(reports, report)
-        reports = [each for each in reports if each["losses"]]
         if trainer.is_global_zero:
-            step = trainer.global_step + 1
-            logger.warning(
-                f"step {step} skipped ({self.num_in_a_row} in a row): its "
-                f"{'loss' if bad_loss else 'gradient'} is not finite; "
-                f"{'; '.join(map(summary_of, reports))}"
-            )
-            fact = {"step": step, "bad": "loss" if bad_loss else "gradient", "processes": reports}
-            append(Path(trainer.default_root_dir, LOG_NAME), f"{json.dumps(fact)}\n")
+            kind = "loss" if bad_loss else "gradient"
+            write_report(trainer, record.step, reports, num_in_a_row=self.num_in_a_row, kind=kind)
 
-    def _stop(self, trainer: Trainer, report: dict[str, Any]) -> None:
+    def _stop(self, trainer: Trainer) -> None:
         """Save what is needed to resume and to replay the step, and stop the run."""
         directory = Path(trainer.default_root_dir)
-        name = f"{BATCH_NAME}_{trainer.global_step:08d}_rank_{trainer.global_rank}.pt"
-        if report["losses"]:
-            save_batches(
-                directory / name,
-                {
-                    "step": trainer.global_step,
-                    "epoch": trainer.current_epoch,
-                    "rank": trainer.global_rank,
-                    "batch_indices": [number for number, _ in self._window],
-                    "batches": [move_data_to_device(batch, "cpu") for _, batch in self._window],
-                },
-            )
+        if self._is_at_fault:
+            assert self._last_skipped is not None
+            self._last_skipped.save(directory, trainer.global_rank)
         skipped, self.num_in_a_row = self.num_in_a_row, 0  # a resumed run starts counting from 0
         where = save_before_end(trainer, reason="bad numbers")
         raise TooManyNonFiniteStepsError(
@@ -224,6 +240,17 @@ def running_statistics(module: nn.Module) -> list[Tensor]:
     return [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
 
 
+def can_skip(optimizer: Optimizer) -> bool:
+    """Whether the optimizer skips a step on the device if its `found_inf` is not 0; fused
+    optimizers do."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def has_scaler(trainer: Trainer) -> bool:
+    """Whether gradients are scaled, as in `16-mixed`."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
 def scale_of(trainer: Trainer) -> float:
     """Return the scale of the gradient scaler; 1 if there is none."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -233,32 +260,3 @@ def scale_of(trainer: Trainer) -> float:
 def scale_is_at_fault(trainer: Trainer) -> bool:
     """Whether gradients may be infinite merely because of the gradient scaler's scale."""
     return scale_of(trainer) > 1.0
-
-
-def sample_ids(batch: Any) -> list[int]:
-    """Return the positions of the samples in their dataset; empty if the batch has none."""
-    return batch["index"].tolist() if isinstance(batch, dict) and "index" in batch else []
-
-
-def summary_of(report: dict[str, Any]) -> str:
-    """Format a process's losses and samples for a message."""
-    samples = report["samples"]
-    shown = ", ".join(map(str, samples[:NUM_SHOWN])) or "unknown"
-    more = f" and {len(samples) - NUM_SHOWN} more" if len(samples) > NUM_SHOWN else ""
-    return f"rank {report['rank']}: loss {', '.join(report['losses'])}, samples {shown}{more}"
-
-
-def append(path: Path, line: str) -> None:
-    """Append a line to a log file; a failure is only a warning."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line)
-    except OSError as error:
-        logger.warning(f"could not write to {path}: {error}")
-
-
-def save_batches(path: Path, content: dict[str, Any]) -> None:
-    """Write a file for `replay` atomically."""
-    unfinished = path.with_name(f".{path.name}")
-    torch.save(content, unfinished)
-    unfinished.replace(path)

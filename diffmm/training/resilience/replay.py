@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from diffmm.batch import samples_of, size_of
-from diffmm.training.resilience.non_finite import sample_ids
+from diffmm.training.resilience.bad_steps import sample_ids
 from diffmm.training.task import Task
 
 

@@ -98,7 +98,7 @@ class GracefulShutdown(Callback):
         self._step = trainer.global_step
         self._random_state = torch.get_rng_state()
         if self._active:
-            self._store_vote(*Coordinator.of(trainer).agree(trainer, [QUESTION]))
+            self._store_vote(self._vote_of_all(trainer))
         if self.is_stopping:
             # After this hook, Lightning logs the step and then raises its exception.
             self._save(trainer)
@@ -161,6 +161,12 @@ class GracefulShutdown(Callback):
         """Store the signal of the highest vote of all processes."""
         if vote > 0.0:
             self._agreed = SIGNALS[int(vote) - 1]
+
+    def _vote_of_all(self, trainer: Trainer) -> float:
+        """Return the highest vote of all processes after a step."""
+        if trainer.world_size == 1:
+            return self._vote()
+        return Coordinator.of(trainer).latest(trainer, QUESTION)
 
     def _agree(self, trainer: Trainer) -> bool:
         """Compare the votes of all processes outside of a step, and return whether to stop."""

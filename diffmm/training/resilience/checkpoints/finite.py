@@ -19,19 +19,26 @@ class NonFiniteWeightsError(RuntimeError):
     """Some of the weights are NaN or infinite."""
 
 
-def check_weights(trainer: Trainer) -> None:
+def check_weights(trainer: Trainer, step: int | None = None) -> None:
     """Check that all weights are finite. All processes must call it at the same step, within `fit`.
+
+    Args:
+        trainer: Trainer that runs `fit`.
+        step: Step after which the weights were first used, for the message; by default the last.
 
     Raises:
         NonFiniteWeightsError: On every process, if any weight is not finite; the message names the
             first such weight and the last checkpoint.
     """
+    if step is None:
+        Coordinator.of(trainer).receive()  # An earlier step may have met them already.
     weights = dict(trainer.lightning_module.named_parameters())
     largest = largest_magnitude(weights.values())
     if trainer.world_size > 1:
         torch.distributed.all_reduce(largest, ReduceOp.MAX)
     if largest.isfinite():
         return
+    step = trainer.global_step if step is None else step
     bad = [name for name, weight in weights.items() if not largest_magnitude([weight]).isfinite()]
     saver = Coordinator.of(trainer).saver
     directory = Path(trainer.default_root_dir) / DIRECTORY_NAME
@@ -43,7 +50,7 @@ def check_weights(trainer: Trainer) -> None:
     what = f"{len(bad)} of {len(weights)} weights (the first is {bad[0]})" if bad else "weights"
     where = "" if bad else " in another process"
     raise NonFiniteWeightsError(
-        f"{what} are not finite{where} after step {trainer.global_step}: they are not saved in a "
+        f"{what} are not finite{where} after step {step}: they are not saved in a "
         f"checkpoint, {last}. The step that caused this had a finite gradient: lower the learning "
         f"rate, raise the optimizer's eps, or train in another precision"
     )
