@@ -19,6 +19,7 @@ def pytest_configure() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
+# Warnings of some torch versions about torch's own operations.
 GPU_WARNINGS = (
     "ignore:Attempting to run cuBLAS, but there was no current CUDA context",
     "ignore:The CUDA Graph is empty",
@@ -28,7 +29,7 @@ GPU_WARNINGS = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests that need a GPU if there is none."""
+    """Skip GPU tests if there is no GPU, and ignore torch's warnings in them."""
     for item in items:
         if not item.get_closest_marker("gpu"):
             continue
@@ -93,7 +94,7 @@ class Started(subprocess.Popen[str]):
             printed = [
                 "\n".join([str(each.args), *each.communicate(timeout=30)]) for each in processes
             ]
-        pytest.fail("\n".join([f"not ended within {seconds:g} seconds:", *printed]))
+        pytest.fail("\n".join([f"did not end within {seconds:g} seconds:", *printed]))
 
     def __exit__(self, *exception: Any) -> None:
         """Kill the whole process group."""

@@ -25,7 +25,7 @@ QUICK = {
     "trainer.enable_model_summary": "false",
     "data.num_workers": 0,
 }
-"""What makes a recipe quick, beside what `SMALLER` says of its size."""
+"""Overrides that shorten a recipe, in addition to `SMALLER`."""
 
 SMALLER = {
     "image/finetune": "--vars.image_size 32 --model.model.config.backbone.depth 1",

@@ -10,7 +10,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), fl
 
 
 FIRST, *OWN_CODE = BLOCKS
-"""The front door needs runs: `tests/test_docs.py` runs it."""
+"""The first example needs trained runs, and is tested in `tests/test_docs.py`."""
 
 
 def test_there_is_an_example_for_the_op_and_each_modality():

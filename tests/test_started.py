@@ -27,7 +27,7 @@ def test_a_command_that_hangs_tells_where(start):
     ):
         start.finish_all([ends, hangs], 3)
     message = str(failure.value)
-    assert "not ended within 3 seconds" in message
+    assert "did not end within 3 seconds" in message
     assert "begun" in message
     assert "in child_waits" in message
 

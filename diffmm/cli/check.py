@@ -11,11 +11,11 @@ from diffmm.recipes.trust import add_trust_option
 
 DESCRIPTION = """Build a recipe's model without memory or data, print its size, and report every
 mistake in the recipe. With --read-data or --data, also count the samples of each split and class,
-look for their files and read some of them. Exits with 2 if there is a mistake."""
+check that their files exist and read some of them. Exits with 2 if there is a mistake."""
 
 EPILOG = """Memory is that of a training step on each device: weights, gradients and AdamW's
-moments are exact; activations are what autograd saves in an eager step, plus the largest gradient.
-On an H100 the sum was accurate to 7%; compiled steps took 16 to 26% less."""
+moments are exact; activations are what autograd saves in an uncompiled step, plus the largest
+gradient. On an H100 the sum was accurate to 7%; compiled steps took 16 to 26% less."""
 
 NUM_READ = 64
 """Number of samples read from each split."""

@@ -83,16 +83,16 @@ def firsts(batches: Iterable[Any], labels: Iterable[int]) -> list[tuple[Any, int
 SAMPLES = {
     "text": Samples(
         text_samples,
-        "Rows look at columns, and see only the past. The text of the held-out file stops inside a "
-        "word that stood there before; colors show what its last letter attends to. Strength is "
-        "the square root of the weight.",
+        "Rows attend to columns, and only to the past. The text of the held-out file stops inside "
+        "a word that occurred before; colors show what its last letter attends to. Their strength "
+        "is the square root of the weight.",
     ),
     "image": Samples(
-        image_samples, "Held-out images, and what the head reads from each patch of them."
+        image_samples, "Held-out images, and how much the head reads from each of their patches."
     ),
     "audio": Samples(
         sound_samples,
-        "Held-out clips as log-mel spectrograms, time to the right and frequency upward, and what "
-        "the head reads from each patch of them.",
+        "Held-out clips as log-mel spectrograms, time to the right and frequency upward, and how "
+        "much the head reads from each of their patches.",
     ),
 }

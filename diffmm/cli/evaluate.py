@@ -120,8 +120,8 @@ def recipe_values(
     if not path.exists():
         raise InputError(f"there is no file of weights at {weights}")
     raise InputError(
-        f"{weights} is in no run, which would have a {CONFIG_NAME}: diffmm {verb} needs its recipe "
-        f"(--config RECIPE)"
+        f"{weights} is not in a run, because there is no {CONFIG_NAME}: diffmm {verb} needs its "
+        f"recipe (--config RECIPE)"
     )
 
 

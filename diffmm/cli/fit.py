@@ -55,8 +55,8 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if verb == "fit" and options.resume not in (None, AUTO):
         if recipe or options.name or options.run_dir or options.data:
             raise InputError(
-                "--resume resumes a run as it was: it takes no recipe, data or name. A new "
-                "run from its weights is `diffmm finetune`"
+                "--resume resumes a run unchanged: it takes no recipe, data or name. To start a "
+                "new run from its weights, use `diffmm finetune`"
             )
         allowed = {
             "trust": options.trust,

@@ -25,7 +25,7 @@ from diffmm.runs.sweeps import (
 )
 
 DESCRIPTION = """Train a recipe with every combination of the settings that have several values, one
-run after the other, each in a folder of its own, and print a comparison at the end (see diffmm
+run after the other, each in its own folder, and print a comparison at the end (see diffmm
 compare). The same command again skips finished runs and resumes interrupted ones. A run that fails
 is reported and the others continue; the exit code is then 1."""
 

@@ -52,7 +52,7 @@ def test_training_steps(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["v1", "v2"])
 def test_every_shape_of_attention_is_compiled_for_itself(kind, monkeypatch):
-    pytest.importorskip("triton", reason="benchmarks.attention tells its version")
+    pytest.importorskip("triton", reason="benchmarks.attention prints its version")
     from benchmarks.attention import MORE_SHAPES, SHAPES, Shape, implementations
 
     sizes = []

@@ -328,4 +328,4 @@ def test_resume_takes_a_run_as_it_was(run):
     (mistake,) = refused(run, "fit", "--resume", "nowhere")
     assert mistake.startswith("nowhere is not a run directory: there is no nowhere/config.yaml")
     (mistake,) = refused(run, "fit", "--resume", "nowhere", "--name", "other")
-    assert mistake.startswith("--resume resumes a run as it was")
+    assert mistake.startswith("--resume resumes a run unchanged")

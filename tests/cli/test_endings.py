@@ -19,7 +19,7 @@ from diffmm.recipes.trainer import RecipeCLI
 from diffmm.runs.claims import claimed
 
 FULL = Path("/dev/full")
-needs_full = pytest.mark.skipif(not FULL.exists(), reason="a file that is always full")
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 

@@ -180,7 +180,7 @@ def test_several_labels_are_measured_by_average_precision(run, recipe, multi_lab
     [
         (["validate"], "diffmm validate needs a RUN, or --config RECIPE and --weights WEIGHTS"),
         (["validate", "nowhere"], "there is no file of weights at nowhere"),
-        (["validate", "a.ckpt"], "a.ckpt is in no run, which would have a config.yaml: diffmm"),
+        (["validate", "a.ckpt"], "a.ckpt is not in a run, because there is no config.yaml: diffmm"),
         (["test", "a", "--weights", "b"], "a and --weights b: give one of them"),
         (["test", "a", "--output", "x.yaml"], "--output must end in one of .json, .csv"),
     ],

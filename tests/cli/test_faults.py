@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="its processes are those of Linux")
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs the processes of Linux")
 def test_nothing_is_lost(tmp_path):
     command = [sys.executable, "-m", "benchmarks.faults", "--quick", "--out", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -150,7 +150,10 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_read(
         (["pictures", "--vars.steps", "3"], "--vars.steps is a setting of a recipe: predicting"),
         (["--top-k", "3"], "--top-k is for files: give them after the run"),
         (["--skip-bad"], "--skip-bad is for files: give them after the run"),
-        ([], "{weights} is in no run, which would have a config.yaml: diffmm predict needs its"),
+        (
+            [],
+            "{weights} is not in a run, because there is no config.yaml: diffmm predict needs its",
+        ),
         (
             ["pictures/c/notes.txt"],
             "pictures/c/notes.txt cannot be decoded: Pillow does not recognize it as one of BMP",

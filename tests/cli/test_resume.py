@@ -216,7 +216,7 @@ def test_resume_refuses_what_would_be_another_run(run, interrupted, change, mess
 
 def test_resume_takes_no_recipe_or_name(run):
     result = run("fit", "--resume", "runs/x", "--name", "y")
-    assert "--resume resumes a run as it was" in result.mistakes[0]
+    assert "--resume resumes a run unchanged" in result.mistakes[0]
     assert run("fit", "--resume", "runs/x").mistakes == [
         "runs/x is not a run directory: there is no runs/x/config.yaml"
     ]

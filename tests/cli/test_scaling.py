@@ -72,7 +72,7 @@ def test_two_machines_train_and_predict_together(run, recipe):
     one_process = (*settings, "--trainer.strategy", "auto", "--output", "one.pt")
     assert run("predict", *one_process).code == 0
     one, two = (torch.load(name, weights_only=True) for name in ("one.pt", "two.pt"))
-    assert len(one["index"]) % 2 == 1, "this shows nothing about repeated samples"
+    assert len(one["index"]) % 2 == 1, "the test needs repeated samples"
     assert two.keys() == one.keys()
     assert two["index"].equal(one["index"])
     torch.testing.assert_close(two["probabilities"], one["probabilities"])
@@ -88,7 +88,7 @@ def test_two_machines_train_and_predict_together(run, recipe):
 def test_processes_that_another_program_starts_need_a_name(run, recipe, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     (mistake,) = run("fit", "--config", recipe()).mistakes
-    assert mistake.startswith("a run whose processes are started by torchrun or srun needs a name")
+    assert mistake.startswith("a run whose processes are started by torchrun or srun needs a ")
     assert "--name NAME" in mistake
 
 

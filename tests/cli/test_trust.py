@@ -41,7 +41,7 @@ PLACES = {
     },
     "trainer.plugins": "${vars.code}",
 }
-"""Where a recipe can name code."""
+"""Places in a recipe that can name code."""
 
 
 @pytest.fixture

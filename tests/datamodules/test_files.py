@@ -105,7 +105,7 @@ def test_names_that_look_the_same_are_one_class(tmp_path: Path) -> None:
     write(val / DECOMPOSED / "0.png")
     write(val / "cafz" / "0.png")
     if len(list(train.iterdir())) == 2:
-        pytest.skip("this file system takes them for one folder")
+        pytest.skip("this file system treats the names as equal")
     splits = ImageFolder(str(train), str(val)).splits()
     assert splits.class_names == ["cafz", COMPOSED]
     assert splits.train.labels == [(0,), (1,), (1,)]

@@ -257,7 +257,7 @@ TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda upright: np.rot90(upright, 2).T,
     8: lambda upright: np.rot90(upright, -1),
 }
-"""What a camera that is turned makes of a picture, by its EXIF orientation."""
+"""The pixels that a rotated camera stores, by EXIF orientation."""
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])

@@ -22,7 +22,7 @@ pytestmark = [
 
 SCRIPT = Path(__file__).parents[1] / "training" / "run_sharded.py"
 FLOOR = 0.01
-"""Of a relative error, below which one is as good as another."""
+"""Relative error below which errors are not compared."""
 
 BACKENDS = [("softmax", "sdpa")]
 BACKENDS += [(case, name) for case in ("diff_v1", "diff_v2") for name in ("sdpa", "triton")]

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 from diffmm.ops import AttentionMask, diff_attention
 from diffmm.ops.diff_attention import choose_backend
 
-pytest.importorskip("triton", reason="without Triton there is nothing to choose")
+pytest.importorskip("triton", reason="without Triton, there is only one backend to choose")
 
 HOPPER, AMPERE = 9, 8
 LONG = {"C": 1, "D": 64, "E": 64, "N": 8192, "M": 8192}

@@ -6,7 +6,7 @@ import torch
 triton = pytest.importorskip("triton", reason="needs the package triton")
 
 if not triton.__version__.startswith("3.6."):
-    pytest.skip("Gluon is known as of Triton 3.6", allow_module_level=True)
+    pytest.skip("the interpreter is for Gluon of Triton 3.6", allow_module_level=True)
 
 RACE, DEADLOCK = "RaceError", "DeadlockError"
 

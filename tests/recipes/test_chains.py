@@ -11,13 +11,13 @@ CHAINS = {
     "image/imagenet_mae": "image/imagenet_vit_b",
     "audio/sound_events_mae_tiny": "audio/sound_events_tiny",
 }
-"""Each masked autoencoder, and the classifier that its encoder starts."""
+"""Each masked autoencoder, and the classifier that its encoder initializes."""
 
 FINETUNED = {
     "image/imagenet_vit_s": "image/finetune",
     "audio/speech_commands": "audio/finetune",
 }
-"""Each classifier, and the recipe for a user's own data that its weights start."""
+"""Each classifier, and the recipe for a user's own data that its weights initialize."""
 
 
 def built(name):

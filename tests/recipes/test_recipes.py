@@ -50,7 +50,7 @@ PROMISED = {
 }
 
 OWN_DATA = ("audio/finetune", "image/finetune", "text/finetune")
-"""For the user's own data, on any machine."""
+"""Recipes for a user's own data, on any machine."""
 
 RECIPES = sorted((*TINY, *PROMISED))
 

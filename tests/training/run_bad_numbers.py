@@ -19,7 +19,7 @@ from diffmm.training.resilience.checkpoints import NonFiniteWeightsError
 from diffmm.training.resilience.non_finite import TooManyNonFiniteStepsError
 
 STEPS = ["", "loss of 1", "", "gradient of 0", "", "losses", "loss of 1"]
-"""What is bad about each step."""
+"""The non-finite values of each step."""
 
 
 class Model(LightningModule):

@@ -225,7 +225,7 @@ def image_batch() -> dict[str, Tensor]:
 
 
 DIVISIONS = {1: [[8]], 2: [[1, 2, 1], [2, 1, 1]]}
-"""How many of eight samples are in each micro-batch, of each process in turn."""
+"""The number of the eight samples in each micro-batch, for each process in turn."""
 
 
 def gradients(kind: str, num_processes: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ DIVISIONS = {
     "short last": ([2, 4], 4),
     "a single one of four": ([6], 4),
 }
-"""How six samples are divided, and of how many micro-batches a step would be."""
+"""Divisions of six samples, and the number of micro-batches per step."""
 
 
 class Watch(Callback):

@@ -271,7 +271,7 @@ SCHEDULES: dict[str, tuple[dict[str, Any], list[int]]] = {
         [3, 6, 7],
     ),
 }
-"""After how many batches to stop; an epoch has seven."""
+"""Numbers of batches after which to stop; an epoch has seven."""
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

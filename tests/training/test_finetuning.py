@@ -24,7 +24,7 @@ def changed(model, before):
 
 
 STILL = OptimizerConfig(1e-45, eps=1e10)
-"""Updates of zero: what a run starts from is what it ends with."""
+"""Settings with updates of zero, so that the final weights equal the initial ones."""
 
 
 @pytest.mark.parametrize("name", ["image", "audio"])

@@ -11,7 +11,7 @@ from diffmm.training import Classification, MixingConfig, OptimizerConfig, Sched
 from diffmm.training.mixing import mix, numpy_seeded
 
 IMAGES = torch.arange(6.0)[:, None, None, None].expand(6, 3, 8, 8)
-"""Each image is its own number everywhere."""
+"""Images whose pixels all equal the index of the image."""
 
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])

@@ -43,7 +43,7 @@ SOURCES = {
     ("diff_v2", "ddp", 2, ""): "fsdp2_tp2_2",
     ("diff_v1", "fsdp2_tp2", 4, ""): "fsdp2_2",
 }
-"""Whose checkpoint a run goes on from; the others from that of one process."""
+"""The run whose checkpoint a run resumes from; by default, that of one process."""
 
 
 @pytest.fixture(scope="module")
