@@ -38,7 +38,7 @@ class Watch(Callback):
         self.num_started += 1
 
     def on_train_batch_end(self, trainer, module, *args):
-        self.seen.append(trainer.callback_metrics.get("train/loss"))
+        self.seen.append(float(trainer.callback_metrics.get("train/loss", 0.0)))
         self.shown.append(trainer.progress_bar_metrics.get("train/loss"))
         log_step(module, "mine", lambda: float(self.num_started))
 
