@@ -11,8 +11,10 @@ class KVCache:
     """Keys and values of the tokens seen so far, in preallocated buffers per layer.
 
     Buffers have the shape of each layer's keys and values, so all attentions share this class.
-    `length` is a plain integer: under `torch.compile` it becomes a symbolic size after the second
-    step, so decoding neither recompiles nor reads unwritten keys.
+    `length` is a plain integer by default: under `torch.compile` it becomes a symbolic size after
+    the second step, so decoding neither recompiles nor reads unwritten keys. After `freeze_shapes`
+    it is a tensor, and layers attend to whole buffers, so that all steps are the same computation,
+    as a CUDA graph needs; a mask must then hide the keys that are not yet written.
 
     The cache is registered as a pytree, so that `torch.export` accepts it as an input. An exported
     program writes into the buffers but does not update `length`: call `advance` after each step.
@@ -42,7 +44,11 @@ class KVCache:
 
         self.keys = buffers(key_shapes)
         self.values = buffers(value_shapes)
-        self.length = 0
+        self.length: int | Tensor = 0
+
+    def freeze_shapes(self) -> None:
+        """Turn `length` into a tensor on the device of the buffers."""
+        self.length = torch.as_tensor(self.length, device=self.keys[0].device)
 
     def layers(self, count: int) -> list["LayerCache"]:
         """The caches of the `count` layers of a model.
@@ -69,18 +75,25 @@ class LayerCache:
     Args:
         keys: Key buffer, `[B, max_length, ...]`.
         values: Value buffer, `[B, max_length, ...]`.
-        length: Number of tokens already written.
+        length: Number of tokens already written; a tensor if shapes are frozen.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, length: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, length: int | Tensor) -> None:
         self.keys, self.values, self.length = keys, values, length
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append new keys and values, `[B, N, ...]`, and return all of them.
+        """Append new keys and values, `[B, N, ...]`, and return all of them; the whole buffers if
+        shapes are frozen.
 
         Raises:
-            ValueError: If the cache is too short for them.
+            ValueError: If the cache is too short for them. (With frozen shapes, that would need to
+                wait for the device: the caller must know the length.)
         """
+        if isinstance(self.length, Tensor):
+            places = self.length + torch.arange(k.shape[1], device=k.device)
+            self.keys.index_copy_(1, places, k)
+            self.values.index_copy_(1, places, v)
+            return self.keys, self.values
         end, max_length = self.length + k.shape[1], self.keys.shape[1]
         if end > max_length:
             raise ValueError(

@@ -87,8 +87,9 @@ class Backbone(nn.Module):
             if positions is None:
                 if self.rope.num_axes > 1:
                     raise ValueError("2-D rope needs positions of shape [N, 2], got None")
-                start = cache.length if cache is not None else 0
-                positions = torch.arange(start, start + x.shape[1], device=x.device)
+                positions = torch.arange(x.shape[1], device=x.device)
+                if cache is not None:
+                    positions = positions + cache.length
             rope = self.rope(positions)
         recompute = self.activation_checkpointing and self.training
         count = len(self.blocks)

@@ -2,17 +2,22 @@
 
 import math
 import numbers
-from collections.abc import Collection, Iterator
+import weakref
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffmm.models.decoding import Choice, prepare
 from diffmm.models.description import unwrap
 from diffmm.models.text import TextModel
-from diffmm.ops import AttentionMask
 
 GREEDY_BELOW = 1e-6
 """Below this temperature decoding is greedy, since the divided logits could overflow float32."""
+
+MIN_STEPS_OF_GRAPH = 8
+"""Number of new tokens from which a CUDA graph is captured by default."""
 
 
 def generate(
@@ -27,6 +32,7 @@ def generate(
     pad_id: int | None = None,
     key_padding: Tensor | None = None,
     generator: torch.Generator | None = None,
+    cuda_graph: bool | None = None,
 ) -> Tensor:
     """Generate a continuation of each prompt: `[B, T]` ids without the prompt.
 
@@ -44,6 +50,7 @@ def generate(
         pad_id=pad_id,
         key_padding=key_padding,
         generator=generator,
+        cuda_graph=cuda_graph,
     )
     return torch.stack(list(steps), dim=1)
 
@@ -60,12 +67,15 @@ def stream(
     pad_id: int | None = None,
     key_padding: Tensor | None = None,
     generator: torch.Generator | None = None,
+    cuda_graph: bool | None = None,
 ) -> Iterator[Tensor]:
     """Generate like `generate`, but yield the `[B]` ids of each step as soon as they are sampled.
 
-    The prompt is processed in one uncompiled forward pass; each following step processes one token
-    with the key-value cache. If the model is compiled, only that step runs compiled, compiled once
-    for all prompt lengths.
+    The prompt is processed in one forward pass; each following step processes one token with the
+    key-value cache. On a CUDA device, all steps replay one CUDA graph, so that the launches of the
+    host do not limit the rate; steps do not wait for the device, except for the previous step if
+    there are `stop_ids`. If the model is compiled, both the prompt and the steps run compiled, for
+    all lengths.
 
     Args:
         model: A decoder in evaluation mode, compiled or not.
@@ -80,10 +90,15 @@ def stream(
         key_padding: `[B, N]` booleans, true where a token is real. Prompts of different lengths
             are padded **on the left**; each is continued as if it were alone.
         generator: Random number generator on the model's device.
+        cuda_graph: Whether to replay a CUDA graph, which gives the same tokens; by default if the
+            model is on a CUDA device and `max_new_tokens` is at least 8, since capturing it takes
+            as long as some steps. False is for models whose steps cannot be captured, such as
+            models that were compiled to use CUDA graphs themselves.
 
     Raises:
         ValueError: If the model is an encoder or in training mode, an argument is out of range,
-            prompts are padded on the right, or prompt and new tokens exceed `max_length`.
+            prompts are padded on the right, prompt and new tokens exceed `max_length`, or
+            `cuda_graph` is set without a CUDA device.
     """
     inner = unwrap(model)
     _check_model(inner)
@@ -94,43 +109,80 @@ def stream(
     if key_padding is not None and bool(key_padding.all()):
         key_padding = None
 
-    @torch.no_grad()
-    def steps() -> Iterator[Tensor]:
-        batch, num_tokens = tokens.shape
-        total = num_tokens + max_new_tokens
-        cache = inner.new_cache(batch, total)
-        stops = torch.tensor(list(stop_ids), device=tokens.device, dtype=tokens.dtype)
-        stopped = torch.zeros(batch, dtype=torch.bool, device=tokens.device)
-        if key_padding is None:
-            real = None
-            positions = torch.arange(num_tokens, device=tokens.device)
-        else:
-            real = torch.cat([key_padding, key_padding.new_ones(batch, max_new_tokens)], dim=1)
-            positions = (key_padding.cumsum(dim=1) - 1).clamp(min=0)
-
-        def mask(length: int) -> AttentionMask:
-            return AttentionMask(
-                causal=True, key_padding=None if real is None else real[:, :length]
-            )
-
-        features = inner.forward_features(
-            tokens, mask=mask(num_tokens), positions=positions, cache=cache
+    is_cuda = tokens.is_cuda
+    if cuda_graph is None:
+        cuda_graph = is_cuda and max_new_tokens >= MIN_STEPS_OF_GRAPH
+    elif cuda_graph and not is_cuda:
+        raise ValueError(
+            f"cuda_graph=True needs a CUDA device, but the prompts are on {tokens.device}"
         )
-        logits = inner.head(features[:, -1])
-        for length in range(num_tokens + 1, total + 1):
-            new = sample(logits, temperature, top_k, top_p, generator).to(tokens.dtype)
-            new = torch.where(stopped, pad_id, new)
-            yield new
-            if len(stops):
-                stopped = stopped | torch.isin(new, stops)
-                if stopped.all():
-                    return
-            if length < total:
-                positions = positions[..., -1:] + 1
-                logits = model(new[:, None], mask=mask(length), positions=positions, cache=cache)
-                logits = logits[:, -1]
+    choice = Choice(
+        lambda logits: sample(logits, temperature, top_k, top_p, generator).to(tokens.dtype),
+        tuple(stop_ids),
+        pad_id,
+        generator,
+    )
 
-    return steps()
+    @torch.no_grad()
+    def generated() -> Iterator[Tensor]:
+        steps, new = prepare(
+            inner,
+            model,
+            compiled_features(model),
+            tokens,
+            key_padding,
+            max_new_tokens,
+            choice,
+            cuda_graph=cuda_graph,
+        )
+        for number in range(1, max_new_tokens + 1):
+            has_stopped = Flag(steps.stopped.all()) if stop_ids else None
+            # On a GPU, the next step is launched before the host waits for this one.
+            follows = number < max_new_tokens
+            ahead = steps.next() if follows and is_cuda else None
+            yield new
+            if not follows or (has_stopped is not None and has_stopped.read()):
+                return
+            new = steps.next() if ahead is None else ahead
+
+    return generated()
+
+
+class Flag:
+    """A boolean on its way from the device to the host."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._arrival: torch.cuda.Event | None = None
+        self._value = value
+        if value.is_cuda:
+            self._value = value.to("cpu", non_blocking=True)
+            self._arrival = torch.cuda.Event()
+            self._arrival.record()
+
+    def read(self) -> bool:
+        """Wait for the value, and return it."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return bool(self._value)
+
+
+def compiled_features(model: TextModel) -> Callable[..., Tensor]:
+    """Return `forward_features` of a decoder, compiled for all lengths if the model is compiled."""
+    inner = unwrap(model)
+    if inner is model and inner._compiled_call_impl is None:
+        return inner.forward_features
+    if inner not in _COMPILED:
+        # Refers to the model weakly, or the entry would keep it alive.
+        of_this = weakref.ref(inner)
+
+        def features(*args: Any, **kwargs: Any) -> Tensor:
+            return of_this().forward_features(*args, **kwargs)  # type: ignore[union-attr]
+
+        _COMPILED[inner] = torch.compile(features, dynamic=True)
+    return _COMPILED[inner]
+
+
+_COMPILED: weakref.WeakKeyDictionary[TextModel, Callable[..., Tensor]] = weakref.WeakKeyDictionary()
 
 
 def sample(
@@ -150,7 +202,9 @@ def sample(
     if top_p is not None:
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    # As `torch.multinomial`, which waits for the device to check the probabilities.
+    noise = torch.empty_like(probabilities).exponential_(1.0, generator=generator)
+    drawn = (probabilities / noise).argmax(dim=-1, keepdim=True)
     return ids.gather(-1, drawn).squeeze(-1)
 
 

@@ -121,7 +121,9 @@ class TextModel(nn.Module):
         Raises:
             ValueError: If the sequence, including cached tokens, is longer than `max_length`.
         """
-        length = tokens.shape[1] + (cache.length if cache is not None else 0)
+        length = tokens.shape[1]
+        if cache is not None and isinstance(cache.length, int):
+            length += cache.length
         if length > self.config.max_length:
             raise ValueError(
                 f"a sequence of {length} tokens is longer than max_length="

@@ -1,5 +1,6 @@
-"""Argument checks that all attention ops share, and their error messages."""
+"""Checks that all attention ops share: of their arguments, and of the device."""
 
+import importlib.util
 from collections.abc import Collection
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffmm.ops.mask import AttentionMask
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -61,3 +64,21 @@ def check_backend(backend: str, backends: Collection[str]) -> None:
 def in_forward_mode() -> bool:
     """Whether forward-mode differentiation (`torch.func.jvp`, `jacfwd`, `dual_level`) is active."""
     return forward_ad._current_level >= 0
+
+
+def is_for_hopper(q: Tensor, v: Tensor, scale: float) -> bool:
+    """Whether `"auto"` may select the fused kernels for these queries and values: on a Hopper GPU,
+    in 16-bit precision, for widths that the kernels support and for which they were measured."""
+    D, E = q.shape[-1], v.shape[-1]
+    return (
+        HAS_TRITON
+        and torch.version.cuda is not None
+        and q.device.type == "cuda"
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and 32 <= D <= 128
+        and E <= 256
+        and D % 8 == E % 8 == 0
+        and scale > 0
+        and not in_forward_mode()
+        and torch.cuda.get_device_properties(q.device).major == 9
+    )

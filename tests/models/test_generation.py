@@ -71,7 +71,7 @@ def test_positions_count_real_tokens():
     # prompts.
     model = make_model()
     seen = []
-    model.backbone.rope.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.backbone.rope.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     key_padding = torch.tensor([[False, False, True, True], [True] * 4])
     tokens = torch.randint(0, 40, (2, 4))
     generate(model, tokens, max_new_tokens=3, key_padding=key_padding)

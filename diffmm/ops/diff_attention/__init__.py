@@ -1,12 +1,11 @@
 """Differential attention: one function with several backends."""
 
-import importlib.util
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from diffmm.ops.checks import check_backend, check_qkv, in_forward_mode
+from diffmm.ops.checks import check_backend, check_qkv, in_forward_mode, is_for_hopper
 from diffmm.ops.diff_attention.reference import reference
 from diffmm.ops.diff_attention.sdpa import sdpa
 from diffmm.ops.mask import AttentionMask
@@ -35,17 +34,15 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
 def choose_backend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> str:
     """The backend that `"auto"` selects for these tensors.
 
     `"triton"` requires a Hopper GPU, bfloat16 or float16, a head dimension of 32 to 128 and a value
     dimension of at most 256. It is selected for 128 or more queries, and for decoding (no
     gradients, fewer queries than keys, at most 64 queries per key group) if each component has its
-    own key (v1). Everything else uses `"sdpa"`. So does v2 with a head dimension of 40 to 64, a
-    value dimension of at most 64 and 8,192 or more keys, if torch's kernels support the mask
+    own key (v1) or the mask has tensors, with which `"sdpa"` does not divide the keys of a sequence
+    among multiprocessors. Everything else uses `"sdpa"`. So does v2 with a head dimension of 40 to
+    64, a value dimension of at most 64 and 8,192 or more keys, if torch's kernels support the mask
     directly (full, or causal with as many queries as keys); `"sdpa"` needs an eighth of the memory
     there.
 
@@ -57,24 +54,14 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
     of the GPU time and more host time). Shapes between the measured ones follow the same rule.
     """
     (_, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
-    serves = (
-        _HAS_TRITON
-        and torch.version.cuda is not None
-        and q.device.type == "cuda"
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and 32 <= D <= 128
-        and E <= 256
-        and D % 8 == E % 8 == 0
-        and scale > 0
-        and not in_forward_mode()
-        and torch.cuda.get_device_properties(q.device).major == 9
-    )
-    if not serves or N > M:
+    if not is_for_hopper(q, v, scale) or N > M:
         return "sdpa"
     is_long_v2 = C == 1 and 32 < D <= 64 and E <= 64 and M >= 8192
     if is_long_v2 and (mask.is_full or (mask.is_causal and N == M)):
         return "sdpa"
-    decodes = C == 2 and N < M and N * H <= 64 * G and not torch.is_grad_enabled()
+    decodes = (
+        (C == 2 or mask.per_sample) and N < M and N * H <= 64 * G and not torch.is_grad_enabled()
+    )
     return "triton" if N >= 128 or decodes else "sdpa"
 
 

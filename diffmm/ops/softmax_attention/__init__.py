@@ -2,14 +2,39 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from diffmm.ops.checks import check_backend, check_qkv
+from diffmm.ops.checks import check_backend, check_qkv, is_for_hopper
 from diffmm.ops.mask import AttentionMask
 from diffmm.ops.softmax_attention.reference import reference
 from diffmm.ops.softmax_attention.sdpa import sdpa
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {"reference": reference, "sdpa": sdpa}
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, scale: float) -> Tensor:
+    """The decoding kernels. Triton is imported on the first call."""
+    try:
+        from diffmm.ops.diff_attention.triton import softmax_decode
+    except ImportError as error:
+        raise ValueError(f"backend 'triton' needs the triton package: {error}") from None
+    return softmax_decode(q, k, v, mask=mask, scale=scale)
+
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": reference,
+    "sdpa": sdpa,
+    "triton": _triton,
+}
+
+
+def choose_backend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> str:
+    """The backend that `"auto"` selects for these tensors: `"triton"` for decoding (no gradients,
+    fewer queries than keys, at most 64 queries per key group) with a mask that has tensors, on
+    Hopper GPUs in 16-bit precision; otherwise `"sdpa"`, whose kernels split few keys among few
+    multiprocessors if there is a mask in memory."""
+    (N, H), (M, G) = q.shape[1:3], k.shape[1:3]
+    decodes = N < M and N * H <= 64 * G and not torch.is_grad_enabled()
+    return "triton" if mask.per_sample and decodes and is_for_hopper(q, v, scale) else "sdpa"
 
 
 def softmax_attention(
@@ -30,7 +55,8 @@ def softmax_attention(
         mask: Which keys each query attends to.
         scale: Factor of the scores before the softmax; `D ** -0.5` by default.
         backend: `"reference"` (materializes the maps, any device), `"sdpa"` (torch's fused
-            kernels), or `"auto"`, which is `"sdpa"`.
+            kernels), `"triton"` (diffmm's kernels for decoding; CUDA), or `"auto"` (see
+            `choose_backend`).
 
     Returns:
         `[B, N, H, E]` in q's dtype. Rows of queries that attend to no key are zero, as are their
@@ -51,4 +77,6 @@ def softmax_attention(
     check_qkv(q, k, v, mask)
     check_backend(backend, BACKENDS)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return BACKENDS["sdpa" if backend == "auto" else backend](q, k, v, mask=mask, scale=scale)
+    if backend == "auto":
+        backend = choose_backend(q, k, v, mask, scale)
+    return BACKENDS[backend](q, k, v, mask=mask, scale=scale)

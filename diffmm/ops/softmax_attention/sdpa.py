@@ -41,14 +41,19 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, scale: float) 
         options = {"is_causal": is_causal, "scale": scale, "enable_gqa": is_grouped}
         return _torch_sdpa(q, k, v, **options).transpose(1, 2)
 
-    # Kernels with a mask do not support grouped keys.
-    if is_grouped:
+    # Kernels with a mask do not support grouped keys. If there is one query, the heads of a group
+    # are several queries of one head; otherwise keys and values are repeated.
+    num_heads = q.shape[1]
+    if is_grouped and num_queries == 1:
+        q = q.view(*k.shape[:2], heads_per_group, q.shape[-1])
+    elif is_grouped:
         k = k.repeat_interleave(heads_per_group, dim=1)
         v = v.repeat_interleave(heads_per_group, dim=1)
     visible = mask.to_bool(num_queries, num_keys, q.device)
     sees_nothing = ~visible.any(dim=-1, keepdim=True)
     out = _torch_sdpa(q, k, v, attn_mask=visible | sees_nothing, scale=scale)
-    return out.masked_fill(sees_nothing, 0.0).transpose(1, 2)
+    out = out.masked_fill(sees_nothing, 0.0)
+    return out.reshape(len(out), num_heads, num_queries, -1).transpose(1, 2)
 
 
 def _torch_sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:

@@ -135,7 +135,15 @@ class Coordinator:
 
     def _largest(self, trainer: Trainer, found: list[Tensor | float]) -> Tensor:
         device = trainer.strategy.root_device
-        numbers = torch.stack([torch.as_tensor(v, device=device).float() for v in found])
+        # `torch.tensor(0.0, device=device)` would wait for the device; filling does not.
+        numbers = torch.stack(
+            [
+                v.to(device, torch.float32)
+                if isinstance(v, Tensor)
+                else torch.full((), v, device=device)
+                for v in found
+            ]
+        )
         if trainer.world_size > 1:
             torch.distributed.all_reduce(numbers, ReduceOp.MAX)
         return numbers

@@ -1,8 +1,8 @@
-"""Decoding kernels (split-KV): few queries and many keys. Keys and values are read once for both
-components.
+"""Decoding kernels (split-KV): few queries and many keys, of differential attention (two maps) and
+of softmax attention (one map). Keys and values are read once for all maps.
 
 All queries of a group's heads are rows of one tile, so that they share each tile of keys; if the
-components share a key, the rows of both components do. The key tiles of all samples and groups form
+components share a key, the rows of all components do. The key tiles of all samples and groups form
 one sequence, of which each program processes an equal part, so that the work is balanced for every
 batch size and context length. If a part ends within a group, the group is split, and a second
 kernel combines the results of its splits, weighted by their log-sum-exps.
@@ -13,6 +13,7 @@ kernels itself and is the same for every length.
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -50,7 +51,7 @@ def _split_kernel(
     q, k, v, part, part_lse, window, prefix, documents, padding, ranges,
     q_b, q_n, q_h, q_c, k_b, k_m, k_g, k_c, v_b, v_m, v_g,
     N, M, G, heads_per_group, num_groups, scale,
-    CAUSAL: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    CAUSAL: tl.constexpr, MAPS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +68,7 @@ def _split_kernel(
         inside = row < num_rows
     else:
         component1 = row // num_rows
-        inside = row < 2 * num_rows
+        inside = row < MAPS * num_rows
     query = row % N
     positions = query + M - N
     dims, widths, columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_M)
@@ -134,7 +135,7 @@ def _split_kernel(
                     s2, values, acc2, m_i2, l_i2, scale, seen, PRECISION
                 )
 
-        place = (program + pair) * 2 * num_rows + row
+        place = (program + pair) * MAPS * num_rows + row
         part_rows = part + place.to(tl.int64)[:, None] * E + widths[None, :]
         _store(part_rows, part_lse + place, acc1, m_i1, l_i1, part_mask, inside)
         if C == 2:
@@ -165,9 +166,10 @@ def _add_splits(lse, values, m_i, l_i, acc):
 def _join_kernel(
     part, part_lse, lam, out, window, lam_b, lam_n, lam_h, N, M, G, heads_per_group,
     num_groups, num_programs,
-    E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_E: tl.constexpr,
+    MAPS: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Combine the splits of both maps into the output of one row, for a block of its values."""
+    """Combine the splits of all maps into the output of one row, for a block of its values."""
     pair, row, num_rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, group = (pair // G).to(tl.int64), pair % G
     head, query = (group * heads_per_group + row // N).to(tl.int64), (row % N).to(tl.int64)
@@ -181,20 +183,21 @@ def _join_kernel(
     for start in range(begin, end, BLOCK_S):
         program = start + tl.arange(0, BLOCK_S)
         inside = program < end
-        rows = (program + pair) * 2 * num_rows + row
+        rows = (program + pair) * MAPS * num_rows + row
         places = part + rows.to(tl.int64)[:, None] * E + widths[None, :]
         mask = inside[:, None] & (widths[None, :] < E)
         lse1 = tl.load(part_lse + rows, mask=inside, other=-float("inf"))
-        lse2 = tl.load(part_lse + rows + num_rows, mask=inside, other=-float("inf"))
         values1 = tl.load(places, mask=mask, other=0.0)
-        values2 = tl.load(places + num_rows * E, mask=mask, other=0.0)
         m_i1, l_i1, acc1 = _add_splits(lse1, values1, m_i1, l_i1, acc1)
-        m_i2, l_i2, acc2 = _add_splits(lse2, values2, m_i2, l_i2, acc2)
-    weight = tl.load(lam + batch * lam_b + query * lam_n + head * lam_h)
-    mean1 = acc1 / tl.where(l_i1 == 0.0, 1.0, l_i1)
-    mean2 = acc2 / tl.where(l_i2 == 0.0, 1.0, l_i2)
+        if MAPS == 2:
+            lse2 = tl.load(part_lse + rows + num_rows, mask=inside, other=-float("inf"))
+            values2 = tl.load(places + num_rows * E, mask=mask, other=0.0)
+            m_i2, l_i2, acc2 = _add_splits(lse2, values2, m_i2, l_i2, acc2)
+    mean = acc1 / tl.where(l_i1 == 0.0, 1.0, l_i1)
+    if MAPS == 2:
+        weight = tl.load(lam + batch * lam_b + query * lam_n + head * lam_h)
+        mean -= weight * (acc2 / tl.where(l_i2 == 0.0, 1.0, l_i2))
     place = ((batch * N + query) * G * heads_per_group + head) * E
-    mean = mean1 - weight * mean2
     tl.store(out + place + widths, mean.to(out.dtype.element_ty), mask=widths < E)
 
 
@@ -248,19 +251,21 @@ def decodes(N: int, H: int, G: int) -> bool:
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, mask: KernelMask, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None, mask: KernelMask, scale: float,
     *, gpu: GPU,
 ) -> Tensor:  # fmt: skip
-    """Compute the output, `[B, N, H, E]`, for inference."""
+    """Compute the output, `[B, N, H, E]`, for inference. Shapes are those of `diff_attention`;
+    without `lam`, queries `[B, N, H, 1, D]` have one map, that of softmax attention."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
+    (B, N, H, maps, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     num_rows, block_d, block_e = N * (H // G), pad(D), pad(E)
-    rows = num_rows if C == 2 else 2 * num_rows
+    rows = num_rows if C == 2 else maps * num_rows
     block_r = first_from(rows, (16, 32, 64, 128))
     cut = cut_for(q.element_size(), block_r, C, block_d, block_e, gpu)
     num_programs, num_groups = cut.programs * gpu.num_multiprocessors, B * G
-    part = lam.new_empty(num_programs + num_groups, 2 * num_rows, E)
-    part_lse = lam.new_empty(num_programs + num_groups, 2 * num_rows)
+    parts = num_programs + num_groups, maps * num_rows
+    part = q.new_empty(*parts, E, dtype=torch.float32)
+    part_lse = q.new_empty(parts, dtype=torch.float32)
     out = q.new_empty(B, N, H, E)
     split, join = _split_kernel, _join_kernel
     if is_traced(q):
@@ -269,17 +274,17 @@ def decode(
         q, k, v, part, part_lse, mask.window, mask.prefix, mask.documents, mask.padding,
         mask.key_ranges(B, N, M, block_r), *q.stride()[:4], *k.stride()[:4], *v.stride()[:3],
         N, M, G, H // G, num_groups, scale * 1.4426950408889634,
-        CAUSAL=mask.causal, C=C, D=D, E=E, BLOCK_R=block_r, BLOCK_M=cut.block_m, BLOCK_D=block_d,
-        BLOCK_E=block_e, PRECISION=precision(q.dtype), FAR=is_far(k, v, cut.block_m),
-        num_warps=cut.num_warps, num_stages=cut.num_stages,
+        CAUSAL=mask.causal, MAPS=maps, C=C, D=D, E=E, BLOCK_R=block_r, BLOCK_M=cut.block_m,
+        BLOCK_D=block_d, BLOCK_E=block_e, PRECISION=precision(q.dtype),
+        FAR=is_far(k, v, cut.block_m), num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
     # Upper bound of splits per group: two that extend beyond its ends, the others within.
     num_splits = num_programs // num_groups + 2
     block_s = first_from(min(num_splits, 128), (2, 4, 8, 16, 32, 64, 128))
     width = min(block_e, 32)
     join[(num_groups, num_rows, cdiv(E, width))](
-        part, part_lse, lam, out, mask.window, *lam.stride(), N, M, G, H // G,
-        num_groups, num_programs,
-        E=E, BLOCK_M=cut.block_m, BLOCK_S=block_s, BLOCK_E=width, num_warps=4,
+        part, part_lse, lam, out, mask.window, *(lam.stride() if lam is not None else (0, 0, 0)), N,
+        M, G, H // G, num_groups, num_programs,
+        MAPS=maps, E=E, BLOCK_M=cut.block_m, BLOCK_S=block_s, BLOCK_E=width, num_warps=4,
     )  # fmt: skip
     return out

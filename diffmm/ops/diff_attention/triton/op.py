@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffmm.ops.diff_attention.triton import hopper
 from diffmm.ops.diff_attention.triton.backward import backward
-from diffmm.ops.diff_attention.triton.decode import decode, decodes
+from diffmm.ops.diff_attention.triton.decode import MAX_ROWS, decode, decodes
 from diffmm.ops.diff_attention.triton.forward import forward
 from diffmm.ops.diff_attention.triton.masking import KernelMask
 from diffmm.ops.diff_attention.triton.tiles import Tiles, describable, gpu_of, tiles_for
@@ -29,7 +29,7 @@ def triton_backend(
     Raises:
         ValueError: If the kernels do not support the device, dtype, width or scale.
     """
-    _check_inputs(q, v, mask, scale)
+    check_inputs(q, v, mask, scale)
     inputs = (
         q, k, v, lam, mask.causal, mask.window, mask.prefix_lengths, mask.document_ids,
         mask.key_padding, scale,
@@ -40,7 +40,34 @@ def triton_backend(
     return _attend(*inputs, for_backward)[0]
 
 
-def _check_inputs(q: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> None:
+def softmax_decode(q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, scale: float) -> Tensor:
+    """Softmax attention of a few queries, without gradients; shapes as in
+    `diffmm.ops.softmax_attention`.
+
+    Raises:
+        ValueError: If the kernels do not support the device, dtype, width, scale or number of
+            queries.
+    """
+    check_inputs(q, v, mask, scale)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if needs_grad or not decodes(q.shape[1], q.shape[2], k.shape[2]):
+        raise ValueError(
+            f"backend 'triton' supports softmax attention for decoding: without gradients, and at "
+            f"most {MAX_ROWS} queries times heads per group, got {q.shape[1]} queries and "
+            f"{q.shape[2] // k.shape[2]} heads per group: use 'sdpa'"
+        )
+    return _decode(
+        q.unsqueeze(3), k.unsqueeze(3), v, None, mask.causal, mask.window, mask.prefix_lengths,
+        mask.document_ids, mask.key_padding, scale,
+    )  # fmt: skip
+
+
+def check_inputs(q: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> None:
+    """Check that the kernels support the inputs.
+
+    Raises:
+        ValueError: If they do not; the message names the value.
+    """
     D, E = q.shape[-1], v.shape[-1]
     if not (q.is_cuda or INTERPRETED):
         raise ValueError(f"backend 'triton' needs a CUDA device, but q is on {q.device}")
@@ -231,7 +258,7 @@ def _decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lam: Tensor,
+    lam: Tensor | None,
     causal: bool,
     window: int | None,
     prefix_lengths: Tensor | None,
@@ -239,7 +266,8 @@ def _decode(
     key_padding: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Compute the output for a few queries, without gradients."""
+    """Compute the output for a few queries, without gradients; `lam` is None for softmax
+    attention, which has queries `[B, N, H, 1, D]`."""
     B, N, H, M = *q.shape[:3], k.shape[1]
     if B * N * H * M == 0:
         return q.new_zeros(B, N, H, v.shape[-1])

@@ -1,0 +1,199 @@
+"""The steps of token-by-token generation: one after another, or replayed as a CUDA graph."""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffmm.layers.cache import KVCache
+from diffmm.models.text import TextModel
+from diffmm.ops import AttentionMask
+
+ROUND_TO = 256
+"""Buffers of a graph have a multiple of this many tokens, so that few lengths are compiled."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How tokens are chosen.
+
+    Attributes:
+        sample: Chooses `[B]` ids from logits `[B, V]`.
+        stop_ids: Ids that end a row.
+        pad_id: Id that fills a row after its end.
+        generator: Random number generator of `sample`; None for the device's default.
+    """
+
+    sample: Callable[[Tensor], Tensor]
+    stop_ids: Sequence[int]
+    pad_id: int
+    generator: torch.Generator | None
+
+
+class Steps:
+    """Generates one token per sequence and step, with a key-value cache that grows.
+
+    Args:
+        call: The model, compiled or not.
+        cache: Key-value cache that holds the prompt and has room for all steps.
+        positions: Position of the prompt's last token, `[1]` or `[B, 1]`.
+        real: `[B, total]` booleans, true where a token is real; None if all are.
+        choice: How tokens are chosen.
+        tokens: Last token of each prompt, `[B]`.
+    """
+
+    def __init__(
+        self,
+        call: Callable[..., Tensor],
+        cache: KVCache,
+        positions: Tensor,
+        real: Tensor | None,
+        choice: Choice,
+        tokens: Tensor,
+    ) -> None:
+        device = positions.device
+        self.call, self.cache, self.positions, self.real = call, cache, positions.clone(), real
+        self.choice = choice
+        self.stops = torch.tensor(list(choice.stop_ids), device=device, dtype=tokens.dtype)
+        self.stopped = torch.zeros(len(tokens), dtype=torch.bool, device=device)
+        self.tokens = tokens.clone()
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """Choose the tokens that follow, `[B]`, update `stopped`, and return them."""
+        new = torch.where(self.stopped, self.choice.pad_id, self.choice.sample(logits))
+        self.tokens.copy_(new)
+        if len(self.stops):
+            self.stopped.logical_or_(torch.isin(new, self.stops))
+        return new
+
+    def next(self) -> Tensor:
+        """Process the last tokens, and return those that follow, `[B]`."""
+        self.positions += 1
+        logits = self.call(
+            self.tokens[:, None], mask=self._mask(), positions=self.positions, cache=self.cache
+        )
+        return self.choose(logits[:, -1])
+
+    def _mask(self) -> AttentionMask:
+        length = int(self.cache.length) + 1
+        real = None if self.real is None else self.real[:, :length]
+        return AttentionMask(causal=True, key_padding=real)
+
+
+class GraphedSteps(Steps):
+    """Replays one CUDA graph for all steps: nothing but the graph is launched per token.
+
+    The graph attends to the whole buffers of the cache, with a mask that it extends by one key per
+    step. Its random numbers, and thus its tokens, are those of `Steps`.
+
+    Args:
+        call, cache, positions, real, choice, tokens: See `Steps`; `real` is needed.
+    """
+
+    def __init__(
+        self,
+        call: Callable[..., Tensor],
+        cache: KVCache,
+        positions: Tensor,
+        real: Tensor,
+        choice: Choice,
+        tokens: Tensor,
+    ) -> None:
+        super().__init__(call, cache, positions, real, choice, tokens)
+        cache.freeze_shapes()
+        self.visible = real.clone()
+        self.visible[:, int(cache.length) :] = False
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def next(self) -> Tensor:
+        if self._graph is None:
+            self._graph = self._capture()
+        self._graph.replay()
+        return self.tokens.clone()
+
+    def step(self) -> None:
+        """One step, in place: all that the graph does."""
+        length = self.cache.length
+        assert isinstance(length, Tensor)
+        self.visible.index_fill_(1, length[None], True)
+        super().next()
+
+    def _mask(self) -> AttentionMask:
+        return AttentionMask(key_padding=self.visible)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Run the step twice, which compiles what is to be compiled, undo it, and capture it."""
+        assert isinstance(self.cache.length, Tensor)
+        state = (self.cache.length, self.positions, self.visible, self.stopped, self.tokens)
+        before = [tensor.clone() for tensor in state]
+        device = self.tokens.device
+        generator = self.choice.generator or torch.cuda.default_generators[device.index or 0]
+        numbers = generator.get_state()
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.step()
+        torch.cuda.current_stream(device).wait_stream(side)
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
+        generator.set_state(numbers)
+
+        graph = torch.cuda.CUDAGraph()
+        if self.choice.generator is not None:
+            graph.register_generator_state(generator)
+        torch.cuda.synchronize(device)
+        gc.collect()  # what is freed during the capture would end it
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph
+
+
+def prepare(
+    model: TextModel,
+    call: Callable[..., Tensor],
+    features_of: Callable[..., Tensor],
+    tokens: Tensor,
+    key_padding: Tensor | None,
+    max_new_tokens: int,
+    choice: Choice,
+    *,
+    cuda_graph: bool,
+) -> tuple[Steps, Tensor]:
+    """Process the prompts, and return the steps that follow and the first new tokens, `[B]`.
+
+    Args:
+        model: The decoder, uncompiled.
+        call: The same, compiled or not, for the steps.
+        features_of: `model.forward_features`, compiled or not, for the prompts.
+        tokens: Prompts, `[B, N]` ids.
+        key_padding: `[B, N]` booleans, true where a token is real; None if all are.
+        max_new_tokens: Number of tokens that are generated at most.
+        choice: How tokens are chosen.
+        cuda_graph: Whether steps are replayed as a CUDA graph.
+    """
+    batch, num_tokens = tokens.shape
+    total = num_tokens + max_new_tokens
+    if cuda_graph:
+        total = -(-total // ROUND_TO) * ROUND_TO
+    cache = model.new_cache(batch, total)
+    real = None
+    if key_padding is not None or cuda_graph:
+        real = torch.ones(batch, total, dtype=torch.bool, device=tokens.device)
+    if key_padding is None:
+        positions = torch.arange(num_tokens, device=tokens.device)
+    else:
+        assert real is not None
+        real[:, :num_tokens] = key_padding
+        positions = (key_padding.cumsum(dim=1) - 1).clamp(min=0)
+    mask = AttentionMask(causal=True, key_padding=key_padding)
+    features = features_of(tokens, mask=mask, positions=positions, cache=cache)
+    logits = model.head(features[:, -1])
+    if cuda_graph:
+        assert real is not None
+        steps: Steps = GraphedSteps(call, cache, positions[..., -1:], real, choice, tokens[:, -1])
+    else:
+        steps = Steps(call, cache, positions[..., -1:], real, choice, tokens[:, -1])
+    return steps, steps.choose(logits)
