@@ -296,3 +296,57 @@ def test_models_that_cannot_write_are_refused():
         generate(make_model(causal=False), tokens, max_new_tokens=4)
     with pytest.raises(ValueError, match=r"training mode: call model.eval\(\)"):
         generate(make_model().train(), tokens, max_new_tokens=4)
+
+
+class Replayed:
+    """In a CUDA graph's place: does again what the graph would do."""
+
+    def __init__(self, steps):
+        self.replay = steps.step
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_steps_of_a_graph_choose_the_same_tokens(attention, padded, monkeypatch):
+    """Whole buffers and a mask that grows, in place of a cache that grows."""
+    from diffmm.models import decoding, generation
+
+    model = make_model(attention, max_length=300)
+    tokens = torch.randint(0, 40, (3, 9))
+    key_padding = torch.arange(9) >= torch.tensor([[0], [4], [8]]) if padded else None
+    settings = {"max_new_tokens": 30, "temperature": 0.7, "top_k": 9, "stop_ids": [3, 5]}
+
+    def tokens_by(cuda_graph):
+        generator = torch.Generator().manual_seed(5)
+        choice = decoding.Choice(
+            lambda logits: generation.sample(logits, 0.7, 9, None, generator), (3, 5), 3, generator
+        )
+        with torch.no_grad():
+            steps, new = decoding.prepare(
+                model, model, model.forward_features, tokens, key_padding, 30, choice,
+                cuda_graph=cuda_graph,
+            )  # fmt: skip
+            return torch.stack([new, *(steps.next() for _ in range(29))], dim=1), steps
+
+    monkeypatch.setattr(decoding.GraphedSteps, "_capture", lambda steps: Replayed(steps))
+    wanted, _ = tokens_by(cuda_graph=False)
+    found, steps = tokens_by(cuda_graph=True)
+    assert torch.equal(found, wanted)
+    assert int(steps.cache.length) == 9 + 29
+    generator = torch.Generator().manual_seed(5)
+    told = generate(
+        model, tokens, key_padding=key_padding, generator=generator, **settings
+    )  # until every row has stopped
+    assert torch.equal(told, wanted[:, : told.shape[1]])
+
+
+def test_a_graph_needs_a_gpu():
+    with pytest.raises(
+        ValueError, match="cuda_graph=True needs a CUDA device, but the prompts are"
+    ):
+        stream(make_model(), torch.zeros(1, 3, dtype=torch.long), max_new_tokens=9, cuda_graph=True)
+
+
+def test_tokens_keep_the_type_of_the_prompt():
+    new = generate(make_model(), torch.zeros(2, 3, dtype=torch.int32), max_new_tokens=4)
+    assert new.dtype == torch.int32
