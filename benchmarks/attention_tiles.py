@@ -214,6 +214,7 @@ def error_of(candidate: Candidate, truth: Truth) -> float:
         "query": (truth.dq,),
         "gradients": (truth.dq, truth.dk, truth.dv),
     }[candidate.kernel]
+    assert truth.inputs.lam_grad is not None
     pairs = [(truth.inputs.lam_grad, truth.dlam), *zip(results, wanted, strict=False)]
     errors = [(got.double() - want).norm() / want.norm() for got, want in pairs]
     return torch.stack(errors).max().item()

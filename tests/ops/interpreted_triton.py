@@ -10,7 +10,7 @@ from attention_checks import far_apart
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from diffmm.ops import AttentionMask, diff_attention
+from diffmm.ops import AttentionMask, diff_attention, softmax_attention
 from diffmm.ops.diff_attention.reference import reference
 
 BATCH = 2
@@ -99,7 +99,34 @@ def check(inputs, mask, tolerance=2e-6):
         assert error < tolerance * (size + 10), f"{what}: {error:.1e} of {size:.1e}"
 
 
+def check_softmax(N, M, H, G, D, E, mask, dtype=torch.float32, tolerance=2e-6):
+    shapes = (BATCH, N, H, D), (BATCH, M, G, D), (BATCH, M, G, E)
+    inputs = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+
+    def run_all(backend, inputs):
+        out = softmax_attention(*inputs, mask=mask, backend=backend)
+        grad = torch.linspace(-1, 1, out.numel()).to(out.dtype).view_as(out)
+        return [out, *torch.autograd.grad(out, inputs, grad)]
+
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    pairs = zip(run_all("triton", inputs), run_all("reference", exact), strict=True)
+    for what, (found, want) in zip(("out", "q", "k", "v"), pairs, strict=True):
+        error, size = (found.double() - want).norm(), want.norm()
+        assert error < tolerance * (size + 10), f"{what}: {error:.1e} of {size:.1e}"
+
+
 NAMES = list(masks(70))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_map_with_every_mask(name):
+    check_softmax(70, 70, 2, 1, 16, 16 << NAMES.index(name) % 2, masks(70)[name])
+
+
+def test_one_map_of_other_lengths():
+    check_softmax(33, 70, 4, 2, 24, 40, masks(70)["causal documents"])
+    check_softmax(40, 17, 2, 1, 16, 32, AttentionMask(causal=True))
+    check_softmax(5, 0, 2, 1, 16, 32, AttentionMask())
 
 
 @pytest.mark.parametrize("name", NAMES)

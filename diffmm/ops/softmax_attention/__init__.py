@@ -5,19 +5,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffmm.ops.checks import check_backend, check_qkv, is_for_hopper
+from diffmm.ops.checks import check_backend, check_qkv, in_forward_mode, is_for_hopper
 from diffmm.ops.mask import AttentionMask
 from diffmm.ops.softmax_attention.reference import reference
 from diffmm.ops.softmax_attention.sdpa import sdpa
 
 
 def _triton(q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, scale: float) -> Tensor:
-    """The decoding kernels. Triton is imported on the first call."""
+    """The fused kernels. Triton is imported on the first call."""
+    if in_forward_mode():
+        raise ValueError(
+            "backend 'triton' does not support forward-mode differentiation: use 'sdpa' or "
+            "'reference' for torch.func.jvp and jacfwd"
+        )
     try:
-        from diffmm.ops.diff_attention.triton import softmax_decode
+        from diffmm.ops.diff_attention.triton import softmax_backend
     except ImportError as error:
         raise ValueError(f"backend 'triton' needs the triton package: {error}") from None
-    return softmax_decode(q, k, v, mask=mask, scale=scale)
+    return softmax_backend(q, k, v, mask=mask, scale=scale)
 
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {
@@ -55,7 +60,7 @@ def softmax_attention(
         mask: Which keys each query attends to.
         scale: Factor of the scores before the softmax; `D ** -0.5` by default.
         backend: `"reference"` (materializes the maps, any device), `"sdpa"` (torch's fused
-            kernels), `"triton"` (diffmm's kernels for decoding; CUDA), or `"auto"` (see
+            kernels), `"triton"` (diffmm's fused kernels; CUDA, D up to 128), or `"auto"` (see
             `choose_backend`).
 
     Returns:

@@ -1,5 +1,4 @@
-"""Fused Triton kernels of differential attention for NVIDIA GPUs, and of softmax attention for
-decoding.
+"""Fused Triton kernels of differential attention, and of softmax attention, for NVIDIA GPUs.
 
 `op.py` contains the operators; `forward.py`, `backward.py` and `decode.py` their kernels; `rows.py`
 the per-query vectors of the backward pass; `masking.py` the masks; `tiles.py` the block sizes.
@@ -7,6 +6,6 @@ the per-query vectors of the backward pass; `masking.py` the masks; `tiles.py` t
 `diffmm.ops` imports it only when the backend is used.
 """
 
-from diffmm.ops.diff_attention.triton.op import softmax_decode, triton_backend
+from diffmm.ops.diff_attention.triton.op import softmax_backend, triton_backend
 
-__all__ = ["softmax_decode", "triton_backend"]
+__all__ = ["softmax_backend", "triton_backend"]

@@ -48,34 +48,41 @@ from diffmm.ops.diff_attention.triton.tiles import (
 def _key_step(
     q_desc, g_desc, k1, k2, v, rows, dk1, dk2, dv, batch, head, n0, keys, N, M, P, scale,
     window, prefix, documents, padding,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, NUM_MAPS: tl.constexpr, C: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of queries to the gradients of a tile of keys. Score tiles are `[M, N]`."""
     n = n0 + tl.arange(0, BLOCK_N)
     rows += n
     q1 = q_desc.load([batch, n0, head, 0, 0]).reshape(BLOCK_N, BLOCK_D)
-    q2 = q_desc.load([batch, n0, head, 1, 0]).reshape(BLOCK_N, BLOCK_D)
     s1 = tl.dot(k1, q1.T, input_precision=PRECISION)
     p1 = tl.exp2(s1 * scale - tl.load(rows + LSE1 * P)[None, :])
-    s2 = tl.dot(k2, q2.T, input_precision=PRECISION)
-    p2 = tl.exp2(s2 * scale - tl.load(rows + LSE2 * P)[None, :])
+    if NUM_MAPS == 2:
+        q2 = q_desc.load([batch, n0, head, 1, 0]).reshape(BLOCK_N, BLOCK_D)
+        s2 = tl.dot(k2, q2.T, input_precision=PRECISION)
+        p2 = tl.exp2(s2 * scale - tl.load(rows + LSE2 * P)[None, :])
     if MASKED:
         seen = visible(
             (n + M - N)[None, :], keys[:, None], M, window, prefix, documents, padding, CAUSAL
         )
-        p1, p2 = tl.where(seen, p1, 0.0), tl.where(seen, p2, 0.0)
-    p2 = p2 * tl.load(rows + WEIGHT * P)[None, :]
+        p1 = tl.where(seen, p1, 0.0)
+        if NUM_MAPS == 2:
+            p2 = tl.where(seen, p2, 0.0)
+    p = p1
+    if NUM_MAPS == 2:
+        p2 = p2 * tl.load(rows + WEIGHT * P)[None, :]
+        p = p1 + p2
     g = g_desc.load([batch, n0, head, 0]).reshape(BLOCK_N, BLOCK_E)
-    dv = tl.dot((p1 + p2).to(g.dtype), g, dv, input_precision=PRECISION)
+    dv = tl.dot(p.to(g.dtype), g, dv, input_precision=PRECISION)
     dp = tl.dot(v, g.T, input_precision=PRECISION)
     ds1 = (p1 * (dp - tl.load(rows + DELTA1 * P)[None, :])).to(g.dtype)
-    ds2 = (p2 * (dp - tl.load(rows + DELTA2 * P)[None, :])).to(g.dtype)
     dk1 = tl.dot(ds1, q1, dk1, input_precision=PRECISION)
-    if C == 2:
-        dk2 = tl.dot(ds2, q2, dk2, input_precision=PRECISION)
-    else:
-        dk1 = tl.dot(ds2, q2, dk1, input_precision=PRECISION)
+    if NUM_MAPS == 2:
+        ds2 = (p2 * (dp - tl.load(rows + DELTA2 * P)[None, :])).to(g.dtype)
+        if C == 2:
+            dk2 = tl.dot(ds2, q2, dk2, input_precision=PRECISION)
+        else:
+            dk1 = tl.dot(ds2, q2, dk1, input_precision=PRECISION)
     return dk1, dk2, dv
 
 
@@ -83,9 +90,9 @@ def _key_step(
 def _key_kernel(
     q_desc, g_desc, k, v, rows, dk, dv, window, prefix, documents, padding, ranges,
     k_b, k_m, k_g, k_c, v_b, v_m, v_g, N, M, P, H, heads_per_group, scale,
-    CAUSAL: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, NUM_MAPS: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, num_tiles = tl.program_id(0), tl.num_programs(0)
     m0 = tile * BLOCK_M
@@ -129,7 +136,7 @@ def _key_kernel(
                 q_desc, g_desc, k1, k2, v_tile, head_rows, dk1, dk2, dv_tile,
                 batch, head, n0, keys, N, M, P, scale,
                 window, prefix, documents, padding,
-                CAUSAL, True, C, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
+                CAUSAL, True, NUM_MAPS, C, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
             )  # fmt: skip
         if ranges is None:
             for n0 in range(full_low, full_high, BLOCK_N):
@@ -137,7 +144,7 @@ def _key_kernel(
                     q_desc, g_desc, k1, k2, v_tile, head_rows, dk1, dk2, dv_tile,
                     batch, head, n0, keys, N, M, P, scale,
                     window, prefix, documents, padding,
-                    CAUSAL, False, C, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
+                    CAUSAL, False, NUM_MAPS, C, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
                 )  # fmt: skip
 
     rate = scale * 0.6931471805599453
@@ -153,8 +160,8 @@ def _key_kernel(
 def _query_step(
     q1, q2, g, k_desc, v_desc, lse1, lse2, weight, delta1, delta2, dq1, dq2, batch, group, m0,
     positions, M, scale, window, prefix, documents, padding,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, NUM_MAPS: tl.constexpr, C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys to the gradient of a tile of queries. Score tiles are `[N, M]`."""
     k1 = k_desc.load([batch, m0, group, 0, 0]).reshape(BLOCK_M, BLOCK_D)
@@ -164,18 +171,22 @@ def _query_step(
         k2 = k1
     v = v_desc.load([batch, m0, group, 0]).reshape(BLOCK_M, BLOCK_E)
     p1 = tl.exp2(tl.dot(q1, k1.T, input_precision=PRECISION) * scale - lse1[:, None])
-    p2 = tl.exp2(tl.dot(q2, k2.T, input_precision=PRECISION) * scale - lse2[:, None])
+    if NUM_MAPS == 2:
+        p2 = tl.exp2(tl.dot(q2, k2.T, input_precision=PRECISION) * scale - lse2[:, None])
     if MASKED:
         keys = m0 + tl.arange(0, BLOCK_M)
         seen = visible(
             positions[:, None], keys[None, :], M, window, prefix, documents, padding, CAUSAL
         )
-        p1, p2 = tl.where(seen, p1, 0.0), tl.where(seen, p2, 0.0)
+        p1 = tl.where(seen, p1, 0.0)
+        if NUM_MAPS == 2:
+            p2 = tl.where(seen, p2, 0.0)
     dp = tl.dot(g, v.T, input_precision=PRECISION)
     ds1 = (p1 * (dp - delta1[:, None])).to(k1.dtype)
-    ds2 = (p2 * weight[:, None] * (dp - delta2[:, None])).to(k1.dtype)
     dq1 = tl.dot(ds1, k1, dq1, input_precision=PRECISION)
-    dq2 = tl.dot(ds2, k2, dq2, input_precision=PRECISION)
+    if NUM_MAPS == 2:
+        ds2 = (p2 * weight[:, None] * (dp - delta2[:, None])).to(k1.dtype)
+        dq2 = tl.dot(ds2, k2, dq2, input_precision=PRECISION)
     return dq1, dq2
 
 
@@ -183,9 +194,9 @@ def _query_step(
 def _query_kernel(
     q, grad, k_desc, v_desc, rows, dq, window, prefix, documents, padding, ranges,
     q_b, q_n, q_h, q_c, g_b, g_n, g_h, N, M, P, H, heads_per_group, scale,
-    CAUSAL: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, NUM_MAPS: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.num_programs(0)
     tile = num_tiles - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)
@@ -208,16 +219,18 @@ def _query_kernel(
     q_mask = inside[:, None] & (dims[None, :] < D)
     q_rows = q + batch64 * q_b + n[:, None].to(tl.int64) * q_n + head64 * q_h + dims[None, :]
     q1 = tl.load(q_rows, mask=q_mask, other=0.0)
-    q2 = tl.load(q_rows + q_c, mask=q_mask, other=0.0)
+    q2 = tl.load(q_rows + q_c, mask=q_mask, other=0.0) if NUM_MAPS == 2 else q1
     g_rows = grad + batch64 * g_b + n[:, None].to(tl.int64) * g_n + head64 * g_h + widths[None, :]
     g = tl.load(g_rows, mask=inside[:, None] & (widths[None, :] < E), other=0.0)
     rows += (batch64 * H + head) * NUM_ROWS * P + n
-    lse1, lse2 = tl.load(rows + LSE1 * P), tl.load(rows + LSE2 * P)
-    delta1, delta2 = tl.load(rows + DELTA1 * P), tl.load(rows + DELTA2 * P)
-    weight = tl.load(rows + WEIGHT * P)
+    lse1, delta1 = tl.load(rows + LSE1 * P), tl.load(rows + DELTA1 * P)
+    lse2, delta2, weight = lse1, delta1, lse1
+    if NUM_MAPS == 2:
+        lse2, delta2 = tl.load(rows + LSE2 * P), tl.load(rows + DELTA2 * P)
+        weight = tl.load(rows + WEIGHT * P)
 
     dq1 = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dq2 = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dq2 = tl.zeros((BLOCK_N, BLOCK_D), tl.float32) if NUM_MAPS == 2 else 0.0
     low, full_low, full_high, high = key_bounds(
         n0, N, M, window, prefix, ranges, CAUSAL, BLOCK_N, BLOCK_M
     )
@@ -226,7 +239,7 @@ def _query_kernel(
             dq1, dq2 = _query_step(
                 q1, q2, g, k_desc, v_desc, lse1, lse2, weight, delta1, delta2, dq1, dq2,
                 batch, group, m0, n + M - N, M, scale, window, prefix, documents, padding,
-                CAUSAL, False, C, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
+                CAUSAL, False, NUM_MAPS, C, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
             )  # fmt: skip
     num_left = (full_low - low) // BLOCK_M
     num_right = tl.cdiv(tl.maximum(high - full_high, 0), BLOCK_M)
@@ -236,13 +249,14 @@ def _query_kernel(
         dq1, dq2 = _query_step(
             q1, q2, g, k_desc, v_desc, lse1, lse2, weight, delta1, delta2, dq1, dq2,
             batch, group, m0, n + M - N, M, scale, window, prefix, documents, padding,
-            CAUSAL, True, C, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
+            CAUSAL, True, NUM_MAPS, C, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
         )  # fmt: skip
 
     rate = scale * 0.6931471805599453
-    dq_rows = dq + ((batch64 * N + n[:, None]) * H + head) * 2 * D + dims[None, :]
+    dq_rows = dq + ((batch64 * N + n[:, None]) * H + head) * NUM_MAPS * D + dims[None, :]
     tl.store(dq_rows, (dq1 * rate).to(dq.dtype.element_ty), mask=q_mask)
-    tl.store(dq_rows + D, (dq2 * rate).to(dq.dtype.element_ty), mask=q_mask)
+    if NUM_MAPS == 2:
+        tl.store(dq_rows + D, (dq2 * rate).to(dq.dtype.element_ty), mask=q_mask)
 
 
 def key_gradients(
@@ -250,7 +264,7 @@ def key_gradients(
     *, tile: Tile,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of k and v."""
-    (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
+    (B, N, H, num_maps, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     block_d, block_e = pad(D), pad(E)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     _key_kernel[(cdiv(M, tile.block_m), B * G)](
@@ -260,8 +274,8 @@ def key_gradients(
         mask.query_ranges(B, N, M, tile.block_m),
         *k.stride()[:4], *v.stride()[:3], N, M, rows.shape[-1], H, H // G,
         scale * 1.4426950408889634,
-        CAUSAL=mask.causal, C=C, D=D, E=E, BLOCK_N=tile.block_n, BLOCK_M=tile.block_m,
-        BLOCK_D=block_d, BLOCK_E=block_e, PRECISION=precision(q.dtype),
+        CAUSAL=mask.causal, NUM_MAPS=num_maps, C=C, D=D, E=E, BLOCK_N=tile.block_n,
+        BLOCK_M=tile.block_m, BLOCK_D=block_d, BLOCK_E=block_e, PRECISION=precision(q.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return dk, dv
@@ -272,7 +286,7 @@ def query_gradient(
     *, tile: Tile,
 ) -> Tensor:  # fmt: skip
     """Compute the gradient of q."""
-    (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
+    (B, N, H, num_maps, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     block_d, block_e = pad(D), pad(E)
     dq = q.new_empty(q.shape)
     _query_kernel[(cdiv(N, tile.block_n), B * H)](
@@ -282,18 +296,18 @@ def query_gradient(
         mask.key_ranges(B, N, M, tile.block_n),
         *q.stride()[:4], *grad.stride()[:3], N, M, rows.shape[-1], H, H // G,
         scale * 1.4426950408889634,
-        CAUSAL=mask.causal, C=C, D=D, E=E, BLOCK_N=tile.block_n, BLOCK_M=tile.block_m,
-        BLOCK_D=block_d, BLOCK_E=block_e, PRECISION=precision(q.dtype),
+        CAUSAL=mask.causal, NUM_MAPS=num_maps, C=C, D=D, E=E, BLOCK_N=tile.block_n,
+        BLOCK_M=tile.block_m, BLOCK_D=block_d, BLOCK_E=block_e, PRECISION=precision(q.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return dq
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lam: Tensor, out: Tensor, second: Tensor,
-    lse: Tensor, mask: KernelMask, scale: float, *, tiles: Tiles,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute the gradients of q, k, v and lam."""
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None, out: Tensor,
+    second: Tensor | None, lse: Tensor, mask: KernelMask, scale: float, *, tiles: Tiles,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Compute the gradients of q, k, v and lam; without `second` and `lam`, of one map."""
     grad = describable(grad)
     rows, lam_grad = query_rows(grad, out, second, lam, lse)
     shared = (grad, q, k, v, rows, mask, scale)

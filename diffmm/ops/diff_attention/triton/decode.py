@@ -29,6 +29,7 @@ from diffmm.ops.diff_attention.triton.tiles import (
     pad,
     power_of_2,
     precision,
+    strides_of,
 )
 
 # Maximum number of rows of one component in a tile: queries times heads per group.
@@ -51,7 +52,7 @@ def _split_kernel(
     q, k, v, part, part_lse, window, prefix, documents, padding, ranges,
     q_b, q_n, q_h, q_c, k_b, k_m, k_g, k_c, v_b, v_m, v_g,
     N, M, G, heads_per_group, num_groups, scale,
-    CAUSAL: tl.constexpr, MAPS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    CAUSAL: tl.constexpr, NUM_MAPS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +69,7 @@ def _split_kernel(
         inside = row < num_rows
     else:
         component1 = row // num_rows
-        inside = row < MAPS * num_rows
+        inside = row < NUM_MAPS * num_rows
     query = row % N
     positions = query + M - N
     dims, widths, columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_M)
@@ -135,7 +136,7 @@ def _split_kernel(
                     s2, values, acc2, m_i2, l_i2, scale, seen, PRECISION
                 )
 
-        place = (program + pair) * MAPS * num_rows + row
+        place = (program + pair) * NUM_MAPS * num_rows + row
         part_rows = part + place.to(tl.int64)[:, None] * E + widths[None, :]
         _store(part_rows, part_lse + place, acc1, m_i1, l_i1, part_mask, inside)
         if C == 2:
@@ -166,7 +167,7 @@ def _add_splits(lse, values, m_i, l_i, acc):
 def _join_kernel(
     part, part_lse, lam, out, window, lam_b, lam_n, lam_h, N, M, G, heads_per_group,
     num_groups, num_programs,
-    MAPS: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
+    NUM_MAPS: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of all maps into the output of one row, for a block of its values."""
@@ -183,18 +184,18 @@ def _join_kernel(
     for start in range(begin, end, BLOCK_S):
         program = start + tl.arange(0, BLOCK_S)
         inside = program < end
-        rows = (program + pair) * MAPS * num_rows + row
+        rows = (program + pair) * NUM_MAPS * num_rows + row
         places = part + rows.to(tl.int64)[:, None] * E + widths[None, :]
         mask = inside[:, None] & (widths[None, :] < E)
         lse1 = tl.load(part_lse + rows, mask=inside, other=-float("inf"))
         values1 = tl.load(places, mask=mask, other=0.0)
         m_i1, l_i1, acc1 = _add_splits(lse1, values1, m_i1, l_i1, acc1)
-        if MAPS == 2:
+        if NUM_MAPS == 2:
             lse2 = tl.load(part_lse + rows + num_rows, mask=inside, other=-float("inf"))
             values2 = tl.load(places + num_rows * E, mask=mask, other=0.0)
             m_i2, l_i2, acc2 = _add_splits(lse2, values2, m_i2, l_i2, acc2)
     mean = acc1 / tl.where(l_i1 == 0.0, 1.0, l_i1)
-    if MAPS == 2:
+    if NUM_MAPS == 2:
         weight = tl.load(lam + batch * lam_b + query * lam_n + head * lam_h)
         mean -= weight * (acc2 / tl.where(l_i2 == 0.0, 1.0, l_i2))
     place = ((batch * N + query) * G * heads_per_group + head) * E
@@ -257,13 +258,13 @@ def decode(
     """Compute the output, `[B, N, H, E]`, for inference. Shapes are those of `diff_attention`;
     without `lam`, queries `[B, N, H, 1, D]` have one map, that of softmax attention."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    (B, N, H, maps, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
+    (B, N, H, num_maps, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     num_rows, block_d, block_e = N * (H // G), pad(D), pad(E)
-    rows = num_rows if C == 2 else maps * num_rows
+    rows = num_rows if C == 2 else num_maps * num_rows
     block_r = first_from(rows, (16, 32, 64, 128))
     cut = cut_for(q.element_size(), block_r, C, block_d, block_e, gpu)
     num_programs, num_groups = cut.programs * gpu.num_multiprocessors, B * G
-    parts = num_programs + num_groups, maps * num_rows
+    parts = num_programs + num_groups, num_maps * num_rows
     part = q.new_empty(*parts, E, dtype=torch.float32)
     part_lse = q.new_empty(parts, dtype=torch.float32)
     out = q.new_empty(B, N, H, E)
@@ -274,7 +275,7 @@ def decode(
         q, k, v, part, part_lse, mask.window, mask.prefix, mask.documents, mask.padding,
         mask.key_ranges(B, N, M, block_r), *q.stride()[:4], *k.stride()[:4], *v.stride()[:3],
         N, M, G, H // G, num_groups, scale * 1.4426950408889634,
-        CAUSAL=mask.causal, MAPS=maps, C=C, D=D, E=E, BLOCK_R=block_r, BLOCK_M=cut.block_m,
+        CAUSAL=mask.causal, NUM_MAPS=num_maps, C=C, D=D, E=E, BLOCK_R=block_r, BLOCK_M=cut.block_m,
         BLOCK_D=block_d, BLOCK_E=block_e, PRECISION=precision(q.dtype),
         FAR=is_far(k, v, cut.block_m), num_warps=cut.num_warps, num_stages=cut.num_stages,
     )  # fmt: skip
@@ -283,8 +284,8 @@ def decode(
     block_s = first_from(min(num_splits, 128), (2, 4, 8, 16, 32, 64, 128))
     width = min(block_e, 32)
     join[(num_groups, num_rows, cdiv(E, width))](
-        part, part_lse, lam, out, mask.window, *(lam.stride() if lam is not None else (0, 0, 0)), N,
-        M, G, H // G, num_groups, num_programs,
-        MAPS=maps, E=E, BLOCK_M=cut.block_m, BLOCK_S=block_s, BLOCK_E=width, num_warps=4,
+        part, part_lse, lam, out, mask.window, *strides_of(lam), N, M, G, H // G,
+        num_groups, num_programs, NUM_MAPS=num_maps, E=E, BLOCK_M=cut.block_m, BLOCK_S=block_s,
+        BLOCK_E=width, num_warps=4,
     )  # fmt: skip
     return out

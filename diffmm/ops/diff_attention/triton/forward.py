@@ -1,15 +1,16 @@
-"""The forward kernel: two online softmaxes in one loop over the keys.
+"""The forward kernel: one or two online softmaxes in one loop over the keys.
 
-A program holds a tile of one head's queries. `COMPONENTS` selects what it computes: `"both"` maps
-and their difference, with one accumulator each; or, if two accumulators of wide values do not fit
-into the registers, only the `"second"` map in a first launch and then the `"first"`, which
-subtracts the second. The number of operations is the same: the two normalizers are known only at
-the end, so each map needs its own product with the values.
+A program holds a tile of one head's queries. `COMPONENTS` selects what it computes: the `"single"`
+map of softmax attention; `"both"` maps and their difference, with one accumulator each; or, if two
+accumulators of wide values do not fit into the registers, only the `"second"` map in a first launch
+and then the `"first"`, which subtracts the second. The number of operations is the same: the two
+normalizers are known only at the end, so each map needs its own product with the values.
 
 Scores are in units of log2, so that every exponential is a plain `exp2`. `m_i`, `l_i` and `alpha`
 are the running maximum, the running sum and the rescaling factor of the online softmax.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +23,7 @@ from diffmm.ops.diff_attention.triton.tiles import (
     describe,
     pad,
     precision,
+    strides_of,
 )
 
 
@@ -56,6 +58,7 @@ def _step(
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, COMPONENTS: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    HAS_SECOND: tl.constexpr = COMPONENTS == "both" or COMPONENTS == "second"
     seen = None
     if MASKED:
         keys = m0 + tl.arange(0, BLOCK_M)
@@ -65,7 +68,7 @@ def _step(
     if COMPONENTS != "second":
         k1 = k_desc.load([batch, m0, group, 0, 0]).reshape(BLOCK_M, BLOCK_D)
         s1 = tl.dot(q1, k1.T, input_precision=PRECISION)
-    if COMPONENTS != "first":
+    if HAS_SECOND:
         if C == 2 or COMPONENTS == "second":
             k2 = k_desc.load([batch, m0, group, C - 1, 0]).reshape(BLOCK_M, BLOCK_D)
         else:
@@ -74,7 +77,7 @@ def _step(
     v = v_desc.load([batch, m0, group, 0]).reshape(BLOCK_M, BLOCK_E)
     if COMPONENTS != "second":
         acc1, m_i1, l_i1 = _softmax_step(s1, v, acc1, m_i1, l_i1, scale, seen, PRECISION)
-    if COMPONENTS != "first":
+    if HAS_SECOND:
         acc2, m_i2, l_i2 = _softmax_step(s2, v, acc2, m_i2, l_i2, scale, seen, PRECISION)
     return acc1, m_i1, l_i1, acc2, m_i2, l_i2
 
@@ -111,14 +114,15 @@ def _forward_kernel(
     q_rows = q + queries[:, None].to(tl.int64) * q_n + dims[None, :]
     q_mask = inside[:, None] & (dims[None, :] < D)
     q1 = tl.load(q_rows, mask=q_mask, other=0.0)
-    q2 = tl.load(q_rows + q_c, mask=q_mask, other=0.0)
+    HAS_SECOND: tl.constexpr = COMPONENTS == "both" or COMPONENTS == "second"
+    q2 = tl.load(q_rows + q_c, mask=q_mask, other=0.0) if HAS_SECOND else q1
 
     acc1 = tl.zeros((BLOCK_N, BLOCK_E), tl.float32) if COMPONENTS != "second" else 0.0
     m_i1 = tl.full((BLOCK_N,), -float("inf"), tl.float32) if COMPONENTS != "second" else 0.0
     l_i1 = tl.zeros((BLOCK_N,), tl.float32) if COMPONENTS != "second" else 0.0
-    acc2 = tl.zeros((BLOCK_N, BLOCK_E), tl.float32) if COMPONENTS != "first" else 0.0
-    m_i2 = tl.full((BLOCK_N,), -float("inf"), tl.float32) if COMPONENTS != "first" else 0.0
-    l_i2 = tl.zeros((BLOCK_N,), tl.float32) if COMPONENTS != "first" else 0.0
+    acc2 = tl.zeros((BLOCK_N, BLOCK_E), tl.float32) if HAS_SECOND else 0.0
+    m_i2 = tl.full((BLOCK_N,), -float("inf"), tl.float32) if HAS_SECOND else 0.0
+    l_i2 = tl.zeros((BLOCK_N,), tl.float32) if HAS_SECOND else 0.0
 
     low, full_low, full_high, high = key_bounds(
         n0, N, M, window, prefix, ranges, CAUSAL, BLOCK_N, BLOCK_M
@@ -143,10 +147,11 @@ def _forward_kernel(
 
     o_rows = ((batch64 * N + queries[:, None]) * H + head) * E + widths[None, :]
     o_mask = inside[:, None] & (widths[None, :] < E)
-    lse += (batch64 * H + head) * 2 * N + queries
+    NUM_MAPS: tl.constexpr = 1 if COMPONENTS == "single" else 2
+    lse += (batch64 * H + head) * NUM_MAPS * N + queries
     if COMPONENTS == "first":
         mean2 = tl.load(second + o_rows, mask=o_mask, other=0.0).to(tl.float32)
-    else:
+    if HAS_SECOND:
         mean2, lse2 = _finish(acc2, m_i2, l_i2)
         tl.store(lse + N, lse2, mask=inside)
         if second is not None:
@@ -154,30 +159,34 @@ def _forward_kernel(
     if COMPONENTS != "second":
         mean1, lse1 = _finish(acc1, m_i1, l_i1)
         tl.store(lse, lse1, mask=inside)
-        lam_rows = lam + batch64 * lam_b + queries.to(tl.int64) * lam_n + head64 * lam_h
-        weight = tl.load(lam_rows, mask=inside, other=0.0)
-        mean = mean1 - weight[:, None] * mean2
-        tl.store(out + o_rows, mean.to(out.dtype.element_ty), mask=o_mask)
+        if COMPONENTS != "single":
+            lam_rows = lam + batch64 * lam_b + queries.to(tl.int64) * lam_n + head64 * lam_h
+            weight = tl.load(lam_rows, mask=inside, other=0.0)
+            mean1 = mean1 - weight[:, None] * mean2
+        tl.store(out + o_rows, mean1.to(out.dtype.element_ty), mask=o_mask)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, mask: KernelMask, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None, mask: KernelMask, scale: float,
     *, keep_second: bool, tile: Tile,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Compute `out`, `[B, N, H, E]`; the second map's output, of the same shape, if it is kept or
-    needed; and both log-sum-exps, `[B, H, 2, N]`, in units of log2. `scale` must be positive."""
-    (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
+    needed; and the log-sum-exps of all maps, `[B, H, 1 or 2, N]`, in units of log2. `scale` must be
+    positive. Without `lam`, queries `[B, N, H, 1, D]` have one map."""
+    (B, N, H, num_maps, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     block_d, block_e = pad(D), pad(E)
     out = q.new_empty(B, N, H, E)
-    second = q.new_empty(B, N, H, E) if keep_second or tile.split else None
-    lse = lam.new_empty(B, H, 2, N)
+    has_second = num_maps == 2 and (keep_second or tile.split)
+    second = q.new_empty(B, N, H, E) if has_second else None
+    lse = q.new_empty(B, H, num_maps, N, dtype=torch.float32)
     ranges = mask.key_ranges(B, N, M, tile.block_n)
-    for components in ("second", "first") if tile.split else ("both",):
+    launches = ("second", "first") if tile.split else ("both",)
+    for components in launches if lam is not None else ("single",):
         _forward_kernel[(cdiv(N, tile.block_n), B * H)](
             q, describe(k, [1, tile.block_m, 1, 1, block_d]),
             describe(v, [1, tile.block_m, 1, block_e]), lam, out, second, lse,
             mask.window, mask.prefix, mask.documents, mask.padding, ranges,
-            *q.stride()[:4], *lam.stride(), N, M, H, H // G, scale * 1.4426950408889634,
+            *q.stride()[:4], *strides_of(lam), N, M, H, H // G, scale * 1.4426950408889634,
             CAUSAL=mask.causal, COMPONENTS=components, C=C, D=D, E=E,
             BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_D=block_d, BLOCK_E=block_e,
             PRECISION=precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffmm.ops.diff_attention.triton import hopper
 from diffmm.ops.diff_attention.triton.backward import backward
-from diffmm.ops.diff_attention.triton.decode import MAX_ROWS, decode, decodes
+from diffmm.ops.diff_attention.triton.decode import decode, decodes
 from diffmm.ops.diff_attention.triton.forward import forward
 from diffmm.ops.diff_attention.triton.masking import KernelMask
 from diffmm.ops.diff_attention.triton.tiles import Tiles, describable, gpu_of, tiles_for
@@ -30,36 +30,34 @@ def triton_backend(
         ValueError: If the kernels do not support the device, dtype, width or scale.
     """
     check_inputs(q, v, mask, scale)
+    return _run(q, k, v, lam, mask, scale)
+
+
+def softmax_backend(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, scale: float
+) -> Tensor:
+    """Softmax attention with the fused kernels; shapes as in `diffmm.ops.softmax_attention`.
+
+    Raises:
+        ValueError: If the kernels do not support the device, dtype, width or scale.
+    """
+    check_inputs(q, v, mask, scale)
+    return _run(q.unsqueeze(3), k.unsqueeze(3), v, None, mask, scale)
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None, mask: AttentionMask, scale: float
+) -> Tensor:
     inputs = (
         q, k, v, lam, mask.causal, mask.window, mask.prefix_lengths, mask.document_ids,
         mask.key_padding, scale,
     )  # fmt: skip
-    for_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, lam))
+    for_backward = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (q, k, v, lam)
+    )
     if not for_backward and decodes(q.shape[1], q.shape[2], k.shape[2]):
         return _decode(*inputs)
     return _attend(*inputs, for_backward)[0]
-
-
-def softmax_decode(q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, scale: float) -> Tensor:
-    """Softmax attention of a few queries, without gradients; shapes as in
-    `diffmm.ops.softmax_attention`.
-
-    Raises:
-        ValueError: If the kernels do not support the device, dtype, width, scale or number of
-            queries.
-    """
-    check_inputs(q, v, mask, scale)
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if needs_grad or not decodes(q.shape[1], q.shape[2], k.shape[2]):
-        raise ValueError(
-            f"backend 'triton' supports softmax attention for decoding: without gradients, and at "
-            f"most {MAX_ROWS} queries times heads per group, got {q.shape[1]} queries and "
-            f"{q.shape[2] // k.shape[2]} heads per group: use 'sdpa'"
-        )
-    return _decode(
-        q.unsqueeze(3), k.unsqueeze(3), v, None, mask.causal, mask.window, mask.prefix_lengths,
-        mask.document_ids, mask.key_padding, scale,
-    )  # fmt: skip
 
 
 def check_inputs(q: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> None:
@@ -117,7 +115,7 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lam: Tensor,
+    lam: Tensor | None,
     causal: bool,
     window: int | None,
     prefix_lengths: Tensor | None,
@@ -126,32 +124,33 @@ def _attend(
     scale: float,
     for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the output and, for the backward pass, the second map's output and both
-    log-sum-exps."""
-    B, N, H, M, E = *q.shape[:3], k.shape[1], v.shape[-1]
-    nothing = q.new_empty(0), lam.new_empty(0)
+    """Compute the output and, for the backward pass, the second map's output (empty for softmax
+    attention, which has no lambda and queries `[B, N, H, 1, D]`) and all log-sum-exps."""
+    B, N, H, num_maps, M, E = *q.shape[:4], k.shape[1], v.shape[-1]
+    shape = (B, N, H, E)
+    no_output, no_sums = q.new_empty(0), q.new_empty(0, dtype=torch.float32)
     if B * N * H * M == 0:
-        zeros = q.new_zeros(B, N, H, E)
+        zeros = q.new_zeros(shape)
         if not for_backward:
-            return zeros, *nothing
-        return zeros, q.new_zeros(B, N, H, E), lam.new_full((B, H, 2, N), torch.inf)
+            return zeros, no_output, no_sums
+        zeros2 = no_output if lam is None else q.new_zeros(shape)
+        return zeros, zeros2, no_sums.new_full((B, H, num_maps, N), torch.inf)
     mask = _kernel_mask(causal, window, prefix_lengths, document_ids, key_padding, M)
     q, k, v = describable(q), describable(k), describable(v)
     with _on(q):
         second: Tensor | None
         if hopper.serves_forward(q, v):
-            from diffmm.ops.diff_attention.triton.hopper.forward import forward as forward_by_maps
+            from diffmm.ops.diff_attention.triton.hopper.forward import forward as by_warpgroups
 
-            out, second, lse = forward_by_maps(q, k, v, lam, mask, scale)
+            out, second, lse = by_warpgroups(q, k, v, lam, mask, scale)
         else:
             tile = _tiles(q, v).forward
             out, second, lse = forward(
                 q, k, v, lam, mask, scale, keep_second=for_backward, tile=tile
             )
     if not for_backward:
-        return out, *nothing
-    assert second is not None
-    return out, second, lse
+        return out, no_output, no_sums
+    return out, no_output if second is None else second, lse
 
 
 @_attend.register_fake
@@ -159,7 +158,7 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lam: Tensor,
+    lam: Tensor | None,
     causal: bool,
     window: int | None,
     prefix_lengths: Tensor | None,
@@ -168,11 +167,12 @@ def _(
     scale: float,
     for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, N, H, E = *q.shape[:3], v.shape[-1]
-    out = q.new_empty(B, N, H, E)
+    B, N, H, num_maps, E = *q.shape[:4], v.shape[-1]
+    out, no_sums = q.new_empty(B, N, H, E), q.new_empty(0, dtype=torch.float32)
     if not for_backward:
-        return out, q.new_empty(0), lam.new_empty(0)
-    return out, q.new_empty(B, N, H, E), lam.new_empty(B, H, 2, N)
+        return out, q.new_empty(0), no_sums
+    second = q.new_empty(0) if lam is None else q.new_empty(B, N, H, E)
+    return out, second, no_sums.new_empty(B, H, num_maps, N)
 
 
 @torch.library.custom_op("diffmm::diff_attention_backward", mutates_args=())
@@ -181,7 +181,7 @@ def _attend_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lam: Tensor,
+    lam: Tensor | None,
     out: Tensor,
     second: Tensor,
     lse: Tensor,
@@ -192,17 +192,22 @@ def _attend_backward(
     key_padding: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the gradients of q, k, v and lam, the latter as `[B, N, H]`."""
+    """Compute the gradients of q, k, v and lam, the latter as `[B, N, H]` (empty without lam)."""
     B, N, H, M = *q.shape[:3], k.shape[1]
+    no_lam = lse.new_empty(0)
     if B * N * H * M == 0:
         return (
             q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape),
-            lam.new_zeros(lam.shape),
+            no_lam if lam is None else lam.new_zeros(lam.shape),
         )  # fmt: skip
     mask = _kernel_mask(causal, window, prefix_lengths, document_ids, key_padding, M)
     q, k, v = describable(q), describable(k), describable(v)
     with _on(q):
-        return backward(grad, q, k, v, lam, out, second, lse, mask, scale, tiles=_tiles(q, v))
+        dq, dk, dv, dlam = backward(
+            grad, q, k, v, lam, out, None if lam is None else second, lse, mask, scale,
+            tiles=_tiles(q, v),
+        )  # fmt: skip
+    return dq, dk, dv, no_lam if dlam is None else dlam
 
 
 @_attend_backward.register_fake
@@ -211,7 +216,7 @@ def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lam: Tensor,
+    lam: Tensor | None,
     out: Tensor,
     second: Tensor,
     lse: Tensor,
@@ -222,9 +227,8 @@ def _(
     key_padding: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lam.new_empty(lam.shape)
-    )  # fmt: skip
+    dlam = lse.new_empty(0) if lam is None else lam.new_empty(lam.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dlam
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -238,11 +242,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _differentiate(ctx: Any, grad: Tensor, _second: Any, _lse: Any) -> tuple[Any, ...]:
     q, k, v, lam, out, second, lse, prefix_lengths, document_ids, key_padding = ctx.saved_tensors
-    grads = _attend_backward(
+    *grads, dlam = _attend_backward(
         grad, q, k, v, lam, out, second, lse, ctx.causal, ctx.window, prefix_lengths,
         document_ids, key_padding, ctx.scale,
     )  # fmt: skip
-    return *grads, None, None, None, None, None, None, None
+    return *grads, None if lam is None else dlam, None, None, None, None, None, None, None
 
 
 _attend.register_autograd(_differentiate, setup_context=_save)

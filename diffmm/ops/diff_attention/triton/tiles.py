@@ -130,6 +130,11 @@ def precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+def strides_of(lam: Tensor | None) -> tuple[int, ...]:
+    """The strides of lambda, `[B, N, H]`; zeros for softmax attention, which has none."""
+    return (0, 0, 0) if lam is None else lam.stride()
+
+
 def describable(tensor: Tensor) -> Tensor:
     """`tensor` itself if Hopper's tensor memory accelerator (TMA) can address it, otherwise a
     contiguous copy."""

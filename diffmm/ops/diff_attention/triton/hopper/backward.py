@@ -1,4 +1,5 @@
-"""The backward pass on Hopper: every score is computed once, and dS is stored in global memory.
+"""The backward pass on Hopper, of two maps or one: every score is computed once, and dS is stored
+in global memory.
 
 A key kernel computes dK, dV and dS; a matrix product `dQ = dS K` then reads dS. This is cheaper
 than computing scores and dP twice, and bit-identical in every run. The scratch memory for dS is
@@ -32,8 +33,8 @@ _MOST_HEADS = 65535  # maximum per launch, counting each component as a head
 def _query_kernel(
     ds_desc, k_desc, dq, partial, window, prefix, ranges, N, M, H, heads_per_group, first_head,
     first_tile, num_tiles, scale,
-    CAUSAL: tl.constexpr, FOLDED: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr, FOLDED: tl.constexpr, NUM_MAPS: tl.constexpr, C: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute `dQ = dS K` for a tile of one component's queries over the keys of this band.
 
@@ -41,7 +42,7 @@ def _query_kernel(
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)
     n0 = tile * BLOCK_N
-    slot, component = tl.program_id(1) // 2, tl.program_id(1) % 2
+    slot, component = tl.program_id(1) // NUM_MAPS, tl.program_id(1) % NUM_MAPS
     batch, head = (first_head + slot) // H, (first_head + slot) % H
     group = head // heads_per_group
     if prefix is not None:
@@ -65,7 +66,7 @@ def _query_kernel(
         partial += (tl.program_id(1).to(tl.int64) * N + n[:, None]) * D + dims[None, :]
         acc += tl.load(partial, mask=mask, other=0.0)
         tl.store(partial, acc, mask=mask)
-    row = ((batch.to(tl.int64) * N + n[:, None]) * H + head) * 2 + component
+    row = ((batch.to(tl.int64) * N + n[:, None]) * H + head) * NUM_MAPS + component
     result = (acc * (scale * 0.6931471805599453)).to(dq.dtype.element_ty)
     tl.store(dq + row * D + dims[None, :], result, mask=mask)
 
@@ -76,11 +77,13 @@ def kernels_of_keys(block_d: int, block_e: int, components: int) -> ModuleType:
     return narrow_keys if components * block_d + block_e <= 256 else wide_keys
 
 
-def num_stages(keys: int, block_d: int, block_e: int, components: int) -> int:
+def num_stages(keys: int, block_d: int, block_e: int, components: int, num_maps: int) -> int:
     """Number of tiles of queries that fit into the shared memory of a key kernel in addition to its
-    keys, values and four tiles of scores, at two bytes per element."""
-    kept = 2 * (keys * (components * block_d + block_e) + 4 * BLOCK.value**2)
-    stage = 2 * BLOCK.value * (2 * block_d + block_e) + 4 * BLOCK.value * 5  # float32 vectors
+    keys, values and two tiles of scores per map, at two bytes per element."""
+    kept = 2 * (keys * (components * block_d + block_e) + 2 * num_maps * BLOCK.value**2)
+    stage = (
+        2 * BLOCK.value * (num_maps * block_d + block_e) + 4 * BLOCK.value * 5
+    )  # float32 vectors
     return min(3, (SHARED_BYTES - 512 - kept) // stage)  # 512 bytes for barriers and arguments
 
 
@@ -89,10 +92,10 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of q, k and v, for inputs that `hopper.serves_backward` accepts and
     that are all `describable`; `rows` come from `query_rows`."""
-    (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
+    (B, N, H, num_maps, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     block, span, block_d, block_e = BLOCK.value, SPAN.value, pad(D), pad(E)
     keys = kernels_of_keys(block_d, block_e, C)
-    stages = num_stages(keys.KEYS.value, block_d, block_e, C)
+    stages = num_stages(keys.KEYS.value, block_d, block_e, C, num_maps)
     tiles_at_once = keys.KEYS.value // block
     heads_per_group, pairs = H // G, B * G
     num_tiles = cdiv(M, keys.KEYS.value) * tiles_at_once
@@ -101,15 +104,16 @@ def gradients(
     folded = mask.causal and mask.window is None and N == M and not looked_up
     height = cdiv(num_tiles, 2) if folded else num_tiles
     width = num_query_tiles * span + (FOLD.value if folded else 0)
-    band_bytes = 2 * heads_per_group * block * width * q.element_size()
+    maps_per_group = num_maps * heads_per_group
+    band_bytes = maps_per_group * block * width * q.element_size()
     if band_bytes * height > SCRATCH_BYTES:
         folded, width = False, num_query_tiles * span
         height = max(SCRATCH_BYTES // band_bytes // tiles_at_once, 1) * tiles_at_once
-    most = min(SCRATCH_BYTES // (band_bytes * height), _MOST_HEADS // (2 * heads_per_group))
+    most = min(SCRATCH_BYTES // (band_bytes * height), _MOST_HEADS // maps_per_group)
     num_turns = cdiv(pairs, max(most, 1))
     pairs_at_once = cdiv(pairs, num_turns)
     band = num_tiles if folded else height
-    scratch = q.new_empty(pairs_at_once * heads_per_group * 2 * height * block, width)
+    scratch = q.new_empty(pairs_at_once * maps_per_group * height * block, width)
 
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     rows = rows.flatten(0, 2)
@@ -130,7 +134,7 @@ def gradients(
         count = min(pairs_at_once, pairs - pair)
         partial = None
         if band < num_tiles:
-            partial = rows.new_zeros(count * heads_per_group * 2, N, D)
+            partial = rows.new_zeros(count * maps_per_group, N, D)
         for tile in range(0, num_tiles, band):
             tiles = min(band, num_tiles - tile)
             if looked_up:  # The two kernels may skip different empty tiles.
@@ -138,13 +142,13 @@ def gradients(
             keys.key_kernel[(tiles // tiles_at_once, count)](
                 *inputs, dk, dv, mask.window, mask.prefix, mask.documents, mask.padding,
                 query_ranges, N, M, H, heads_per_group, pair, tile, tiles, units,
-                CAUSAL=mask.causal, FOLDED=folded, C=C, D=D, E=E, BLOCK_D=block_d,
-                BLOCK_E=block_e, STAGES=stages, num_warps=4,
+                CAUSAL=mask.causal, FOLDED=folded, NUM_MAPS=num_maps, C=C, D=D, E=E,
+                BLOCK_D=block_d, BLOCK_E=block_e, STAGES=stages, num_warps=4,
             )  # fmt: skip
-            _query_kernel[(num_query_tiles, count * heads_per_group * 2)](
+            _query_kernel[(num_query_tiles, count * maps_per_group)](
                 *read_back, dq, partial, mask.window, mask.prefix, key_ranges, N, M, H,
                 heads_per_group, pair * heads_per_group, tile, tiles, units, CAUSAL=mask.causal,
-                FOLDED=folded, C=C, D=D, BLOCK_N=span, BLOCK_M=block, BLOCK_D=block_d,
-                num_warps=8, num_stages=4,
+                FOLDED=folded, NUM_MAPS=num_maps, C=C, D=D, BLOCK_N=span, BLOCK_M=block,
+                BLOCK_D=block_d, num_warps=8, num_stages=4,
             )  # fmt: skip
     return dq, dk, dv

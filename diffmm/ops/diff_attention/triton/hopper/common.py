@@ -79,16 +79,17 @@ def scratch_place(tile, num_tiles, FOLDED: gl.constexpr):
 
 @gluon.jit
 def clear_margins(
-    ds_desc, ds, head_slot, height, row, shift, low, high, heads_per_group, layout: gl.constexpr
-):
+    ds_desc, ds, head_slot, height, row, shift, low, high, heads_per_group, layout: gl.constexpr,
+    NUM_MAPS: gl.constexpr,
+):  # fmt: skip
     """Write zeros for the queries outside `[low, high)` whose tile of dQ reads the dS of this tile
     of keys. They are copied from `ds`, a tile of shared memory."""
     first, last = low // SPAN * SPAN, tl.cdiv(high, SPAN) * SPAN
     ds.store(gl.zeros([BLOCK, BLOCK], ds.dtype, layout))
     fence_async_shared()
     gl.thread_barrier()
-    for component in range(2 * heads_per_group):
-        top = ((2 * head_slot + component) * height + row) * BLOCK
+    for component in range(NUM_MAPS * heads_per_group):
+        top = ((NUM_MAPS * head_slot + component) * height + row) * BLOCK
         for n0 in range(first, low, BLOCK):
             tma.async_copy_shared_to_global(ds_desc, [top, n0 + shift], ds)
         for n0 in range(high, last, BLOCK):
@@ -98,13 +99,17 @@ def clear_margins(
 
 
 @gluon.jit
-def allocate_ring(q_desc, g_desc, rows_desc, weight_desc, STAGES: gl.constexpr):
+def allocate_ring(
+    q_desc, g_desc, rows_desc, weight_desc, STAGES: gl.constexpr, NUM_MAPS: gl.constexpr
+):
     """Allocate a ring buffer for `STAGES` tiles of queries, output gradients and rows, and the
     barriers that signal when a tile is full and when both warpgroups have consumed it."""
     BLOCK_D: gl.constexpr = q_desc.block_type.shape[-1]
     BLOCK_E: gl.constexpr = g_desc.block_type.shape[-1]
     dtype: gl.constexpr = q_desc.dtype
-    q = gl.allocate_shared_memory(dtype, [2 * STAGES, 1, BLOCK, 1, 1, BLOCK_D], q_desc.layout)
+    q = gl.allocate_shared_memory(
+        dtype, [NUM_MAPS * STAGES, 1, BLOCK, 1, 1, BLOCK_D], q_desc.layout
+    )
     g = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK, 1, BLOCK_E], g_desc.layout)
     rows = gl.allocate_shared_memory(gl.float32, [STAGES, 4, BLOCK], rows_desc.layout)
     weights = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK], weight_desc.layout)
@@ -119,7 +124,7 @@ def allocate_ring(q_desc, g_desc, rows_desc, weight_desc, STAGES: gl.constexpr):
 @gluon.jit
 def load_queries(
     q_desc, g_desc, rows_desc, weight_desc, q, g, rows, weights, full, empty, batch, H, first_head,
-    heads_per_group, low, high,
+    heads_per_group, low, high, NUM_MAPS: gl.constexpr,
 ):  # fmt: skip
     """Keep the ring buffer of queries, output gradients and rows full; run by one warp."""
     STAGES: gl.constexpr = rows.shape[0]
@@ -131,12 +136,12 @@ def load_queries(
             # Waiting for the phase before the first returns at once on a new barrier.
             mbarrier.wait(empty.index(stage), (step // STAGES + 1) % 2)
             bar = full.index(stage)
-            tiles: gl.constexpr = 2 * q_desc.block_type.nbytes + g_desc.block_type.nbytes
+            tiles: gl.constexpr = NUM_MAPS * q_desc.block_type.nbytes + g_desc.block_type.nbytes
             vectors: gl.constexpr = rows_desc.block_type.nbytes + weight_desc.block_type.nbytes
             mbarrier.expect(bar, tiles + vectors)
-            for c in gl.static_range(2):
+            for c in gl.static_range(NUM_MAPS):
                 tma.async_copy_global_to_shared(
-                    q_desc, [batch, n0, head, c, 0], bar, q.index(2 * stage + c)
+                    q_desc, [batch, n0, head, c, 0], bar, q.index(NUM_MAPS * stage + c)
                 )
             tma.async_copy_global_to_shared(g_desc, [batch, n0, head, 0], bar, g.index(stage))
             tma.async_copy_global_to_shared(rows_desc, [row, n0], bar, rows.index(stage))

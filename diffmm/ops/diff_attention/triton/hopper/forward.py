@@ -1,4 +1,5 @@
-"""The forward pass on Hopper: one warpgroup per map.
+"""The forward pass on Hopper: one warpgroup per map, or per tile of queries if there is one map (of
+softmax attention).
 
 A map's output of 64 queries and 256 dimensions fills the registers of a warpgroup; Triton alone
 would need two launches. Here, in Gluon, two warpgroups loop over the same keys and values, each
@@ -9,6 +10,7 @@ computed during the product of the current weights and values.
 `m_i`, `l_i` and `alpha` are the running maximum, the running sum and the rescaling factor.
 """
 
+import torch
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
@@ -27,7 +29,7 @@ from diffmm.ops.diff_attention.triton.hopper.common import (
     gluon_describe,
 )
 from diffmm.ops.diff_attention.triton.masking import KernelMask, key_bounds, visible
-from diffmm.ops.diff_attention.triton.tiles import cdiv, pad
+from diffmm.ops.diff_attention.triton.tiles import cdiv, pad, strides_of
 
 
 @gluon.jit
@@ -80,11 +82,12 @@ def _attend(
     q, k, v, held, k_full, v_full, empty, second_ready, lam, out, second,
     lse, low, full_low, full_high, num_steps, n0, N, M, H, batch, head, scale, window, prefix,
     documents, padding, lam_b, lam_n, lam_h,
-    component: gl.constexpr, CAUSAL: gl.constexpr, C: gl.constexpr, E: gl.constexpr,
+    which: gl.constexpr, CAUSAL: gl.constexpr, C: gl.constexpr, E: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: compute one map. The second map's output is written to global memory, and the
-    warpgroup of the first map subtracts it."""
+    """One warpgroup, the first or second by `which`: compute one map. The second map's output is
+    written to global memory, and the warpgroup of the first map subtracts it. If there is a single
+    map, `second` is None, and each warpgroup has its own queries."""
     dtype: gl.constexpr = q.dtype
     BLOCK_D: gl.constexpr = q.shape[-1]
     BLOCK_E: gl.constexpr = v.shape[-1]
@@ -92,6 +95,8 @@ def _attend(
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_E, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, wide, 2)
+    if second is None:
+        n0 += which * BLOCK
     query = n0 + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, scores))
     position = query + M - N
     m_i = gl.full([BLOCK], -float("inf"), gl.float32, gl.SliceLayout(1, scores))
@@ -100,8 +105,8 @@ def _attend(
     nothing = gl.zeros([BLOCK, KEYS], gl.float32, scores)
 
     mbarrier.wait(held, 0)
-    q_tile = q.index(component).reshape([BLOCK, BLOCK_D])
-    kc: gl.constexpr = component if C == 2 else 0
+    q_tile = q.index(which).reshape([BLOCK, BLOCK_D])
+    kc: gl.constexpr = which if C == 2 else 0
     if num_steps > 0:
         mbarrier.wait(k_full.index(0), 0)
         k_tile = k.index(kc).reshape([KEYS, BLOCK_D])
@@ -139,18 +144,19 @@ def _attend(
         acc = warpgroup_mma(weights, v_last, acc)
 
     safe = gl.where(l_i == 0.0, 1.0, l_i)
-    lse += (batch.to(gl.int64) * H + head) * 2 * N + query
-    gl.store(
-        lse + component * N,
-        gl.where(l_i == 0.0, float("inf"), m_i + tl.log2(safe)),
-        mask=query < N,
-    )
+    if second is None:
+        lse += (batch.to(gl.int64) * H + head) * N + query
+    else:
+        lse += (batch.to(gl.int64) * H + head) * 2 * N + which * N + query
+    gl.store(lse, gl.where(l_i == 0.0, float("inf"), m_i + tl.log2(safe)), mask=query < N)
     mean = acc / gl.convert_layout(safe, gl.SliceLayout(1, wide))[:, None]
     rows = n0 + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, wide))
     width = gl.arange(0, BLOCK_E, layout=gl.SliceLayout(0, wide))
     place = ((batch.to(gl.int64) * N + rows[:, None]) * H + head) * E + width[None, :]
     mask = (rows[:, None] < N) & (width[None, :] < E)
-    if component == 1:
+    if second is None:
+        gl.store(out + place, mean.to(dtype), mask=mask)
+    elif which == 1:
         gl.store(second + place, mean.to(dtype), mask=mask)
         gl.thread_barrier()
         mbarrier.arrive(second_ready, count=1)
@@ -170,11 +176,13 @@ def _forward_kernel(
     CAUSAL: gl.constexpr, C: gl.constexpr, E: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_E: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    # A program has one tile of queries per warpgroup or, of two maps, one for both.
+    QUERIES: gl.constexpr = 2 * BLOCK if second is None else BLOCK
     tile, num_tiles = gl.program_id(0), gl.num_programs(0)
     # The last causal tiles take the longest, so they start first and short ones fill the end.
     if CAUSAL:
         tile = num_tiles - 1 - tile
-    n0 = tile * BLOCK
+    n0 = tile * QUERIES
     batch, head = gl.program_id(1) // H, gl.program_id(1) % H
     group = head // heads_per_group
     if prefix is not None:
@@ -186,7 +194,7 @@ def _forward_kernel(
     if ranges is not None:
         ranges += (batch * num_tiles + tile) * 2
     low, full_low, full_high, high = key_bounds(
-        n0, N, M, window, prefix, ranges, CAUSAL, BLOCK, KEYS
+        n0, N, M, window, prefix, ranges, CAUSAL, QUERIES, KEYS
     )
     num_steps = tl.cdiv(tl.maximum(high - low, 0), KEYS)
 
@@ -206,8 +214,14 @@ def _forward_kernel(
         mbarrier.init(empty.index(bar), count=2)
     held = bars.index(0)
     mbarrier.expect(held, 2 * q_desc.block_type.nbytes)
-    for c in gl.static_range(2):
-        tma.async_copy_global_to_shared(q_desc, [batch, n0, head, c, 0], held, q.index(c))
+    for which in gl.static_range(2):
+        if second is None:
+            first, component = n0 + which * BLOCK, 0
+        else:
+            first, component = n0, which
+        tma.async_copy_global_to_shared(
+            q_desc, [batch, first, head, component, 0], held, q.index(which)
+        )
 
     # fmt: off
     gl.warp_specialize(
@@ -245,20 +259,23 @@ def keys_and_stages(block_d: int, block_e: int, components: int) -> tuple[int, i
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, mask: KernelMask, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute `out` and the second map's output, `[B, N, H, E]`, and both log-sum-exps,
-    `[B, H, 2, N]`, in units of log2, for inputs that `hopper.serves_forward` accepts."""
-    (B, N, H, _, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None, mask: KernelMask, scale: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Compute `out` and the second map's output, `[B, N, H, E]`, and the log-sum-exps of all maps,
+    `[B, H, 1 or 2, N]`, in units of log2, for inputs that `hopper.serves_forward` accepts. Without
+    `lam`, queries `[B, N, H, 1, D]` have one map."""
+    (B, N, H, num_maps, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     block, block_d, block_e = BLOCK.value, pad(D), pad(E)
     keys, stages = keys_and_stages(block_d, block_e, C)
-    out, second = q.new_empty(B, N, H, E), q.new_empty(B, N, H, E)
-    lse = lam.new_empty(B, H, 2, N)
-    _forward_kernel[(cdiv(N, block), B * H)](
+    out = q.new_empty(B, N, H, E)
+    second = None if lam is None else q.new_empty(B, N, H, E)
+    lse = q.new_empty(B, H, num_maps, N, dtype=torch.float32)
+    queries = block if num_maps == 2 else 2 * block
+    _forward_kernel[(cdiv(N, queries), B * H)](
         gluon_describe(q, [1, block, 1, 1, block_d]), gluon_describe(k, [1, keys, 1, 1, block_d]),
         gluon_describe(v, [1, keys, 1, block_e]), lam, out, second, lse, mask.window, mask.prefix,
-        mask.documents, mask.padding, mask.key_ranges(B, N, M, block), N, M, H, H // G,
-        *lam.stride(), scale * 1.4426950408889634, CAUSAL=mask.causal, C=C, E=E, BLOCK_D=block_d,
+        mask.documents, mask.padding, mask.key_ranges(B, N, M, queries), N, M, H, H // G,
+        *strides_of(lam), scale * 1.4426950408889634, CAUSAL=mask.causal, C=C, E=E, BLOCK_D=block_d,
         BLOCK_E=block_e, KEYS=keys, STAGES=stages, num_warps=4,
     )  # fmt: skip
     return out, second, lse

@@ -7,7 +7,8 @@ everything:
     P1 = exp2(K1 Q1ᵀ - lse1),  P2 = -lam exp2(K2 Q2ᵀ - lse2),   dV += (P1 + P2) dO
     dP = V dOᵀ,  dSi = Pi (dP - delta_i),                       dKi += dSi Qi
 
-P and dS stay in its registers as operands; dS is also written to global memory. Two such warpgroups
+P and dS stay in its registers as operands; dS is also written to global memory. Softmax attention
+has the first map only. Two such warpgroups
 share the queries, which a third group of one warp loads by TMA, and are independent otherwise: one
 computes exponentials while the other multiplies.
 """
@@ -56,7 +57,8 @@ def _attend(
     ds_desc, k, v, q, g, rows, weights, ds1_tiles, ds2_tiles, held, full, empty, dk, dv, first, low,
     full_low, full_high, high, last, heads_per_group, m0, N, M, G, scale, window, prefix, documents,
     padding, first_slot, height, row, shift,
-    half: gl.constexpr, CAUSAL: gl.constexpr, C: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
+    half: gl.constexpr, CAUSAL: gl.constexpr, NUM_MAPS: gl.constexpr, C: gl.constexpr,
+    D: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: compute all gradients of a tile of keys. Of the loaded queries `[first, last)`
     it needs those in `[low, high)`."""
@@ -76,7 +78,7 @@ def _attend(
     dv_tile = gl.zeros([BLOCK, BLOCK_E], gl.float32, values)
     clear_margins(
         ds_desc, ds1_tiles.index(half), first_slot, height, row, shift, low, high, heads_per_group,
-        scores,
+        scores, NUM_MAPS,
     )  # fmt: skip
     mbarrier.wait(held, 0)
     step = 0
@@ -88,44 +90,56 @@ def _attend(
             k1 = k.index(opaque(half * C)).reshape([BLOCK, BLOCK_D])
             k2 = k.index(opaque(half * C + C - 1)).reshape([BLOCK, BLOCK_D])
             v_tile = v.index(opaque(half)).reshape([BLOCK, BLOCK_E])
-            q1 = q.index(2 * stage).reshape([BLOCK, BLOCK_D])
-            q2 = q.index(2 * stage + 1).reshape([BLOCK, BLOCK_D])
+            q1 = q.index(NUM_MAPS * stage).reshape([BLOCK, BLOCK_D])
+            q2 = q.index(NUM_MAPS * stage + NUM_MAPS - 1).reshape([BLOCK, BLOCK_D])
             grad = g.index(stage).reshape([BLOCK, BLOCK_E])
             vectors = rows.index(stage)
             s1 = warpgroup_mma(k1, q1.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            s2 = warpgroup_mma(k2, q2.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            s1 = warpgroup_mma_wait(1, deps=[s1])
+            if NUM_MAPS == 2:
+                s2 = warpgroup_mma(k2, q2.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            s1 = warpgroup_mma_wait(NUM_MAPS - 1, deps=[s1])
             p1 = tl.exp2(s1 * scale - vectors.slice(LSE1, 1).load(scores))
-            s2 = warpgroup_mma_wait(0, deps=[s2])
-            p2 = tl.exp2(s2 * scale - vectors.slice(LSE2, 1).load(scores))
+            if NUM_MAPS == 2:
+                s2 = warpgroup_mma_wait(0, deps=[s2])
+                p2 = tl.exp2(s2 * scale - vectors.slice(LSE2, 1).load(scores))
             if (n0 < full_low) | (n0 + BLOCK > full_high):
                 seen = visible(
                     (n0 + position)[None, :], key[:, None], M, window, prefix, documents, padding,
                     CAUSAL,
                 )  # fmt: skip
-                p1, p2 = gl.where(seen, p1, 0.0), gl.where(seen, p2, 0.0)
-            p2 = p2 * weights.index(stage).load(scores)
-            both = gl.convert_layout((p1 + p2).to(q.dtype), by_gradients)
-            p1, p2 = packed(p1.to(q.dtype)), packed(p2.to(q.dtype))
+                p1 = gl.where(seen, p1, 0.0)
+                if NUM_MAPS == 2:
+                    p2 = gl.where(seen, p2, 0.0)
+            p = p1
+            if NUM_MAPS == 2:
+                p2 = p2 * weights.index(stage).load(scores)
+                p = p1 + p2
+                p2 = packed(p2.to(q.dtype))
+            both = gl.convert_layout(p.to(q.dtype), by_gradients)
+            p1 = packed(p1.to(q.dtype))
             dp = warpgroup_mma(v_tile, grad.permute((1, 0)), nothing, use_acc=False, is_async=True)
             dv_tile = warpgroup_mma(both, grad, dv_tile, is_async=True)
             dp = warpgroup_mma_wait(1, deps=[dp])
             ds1 = (p1.to(gl.float32) * (dp - vectors.slice(DELTA1, 1).load(scores))).to(q.dtype)
-            ds2 = (p2.to(gl.float32) * (dp - vectors.slice(DELTA2, 1).load(scores))).to(q.dtype)
+            if NUM_MAPS == 2:
+                delta2 = vectors.slice(DELTA2, 1).load(scores)
+                ds2 = (p2.to(gl.float32) * (dp - delta2)).to(q.dtype)
             dk1 = warpgroup_mma(gl.convert_layout(ds1, by_queries), q1, dk1, is_async=True)
             if C == 2:
                 dk2 = warpgroup_mma(gl.convert_layout(ds2, by_queries), q2, dk2, is_async=True)
-            else:
+            elif NUM_MAPS == 2:
                 dk1 = warpgroup_mma(gl.convert_layout(ds2, by_queries), q2, dk1, is_async=True)
             tma.store_wait(0)
             gl.thread_barrier()
             ds1_tiles.index(half).store(ds1)
-            ds2_tiles.index(half).store(ds2)
+            if NUM_MAPS == 2:
+                ds2_tiles.index(half).store(ds2)
             fence_async_shared()
-            top = (2 * head_slot * height + row) * BLOCK
+            top = (NUM_MAPS * head_slot * height + row) * BLOCK
             tma.async_copy_shared_to_global(ds_desc, [top, n0 + shift], ds1_tiles.index(half))
-            top += height * BLOCK
-            tma.async_copy_shared_to_global(ds_desc, [top, n0 + shift], ds2_tiles.index(half))
+            if NUM_MAPS == 2:
+                top += height * BLOCK
+                tma.async_copy_shared_to_global(ds_desc, [top, n0 + shift], ds2_tiles.index(half))
             dk1, dk2, dv_tile = warpgroup_mma_wait(0, deps=[dk1, dk2, dv_tile])
             mbarrier.arrive(empty.index(stage), count=1)
             step += 1
@@ -142,8 +156,9 @@ def _attend(
 def key_kernel(
     q_desc, g_desc, k_desc, v_desc, ds_desc, rows_desc, weight_desc, dk, dv, window, prefix,
     documents, padding, ranges, N, M, H, heads_per_group, first_pair, first_tile, num_tiles, scale,
-    CAUSAL: gl.constexpr, FOLDED: gl.constexpr, C: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_E: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, FOLDED: gl.constexpr, NUM_MAPS: gl.constexpr, C: gl.constexpr,
+    D: gl.constexpr, E: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_E: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of two tiles of keys and values, and dS for every query that attends to
     them."""
@@ -173,8 +188,12 @@ def key_kernel(
     k = gl.allocate_shared_memory(dtype, [2 * C, 1, BLOCK, 1, 1, BLOCK_D], k_desc.layout)
     v = gl.allocate_shared_memory(dtype, [2, 1, BLOCK, 1, BLOCK_E], v_desc.layout)
     ds1_tiles = gl.allocate_shared_memory(dtype, [2, BLOCK, BLOCK], ds_desc.layout)
-    ds2_tiles = gl.allocate_shared_memory(dtype, [2, BLOCK, BLOCK], ds_desc.layout)
-    q, g, rows, weights, full, empty = allocate_ring(q_desc, g_desc, rows_desc, weight_desc, STAGES)
+    ds2_tiles = ds1_tiles
+    if NUM_MAPS == 2:
+        ds2_tiles = gl.allocate_shared_memory(dtype, [2, BLOCK, BLOCK], ds_desc.layout)
+    q, g, rows, weights, full, empty = allocate_ring(
+        q_desc, g_desc, rows_desc, weight_desc, STAGES, NUM_MAPS
+    )
     held = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(held, count=1)
     mbarrier.expect(held, 2 * (C * k_desc.block_type.nbytes + v_desc.block_type.nbytes))
@@ -201,17 +220,17 @@ def key_kernel(
                 ds_desc, k, v, q, g, rows, weights, ds1_tiles, ds2_tiles, held, full, empty, dk, dv,
                 low, low1, full_low1, full_high1, high1, high, heads_per_group, m0, N, M, G,
                 scale, window, prefix, documents, padding, head_slot, height, row1, shift1,
-                gl.constexpr(0), CAUSAL, C, D, E,
+                gl.constexpr(0), CAUSAL, NUM_MAPS, C, D, E,
             )),
             (_attend, (
                 ds_desc, k, v, q, g, rows, weights, ds1_tiles, ds2_tiles, held, full, empty, dk, dv,
                 low, low2, full_low2, full_high2, high2, high, heads_per_group, m0 + BLOCK, N, M, G,
                 scale, window, prefix, documents, padding, head_slot, height, row2, shift2,
-                gl.constexpr(1), CAUSAL, C, D, E,
+                gl.constexpr(1), CAUSAL, NUM_MAPS, C, D, E,
             )),
             (load_queries, (
                 q_desc, g_desc, rows_desc, weight_desc, q, g, rows, weights, full, empty, batch, H,
-                head, heads_per_group, low, high,
+                head, heads_per_group, low, high, NUM_MAPS,
             )),
         ],
         [4, 1],

@@ -116,8 +116,9 @@ def _make_gradients(
     dk1 = gl.zeros([BLOCK, BLOCK_D], gl.float32, keys)
     dk2 = gl.zeros([BLOCK, BLOCK_D], gl.float32, keys)
     clear_margins(
-        ds_desc, map1.index(0), first_slot, height, row, shift, low, high, heads_per_group, scores
-    )
+        ds_desc, map1.index(0), first_slot, height, row, shift, low, high, heads_per_group, scores,
+        2,
+    )  # fmt: skip
     for each in gl.static_range(_SLOTS):
         mbarrier.arrive(free.index(each), count=1)
     mbarrier.wait(held, 0)
@@ -168,8 +169,9 @@ def _make_gradients(
 def key_kernel(
     q_desc, g_desc, k_desc, v_desc, ds_desc, rows_desc, weight_desc, dk, dv, window, prefix,
     documents, padding, ranges, N, M, H, heads_per_group, first_pair, first_tile, num_tiles, scale,
-    CAUSAL: gl.constexpr, FOLDED: gl.constexpr, C: gl.constexpr, D: gl.constexpr, E: gl.constexpr,
-    BLOCK_D: gl.constexpr, BLOCK_E: gl.constexpr, STAGES: gl.constexpr,
+    CAUSAL: gl.constexpr, FOLDED: gl.constexpr, NUM_MAPS: gl.constexpr, C: gl.constexpr,
+    D: gl.constexpr, E: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_E: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of a tile of keys and values, and dS for every query that attends to
     them."""
@@ -196,7 +198,9 @@ def key_kernel(
     v = gl.allocate_shared_memory(dtype, [1, BLOCK, 1, BLOCK_E], v_desc.layout)
     map1 = gl.allocate_shared_memory(dtype, [_SLOTS, BLOCK, BLOCK], ds_desc.layout)
     map2 = gl.allocate_shared_memory(dtype, [_SLOTS, BLOCK, BLOCK], ds_desc.layout)
-    q, g, rows, weights, full, empty = allocate_ring(q_desc, g_desc, rows_desc, weight_desc, STAGES)
+    q, g, rows, weights, full, empty = allocate_ring(
+        q_desc, g_desc, rows_desc, weight_desc, STAGES, NUM_MAPS
+    )
     held = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     made = gl.allocate_shared_memory(gl.int64, [_SLOTS, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [_SLOTS, 1], mbarrier.MBarrierLayout())
@@ -230,7 +234,7 @@ def key_kernel(
             )),
             (load_queries, (
                 q_desc, g_desc, rows_desc, weight_desc, q, g, rows, weights, full, empty, batch, H,
-                head, heads_per_group, low, high,
+                head, heads_per_group, low, high, NUM_MAPS,
             )),
         ],
         [4, 1],
