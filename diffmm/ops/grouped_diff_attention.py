@@ -1,15 +1,16 @@
 """Grouped differential attention, in which several signal heads share a noise head."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from diffmm.ops.checks import check_backend, check_qkv
-from diffmm.ops.diff_attention import as_map, choose_backend, diff_attention
+from diffmm.ops.diff_attention import as_map, diff_attention
 from diffmm.ops.mask import AttentionMask
+from diffmm.ops.softmax_attention import softmax_attention
 from diffmm.ops.softmax_attention.reference import attention_map
-from diffmm.ops.softmax_attention.sdpa import sdpa as softmax_sdpa
 
 
 def grouped_diff_attention(
@@ -37,11 +38,9 @@ def grouped_diff_attention(
         lam: Lambda; broadcasts to `[B, N, H]`. Kept in float32 (float64 for float64 inputs).
         mask: Which keys each query attends to.
         scale: Factor of the scores before the softmax; `D ** -0.5` by default.
-        backend: `"reference"` (materializes the maps, any device), `"sdpa"` (one softmax attention
-            over all signal and noise heads, by torch's fused kernels), `"triton"` (the fused
-            kernels of `diff_attention`, which recompute a noise head for each of its signal heads),
-            or `"auto"`: `"triton"` if `diff_attention` would choose it and torch's kernels would
-            need a dense mask, otherwise `"sdpa"`.
+        backend: `"reference"` (materializes the maps, any device), or that of one softmax attention
+            over all signal and noise heads: `"sdpa"`, `"triton"`, or `"auto"` (see
+            `diffmm.ops.softmax_attention.choose_backend`).
 
     Returns:
         `[B, N, H, E]` in q's dtype, differentiable with respect to q, k, v and lam. Rows of queries
@@ -64,9 +63,6 @@ def grouped_diff_attention(
     lam = as_map(lam, (*q.shape[:2], q.shape[2] * num_signals), q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     check_backend(backend, BACKENDS)
-    if backend == "auto":
-        is_plain = mask.is_full or (mask.is_causal and q.shape[1] in (1, k.shape[1]))
-        backend = "sdpa" if is_plain else _backend_for_mask(q, k, v, mask, scale)
     return BACKENDS[backend](q, k, v, lam, mask=mask, scale=scale)
 
 
@@ -75,10 +71,6 @@ def paired(q: Tensor) -> Tensor:
     which every signal query is followed by its noise query."""
     signal, noise = q[:, :, :, :-1], q[:, :, :, -1:]
     return torch.stack([signal, noise.expand_as(signal)], dim=4).flatten(2, 3)
-
-
-def _backend_for_mask(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> str:
-    return choose_backend(paired(q), k.unsqueeze(3), v, mask, scale)
 
 
 def reference(
@@ -118,26 +110,25 @@ def reference(
     return ((a_signal - lam * a_noise) @ v).transpose(1, 2).to(dtype)
 
 
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *, mask: AttentionMask, scale: float
+def _by_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lam: Tensor,
+    *,
+    mask: AttentionMask,
+    scale: float,
+    backend: str,
 ) -> Tensor:
     # With this head order, raw head (R + 1) j + c reads group j // (J // G).
-    heads = softmax_sdpa(q.flatten(2, 3), k, v, mask=mask, scale=scale)
+    heads = softmax_attention(q.flatten(2, 3), k, v, mask=mask, scale=scale, backend=backend)
     heads = heads.unflatten(2, q.shape[2:4])  # [B, N, J, R + 1, E]
     signal, noise = heads[:, :, :, :-1], heads[:, :, :, -1:]
     lam = lam.unflatten(2, (-1, signal.shape[3])).unsqueeze(-1)
     return (signal - lam * noise).to(heads.dtype).flatten(2, 3)
 
 
-def _triton(
-    q: Tensor, k: Tensor, v: Tensor, lam: Tensor, *, mask: AttentionMask, scale: float
-) -> Tensor:
-    key = k.unsqueeze(3)
-    return diff_attention(paired(q), key, v, lam, mask=mask, scale=scale, backend="triton")
-
-
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "reference": reference,
-    "sdpa": _sdpa,
-    "triton": _triton,
+    **{name: partial(_by_heads, backend=name) for name in ("auto", "sdpa", "triton")},
 }

@@ -30,6 +30,7 @@ def compiled(kernel, tile, D, E, C, **constants):
     strides = {f"{tensor}_{dim}" for tensor in "qkv" for dim in "bnmhgc"}
     constants |= {"CAUSAL": True, "C": C, "D": D, "E": E, "BLOCK_N": n, "BLOCK_M": m}
     constants |= {"BLOCK_D": block_d, "BLOCK_E": block_e, "PRECISION": "tf32", "FAR": False}
+    constants["NUM_MAPS"] = 2
     constants |= dict.fromkeys(LOOKS)
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}

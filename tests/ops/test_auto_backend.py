@@ -8,6 +8,7 @@ from torch._subclasses import FakeTensorMode
 
 from diffmm.ops import AttentionMask, diff_attention
 from diffmm.ops.diff_attention import choose_backend
+from diffmm.ops.softmax_attention import choose_backend as choose_for_softmax
 
 pytest.importorskip("triton", reason="without Triton, there is only one backend to choose")
 
@@ -89,3 +90,41 @@ def test_forward_mode_derivatives_are_no_kernels(monkeypatch):
             ValueError, match="backend 'triton' does not support forward-mode differentiation"
         ):
             diff_attention(q, k, v, 0.5, mask=AttentionMask(), backend="triton")
+
+
+def softmax_choice(
+    monkeypatch, *, N=256, M=256, B=2, G=2, grad=False, dtype=torch.bfloat16, **mask
+):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=HOPPER)
+    )
+    with FakeTensorMode():
+        q = torch.empty(B, N, 4, 64, dtype=dtype, device="cuda")
+        k = torch.empty(B, M, G, 64, dtype=dtype, device="cuda")
+    with torch.set_grad_enabled(grad):
+        return choose_for_softmax(q, k, k, AttentionMask(**mask), 0.125)
+
+
+PADDING = {"key_padding": torch.ones(2, 256, dtype=torch.bool)}
+DOCUMENTS = {"causal": True, "document_ids": torch.ones(2, 256, dtype=torch.long)}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [PADDING, DOCUMENTS, {"window": 9}, {"causal": True, "window": 9}, DOCUMENTS | {"grad": True},
+     {"causal": True, "N": 130}, PADDING | {"N": 1}, PADDING | {"N": 32}],
+    ids=str,
+)  # fmt: skip
+def test_masks_that_torch_would_need_in_memory(case, monkeypatch):
+    assert softmax_choice(monkeypatch, **case) == "triton"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [{}, {"causal": True}, {"causal": True, "N": 1}, {"N": 64}, PADDING | {"N": 127, "G": 1},
+     PADDING | {"N": 1, "grad": True}, {"N": 1, "window": 9}, {"N": 300, "window": 9},
+     PADDING | {"dtype": torch.float32}],
+    ids=str,
+)  # fmt: skip
+def test_masks_that_torch_has_kernels_for(case, monkeypatch):
+    assert softmax_choice(monkeypatch, **case) == "sdpa"

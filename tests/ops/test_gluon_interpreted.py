@@ -85,6 +85,17 @@ def test_one_map_with_every_mask(name):
     check_softmax(65, 197, 2, 1, width, masks(197, "cpu")[name], seed=index)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_between_the_ends_of_a_range_may_be_unwritten(causal):
+    """A document in two parts has another one between them: the range of its keys includes those of
+    the other, whose dS is written for other queries only."""
+    documents = torch.tensor([0] * 290 + [1] * 300 + [0] * 50).repeat(BATCH, 1)
+    documents[1] = documents[0].roll(100)
+    mask = AttentionMask(causal=causal, document_ids=documents)
+    check_softmax(640, 640, 1, 1, 64, mask)
+    check_here(640, 640, 1, 1, SMALL, mask, num_largest=FEW)
+
+
 @pytest.mark.parametrize("name", MASKS)
 def test_every_mask(name):
     index = MASKS.index(name)

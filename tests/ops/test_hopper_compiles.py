@@ -26,7 +26,7 @@ def layout(rank, swizzle=128, bits=16):
 LOOKS = {"window": "i32", "prefix": "*i32", "documents": "*i64", "padding": "*i1", "ranges": "*i32"}
 
 
-def compiled(kernel, dtype, D, E, *, keys=64, looked_up=False, **constants):
+def compiled(kernel, dtype, D, E, *, keys=64, looked_up=False, num_maps=2, **constants):
     from triton.backends.compiler import GPUTarget
 
     types = {
@@ -45,6 +45,9 @@ def compiled(kernel, dtype, D, E, *, keys=64, looked_up=False, **constants):
         types |= LOOKS
     else:
         constants |= dict.fromkeys(LOOKS)
+    constants["NUM_MAPS"] = num_maps
+    if num_maps == 1:
+        constants |= {"lam": None, "second": None}
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
     aligned = {
@@ -57,26 +60,26 @@ def compiled(kernel, dtype, D, E, *, keys=64, looked_up=False, **constants):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
 
 
-def key_kernel(dtype, widths, *, causal, looked_up=False, **grouped):
+def key_kernel(dtype, widths, *, causal, looked_up=False, num_maps=2, **grouped):
     from diffmm.ops.diff_attention.triton.hopper.backward import kernels_of_keys, num_stages
 
     D, E, C = widths
     keys = kernels_of_keys(D, E, C)
-    stages = num_stages(keys.KEYS.value, D, E, C)
+    stages = num_stages(keys.KEYS.value, D, E, C, num_maps)
     return compiled(
-        keys.key_kernel, dtype, D, E, looked_up=looked_up, C=C, CAUSAL=causal,
+        keys.key_kernel, dtype, D, E, looked_up=looked_up, num_maps=num_maps, C=C, CAUSAL=causal,
         FOLDED=causal and not looked_up, STAGES=stages, **grouped,
     )  # fmt: skip
 
 
-def forward_kernel(dtype, widths, *, causal, looked_up=False):
+def forward_kernel(dtype, widths, *, causal, looked_up=False, num_maps=2):
     from diffmm.ops.diff_attention.triton.hopper.forward import _forward_kernel, keys_and_stages
 
     D, E, C = widths
     keys, stages = keys_and_stages(D, E, C)
     return compiled(
-        _forward_kernel, dtype, D, E, keys=keys, looked_up=looked_up, C=C, CAUSAL=causal,
-        STAGES=stages,
+        _forward_kernel, dtype, D, E, keys=keys, looked_up=looked_up, num_maps=num_maps, C=C,
+        CAUSAL=causal, STAGES=stages,
     )  # fmt: skip
 
 
@@ -98,6 +101,7 @@ def check(kernel, folder, most_bytes):
 
 
 WIDE, V2, V1 = (128, 256, 2), (128, 128, 1), (64, 128, 2)  # D, E, C
+MOST_OF_ONE_MAP = {False: (0, 0), True: (96, 200)}  # of the key kernel and the forward kernel
 OTHERS = [(64, 64, 1), (64, 64, 2), (128, 128, 2), (128, 256, 1), (64, 256, 2), (128, 64, 1)]
 
 
@@ -129,3 +133,15 @@ def test_looked_up_masks(widths, most, forward, tmp_path):
     check(key_kernel("bf16", widths, causal=True, looked_up=True), tmp_path, most)
     if forward is not None:
         check(forward_kernel("bf16", widths, causal=True, looked_up=True), tmp_path, forward)
+
+
+@pytest.mark.parametrize("looked_up", [False, True])
+@pytest.mark.parametrize("width", [64, 128])
+def test_one_map(width, looked_up, tmp_path):
+    """Of softmax attention."""
+    settings = {"causal": True, "looked_up": looked_up, "num_maps": 1}
+    most, most_forward = MOST_OF_ONE_MAP[looked_up]
+    for grouped in ({}, {"heads_per_group": 1}):
+        check(key_kernel("bf16", (width, width, 1), **settings, **grouped), tmp_path, most)
+    if width == 128:
+        check(forward_kernel("bf16", (width, width, 1), **settings), tmp_path, most_forward)

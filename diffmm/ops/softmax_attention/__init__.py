@@ -33,13 +33,21 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 
 
 def choose_backend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> str:
-    """The backend that `"auto"` selects for these tensors: `"triton"` for decoding (no gradients,
-    fewer queries than keys, at most 64 queries per key group) with a mask that has tensors, on
-    Hopper GPUs in 16-bit precision; otherwise `"sdpa"`, whose kernels split few keys among few
-    multiprocessors if there is a mask in memory."""
+    """The backend that `"auto"` selects for these tensors.
+
+    torch's kernels (`"sdpa"`) support full masks, and causal ones with as many queries as keys, as
+    flags; any other mask is a tensor of `N * M` booleans for them, which takes them at least twice
+    the time of a causal one and skips nothing. For such a mask, `"triton"` is selected on Hopper
+    GPUs, in bfloat16 or float16 and with a head dimension of 32 to 128: for 128 or more queries,
+    and for decoding (no gradients, fewer queries than keys, at most 64 queries per key group) if
+    the mask has tensors.
+    """
     (N, H), (M, G) = q.shape[1:3], k.shape[1:3]
+    is_flag = mask.is_full or (mask.is_causal and N in (1, M))
+    if is_flag or N > M or not is_for_hopper(q, v, scale):
+        return "sdpa"
     decodes = N < M and N * H <= 64 * G and not torch.is_grad_enabled()
-    return "triton" if mask.per_sample and decodes and is_for_hopper(q, v, scale) else "sdpa"
+    return "triton" if N >= 128 or (decodes and mask.per_sample) else "sdpa"
 
 
 def softmax_attention(

@@ -22,7 +22,7 @@ from diffmm.ops.diff_attention.triton.hopper.common import (
     gluon_describe,
     scratch_place,
 )
-from diffmm.ops.diff_attention.triton.masking import KernelMask, key_bounds
+from diffmm.ops.diff_attention.triton.masking import KernelMask, key_bounds, query_bounds
 from diffmm.ops.diff_attention.triton.tiles import UNSPECIALIZED, cdiv, describe, pad
 
 SCRATCH_BYTES = 9 << 28  # a causal head of 32,768 tokens
@@ -31,14 +31,17 @@ _MOST_HEADS = 65535  # maximum per launch, counting each component as a head
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "first_head", "first_tile", "num_tiles"])
 def _query_kernel(
-    ds_desc, k_desc, dq, partial, window, prefix, ranges, N, M, H, heads_per_group, first_head,
-    first_tile, num_tiles, scale,
-    CAUSAL: tl.constexpr, FOLDED: tl.constexpr, NUM_MAPS: tl.constexpr, C: tl.constexpr,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    ds_desc, k_desc, dq, partial, window, prefix, ranges, written, N, M, H, heads_per_group,
+    first_head, first_tile, num_tiles, scale,
+    CAUSAL: tl.constexpr, FOLDED: tl.constexpr, LOOKED_UP: tl.constexpr, NUM_MAPS: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute `dQ = dS K` for a tile of one component's queries over the keys of this band.
 
-    If there are several bands, `partial` accumulates the sum.
+    If there are several bands, `partial` accumulates the sum. Between its ends, the range of keys
+    of a tile may include keys that the tile does not attend to, and whose dS was therefore not
+    written: `written` has the queries of each tile of `KEYS` keys.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0) if CAUSAL else tl.program_id(0)
     n0 = tile * BLOCK_N
@@ -49,6 +52,8 @@ def _query_kernel(
         prefix += batch
     if ranges is not None:
         ranges += (batch * tl.num_programs(0) + tile) * 2
+    if written is not None:
+        written += batch * tl.cdiv(M, KEYS) * 2
     low, _, _, high = key_bounds(n0, N, M, window, prefix, ranges, CAUSAL, BLOCK_N, BLOCK_M)
     first_key = first_tile * BLOCK_M
     low, high = tl.maximum(low, first_key), tl.minimum(high, first_key + num_tiles * BLOCK_M)
@@ -58,6 +63,13 @@ def _query_kernel(
     for m0 in range(low, high, BLOCK_M):
         row, shift = scratch_place((m0 - first_key) // BLOCK_M, num_tiles, FOLDED)
         ds = ds_desc.load([(top + row) * BLOCK_M, n0 + shift])
+        if LOOKED_UP:
+            own = written
+            if written is not None:
+                own += m0 // KEYS * 2
+            begin, _, _, end = query_bounds(m0, N, M, window, prefix, own, CAUSAL, BLOCK_M, BLOCK_M)
+            is_written = (begin < end) & (n0 + BLOCK_N > begin) & (n0 < end)
+            ds = tl.where(is_written, ds, 0.0)
         k = k_desc.load([batch, m0, group, component if C == 2 else 0, 0])
         acc = tl.dot(ds.T, k.reshape(BLOCK_M, BLOCK_D), acc)
     n, dims = n0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -137,8 +149,6 @@ def gradients(
             partial = rows.new_zeros(count * maps_per_group, N, D)
         for tile in range(0, num_tiles, band):
             tiles = min(band, num_tiles - tile)
-            if looked_up:  # The two kernels may skip different empty tiles.
-                scratch.zero_()
             keys.key_kernel[(tiles // tiles_at_once, count)](
                 *inputs, dk, dv, mask.window, mask.prefix, mask.documents, mask.padding,
                 query_ranges, N, M, H, heads_per_group, pair, tile, tiles, units,
@@ -146,9 +156,10 @@ def gradients(
                 BLOCK_D=block_d, BLOCK_E=block_e, STAGES=stages, num_warps=4,
             )  # fmt: skip
             _query_kernel[(num_query_tiles, count * maps_per_group)](
-                *read_back, dq, partial, mask.window, mask.prefix, key_ranges, N, M, H,
-                heads_per_group, pair * heads_per_group, tile, tiles, units, CAUSAL=mask.causal,
-                FOLDED=folded, NUM_MAPS=num_maps, C=C, D=D, BLOCK_N=span, BLOCK_M=block,
-                BLOCK_D=block_d, num_warps=8, num_stages=4,
+                *read_back, dq, partial, mask.window, mask.prefix, key_ranges, query_ranges, N, M,
+                H, heads_per_group, pair * heads_per_group, tile, tiles, units, CAUSAL=mask.causal,
+                FOLDED=folded, LOOKED_UP=looked_up, NUM_MAPS=num_maps, C=C, D=D,
+                KEYS=keys.KEYS.value, BLOCK_N=span, BLOCK_M=block, BLOCK_D=block_d, num_warps=8,
+                num_stages=4,
             )  # fmt: skip
     return dq, dk, dv
