@@ -1,6 +1,9 @@
 """Time, rate and memory of one attention op: differential attention and softmax attention.
 
     python -m benchmarks.attention [--only d64] [--more] [--out FOLDER]
+    python -m benchmarks.attention --choose [--lengths 1024,4096] [--widths 64]
+
+With `--choose`, see `benchmarks.attention_choice`. Otherwise:
 
 On one GPU in one run, for every shape: softmax attention by cuDNN and by torch's flash kernel with
 the same number of query heads; v1 and v2 with the backends `sdpa` and `triton`, and with two plain
@@ -23,6 +26,7 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.attention_choice import choose
 from benchmarks.sdpa_composition import two_calls
 from benchmarks.timing import host_ms, median_ms
 from diffmm.ops import AttentionMask, diff_attention
@@ -163,10 +167,25 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only shapes whose names start with this")
     parser.add_argument("--more", action="store_true", help="also the shapes behind choose_backend")
     parser.add_argument("--out", type=Path, help="folder for attention.json")
+    parser.add_argument("--choose", action="store_true", help="the faster backend on this GPU")
+    parser.add_argument("--lengths", default="256,1024,4096,16384", help="for --choose")
+    parser.add_argument("--widths", default="64,128", help="head dimensions, for --choose")
     options = parser.parse_args()
     torch._dynamo.config.cache_size_limit = 64
+    if not torch.cuda.is_available():
+        raise SystemExit("this needs a CUDA device")
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Triton {triton.__version__}")
+    if options.choose:
+        lengths, widths = (
+            [int(number) for number in each.split(",")]
+            for each in (options.lengths, options.widths)
+        )
+        times = choose(lengths, widths)
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "choice.json").write_text(json.dumps([asdict(t) for t in times]))
+        return
     rows: list[Row] = []
     shapes = SHAPES + MORE_SHAPES * options.more
     for shape in (s for s in shapes if s.name.startswith(options.only)):

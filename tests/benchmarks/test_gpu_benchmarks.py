@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import decode, train_step
-from diffmm.ops import AttentionMask, diff_attention
+from diffmm.ops import AttentionMask, diff_attention, softmax_attention
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
@@ -82,3 +82,58 @@ def test_every_shape_of_attention_is_compiled_for_itself(kind, monkeypatch):
 def test_unknown_models_are_named(benchmark):
     with pytest.raises(SystemExit, match="there is no 'softmx': choose from .*softmax"):
         benchmark.main(["--smoke", "--models", "softmx"])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", ["causal", "documents", "window", "prefix", "padding", "full"])
+def test_flex_attention_is_compared_with_the_same_mask(name):
+    from benchmarks.attention_choice import flex, make_mask
+
+    mask = make_mask(name, 2, 64, "cpu")
+    q, k, v = (torch.randn(2, 64, 2, 16) for _ in "qkv")
+    found = flex(q, k, v, mask=mask)
+    torch.testing.assert_close(found, softmax_attention(q, k, v, mask=mask), rtol=1e-4, atol=1e-5)
+
+
+def test_advice_names_the_lengths_where_auto_is_slower():
+    from benchmarks.attention_choice import Time, advice, line_of
+
+    def times(length, sdpa, triton, auto):
+        return [
+            Time("v1", "window", 64, length, by, ms, by == auto)
+            for by, ms in (("sdpa", sdpa), ("triton", triton), ("flex", 0.1))
+        ]
+
+    fine = [*times(256, 1.0, 2.0, "sdpa"), *times(512, 1.0, 1.04, "triton")]
+    assert advice(fine) == []
+    assert advice([*fine, *times(1024, 2.0, 1.0, "sdpa"), *times(4096, 3.0, 1.0, "sdpa")]) == [
+        "v1 with heads of 64 and a window mask: backend: triton for lengths of about 1024, 4096"
+    ]
+    assert line_of(times(256, 1.0, 2.0, "sdpa"), 0.5) == (
+        "v1       window     d64      256  sdpa* 1.000 ms (2.00)  triton 2.000 ms (4.00)  "
+        "flex 0.100 ms (0.20)"
+    )
+
+
+@pytest.mark.slow
+def test_fit_beside_the_bare_step(tmp_path, capsys):
+    from benchmarks import fit
+
+    arguments = ["--smoke", "--only", "text42m,vit", "--attentions", "diff_v2", "--steps", "3"]
+    fit.main([*arguments, "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "fit.json").read_text())
+    assert [(row["case"], row["way"]) for row in rows] == [
+        (case, way) for case in ("text42m", "vit") for way in ("fit", "graph", "outside")
+    ]
+    assert all(row["rate"] > 0 and row["ratio"] > 0 for row in rows)
+    assert "failed" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_generation(tmp_path):
+    from benchmarks import generation
+
+    generation.main(["--smoke", "--models", "v1", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "generation.json").read_text())
+    assert [row["way"] for row in rows] == ["step", "generate", "uncompiled", "prompt", "forward"]
+    assert all(row["ms"] > 0 for row in rows)
