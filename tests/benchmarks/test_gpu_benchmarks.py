@@ -119,13 +119,13 @@ def test_advice_names_the_lengths_where_auto_is_slower():
 def test_fit_beside_the_bare_step(tmp_path, capsys):
     from benchmarks import fit
 
-    arguments = ["--smoke", "--only", "text42m,vit", "--attentions", "diff_v2", "--steps", "3"]
-    fit.main([*arguments, "--out", str(tmp_path)])
+    arguments = ["--smoke", "--attentions", "diff_v2", "--steps", "3", "--out", str(tmp_path)]
+    fit.main([*arguments, "--only", "text42m", "--ways", "fit,graph"])
     rows = json.loads((tmp_path / "fit.json").read_text())
-    assert [(row["case"], row["way"]) for row in rows] == [
-        (case, way) for case in ("text42m", "vit") for way in ("fit", "graph", "outside")
-    ]
-    assert all(row["rate"] > 0 and row["ratio"] > 0 for row in rows)
+    assert [row["way"] for row in rows] == ["fit", "graph"]
+    fit.main([*arguments, "--only", "vit", "--ways", "outside"])
+    rows += json.loads((tmp_path / "fit.json").read_text())
+    assert all(row["rate"] > 0 for row in rows)
     assert "failed" not in capsys.readouterr().out
 
 
