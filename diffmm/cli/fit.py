@@ -25,6 +25,7 @@ from diffmm.runs.claims import claimed
 from diffmm.runs.directories import (
     config_text,
     find_run,
+    named_run,
     new_run,
     run_name,
     same_run,
@@ -53,7 +54,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if verb == "fit" and options.allow_changed_data and options.resume is None:
         raise InputError("--allow-changed-data is for resumed runs: it needs --resume")
     if verb == "fit" and options.resume not in (None, AUTO):
-        if recipe or options.name or options.run_dir or options.data:
+        if any(given is not None for given in (recipe, options.name, options.run_dir, options.data)):
             raise InputError(
                 "--resume resumes a run as it was: it takes no recipe, data or name. A new "
                 "run from its weights is `diffmm finetune`"
@@ -66,6 +67,8 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if recipe is None:
         raise InputError(f"diffmm {verb} needs --config RECIPE (diffmm recipes lists them)")
     paths = [find_recipe(name) for name in options.config]
+    if options.name is not None:
+        named_run(recipe, options.name)  # so that a bad name is refused before anything is read
     values = recipe_values(
         paths,
         overrides,

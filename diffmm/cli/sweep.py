@@ -14,7 +14,7 @@ from diffmm.cli.options import add_data_option
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError, warn
 from diffmm.recipes.settings import load, split_overrides
-from diffmm.runs.directories import RUNS, run_name
+from diffmm.runs.directories import given_directory, named_run
 from diffmm.runs.sweeps import (
     Combination,
     combinations,
@@ -71,8 +71,12 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     runs = combinations(pairs)
     for one in runs:
         load(paths, one.arguments)  # mistakes are reported before anything is trained
-    name = options.name or sweep_name(pairs)
-    folder = Path(options.sweep_dir or RUNS / run_name(options.config[-1]) / name)
+    name = sweep_name(pairs) if options.name is None else options.name
+    folder = (
+        named_run(options.config[-1], name)
+        if options.sweep_dir is None
+        else given_directory("--sweep_dir", options.sweep_dir)
+    )
     commands = [command(options.config, options.data, folder, one) for one in runs]
     if options.slurm is not None:
         return write_script(options.slurm, folder, commands, arguments)

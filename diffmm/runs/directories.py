@@ -29,6 +29,33 @@ def run_name(recipe: str) -> str:
     return path.resolve().parent.parent.name if is_saved else path.stem
 
 
+def named_run(recipe: str, name: str) -> Path:
+    """The directory of a run, or of a sweep, with this name: `runs/<recipe>/<name>`.
+
+    Raises:
+        InputError: If the name is empty, or its directory would be outside of `runs/<recipe>`.
+    """
+    folder = RUNS / run_name(recipe)
+    parts = name.split("/")
+    if Path(name).is_absolute() or any(part.strip() in ("", ".", "..") for part in parts):
+        raise InputError(
+            f"--name must be the name of a folder in {folder}, such as first or first/second, got "
+            f"{name!r}; for another directory, give --run_dir (diffmm sweep: --sweep_dir)"
+        )
+    return folder / name
+
+
+def given_directory(option: str, directory: str) -> Path:
+    """The directory that an option gives.
+
+    Raises:
+        InputError: If it is empty.
+    """
+    if not directory.strip():
+        raise InputError(f"{option} must be a directory, got {directory!r}")
+    return Path(directory)
+
+
 def new_run(recipe: str, name: str | None, directory: str | None) -> Path:
     """The directory of a new run, which is not created yet.
 
@@ -38,8 +65,8 @@ def new_run(recipe: str, name: str | None, directory: str | None) -> Path:
         directory: Directory of the run, instead of `runs/<recipe>/<name>`.
 
     Raises:
-        InputError: If the directory already holds a run, or if several processes would each choose
-            their own name.
+        InputError: If the directory already holds a run, its name is invalid, or several processes
+            would each choose their own name.
     """
     if name is None and directory is None and is_one_of_several():
         raise InputError(
@@ -47,9 +74,9 @@ def new_run(recipe: str, name: str | None, directory: str | None) -> Path:
             "--name NAME (with --resume auto, the same command resumes it)"
         )
     if directory is not None:
-        run = Path(directory)
+        run = given_directory("--run_dir", directory)
     elif name is not None:
-        run = RUNS / run_name(recipe) / name
+        run = named_run(recipe, name)
     else:
         start = run = RUNS / run_name(recipe) / time.strftime("%Y-%m-%d_%H-%M-%S")
         number = 1
@@ -100,10 +127,14 @@ def same_run(
     """The run of a recipe with exactly these values: the named one, or the latest.
 
     Raises:
-        InputError: If the named one has other values.
+        InputError: If the named one has other values, or the name is invalid.
     """
     if name is not None or directory is not None:
-        named = Path(directory) if directory is not None else RUNS / run_name(recipe) / str(name)
+        named = (
+            given_directory("--run_dir", directory)
+            if directory is not None
+            else named_run(recipe, str(name))
+        )
         if not (named / CONFIG_NAME).is_file():
             return None
         if load_file(named / CONFIG_NAME) != values:

@@ -58,6 +58,15 @@ def test_the_curves_of_a_resumed_run_are_one(tmp_path):
     assert curves["b"] == [(7, 5)]
 
 
+def test_a_runs_numbers_are_its_own(run):
+    write_run(Path("runs/base"), log=False)
+    write_run(Path("runs/base/lr3"))
+    assert read_curves(Path("runs/base")) == {}
+    assert read_curves(Path("runs/base/lr3"))["val/loss"] == [(4, 1.5), (8, 1.75)]
+    result = run("compare", "runs/base")
+    assert "runs/base has no metrics in a CSV file" in result.err
+
+
 def test_what_is_no_number_and_a_line_that_is_cut_off(tmp_path):
     write_log(tmp_path, 0, [{"step": 0, "a": "nan"}, {"step": 1, "a": 2}, {"step": 2, "a": "x"}])
     path = tmp_path / "csv" / "version_0" / "metrics.csv"
