@@ -11,7 +11,7 @@ from diffmm.checkpoint_folders import write_text
 from diffmm.recipes.errors import InputError, warn
 
 if TYPE_CHECKING:
-    from diffmm.runs.summaries import Summary
+    from diffmm.runs.summaries import Best, Summary
 
 DESCRIPTION = """Print the settings in which runs differ, and for each run the best and the last
 value of every validation metric, the number of parameters and the speed. A resumed run is one run,
@@ -110,13 +110,21 @@ def rows_of(runs: Sequence["Summary"]) -> tuple[list[str], list[list[str]]]:
         for metric in metrics:
             best = run.best(metric)
             row += (
-                [f"{best.value:.4g}", f"{best.step:,}", f"{best.last:.4g}"] if best else ["-"] * 3
+                [f"{best.value:.4g}", f"{best.step:,}", last_text(best, run.steps)]
+                if best
+                else ["-"] * 3
             )
         size = run.num_parameters
         row += [f"{run.steps:,}", "-" if size is None else f"{size:,}"]
         row += [f"{run.speed[1]:,.0f}" if run.speed and run.speed[0] == u else "-" for u in units]
         rows.append(row)
     return head, rows
+
+
+def last_text(best: "Best", steps: int) -> str:
+    """The last value of a metric, with its step if the run has made more steps since."""
+    is_of_end = best.last_step == steps
+    return f"{best.last:.4g}" if is_of_end else f"{best.last:.4g} (step {best.last_step:,})"
 
 
 def text_table(runs: Sequence["Summary"]) -> str:
@@ -145,14 +153,18 @@ def write_csv(runs: Sequence["Summary"], path: Path) -> None:
     settings, metrics = differing(runs), metrics_of(runs)
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    parts = [part for m in metrics for part in (f"{m} best", f"{m} best step", f"{m} last")]
+    parts = [
+        part
+        for m in metrics
+        for part in (f"{m} best", f"{m} best step", f"{m} last", f"{m} last step")
+    ]
     units = dict.fromkeys(run.speed[0] for run in runs if run.speed)
     writer.writerow(["run", *settings, *parts, "steps", "parameters", *units])
     for run in runs:
         row: list[Any] = [run.path, *(shown(run, setting) for setting in settings)]
         for metric in metrics:
             best = run.best(metric)
-            row += [best.value, best.step, best.last] if best else ["", "", ""]
+            row += [best.value, best.step, best.last, best.last_step] if best else [""] * 4
         row += [run.steps, "" if run.num_parameters is None else run.num_parameters]
         row += [run.speed[1] if run.speed and run.speed[0] == unit else "" for unit in units]
         writer.writerow(row)

@@ -54,7 +54,9 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if verb == "fit" and options.allow_changed_data and options.resume is None:
         raise InputError("--allow-changed-data is for resumed runs: it needs --resume")
     if verb == "fit" and options.resume not in (None, AUTO):
-        if any(given is not None for given in (recipe, options.name, options.run_dir, options.data)):
+        if any(
+            given is not None for given in (recipe, options.name, options.run_dir, options.data)
+        ):
             raise InputError(
                 "--resume resumes a run as it was: it takes no recipe, data or name. A new "
                 "run from its weights is `diffmm finetune`"
@@ -250,6 +252,7 @@ def train(
     from diffmm.recipes.out_of_memory import advice, is_out_of_memory
     from diffmm.recipes.trainer import RecipeCLI, refusing_before_training
     from diffmm.runs.saving import ConfigSaver
+    from diffmm.training.last_validation import LastValidation
     from diffmm.training.progress import show_progress
     from diffmm.training.resilience.checkpoints import NonFiniteWeightsError, SaveFailedError
     from diffmm.training.resilience.non_finite import TooManyNonFiniteStepsError
@@ -265,6 +268,7 @@ def train(
     show_progress(trainer, is_terminal=sys.stdout.isatty())
     if is_new or longer is not None:
         trainer.callbacks.insert(0, ConfigSaver(run_dir, comment, values))
+    trainer.callbacks.insert(0, LastValidation())
     first_step = step_of(checkpoint)
     line = longer and outlook(cli.model, trainer, longer.schedule, first_step)
     code, message = 0, ""

@@ -331,7 +331,9 @@ def test_resume_takes_a_run_as_it_was(run):
     assert mistake.startswith("--resume resumes a run as it was")
 
 
-@pytest.mark.parametrize("name", ["", " ", ".", "..", "../../../x", "a/../../x", "/tmp/x", "a//b", "a/"])
+@pytest.mark.parametrize(
+    "name", ["", " ", ".", "..", "../../../x", "a/../../x", "/tmp/x", "a//b", "a/"]
+)
 @pytest.mark.parametrize("command", ["fit", "fit --resume auto", "sweep"])
 def test_a_name_that_is_no_folder_of_the_recipes_runs(command, name, run):
     values = "0,1" if command == "sweep" else "0"

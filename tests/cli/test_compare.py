@@ -125,6 +125,17 @@ def test_the_table(run, tmp_path):
     assert "diffmm: warning: c has no metrics in a CSV file" in result.err
 
 
+def test_a_last_value_that_is_not_of_the_last_step_says_so(run):
+    path = write_run(Path("a"))
+    write_log(path, 1, [{"step": 11, "train/loss": 0.5}])
+    result = run("compare", "a", "--csv", "a.csv")
+    row = re.split(r"\s{2,}", result.out.splitlines()[2])
+    assert row[1:8] == ["0.5", "4", "0.25 (step 8)", "1.5", "4", "1.75 (step 8)", "12"]
+    with open("a.csv", newline="") as file:
+        (values,) = csv.DictReader(file)
+    assert values["val/accuracy last step"] == "8"
+
+
 def test_the_table_as_csv(run):
     write_run(Path("runs/a"), {"vars.seed": 3})
     write_run(Path("runs/b"))
