@@ -24,7 +24,7 @@ from diffmm.models.description import build, configured, describe, unwrap
 from diffmm.models.job import Job, text_reader
 from diffmm.renamed import weights_with_new_names, with_new_names
 
-__all__ = ["build", "describe", "load_model", "load_weights", "save_model"]
+__all__ = ["build", "describe", "load_job", "load_model", "load_weights", "save_model"]
 
 DESCRIPTION_KEY = "model"
 """Key of the model's description in a checkpoint or in the safetensors metadata."""
@@ -108,6 +108,20 @@ def load_model(path: str | Path) -> nn.Module:
     _fill(model, weights, set(), file)
     model.job = _job(job, model, file)  # type: ignore[assignment]
     return model.eval()
+
+
+def load_job(path: str | Path) -> Job | None:
+    """Read the job of the model in a file; `None` if the file has none.
+
+    Args:
+        path: As in `load_model`.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file cannot be read, or its job is invalid.
+    """
+    file = _find(path)
+    return _job(_read(file).job, None, file)
 
 
 def load_weights(model: nn.Module, path: str | Path, *, skip_head: bool = False) -> list[str]:
@@ -203,7 +217,7 @@ def _job_values(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
     return checkpoint.get(JOB_KEY)
 
 
-def _job(values: dict[str, Any] | None, model: nn.Module, file: Path) -> Job | None:
+def _job(values: dict[str, Any] | None, model: nn.Module | None, file: Path) -> Job | None:
     if values is None:
         return None
     try:
