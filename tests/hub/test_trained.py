@@ -80,6 +80,25 @@ def test_a_file_a_picture_and_an_array_are_the_same_to_it(there, trained):
     assert "transparency" not in picture.info
 
 
+def test_timm_prepares_images_as_the_run_did(there, trained, tmp_path):
+    from timm.data import create_transform, resolve_model_data_config
+
+    trained.save(tmp_path / "saved")
+    array = np.random.default_rng(0).integers(0, 256, (20, 13), np.uint8)
+    expected = trained.reader.read(array)["images"]
+    for model in (trained.model, diffmm.load(tmp_path / "saved").model):
+        found = resolve_model_data_config(model)
+        assert found["input_size"] == (1, 8, 8)
+        assert (found["mean"], found["std"], found["crop_pct"]) == ((0.305,), (0.376,), 1.0)
+        assert model.default_cfg == model.pretrained_cfg
+        prepared = create_transform(**found, is_training=False)(Image.fromarray(array))
+        torch.testing.assert_close(prepared, expected)
+    model.reset_classifier(3)
+    assert (model.pretrained_cfg["mean"], model.pretrained_cfg["num_classes"]) == ((0.305,), 3)
+    model.job = None
+    assert "mean" not in model.pretrained_cfg
+
+
 def test_lists_and_folders_are_predicted_in_order(there, trained):
     files = files_of("digits/3")
     of_folder = trained.predict("digits/3", batch_size=5)
