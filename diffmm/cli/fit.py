@@ -18,7 +18,7 @@ from diffmm.cli.options import (
 )
 from diffmm.recipes.catalog import find_recipe, header
 from diffmm.recipes.errors import InputError, RunFailedError, refusing, warn
-from diffmm.recipes.lengths import Longer, lengthened, outlook, step_of
+from diffmm.recipes.lengths import Longer, epoch_of, lengthened, outlook, step_of
 from diffmm.recipes.settings import load, override
 from diffmm.recipes.trust import add_trust_option
 from diffmm.runs.claims import claimed
@@ -141,7 +141,7 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
             "--resume",
             metavar="RUN",
             help="resume the run in this directory from its newest complete checkpoint (for "
-            "longer, add --trainer.max_steps N); 'auto': resume the run with these settings (the "
+            "longer, add --trainer.max_steps N or --trainer.max_epochs N); 'auto': resume the run with these settings (the "
             "latest, or that of --name or --run_dir), or start it",
         )
     else:
@@ -270,7 +270,8 @@ def train(
         trainer.callbacks.insert(0, ConfigSaver(run_dir, comment, values))
     trainer.callbacks.insert(0, LastValidation())
     first_step = step_of(checkpoint)
-    line = longer and outlook(cli.model, trainer, longer.schedule, first_step)
+    epoch = epoch_of(checkpoint)
+    line = longer and outlook(cli.model, trainer, longer.schedule, first_step, epoch=epoch)
     code, message = 0, ""
     try:
         with (
@@ -311,7 +312,7 @@ def ending(trainer: Any, run_dir: Path, *, is_resumed: bool, since: int) -> str:
         return f"run: {run_dir}, which a callback ended after step {step}: it cannot be resumed"
     return (
         f"run: {run_dir}, which is finished after step {step}: to train for longer, add "
-        f"--trainer.max_steps N (or max_epochs)"
+        f"--trainer.max_steps N (or --trainer.max_epochs N)"
     )
 
 
