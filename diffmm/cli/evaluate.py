@@ -15,13 +15,10 @@ from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError, refusing
 from diffmm.recipes.settings import load, merge
 from diffmm.recipes.trust import add_trust_option
-from diffmm.runs.directories import CONFIG_NAME
+from diffmm.runs.directories import CONFIG_NAME, config_around
 
 QUIET = {"trainer": {"logger": False, "enable_checkpointing": False}}
 """Settings with which an evaluation writes nothing except its result."""
-
-DEPTH = 3
-"""Maximum number of folders from a checkpoint's file up to the run's config."""
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
@@ -119,10 +116,9 @@ def recipe_values(
     """
     if config:
         return load([find_recipe(name) for name in config], overrides)
-    path = Path(weights).absolute()
-    for folder in (path, *list(path.parents)[:DEPTH]):
-        if (folder / CONFIG_NAME).is_file():
-            return load([folder / CONFIG_NAME], overrides)
+    path = Path(weights)
+    if (saved := config_around(path)) is not None:
+        return load([saved], overrides)
     if not path.exists():
         raise InputError(f"there is no file of weights at {weights}")
     raise InputError(

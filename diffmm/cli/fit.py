@@ -141,8 +141,8 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
             "--resume",
             metavar="RUN",
             help="resume the run in this directory from its newest complete checkpoint (for "
-            "longer, add --trainer.max_steps N or --trainer.max_epochs N); 'auto': resume the run with these settings (the "
-            "latest, or that of --name or --run_dir), or start it",
+            "longer, add --trainer.max_steps N or --trainer.max_epochs N); 'auto': resume the run "
+            "with these settings (the latest, or that of --name or --run_dir), or start it",
         )
     else:
         parser.add_argument(

@@ -13,6 +13,7 @@ from diffmm.cli.prediction_files import WRITERS, check_output, writing
 from diffmm.recipes.errors import InputError, message_of, refusing, warn
 from diffmm.recipes.settings import merge
 from diffmm.recipes.trust import add_trust_option
+from diffmm.runs.directories import import_modules_of_run
 
 if TYPE_CHECKING:
     from diffmm.hub.predictions import Prediction
@@ -177,6 +178,8 @@ def loaded(
     from diffmm.hub.trained import load
 
     state = find_state(Path(weights), warn=warn)
+    if options.trust:
+        import_modules_of_run(state)
     trained = load(state, device=device)
     if not options.config:
         return trained

@@ -57,7 +57,10 @@ def load(
     '7'
     """
     file = find_state(Path(path))
-    model = load_model(file)
+    try:
+        model = load_model(file)
+    except ValueError as error:
+        raise ValueError(f"{error}{_missing_imports(file)}") from error
     job: Job = model.job or Job()  # type: ignore[assignment]
     if tokenizer is not None:
         if reader is not None:
@@ -70,6 +73,23 @@ def load(
     }
     job = replace(job, **{name: value for name, value in given.items() if value is not None})
     return TrainedModel(model.to(find_device(device)), job, origin=str(file))
+
+
+def _missing_imports(file: Path) -> str:
+    """A sentence on the modules that a file's run imports and this process has not; may be empty.
+    They are not imported here, because opening a file of weights must not run code."""
+    from diffmm.recipes.imports import not_imported
+    from diffmm.recipes.settings import load_file
+    from diffmm.runs.directories import config_around
+
+    config = config_around(file)
+    missing = [] if config is None else not_imported(load_file(config))
+    if not missing:
+        return ""
+    return (
+        f". The run's recipe imports {', '.join(missing)}: do so before (on the command line: "
+        f"--trust)"
+    )
 
 
 def find_device(name: str | torch.device) -> torch.device:

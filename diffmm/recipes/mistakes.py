@@ -18,6 +18,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from diffmm.checks import did_you_mean
 from diffmm.recipes.agreement import disagreements
 from diffmm.recipes.errors import message_of
+from diffmm.recipes.imports import import_modules
 from diffmm.recipes.numbers import wrong_numbers
 from diffmm.recipes.references import UNKNOWN, resolve, unused_variables
 from diffmm.recipes.settings import CLASS_KEYS
@@ -41,10 +42,11 @@ def find_mistakes(values: dict[str, Any], *, trust: bool = True) -> Findings:
 
     Args:
         values: Values of the recipe.
-        trust: Whether to import and call classes outside `diffmm.recipes.trust.KNOWN`; otherwise,
-            naming one is a mistake.
+        trust: Whether to import and call classes and modules outside `diffmm.recipes.trust.KNOWN`;
+            otherwise, naming one is a mistake.
     """
     resolved, mistakes = resolve(values)
+    mistakes += import_modules(resolved, trust=trust)
     mistakes += unused_variables(values)
     wrong, resolved = wrong_numbers(values, resolved)
     mistakes += wrong
@@ -218,7 +220,7 @@ class _Finder:
                 self.has_unknown_keys = True
 
 
-TOP = ("seed_everything", "vars", "run_dir", "trainer", "model", "data")
+TOP = ("seed_everything", "imports", "vars", "run_dir", "trainer", "model", "data")
 """The keys of a recipe."""
 
 

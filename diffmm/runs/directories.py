@@ -13,10 +13,14 @@ import yaml
 
 from diffmm.checkpoint_folders import find_state, write_text
 from diffmm.recipes.errors import InputError, refusing, warn
+from diffmm.recipes.imports import import_modules
 from diffmm.recipes.settings import load_file
 
 CONFIG_NAME = "config.yaml"
 RUNS = Path("runs")
+
+DEPTH = 3
+"""Maximum number of folders from a checkpoint's file up to the run's config."""
 
 
 def run_name(recipe: str) -> str:
@@ -119,6 +123,25 @@ def saved_config(run: Path) -> Path:
     if not config.is_file():
         raise InputError(f"{run} is not a run directory: there is no {config}")
     return config
+
+
+def config_around(path: Path) -> Path | None:
+    """The saved config of the run that a run, a checkpoint or another file of it belongs to; `None`
+    if there is none."""
+    whole = path.absolute()
+    places = (whole, *list(whole.parents)[:DEPTH])
+    return next((p / CONFIG_NAME for p in places if (p / CONFIG_NAME).is_file()), None)
+
+
+def import_modules_of_run(path: Path) -> None:
+    """Import the modules that the recipe of a run imports, given the run or a file of it.
+
+    Raises:
+        InputError: If one cannot be imported.
+    """
+    config = config_around(path)
+    if config is not None and (mistakes := import_modules(load_file(config), trust=True)):
+        raise InputError(*mistakes)
 
 
 def same_run(
