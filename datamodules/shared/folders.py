@@ -116,7 +116,8 @@ def held_out_samples(
     if not held_out:
         raise ValueError(
             f"the val split has no samples: val_fraction={fraction:g} of every class of {origin} "
-            f"is less than one sample; increase val_fraction or set val"
+            f"is less than one sample; increase --data.source.val_fraction or set "
+            f"--data.source.val"
         )
     train, val = (
         samples([paths[i] for i in indices], [labels[i] for i in indices])
