@@ -100,6 +100,7 @@ def run_command(line: str) -> None:
         ("docs/sounds.md", sounds),
         ("docs/text.md", texts),
         ("docs/load.md", stereo),
+        ("docs/python.md", photos),
         ("docs/compare.md", None),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
