@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datamodules.shared.files import check_file, list_files
+from datamodules.shared.files import check_file, list_files, loose_files
 from datamodules.shared.sources import Labelled, Splits
 from datamodules.shared.tables import SPLIT_NAMES
 from diffmm.checks import did_you_mean
@@ -121,6 +121,15 @@ def locate(path: str, noun: str, extensions: Sequence[str], given: Mapping[str, 
         raise ValueError(
             f"--data {path} has {how}: use one folder per class, or a CSV file with the columns "
             f"file and label (extensions of {noun}: {', '.join(extensions)})"
+        )
+    loose = loose_files(whole, extensions)
+    num_inside = len(list_files(whole, extensions)) - len(loose)
+    if loose and (len(folders) == 1 or len(loose) > num_inside):
+        names = ", ".join(sorted(folder.name for folder in folders)[:5])
+        raise ValueError(
+            f"--data {path} has {len(loose):,} {noun} that are in no folder (such as "
+            f"{loose[0].name}), and {num_inside:,} in folders ({names}): move them into one folder "
+            f"per class, or use a CSV file with the columns file and label"
         )
     return Located(False, {"train": str(whole)})
 

@@ -389,3 +389,27 @@ def test_the_advice_on_another_encoding_can_be_copied(run, tmp_path):
     command = ("fit", "--config", "text/stdlib_tiny", "--data", folder, *QUICK, *text)
     (mistake,) = run(*command).mistakes
     assert run(*command, *advised(mistake, "source.encoding")).code == 0
+
+
+def test_images_beside_the_folders_of_classes_are_not_ignored_silently(run, photos, caplog):
+    for number in range(3):
+        Image.new("RGB", (9, 9)).save(photos / f"loose {number}.png")
+    (photos / "notes.txt").write_text("no image")
+    for _ in range(2):
+        assert run("check", "image/digits_tiny", "--data", photos, *SMALL).code == 0
+    lines = [record.message for record in caplog.records if "no folder" in record.message]
+    assert lines == [
+        f"{photos} has 3 files that are in no folder of a class, such as loose 0.png: they are "
+        f"ignored"
+    ]
+
+
+def test_a_flat_folder_gets_the_right_advice(run, tmp_path):
+    write_images(tmp_path / "flat", 12)
+    write_images(tmp_path / "flat" / "old", 2)
+    (mistake,) = run("check", "image/digits_tiny", "--data", tmp_path / "flat").mistakes
+    assert mistake == (
+        f"--data {tmp_path / 'flat'} has 12 images that are in no folder (such as bild 0.png), and "
+        f"2 in folders (old): move them into one folder per class, or use a CSV file with the "
+        f"columns file and label"
+    )
