@@ -89,7 +89,7 @@ def test_a_sweep_trains_each_run_once_and_compares_them(run, recipe, launched):
     for name in names:
         config = yaml.safe_load((FOLDER / name / "config.yaml").read_text())
         assert f"seed={config['vars']['seed']},attention={config['vars']['attention']}" == name
-    table = result.out.splitlines()[-6:]
+    table = result.out.split("\n\n")[-3].splitlines()
     assert table[0].split()[:3] == ["run", "attention", "seed"]
     assert [line.split()[0] for line in table[2:]] == names
     # Finished runs are skipped, and new ones are trained.
