@@ -6,12 +6,13 @@ A datamodule that supports `--data` has a class method
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.files import check_file, list_files, loose_files
-from datamodules.shared.sources import Labelled, Splits
+from datamodules.shared.sources import EmptyClassesError, Labelled, Samples, Source, Splits
 from datamodules.shared.tables import SPLIT_NAMES
 from diffmm.checks import did_you_mean
 
@@ -194,6 +195,29 @@ def _columns(table: Path, given: Mapping[str, Any]) -> dict[str, str]:
     return columns
 
 
+def splits_of(source: Source[Samples], read: Callable[[Path], object]) -> Splits[Samples]:
+    """The splits of a source. If classes are empty, some files of the others are read as well, so
+    that one error names all faults.
+
+    Args:
+        source: The source.
+        read: Reads a file, or raises `BadSampleError`.
+
+    Raises:
+        FileNotFoundError, ValueError: As `Source.splits`.
+    """
+    try:
+        return source.splits()
+    except EmptyClassesError as error:
+        faults = []
+        for number in looked_at_numbers(len(error.paths), NUM_LOOKED_AT):
+            try:
+                read(error.paths[number])
+            except BadSampleError as fault:
+                faults.append(str(fault))
+        raise ValueError("; ".join([str(error), *faults])) from error
+
+
 def looked_at(samples: Labelled, count: int = NUM_LOOKED_AT) -> list[int]:
     """Indices of some samples, as in `looked_at_numbers`."""
     return looked_at_numbers(len(samples.labels), count)
@@ -201,6 +225,8 @@ def looked_at(samples: Labelled, count: int = NUM_LOOKED_AT) -> list[int]:
 
 def looked_at_numbers(total: int, count: int) -> list[int]:
     """At most `count` evenly spaced indices below `total`, including the first and the last."""
+    if not total:
+        return []
     return sorted({round(i * (total - 1) / max(1, count - 1)) for i in range(count)})
 
 

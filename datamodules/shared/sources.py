@@ -114,6 +114,19 @@ class Source(ABC, Generic[Samples]):
         """
 
 
+class EmptyClassesError(ValueError):
+    """Classes have no files.
+
+    Args:
+        message: Names the folders.
+        paths: The files of the other classes.
+    """
+
+    def __init__(self, message: str, paths: Sequence[Path]) -> None:
+        super().__init__(message)
+        self.paths = paths
+
+
 class ClassFolder(NamedTuple):
     """The files in `folder/<class name>/`, sorted by name."""
 
@@ -131,7 +144,8 @@ class ClassFolder(NamedTuple):
 
         Raises:
             FileNotFoundError: If `folder` is not a folder.
-            ValueError: If there are no classes, or a class has no files of `extensions`.
+            ValueError: If there are no classes.
+            EmptyClassesError: If classes have no files of `extensions`; the message names all.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -144,12 +158,19 @@ class ClassFolder(NamedTuple):
             raise ValueError(f"{folder} has no subfolders: each class needs one with its name")
         _report_loose(folder, tuple(extensions))
         classes = cls(sorted(folders), [], [])
+        empty = []
         for number, name in enumerate(classes.class_names):
             found = [path for part in folders[name] for path in list_files(part, extensions)]
             if not found:
-                raise ValueError(f"{folder / name} has no files ending in {', '.join(extensions)}")
+                empty.append(str(folder / name))
             classes.paths.extend(found)
             classes.labels.extend([(number,)] * len(found))
+        if empty:
+            raise EmptyClassesError(
+                f"{' and '.join(empty)} {'has' if len(empty) == 1 else 'have'} no files ending in "
+                f"{', '.join(extensions)}",
+                classes.paths,
+            )
         return classes
 
 
