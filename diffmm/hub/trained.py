@@ -5,13 +5,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from diffmm.batch import inputs_of
 from diffmm.checkpoint_folders import find_state
+from diffmm.checks import check_choice
 from diffmm.hub.predictions import OnError, Prediction, Predictor
 from diffmm.hub.readers import check_inputs, make_reader
 from diffmm.models.generation import stream
@@ -34,6 +35,7 @@ def load(
     class_names: Sequence[str] | None = None,
     multi_label: bool | None = None,
     tokenizer: str | None = None,
+    checkpoint: Literal["newest", "best"] = "newest",
 ) -> "TrainedModel":
     """Load a trained model with its task: `load(run).predict("cat.jpg")`.
 
@@ -46,17 +48,21 @@ def load(
         class_names: The names of the outputs; by default those of the file.
         multi_label: Whether an input may have any number of classes; by default as in the file.
         tokenizer: Name of a text model's tokenizer; by default that of the file.
+        checkpoint: Which checkpoint of a run to load: `"newest"`, that of its last save, or
+            `"best"`, that with the best value of the metric that its recipe monitors.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file cannot be read or does not describe its model, or the device does
-            not exist.
+        ValueError: If the file cannot be read or does not describe its model, the device does
+            not exist, or `checkpoint` is `"best"` for a path that is not a run with a monitored
+            metric.
 
     >>> trained = diffmm.load("runs/image/digits_tiny/first")
     >>> trained.predict("seven.png").label
     '7'
     """
-    file = find_state(Path(path))
+    check_choice("checkpoint", checkpoint, ("newest", "best"))
+    file = find_state(Path(path)) if checkpoint == "newest" else _best_state(Path(path))
     try:
         model = load_model(file)
     except ValueError as error:
@@ -73,6 +79,17 @@ def load(
     }
     job = replace(job, **{name: value for name, value in given.items() if value is not None})
     return TrainedModel(model.to(find_device(device)), job, origin=str(file))
+
+
+def _best_state(run: Path) -> Path:
+    """The state of the best checkpoint of a run."""
+    from diffmm.recipes.errors import InputError
+    from diffmm.runs.directories import best_state
+
+    try:
+        return best_state(run)
+    except InputError as error:
+        raise ValueError(str(error)) from error
 
 
 def _missing_imports(file: Path) -> str:
@@ -180,7 +197,18 @@ class TrainedModel:
         return self
 
     def save(self, path: str | Path) -> Path:
-        """Save weights, description and job as safetensors (see `diffmm.models.save_model`)."""
+        """Save weights, description and job as safetensors, to be read by `load`.
+
+        Args:
+            path: A file ending in `.safetensors`, or a folder, in which `model.safetensors` is
+                written.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            ValueError: If the path ends like a file of another format, such as `.pt`.
+        """
         return save_model(self.model, path)
 
     def predict(self, inputs: Any, *, top_k: int = 5, batch_size: int = 32) -> Any:

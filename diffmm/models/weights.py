@@ -35,6 +35,9 @@ JOB_KEY = "job"
 WEIGHTS_NAME = "model.safetensors"
 """Name of the file in a folder written by `save_model`."""
 
+OTHER_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".onnx", ".h5", ".npz", ".zip", ".json")
+"""Endings of files of other formats, which a folder is not called."""
+
 CHECKPOINT_PREFIX = "model."
 """Prefix of the model's weights in a Lightning module, whose model is `self.model`."""
 
@@ -55,15 +58,20 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
         The path of the file.
 
     Raises:
-        ValueError: If the model's class is not in `diffmm.models`, or the job does not match it.
+        ValueError: If the model's class is not in `diffmm.models`, the job does not match it, or
+            the path ends like a file of another format.
     """
-    model = unwrap(model)
+    model, path = unwrap(model), Path(path)
+    if path.suffix.lower() in OTHER_ENDINGS:
+        raise ValueError(
+            f"{path} ends in {path.suffix}, but weights are saved as safetensors: give a name that "
+            f"ends in .safetensors, or a folder, in which {WEIGHTS_NAME} is written"
+        )
     metadata = {"format": "pt", DESCRIPTION_KEY: json.dumps(describe(model))}
     job: Any = getattr(model, "job", None)
     if job is not None:
         job.check_fit(model)
         metadata[JOB_KEY] = json.dumps(job.plain())
-    path = Path(path)
     file = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
     file.parent.mkdir(parents=True, exist_ok=True)
     aliases = _aliases(model)

@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
-from diffmm.checkpoint_folders import find_state, write_text
+from diffmm.checkpoint_folders import DIRECTORY_NAME, STATE_NAME, best, find_state, write_text
 from diffmm.recipes.errors import InputError, refusing, warn
 from diffmm.recipes.imports import import_modules
+from diffmm.recipes.references import resolve
 from diffmm.recipes.settings import load_file
 
 CONFIG_NAME = "config.yaml"
@@ -123,6 +124,26 @@ def saved_config(run: Path) -> Path:
     if not config.is_file():
         raise InputError(f"{run} is not a run directory: there is no {config}")
     return config
+
+
+def best_state(run: Path) -> Path:
+    """The state of a run's best checkpoint, by the metric that its recipe monitors.
+
+    Raises:
+        InputError: If it is not a run directory, its recipe monitors no metric, or no checkpoint
+            has been measured.
+    """
+    trainer = resolve({**load_file(saved_config(run)), "run_dir": str(run)})[0].get("trainer")
+    for callback in (trainer.get("callbacks") if isinstance(trainer, dict) else None) or []:
+        arguments = (callback.get("init_args") if isinstance(callback, dict) else None) or {}
+        monitor = arguments.get("monitor")
+        if monitor is None or not str(callback.get("class_path")).endswith("Checkpoints"):
+            continue
+        found = best(run / DIRECTORY_NAME, monitor, arguments.get("mode", "min"))
+        if not found:
+            raise InputError(f"{run} has no checkpoint with a value of {monitor}")
+        return found[0].path / STATE_NAME
+    raise InputError(f"the recipe of {run} monitors no metric, so that no checkpoint is the best")
 
 
 def config_around(path: Path) -> Path | None:
