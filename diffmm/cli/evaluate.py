@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmm.checkpoint_folders import write_text
-from diffmm.cli.options import print_help, wants_help
+from diffmm.cli.options import add_help_options, print_help, wants_help
 from diffmm.cli.prediction_files import check_output
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError, refusing
@@ -48,11 +48,9 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
         description=f"Print the metrics of a run on its {data} data, and for a classifier those of "
         "each class and a confusion matrix.",
-        epilog="All other options are settings of the recipe, as in `diffmm fit`:",
+        epilog="All other options are settings of the recipe, as in `diffmm fit`.",
     )
-    parser.add_argument(
-        "-h", "--help", action="store_true", help="print this help and all settings"
-    )
+    add_help_options(parser)
     parser.add_argument(
         "run",
         nargs="?",

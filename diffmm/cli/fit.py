@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diffmm.checkpoint_folders import find_state
 from diffmm.cli.options import (
     add_data_option,
+    add_help_options,
     print_help,
     printed,
     recipe_values,
@@ -39,7 +40,8 @@ AUTO = "auto"
 
 EPILOG = (
     "All other options are settings of the recipe: --vars.attention softmax, --trainer.max_steps "
-    "100, --model.init_args.optimizer.weight_decay 0. All of them, from Lightning and the library:"
+    "100, --model.optimizer.weight_decay 0. Those of a recipe: --config RECIPE --help; all: "
+    "--help-all."
 )
 
 
@@ -119,15 +121,7 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
         "checkpoints and logs.",
         epilog=EPILOG,
     )
-    parser.add_argument(
-        "-h",
-        "--help",
-        action="store_true",
-        help=(
-            "print this help and all settings, or with --config the settings of that recipe and "
-            "their values"
-        ),
-    )
+    add_help_options(parser)
     parser.add_argument(
         "-c",
         "--config",

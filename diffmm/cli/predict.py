@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffmm.checkpoint_folders import find_state
 from diffmm.cli.evaluate import add_weights_options, evaluate, parse, recipe_values
-from diffmm.cli.fit import print_help, wants_help
+from diffmm.cli.options import add_help_options, print_help, wants_help
 from diffmm.cli.prediction_files import WRITERS, check_output, writing
 from diffmm.recipes.errors import InputError, message_of, refusing, warn
 from diffmm.recipes.settings import merge
@@ -60,11 +60,9 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Predict the classes of the images or sounds in the files and folders after "
         "the run, or, without any, of the run's own test data.",
-        epilog="Without files, all other options are settings of the recipe, as in `diffmm fit`:",
+        epilog="Without files, all other options are settings of the recipe, as in `diffmm fit`.",
     )
-    parser.add_argument(
-        "-h", "--help", action="store_true", help="print this help and all settings"
-    )
+    add_help_options(parser)
     parser.add_argument(
         "paths",
         nargs="*",

@@ -138,12 +138,14 @@ class RecipeCLI(SettingsCLI):
         return super().instantiate_trainer(**{**whole, **changes})
 
 
-def print_settings(arguments: Sequence[str]) -> None:
+def print_settings(arguments: Sequence[str], prog: str) -> None:
     """Print all settings that a recipe can have (`--help`), or those of a class
-    (`--model.help diffmm.training.CausalLM`)."""
+    (`--model.help diffmm.training.CausalLM`), for the command `prog`."""
+    settings = parser_settings()
+    settings["parser_kwargs"]["prog"] = prog
     try:
         with suppress(SystemExit):
-            SettingsCLI(**parser_settings(), args=list(arguments))
+            SettingsCLI(**settings, args=list(arguments))
     except ArgumentError as error:
         raise InputError(message_of(error)) from error
 
