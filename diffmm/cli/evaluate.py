@@ -15,7 +15,7 @@ from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError, refusing
 from diffmm.recipes.settings import load, merge
 from diffmm.recipes.trust import add_trust_option
-from diffmm.runs.directories import CONFIG_NAME, config_around
+from diffmm.runs.directories import CONFIG_NAME, config_around, near_run
 
 QUIET = {"trainer": {"logger": False, "enable_checkpointing": False}}
 """Settings with which an evaluation writes nothing except its result."""
@@ -118,7 +118,7 @@ def recipe_values(
     if (saved := config_around(path)) is not None:
         return load([saved], overrides)
     if not path.exists():
-        raise InputError(f"there is no file of weights at {weights}")
+        raise InputError(f"there is no file of weights at {weights}{near_run(path)}")
     raise InputError(
         f"{weights} is in no run, which would have a {CONFIG_NAME}: diffmm {verb} needs its recipe "
         f"(--config RECIPE)"

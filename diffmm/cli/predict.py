@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmm.checkpoint_folders import find_state
+from diffmm.checks import did_you_mean
 from diffmm.cli.evaluate import add_weights_options, evaluate, parse, recipe_values
 from diffmm.cli.options import add_help_options, print_help, wants_help
 from diffmm.cli.prediction_files import WRITERS, check_output, writing
@@ -114,10 +115,13 @@ def predict_files(
     if output is not None:
         check_output(output, tuple(WRITERS))
     if overrides and not options.config:
-        raise InputError(f"{overrides[0]} is a setting of a recipe: predicting files takes none")
+        key = overrides[0].partition("=")[0]
+        near = did_you_mean(key, [f"--{name.replace('_', '-')}" for name in FILE_OPTIONS])
+        raise InputError(f"{key} is a setting of a recipe: predicting files takes none{near}")
     for path in paths:
         if not Path(path).exists():
-            raise InputError(f"{path} does not exist")
+            remote = ": only local files are read, download it first" if "://" in path else ""
+            raise InputError(f"{path} does not exist{remote}")
     settings: dict[str, Any] = {
         name: default if getattr(options, name) is None else getattr(options, name)
         for name, default in FILE_OPTIONS.items()

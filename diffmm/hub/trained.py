@@ -12,7 +12,7 @@ from torch import nn
 
 from diffmm.batch import inputs_of
 from diffmm.checkpoint_folders import find_state
-from diffmm.checks import check_choice
+from diffmm.checks import article, check_choice
 from diffmm.hub.predictions import OnError, Prediction, Predictor
 from diffmm.hub.readers import check_inputs, make_reader
 from diffmm.models.generation import stream
@@ -77,6 +77,12 @@ def load(
         "class_names": None if class_names is None else tuple(class_names),
         "multi_label": multi_label,
     }
+    num_classes = getattr(model, "num_classes", 0)
+    if class_names is not None and num_classes and len(class_names) != num_classes:
+        raise ValueError(
+            f"class_names has {len(class_names)} names, but the model of {file} has {num_classes} "
+            f"classes: give one name per class, in order"
+        )
     job = replace(job, **{name: value for name, value in given.items() if value is not None})
     return TrainedModel(model.to(find_device(device)), job, origin=str(file))
 
@@ -271,8 +277,8 @@ class TrainedModel:
             raise ValueError(f"num_workers={num_workers} needs a list of inputs, not an iterator")
         if getattr(self.model, "num_classes", 0) < 1:
             hint = "; it generates text (generate)" if isinstance(self.model, TextModel) else ""
-            name = type(self.model).__name__
-            raise ValueError(f"{self.origin} contains a {name}, which has no classes{hint}")
+            name = article(type(self.model).__name__)
+            raise ValueError(f"{self.origin} contains {name}, which has no classes{hint}")
         predictor = Predictor(
             self.model, self.reader, self.class_names, multi_label=self.job.multi_label
         )
@@ -289,8 +295,8 @@ class TrainedModel:
         """
         if not isinstance(self.model, TextModel):
             raise ValueError(
-                f"{self.origin} contains a {type(self.model).__name__}: only text models generate "
-                f"text"
+                f"{self.origin} contains {article(type(self.model).__name__)}: only text models "
+                f"generate text"
             )
         if self.job.reader is None:
             raise ValueError(f"{self.origin} names no tokenizer: give one (--tokenizer bytes)")

@@ -17,7 +17,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from diffmm.checks import did_you_mean
+from diffmm.checks import article, did_you_mean
 from diffmm.recipes.agreement import disagreements
 from diffmm.recipes.errors import message_of
 from diffmm.recipes.imports import import_modules
@@ -159,7 +159,7 @@ class _Finder:
         if not inspect.isclass(cls) or (bases and not issubclass(cls, tuple(bases))):
             expected = " or ".join(base.__name__ for base in bases) or "class"
             self.mistakes.append(
-                f"{path}.class_path must name {article(expected)} {expected}, got {class_path!r}"
+                f"{path}.class_path must name {article(expected)}, got {class_path!r}"
             )
             return UNKNOWN
         arguments = self.arguments(node.get("init_args") or {}, cls, f"{path}.init_args")
@@ -267,13 +267,29 @@ class _Finder:
         for key in values:
             if key not in known:
                 place = f"{path}.{key}" if path else str(key)
-                self.mistakes.append(f"unknown key {place}{did_you_mean(key, known)}")
+                meant = SYNONYMS.get(str(key))
+                hint = f"; did you mean {meant!r}?" if meant in known else did_you_mean(key, known)
+                self.mistakes.append(f"unknown key {place}{hint}")
                 self.has_unknown_keys = True
 
 
 TOP = ("seed_everything", "imports", "vars", "run_dir", "trainer", "model", "data")
 """The keys of a recipe."""
 
+
+SYNONYMS = {
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "warmup": "warmup_steps",
+    "steps": "max_steps",
+    "epochs": "max_epochs",
+    "layers": "depth",
+    "num_layers": "depth",
+    "hidden_size": "dim",
+    "embed_dim": "dim",
+    "heads": "num_heads",
+}
+"""Names that other libraries use, with the ones used here."""
 
 STAND_INS = (64, 3360)
 """Values that replace an invalid integer, the second one divisible by many numbers of heads."""
@@ -367,11 +383,6 @@ def import_class(class_path: Any) -> Any:
         public = [n for n in dir(module) if n[:1].isupper()]
         raise ImportError(f"{module_name} has no {name}{did_you_mean(name, public)}")
     return found
-
-
-def article(noun: str) -> str:
-    """The indefinite article of a class name."""
-    return "an" if noun[:1] in "AEIOU" else "a"
 
 
 def _name(hint: Any) -> str:

@@ -6,6 +6,7 @@ that a secret from the environment is not in it), `checkpoints/` and what the lo
 
 import os
 import time
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def saved_config(run: Path) -> Path:
     """
     config = run / CONFIG_NAME
     if not config.is_file():
-        raise InputError(f"{run} is not a run directory: there is no {config}")
+        raise InputError(f"{run} is not a run directory: there is no {config}{near_run(run)}")
     return config
 
 
@@ -163,6 +164,15 @@ def import_modules_of_run(path: Path) -> None:
     config = config_around(path)
     if config is not None and (mistakes := import_modules(load_file(config), trust=True)):
         raise InputError(*mistakes)
+
+
+def near_run(path: Path) -> str:
+    """A hint at the run whose name is nearest to a path that does not exist; may be empty."""
+    if path.exists() or not path.parent.is_dir():
+        return ""
+    names = [config.parent.name for config in path.parent.glob(f"*/{CONFIG_NAME}")]
+    near = get_close_matches(path.name, names, n=1)
+    return f"; did you mean '{path.parent / near[0]}'?" if near else ""
 
 
 def same_run(

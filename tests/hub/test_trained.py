@@ -236,7 +236,7 @@ def test_a_model_without_a_job_says_what_is_missing_and_takes_it(there, trained,
         assert prediction.label == "digit 7"
         assert prediction.scores == trained.predict("seven.png").scores
     assert diffmm.load(file, reader=trained.reader).predict("seven.png").label == "7"
-    with pytest.raises(ValueError, match="the model has 10 classes, but its job names 2"):
+    with pytest.raises(ValueError, match="class_names has 2 names, but the model"):
         diffmm.load(file, class_names=["a", "b"])
 
 
