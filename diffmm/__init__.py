@@ -19,9 +19,15 @@ is not here is found by its part:
 * `diffmm.training`: Lightning modules, optimizer groups and schedules;
 * `diffmm.analysis`: attention maps.
 
+The names here: `create_model`, `list_models`, `load`, `TrainedModel`; `diff_attention`,
+`softmax_attention`, `AttentionMask`; `DiffAttentionV1`, `DiffAttentionV2`, `SoftmaxAttention`;
+`Backbone`, `BackboneConfig`, `TextModel`, `ImageModel`, `AudioModel`, `MaskedAutoencoder`. Each has
+a page of its own, such as `help(diffmm.load)`.
+
 Importing the package is light: a name is imported when it is first asked for.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -88,4 +94,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    # `help(diffmm)` asks through `inspect`: it would import every name and print all of its pages.
+    if sys._getframe(1).f_globals.get("__name__") == "inspect":
+        return sorted(globals())
     return sorted({*globals(), *__all__})

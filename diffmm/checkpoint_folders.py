@@ -110,6 +110,10 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
         flush(unfinished)
         unfinished.replace(path)
+    except OSError as error:
+        if error.filename == os.fspath(unfinished):
+            error.filename = os.fspath(path)  # the name that the user knows
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
     flush(path.parent)

@@ -24,6 +24,11 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     raise ValueError(f"{name} must be one of {listed}, got {value!r}{did_you_mean(value, choices)}")
 
 
+def article(noun: str) -> str:
+    """A noun with its indefinite article."""
+    return f"{'an' if noun[:1] in 'AEIOU' else 'a'} {noun}"
+
+
 def did_you_mean(value: object, choices: Iterable[object]) -> str:
     """A hint at the nearest choice, or an empty string."""
     near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)

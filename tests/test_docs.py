@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch  # noqa: F401 (its log goes to the stderr it finds when imported)
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 from diffmm.cli import main
@@ -67,6 +68,11 @@ def sounds(folder: Path) -> None:
             file.writeframes(random.integers(-3000, 3000, 4000, dtype=np.int16).tobytes())
 
 
+def stereo(folder: Path) -> None:
+    waveform = np.random.default_rng(0).uniform(-0.5, 0.5, (8000, 2))
+    soundfile.write(folder / "stereo.wav", waveform, 8000)
+
+
 def texts(folder: Path) -> None:
     (folder / "texts").mkdir()
     for number in range(30):
@@ -93,7 +99,8 @@ def run_command(line: str) -> None:
         ("docs/images.md", photos),
         ("docs/sounds.md", sounds),
         ("docs/text.md", texts),
-        ("docs/load.md", None),
+        ("docs/load.md", stereo),
+        ("docs/python.md", photos),
         ("docs/compare.md", None),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

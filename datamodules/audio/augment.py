@@ -37,7 +37,9 @@ class AudioAugment(Settings):
             if value is not None and not value[0] <= value[1]:
                 raise ValueError(f"{name} must be two increasing numbers, got {tuple(value)}")
         if self.noise_folder is not None and self.snr_db is None:
-            raise ValueError("noise_folder needs snr_db, the level of the noise: set it")
+            raise ValueError(
+                "noise_folder needs snr_db, the level of the noise: set --data.augment.snr_db"
+            )
 
 
 class Augmenter:

@@ -124,7 +124,7 @@ class FileClips(AudioClips):
                 raise self._bad(
                     index,
                     f"has {num_samples:,} samples of {file.channels} channels, which exceeds the "
-                    f"limit of {MAX_SAMPLES:,} in all: set clip_seconds",
+                    f"limit of {MAX_SAMPLES:,} in all: set --data.clip_seconds",
                 )
             if file.seekable():
                 file.seek(start)

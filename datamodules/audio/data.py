@@ -1,7 +1,7 @@
 """The datamodule of labeled audio clips."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,16 +10,17 @@ from torch.utils.data import DataLoader
 
 from datamodules.audio.augment import AudioAugment, Augmenter
 from datamodules.audio.buckets import BucketSampler
-from datamodules.audio.clips import AudioClips
+from datamodules.audio.clips import EXTENSIONS, AudioClips
 from datamodules.audio.evaluation import POSITIONS, AudioReader, bounded
 from datamodules.audio.own_data import own_sounds
 from datamodules.audio.reader import ClipReader, Waveform
 from datamodules.audio.sound_events import SoundEvents
-from datamodules.audio.sources import AudioSource
+from datamodules.audio.sources import AudioSource, SoundFolder, SoundTable
 from datamodules.shared.bad_samples import BadSampleError, BadSamples
 from datamodules.shared.fingerprints import Fingerprint
 from datamodules.shared.labelled import LabelledData, LabelledDataset
-from datamodules.shared.own_data import OwnData
+from datamodules.shared.other_data import table_settings, to_evaluate
+from datamodules.shared.own_data import OwnData, locate
 from datamodules.shared.sampling import sample_rng
 from datamodules.shared.sources import Splits
 from diffmm.batch import AudioBatch
@@ -183,6 +184,19 @@ class AudioData(LabelledData[AudioClips]):
             ValueError: If its structure is not supported.
         """
         return own_sounds(path, given, inputs_may_change=inputs_may_change)
+
+    def evaluate_on(self, path: str, class_names: Sequence[str], *, split: str) -> str:
+        self.reader = self.evaluation_reader
+        return super().evaluate_on(path, class_names, split=split)
+
+    def other_source(self, path: str, split: str) -> SoundFolder | SoundTable:
+        located = locate(path, "sounds", EXTENSIONS, {})
+        arguments: dict[str, Any] = to_evaluate(path, located, split)
+        return (
+            SoundTable(**arguments, **table_settings(self.source))
+            if located.is_table
+            else SoundFolder(**arguments)
+        )
 
     def fingerprint(self) -> Fingerprint:
         return {

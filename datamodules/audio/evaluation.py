@@ -18,6 +18,10 @@ from diffmm.checks import Settings, check_choice
 POSITIONS = {"start": 0.0, "center": 0.5, "full": 0.0}
 """The position at which a long clip is cropped."""
 
+MOST_CHANNELS = 32
+"""Maximum number of channels of a waveform in memory. The axis of a 2-D array that is not longer
+than this holds the channels, and the longer one the samples."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AudioReader(Settings, Reader):
@@ -73,11 +77,14 @@ class AudioReader(Settings, Reader):
 
         Args:
             item: The path of a file, or a pair `(waveform, sample_rate_hz)`: an array or tensor of
-                floats `[S]` or `[channels, S]` in [-1, 1], and its sample rate in Hz.
+                floats in [-1, 1], and its sample rate in Hz. The waveform is `[S]`, `[S, C]` (as
+                `soundfile.read` returns it) or `[C, S]` (as torchaudio does), with C of at most
+                `MOST_CHANNELS` and S larger than that; the channels are averaged.
 
         Raises:
             BadSampleError: If the file cannot be read; the message names it.
-            ValueError: If `item` has another type or shape.
+            ValueError: If `item` has another type or shape, or a 2-D waveform could be read in
+                both orders.
         """
         clips = _NamedClip(Path(item)) if isinstance(item, str | Path) else _clip_of(item)
         waveform = self.waveform(clips, 0)
@@ -143,11 +150,31 @@ def _clip_of(item: Any) -> _ArrayClip:
     samples = np.asarray(waveform.detach().cpu() if isinstance(waveform, Tensor) else waveform)
     if samples.ndim not in (1, 2) or not samples.size or samples.dtype.kind != "f":
         raise ValueError(
-            f"a waveform must be floats [S] or [channels, S] with at least one sample, got "
+            f"a waveform must be floats [S], [S, C] or [C, S] with at least one sample, got "
             f"{samples.shape} in {samples.dtype}"
         )
     samples = samples.astype(np.float32)
     peak = float(np.abs(samples).max())
     if not peak <= LOUDEST:
         raise ValueError(f"a waveform has samples up to {peak:g}, but full scale is 1: rescale it")
-    return _ArrayClip(samples if samples.ndim == 1 else mono(samples.T), int(rate_hz))
+    return _ArrayClip(samples if samples.ndim == 1 else mono(_channels_last(samples)), int(rate_hz))
+
+
+def _channels_last(samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A waveform `[S, C]` or `[C, S]` as `[S, C]`.
+
+    Raises:
+        ValueError: If it could be both, or has more than `MOST_CHANNELS` channels.
+    """
+    shape = list(samples.shape)
+    if min(shape) > MOST_CHANNELS:
+        raise ValueError(
+            f"a waveform {shape} would have {min(shape)} channels, but at most {MOST_CHANNELS} are "
+            f"read: give [S], [S, C] or [C, S]"
+        )
+    if max(shape) <= MOST_CHANNELS:
+        raise ValueError(
+            f"a waveform {shape} is too short to tell its samples from its channels: average the "
+            f"channels and give [S]"
+        )
+    return samples if shape[1] <= MOST_CHANNELS else samples.T

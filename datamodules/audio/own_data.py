@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from datamodules.audio.clips import EXTENSIONS, AudioClips
+from datamodules.audio.clips import EXTENSIONS, AudioClips, FileClips
 from datamodules.audio.sources import SoundFolder, SoundTable
 from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.own_data import (
@@ -13,6 +13,7 @@ from datamodules.shared.own_data import (
     fitting_batch_size,
     locate,
     looked_at,
+    splits_of,
 )
 
 LOWEST_RATE_HZ = 8000
@@ -31,7 +32,8 @@ def own_sounds(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) 
         if name in arguments
     }
     settings = {**kept, **located.arguments}
-    splits = make(**settings).splits()
+    source = make(**settings)
+    splits = splits_of(source, lambda file: FileClips([file], [()]).info(0))
     rates, lengths = _inspect(splits.train)
     summary = describe_splits(path, "sounds", settings, splits) + lengths
     found: dict[str, Any] = {

@@ -63,7 +63,8 @@ class ClipReader:
         if rate_hz != self.sample_rate_hz and not self.resample:
             raise ValueError(
                 f"{self.clips.describe(index)} has a sample rate of {rate_hz} Hz, not "
-                f"{self.sample_rate_hz} Hz: set resample: true, or sample_rate_hz to its rate"
+                f"{self.sample_rate_hz} Hz: set --data.resample true, or --data.sample_rate_hz to "
+                f"its rate"
             )
         up, down = self._ratio(index, rate_hz)
         start, length = 0, total
@@ -82,8 +83,8 @@ class ClipReader:
         if max(up, down) > MAX_TERM or up > MAX_RAISE * down:
             raise BadSampleError(
                 f"{self.clips.describe(index)} has a sample rate of {rate_hz} Hz, which cannot be "
-                f"converted to {self.sample_rate_hz} Hz: convert the file, or set sample_rate_hz "
-                f"to a rate that shares a larger factor with it",
+                f"converted to {self.sample_rate_hz} Hz: convert the file, or set "
+                f"--data.sample_rate_hz to a rate that shares a larger factor with it",
                 self.clips.file(index),
             )
         return up, down

@@ -68,8 +68,8 @@ class SpeechCommands(AudioSource):
     def splits(self) -> Splits[AudioClips]:
         if not self.folder.is_dir():
             raise FileNotFoundError(
-                f"folder {self.folder} does not exist: set root to an existing copy, or "
-                f"download: true"
+                f"folder {self.folder} does not exist: set --data.source.root to an existing "
+                f"copy, or --data.source.download true"
             )
         words: dict[str, list[Path]] = {
             entry.name: list_files(entry, (".wav",))

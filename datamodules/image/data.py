@@ -3,14 +3,22 @@
 from collections.abc import Mapping
 from typing import Any
 
+from datamodules.image.files import EXTENSIONS
 from datamodules.image.own_data import own_images
 from datamodules.image.reader import MODES, ImageReader
-from datamodules.image.sources import Digits, ImageSource, LabelledImages
+from datamodules.image.sources import (
+    Digits,
+    ImageFolder,
+    ImageSource,
+    ImageTable,
+    LabelledImages,
+)
 from datamodules.image.transform import ImageTransform, Transform
 from datamodules.shared.bad_samples import BadSamples
 from datamodules.shared.fingerprints import Fingerprint
 from datamodules.shared.labelled import LabelledData, LabelledDataset
-from datamodules.shared.own_data import OwnData
+from datamodules.shared.other_data import table_settings, to_evaluate
+from datamodules.shared.own_data import OwnData, locate
 from datamodules.shared.sampling import seeded
 from datamodules.shared.sources import Splits
 from diffmm.checks import check_choice
@@ -145,6 +153,16 @@ class ImageData(LabelledData[LabelledImages]):
             "channels": self.channels,
             "transform": self._transform,
         }
+
+    def other_source(self, path: str, split: str) -> ImageFolder | ImageTable:
+        located = locate(path, "images", EXTENSIONS, {})
+        arguments: dict[str, Any] = to_evaluate(path, located, split)
+        arguments["max_pixels"] = self.reader.max_pixels
+        return (
+            ImageTable(**arguments, **table_settings(self.source))
+            if located.is_table
+            else ImageFolder(**arguments)
+        )
 
     def dataset(self, samples: LabelledImages, *, training: bool) -> ImageDataset:
         return ImageDataset(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from datamodules.image.reader import read_named
 from datamodules.image.sources import EXTENSIONS, ImageFolder, ImageTable, LabelledImages
 from datamodules.image.transform import ImageTransform
 from datamodules.shared.bad_samples import BadSampleError
@@ -14,6 +15,7 @@ from datamodules.shared.own_data import (
     fitting_batch_size,
     locate,
     looked_at,
+    splits_of,
 )
 
 OWN_TRANSFORM = ImageTransform(
@@ -44,7 +46,8 @@ def own_images(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) 
     taken = KEPT if located.is_table else ("val", "test", "val_fraction", "max_pixels")
     kept = {name: arguments[name] for name in taken if name in arguments}
     settings = {**kept, **located.arguments}
-    splits = make(**settings).splits()
+    source = make(**settings)
+    splits = splits_of(source, lambda file: read_named(file, str(file), source.max_pixels))
     channels, sizes = _inspect(splits.train)
     summary = describe_splits(path, "images", settings, splits)
     summary += f"; {IN_WORDS[channels]}, {sizes} pixels"

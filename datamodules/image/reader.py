@@ -7,11 +7,13 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from datamodules.image.files import EXTENSIONS, MAX_PIXELS, PILLOWS_MOST, picture, read_image
 from datamodules.image.transform import ImageTransform, Transform
+from datamodules.image.values import array_bytes
 from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.reader import Reader
 from diffmm.checks import DataError, Settings, check_choice
@@ -88,12 +90,13 @@ class ImageReader(Settings, Reader):
         """Read an image as `{"images": [C, H, W]}`.
 
         Args:
-            item: The path of a file, a Pillow image, or uint8 pixels: a NumPy array `[H, W]` or
-                `[H, W, C]`, or a tensor `[C, H, W]`, with 1, 3 or 4 channels (the fourth is alpha).
+            item: The path of a file, a Pillow image, or pixels: a NumPy array `[H, W]` or
+                `[H, W, C]`, or a tensor `[H, W]` or `[C, H, W]`, with 1, 3 or 4 channels (the
+                fourth is alpha), in uint8, uint16 (white is 65,535) or floats in [0, 1].
 
         Raises:
             BadSampleError: If the file cannot be read; the message names it.
-            ValueError: If `item` has another type, shape or dtype.
+            ValueError: If `item` has another type, shape, dtype or range.
         """
         if isinstance(item, str | Path):
             return {"images": self.pixels(self._from_file(Path(item)))}
@@ -131,18 +134,26 @@ def _from_array(item: Any) -> Image.Image:
         raise ValueError(
             f"an image must be a path, a Pillow image or an array, got {type(item).__name__}"
         )
-    array = item
+    array: NDArray[Any]
     if isinstance(item, Tensor):
-        array = item.detach().cpu()
-        array = (array.permute(1, 2, 0) if array.ndim == 3 else array).numpy()
+        tensor = item.detach().cpu()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        array = (tensor.permute(1, 2, 0) if tensor.ndim == 3 else tensor).numpy()
+    else:
+        array = item
     is_gray = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1)
     is_color = array.ndim == 3 and array.shape[2] in (3, 4)
-    if array.dtype != np.uint8 or not (is_gray or is_color) or not array.size:
+    is_known = array.dtype in (np.uint8, np.uint16) or array.dtype.kind == "f"
+    if not is_known or not (is_gray or is_color) or not array.size:
         form = "[C, H, W]" if isinstance(item, Tensor) else "[H, W] or [H, W, C]"
         raise ValueError(
-            f"an image array must be {form} in uint8, with 1, 3 or 4 channels, got "
-            f"{tuple(item.shape)} in {str(item.dtype).removeprefix('torch.')}"
+            f"an image array must be {form} in uint8, uint16 or floats in [0, 1], with 1, 3 or 4 "
+            f"channels, got {tuple(item.shape)} in {str(item.dtype).removeprefix('torch.')}"
         )
+    try:
+        array = array_bytes(array)
+    except DataError as error:
+        raise DataError(f"an image array {error}") from error
     return Image.fromarray(
         np.ascontiguousarray(array[..., 0] if array.ndim == 3 and is_gray else array)
     )

@@ -165,13 +165,14 @@ class CIFAR10(ImageSource):
         folder = Path(self.root, self.dataset.base_folder)
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"folder {folder} does not exist: set root to an existing copy, or download: true"
+                f"folder {folder} does not exist: set --data.source.root to an existing copy, "
+                f"or --data.source.download true"
             )
         try:
             train, test = (self.dataset(self.root, train=train) for train in (True, False))
         except RuntimeError as error:
             raise ValueError(
-                f"{folder} is incomplete or damaged: delete it and set download: true"
+                f"{folder} is incomplete or damaged: delete it and set --data.source.download true"
             ) from error
         train_images, test_images = (ArrayImages(d.data, d.targets) for d in (train, test))
         if self.val_fraction is None:

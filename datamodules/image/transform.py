@@ -131,7 +131,7 @@ class ImageTransform(Settings):
             settings["interpolation"] = "bicubic"
         policy = settings.get("auto_augment")
         if channels == 1 and policy is not None and policy.startswith("augmix"):
-            raise ValueError(f"auto_augment {policy!r} needs color images: set channels to 3")
+            raise ValueError(f"auto_augment {policy!r} needs color images: set --data.channels 3")
         try:
             return create_transform(**settings, is_training=training)
         except AssertionError as error:

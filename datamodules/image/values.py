@@ -55,6 +55,25 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode == "1" else "RGB")
 
 
+def array_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """Convert pixels in memory to 8 bits: uint16 by its full range, floats from [0, 1].
+
+    Raises:
+        DataError: If floats are outside [0, 1]. The message continues a sentence about the array.
+    """
+    if array.dtype == np.uint16:
+        return ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    if array.dtype.kind != "f":
+        return array
+    low, high = float(array.min()), float(array.max())
+    if not -_FLOAT_SLACK <= low <= high <= 1 + _FLOAT_SLACK:  # also true for NaN
+        raise DataError(
+            f"has floats from {low:g} to {high:g}, but they must be in [0, 1], from black to "
+            f"white: rescale them, without the model's normalization, or convert them to uint8"
+        )
+    return np.rint(np.clip(array, 0, 1) * 255).astype(np.uint8)
+
+
 def scale_transparency(image: ImageFile.ImageFile) -> None:
     """Scale the transparent color of a PNG that is not loaded yet to the 8 bits in which Pillow
     loads it."""

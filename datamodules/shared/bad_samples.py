@@ -20,6 +20,9 @@ QUARANTINE_NAME = "quarantine.txt"
 LEAST_READ = 100
 """Minimum denominator of the bad fraction, so that one early bad sample does not stop a run."""
 
+MOST_LISTED = 100
+"""Maximum number of files that an error names."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -74,7 +77,7 @@ class BadSamples(Settings):
         if self.quarantine_file is not None and self.policy != "quarantine":
             raise ValueError(
                 f"bad_samples.quarantine_file is not used by policy {self.policy!r}: "
-                f"set bad_samples.policy to quarantine"
+                f"set --data.bad_samples.policy quarantine"
             )
 
 
@@ -104,7 +107,7 @@ class Triage:
             else:
                 raise ValueError(
                     "bad_samples.policy is quarantine, but there is no run directory for its "
-                    "list: set bad_samples.quarantine_file"
+                    "list: set --data.bad_samples.quarantine_file"
                 )
         if self._list is not None and os.path.lexists(self._list):
             check_file(self._list, "quarantine_file")
@@ -133,8 +136,8 @@ class Triage:
         message = " ".join(str(error).split())
         if not self.tolerates:
             raise BadSampleError(
-                f"{message}; to continue without it, set bad_samples.policy to substitute or "
-                f"quarantine",
+                f"{message}; to continue without it, set --data.bad_samples.policy substitute (or "
+                f"quarantine)",
                 error.file,
             ) from error
         self.num_bad += 1
@@ -148,9 +151,18 @@ class Triage:
         if self.num_bad > limit * max(self.num_read, LEAST_READ):
             raise TooManyBadSamplesError(
                 f"{self.num_bad} of {self.num_read} samples read by this process are bad, which "
-                f"exceeds bad_samples.max_bad_fraction ({limit:g} of at least {LEAST_READ} "
-                f"samples); the last one: {message}"
+                f"exceeds --data.bad_samples.max_bad_fraction ({limit:g} of at least {LEAST_READ} "
+                f"samples); the last one: {message}{self._listed()}"
             ) from error
+
+    def _listed(self) -> str:
+        """The files that this process has added to the quarantine list, for an error; the list
+        itself is removed with a run that has not begun."""
+        if self._list is None or not self._found:
+            return ""
+        files = sorted(self._found)
+        more = f" and {len(files) - MOST_LISTED} more" if len(files) > MOST_LISTED else ""
+        return f"; put in quarantine: {', '.join(files[:MOST_LISTED])}{more}"
 
 
 def _absolute(file: str | Path) -> str:

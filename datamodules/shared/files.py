@@ -110,6 +110,17 @@ def list_files(folder: str | Path, extensions: Sequence[str]) -> list[Path]:
     return [Path(parent, name) for parent, name in sorted(found)]
 
 
+def loose_files(folder: str | Path, extensions: Sequence[str]) -> list[Path]:
+    """List the files directly in `folder` that end in one of `extensions`, without hidden ones."""
+    return [
+        entry
+        for entry in sorted(Path(folder).iterdir())
+        if entry.name.lower().endswith(tuple(extensions))
+        and not is_hidden(Path(entry.name))
+        and entry.is_file()
+    ]
+
+
 def walk_files(folder: str | Path, extensions: Sequence[str]) -> Iterator[Path]:
     """Iterate lazily over the paths of `list_files`, depth first and in order of names. At most
     `_AT_ONCE` names per open folder are kept in memory."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+from datamodules.shared.files import composed
 from datamodules.shared.sources import (
     ClassFolder,
     Labels,
@@ -14,6 +15,7 @@ from datamodules.shared.sources import (
     check_same_classes,
     hold_out,
 )
+from diffmm.checks import did_you_mean
 
 
 class FolderSource(Source[Samples]):
@@ -57,10 +59,36 @@ class FolderSource(Source[Samples]):
         test = val if self.test is None else self._evaluation_samples(self.test, class_names)
         return Splits(class_names, train, val, test)
 
+    def labelled_as(self, class_names: Sequence[str], split: str) -> Samples:
+        """All samples of `train`, with the indices of their labels in `class_names`. Classes
+        without samples are allowed.
+
+        Args:
+            class_names: Names of the classes, in order of their indices.
+            split: Unused, because a folder has no splits; see `TableSource.labelled_as`.
+
+        Raises:
+            FileNotFoundError, ValueError: As `splits`, and if a folder is not one of the classes.
+        """
+        found, paths, labels = ClassFolder.read(self.train, self.extensions)
+        numbers = {composed(name): number for number, name in enumerate(class_names)}
+        if unknown := [name for name in found if name not in numbers]:
+            raise ValueError(
+                f"{self.train} has classes that the model does not: {shown(unknown)}; the model's "
+                f"are {shown(class_names)}{did_you_mean(unknown[0], numbers)}"
+            )
+        return self.samples(paths, [(numbers[found[label]],) for (label,) in labels])
+
     def _evaluation_samples(self, folder: str, expected: list[str]) -> Samples:
         class_names, paths, labels = ClassFolder.read(folder, self.extensions)
         check_same_classes(self.train, expected, folder, class_names)
         return self.samples(paths, labels)
+
+
+def shown(names: Sequence[str], limit: int = 10) -> str:
+    """The first names as text, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def held_out_samples(
@@ -88,7 +116,8 @@ def held_out_samples(
     if not held_out:
         raise ValueError(
             f"the val split has no samples: val_fraction={fraction:g} of every class of {origin} "
-            f"is less than one sample; increase val_fraction or set val"
+            f"is less than one sample; increase --data.source.val_fraction or set "
+            f"--data.source.val"
         )
     train, val = (
         samples([paths[i] for i in indices], [labels[i] for i in indices])

@@ -1,6 +1,7 @@
 """The datamodule of labeled samples: data loaders for the splits of a source."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic
 
@@ -9,9 +10,11 @@ from torch.utils.data import DataLoader, default_collate
 from datamodules.shared.bad_samples import BadSamples
 from datamodules.shared.examination import Examined, examine_labelled
 from datamodules.shared.fingerprints import Fingerprint
+from datamodules.shared.folders import FolderSource
 from datamodules.shared.loading import SeededDataModule
 from datamodules.shared.sampling import SeededDataset
 from datamodules.shared.sources import Labelled, Samples, Source, Splits
+from datamodules.shared.tables import TableSource
 
 
 class LabelledDataset(SeededDataset[dict[str, Any]]):
@@ -35,6 +38,25 @@ class LabelledDataset(SeededDataset[dict[str, Any]]):
     def collate(self, samples: list[dict[str, Any]]) -> Any:
         """Collate samples into a batch; by default, stack them."""
         return default_collate(samples)
+
+
+class Evaluated(Source[Samples]):
+    """Samples to evaluate, in place of those of every split.
+
+    Args:
+        class_names: The names of the classes, in order of their indices.
+        samples: The samples.
+        multi_label: Whether a sample may have any number of classes.
+    """
+
+    def __init__(self, class_names: Sequence[str], samples: Samples, multi_label: bool) -> None:
+        self.class_names = class_names
+        self.samples = samples
+        self.multi_label = multi_label
+
+    def splits(self) -> Splits[Samples]:
+        samples = self.samples
+        return Splits(self.class_names, samples, samples, samples, self.multi_label)
 
 
 class LabelledData(SeededDataModule, Generic[Samples]):
@@ -89,6 +111,39 @@ class LabelledData(SeededDataModule, Generic[Samples]):
 
     def describe_inputs(self) -> dict[str, Any]:
         return {**super().describe_inputs(), "class_names": self.class_names}
+
+    def evaluate_on(self, path: str, class_names: Sequence[str], *, split: str) -> str:
+        """Evaluate on other labeled data than those of the source, which are then not read.
+        Inputs are prepared as for the source's own validation data.
+
+        Args:
+            path: A folder with one folder per class (or such folders in `train`, `val` and
+                `test`), or a CSV file of files and labels.
+            class_names: Names of the model's classes, in order; labels are matched by name.
+            split: The split to evaluate if there are several, `"val"` or `"test"`; without splits,
+                all samples are evaluated.
+
+        Returns:
+            A one-line summary.
+
+        Raises:
+            FileNotFoundError: If the path does not exist.
+            ValueError: If its structure is not supported, or it has a class that the model does
+                not have.
+        """
+        own = self.other_source(path, split)
+        samples = own.labelled_as(class_names, split)
+        self.source = Evaluated(class_names, samples, bool(getattr(self.source, "multi_label", 0)))
+        self._splits = self.source.splits()
+        num_present = len({label for labels in samples.labels for label in labels})
+        return (
+            f"{path} has {len(samples.labels):,} samples of {num_present} of the model's "
+            f"{len(class_names)} classes"
+        )
+
+    def other_source(self, path: str, split: str) -> FolderSource[Samples] | TableSource[Samples]:
+        """The source of other labeled data, whose `train` is the folder or table to evaluate."""
+        raise ValueError(f"--data {path}: {type(self).__name__} cannot evaluate other data")
 
     @abstractmethod
     def dataset(self, samples: Samples, *, training: bool) -> LabelledDataset:

@@ -6,12 +6,13 @@ A datamodule that supports `--data` has a class method
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datamodules.shared.files import check_file, list_files
-from datamodules.shared.sources import Labelled, Splits
+from datamodules.shared.bad_samples import BadSampleError
+from datamodules.shared.files import check_file, list_files, loose_files
+from datamodules.shared.sources import EmptyClassesError, Labelled, Samples, Source, Splits
 from datamodules.shared.tables import SPLIT_NAMES
 from diffmm.checks import did_you_mean
 
@@ -122,6 +123,15 @@ def locate(path: str, noun: str, extensions: Sequence[str], given: Mapping[str, 
             f"--data {path} has {how}: use one folder per class, or a CSV file with the columns "
             f"file and label (extensions of {noun}: {', '.join(extensions)})"
         )
+    loose = loose_files(whole, extensions)
+    num_inside = len(list_files(whole, extensions)) - len(loose)
+    if loose and (len(folders) == 1 or len(loose) > num_inside):
+        names = ", ".join(sorted(folder.name for folder in folders)[:5])
+        raise ValueError(
+            f"--data {path} has {len(loose):,} {noun} that are in no folder (such as "
+            f"{loose[0].name}), and {num_inside:,} in folders ({names}): move them into one folder "
+            f"per class, or use a CSV file with the columns file and label"
+        )
     return Located(False, {"train": str(whole)})
 
 
@@ -185,6 +195,29 @@ def _columns(table: Path, given: Mapping[str, Any]) -> dict[str, str]:
     return columns
 
 
+def splits_of(source: Source[Samples], read: Callable[[Path], object]) -> Splits[Samples]:
+    """The splits of a source. If classes are empty, some files of the others are read as well, so
+    that one error names all faults.
+
+    Args:
+        source: The source.
+        read: Reads a file, or raises `BadSampleError`.
+
+    Raises:
+        FileNotFoundError, ValueError: As `Source.splits`.
+    """
+    try:
+        return source.splits()
+    except EmptyClassesError as error:
+        faults = []
+        for number in looked_at_numbers(len(error.paths), NUM_LOOKED_AT):
+            try:
+                read(error.paths[number])
+            except BadSampleError as fault:
+                faults.append(str(fault))
+        raise ValueError("; ".join([str(error), *faults])) from error
+
+
 def looked_at(samples: Labelled, count: int = NUM_LOOKED_AT) -> list[int]:
     """Indices of some samples, as in `looked_at_numbers`."""
     return looked_at_numbers(len(samples.labels), count)
@@ -192,6 +225,8 @@ def looked_at(samples: Labelled, count: int = NUM_LOOKED_AT) -> list[int]:
 
 def looked_at_numbers(total: int, count: int) -> list[int]:
     """At most `count` evenly spaced indices below `total`, including the first and the last."""
+    if not total:
+        return []
     return sorted({round(i * (total - 1) / max(1, count - 1)) for i in range(count)})
 
 

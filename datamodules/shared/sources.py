@@ -1,8 +1,10 @@
 """Sources of labeled samples: splits, class folders and held-out fractions."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
@@ -10,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.shared.files import composed, is_hidden, list_files
+from datamodules.shared.files import composed, is_hidden, list_files, loose_files
 from datamodules.shared.fingerprints import Fingerprint, digest, of_files
+
+_logger = logging.getLogger(__name__)
 
 Labels = tuple[int, ...]
 """The classes of one sample: exactly one, unless the splits are `multi_label`."""
@@ -110,6 +114,19 @@ class Source(ABC, Generic[Samples]):
         """
 
 
+class EmptyClassesError(ValueError):
+    """Classes have no files.
+
+    Args:
+        message: Names the folders.
+        paths: The files of the other classes.
+    """
+
+    def __init__(self, message: str, paths: Sequence[Path]) -> None:
+        super().__init__(message)
+        self.paths = paths
+
+
 class ClassFolder(NamedTuple):
     """The files in `folder/<class name>/`, sorted by name."""
 
@@ -121,12 +138,14 @@ class ClassFolder(NamedTuple):
     def read(cls, folder: str | Path, extensions: Sequence[str]) -> "ClassFolder":
         """List the files in `folder`, whose subfolders are the classes, at any depth.
 
-        Hidden files and folders are skipped. Names are in Unicode's composed form, so folders whose
+        Hidden files and folders are skipped, and so are files beside the folders of the classes,
+        which are logged once. Names are in Unicode's composed form, so folders whose
         names differ only in normalization are one class.
 
         Raises:
             FileNotFoundError: If `folder` is not a folder.
-            ValueError: If there are no classes, or a class has no files of `extensions`.
+            ValueError: If there are no classes.
+            EmptyClassesError: If classes have no files of `extensions`; the message names all.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -137,14 +156,34 @@ class ClassFolder(NamedTuple):
                 folders.setdefault(composed(entry.name), []).append(entry)
         if not folders:
             raise ValueError(f"{folder} has no subfolders: each class needs one with its name")
+        _report_loose(folder, tuple(extensions))
         classes = cls(sorted(folders), [], [])
+        empty = []
         for number, name in enumerate(classes.class_names):
             found = [path for part in folders[name] for path in list_files(part, extensions)]
             if not found:
-                raise ValueError(f"{folder / name} has no files ending in {', '.join(extensions)}")
+                empty.append(str(folder / name))
             classes.paths.extend(found)
             classes.labels.extend([(number,)] * len(found))
+        if empty:
+            raise EmptyClassesError(
+                f"{' and '.join(empty)} {'has' if len(empty) == 1 else 'have'} no files ending in "
+                f"{', '.join(extensions)}",
+                classes.paths,
+            )
         return classes
+
+
+@lru_cache
+def _report_loose(folder: Path, extensions: tuple[str, ...]) -> None:
+    """Log, once per process, that files beside the folders of the classes are ignored."""
+    if loose := loose_files(folder, extensions):
+        _logger.warning(
+            "%s has %s files that are in no folder of a class, such as %s: they are ignored",
+            folder,
+            f"{len(loose):,}",
+            loose[0].name,
+        )
 
 
 def check_same_classes(

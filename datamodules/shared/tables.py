@@ -96,6 +96,28 @@ class TableSource(Source[Samples]):
         testing = validation if test is None else self.samples(*test)
         return Splits(class_names, training, validation, testing, self.multi_label)
 
+    def labelled_as(self, class_names: Sequence[str], split: str) -> Samples:
+        """The samples of `train`, with the indices of their labels in `class_names`. Classes
+        without samples are allowed.
+
+        Args:
+            class_names: Names of the classes, in order of their indices.
+            split: The split to select if there is a `split_column`; otherwise all rows are.
+
+        Raises:
+            FileNotFoundError, ValueError: As `splits`, and if the split has no rows.
+        """
+        rows = self._rows(self.train)
+        if self.split_column is not None:
+            rows = [row for row in rows if row.split == split]
+        labelled = self._labelled(self.train, rows, [composed(name) for name in class_names])
+        if labelled is None:
+            raise ValueError(
+                f"{self.train} has no rows to evaluate: column {self.split_column!r} never "
+                f"contains {split!r}"
+            )
+        return self.samples(*labelled)
+
     def _class_names(self, train: list[Row]) -> list[str]:
         if self.classes is None:
             return sorted({label for row in train for label in row.labels})

@@ -336,7 +336,7 @@ class TextData(SeededDataModule):
         if trainer is not None and trainer.overfit_batches and trainer.state.fn == "fit":
             raise ValueError(
                 f"overfit_batches repeats the first batches, which a stream cannot do: set "
-                f"streaming=False in {source!r}"
+                f"--data.source.streaming false for {source!r}"
             )
         shards = self._shards(source)
         # Evaluation does not depend on the number of processes and workers.

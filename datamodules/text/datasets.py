@@ -53,7 +53,8 @@ class HuggingFaceText(TextSource):
         if document_start is not None:
             if streaming:
                 raise ValueError(
-                    "document_start needs rows in order: set streaming=False or leave it out"
+                    "document_start needs rows in order: set --data.source.streaming false or "
+                    "leave it out"
                 )
             try:
                 re.compile(document_start)
@@ -109,7 +110,7 @@ class HuggingFaceText(TextSource):
         if self.text_column not in columns:
             raise ValueError(
                 f"dataset {self.name!r} has no column {self.text_column!r}, its columns are "
-                f"{', '.join(columns)}: set text_column"
+                f"{', '.join(columns)}: set --data.source.text_column"
             )
         return rows.select_columns([self.text_column])
 
@@ -179,8 +180,8 @@ def text_of(value: object, column: str) -> str:
         return ""
     if not isinstance(value, str):
         raise DataError(
-            f"has a {type(value).__name__} in column {column!r} instead of text: set text_column "
-            f"to a column of text"
+            f"has a {type(value).__name__} in column {column!r} instead of text: set "
+            f"--data.source.text_column to a column of text"
         )
     return without_mark(value)
 

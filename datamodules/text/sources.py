@@ -170,8 +170,9 @@ class TextFolder(TextSource):
             return without_mark(file.read_text(self.encoding))
         except (UnicodeDecodeError, OSError) as error:
             raise DataError(
-                f"is not {self.encoding} text ({error}): set its encoding, or a pattern that "
-                f"excludes it"
+                f"is not {self.encoding} text ({error}): set its encoding "
+                f"(--data.source.encoding latin-1), or a pattern that excludes it "
+                f"(--data.source.pattern)"
             ) from error
 
     def state(self) -> str:
@@ -182,7 +183,8 @@ class TextFolder(TextSource):
         folder = Path(self.root)
         if folder.exists() and not folder.is_dir():
             raise FileNotFoundError(
-                f"{self.root} is not a folder: set root to its folder and pattern to its name"
+                f"{self.root} is not a folder: set --data.source.root to its folder and "
+                f"--data.source.pattern to its name"
             )
         if not folder.is_dir():
             raise FileNotFoundError(f"text folder {self.root} does not exist")

@@ -233,6 +233,6 @@ def check_horizon(trainer: Any) -> None:
     """
     if trainer is not None and trainer.max_steps < 0 and trainer.limit_train_batches == 1.0:
         raise ValueError(
-            "a streamed source is endless: set trainer.max_steps, or "
-            "trainer.limit_train_batches for the length of an epoch"
+            "a streamed source is endless: set --trainer.max_steps, or "
+            "--trainer.limit_train_batches for the length of an epoch"
         )

@@ -6,16 +6,14 @@ Only the verb that is called is imported, so that `--help` and the small verbs r
 import importlib
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 from diffmm import __version__
 from diffmm.checks import did_you_mean
 from diffmm.cli.endings import (
-    ClosedOutputError,
     TerminatedError,
     flush_output,
-    is_output_closed,
+    is_of_closed_output,
     terminable,
 )
 from diffmm.recipes.errors import InputError, RunFailedError, message_of
@@ -60,31 +58,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = _run(arguments)
             flush_output()
             return code
-    except ClosedOutputError:
-        return 141
-    except InputError as error:
-        for line in error.lines:
-            print(f"diffmm: error: {line}", file=sys.stderr)
-        return 2
-    except RunFailedError as error:
-        print(f"diffmm: error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if isinstance(error, BrokenPipeError) and is_output_closed():
-            with suppress(OSError):
-                flush_output()
-            return 141
-        print(f"diffmm: error: {message_of(error)}", file=sys.stderr)
-        return 2
+    except (InputError, RunFailedError, OSError, SystemExit) as error:
+        return 141 if is_of_closed_output(error) else _reported(error)
     except KeyboardInterrupt:
         return 130
-    except TerminatedError:
-        return 143
-    except SystemExit as end:
+
+
+def _reported(error: InputError | RunFailedError | OSError | SystemExit) -> int:
+    """Print an error, and return its exit code.
+
+    Raises:
+        SystemExit: If the command ended by it, such as `--help` of argparse.
+    """
+    if isinstance(error, SystemExit):
+        if isinstance(error, TerminatedError):
+            return 143
         # Lightning raises SystemExit after Ctrl-C.
-        if isinstance(end.__context__, KeyboardInterrupt):
+        if isinstance(error.__context__, KeyboardInterrupt):
             return 130
-        raise
+        raise error
+    if isinstance(error, RunFailedError):
+        print(f"diffmm: error: {error}", file=sys.stderr)
+        return 1
+    lines = error.lines if isinstance(error, InputError) else [message_of(error)]
+    for line in lines:
+        print(f"diffmm: error: {line}", file=sys.stderr)
+    return 2
 
 
 def _run(arguments: list[str]) -> int:

@@ -11,11 +11,15 @@ from diffmm.checkpoint_folders import write_text
 from diffmm.recipes.errors import InputError, warn
 
 if TYPE_CHECKING:
-    from diffmm.runs.summaries import Summary
+    from diffmm.runs.summaries import Best, Summary
 
 DESCRIPTION = """Print the settings in which runs differ, and for each run the best and the last
 value of every validation metric, the number of parameters and the speed. A resumed run is one run,
-with one curve."""
+with one curve. Of runs that differ only in their seeds, the mean and the standard deviation follow,
+and the differences to the first group, seed by seed."""
+
+MOST_SETTINGS = 6
+"""Maximum number of settings in a printed table; the CSV file has all of them."""
 
 WIDEST = 40
 """Maximum width of a printed cell, in characters."""
@@ -57,10 +61,15 @@ def compare(paths: Sequence[str], *, page: Path | None = None, table: Path | Non
     Raises:
         InputError: If a path is not a run.
     """
-    from diffmm.runs.summaries import find_runs, summarize
+    from diffmm.runs.summaries import differing, find_runs, summarize
 
     runs = summarize(find_runs(paths))
-    print(text_table(runs))
+    print(text_table(*rows_of(runs)))
+    left_out = len(differing(runs)) - len(shown_settings(runs))
+    if left_out > 0:
+        print(f"{left_out} more settings differ: --csv FILE.csv lists all of them")
+    for head, rows in seed_tables(runs):
+        print(f"\n{text_table(head, rows)}")
     for run in runs:
         if not run.curves:
             warn(f"{run.path} has no metrics in a CSV file")
@@ -96,9 +105,9 @@ def check_output(path: Path | None, ending: str) -> None:
 
 def rows_of(runs: Sequence["Summary"]) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows of the table, as text."""
-    from diffmm.runs.summaries import differing, metrics_of, short_settings, shown
+    from diffmm.runs.summaries import metrics_of, short_settings, shown
 
-    settings, metrics = differing(runs), metrics_of(runs)
+    settings, metrics = shown_settings(runs), metrics_of(runs)
     head = ["run", *short_settings(settings)]
     for metric in metrics:
         head += [f"{metric} best", "step", "last"]
@@ -110,7 +119,9 @@ def rows_of(runs: Sequence["Summary"]) -> tuple[list[str], list[list[str]]]:
         for metric in metrics:
             best = run.best(metric)
             row += (
-                [f"{best.value:.4g}", f"{best.step:,}", f"{best.last:.4g}"] if best else ["-"] * 3
+                [f"{best.value:.4g}", f"{best.step:,}", last_text(best, run.steps)]
+                if best
+                else ["-"] * 3
             )
         size = run.num_parameters
         row += [f"{run.steps:,}", "-" if size is None else f"{size:,}"]
@@ -119,14 +130,40 @@ def rows_of(runs: Sequence["Summary"]) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def text_table(runs: Sequence["Summary"]) -> str:
-    """Format the table as plain text, with text aligned left and numbers right."""
-    head, rows = rows_of(runs)
+def last_text(best: "Best", steps: int) -> str:
+    """The last value of a metric, with its step if the run has made more steps since."""
+    is_of_end = best.last_step == steps
+    return f"{best.last:.4g}" if is_of_end else f"{best.last:.4g} (step {best.last_step:,})"
+
+
+def shown_settings(runs: Sequence["Summary"]) -> list[str]:
+    """The settings of the table, at most `MOST_SETTINGS` of those that differ: first those that all
+    runs have, because the others belong to different recipes."""
+    from diffmm.runs.summaries import differing
+
+    names = differing(runs)
+    if len(names) <= MOST_SETTINGS:
+        return names
+    return sorted(names, key=lambda n: not all(n in run.settings for run in runs))[:MOST_SETTINGS]
+
+
+def seed_tables(runs: Sequence["Summary"]) -> list[tuple[list[str], list[list[str]]]]:
+    """Headers and rows of the tables of runs that differ only in their seeds: means, and paired
+    differences. Empty if there are none."""
+    from diffmm.runs.seeds import difference_rows, groups_of, mean_rows
+
+    groups = groups_of(runs, MOST_SETTINGS)
+    tables = [mean_rows(groups), difference_rows(groups)] if groups else []
+    return [(head, rows) for head, rows in tables if rows]
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a table as plain text, with text aligned left and numbers right."""
     columns = list(zip(head, *([shortened(cell) for cell in row] for row in rows), strict=True))
     padded = []
     for column in columns:
         width = max(map(len, column))
-        is_number = all(cell[:1] in "-0123456789" for cell in column[1:])
+        is_number = all(cell[:1] in "+-0123456789" for cell in column[1:])
         padded.append([cell.rjust(width) if is_number else cell.ljust(width) for cell in column])
     lines = ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
     rule = "  ".join("─" * len(column[0]) for column in padded)
@@ -145,14 +182,18 @@ def write_csv(runs: Sequence["Summary"], path: Path) -> None:
     settings, metrics = differing(runs), metrics_of(runs)
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    parts = [part for m in metrics for part in (f"{m} best", f"{m} best step", f"{m} last")]
+    parts = [
+        part
+        for m in metrics
+        for part in (f"{m} best", f"{m} best step", f"{m} last", f"{m} last step")
+    ]
     units = dict.fromkeys(run.speed[0] for run in runs if run.speed)
     writer.writerow(["run", *settings, *parts, "steps", "parameters", *units])
     for run in runs:
         row: list[Any] = [run.path, *(shown(run, setting) for setting in settings)]
         for metric in metrics:
             best = run.best(metric)
-            row += [best.value, best.step, best.last] if best else ["", "", ""]
+            row += [best.value, best.step, best.last, best.last_step] if best else [""] * 4
         row += [run.steps, "" if run.num_parameters is None else run.num_parameters]
         row += [run.speed[1] if run.speed and run.speed[0] == unit else "" for unit in units]
         writer.writerow(row)

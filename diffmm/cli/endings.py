@@ -79,3 +79,27 @@ def is_output_closed() -> bool:
     look = select.poll()
     look.register(place, select.POLLOUT)
     return any(event & select.POLLERR for _, event in look.poll(0))
+
+
+def is_of_closed_output(error: BaseException) -> bool:
+    """Whether a command has ended because its output is no longer read, whatever was made of the
+    error on its way; the remaining output is then discarded."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    is_of_pipe = any(isinstance(each, BrokenPipeError) for each in chain)
+    if any(isinstance(each, ClosedOutputError) for each in chain):
+        return True
+    if isinstance(error, SystemExit) and is_of_pipe:
+        return True  # raised by Rich, which has discarded the output
+    is_closed = is_output_closed()
+    if not isinstance(error, SystemExit) and not (is_of_pipe and is_closed):
+        return False
+    try:
+        # A command that ends normally (`--help` of argparse) may have left its output unwritten.
+        flush_output()
+    except OSError:
+        return is_closed
+    return is_of_pipe and is_closed

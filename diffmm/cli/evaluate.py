@@ -9,19 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from diffmm.checkpoint_folders import write_text
-from diffmm.cli.options import print_help, wants_help
+from diffmm.cli.options import add_help_options, print_help, wants_help
 from diffmm.cli.prediction_files import check_output
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError, refusing
 from diffmm.recipes.settings import load, merge
 from diffmm.recipes.trust import add_trust_option
-from diffmm.runs.directories import CONFIG_NAME
+from diffmm.runs.directories import CONFIG_NAME, config_around, near_run
 
 QUIET = {"trainer": {"logger": False, "enable_checkpointing": False}}
 """Settings with which an evaluation writes nothing except its result."""
-
-DEPTH = 3
-"""Maximum number of folders from a checkpoint's file up to the run's config."""
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
@@ -39,7 +36,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if output is not None:
         check_output(output, (".json", ".csv"))
     values = recipe_values(verb, options.config, weights, overrides)
-    return evaluate(verb, values, weights, output, trust=options.trust)
+    return evaluate(verb, values, weights, output, trust=options.trust, other_data=options.data)
 
 
 def make_parser(verb: str) -> argparse.ArgumentParser:
@@ -51,11 +48,9 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
         description=f"Print the metrics of a run on its {data} data, and for a classifier those of "
         "each class and a confusion matrix.",
-        epilog="All other options are settings of the recipe, as in `diffmm fit`:",
+        epilog="All other options are settings of the recipe, as in `diffmm fit`.",
     )
-    parser.add_argument(
-        "-h", "--help", action="store_true", help="print this help and all settings"
-    )
+    add_help_options(parser)
     parser.add_argument(
         "run",
         nargs="?",
@@ -64,6 +59,12 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
     )
     add_weights_options(parser)
     add_trust_option(parser)
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="evaluate on this instead of the run's own data: a folder with one folder per class, "
+        "or a CSV file of files and labels; labels are matched with the run's classes by name",
+    )
     parser.add_argument(
         "--output",
         metavar="FILE",
@@ -113,12 +114,11 @@ def recipe_values(
     """
     if config:
         return load([find_recipe(name) for name in config], overrides)
-    path = Path(weights).absolute()
-    for folder in (path, *list(path.parents)[:DEPTH]):
-        if (folder / CONFIG_NAME).is_file():
-            return load([folder / CONFIG_NAME], overrides)
+    path = Path(weights)
+    if (saved := config_around(path)) is not None:
+        return load([saved], overrides)
     if not path.exists():
-        raise InputError(f"there is no file of weights at {weights}")
+        raise InputError(f"there is no file of weights at {weights}{near_run(path)}")
     raise InputError(
         f"{weights} is not in a run, because there is no {CONFIG_NAME}: diffmm {verb} needs its "
         f"recipe (--config RECIPE)"
@@ -126,9 +126,15 @@ def recipe_values(
 
 
 def evaluate(
-    verb: str, values: dict[str, Any], weights: str, output: Path | None, *, trust: bool
+    verb: str,
+    values: dict[str, Any],
+    weights: str,
+    output: Path | None,
+    *,
+    trust: bool,
+    other_data: str | None = None,
 ) -> int:
-    """Run one of Lightning's evaluation loops over a recipe's data.
+    """Run one of Lightning's evaluation loops over a recipe's data, or over other labeled data.
 
     Raises:
         InputError: If the recipe has mistakes, or the weights have another architecture.
@@ -150,6 +156,10 @@ def evaluate(
         check_predictable(task, cli.datamodule, output)
     with refusing():
         load_weights(task.model, weights)
+    if other_data is not None:
+        summary = use_other_data(cli.datamodule, other_data, weights, verb)
+        if cli.trainer.is_global_zero:
+            print(f"data: {summary}", flush=True)
     if verb != "predict" and hasattr(task, "measure_classes"):
         task.measure_classes()
     # Lightning's own handlers let an evaluation continue after SIGTERM, or end it with 0.
@@ -163,6 +173,31 @@ def evaluate(
         written_predictions(batches, cli.datamodule, task, output)
     leave_processes(0)
     return 0
+
+
+def use_other_data(data: Any, path: str, weights: str, verb: str) -> str:
+    """Let the datamodule of a run evaluate on the labeled data at `path`; return a summary.
+
+    Raises:
+        InputError: If the data class does not support it, the weights do not say what the classes
+            of their model are, or the data at `path` do not fit.
+    """
+    from diffmm.models.weights import load_job
+
+    if not hasattr(data, "evaluate_on"):
+        raise InputError(
+            f"--data {path}: {type(data).__name__} cannot evaluate other data by a path; give its "
+            f"settings (--data.source ...)"
+        )
+    with refusing():
+        job = load_job(weights)
+        if job is None or job.class_names is None:
+            raise InputError(
+                f"--data {path}: {weights} does not name the classes of its model, with which the "
+                f"labels of other data are matched"
+            )
+        split = "val" if verb == "validate" else "test"
+        return str(data.evaluate_on(path, job.class_names, split=split))
 
 
 def check_predictable(task: Any, data: Any, output: Path | None) -> None:

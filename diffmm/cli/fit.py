@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diffmm.checkpoint_folders import find_state
 from diffmm.cli.options import (
     add_data_option,
+    add_help_options,
     print_help,
     printed,
     recipe_values,
@@ -18,13 +19,14 @@ from diffmm.cli.options import (
 )
 from diffmm.recipes.catalog import find_recipe, header
 from diffmm.recipes.errors import InputError, RunFailedError, refusing, warn
-from diffmm.recipes.lengths import Longer, lengthened, outlook, step_of
+from diffmm.recipes.lengths import Longer, epoch_of, lengthened, outlook, step_of
 from diffmm.recipes.settings import load, override
 from diffmm.recipes.trust import add_trust_option
 from diffmm.runs.claims import claimed
 from diffmm.runs.directories import (
     config_text,
     find_run,
+    named_run,
     new_run,
     run_name,
     same_run,
@@ -38,7 +40,8 @@ AUTO = "auto"
 
 EPILOG = (
     "All other options are settings of the recipe: --vars.attention softmax, --trainer.max_steps "
-    "100, --model.init_args.optimizer.weight_decay 0. All of them, from Lightning and the library:"
+    "100, --model.optimizer.weight_decay 0. Those of a recipe: --config RECIPE --help; all: "
+    "--help-all."
 )
 
 
@@ -53,7 +56,9 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if verb == "fit" and options.allow_changed_data and options.resume is None:
         raise InputError("--allow-changed-data is for resumed runs: it needs --resume")
     if verb == "fit" and options.resume not in (None, AUTO):
-        if recipe or options.name or options.run_dir or options.data:
+        if any(
+            given is not None for given in (recipe, options.name, options.run_dir, options.data)
+        ):
             raise InputError(
                 "--resume resumes a run unchanged: it takes no recipe, data or name. To start a "
                 "new run from its weights, use `diffmm finetune`"
@@ -66,6 +71,8 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if recipe is None:
         raise InputError(f"diffmm {verb} needs --config RECIPE (diffmm recipes lists them)")
     paths = [find_recipe(name) for name in options.config]
+    if options.name is not None:
+        named_run(recipe, options.name)  # so that a bad name is refused before anything is read
     values = recipe_values(
         paths,
         overrides,
@@ -114,15 +121,7 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
         "checkpoints and logs.",
         epilog=EPILOG,
     )
-    parser.add_argument(
-        "-h",
-        "--help",
-        action="store_true",
-        help=(
-            "print this help and all settings, or with --config the settings of that recipe and "
-            "their values"
-        ),
-    )
+    add_help_options(parser)
     parser.add_argument(
         "-c",
         "--config",
@@ -136,8 +135,8 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
             "--resume",
             metavar="RUN",
             help="resume the run in this directory from its newest complete checkpoint (for "
-            "longer, add --trainer.max_steps N); 'auto': resume the run with these settings (the "
-            "latest, or that of --name or --run_dir), or start it",
+            "longer, add --trainer.max_steps N or --trainer.max_epochs N); 'auto': resume the run "
+            "with these settings (the latest, or that of --name or --run_dir), or start it",
         )
     else:
         parser.add_argument(
@@ -247,6 +246,7 @@ def train(
     from diffmm.recipes.out_of_memory import advice, is_out_of_memory
     from diffmm.recipes.trainer import RecipeCLI, refusing_before_training
     from diffmm.runs.saving import ConfigSaver
+    from diffmm.training.last_validation import LastValidation
     from diffmm.training.progress import show_progress
     from diffmm.training.resilience.checkpoints import NonFiniteWeightsError, SaveFailedError
     from diffmm.training.resilience.non_finite import TooManyNonFiniteStepsError
@@ -262,8 +262,10 @@ def train(
     show_progress(trainer, is_terminal=sys.stdout.isatty())
     if is_new or longer is not None:
         trainer.callbacks.insert(0, ConfigSaver(run_dir, comment, values))
+    trainer.callbacks.insert(0, LastValidation())
     first_step = step_of(checkpoint)
-    line = longer and outlook(cli.model, trainer, longer.schedule, first_step)
+    epoch = epoch_of(checkpoint)
+    line = longer and outlook(cli.model, trainer, longer.schedule, first_step, epoch=epoch)
     code, message = 0, ""
     try:
         with (
@@ -304,7 +306,7 @@ def ending(trainer: Any, run_dir: Path, *, is_resumed: bool, since: int) -> str:
         return f"run: {run_dir}, which a callback ended after step {step}: it cannot be resumed"
     return (
         f"run: {run_dir}, which is finished after step {step}: to train for longer, add "
-        f"--trainer.max_steps N (or max_epochs)"
+        f"--trainer.max_steps N (or --trainer.max_epochs N)"
     )
 
 

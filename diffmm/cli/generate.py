@@ -7,6 +7,8 @@ from pathlib import Path
 
 from diffmm.checkpoint_folders import find_state
 from diffmm.recipes.errors import refusing, warn
+from diffmm.recipes.trust import add_trust_option
+from diffmm.runs.directories import import_modules_of_run
 
 
 def run(verb: str, arguments: Sequence[str]) -> int:
@@ -56,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer", metavar="NAME", help="tokenizer, if the weights do not name one"
     )
+    add_trust_option(parser)
     return parser
 
 
@@ -68,6 +71,8 @@ def generate(options: argparse.Namespace) -> None:
     from diffmm.hub.trained import load
 
     state = find_state(Path(options.checkpoint), warn=warn)
+    if options.trust:
+        import_modules_of_run(state)
     trained = load(state, device=options.device, tokenizer=options.tokenizer)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     pieces = trained.write(

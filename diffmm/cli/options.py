@@ -55,9 +55,25 @@ def recipe_values(
     return own.values
 
 
+def add_help_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--help` and `--help-all` to a command that also takes settings of a recipe."""
+    parser.add_argument(
+        "-h",
+        "--help",
+        action="store_true",
+        help="print this help; with --config, also the settings of that recipe and their values",
+    )
+    parser.add_argument(
+        "--help-all",
+        action="store_true",
+        help="also print all settings that a recipe can have, from Lightning and the library",
+    )
+
+
 def wants_help(options: argparse.Namespace, overrides: Sequence[str]) -> bool:
     """Whether help is requested, for the verb or for a class (`--model.help CLASS`)."""
-    return options.help or any(key.partition("=")[0].endswith(".help") for key in overrides)
+    is_for_class = any(key.partition("=")[0].endswith(".help") for key in overrides)
+    return options.help or options.help_all or is_for_class
 
 
 def print_help(
@@ -66,25 +82,25 @@ def print_help(
     """Print the help of a verb with the settings of its recipe or all settings, or of a class."""
     from diffmm.recipes.trainer import print_settings
 
-    if not options.help:
-        print_settings(overrides)
+    if options.help_all or not options.help:
+        if options.help_all:
+            parser.print_help()
+            print()
+        print_settings(["--help"] if options.help_all else overrides, parser.prog)
         return 0
     if not options.config:
         parser.print_help()
-        print()
-        print_settings(["--help"])
         return 0
     from diffmm.recipes.explanation import explain
 
     paths = [find_recipe(name) for name in options.config]
-    parser.epilog = None
-    parser.print_help()
-    print(f"\nsettings of {', '.join(options.config)} (${{...}}: follows that setting):")
-    print(explain(paths, load(paths, overrides)))
-    print(
-        f"\nMore can be set than the recipe does: {parser.prog} --help lists all settings, and "
+    parser.epilog = (
+        f"More can be set than the recipe does: {parser.prog} --help-all lists all settings, and "
         f"--model.help CLASS those of a class."
     )
+    print(f"settings of {', '.join(options.config)} (${{...}}: follows that setting):")
+    print(f"{explain(paths, load(paths, overrides))}\n")
+    parser.print_help()
     return 0
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmm.checkpoint_folders import find_state
+from diffmm.checks import did_you_mean
 from diffmm.cli.evaluate import add_weights_options, evaluate, parse, recipe_values
-from diffmm.cli.fit import print_help, wants_help
+from diffmm.cli.options import add_help_options, print_help, wants_help
 from diffmm.cli.prediction_files import WRITERS, check_output, writing
 from diffmm.recipes.errors import InputError, message_of, refusing, warn
 from diffmm.recipes.settings import merge
 from diffmm.recipes.trust import add_trust_option
+from diffmm.runs.directories import import_modules_of_run
 
 if TYPE_CHECKING:
     from diffmm.hub.predictions import Prediction
@@ -59,11 +61,9 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Predict the classes of the images or sounds in the files and folders after "
         "the run, or, without any, of the run's own test data.",
-        epilog="Without files, all other options are settings of the recipe, as in `diffmm fit`:",
+        epilog="Without files, all other options are settings of the recipe, as in `diffmm fit`.",
     )
-    parser.add_argument(
-        "-h", "--help", action="store_true", help="print this help and all settings"
-    )
+    add_help_options(parser)
     parser.add_argument(
         "paths",
         nargs="*",
@@ -115,10 +115,13 @@ def predict_files(
     if output is not None:
         check_output(output, tuple(WRITERS))
     if overrides and not options.config:
-        raise InputError(f"{overrides[0]} is a setting of a recipe: predicting files takes none")
+        key = overrides[0].partition("=")[0]
+        near = did_you_mean(key, [f"--{name.replace('_', '-')}" for name in FILE_OPTIONS])
+        raise InputError(f"{key} is a setting of a recipe: predicting files takes none{near}")
     for path in paths:
         if not Path(path).exists():
-            raise InputError(f"{path} does not exist")
+            remote = ": only local files are read, download it first" if "://" in path else ""
+            raise InputError(f"{path} does not exist{remote}")
     settings: dict[str, Any] = {
         name: default if getattr(options, name) is None else getattr(options, name)
         for name, default in FILE_OPTIONS.items()
@@ -177,6 +180,8 @@ def loaded(
     from diffmm.hub.trained import load
 
     state = find_state(Path(weights), warn=warn)
+    if options.trust:
+        import_modules_of_run(state)
     trained = load(state, device=device)
     if not options.config:
         return trained

@@ -85,8 +85,12 @@ class JSONLinesWriter(Writer):
 
     def add(self, prediction: "Prediction") -> None:
         row = dict(zip(self.columns, self.row(prediction), strict=True))
-        # Escaped to ASCII, so that every file name can be written.
-        self.file.write(f"{json.dumps(row)}\n")
+        text = json.dumps(row, ensure_ascii=False)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            text = json.dumps(row)  # a file name that is not valid UTF-8 is escaped
+        self.file.write(f"{text}\n")
 
     def close(self) -> None:
         self.file.close()

@@ -13,15 +13,17 @@ from diffmm.checkpoint_folders import write_text
 from diffmm.cli.options import add_data_option
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError, warn
-from diffmm.recipes.settings import load, split_overrides
-from diffmm.runs.directories import RUNS, run_name
+from diffmm.recipes.settings import load, load_file, split_overrides
+from diffmm.runs.directories import CONFIG_NAME, given_directory, named_run
 from diffmm.runs.sweeps import (
     Combination,
+    begin,
     combinations,
     is_finished,
     note,
     read_record,
     sweep_name,
+    varied_settings,
 )
 
 DESCRIPTION = """Train a recipe with every combination of the settings that have several values, one
@@ -69,14 +71,19 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     paths = [find_recipe(name) for name in options.config]
     pairs = split_overrides(overrides)
     runs = combinations(pairs)
-    for one in runs:
-        load(paths, one.arguments)  # mistakes are reported before anything is trained
-    name = options.name or sweep_name(pairs)
-    folder = Path(options.sweep_dir or RUNS / run_name(options.config[-1]) / name)
+    name = sweep_name(pairs) if options.name is None else options.name
+    folder = (
+        named_run(options.config[-1], name)
+        if options.sweep_dir is None
+        else given_directory("--sweep_dir", options.sweep_dir)
+    )
+    check_grid(folder, runs)
+    values = [values_of(paths, one, options.data) for one in runs]
+    check_runs(folder, runs, values)
     commands = [command(options.config, options.data, folder, one) for one in runs]
     if options.slurm is not None:
-        return write_script(options.slurm, folder, commands, arguments)
-    return sweep(folder, runs, commands, paths, options.data)
+        return write_script(options.slurm, folder, commands, arguments, runs[0].varied)
+    return sweep(folder, runs, commands, values)
 
 
 def command(recipes: Sequence[str], data: str | None, folder: Path, one: Combination) -> list[str]:
@@ -91,21 +98,26 @@ def sweep(
     folder: Path,
     runs: Sequence[Combination],
     commands: Sequence[Sequence[str]],
-    recipes: Sequence[Path],
-    data: str | None,
+    values: Sequence[dict[str, Any]],
 ) -> int:
     """Train the unfinished runs, one after the other, and compare all runs.
+
+    Args:
+        folder: Folder of the sweep.
+        runs: All runs.
+        commands: The command that trains each run.
+        values: The values of each run's config.
 
     Returns:
         0, 1 if a run failed, or the exit code of a run that was stopped by a signal.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    begin(folder, runs[0].varied)
     failed = []
-    for number, (one, arguments) in enumerate(zip(runs, commands, strict=True), start=1):
+    for number, (one, arguments, its_values) in enumerate(
+        zip(runs, commands, values, strict=True), start=1
+    ):
         where = f"[{number}/{len(runs)}] {one.name}"
-        if is_finished(
-            folder / one.name, values_of(recipes, one, data), read_record(folder).get(one.name)
-        ):
+        if is_finished(folder / one.name, its_values, read_record(folder).get(one.name)):
             print(f"{where}: already finished", flush=True)
             continue
         print(where, flush=True)
@@ -121,6 +133,50 @@ def sweep(
     for name in failed:
         warn(f"failed: {name}")
     return 1 if failed else 0
+
+
+def check_grid(folder: Path, runs: Sequence[Combination]) -> None:
+    """Check that a folder holds no run, and no sweep over other settings.
+
+    Raises:
+        InputError: If it does; the message names the settings.
+    """
+    if (folder / CONFIG_NAME).is_file():
+        raise InputError(f"{folder} holds a run: choose another name for the sweep")
+    theirs, ours = varied_settings(folder), runs[0].varied
+    if theirs is not None and set(theirs) != set(ours):
+        raise InputError(
+            f"{folder} is a sweep over {', '.join(theirs)}, not over {', '.join(ours)}: choose "
+            f"another name"
+        )
+
+
+def check_runs(folder: Path, runs: Sequence[Combination], values: Sequence[dict[str, Any]]) -> None:
+    """Check all runs before the first one is trained.
+
+    Raises:
+        InputError: If the values of a run have mistakes, or its folder holds a run with other
+            values; the message names the run, unless it is true for all of them.
+    """
+    from diffmm.recipes.mistakes import find_mistakes
+    from diffmm.recipes.trainer import silence_noise
+
+    silence_noise()
+    faults: dict[str, list[str]] = {}
+    for one, its_values in zip(runs, values, strict=True):
+        place = folder / one.name
+        for mistake in find_mistakes({**its_values, "run_dir": str(place)}).mistakes:
+            faults.setdefault(mistake, []).append(one.name)
+        if (place / CONFIG_NAME).is_file() and load_file(place / CONFIG_NAME) != its_values:
+            mistake = f"{place} holds a run with other settings: choose another name for the sweep"
+            faults[mistake] = [one.name] * len(runs)
+    if faults:
+        raise InputError(
+            *(
+                mistake if len(names) == len(runs) else f"{names[0]}: {mistake}"
+                for mistake, names in faults.items()
+            )
+        )
 
 
 def values_of(recipes: Sequence[Path], one: Combination, data: str | None) -> dict[str, Any]:
@@ -152,7 +208,6 @@ def launch(arguments: Sequence[str]) -> int:
 def compare_runs(folder: Path, runs: Sequence[Combination]) -> None:
     """Print the table of the runs that exist."""
     from diffmm.cli.compare import compare
-    from diffmm.runs.directories import CONFIG_NAME
 
     there = [folder / one.name for one in runs if (folder / one.name / CONFIG_NAME).is_file()]
     if there:
@@ -161,7 +216,11 @@ def compare_runs(folder: Path, runs: Sequence[Combination]) -> None:
 
 
 def write_script(
-    path: Path, folder: Path, commands: Sequence[Sequence[str]], arguments: Sequence[str]
+    path: Path,
+    folder: Path,
+    commands: Sequence[Sequence[str]],
+    arguments: Sequence[str],
+    varied: Sequence[str],
 ) -> int:
     """Write the script of a SLURM array with one task per run.
 
@@ -172,7 +231,7 @@ def write_script(
         raise InputError(f"{path} exists already: choose another --slurm")
     if not path.parent.is_dir():
         raise InputError(f"there is no folder {path.parent} to write {path.name} to")
-    folder.mkdir(parents=True, exist_ok=True)
+    begin(folder, varied)
     write_text(path, script(folder, commands, arguments))
     print(f"{path} trains {len(commands)} runs in {folder}: sbatch {shlex.quote(str(path))}")
     print(f"Afterwards: diffmm compare {shlex.quote(str(folder))}")

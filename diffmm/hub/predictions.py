@@ -168,6 +168,8 @@ class _Chunks(IterableDataset[list[Read]]):
                 yield [(item, self._read(item)) for item in chunk]
 
     def _read(self, item: Any) -> dict[str, Any] | Exception:
+        if isinstance(item, str) and "://" in item:
+            return ValueError(f"{item}: only local files are read, download it first")
         try:
             return self.reader.read(item)
         except (ValueError, OSError) as error:

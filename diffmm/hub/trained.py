@@ -5,13 +5,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from diffmm.batch import inputs_of
 from diffmm.checkpoint_folders import find_state
+from diffmm.checks import article, check_choice
 from diffmm.hub.predictions import OnError, Prediction, Predictor
 from diffmm.hub.readers import check_inputs, make_reader
 from diffmm.models.generation import stream
@@ -34,6 +35,7 @@ def load(
     class_names: Sequence[str] | None = None,
     multi_label: bool | None = None,
     tokenizer: str | None = None,
+    checkpoint: Literal["newest", "best"] = "newest",
 ) -> "TrainedModel":
     """Load a trained model with its task: `load(run).predict("cat.jpg")`.
 
@@ -46,18 +48,25 @@ def load(
         class_names: The names of the outputs; by default those of the file.
         multi_label: Whether an input may have any number of classes; by default as in the file.
         tokenizer: Name of a text model's tokenizer; by default that of the file.
+        checkpoint: Which checkpoint of a run to load: `"newest"`, that of its last save, or
+            `"best"`, that with the best value of the metric that its recipe monitors.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file cannot be read or does not describe its model, or the device does
-            not exist.
+        ValueError: If the file cannot be read or does not describe its model, the device does
+            not exist, or `checkpoint` is `"best"` for a path that is not a run with a monitored
+            metric.
 
     >>> trained = diffmm.load("runs/image/digits_tiny/first")
     >>> trained.predict("seven.png").label
     '7'
     """
-    file = find_state(Path(path))
-    model = load_model(file)
+    check_choice("checkpoint", checkpoint, ("newest", "best"))
+    file = find_state(Path(path)) if checkpoint == "newest" else _best_state(Path(path))
+    try:
+        model = load_model(file)
+    except ValueError as error:
+        raise ValueError(f"{error}{_missing_imports(file)}") from error
     job: Job = model.job or Job()  # type: ignore[assignment]
     if tokenizer is not None:
         if reader is not None:
@@ -68,8 +77,42 @@ def load(
         "class_names": None if class_names is None else tuple(class_names),
         "multi_label": multi_label,
     }
+    num_classes = getattr(model, "num_classes", 0)
+    if class_names is not None and num_classes and len(class_names) != num_classes:
+        raise ValueError(
+            f"class_names has {len(class_names)} names, but the model of {file} has {num_classes} "
+            f"classes: give one name per class, in order"
+        )
     job = replace(job, **{name: value for name, value in given.items() if value is not None})
     return TrainedModel(model.to(find_device(device)), job, origin=str(file))
+
+
+def _best_state(run: Path) -> Path:
+    """The state of the best checkpoint of a run."""
+    from diffmm.recipes.errors import InputError
+    from diffmm.runs.directories import best_state
+
+    try:
+        return best_state(run)
+    except InputError as error:
+        raise ValueError(str(error)) from error
+
+
+def _missing_imports(file: Path) -> str:
+    """A sentence on the modules that a file's run imports and this process has not; may be empty.
+    They are not imported here, because opening a file of weights must not run code."""
+    from diffmm.recipes.imports import not_imported
+    from diffmm.recipes.settings import load_file
+    from diffmm.runs.directories import config_around
+
+    config = config_around(file)
+    missing = [] if config is None else not_imported(load_file(config))
+    if not missing:
+        return ""
+    return (
+        f". The run's recipe imports {', '.join(missing)}: do so before (on the command line: "
+        f"--trust)"
+    )
 
 
 def find_device(name: str | torch.device) -> torch.device:
@@ -160,7 +203,18 @@ class TrainedModel:
         return self
 
     def save(self, path: str | Path) -> Path:
-        """Save weights, description and job as safetensors (see `diffmm.models.save_model`)."""
+        """Save weights, description and job as safetensors, to be read by `load`.
+
+        Args:
+            path: A file ending in `.safetensors`, or a folder, in which `model.safetensors` is
+                written.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            ValueError: If the path ends like a file of another format, such as `.pt`.
+        """
         return save_model(self.model, path)
 
     def predict(self, inputs: Any, *, top_k: int = 5, batch_size: int = 32) -> Any:
@@ -223,8 +277,8 @@ class TrainedModel:
             raise ValueError(f"num_workers={num_workers} needs a list of inputs, not an iterator")
         if getattr(self.model, "num_classes", 0) < 1:
             hint = "; it generates text (generate)" if isinstance(self.model, TextModel) else ""
-            name = type(self.model).__name__
-            raise ValueError(f"{self.origin} contains a {name}, which has no classes{hint}")
+            name = article(type(self.model).__name__)
+            raise ValueError(f"{self.origin} contains {name}, which has no classes{hint}")
         predictor = Predictor(
             self.model, self.reader, self.class_names, multi_label=self.job.multi_label
         )
@@ -241,8 +295,8 @@ class TrainedModel:
         """
         if not isinstance(self.model, TextModel):
             raise ValueError(
-                f"{self.origin} contains a {type(self.model).__name__}: only text models generate "
-                f"text"
+                f"{self.origin} contains {article(type(self.model).__name__)}: only text models "
+                f"generate text"
             )
         if self.job.reader is None:
             raise ValueError(f"{self.origin} names no tokenizer: give one (--tokenizer bytes)")

@@ -14,6 +14,7 @@ from diffmm.layers.linear import init_weights
 from diffmm.layers.norm import NORMS
 from diffmm.models.backbone_config import BackboneConfig
 from diffmm.ops import AttentionMask
+from diffmm.ops.checks import check_mask
 
 __all__ = ["Backbone", "BackboneConfig"]
 
@@ -79,9 +80,13 @@ class Backbone(nn.Module):
             ascending order.
 
         Raises:
-            ValueError: If 2-D rope has no positions, or the cache has a different number of
+            ValueError: If `x` has another shape, `mask` is not an `AttentionMask`, 2-D rope has no
+                positions, or the cache has a different number of
                 layers or no room for these tokens.
         """
+        if x.ndim != 3 or x.shape[2] != self.config.dim:
+            raise ValueError(f"x must be [B, N, {self.config.dim}], got shape {tuple(x.shape)}")
+        check_mask(mask)
         rope = None
         if self.rope is not None:
             if positions is None:

@@ -14,6 +14,9 @@ from diffmm.layers.patch import PatchEmbedding, Size, as_size, patchify
 from diffmm.layers.positions import coordinates
 from diffmm.models.encoder import Embedded, Encoder, EncoderConfig
 
+PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+"""Settings of a reader of images that `timm.data.resolve_model_data_config` reads."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageConfig(EncoderConfig):
@@ -223,7 +226,9 @@ class ImageModel(Encoder):
         return max(as_size(self.config.patch_size))
 
     def timm_cfg(self) -> dict[str, Any]:
+        reader = {} if self.job is None or self.job.reader is None else self.job.reader["init_args"]
         return {
+            **{name: _plain(reader[name]) for name in PREPROCESSING if name in reader},
             "input_size": (self.config.in_channels, *as_size(self.config.image_size)),
             "fixed_input_size": True,
             "pool_size": None,
@@ -243,3 +248,8 @@ class ImageModel(Encoder):
                 f"{size[0]}x{size[1]}: resize them, or call "
                 f"set_input_size(({images.shape[2]}, {images.shape[3]}))"
             )
+
+
+def _plain(value: Any) -> Any:
+    """A value as timm writes it: a tuple instead of a list."""
+    return tuple(value) if isinstance(value, list) else value

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from diffmm.checks import check_choice
 from diffmm.models.backbone import Backbone
+from diffmm.models.job import Job
 from diffmm.models.parameters import AFTER_BLOCKS, decaying
 
 Intermediates = list[Tensor] | list[tuple[Tensor, Tensor]]
@@ -17,8 +18,9 @@ class TimmInterface(nn.Module):
     """The part of timm's model interface that image and audio models share.
 
     Attributes:
-        pretrained_cfg: The values read by `timm.data.resolve_data_config` that a model has: input
-            size, number of classes, and the names of the first and the last layer.
+        pretrained_cfg: The values read by `timm.data.resolve_model_data_config` that a model has:
+            input size, number of classes, the names of the first and the last layer and, for a
+            trained image model, its preprocessing (mean, std, crop, interpolation).
         default_cfg: The same dict under timm's former name.
     """
 
@@ -27,6 +29,22 @@ class TimmInterface(nn.Module):
     head: nn.Module
     pretrained_cfg: dict[str, Any]
     default_cfg: dict[str, Any]
+    _job: Job | None = None
+
+    @property
+    def job(self) -> Job | None:
+        """The preprocessing of the inputs and the meaning of the outputs, if the model is trained.
+        Setting it updates `pretrained_cfg`."""
+        return self._job
+
+    @job.setter
+    def job(self, job: Job | None) -> None:
+        self._job = job
+        self._describe_to_timm()
+
+    def _describe_to_timm(self) -> None:
+        """Set `pretrained_cfg`."""
+        raise NotImplementedError
 
     @property
     def num_prefix_tokens(self) -> int:

@@ -24,7 +24,7 @@ from diffmm.models.description import build, configured, describe, unwrap
 from diffmm.models.job import Job, text_reader
 from diffmm.renamed import weights_with_new_names, with_new_names
 
-__all__ = ["build", "describe", "load_model", "load_weights", "save_model"]
+__all__ = ["build", "describe", "load_job", "load_model", "load_weights", "save_model"]
 
 DESCRIPTION_KEY = "model"
 """Key of the model's description in a checkpoint or in the safetensors metadata."""
@@ -34,6 +34,9 @@ JOB_KEY = "job"
 
 WEIGHTS_NAME = "model.safetensors"
 """Name of the file in a folder written by `save_model`."""
+
+OTHER_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".onnx", ".h5", ".npz", ".zip", ".json")
+"""Endings of files of other formats, which a folder is not called."""
 
 CHECKPOINT_PREFIX = "model."
 """Prefix of the model's weights in a Lightning module, whose model is `self.model`."""
@@ -55,15 +58,20 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
         The path of the file.
 
     Raises:
-        ValueError: If the model's class is not in `diffmm.models`, or the job does not match it.
+        ValueError: If the model's class is not in `diffmm.models`, the job does not match it, or
+            the path ends like a file of another format.
     """
-    model = unwrap(model)
+    model, path = unwrap(model), Path(path)
+    if path.suffix.lower() in OTHER_ENDINGS:
+        raise ValueError(
+            f"{path} ends in {path.suffix}, but weights are saved as safetensors: give a name that "
+            f"ends in .safetensors, or a folder, in which {WEIGHTS_NAME} is written"
+        )
     metadata = {"format": "pt", DESCRIPTION_KEY: json.dumps(describe(model))}
     job: Any = getattr(model, "job", None)
     if job is not None:
         job.check_fit(model)
         metadata[JOB_KEY] = json.dumps(job.plain())
-    path = Path(path)
     file = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
     file.parent.mkdir(parents=True, exist_ok=True)
     aliases = _aliases(model)
@@ -108,6 +116,20 @@ def load_model(path: str | Path) -> nn.Module:
     _fill(model, weights, set(), file)
     model.job = _job(job, model, file)  # type: ignore[assignment]
     return model.eval()
+
+
+def load_job(path: str | Path) -> Job | None:
+    """Read the job of the model in a file; `None` if the file has none.
+
+    Args:
+        path: As in `load_model`.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file cannot be read, or its job is invalid.
+    """
+    file = _find(path)
+    return _job(_read(file).job, None, file)
 
 
 def load_weights(model: nn.Module, path: str | Path, *, skip_head: bool = False) -> list[str]:
@@ -203,7 +225,7 @@ def _job_values(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
     return checkpoint.get(JOB_KEY)
 
 
-def _job(values: dict[str, Any] | None, model: nn.Module, file: Path) -> Job | None:
+def _job(values: dict[str, Any] | None, model: nn.Module | None, file: Path) -> Job | None:
     if values is None:
         return None
     try:

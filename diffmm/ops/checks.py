@@ -20,8 +20,10 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> None:
     `q` is `[B, N, H, ..., D]`, `k` is `[B, M, G, ..., D]`, `v` is `[B, M, G, E]`.
 
     Raises:
-        ValueError: If they do not match; the message names the ones that differ.
+        ValueError: If they do not match, or `mask` is not an `AttentionMask`; the message names the
+            ones that differ.
     """
+    check_mask(mask)
     if v.ndim != 4:
         raise ValueError(f"v must be [B, M, G, E], got shape {tuple(v.shape)}")
     if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3]:
@@ -49,6 +51,20 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> None:
                 f"but q is {q.dtype} on {q.device}: convert them to the same dtype and device"
             )
     mask.check(q.shape[0], k.shape[1])
+
+
+def check_mask(mask: object) -> None:
+    """Check that a mask is an `AttentionMask`.
+
+    Raises:
+        ValueError: If it is not, such as a tensor of booleans or `None`.
+    """
+    if not isinstance(mask, AttentionMask):
+        got = f"a tensor of {mask.dtype}" if isinstance(mask, Tensor) else repr(mask)
+        raise ValueError(
+            f"mask must be an AttentionMask, got {got}: AttentionMask() lets every query attend to "
+            f"every key, causal=True only to earlier ones, and key_padding=[B, M] only to real ones"
+        )
 
 
 def check_backend(backend: str, backends: Collection[str]) -> None:

@@ -1,6 +1,8 @@
 """Runs that are extended beyond their planned length: `diffmm fit --resume RUN --trainer.max_steps
 N`.
 
+With `--trainer.max_epochs N`, a length in epochs replaces one in steps.
+
 The learning-rate schedule is unchanged, and the learning rate stays at its final value, unless the
 schedule's length (`total_steps`) is also given.
 """
@@ -12,10 +14,11 @@ from typing import Any, NamedTuple
 from diffmm.checkpoint_folders import read_manifest
 from diffmm.recipes.errors import InputError
 from diffmm.recipes.references import resolve, used_variables, walk
-from diffmm.recipes.settings import load
+from diffmm.recipes.settings import load, split_overrides
 
 SCHEDULE = "model.init_args.schedule.total_steps"
-LENGTHS = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", SCHEDULE)
+STEPS, EPOCHS = "trainer.max_steps", "trainer.max_epochs"
+LENGTHS = (STEPS, EPOCHS, "trainer.max_time", SCHEDULE)
 """Settings that may be changed when a run is resumed, and the settings that these refer to."""
 
 
@@ -35,6 +38,10 @@ def lengthened(config: Path, overrides: Sequence[str]) -> Longer | None:
         InputError: If they change any other setting.
     """
     before, after = load([config]), load([config], overrides)
+    given = [key for key, _ in split_overrides(overrides)]
+    if EPOCHS in given and STEPS not in given and (after["trainer"] or {}).get("max_steps"):
+        # The number of steps would end the run before the epochs.
+        after["trainer"]["max_steps"] = -1
     old, new = (leaves(values) for values in (before, after))
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if others := [name for name in changed if name not in LENGTHS]:
@@ -81,7 +88,15 @@ def step_of(checkpoint: Path | None) -> int:
         raise InputError(f"{checkpoint} is not a checkpoint of a run: {error}") from error
 
 
-def outlook(task: Any, trainer: Any, schedule: dict[str, Any] | None, step: int) -> str:
+def epoch_of(checkpoint: Path | None) -> int:
+    """The number of completed epochs of a checkpoint; 0 if it is not known."""
+    manifest = None if checkpoint is None else read_manifest(checkpoint.parent)
+    return int((manifest or {}).get("epoch", 0))
+
+
+def outlook(
+    task: Any, trainer: Any, schedule: dict[str, Any] | None, step: int, *, epoch: int = 0
+) -> str:
     """Describe the rest of a run, from step `step` on, in one line.
 
     Args:
@@ -89,6 +104,7 @@ def outlook(task: Any, trainer: Any, schedule: dict[str, Any] | None, step: int)
         trainer: Trainer with the new length.
         schedule: Previous settings of the schedule.
         step: Number of completed steps.
+        epoch: Number of completed epochs.
 
     Raises:
         InputError: If no step is left, or the learning rate would be 0 in all remaining steps.
@@ -98,7 +114,14 @@ def outlook(task: Any, trainer: Any, schedule: dict[str, Any] | None, step: int)
         raise InputError(
             f"the run has already made {step} steps: trainer.max_steps must be larger, got {end}"
         )
+    last_epoch = trainer.max_epochs
+    if last_epoch is not None and 0 <= last_epoch <= epoch:
+        raise InputError(
+            f"the run has already completed epoch {last_epoch}: trainer.max_epochs must be larger"
+        )
     steps = f"resumes from step {step}" + (f" to step {end}" if end > 0 else "")
+    if end < 0 and last_epoch is not None and last_epoch > 0:
+        steps += f" to the end of epoch {last_epoch}"
     new = getattr(task, "schedule_config", None)
     if new is None:
         return steps

@@ -7,17 +7,20 @@ are created (models on the meta device), so that errors raised by the classes ar
 import dataclasses
 import importlib
 import inspect
+import re
 import types
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from diffmm.checks import did_you_mean
+from diffmm.checks import article, did_you_mean
 from diffmm.recipes.agreement import disagreements
 from diffmm.recipes.errors import message_of
+from diffmm.recipes.imports import import_modules
 from diffmm.recipes.numbers import wrong_numbers
 from diffmm.recipes.references import UNKNOWN, resolve, unused_variables
 from diffmm.recipes.settings import CLASS_KEYS
@@ -41,10 +44,11 @@ def find_mistakes(values: dict[str, Any], *, trust: bool = True) -> Findings:
 
     Args:
         values: Values of the recipe.
-        trust: Whether to import and call classes outside `diffmm.recipes.trust.KNOWN`; otherwise,
-            naming one is a mistake.
+        trust: Whether to import and call classes and modules outside `diffmm.recipes.trust.KNOWN`;
+            otherwise, naming one is a mistake.
     """
     resolved, mistakes = resolve(values)
+    mistakes += import_modules(resolved, trust=trust)
     mistakes += unused_variables(values)
     wrong, resolved = wrong_numbers(values, resolved)
     mistakes += wrong
@@ -84,6 +88,8 @@ class _Finder:
         self.trust = trust
         self.device = device
         self.has_unknown_keys = False
+        self.replaced: set[str] = set()
+        """Fields of configurations whose values were replaced to find further mistakes."""
 
     def check(self, value: Any, hint: Any, path: str) -> Any:
         """Convert `value` to the type `hint`; return `UNKNOWN` after a mistake."""
@@ -153,7 +159,7 @@ class _Finder:
         if not inspect.isclass(cls) or (bases and not issubclass(cls, tuple(bases))):
             expected = " or ".join(base.__name__ for base in bases) or "class"
             self.mistakes.append(
-                f"{path}.class_path must name {article(expected)} {expected}, got {class_path!r}"
+                f"{path}.class_path must name {article(expected)}, got {class_path!r}"
             )
             return UNKNOWN
         arguments = self.arguments(node.get("init_args") or {}, cls, f"{path}.init_args")
@@ -170,12 +176,52 @@ class _Finder:
         return why is not None
 
     def config(self, node: dict[str, Any], cls: type, path: str) -> Any:
-        """Create a configuration (a dataclass), which checks its own values."""
-        arguments = self.arguments(node, cls, path)
-        return UNKNOWN if arguments is UNKNOWN else self.build(cls, arguments, path)
+        """Create a configuration (a dataclass), which checks its own values.
 
-    def arguments(self, values: Any, cls: Any, path: str) -> Any:
-        """Check the arguments of a class; return `UNKNOWN` after a mistake in any of them."""
+        After a mistake, the values at fault are replaced by valid ones in order to find the other
+        mistakes; the result is then only a stand-in.
+        """
+        arguments = self.arguments(node, cls, path, repair=True)
+        while arguments is not UNKNOWN:
+            try:
+                return cls(**arguments)
+            except ValueError as error:
+                message = message_of(error)
+            except Exception:
+                return self.build(cls, arguments, path)
+            # A replaced value may itself cause an error, which is none of the recipe's.
+            if not _named(message, self.replaced):
+                self.mistakes.append(f"{path}: {message}")
+            arguments = self.repaired(cls, arguments, message)
+        return UNKNOWN
+
+    def repaired(self, cls: type, arguments: dict[str, Any], message: str) -> Any:
+        """Replace a field that an error names so that the error no longer occurs: by its default
+        or, for a required integer, by one with which the configuration is valid. Return `UNKNOWN`
+        if there is none."""
+        named = _named(message, arguments)
+        for name in named:
+            rest = {key: value for key, value in arguments.items() if key != name}
+            try:
+                cls(**rest)
+            except TypeError:
+                continue  # the field is required
+            except ValueError as error:
+                if _named(str(error), [name, *self.replaced]):
+                    continue
+            self.replaced.add(name)
+            return rest
+        for name in named:
+            for value in STAND_INS if type(arguments[name]) is int else ():
+                with suppress(TypeError, ValueError):
+                    cls(**{**arguments, name: value})
+                    self.replaced.add(name)
+                    return {**arguments, name: value}
+        return UNKNOWN
+
+    def arguments(self, values: Any, cls: Any, path: str, *, repair: bool = False) -> Any:
+        """Check the arguments of a class; return `UNKNOWN` after a mistake in any of them, or with
+        `repair` leave out those at fault that have defaults."""
         if not isinstance(values, dict):
             self.mistakes.append(f"{path} must hold keys and values, got {values!r}")
             return UNKNOWN
@@ -191,6 +237,13 @@ class _Finder:
             for name, value in values.items()
             if name in parameters
         }
+        if repair:
+            at_fault = {name for name, value in checked.items() if _has_unknown(value)}
+            self.replaced |= at_fault
+            needed = {name for name, parameter in parameters.items() if parameter.required}
+            if needed - (checked.keys() - at_fault):
+                return UNKNOWN
+            return {name: value for name, value in checked.items() if name not in at_fault}
         return UNKNOWN if len(self.mistakes) > before else _whole(checked)
 
     def build(self, cls: type, arguments: dict[str, Any], path: str) -> Any:
@@ -214,12 +267,39 @@ class _Finder:
         for key in values:
             if key not in known:
                 place = f"{path}.{key}" if path else str(key)
-                self.mistakes.append(f"unknown key {place}{did_you_mean(key, known)}")
+                meant = SYNONYMS.get(str(key))
+                hint = f"; did you mean {meant!r}?" if meant in known else did_you_mean(key, known)
+                self.mistakes.append(f"unknown key {place}{hint}")
                 self.has_unknown_keys = True
 
 
-TOP = ("seed_everything", "vars", "run_dir", "trainer", "model", "data")
+TOP = ("seed_everything", "imports", "vars", "run_dir", "trainer", "model", "data")
 """The keys of a recipe."""
+
+
+SYNONYMS = {
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "warmup": "warmup_steps",
+    "steps": "max_steps",
+    "epochs": "max_epochs",
+    "layers": "depth",
+    "num_layers": "depth",
+    "hidden_size": "dim",
+    "embed_dim": "dim",
+    "heads": "num_heads",
+}
+"""Names that other libraries use, with the ones used here."""
+
+STAND_INS = (64, 3360)
+"""Values that replace an invalid integer, the second one divisible by many numbers of heads."""
+
+
+def _named(message: str, names: Iterable[str]) -> list[str]:
+    """The names that occur in a message, in their order there."""
+    places = {name: re.search(rf"\b{re.escape(name)}\b", message) for name in names}
+    found = {name: place.start() for name, place in places.items() if place}
+    return sorted(found, key=found.__getitem__)
 
 
 def _options(hint: Any) -> list[Any]:
@@ -303,11 +383,6 @@ def import_class(class_path: Any) -> Any:
         public = [n for n in dir(module) if n[:1].isupper()]
         raise ImportError(f"{module_name} has no {name}{did_you_mean(name, public)}")
     return found
-
-
-def article(noun: str) -> str:
-    """The indefinite article of a class name."""
-    return "an" if noun[:1] in "AEIOU" else "a"
 
 
 def _name(hint: Any) -> str:

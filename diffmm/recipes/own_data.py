@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffmm.recipes.errors import InputError, refusing
+from diffmm.recipes.imports import import_modules
 from diffmm.recipes.mistakes import import_class
 from diffmm.recipes.references import REFERENCE, resolve, used_variables, walk
 from diffmm.recipes.settings import load, override, parse_overrides
@@ -63,7 +64,10 @@ def on_own_data(
     # Overrides may change how the data are read, such as --data.source.val_fraction.
     for key, value in parse_overrides(overrides):
         override(looked, key, value)
-    node = resolve(looked)[0].get("data")
+    resolved = resolve(looked)[0]
+    if mistakes := import_modules(resolved, trust=trust):
+        raise InputError(*mistakes)
+    node = resolved.get("data")
     node = node if isinstance(node, dict) else {}
     class_path = node.get("class_path")
     if not trust and (why := why_untrusted(class_path)):

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from diffmm.checks import DataError
 from diffmm.recipes.agreement import disagreements
 from diffmm.recipes.errors import InputError, RunFailedError, message_of
+from diffmm.recipes.imports import import_modules
 from diffmm.recipes.mistakes import find_mistakes
 from diffmm.recipes.numbers import wrong_numbers
 from diffmm.recipes.references import resolve, unused_variables
@@ -59,6 +60,12 @@ class SettingsCLI(LightningCLI):
         parser.add_argument(
             "--vars", type=dict, default={}, help="Variables that settings refer to: ${vars.name}."
         )
+        parser.add_argument(
+            "--imports",
+            type=str | list[str],
+            default=[],
+            help="Modules to import first, which register layers of your own.",
+        )
         parser.add_argument("--run_dir", type=str, default=None, help="Directory of the run.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -84,7 +91,8 @@ class RecipeCLI(SettingsCLI):
         silence_noise()
         if not trust and (found := find_mistakes(values, trust=False).mistakes):
             raise InputError(*found)
-        mistakes = unused_variables(values) + wrong_numbers(values, resolve(values)[0])[0]
+        mistakes = import_modules(resolve(values)[0], trust=trust)
+        mistakes += unused_variables(values) + wrong_numbers(values, resolve(values)[0])[0]
         # Lightning would continue without data.
         mistakes += [f"{part} is missing" for part in ("model", "data") if not values.get(part)]
         try:
@@ -130,12 +138,14 @@ class RecipeCLI(SettingsCLI):
         return super().instantiate_trainer(**{**whole, **changes})
 
 
-def print_settings(arguments: Sequence[str]) -> None:
+def print_settings(arguments: Sequence[str], prog: str) -> None:
     """Print all settings that a recipe can have (`--help`), or those of a class
-    (`--model.help diffmm.training.CausalLM`)."""
+    (`--model.help diffmm.training.CausalLM`), for the command `prog`."""
+    settings = parser_settings()
+    settings["parser_kwargs"]["prog"] = prog
     try:
         with suppress(SystemExit):
-            SettingsCLI(**parser_settings(), args=list(arguments))
+            SettingsCLI(**settings, args=list(arguments))
     except ArgumentError as error:
         raise InputError(message_of(error)) from error
 

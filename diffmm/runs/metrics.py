@@ -2,11 +2,16 @@
 
 import csv
 import math
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from diffmm.recipes.errors import InputError
+from diffmm.runs.directories import CONFIG_NAME
+
+LOG_NAME = "metrics.csv"
+"""File name of the logs of Lightning's `CSVLogger`."""
 
 Curve = list[tuple[int, float]]
 """Pairs `(completed steps, value)`, in ascending order of steps."""
@@ -16,13 +21,14 @@ def read_curves(run: Path) -> dict[str, Curve]:
     """Return the curve of every metric that a run has logged, by name.
 
     A resumed run has one CSV file per start. They are joined to one curve: if a later start has
-    repeated steps, its values replace the earlier ones.
+    repeated steps, its values replace the earlier ones. Runs in folders inside this one are not
+    read: `runs/x/base` has its own curves beside `runs/x/base/lr3`.
 
     Raises:
         InputError: If a file is not a CSV file in UTF-8; the message names it.
     """
     curves: dict[str, dict[int, float]] = {}
-    for file in sorted(run.rglob("metrics.csv"), key=_order):
+    for file in sorted(_own_files(run), key=_order):
         rows = list(_rows(file))
         first = min((step for step, _ in rows), default=0)
         for values in curves.values():
@@ -33,6 +39,14 @@ def read_curves(run: Path) -> dict[str, Curve]:
                 # Lightning counts from 0: the row of step 9 is logged after ten steps.
                 curves.setdefault(name, {})[step + 1] = value
     return {name: sorted(values.items()) for name, values in curves.items() if values}
+
+
+def _own_files(run: Path) -> Iterator[Path]:
+    """The CSV files of a run, without those of runs in folders inside its own."""
+    for folder, inside, files in os.walk(run):
+        inside[:] = [name for name in inside if not Path(folder, name, CONFIG_NAME).is_file()]
+        if LOG_NAME in files:
+            yield Path(folder, LOG_NAME)
 
 
 def _rows(file: Path) -> Iterable[tuple[int, dict[str, float]]]:

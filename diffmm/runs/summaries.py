@@ -28,6 +28,7 @@ class Best(NamedTuple):
     value: float
     step: int
     last: float
+    last_step: int
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Summary:
             return None
         better = min if is_smaller_better(metric, self.values) else max
         step, value = better(curve, key=lambda point: point[1])
-        return Best(value, step, curve[-1][1])
+        return Best(value, step, curve[-1][1], curve[-1][0])
 
 
 def is_smaller_better(metric: str, values: dict[str, Any]) -> bool:

@@ -20,6 +20,9 @@ from diffmm.runs.summaries import short_settings
 RECORD_NAME = "sweep.json"
 """File in the folder of a sweep that records the exit codes of its runs."""
 
+VARIED_KEY = "varied settings"
+"""Key of the record with the settings that the sweep varies."""
+
 LONGEST_NAME = 120
 
 CLOSING = {"[": "]", "{": "}", "(": ")"}
@@ -32,10 +35,12 @@ class Combination:
     Attributes:
         name: Name of its folder, such as `seed=0,attention=softmax`.
         settings: Keys and values as written, in the order of the command line.
+        varied: Keys of the settings that the sweep varies.
     """
 
     name: str
     settings: list[tuple[str, str]]
+    varied: tuple[str, ...]
 
     @property
     def arguments(self) -> list[str]:
@@ -98,7 +103,7 @@ def combinations(pairs: Sequence[tuple[str, str]]) -> list[Combination]:
         name = _name([(key, value) for key, value in settings if key in varied])
         while name in found:
             name += "_"
-        found[name] = Combination(name, settings)
+        found[name] = Combination(name, settings, tuple(varied))
     return list(found.values())
 
 
@@ -124,6 +129,22 @@ def _name(settings: Sequence[tuple[str, str]]) -> str:
 
 def read_record(folder: Path) -> dict[str, int]:
     """The exit codes of the ended runs of a sweep, by name; empty if there is no record."""
+    return {name: code for name, code in _read(folder).items() if isinstance(code, int)}
+
+
+def varied_settings(folder: Path) -> list[str] | None:
+    """The settings that the sweep in a folder varies; `None` if there is no record of them."""
+    varied = _read(folder).get(VARIED_KEY)
+    return varied if isinstance(varied, list) else None
+
+
+def begin(folder: Path, varied: Sequence[str]) -> None:
+    """Create the folder of a sweep, and record the settings that it varies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder, {VARIED_KEY: list(varied), **read_record(folder)})
+
+
+def _read(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -132,12 +153,15 @@ def read_record(folder: Path) -> dict[str, int]:
         raise InputError(f"{folder / RECORD_NAME} cannot be read: {error}") from error
     if not isinstance(record, dict):
         raise InputError(f"{folder / RECORD_NAME} is not the record of a sweep")
-    return {name: code for name, code in record.items() if isinstance(code, int)}
+    return record
 
 
 def note(folder: Path, name: str, code: int) -> None:
     """Record the exit code of a run."""
-    record = {**read_record(folder), name: code}
+    _write(folder, {**_read(folder), name: code})
+
+
+def _write(folder: Path, record: dict[str, Any]) -> None:
     write_text(folder / RECORD_NAME, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 

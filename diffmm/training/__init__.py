@@ -4,6 +4,7 @@ from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
 from diffmm.training.classification import Classification
 from diffmm.training.finetuning import FineTuneConfig
 from diffmm.training.language import CausalLM, MaskedLM
+from diffmm.training.last_validation import LastValidation
 from diffmm.training.masked_autoencoding import MaskedAutoencoding
 from diffmm.training.mixing import MixingConfig
 from diffmm.training.optimizer import OptimizerConfig
@@ -23,6 +24,7 @@ __all__ = [
     "FineTuneConfig",
     "GracefulShutdown",
     "LambdaMonitor",
+    "LastValidation",
     "LoggersMayFail",
     "MaskedAutoencoding",
     "MaskedLM",

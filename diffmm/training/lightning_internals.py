@@ -43,7 +43,25 @@ def validation_follows(trainer: Trainer) -> bool:
     loop = trainer.fit_loop
     if trainer._val_check_time_interval is not None or loop._data_fetcher is None:  # type: ignore[attr-defined]
         return False
-    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+    epoch_loop = loop.epoch_loop
+    # The class's method, which `add_validation` does not replace.
+    return type(epoch_loop)._should_check_val_fx(epoch_loop, loop._data_fetcher)
+
+
+def add_validation(trainer: Trainer, is_due: Callable[[], bool]) -> Callable[[], None]:
+    """Also validate after batches for which `is_due()`, beside those of the schedule.
+
+    Returns:
+        A function that restores the trainer's own schedule.
+    """
+    loop: Any = trainer.fit_loop.epoch_loop
+    scheduled = loop._should_check_val_fx
+    loop._should_check_val_fx = lambda fetcher: is_due() or scheduled(fetcher)
+
+    def restore() -> None:
+        del loop._should_check_val_fx
+
+    return restore
 
 
 def accumulates(trainer: Trainer) -> bool:

@@ -45,7 +45,8 @@ class ScheduleConfig(Settings):
         if not 0 <= self.warmup_steps < self.total_steps:
             raise ValueError(
                 f"warmup_steps must be in [0, total_steps), got {self.warmup_steps} "
-                f"of {self.total_steps}"
+                f"of {self.total_steps}: a shorter run also needs a shorter warmup "
+                f"(--model.schedule.warmup_steps {max(0, self.total_steps // 10)})"
             )
         if not 0.0 <= self.final_fraction <= 1.0:
             raise ValueError(f"final_fraction must be in [0, 1], got {self.final_fraction}")

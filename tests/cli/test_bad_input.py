@@ -329,3 +329,23 @@ def test_resume_takes_a_run_as_it_was(run):
     assert mistake.startswith("nowhere is not a run directory: there is no nowhere/config.yaml")
     (mistake,) = refused(run, "fit", "--resume", "nowhere", "--name", "other")
     assert mistake.startswith("--resume resumes a run unchanged")
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", ".", "..", "../../../x", "a/../../x", "/tmp/x", "a//b", "a/"]
+)
+@pytest.mark.parametrize("command", ["fit", "fit --resume auto", "sweep"])
+def test_a_name_that_is_no_folder_of_the_recipes_runs(command, name, run):
+    values = "0,1" if command == "sweep" else "0"
+    command = (*command.split(), "--config", "image/digits_tiny", "--vars.seed", values)
+    (mistake,) = refused(run, *command, f"--name={name}")
+    assert mistake.startswith("--name must be the name of a folder in runs/image/digits_tiny")
+    assert f"got {name!r}" in mistake
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "values"), [("fit", "--run_dir", "0"), ("sweep", "--sweep_dir", "0,1")]
+)
+def test_an_empty_directory_name(verb, option, values, run):
+    command = (verb, "--config", "image/digits_tiny", "--vars.seed", values, f"{option}=")
+    assert refused(run, *command) == [f"{option} must be a directory, got ''"]

@@ -150,3 +150,43 @@ def test_a_value_in_the_place_of_a_part(run, recipe, key, value):
     is_seed = key == "seed_everything" and value in (3, True)
     assert result.code == (0 if is_seed else 2)
     assert is_seed or any(key in line for line in result.mistakes)
+
+
+CONFIG = "model.init_args.model.init_args.config"
+
+
+@pytest.mark.parametrize(
+    ("settings", "mistakes"),
+    [
+        (
+            "backbone.dim=66 image_size=9 pool=meen",
+            [
+                f"{CONFIG}.pool must be one of 'cls', 'token'",
+                f"{CONFIG}.backbone: num_heads must divide dim, got 4 heads for dim 66",
+                f"{CONFIG}: image_size 9x9 is not a multiple of patch_size 2x2",
+            ],
+        ),
+        (
+            "backbone.num_heads=5 backbone.drop_path=3 patch_size=0",
+            [
+                f"{CONFIG}.backbone: drop_path must be in [0, 1), got 3",
+                f"{CONFIG}.backbone: num_heads must divide dim, got 5 heads for dim 64",
+                f"{CONFIG}: patch_size must be at least 1, got 0",
+            ],
+        ),
+        (
+            "backbone.rope=7d in_channels=0 num_classes=-1",
+            [
+                f"{CONFIG}.backbone.rope must be one of",
+                f"{CONFIG}: num_classes must be at least 0, got -1",
+                f"{CONFIG}: in_channels must be at least 1, got 0",
+            ],
+        ),
+    ],
+)
+def test_no_mistake_hides_another(run, settings, mistakes):
+    given = [f"--model.model.config.{setting}" for setting in settings.split()]
+    found = run("check", "image/digits_tiny", *given).mistakes
+    assert len(found) == len(mistakes), found
+    for mistake, start in zip(found, mistakes, strict=True):
+        assert mistake.startswith(start)

@@ -116,3 +116,17 @@ def test_what_is_not_there_is_not_downloaded(run):
     result = run("check", "image/imagenet_vit_s", "--read-data")
     assert result.mistakes == ["folder data/imagenet/train does not exist"]
     assert not list(Path().iterdir())
+
+
+def test_empty_classes_hide_no_unreadable_images(run, tmp_path):
+    tmp_path /= "photos"
+    for name in ("a/0", "a/1", "b/0"):
+        write_image(tmp_path / f"{name}.png")
+    bad = [tmp_path / "a/bad.png", tmp_path / "b/worse.png"]
+    for path in bad:
+        path.write_text("no image")
+    for name in ("empty", "void"):
+        (tmp_path / name).mkdir()
+    (mistake,) = run("check", "image/digits_tiny", "--data", tmp_path).mistakes
+    assert f"{tmp_path / 'empty'} and {tmp_path / 'void'} have no files ending in" in mistake
+    assert all(f"{path} cannot be decoded" in mistake for path in bad)

@@ -58,6 +58,15 @@ def test_the_curves_of_a_resumed_run_are_one(tmp_path):
     assert curves["b"] == [(7, 5)]
 
 
+def test_a_runs_numbers_are_its_own(run):
+    write_run(Path("runs/base"), log=False)
+    write_run(Path("runs/base/lr3"))
+    assert read_curves(Path("runs/base")) == {}
+    assert read_curves(Path("runs/base/lr3"))["val/loss"] == [(4, 1.5), (8, 1.75)]
+    result = run("compare", "runs/base")
+    assert "runs/base has no metrics in a CSV file" in result.err
+
+
 def test_what_is_no_number_and_a_line_that_is_cut_off(tmp_path):
     write_log(tmp_path, 0, [{"step": 0, "a": "nan"}, {"step": 1, "a": 2}, {"step": 2, "a": "x"}])
     path = tmp_path / "csv" / "version_0" / "metrics.csv"
@@ -114,6 +123,66 @@ def test_the_table(run, tmp_path):
     assert int(rows[0][-2].replace(",", "")) > 100_000
     assert rows[2][:3] == ["c", "diff_v2", "-"]
     assert "diffmm: warning: c has no metrics in a CSV file" in result.err
+
+
+def table(lines):
+    """The cells of a printed table."""
+    return [re.split(r"\s{2,}", line.strip()) for line in lines if "─" not in line]
+
+
+def test_seeds_are_averaged_and_paired(run):
+    values = {"softmax": (0.5, 0.7, 0.6), "diff_v1": (0.6, 0.9, 0.6), "diff_v2": (0.3,)}
+    for attention, accuracies in values.items():
+        for seed, accuracy in enumerate(accuracies):
+            changes = {"vars.attention": attention, "vars.seed": seed}
+            path = write_run(Path(f"runs/{attention}_{seed}"), changes, log=False)
+            rows = [{"step": 3, "val/accuracy": accuracy}, {"step": 7, "val/accuracy": 0.25}]
+            write_log(path, 0, rows)
+    order = [f"runs/{name}_{seed}" for name in ("softmax", "diff_v1") for seed in range(3)]
+    result = run("compare", *order, "runs/diff_v2_0")
+    assert result.code == 0, result.err
+    _, means, differences = result.out.split("\n\n")
+    assert table(means.splitlines()) == [
+        ["mean ± std of", "seeds", "val/accuracy best", "val/accuracy last"],
+        ["attention=softmax", "3", "0.6 ± 0.1", "0.25 ± 0"],
+        ["attention=diff_v1", "3", "0.7 ± 0.17", "0.25 ± 0"],
+        ["attention=diff_v2", "1", "0.3", "0.25"],
+    ]
+    # Differences of 0.1, 0.2 and 0: their spread is smaller than that of either group's seeds.
+    assert table(differences.splitlines()) == [
+        ["minus attention=softmax", "pairs", "val/accuracy best", "val/accuracy last"],
+        ["attention=diff_v1", "3", "+0.1 ± 0.1", "+0 ± 0"],
+    ]
+    assert "mean" not in run("compare", "runs/softmax_0", "runs/diff_v1_0").out
+    only = run("compare", *order[:3]).out.split("\n\n")
+    assert len(only) == 2
+    assert table(only[1].splitlines())[1][:2] == ["all runs", "3"]
+
+
+def test_runs_of_different_recipes_have_a_readable_table(run):
+    write_run(Path("runs/a"))
+    write_run(Path("runs/b"), recipe="text/stdlib_tiny")
+    write_run(Path("runs/c"), recipe="audio/sound_events_tiny")
+    result = run("compare", "runs", "--csv", "all.csv")
+    assert result.code == 0
+    head, rule, *rows = result.out.splitlines()
+    assert max(map(len, (head, rule, *rows))) < 250
+    assert [row.split()[0] for row in rows[:3]] == ["a", "b", "c"]
+    (left_out,) = re.findall(r"(\d+) more settings differ: --csv FILE.csv lists all", result.out)
+    with open("all.csv", newline="") as file:
+        columns = csv.DictReader(file).fieldnames
+    assert sum("val/" not in column for column in columns) > int(left_out) > 20
+
+
+def test_a_last_value_that_is_not_of_the_last_step_says_so(run):
+    path = write_run(Path("a"))
+    write_log(path, 1, [{"step": 11, "train/loss": 0.5}])
+    result = run("compare", "a", "--csv", "a.csv")
+    row = re.split(r"\s{2,}", result.out.splitlines()[2])
+    assert row[1:8] == ["0.5", "4", "0.25 (step 8)", "1.5", "4", "1.75 (step 8)", "12"]
+    with open("a.csv", newline="") as file:
+        (values,) = csv.DictReader(file)
+    assert values["val/accuracy last step"] == "8"
 
 
 def test_the_table_as_csv(run):

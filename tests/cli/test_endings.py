@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from diffmm.cli import main
 from diffmm.models.weights import save_model
@@ -100,6 +101,57 @@ def test_a_closed_pipe(tmp_path, arguments, unbuffered):
     result = shell(f"PYTHONUNBUFFERED={unbuffered} $DIFFMM {arguments} | true", tmp_path)
     assert result.returncode in (0, 141)
     assert result.stderr == ""
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    """A run of images and one of texts, with two images to predict."""
+    folder = tmp_path_factory.mktemp("runs")
+    quick = (
+        *("--trainer.max_steps", "2", "--trainer.limit_val_batches", "1"),
+        *("--trainer.num_sanity_val_steps", "0", "--run_dir"),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["fit", "--config", "image/digits_tiny", *quick, "digits"]) == 0
+        Path("a.txt").write_text("Once upon a time. " * 400)
+        text = ("--config", "text/stdlib_tiny", "--data", "a.txt", "--vars.sequence_length", "32")
+        assert main(["fit", *text, *quick, "text"]) == 0
+        for number in range(200):
+            Image.new("L", (8, 8), number).save(f"{number}.png")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*does not have many workers")
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [
+        ("predict digits .", ""),
+        ("predict digits . --num-workers 1", "1"),
+        ("generate text Once", ""),
+        ("validate digits", ""),
+        ("compare digits text", "1"),
+        ("compare --help", ""),
+        ("fit --resume digits --trainer.max_steps 30", ""),
+    ],
+)
+def test_every_verb_ends_quietly_if_its_output_is_not_read(two_runs, arguments, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-m", "diffmm.cli", *arguments.split()],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": unbuffered,
+        },
+        cwd=two_runs, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=100,
+    )  # fmt: skip
+    os.close(writer)
+    assert result.returncode == 141, result.stderr
+    assert "rror" not in result.stderr
+    assert "Broken pipe" not in result.stderr
 
 
 @needs_full

@@ -67,10 +67,17 @@ def test_an_unknown_verb_is_told_with_the_nearest(capsys):
 @pytest.mark.parametrize(
     ("verb", "option"), [("fit", "--resume"), ("finetune", "--weights"), ("predict", "--output")]
 )
-def test_help_of_training_shows_its_options_and_all_settings(run, verb, option):
+def test_help_of_training_is_short_and_shows_all_settings_on_demand(run, verb, option):
     result = run(verb, "--help")
     assert result.code == 0
-    for text in (option, "--trainer.max_steps", "--vars"):
+    assert result.out.startswith(f"usage: diffmm {verb} ")
+    assert option in result.out
+    assert "--trainer.limit_val_batches" not in result.out
+    assert len(result.out.splitlines()) < 60
+    result = run(verb, "--help-all")
+    assert result.code == 0
+    assert result.out.count(f"usage: diffmm {verb} ") == 2
+    for text in (option, "--trainer.max_steps", "--vars", "--imports"):
         assert text in result.out
 
 

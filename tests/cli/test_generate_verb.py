@@ -97,7 +97,7 @@ def test_mistakes(run, trained, tmp_path):
     text = save_model(model, tmp_path / "text")
     for arguments, message in (
         (("nowhere.ckpt", "a"), "there is no file of weights at nowhere.ckpt"),
-        ((image, "a"), f"{image} contains a ImageModel: only text models generate text"),
+        ((image, "a"), f"{image} contains an ImageModel: only text models generate text"),
         ((text, "a"), f"{text} names no tokenizer: give one (--tokenizer bytes)"),
         ((trained, ""), "the prompt is empty: it needs at least one character"),
         (

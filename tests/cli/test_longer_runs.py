@@ -113,8 +113,24 @@ def test_a_run_of_epochs_goes_on_for_longer(run, recipe):
     directory = Path("runs/recipe/first")
     result = run("fit", "--resume", directory, "--trainer.max_epochs", "3")
     assert result.code == 0, result.err
-    assert "runs/recipe/first resumes from step 4; its schedule" in result.out
+    assert "runs/recipe/first resumes from step 4 to the end of epoch 3; its sched" in result.out
     assert state_of(directory)["global_step"] == 6
+    assert run("fit", "--resume", directory, "--trainer.max_epochs", "2").mistakes == [
+        "the run has already completed epoch 2: trainer.max_epochs must be larger"
+    ]
+
+
+def test_epochs_replace_the_steps_of_a_finished_run(run, finished):
+    """As the message of a finished run offers. An epoch has 22 steps."""
+    command = ("fit", "--resume", finished, "--trainer.max_epochs")
+    result = run(*command, "1")
+    assert result.code == 0, result.err
+    assert f"{finished} resumes from step 4 to the end of epoch 1; its schedule" in result.out
+    assert state_of(finished)["global_step"] == 22
+    assert "which is finished after step 22" in run("fit", "--resume", finished).out
+    result = run(*command, "9", "--trainer.max_steps", "24")
+    assert result.code == 0, result.err
+    assert state_of(finished)["global_step"] == 24
 
 
 @pytest.mark.filterwarnings("ignore:this checkpoint was not saved by Checkpoints")
@@ -142,7 +158,7 @@ def test_a_run_that_has_ended_says_so(run, finished):
     assert result.code == 0
     assert (
         f"run: {finished}, which is finished after step 4: to train for longer, add "
-        f"--trainer.max_steps N (or max_epochs)\n"
+        f"--trainer.max_steps N (or --trainer.max_epochs N)\n"
     ) in result.out
 
 

@@ -1,6 +1,7 @@
 """`--data PATH`: a recipe on the user's own folder or table."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -355,3 +356,60 @@ def test_several_labels_per_sample(tmp_path):
     assert source(values)["init_args"]["multi_label"] is True
     assert source(values)["init_args"]["file_column"] == "file"
     assert "2 classes (x, y)" in lines[0]
+
+
+def advised(mistake, key):
+    """The option in an error message, as it stands there."""
+    (option,) = re.findall(rf"--data\.{re.escape(key)} [\w-]+", mistake)
+    return option.split()
+
+
+def test_the_advice_on_a_bad_file_can_be_copied(run, photos, tmp_path):
+    command = ("fit", "--config", "image/digits_tiny", "--data", photos, *QUICK, *SMALL)
+    for path in (photos / "hund").iterdir():
+        path.write_text("no image")
+    (mistake,) = run(*command).mistakes
+    given = (*advised(mistake, "bad_samples.policy"), "--data.bad_samples.max_bad_fraction", "1")
+    assert run(*command, *given).code == 0
+    # Too many for the default fraction: the run is removed, and the message has its list.
+    quarantine = ("--data.bad_samples.policy", "quarantine", "--name", "q")
+    result = run(*command, *quarantine)
+    assert result.code in (1, 2)
+    found = re.search(r"put in quarantine: (.*)", result.err)[1].split(", ")
+    assert len(found) >= 2
+    assert all(Path(name).parent == photos / "hund" and Path(name).is_file() for name in found)
+
+
+def test_the_advice_on_another_encoding_can_be_copied(run, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number}.txt").write_bytes("Käse und Brot. ".encode("latin-1") * 50)
+    text = ("--vars.sequence_length", "32", "--data.batch_size", "2")
+    command = ("fit", "--config", "text/stdlib_tiny", "--data", folder, *QUICK, *text)
+    (mistake,) = run(*command).mistakes
+    assert run(*command, *advised(mistake, "source.encoding")).code == 0
+
+
+def test_images_beside_the_folders_of_classes_are_not_ignored_silently(run, photos, caplog):
+    for number in range(3):
+        Image.new("RGB", (9, 9)).save(photos / f"loose {number}.png")
+    (photos / "notes.txt").write_text("no image")
+    for _ in range(2):
+        assert run("check", "image/digits_tiny", "--data", photos, *SMALL).code == 0
+    lines = [record.message for record in caplog.records if "no folder" in record.message]
+    assert lines == [
+        f"{photos} has 3 files that are in no folder of a class, such as loose 0.png: they are "
+        f"ignored"
+    ]
+
+
+def test_a_flat_folder_gets_the_right_advice(run, tmp_path):
+    write_images(tmp_path / "flat", 12)
+    write_images(tmp_path / "flat" / "old", 2)
+    (mistake,) = run("check", "image/digits_tiny", "--data", tmp_path / "flat").mistakes
+    assert mistake == (
+        f"--data {tmp_path / 'flat'} has 12 images that are in no folder (such as bild 0.png), and "
+        f"2 in folders (old): move them into one folder per class, or use a CSV file with the "
+        f"columns file and label"
+    )

@@ -68,6 +68,7 @@ def test_help_after_a_recipe_shows_its_settings_and_values(run, verb):
         assert any(line[0] == key and line[1].startswith("${vars.") for line in lines), key
     assert ["--data.batch_size 64"] in lines
     assert not any("limit_predict_batches" in line[0] for line in lines)
+    assert result.out.index("--data.batch_size 64") < result.out.index(f"usage: diffmm {verb}")
     assert not Path("runs").exists()
 
 

@@ -89,7 +89,7 @@ def test_a_sweep_trains_each_run_once_and_compares_them(run, recipe, launched):
     for name in names:
         config = yaml.safe_load((FOLDER / name / "config.yaml").read_text())
         assert f"seed={config['vars']['seed']},attention={config['vars']['attention']}" == name
-    table = result.out.splitlines()[-6:]
+    table = result.out.split("\n\n")[-3].splitlines()
     assert table[0].split()[:3] == ["run", "attention", "seed"]
     assert [line.split()[0] for line in table[2:]] == names
     # Finished runs are skipped, and new ones are trained.
@@ -141,23 +141,62 @@ def test_a_signal_to_the_sweep_reaches_its_run(recipe, tmp_path, start, wait_unt
     assert not (folder.parent / "seed=1").exists()
 
 
-def test_a_run_that_fails_is_told_and_the_others_go_on(run, recipe, launched):
-    result = run("sweep", "--config", recipe(), "--vars.attention", "softmax,diff_v9,diff_v1")
+def test_a_run_that_fails_is_told_and_the_others_go_on(run, recipe, launched, monkeypatch):
+    launch = sweep.launch
+
+    def fails_once(arguments):
+        code = launch(arguments)
+        return 1 if "--vars.attention=diff_v2" in arguments else code
+
+    monkeypatch.setattr(sweep, "launch", fails_once)
+    result = run("sweep", "--config", recipe(), "--vars.attention", "softmax,diff_v2,diff_v1")
     assert result.code == 1
     assert len(launched) == 3
-    assert "warning: [2/3] attention=diff_v9 failed with exit code 2" in result.err
-    assert result.err.endswith("diffmm: warning: failed: attention=diff_v9\n")
+    assert "warning: [2/3] attention=diff_v2 failed with exit code 1" in result.err
+    assert result.err.endswith("diffmm: warning: failed: attention=diff_v2\n")
     folder = Path("runs/recipe/sweep_attention")
-    assert json.loads((folder / "sweep.json").read_text())["attention=diff_v9"] == 2
+    assert json.loads((folder / "sweep.json").read_text())["attention=diff_v2"] == 1
     assert "attention=diff_v1" in result.out.splitlines()[-1]
+
+
+def test_every_run_is_checked_before_the_first_one_starts(run, recipe, launched):
+    command = ("sweep", "--config", recipe(), "--vars.attention", "softmax,diff_v9")
+    result = run(*command, "--vars.learning_rate", "0.1,-1")
+    assert result.code == 2
+    assert launched == []
+    assert any(
+        mistake.startswith("attention=diff_v9,learning_rate=0.1: model") and "diff_v9" in mistake
+        for mistake in result.mistakes
+    )
+    assert any("attention=softmax,learning_rate=-1: " in mistake for mistake in result.mistakes)
+    result = run("sweep", "--config", recipe(), "--vars.seed", "0,1", "--trainer.max_stesp", "3")
+    assert result.mistakes == ["unknown key trainer.max_stesp; did you mean 'max_steps'?"]
+    assert not Path("runs").exists()
+
+
+def test_a_name_belongs_to_the_settings_that_it_varied_first(run, recipe, launched):
+    path = recipe()
+    command = ("sweep", "--config", path, "--name", "x")
+    assert run(*command, "--vars.seed", "0,1").code == 0
+    (mistake,) = run(*command, "--vars.attention", "softmax,diff_v1").mistakes
+    assert mistake == (
+        "runs/recipe/x is a sweep over vars.seed, not over vars.attention: choose another name"
+    )
+    assert len(launched) == 2
+    assert run(*command, "--vars.seed", "1,2").code == 0
+    assert len(launched) == 3
+    assert run("fit", "--config", path, "--name", "run").code == 0
+    (mistake,) = run(*command[:-1], "run", "--vars.seed", "0,1").mistakes
+    assert mistake == "runs/recipe/run holds a run: choose another name for the sweep"
 
 
 def test_a_run_of_other_settings_is_not_taken_for_finished(run, recipe, launched):
     path = recipe()
     assert run("sweep", "--config", path, "--vars.seed", "0,1").code == 0
     result = run("sweep", "--config", path, "--vars.seed", "0,1", "--vars.learning_rate", "0.5")
-    assert result.code == 1
+    assert result.code == 2
     assert "holds a run with other settings" in result.mistakes[0]
+    assert len(launched) == 2
 
 
 def test_nothing_is_left_of_a_sweep_that_is_refused(run, recipe):

@@ -213,7 +213,7 @@ def test_other_sample_rates_are_resampled_or_refused(tmp_path):
     source = SoundFolder(str(tmp_path), val_fraction=0.25)
     data = audio_data(source, batch_size=2, num_workers=0)
     with pytest.raises(
-        ValueError, match=r"clip \d \(.*\.wav\) .* 44100 Hz, not 8000 Hz: set resample"
+        ValueError, match=r"clip \d \(.*\.wav\) .* 44100 Hz, not 8000 Hz: set --data.resample true"
     ):
         train_batches(data)
     data = audio_data(source, batch_size=2, resample=True, clip_seconds=1.0)

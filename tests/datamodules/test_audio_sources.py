@@ -170,7 +170,8 @@ def test_incomplete_speech_commands_are_named(commands):
     with pytest.raises(ValueError, match=r"zero has no .wav files"):
         source.splits()
     with pytest.raises(
-        FileNotFoundError, match="speech_commands_v0.02 does not exist: .*download: true"
+        FileNotFoundError,
+        match="v0.02 does not exist: .*--data.source.download true",
     ):
         SpeechCommands(str(commands / "elsewhere")).splits()
 

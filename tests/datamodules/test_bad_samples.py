@@ -152,7 +152,7 @@ def test_the_first_bad_sample_stops_a_run_by_default(kind: str, folder: Path) ->
         if path not in BROKEN[kind]:
             assert dataset[index]["index"] == index
             continue
-        with pytest.raises(BadSampleError, match=rf" {index} \(.*{path}\).*policy to substitute"):
+        with pytest.raises(BadSampleError, match=rf" {index} \(.*{path}\).*policy substitute"):
             dataset[index]
 
 
@@ -296,6 +296,6 @@ def test_settings_are_checked(tmp_path: Path) -> None:
         BadSamples("substitute", 1.5)
     with pytest.raises(ValueError, match="quarantine_file is not used by policy 'raise'"):
         BadSamples(quarantine_file="list.txt")
-    with pytest.raises(ValueError, match="no run directory.*set bad_samples.quarantine_file"):
+    with pytest.raises(ValueError, match="no run directory.*--data.bad_samples.quarantine_file"):
         Triage(BadSamples("quarantine"))
     assert Triage(BadSamples("quarantine"), tmp_path).quarantined == frozenset()

@@ -136,7 +136,7 @@ def test_the_datamodule_passes_its_policy_on(tmp_path: Path) -> None:
     root.mkdir()
     source, _ = folder_source(root)
     arguments = {"validation_fraction": 0.0, "test_fraction": 0.0, "sequence_length": 1}
-    with pytest.raises(BadSampleError, match=r"2.txt\) is not utf-8 text.*policy to substitute"):
+    with pytest.raises(BadSampleError, match=r"2.txt\) is not utf-8 text.*policy substitute"):
         TextData(source, cache_dir=str(tmp_path / "cache"), **arguments).prepare_data()  # type: ignore[arg-type]
     data = TextData(
         source,

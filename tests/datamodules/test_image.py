@@ -254,7 +254,7 @@ def test_too_few_images_for_a_batch():
         ),
         (
             {"transform": ImageTransform(auto_augment="augmix-m5")},
-            "auto_augment 'augmix-m5' needs color images: set channels to 3",
+            "auto_augment 'augmix-m5' needs color images: set --data.channels 3",
         ),
     ],
 )

@@ -100,7 +100,8 @@ def test_cifar_labels_outside_the_classes_are_named(monkeypatch, tmp_path):
 
 def test_missing_cifar_is_named(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match="cifar-10-batches-py does not exist: .* or download: true"
+        FileNotFoundError,
+        match="cifar-10-batches-py does not exist: .*--data.source.download true",
     ):
         CIFAR10(str(tmp_path)).splits()
 

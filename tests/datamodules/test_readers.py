@@ -122,6 +122,21 @@ def test_sounds_are_read_as_in_evaluation(sounds, eval_crop, batching):
     assert in_memory["waveforms"].equal(read["waveforms"])
 
 
+@pytest.mark.parametrize("channels", [1, 2, 6, 32])
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_a_waveform_may_have_the_channels_first_or_last(channels, kind, tmp_path):
+    path = tmp_path / "a.wav"
+    waveform = np.random.default_rng(0).uniform(-0.9, 0.9, (400, channels))
+    soundfile.write(path, waveform, RATE_HZ, subtype="FLOAT")
+    reader = AudioReader(sample_rate_hz=RATE_HZ)
+    expected = reader.read(path)["waveforms"]
+    samples, rate_hz = soundfile.read(path, always_2d=True)
+    assert samples.shape == (400, channels)
+    for array in (samples, samples.T):
+        read = reader.read((kind(array), rate_hz))["waveforms"]
+        np.testing.assert_allclose(read, expected, atol=1e-6)
+
+
 def test_a_sound_of_another_rate_is_converted_though_training_refuses_it(sounds):
     data = AudioData(SoundFolder(str(sounds / "train")), sample_rate_hz=4000)
     assert not data.resample
@@ -144,8 +159,11 @@ def test_a_datamodule_without_a_reader_says_so():
         (np.zeros(8), "a sound must be a path or a pair (waveform, sample_rate_hz)"),
         ((np.zeros(8), 0), "sample_rate_hz must be an integer of at least 1, got 0"),
         ((np.zeros(8), 8e3), "sample_rate_hz must be an integer"),
-        ((np.zeros(8, np.int16), 8000), "must be floats [S] or [channels, S]"),
+        ((np.zeros(8, np.int16), 8000), "must be floats [S], [S, C] or [C, S]"),
         ((np.zeros((2, 3, 4)), 8000), "got (2, 3, 4) in float64"),
+        ((np.zeros((2, 2)), 8000), "a waveform [2, 2] is too short to tell its samples from"),
+        ((np.zeros((32, 1)), 8000), "a waveform [32, 1] is too short"),
+        ((np.zeros((90, 33)), 8000), "would have 33 channels, but at most 32 are read"),
         ((np.zeros(0), 8000), "with at least one sample"),
         ((np.full(8, 3e4), 8000), "samples up to 30000, but full scale is 1"),
         ((torch.full((8,), torch.nan), 8000), "samples up to nan"),

@@ -214,7 +214,7 @@ def test_processes_share_a_stream(stream: HuggingFaceText, monkeypatch: pytest.M
 def test_a_stream_needs_a_horizon(stream: HuggingFaceText, tmp_path: Path) -> None:
     module = data(stream)
     module.trainer = lightning.Trainer(logger=False, accelerator="cpu", max_epochs=1)
-    with pytest.raises(ValueError, match=r"endless: set trainer\.max_steps"):
+    with pytest.raises(ValueError, match=r"endless: set --trainer\.max_steps"):
         module.train_dataloader()
     with pytest.raises(ValueError, match=r"cache_dir stores tokenized text, but HuggingFaceText"):
         data(stream, cache_dir=str(tmp_path))

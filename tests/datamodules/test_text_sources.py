@@ -225,7 +225,7 @@ def test_columns_of_something_else_are_named(tmp_path: Path, name: str, streamin
         path.write_text("".join(json.dumps({"text": value}) + "\n" for value in values))
     source = HuggingFaceText(path.suffix[1:], data_files=str(path), streaming=streaming)
     number = 1 if name == "some lists" else 0
-    message = f"has a {kind} in column 'text' instead of text: set text_column to a column of text"
+    message = f"has a {kind} in column 'text' instead of text: set --data.source.text_column"
     with pytest.raises(BadSampleError, match=f"row {number} of dataset '.*' {message}"):
         list(source.documents())
     source.triage = Triage(BadSamples("substitute", max_bad_fraction=1.0))
@@ -247,7 +247,9 @@ def test_columns_of_something_else_are_named(tmp_path: Path, name: str, streamin
 
 
 def test_bad_datasets_are_named(tmp_path: Path, rows_file: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"no column 'prose', its columns are .*set text_column"):
+    with pytest.raises(
+        ValueError, match=r"no column 'prose', its columns .*--data.source.text_column"
+    ):
         HuggingFaceText(**{**rows_file, "text_column": "prose"}).load(BYTES)
     with pytest.raises(ValueError, match=r"no column 'prose'"):
         list(HuggingFaceText(**{**rows_file, "text_column": "prose"}, streaming=True).documents())

@@ -52,6 +52,18 @@ def test_help_shows_the_way():
         assert line in diffmm.__doc__
 
 
+def test_help_is_a_page_and_imports_nothing():
+    code = (
+        "import pydoc, sys, diffmm; text = pydoc.render_doc(diffmm, renderer=pydoc.plaintext); "
+        "assert 'Backbone' in dir(diffmm); print(text); sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) < 100
+    for name in EXAMPLES:
+        assert name in done.stdout
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_example_of_every_public_name(name, there):
     import numpy as np

@@ -80,6 +80,68 @@ def test_a_file_a_picture_and_an_array_are_the_same_to_it(there, trained):
     assert "transparency" not in picture.info
 
 
+def test_arrays_of_other_types_are_the_same_image(there, trained):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    expected = trained.reader.read(pixels)["images"]
+    floats = pixels / 255
+    for array in (
+        floats,
+        floats.astype(np.float16),
+        pixels.astype(np.uint16) * 257,
+        torch.from_numpy(floats).permute(2, 0, 1),
+        torch.from_numpy(floats).permute(2, 0, 1).to(torch.float16),
+    ):
+        assert trained.reader.read(array)["images"].equal(expected)
+    with pytest.raises(ValueError, match="without the model's normalization"):
+        trained.predict(expected)
+
+
+def test_the_best_checkpoint_of_a_run(there, tmp_path):
+    run = tmp_path / "run"
+    settings = {"max_steps": 6, "val_check_interval": 2, "num_sanity_val_steps": 0}
+    given = [f"--trainer.{name}={value}" for name, value in settings.items()]
+    # The best value is the first one, because the loss decreases and the highest counts.
+    given += ["--trainer.callbacks.0.monitor=val/loss", "--trainer.callbacks.0.mode=max"]
+    assert main(["fit", "--config", "image/digits_tiny", "--run_dir", str(run), *given]) == 0
+    assert diffmm.load(run).origin.endswith("step_00000006/state.ckpt")
+    assert diffmm.load(run, checkpoint="best").origin.endswith("step_00000002/state.ckpt")
+    with pytest.raises(ValueError, match="checkpoint must be one of 'newest', 'best', got 'last'"):
+        diffmm.load(run, checkpoint="last")
+    with pytest.raises(ValueError, match="checkpoints is not a run directory"):
+        diffmm.load(run / "checkpoints", checkpoint="best")
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("monitor: val/loss", "monitor: null"))
+    with pytest.raises(ValueError, match="monitors no metric"):
+        diffmm.load(run, checkpoint="best")
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.CKPT", "x.onnx"])
+def test_a_name_of_another_format_is_no_folder(there, trained, tmp_path, name):
+    with pytest.raises(ValueError, match="weights are saved as safetensors: give a name that"):
+        trained.save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    assert trained.save(tmp_path / "v1.5").parent == tmp_path / "v1.5"
+
+
+def test_timm_prepares_images_as_the_run_did(there, trained, tmp_path):
+    from timm.data import create_transform, resolve_model_data_config
+
+    trained.save(tmp_path / "saved")
+    array = np.random.default_rng(0).integers(0, 256, (20, 13), np.uint8)
+    expected = trained.reader.read(array)["images"]
+    for model in (trained.model, diffmm.load(tmp_path / "saved").model):
+        found = resolve_model_data_config(model)
+        assert found["input_size"] == (1, 8, 8)
+        assert (found["mean"], found["std"], found["crop_pct"]) == ((0.305,), (0.376,), 1.0)
+        assert model.default_cfg == model.pretrained_cfg
+        prepared = create_transform(**found, is_training=False)(Image.fromarray(array))
+        torch.testing.assert_close(prepared, expected)
+    model.reset_classifier(3)
+    assert (model.pretrained_cfg["mean"], model.pretrained_cfg["num_classes"]) == ((0.305,), 3)
+    model.job = None
+    assert "mean" not in model.pretrained_cfg
+
+
 def test_lists_and_folders_are_predicted_in_order(there, trained):
     files = files_of("digits/3")
     of_folder = trained.predict("digits/3", batch_size=5)
@@ -99,9 +161,11 @@ def test_what_it_cannot_predict(there, trained):
         ("notes.txt", "notes.txt cannot be decoded"),
         ("empty", "folder empty contains no image files, which end in .jpg, .jpeg"),
         (3, "an image must be a path, a Pillow image or an array, got int"),
-        (np.zeros((4, 4)), "in uint8, with 1, 3 or 4 channels, got (4, 4) in float64"),
+        (np.zeros((4, 4), int), "floats in [0, 1], with 1, 3 or 4 channels, got (4, 4) in int64"),
         (np.zeros((4, 4, 2), np.uint8), "got (4, 4, 2) in uint8"),
-        (torch.zeros(4, 4, 3), "must be [C, H, W] in uint8"),
+        (torch.zeros(5, 4, 3), "must be [C, H, W] in uint8"),
+        (np.full((4, 4), -1.5), "floats from -1.5 to -1.5, but they must be in [0, 1]"),
+        (np.full((4, 4), np.nan), "floats from nan to nan"),
         (["seven.png", None], "got NoneType"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -172,7 +236,7 @@ def test_a_model_without_a_job_says_what_is_missing_and_takes_it(there, trained,
         assert prediction.label == "digit 7"
         assert prediction.scores == trained.predict("seven.png").scores
     assert diffmm.load(file, reader=trained.reader).predict("seven.png").label == "7"
-    with pytest.raises(ValueError, match="the model has 10 classes, but its job names 2"):
+    with pytest.raises(ValueError, match="class_names has 2 names, but the model"):
         diffmm.load(file, class_names=["a", "b"])
 
 

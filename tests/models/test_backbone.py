@@ -260,3 +260,22 @@ def test_forward_mode_derivatives_in_float32(attention):
     )
     assert tangent.dtype == torch.float32
     assert tangent.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "message"),
+    [
+        (torch.zeros(2, 5, 32), None, "mask must be an AttentionMask, got None"),
+        (
+            torch.zeros(2, 5, 32),
+            torch.ones(2, 5, dtype=torch.bool),
+            "mask must be an AttentionMask, got a tensor of torch.bool.*key_padding",
+        ),
+        (torch.zeros(2, 5, 31), CAUSAL, r"x must be \[B, N, 32\], got shape \(2, 5, 31\)"),
+        (torch.zeros(5, 32), CAUSAL, r"x must be \[B, N, 32\], got shape \(5, 32\)"),
+    ],
+)
+def test_inputs_of_another_kind_are_refused_in_one_line(x, mask, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        Backbone(config())(x, mask=mask)
+    assert "\n" not in str(refused.value)

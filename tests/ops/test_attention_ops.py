@@ -272,6 +272,14 @@ def bad(**changes):
         ({"lam": torch.zeros(9, 3)}, r"lam of shape \(9, 3\) does not broadcast.*\(2, 9, 4\)"),
         ({"backend": "flash"}, r"unknown backend 'flash': choose one of \['auto', 'reference'"),
         (
+            {"mask": None},
+            "mask must be an AttentionMask, got None",
+        ),
+        (
+            {"mask": torch.ones(9, 9, dtype=torch.bool)},
+            "mask must be an AttentionMask, got a tensor of torch.bool",
+        ),
+        (
             {"mask": AttentionMask(key_padding=torch.ones(2, 8, dtype=torch.bool))},
             r"key_padding has shape \(2, 8\), but the keys need \(2, 9\)",
         ),

@@ -215,7 +215,7 @@ class Checkpoints(Checkpoint):
     ) -> None:
         if trainer.world_size == 1 and not self._writer.is_busy:
             self._settle(trainer)
-        if not progress.validation_is_due(trainer):
+        if not progress.validation_comes(trainer):
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

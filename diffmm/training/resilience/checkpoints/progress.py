@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from diffmm.training.last_validation import last_validation_follows, reaches_end
 from diffmm.training.lightning_internals import (
     accumulates,
     forget_fetched_batches,
@@ -31,6 +32,11 @@ def validation_is_due(trainer: Trainer) -> bool:
         trainer.should_stop = should_stop
 
 
+def validation_comes(trainer: Trainer) -> bool:
+    """Whether validation follows the current batch: a scheduled one, or that of the last step."""
+    return validation_is_due(trainer) or last_validation_follows(trainer)
+
+
 def is_step_boundary(trainer: Trainer) -> bool:
     """Whether the current batch completes an optimizer step."""
     return not accumulates(trainer)
@@ -43,10 +49,7 @@ def is_epoch_end(trainer: Trainer) -> bool:
 
 def training_ends(trainer: Trainer) -> bool:
     """Whether training ends after the current batch."""
-    loop = trainer.fit_loop
-    last_epoch = loop.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= loop.max_epochs
-    steps_done = 0 <= loop.max_steps <= trainer.global_step
-    return trainer.should_stop or steps_done or (last_epoch and is_epoch_end(trainer))
+    return trainer.should_stop or reaches_end(trainer)
 
 
 def is_complete(trainer: Trainer) -> bool:
