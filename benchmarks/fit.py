@@ -149,9 +149,12 @@ class Clock(Callback):
     def __init__(self, path: str) -> None:
         self.path, self.start = path, 0.0
 
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        # After all that the first logging step does, which compiles what it needs.
         if trainer.global_step == WARMUP:
             self.start = now()
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == trainer.max_steps:
             seconds = (now() - self.start) / (trainer.max_steps - WARMUP)
             Path(self.path).write_text(json.dumps({"seconds": seconds, "gib": peak_gib()}))
