@@ -88,7 +88,9 @@ def test_two_machines_train_and_predict_together(run, recipe):
 def test_processes_that_another_program_starts_need_a_name(run, recipe, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     (mistake,) = run("fit", "--config", recipe()).mistakes
-    assert mistake.startswith("a run whose processes are started by torchrun or srun needs a name")
+    assert mistake.startswith(
+        "a run whose processes are started by torchrun or srun needs a common name"
+    )
     assert "--name NAME" in mistake
 
 
