@@ -56,7 +56,7 @@ class Task(AnyBatches):
 
     Args:
         model: Model to train.
-        optimizer: Settings of AdamW.
+        optimizer: Settings of the optimizer, AdamW or Muon.
         schedule: Learning-rate schedule.
         finetune: Weights to start from, and layers to freeze.
         compile: Whether to run the model under `torch.compile`, block by block if it is sharded.
