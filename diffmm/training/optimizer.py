@@ -146,6 +146,25 @@ def is_of_muon(group: dict[str, Any]) -> bool:
     return group["name"].startswith("muon")
 
 
+def check_kind(saved: Any, config: OptimizerConfig) -> None:
+    """Check that a run is resumed with the kind of optimizer that it was saved with.
+
+    Args:
+        saved: Description of the task in the checkpoint; None if it has none.
+        config: Settings of the resumed run.
+
+    Raises:
+        ValueError: If the kinds differ.
+    """
+    optimizer = ((saved or {}).get("init_args") or {}).get("optimizer") or {}
+    kind = optimizer.get("kind", "adamw")
+    if optimizer and kind != config.kind:
+        raise ValueError(
+            f"the checkpoint was saved with kind={kind!r}, which is now {config.kind!r}: resume "
+            f"with kind={kind!r}, or start a new run from its weights (`diffmm finetune`)"
+        )
+
+
 def check_eps(eps: float, dtype: torch.dtype) -> None:
     """Check that `eps` is large enough for weights of this dtype.
 

@@ -37,7 +37,7 @@ from diffmm.training.batches import AnyBatches
 from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
 from diffmm.training.evaluation import counted
 from diffmm.training.finetuning import FineTuneConfig, freeze
-from diffmm.training.optimizer import OptimizerConfig, make_optimizer
+from diffmm.training.optimizer import OptimizerConfig, check_kind, make_optimizer
 from diffmm.training.parallel import read_any_checkpoint
 from diffmm.training.precision import exact_fields, keep_exact
 from diffmm.training.resilience.checkpoints.progress import is_step_boundary
@@ -293,7 +293,13 @@ class Task(AnyBatches):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Translate old names in checkpoints of earlier versions, and keep the recipe's name of a
-        resumed run."""
+        resumed run.
+
+        Raises:
+            ValueError: If a run is resumed with another kind of optimizer.
+        """
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            check_kind(checkpoint.get(TASK_KEY), self.optimizer_config)
         if self.job is not None and self.job.recipe is None:
             recipe = (checkpoint.get(JOB_KEY) or {}).get("recipe")
             self.job = dataclasses.replace(self.job, recipe=recipe)
