@@ -1,4 +1,5 @@
-"""Trains two tasks, and one of them with Muon, on the given number of processes, and writes the logged values to a file.
+"""Trains two tasks, and one of them with Muon too, on the given number of processes, and writes the
+logged values to a file.
 
 python run_processes.py NUM_PROCESSES OUTPUT.json
 """

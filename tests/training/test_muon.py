@@ -229,7 +229,11 @@ def test_gradients_are_unscaled(make):
         torch.manual_seed(0)
         model = make.image()
         optimizer = make_optimizer(model, MUON)
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        is_scaled = scale is not None
+        # The scale doubles after each step.
+        scaler = torch.amp.GradScaler(
+            "cpu", init_scale=scale or 1.0, growth_interval=1, enabled=is_scaled
+        )
         for _ in range(3):
             optimizer.zero_grad()
             scaler.scale(model(batch["images"]).square().mean()).backward()

@@ -141,6 +141,14 @@ def test_weight_averaging_is_refused(task):
         task(callbacks=[EMAWeightAveraging()]).configure_model()
 
 
+def test_float8_is_refused(task):
+    message = (
+        "^fp8=True is not supported with sharded weights: train with strategy ddp, or drop fp8$"
+    )
+    with pytest.raises(ValueError, match=message):
+        task(fp8=True).configure_model()
+
+
 def test_muon_is_refused(task):
     sharded = task(optimizer=OptimizerConfig(1e-3, kind="muon"))
     sharded.configure_model()
