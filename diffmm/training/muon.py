@@ -78,8 +78,9 @@ class MuonAdamW(Optimizer):
             return loss
         before = [(tensor, tensor.clone()) for tensor in self._changed_by_muon()]
         self.muon.step()
+        is_skipped = found_inf > 0
         for tensor, copy in before:
-            tensor.copy_(torch.where(found_inf > 0, copy, tensor))
+            tensor.copy_(torch.where(is_skipped, copy, tensor))
         return loss
 
     def _moved_by_muon(self) -> list[Any]:

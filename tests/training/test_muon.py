@@ -208,6 +208,24 @@ def test_a_bad_step_changes_nothing(make, train, pattern, has_scaler):
     assert_same(*results)
 
 
+@pytest.mark.gpu
+def test_a_step_is_skipped_without_waiting_for_the_gpu(make):
+    model = make.image().cuda()
+    optimizer = make_optimizer(model, MUON)
+    batch = make.batch("image")["images"].cuda()
+    for is_bad in (False, True):
+        before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        model(batch).square().mean().backward()
+        optimizer.found_inf = torch.full((), float(is_bad), device="cuda")
+        torch.cuda.set_sync_debug_mode("error" if is_bad else "default")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        same = [weight.equal(before[name]) for name, weight in model.named_parameters()]
+        assert all(same) if is_bad else not any(same)
+
+
 def test_a_run_resumes_bitwise(make, train, tmp_path):
     """Within the decay of its schedule, from a checkpoint of `Checkpoints`."""
     schedule = ScheduleConfig(6, "wsd", warmup_steps=1, decay_fraction=0.7)
