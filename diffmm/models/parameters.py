@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from diffmm.layers.block import Block
 from diffmm.layers.linear import PROJECTIONS
 
 BLOCK = re.compile(r"backbone\.blocks\.(\d+)\.")
@@ -20,6 +21,15 @@ def decaying(model: nn.Module) -> Iterator[str]:
         name = f"{prefix}.weight" if prefix else "weight"
         if isinstance(module, PROJECTIONS) and id(module.weight) not in tied and LAMBDA not in name:
             yield name
+
+
+def block_matrices(model: nn.Module) -> Iterator[str]:
+    """Names of the weights of linear layers inside the blocks, as in `named_parameters`, except
+    `lambda_proj`: the matrices in the narrow sense, which map features to features."""
+    for prefix, block in model.named_modules():
+        for name, module in block.named_modules() if isinstance(block, Block) else ():
+            if isinstance(module, nn.Linear) and LAMBDA not in name:
+                yield f"{prefix}.{name}.weight"
 
 
 def layer_of(name: str, num_blocks: int) -> int:

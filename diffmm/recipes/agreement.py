@@ -32,6 +32,13 @@ def disagreements(model: Any, data: Any, precision: object) -> list[str]:
     if causal is not None and objective is not None and causal != (objective == "causal"):
         found.append(f"data.init_args.objective={objective!r}, but the model's causal is {causal}")
     optimizer = getattr(model, "optimizer_config", None)
+    if optimizer is not None and hasattr(model, "model"):
+        from diffmm.training.optimizer import parameter_groups
+
+        try:
+            parameter_groups(model.model, optimizer)
+        except ValueError as error:
+            found.append(f"model.init_args.optimizer: {error}")
     if precision == "16-true" and optimizer is not None:
         import torch
 

@@ -1,8 +1,9 @@
 """An estimate of the memory of a training step.
 
 * **Weights, gradients, optimizer**: 4 bytes each for the weights and their gradients, 8 for AdamW's
-  two moments, in float32; 2, 2 and 4 under a `-true` 16-bit precision. Frozen weights have neither
-  gradients nor moments. Under FSDP2 all are sharded over the devices. These sizes are exact.
+  two moments (4 for Muon's momentum), in float32; half of that under a `-true` 16-bit precision.
+  Frozen weights have neither gradients nor moments. Under FSDP2 all are sharded over the devices.
+  These sizes are exact.
 * **Gathered** (FSDP2 only): unsharded weights that a device holds while it computes with them, and
   their gradients before they are reduce-scattered: everything outside the blocks, the weights of
   two blocks (one is gathered while the other is computed) and the gradients of one. With tensor
@@ -34,6 +35,7 @@ from diffmm.batch import InputShapes
 from diffmm.layers.block import Block
 from diffmm.models.backbone import Backbone
 from diffmm.training import Task
+from diffmm.training.optimizer import is_of_muon, parameter_groups
 
 HALF_PRECISIONS = ("bf16-true", "16-true")
 
@@ -75,14 +77,24 @@ def estimate_memory(
     size = 2 if precision in HALF_PRECISIONS else 4
     num_weights = sum(p.numel() for p in task.parameters())
     num_trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+    num_moments = 2 * num_trained - sum(p.numel() for p in moved_by_muon(task))
     num_buffers = sum(b.numel() * b.element_size() for b in task.buffers())
     return Memory(
         weights=size * num_weights // num_shards + num_buffers,
         gradients=size * num_trained // num_shards,
-        optimizer=2 * size * num_trained // num_shards,
+        optimizer=size * num_moments // num_shards,
         activations=saved_bytes(task, batch, precision),
         gathered=size * num_gathered(task) // num_splits if num_shards > 1 else 0,
     )
+
+
+def moved_by_muon(task: LightningModule) -> list[nn.Parameter]:
+    """Parameters with a momentum only, instead of two moments."""
+    config = getattr(task, "optimizer_config", None)
+    if config is None or config.kind != "muon":
+        return []
+    groups = parameter_groups(task.model, config)  # type: ignore[arg-type]
+    return [p for group in groups if is_of_muon(group) for p in group["params"]]
 
 
 def num_gathered(task: LightningModule) -> int:

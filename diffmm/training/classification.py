@@ -35,7 +35,7 @@ class Classification(Task):
 
     Args:
         model: Image or audio model with `num_classes`, of this library or of timm.
-        optimizer, schedule, finetune, compile, activation_checkpointing: See `Task`.
+        optimizer, schedule, finetune, compile, activation_checkpointing, fp8: See `Task`.
         multi_label: Whether labels are `[B, num_classes]` zeros and ones instead of `[B]` class
             indices.
         label_smoothing: Fraction of a target that is spread evenly over all classes (Szegedy et al.
@@ -67,6 +67,7 @@ class Classification(Task):
         finetune: FineTuneConfig | None = None,
         compile: bool = False,
         activation_checkpointing: bool = False,
+        fp8: bool = False,
     ) -> None:
         self.num_classes: int = getattr(model, "num_classes", 0)
         if self.num_classes < 1:
@@ -86,6 +87,7 @@ class Classification(Task):
             finetune=finetune,
             compile=compile,
             activation_checkpointing=activation_checkpointing,
+            fp8=fp8,
         )
         if augment is not None:
             model.augment = augment

@@ -32,7 +32,7 @@ class LanguageTask(Task):
 
     Args:
         model: Text model to train.
-        optimizer, schedule, finetune, compile, activation_checkpointing: See `Task`.
+        optimizer, schedule, finetune, compile, activation_checkpointing, fp8: See `Task`.
         tokenizer: Name of the tokenizer that produced the tokens. Checkpoints store it for text
             generation.
 
@@ -53,6 +53,7 @@ class LanguageTask(Task):
         finetune: FineTuneConfig | None = None,
         compile: bool = False,
         activation_checkpointing: bool = False,
+        fp8: bool = False,
     ) -> None:
         if model.config.causal != self.CAUSAL:
             raise ValueError(
@@ -66,6 +67,7 @@ class LanguageTask(Task):
             finetune=finetune,
             compile=compile,
             activation_checkpointing=activation_checkpointing,
+            fp8=fp8,
         )
         self.config = model.config
         self.tokenizer = tokenizer

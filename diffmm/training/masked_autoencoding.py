@@ -35,7 +35,7 @@ class MaskedAutoencoding(Task):
 
     Args:
         model: Masked autoencoder to train.
-        optimizer, schedule, finetune, compile, activation_checkpointing: See `Task`.
+        optimizer, schedule, finetune, compile, activation_checkpointing, fp8: See `Task`.
         seed: Seed of the masks.
     """
 
@@ -51,6 +51,7 @@ class MaskedAutoencoding(Task):
         finetune: FineTuneConfig | None = None,
         compile: bool = False,
         activation_checkpointing: bool = False,
+        fp8: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -59,6 +60,7 @@ class MaskedAutoencoding(Task):
             finetune=finetune,
             compile=compile,
             activation_checkpointing=activation_checkpointing,
+            fp8=fp8,
         )
         self.seed = seed
 

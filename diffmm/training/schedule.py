@@ -1,6 +1,7 @@
 """Learning-rate schedules over optimizer steps."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +9,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from diffmm.checks import Settings, check_choice
+
+SHAPES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+    "linear": lambda done: 1.0 - done,
+    "1-sqrt": lambda done: 1.0 - math.sqrt(done),
+}
+"""What is left of a decay, from 1 to 0, when a part of it is done."""
+
+KINDS = ("cosine", "linear", "constant", "wsd")
+DECAY_FRACTION, DECAY_SHAPE = 0.1, "1-sqrt"
+"""Defaults of "wsd"."""
 
 
 @dataclass(frozen=True)
@@ -17,26 +29,39 @@ class ScheduleConfig(Settings):
     The number of steps is set here and not taken from the trainer, so that a resumed or extended
     run keeps the schedule that it started with.
 
+    Warmup-stable-decay ("wsd"; Hu et al. 2024, MiniCPM, with an exponential decay) stays at the
+    peak after the warmup and decays only in the last `decay_fraction` of the steps. A run that is
+    extended (by a larger `total_steps`) before its decay starts therefore equals one that was
+    longer from the start; its decay moves to the new end. With "cosine" and "linear", a longer
+    schedule changes the rate of every step.
+
     Attributes:
         total_steps: Number of optimizer steps until the learning rate reaches `final_fraction` of
             its peak, where it stays; usually the trainer's `max_steps`.
-        kind: Shape of the decay: "cosine", "linear" or "constant" (stays at the peak).
+        kind: Shape of the decay: "cosine", "linear", "constant" (stays at the peak) or "wsd".
         warmup_steps: Number of warmup steps. Step `s`, counted from 0, has
             `(s + 1) / (warmup_steps + 1)` times the peak, so that no step has a learning rate of 0.
         final_fraction: Final learning rate as a fraction of the peak, in [0, 1].
+        decay_fraction: Part of `total_steps` in which "wsd" decays, in (0, 1], rounded to whole
+            steps, at least one; 0.1 by default. Only for "wsd".
+        decay_shape: Shape of the decay of "wsd" with the part `t` of it done: "linear" (`1 - t`) or
+            "1-sqrt" (`1 - sqrt(t)`), the default; both are from Hägele et al. 2024, who found the
+            second better. Only for "wsd".
 
     Raises:
         ValueError: If a field is invalid; the message names the field and the value.
     """
 
     total_steps: int
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_steps: int = 0
     final_fraction: float = 0.0
+    decay_fraction: float | None = None
+    decay_shape: Literal["linear", "1-sqrt"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("kind", self.kind, ("cosine", "linear", "constant"))
+        check_choice("kind", self.kind, KINDS)
         if self.total_steps < 1:
             raise ValueError(
                 f"total_steps must be at least 1, got {self.total_steps}: give the number of "
@@ -50,15 +75,47 @@ class ScheduleConfig(Settings):
             )
         if not 0.0 <= self.final_fraction <= 1.0:
             raise ValueError(f"final_fraction must be in [0, 1], got {self.final_fraction}")
+        if self.kind == "wsd":
+            self._check_decay()
+            return
+        for name in ("decay_fraction", "decay_shape"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is only for kind='wsd', got "
+                    f"kind={self.kind!r}: drop {name}, or choose kind='wsd'"
+                )
+
+    def _check_decay(self) -> None:
+        if self.decay_fraction is not None and not 0.0 < self.decay_fraction <= 1.0:
+            raise ValueError(f"decay_fraction must be in (0, 1], got {self.decay_fraction}")
+        if self.decay_shape is not None:
+            check_choice("decay_shape", self.decay_shape, ("linear", "1-sqrt"))
+        if self.warmup_steps > self.decay_start:
+            raise ValueError(
+                f"the decay starts at step {self.decay_start} of {self.total_steps}, before the "
+                f"warmup ends: choose warmup_steps of at most {self.decay_start}, got "
+                f"{self.warmup_steps}, or a smaller decay_fraction"
+            )
+
+    @property
+    def decay_start(self) -> int:
+        """The step, counted from 0, from which on the learning rate decays."""
+        if self.kind == "constant":
+            return self.total_steps
+        if self.kind != "wsd":
+            return self.warmup_steps
+        fraction = DECAY_FRACTION if self.decay_fraction is None else self.decay_fraction
+        return self.total_steps - max(1, round(fraction * self.total_steps))
 
     def factor(self, step: int) -> float:
         """Return the factor on the peak learning rate at optimizer step `step`, counted from 0."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
-        if self.kind == "constant":
+        if self.kind == "constant" or step < self.decay_start:
             return 1.0
-        done = min(1.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps))
-        left = 1.0 - done if self.kind == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        done = min(1.0, (step - self.decay_start) / (self.total_steps - self.decay_start))
+        shape = (self.decay_shape or DECAY_SHAPE) if self.kind == "wsd" else self.kind
+        left = SHAPES[shape](done)
         return self.final_fraction + (1.0 - self.final_fraction) * left
 
 

@@ -37,7 +37,8 @@ from diffmm.training.batches import AnyBatches
 from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
 from diffmm.training.evaluation import counted
 from diffmm.training.finetuning import FineTuneConfig, freeze
-from diffmm.training.optimizer import OptimizerConfig, make_optimizer
+from diffmm.training.float8 import use_float8
+from diffmm.training.optimizer import OptimizerConfig, check_kind, make_optimizer
 from diffmm.training.parallel import read_any_checkpoint
 from diffmm.training.precision import exact_fields, keep_exact
 from diffmm.training.resilience.checkpoints.progress import is_step_boundary
@@ -56,13 +57,16 @@ class Task(AnyBatches):
 
     Args:
         model: Model to train.
-        optimizer: Settings of AdamW.
+        optimizer: Settings of the optimizer, AdamW or Muon.
         schedule: Learning-rate schedule.
         finetune: Weights to start from, and layers to freeze.
         compile: Whether to run the model under `torch.compile`, block by block if it is sharded.
             The names of the weights do not change.
         activation_checkpointing: Whether to recompute each block in the backward pass to save
             memory.
+        fp8: Whether training runs the linear layers inside the blocks in float8 (see
+            `diffmm.training.float8`); needs torchao (`diffmm[fp8]`) and an NVIDIA GPU of compute
+            capability 8.9 or later, on one device or under `ddp`.
 
     Raises:
         ValueError: If the model does not support the requested activation checkpointing or
@@ -83,6 +87,7 @@ class Task(AnyBatches):
         finetune: FineTuneConfig | None = None,
         compile: bool = False,
         activation_checkpointing: bool = False,
+        fp8: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -91,6 +96,7 @@ class Task(AnyBatches):
         self.finetune = finetune or FineTuneConfig()
         self.compile_model = compile
         self.activation_checkpointing = activation_checkpointing
+        self.fp8 = fp8
         if activation_checkpointing:
             backbones = [module for module in model.modules() if isinstance(module, Backbone)]
             if not backbones:
@@ -163,6 +169,8 @@ class Task(AnyBatches):
         self.job = self.make_job(getattr(self.trainer, "datamodule", None))
         keep_exact(self.trainer.precision_plugin, exact_fields(self.model))
         if self.device_mesh is None:
+            if self.fp8 and stage == "fit":
+                use_float8(self.model, self.trainer.strategy.root_device)
             self._compile([self.model])
 
     def configure_model(self) -> None:
@@ -174,6 +182,11 @@ class Task(AnyBatches):
             raise ValueError(
                 "weight averaging keeps a second model, which is not sharded: train with strategy "
                 "ddp, or without EMAWeightAveraging"
+            )
+        if self.fp8:
+            raise ValueError(
+                "fp8=True is not supported with sharded weights: train with strategy ddp, or drop "
+                "fp8"
             )
         if self.trainer.state.fn == TrainerFn.FITTING:
             # Before sharding, because the weights in the file are not sharded. A resumed run
@@ -293,7 +306,13 @@ class Task(AnyBatches):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Translate old names in checkpoints of earlier versions, and keep the recipe's name of a
-        resumed run."""
+        resumed run.
+
+        Raises:
+            ValueError: If a run is resumed with another kind of optimizer.
+        """
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            check_kind(checkpoint.get(TASK_KEY), self.optimizer_config)
         if self.job is not None and self.job.recipe is None:
             recipe = (checkpoint.get(JOB_KEY) or {}).get("recipe")
             self.job = dataclasses.replace(self.job, recipe=recipe)

@@ -101,6 +101,11 @@ IMAGE = {
         {"seed_everything": -3},
         "seed_everything must be in [0, 4294967295], got -3",
     ),
+    "Muon without matrices": (
+        {"model.finetune": {"freeze": "all_but_head"}, "model.optimizer.kind": "muon"},
+        "model.init_args.optimizer: kind='muon' trains the linear layers inside blocks, and "
+        "ImageModel has none that is trainable: use kind='adamw'",
+    ),
     "an eps that float16 loses": (
         {"trainer.precision": "16-true"},
         "model.init_args.optimizer.eps: eps=1e-08 is too small for weights in float16, where "

@@ -43,6 +43,16 @@ def test_reports_size_step_and_memory(run):
     assert not Path("runs").exists()
 
 
+def test_muon_has_one_momentum_where_adamw_has_two_moments():
+    name = "text/stdlib_tiny"
+    adamw, muon = estimate(name), estimate(name, "--model.optimizer.kind", "muon")
+    model = findings(name).model.model
+    inside = (module for block in model.backbone.blocks for module in block.modules())
+    matrices = [m.weight for m in inside if isinstance(m, torch.nn.Linear) and m.out_features > 8]
+    assert adamw.optimizer - muon.optimizer == 4 * sum(weight.numel() for weight in matrices)
+    assert adamw.weights == muon.weights
+
+
 def test_counts_the_devices_and_what_is_frozen(run):
     result = run(
         "check",

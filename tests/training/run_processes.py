@@ -1,4 +1,5 @@
-"""Trains two tasks on the given number of processes, and writes the logged values to a file.
+"""Trains two tasks, and one of them with Muon too, on the given number of processes, and writes the
+logged values to a file.
 
 python run_processes.py NUM_PROCESSES OUTPUT.json
 """
@@ -96,6 +97,11 @@ def run(num_processes: int) -> dict[str, Any]:
     backbone = BackboneConfig(32, 2, 4, attention="diff_v1", rope="2d")
     image = ImageModel(ImageConfig(backbone=backbone, num_classes=5, image_size=8, patch_size=4))
     results["image"] = train(Classification(image, *settings), images(), num_processes)
+    seed_everything(0, verbose=False)
+    image = ImageModel(ImageConfig(backbone=backbone, num_classes=5, image_size=8, patch_size=4))
+    muon = OptimizerConfig(3e-3, kind="muon")
+    task = Classification(image, muon, settings[1])
+    results["muon"] = train(task, images(), num_processes)
     return results
 
 

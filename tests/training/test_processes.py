@@ -34,11 +34,13 @@ def one_process():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["masked_lm", "image"])
+@pytest.mark.parametrize("task", ["masked_lm", "image", "muon"])
 def test_two_processes_follow_the_curve_of_one(task, one_process, two_processes):
+    # Muon orthogonalizes in bfloat16.
+    error, error_of_sums = (1e-3, 1e-2) if task == "muon" else (1e-5, 1e-4)
     one, two = one_process[task], two_processes[task]
     assert len(one["curves"]["train/loss"]) == 6
     assert one["curves"]["train/loss"][-1] < one["curves"]["train/loss"][0]
     for name, curve in one["curves"].items():
-        assert two["curves"][name] == pytest.approx(curve, rel=1e-5, abs=1e-5), name
-    assert two["weights"] == pytest.approx(one["weights"], rel=1e-3, abs=1e-4)
+        assert two["curves"][name] == pytest.approx(curve, rel=error, abs=error), name
+    assert two["weights"] == pytest.approx(one["weights"], rel=1e-3, abs=error_of_sums)

@@ -21,7 +21,7 @@ from diffmm.models import (
     TextModel,
 )
 from diffmm.models.weights import save_model
-from diffmm.training import FineTuneConfig
+from diffmm.training import FineTuneConfig, OptimizerConfig
 from diffmm.training.sharding import gradient_norm, is_sharded, shard
 
 
@@ -139,6 +139,25 @@ def test_weights_to_start_from_are_loaded_before_they_are_shared_out(task, make,
 def test_weight_averaging_is_refused(task):
     with pytest.raises(ValueError, match="weight averaging keeps a second model"):
         task(callbacks=[EMAWeightAveraging()]).configure_model()
+
+
+def test_float8_is_refused(task):
+    message = (
+        "^fp8=True is not supported with sharded weights: train with strategy ddp, or drop fp8$"
+    )
+    with pytest.raises(ValueError, match=message):
+        task(fp8=True).configure_model()
+
+
+def test_muon_is_refused(task):
+    sharded = task(optimizer=OptimizerConfig(1e-3, kind="muon"))
+    sharded.configure_model()
+    message = (
+        "^kind='muon' orthogonalizes whole matrices, which fsdp2 and tensor parallelism shard: "
+        "train with strategy ddp, or with kind='adamw'$"
+    )
+    with pytest.raises(ValueError, match=message):
+        sharded.configure_optimizers()
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
