@@ -41,7 +41,7 @@ def test_the_loss_falls_and_is_logged(name, attention, make, fit, tmp_path):
     # The masks of autoencoding only change with the epoch, so that all of them can be memorized.
     assert losses[-1] < (0.95 if name.endswith("mae") else 0.6) * losses[0]
     expected = {"train/loss", "train/learning_rate", "train/grad_norm", "val/loss"}
-    expected |= {"train/samples_per_second"}
+    expected |= {"train/samples_per_second", "train/data_wait"}
     if name.endswith("_lm"):
         expected |= {"train/tokens_per_second", "val/perplexity", "val/bits_per_byte"}
     if name in ("image", "audio"):
@@ -91,7 +91,8 @@ def test_compiled_training_is_the_same(name, attention, make, fit, tmp_path, mon
         assert (task.model._compiled_call_impl is not None) == compiled
         runs.append(trainer.callback_metrics)
     assert runs[0].keys() == runs[1].keys()
-    for metric in runs[0].keys() - {"train/samples_per_second", "train/tokens_per_second"}:
+    speeds = {"train/samples_per_second", "train/tokens_per_second", "train/data_wait"}
+    for metric in runs[0].keys() - speeds:
         torch.testing.assert_close(runs[1][metric], runs[0][metric], rtol=1e-4, atol=1e-5)
 
 
