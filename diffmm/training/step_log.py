@@ -1,14 +1,14 @@
 """Metrics of optimizer steps, logged without waiting for the device."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from diffmm.training.lightning_internals import is_logging_step
-from diffmm.training.resilience.checkpoints.progress import training_ends
+from diffmm.training.resilience.checkpoints.progress import is_step_boundary, training_ends
 from diffmm.training.resilience.coordinator import Coordinator
 
 Value = Tensor | float | Callable[[], float | None]
@@ -51,7 +51,7 @@ class StepLog:
             trainer.callback_metrics[name] = torch.as_tensor(value)
 
     def send(self, trainer: Trainer) -> None:
-        """Complete the step, in `on_train_batch_end`."""
+        """Pass on the metrics of a completed step (see `StepLogger`)."""
         metrics, self._metrics = self._metrics, {}
         tensors = {n: m.value for n, m in metrics.items() if isinstance(m.value, Tensor)}
         step, epoch = trainer.global_step - 1, trainer.current_epoch
@@ -81,6 +81,22 @@ class StepLog:
         coordinator.send(torch.stack(numbers) if numbers else torch.empty(0), receive)
         if training_ends(trainer) or trainer.received_sigterm:
             coordinator.receive()
+
+
+class StepLogger(Callback):
+    """Completes the `step_log` of a task after each step; the last of its default callbacks. It is
+    not a hook of the task, which a subclass may override."""
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        if is_step_boundary(trainer) and isinstance(log := pl_module.step_log, StepLog):
+            log.send(trainer)
 
 
 def log_step(module: LightningModule, name: str, value: Value, *, prog_bar: bool = False) -> None:

@@ -49,7 +49,7 @@ from diffmm.training.resilience.shutdown import GracefulShutdown
 from diffmm.training.restoring import TASK_KEY, describe_task, restore_task
 from diffmm.training.schedule import ScheduleConfig, make_scheduler, set_learning_rates
 from diffmm.training.sharding import clip_gradients, gradient_norm, is_sharded, shard
-from diffmm.training.step_log import StepLog, log_step
+from diffmm.training.step_log import StepLog, StepLogger, log_step
 
 
 class Task(AnyBatches):
@@ -246,10 +246,6 @@ class Task(AnyBatches):
         if num_accumulated > 1 and is_step_boundary(self.trainer):
             self.accumulated.complete(self.model.parameters(), num_accumulated)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if is_step_boundary(self.trainer):
-            self.step_log.send(self.trainer)
-
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate("val", counted(batch, batch_idx, self.trainer.val_dataloaders), batch)
 
@@ -292,14 +288,15 @@ class Task(AnyBatches):
 
     def configure_callbacks(self) -> list[Callback]:
         """Add the default callbacks that the trainer does not have: logging of lambda and
-        throughput, skipping of non-finite steps, tolerance of logger failures and graceful
-        shutdown."""
+        throughput, skipping of non-finite steps, tolerance of logger failures, graceful shutdown
+        and, last, passing on the metrics of each step."""
         defaults = (
             LambdaMonitor(),
             SpeedMonitor(),
             NonFiniteGuard(),
             LoggersMayFail(),
             GracefulShutdown(),
+            StepLogger(),
         )
         given = {type(callback) for callback in self.trainer.callbacks}  # type: ignore[attr-defined]
         return [callback for callback in defaults if type(callback) not in given]

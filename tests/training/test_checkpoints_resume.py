@@ -320,7 +320,7 @@ def test_overfitting_goes_on_with_the_batch_that_is_due(go, tmp_path, modality):
 
 
 def test_a_stream_is_not_overfitted(go):
-    with pytest.raises(ValueError, match="which a stream cannot do: set streaming"):
+    with pytest.raises(ValueError, match="cannot do: set --data.source.streaming"):
         go("whole", "stream", overfit_batches=2)
 
 
