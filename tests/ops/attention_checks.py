@@ -5,8 +5,9 @@ import math
 
 import torch
 
-from diffmm.ops import AttentionMask, diff_attention
+from diffmm.ops import AttentionMask, diff_attention, softmax_attention
 from diffmm.ops.diff_attention.reference import reference
+from diffmm.ops.softmax_attention.reference import reference as softmax_reference
 
 BATCH = 2
 MASKS = (
@@ -117,6 +118,28 @@ def check(inputs, mask, *, num_largest=1):
             assert error <= 2 * (of_plain + of_stored) + rounding * most**0.5, (
                 f"{what}, {measure}: {error:.2e}, plain {of_plain:.2e}, stored {of_stored:.2e}"
             )
+
+
+def check_one_map(N, M, H, G, width, mask, dtype=torch.bfloat16, *, device):
+    """Check softmax attention by the fused kernels like `check`."""
+
+    def run(inputs, backend=None, **settings):
+        if backend is None:
+            out = softmax_reference(*inputs, mask=mask, scale=width**-0.5, **settings)
+        else:
+            out = softmax_attention(*inputs, mask=mask, backend=backend)
+        return out, *torch.autograd.grad(out, inputs, upstream(out))
+
+    shapes = (BATCH, N, H, width), (BATCH, M, G, width), (BATCH, M, G, width)
+    inputs = [torch.randn(s, device=device, dtype=dtype).requires_grad_() for s in shapes]
+    truth = run([x.detach().double().requires_grad_() for x in inputs])
+    low, found = run(inputs, upcast=False), run(inputs, "triton")
+    for what, f, p, t in zip(("out", "q", "k", "v"), found, low, truth, strict=True):
+        assert f.isfinite().all(), what
+        error, of_plain = (f - t).norm(), (p - t).norm()
+        # The rounding of the stored output is in delta, which plain code computes exactly.
+        most = 2 * of_plain + 4e-3 * t.norm() + 1e-6
+        assert error <= most, f"{what}: {error:.2e}, plain {of_plain:.2e}"
 
 
 def far_apart(tensor, axis, file):
