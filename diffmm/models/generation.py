@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffmm.models.decoding import Choice, prepare
 from diffmm.models.description import unwrap
+from diffmm.models.host_copy import HostCopy
 from diffmm.models.text import TextModel
 
 GREEDY_BELOW = 1e-6
@@ -136,34 +137,16 @@ def stream(
             cuda_graph=cuda_graph,
         )
         for number in range(1, max_new_tokens + 1):
-            has_stopped = Flag(steps.stopped.all()) if stop_ids else None
+            has_stopped = HostCopy(steps.stopped.all()) if stop_ids else None
             # On a GPU, the next step is launched before the host waits for this one.
             follows = number < max_new_tokens
             ahead = steps.next() if follows and is_cuda else None
             yield new
-            if not follows or (has_stopped is not None and has_stopped.read()):
+            if not follows or (has_stopped is not None and has_stopped.wait()):
                 return
             new = steps.next() if ahead is None else ahead
 
     return generated()
-
-
-class Flag:
-    """A boolean on its way from the device to the host."""
-
-    def __init__(self, value: Tensor) -> None:
-        self._arrival: torch.cuda.Event | None = None
-        self._value = value
-        if value.is_cuda:
-            self._value = value.to("cpu", non_blocking=True)
-            self._arrival = torch.cuda.Event()
-            self._arrival.record()
-
-    def read(self) -> bool:
-        """Wait for the value, and return it."""
-        if self._arrival is not None:
-            self._arrival.synchronize()
-        return bool(self._value)
 
 
 def compiled_features(model: TextModel) -> Callable[..., Tensor]:

@@ -83,7 +83,8 @@ def mean_lambdas(
 class SpeedMonitor(Callback):
     """Logs `train/samples_per_second` and, for text, `train/tokens_per_second`: the throughput of
     all processes between two logging steps, excluding the time spent in validation; and
-    `train/data_wait`, the share of that time, in [0, 1], that this process waited for batches."""
+    `train/data_wait`, the share of that time, in [0, 1], that this process waited for batches (or
+    for callbacks that come after this one, such as one that saves a checkpoint)."""
 
     def __init__(self) -> None:
         self._start = 0.0

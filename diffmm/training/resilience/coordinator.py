@@ -7,13 +7,15 @@ to it while the GPU works, and is received during the next step, when the copy h
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.distributed import ReduceOp
+
+from diffmm.models.host_copy import HostCopy
 
 Question = Callable[[], Tensor | float]
 """Returns this process's answer, a number that is 0 in the normal case."""
@@ -35,14 +37,6 @@ class Saver(Protocol):
         """Save immediately, on all processes together."""
 
 
-class _Copy(NamedTuple):
-    """Numbers on their way to the host."""
-
-    numbers: Tensor
-    arrival: torch.cuda.Event | None
-    receive: Receiver
-
-
 class Coordinator:
     """Collects the questions of all callbacks of a trainer. The first callback in a batch that
     needs an answer triggers one all-reduce of a small tensor, which answers all of them: with
@@ -59,7 +53,7 @@ class Coordinator:
         self._questions: dict[str, Question] = {}
         self._answers: dict[str, float] = {}
         self._batch = -1
-        self._copies: deque[_Copy] = deque()
+        self._sent: deque[tuple[HostCopy, Receiver]] = deque()
 
     @staticmethod
     def of(trainer: Trainer) -> "Coordinator":
@@ -114,21 +108,14 @@ class Coordinator:
 
     def send(self, numbers: Tensor, receive: Receiver) -> None:
         """Begin to copy a one-dimensional tensor to the host, and pass it to `receive` later."""
-        arrival = None
-        if numbers.is_cuda:
-            numbers = numbers.to("cpu", non_blocking=True)
-            arrival = torch.cuda.Event()
-            arrival.record()
-        self._copies.append(_Copy(numbers, arrival, receive))
+        self._sent.append((HostCopy(numbers), receive))
 
     def receive(self, *, all_but: int = 0) -> None:
         """Pass on what was sent, in that order, except the last `all_but` tensors. Waits for the
         device if it has not yet computed them."""
-        while len(self._copies) > all_but:
-            copy = self._copies.popleft()
-            if copy.arrival is not None:
-                copy.arrival.synchronize()
-            copy.receive(copy.numbers.tolist())
+        while len(self._sent) > all_but:
+            copy, receive = self._sent.popleft()
+            receive(copy.wait().tolist())
 
     def _ask_all(self) -> list[Tensor | float]:
         return [question() for question in self._questions.values()]

@@ -32,7 +32,8 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
 
 class GracefulShutdown(Callback):
     """Stops a run when any of its processes receives SIGTERM, SIGUSR1 or SIGINT (Ctrl-C). All
-    processes finish the same step, save a checkpoint and raise Lightning's `SIGTERMException`, a
+    processes finish the same step (the current one or, of several processes, the one after it),
+    save a checkpoint and raise Lightning's `SIGTERMException`, a
     `SystemExit`, so that they exit with code 143 (130 after SIGINT).
 
     The processes communicate at the end of every optimizer step (in the same all-reduce as
