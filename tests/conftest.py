@@ -19,13 +19,14 @@ def pytest_configure() -> None:
     torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
-# Warnings of some torch versions about torch's own operations.
 GPU_WARNINGS = (
     "ignore:Attempting to run cuBLAS, but there was no current CUDA context",
     "ignore:The CUDA Graph is empty",
     "ignore:The AccumulateGrad node's stream does not match",
+    "ignore:Synchronization debug mode is a prototype feature",
+    "ignore:TensorFloat32 tensor cores",
 )
-"""Warnings that some versions of torch raise about themselves."""
+"""Warnings of torch about its own operations, and its advice to round float32."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

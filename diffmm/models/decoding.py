@@ -65,7 +65,8 @@ class Steps:
         new = torch.where(self.stopped, self.choice.pad_id, self.choice.sample(logits))
         self.tokens.copy_(new)
         if len(self.stops):
-            self.stopped.logical_or_(torch.isin(new, self.stops))
+            # `torch.isin` waits for the device if there are many.
+            self.stopped.logical_or_((new[:, None] == self.stops).any(dim=1))
         return new
 
     def next(self) -> Tensor:
