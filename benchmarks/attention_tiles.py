@@ -145,7 +145,10 @@ class Inputs:
         self.q, self.k = random(batch, length, heads, 2, D), random(batch, length, heads, C, D)
         self.v, self.grad = random(batch, length, heads, E), random(batch, length, heads, E)
         self.lam = torch.rand(batch, length, heads, device="cuda")
-        self.mask, self.scale = KernelMask.of(AttentionMask(causal=causal), length), D**-0.5
+        self.mask, self.scale = (
+            KernelMask.of(AttentionMask(causal=causal), 1, length, length),
+            D**-0.5,
+        )
         tile = Tile(64, 32, 4, 2, split=E > 128)
         out, second, self.lse = self.forward(tile)
         assert second is not None

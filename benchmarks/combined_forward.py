@@ -17,7 +17,7 @@ from diffmm.ops.diff_attention.triton.tiles import UNSPECIALIZED, Tile, cdiv, de
 
 @triton.jit
 def _scores(
-    q1, q2, k_desc, batch, group, m0, positions, M, scale,
+    q1, q2, k_desc, batch, group, m0, queries, N, M, scale,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -30,7 +30,7 @@ def _scores(
     s1, s2 = tl.dot(q1, k1.T) * scale, tl.dot(q2, k2.T) * scale
     if MASKED:
         keys = m0 + tl.arange(0, BLOCK_M)
-        seen = visible(positions[:, None], keys[None, :], M, None, None, None, None, CAUSAL)
+        seen = visible(queries[:, None], keys[None, :], N, M, None, None, None, None, CAUSAL)
         s1, s2 = tl.where(seen, s1, -float("inf")), tl.where(seen, s2, -float("inf"))
     return s1, s2
 
@@ -46,14 +46,14 @@ def _normalize(scores, top, total):
 
 @triton.jit
 def _find_normalizers(
-    low, high, q1, q2, k_desc, batch, group, positions, M, scale, top1, total1, top2, total2,
+    low, high, q1, q2, k_desc, batch, group, queries, N, M, scale, top1, total1, top2, total2,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The first loop, over a range of keys."""
     for m0 in range(low, high, BLOCK_M):
         s1, s2 = _scores(
-            q1, q2, k_desc, batch, group, m0, positions, M, scale, CAUSAL, MASKED, C, BLOCK_M,
+            q1, q2, k_desc, batch, group, m0, queries, N, M, scale, CAUSAL, MASKED, C, BLOCK_M,
             BLOCK_D,
         )  # fmt: skip
         top1, total1 = _normalize(s1, top1, total1)
@@ -63,14 +63,14 @@ def _find_normalizers(
 
 @triton.jit
 def _add_values(
-    low, high, q1, q2, k_desc, v_desc, batch, group, positions, M, scale, lse1, lse2, weight, acc,
+    low, high, q1, q2, k_desc, v_desc, batch, group, queries, N, M, scale, lse1, lse2, weight, acc,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """The second loop, over a range of keys."""
     for m0 in range(low, high, BLOCK_M):
         s1, s2 = _scores(
-            q1, q2, k_desc, batch, group, m0, positions, M, scale, CAUSAL, MASKED, C, BLOCK_M,
+            q1, q2, k_desc, batch, group, m0, queries, N, M, scale, CAUSAL, MASKED, C, BLOCK_M,
             BLOCK_D,
         )  # fmt: skip
         p = tl.exp2(s1 - lse1[:, None]) - weight[:, None] * tl.exp2(s2 - lse2[:, None])
@@ -91,7 +91,6 @@ def _combined_kernel(
     batch, head = tl.program_id(1) // H, tl.program_id(1) % H
     group, batch64 = head // heads_per_group, batch.to(tl.int64)
     queries = n0 + tl.arange(0, BLOCK_N)
-    positions = queries + M - N
     inside = queries < N
     dims, widths = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     q_rows = q + batch64 * q_b + head * q_h + queries[:, None].to(tl.int64) * q_n + dims[None, :]
@@ -104,11 +103,11 @@ def _combined_kernel(
     top2, total1 = top1, tl.zeros((BLOCK_N,), tl.float32)
     total2 = total1
     top1, total1, top2, total2 = _find_normalizers(
-        0, full, q1, q2, k_desc, batch, group, positions, M, scale, top1, total1, top2, total2,
+        0, full, q1, q2, k_desc, batch, group, queries, N, M, scale, top1, total1, top2, total2,
         CAUSAL, False, C, BLOCK_M, BLOCK_D,
     )  # fmt: skip
     top1, total1, top2, total2 = _find_normalizers(
-        full, high, q1, q2, k_desc, batch, group, positions, M, scale, top1, total1, top2, total2,
+        full, high, q1, q2, k_desc, batch, group, queries, N, M, scale, top1, total1, top2, total2,
         CAUSAL, True, C, BLOCK_M, BLOCK_D,
     )  # fmt: skip
 
@@ -119,11 +118,11 @@ def _combined_kernel(
     weight = tl.load(lam_rows, mask=inside, other=0.0)
     acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     acc = _add_values(
-        0, full, q1, q2, k_desc, v_desc, batch, group, positions, M, scale, lse1, lse2, weight,
+        0, full, q1, q2, k_desc, v_desc, batch, group, queries, N, M, scale, lse1, lse2, weight,
         acc, CAUSAL, False, C, BLOCK_M, BLOCK_D, BLOCK_E,
     )  # fmt: skip
     acc = _add_values(
-        full, high, q1, q2, k_desc, v_desc, batch, group, positions, M, scale, lse1, lse2, weight,
+        full, high, q1, q2, k_desc, v_desc, batch, group, queries, N, M, scale, lse1, lse2, weight,
         acc, CAUSAL, True, C, BLOCK_M, BLOCK_D, BLOCK_E,
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffmm.ops import AttentionMask, diff_attention, softmax_attention
 from diffmm.ops.diff_attention.reference import reference
+from diffmm.ops.diff_attention.triton.masking import KernelMask
 
 BATCH = 2
 
@@ -323,3 +324,37 @@ def test_refuses_documents_of_queries_that_stand_before_every_key():
     mask = AttentionMask(document_ids=torch.zeros(BATCH, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="a key for every query, got 5 queries and 4 keys"):
         diff_attention(*make_inputs(5, 4, 2, 1, 2, 16, 32), mask=mask, backend="triton")
+
+
+@pytest.mark.parametrize("num_queries", [300, 260])
+@pytest.mark.parametrize("name", ["documents", "shuffled", "padding", "holes", "both"])
+def test_ranges_of_looked_up_masks(name, num_queries):
+    """They contain all pairs that attend, and of the full ranges nothing else; for documents in one
+    piece, a tile within one of them sees all of it in full."""
+    num_keys, block = 300, 32
+    keys = torch.arange(num_keys)
+    documents = torch.stack([keys // 110 + 2**40, (keys > 200).long()])
+    padding = torch.stack([keys < 270, keys >= 40])
+    fields = {
+        "documents": {"document_ids": documents},
+        "shuffled": {"document_ids": torch.randint(3, (BATCH, num_keys))},
+        "padding": {"key_padding": padding},
+        "holes": {"key_padding": torch.rand(BATCH, num_keys) > 0.1},
+        "both": {"document_ids": documents, "key_padding": padding},
+    }[name]
+    mask = AttentionMask(**fields)
+    sees = mask.to_bool(num_queries, num_keys).expand(BATCH, 1, num_queries, num_keys)[:, 0]
+    found = KernelMask.of(mask, BATCH, num_queries, num_keys)
+    for ranges, pairs in (
+        (found.key_ranges(BATCH, num_queries, num_keys, block), sees),
+        (found.query_ranges(BATCH, num_queries, num_keys, block), sees.transpose(1, 2)),
+    ):
+        for b, tile in itertools.product(range(BATCH), range(ranges.shape[1])):
+            low, high, full_low, full_high = ranges[b, tile].tolist()
+            own = pairs[b, tile * block : (tile + 1) * block]
+            outside = own.clone()
+            outside[:, low:high] = False
+            assert not outside.any()
+            assert own[:, full_low:full_high].all()
+            if name in ("documents", "padding", "both") and own.any(0).equal(own.all(0)):
+                assert max(full_high - full_low, 0) == int(own[0].sum())

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffmm.ops.diff_attention.triton import hopper
 from diffmm.ops.diff_attention.triton.masking import (
+    NUM_RANGE,
     KernelMask,
     key_bounds,
     query_bounds,
@@ -47,7 +48,7 @@ from diffmm.ops.diff_attention.triton.tiles import (
 @triton.jit
 def _key_step(
     q_desc, g_desc, k1, k2, v, rows, dk1, dk2, dv, batch, head, n0, keys, N, M, P, scale,
-    window, prefix, documents, padding,
+    window, prefix, labels, padding,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, NUM_MAPS: tl.constexpr, C: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -62,9 +63,7 @@ def _key_step(
         s2 = tl.dot(k2, q2.T, input_precision=PRECISION)
         p2 = tl.exp2(s2 * scale - tl.load(rows + LSE2 * P)[None, :])
     if MASKED:
-        seen = visible(
-            (n + M - N)[None, :], keys[:, None], M, window, prefix, documents, padding, CAUSAL
-        )
+        seen = visible(n[None, :], keys[:, None], N, M, window, prefix, labels, padding, CAUSAL)
         p1 = tl.where(seen, p1, 0.0)
         if NUM_MAPS == 2:
             p2 = tl.where(seen, p2, 0.0)
@@ -88,7 +87,7 @@ def _key_step(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _key_kernel(
-    q_desc, g_desc, k, v, rows, dk, dv, window, prefix, documents, padding, ranges,
+    q_desc, g_desc, k, v, rows, dk, dv, window, prefix, labels, padding, ranges,
     k_b, k_m, k_g, k_c, v_b, v_m, v_g, N, M, P, H, heads_per_group, scale,
     CAUSAL: tl.constexpr, NUM_MAPS: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -101,12 +100,12 @@ def _key_kernel(
     batch64, group64 = batch.to(tl.int64), group.to(tl.int64)
     if prefix is not None:
         prefix += batch
-    if documents is not None:
-        documents += batch64 * M
+    if labels is not None:
+        labels += batch64 * (N + M)
     if padding is not None:
         padding += batch64 * M
     if ranges is not None:
-        ranges += (batch64 * num_tiles + tile) * 2
+        ranges += (batch64 * num_tiles + tile) * NUM_RANGE
 
     keys = m0 + tl.arange(0, BLOCK_M)
     dims, widths = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
@@ -135,17 +134,16 @@ def _key_kernel(
             dk1, dk2, dv_tile = _key_step(
                 q_desc, g_desc, k1, k2, v_tile, head_rows, dk1, dk2, dv_tile,
                 batch, head, n0, keys, N, M, P, scale,
-                window, prefix, documents, padding,
+                window, prefix, labels, padding,
                 CAUSAL, True, NUM_MAPS, C, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
             )  # fmt: skip
-        if ranges is None:
-            for n0 in range(full_low, full_high, BLOCK_N):
-                dk1, dk2, dv_tile = _key_step(
-                    q_desc, g_desc, k1, k2, v_tile, head_rows, dk1, dk2, dv_tile,
-                    batch, head, n0, keys, N, M, P, scale,
-                    window, prefix, documents, padding,
-                    CAUSAL, False, NUM_MAPS, C, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
-                )  # fmt: skip
+        for n0 in range(full_low, full_high, BLOCK_N):
+            dk1, dk2, dv_tile = _key_step(
+                q_desc, g_desc, k1, k2, v_tile, head_rows, dk1, dk2, dv_tile,
+                batch, head, n0, keys, N, M, P, scale,
+                window, prefix, labels, padding,
+                CAUSAL, False, NUM_MAPS, C, BLOCK_N, BLOCK_D, BLOCK_E, PRECISION,
+            )  # fmt: skip
 
     rate = scale * 0.6931471805599453
     dk_rows = dk + ((batch64 * M + far_keys) * G + group) * C * D + dims[None, :]
@@ -159,7 +157,7 @@ def _key_kernel(
 @triton.jit
 def _query_step(
     q1, q2, g, k_desc, v_desc, lse1, lse2, weight, delta1, delta2, dq1, dq2, batch, group, m0,
-    positions, M, scale, window, prefix, documents, padding,
+    queries, N, M, scale, window, prefix, labels, padding,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, NUM_MAPS: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -176,7 +174,7 @@ def _query_step(
     if MASKED:
         keys = m0 + tl.arange(0, BLOCK_M)
         seen = visible(
-            positions[:, None], keys[None, :], M, window, prefix, documents, padding, CAUSAL
+            queries[:, None], keys[None, :], N, M, window, prefix, labels, padding, CAUSAL
         )
         p1 = tl.where(seen, p1, 0.0)
         if NUM_MAPS == 2:
@@ -192,7 +190,7 @@ def _query_step(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _query_kernel(
-    q, grad, k_desc, v_desc, rows, dq, window, prefix, documents, padding, ranges,
+    q, grad, k_desc, v_desc, rows, dq, window, prefix, labels, padding, ranges,
     q_b, q_n, q_h, q_c, g_b, g_n, g_h, N, M, P, H, heads_per_group, scale,
     CAUSAL: tl.constexpr, NUM_MAPS: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -206,12 +204,12 @@ def _query_kernel(
     batch64, head64 = batch.to(tl.int64), head.to(tl.int64)
     if prefix is not None:
         prefix += batch
-    if documents is not None:
-        documents += batch64 * M
+    if labels is not None:
+        labels += batch64 * (N + M)
     if padding is not None:
         padding += batch64 * M
     if ranges is not None:
-        ranges += (batch64 * num_tiles + tile) * 2
+        ranges += (batch64 * num_tiles + tile) * NUM_RANGE
 
     n = n0 + tl.arange(0, BLOCK_N)
     inside = n < N
@@ -234,13 +232,12 @@ def _query_kernel(
     low, full_low, full_high, high = key_bounds(
         n0, N, M, window, prefix, ranges, CAUSAL, BLOCK_N, BLOCK_M
     )
-    if ranges is None:
-        for m0 in range(full_low, full_high, BLOCK_M):
-            dq1, dq2 = _query_step(
-                q1, q2, g, k_desc, v_desc, lse1, lse2, weight, delta1, delta2, dq1, dq2,
-                batch, group, m0, n + M - N, M, scale, window, prefix, documents, padding,
-                CAUSAL, False, NUM_MAPS, C, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
-            )  # fmt: skip
+    for m0 in range(full_low, full_high, BLOCK_M):
+        dq1, dq2 = _query_step(
+            q1, q2, g, k_desc, v_desc, lse1, lse2, weight, delta1, delta2, dq1, dq2,
+            batch, group, m0, n, N, M, scale, window, prefix, labels, padding,
+            CAUSAL, False, NUM_MAPS, C, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
+        )  # fmt: skip
     num_left = (full_low - low) // BLOCK_M
     num_right = tl.cdiv(tl.maximum(high - full_high, 0), BLOCK_M)
     for step in range(0, num_left + num_right):
@@ -248,7 +245,7 @@ def _query_kernel(
         m0 = tl.where(step < num_left, left, right)
         dq1, dq2 = _query_step(
             q1, q2, g, k_desc, v_desc, lse1, lse2, weight, delta1, delta2, dq1, dq2,
-            batch, group, m0, n + M - N, M, scale, window, prefix, documents, padding,
+            batch, group, m0, n, N, M, scale, window, prefix, labels, padding,
             CAUSAL, True, NUM_MAPS, C, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
         )  # fmt: skip
 
@@ -270,7 +267,7 @@ def key_gradients(
     _key_kernel[(cdiv(M, tile.block_m), B * G)](
         describe(q, [1, tile.block_n, 1, 1, block_d]),
         describe(grad, [1, tile.block_n, 1, block_e]), k, v, rows, dk, dv,
-        mask.window, mask.prefix, mask.documents, mask.padding,
+        mask.window, mask.prefix, mask.labels, mask.padding,
         mask.query_ranges(B, N, M, tile.block_m),
         *k.stride()[:4], *v.stride()[:3], N, M, rows.shape[-1], H, H // G,
         scale * 1.4426950408889634,
@@ -292,7 +289,7 @@ def query_gradient(
     _query_kernel[(cdiv(N, tile.block_n), B * H)](
         q, grad, describe(k, [1, tile.block_m, 1, 1, block_d]),
         describe(v, [1, tile.block_m, 1, block_e]), rows, dq,
-        mask.window, mask.prefix, mask.documents, mask.padding,
+        mask.window, mask.prefix, mask.labels, mask.padding,
         mask.key_ranges(B, N, M, tile.block_n),
         *q.stride()[:4], *grad.stride()[:3], N, M, rows.shape[-1], H, H // G,
         scale * 1.4426950408889634,

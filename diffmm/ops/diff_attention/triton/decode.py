@@ -20,7 +20,12 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from diffmm.ops.diff_attention.triton.forward import _finish, _softmax_step
-from diffmm.ops.diff_attention.triton.masking import KernelMask, key_bounds, visible
+from diffmm.ops.diff_attention.triton.masking import (
+    NUM_RANGE,
+    KernelMask,
+    key_bounds,
+    visible,
+)
 from diffmm.ops.diff_attention.triton.tiles import (
     GPU,
     UNSPECIALIZED,
@@ -49,7 +54,7 @@ def _schedule(N, M, window, num_groups, num_programs, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "num_groups"])
 def _split_kernel(
-    q, k, v, part, part_lse, window, prefix, documents, padding, ranges,
+    q, k, v, part, part_lse, window, prefix, labels, padding, ranges,
     q_b, q_n, q_h, q_c, k_b, k_m, k_g, k_c, v_b, v_m, v_g,
     N, M, G, heads_per_group, num_groups, scale,
     CAUSAL: tl.constexpr, NUM_MAPS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
@@ -71,7 +76,6 @@ def _split_kernel(
         component1 = row // num_rows
         inside = row < NUM_MAPS * num_rows
     query = row % N
-    positions = query + M - N
     dims, widths, columns = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_M)
     q_places = (row % num_rows // N).to(tl.int64) * q_h + component1.to(tl.int64) * q_c
     q_places = (q_places + query.to(tl.int64) * q_n)[:, None] + dims[None, :]
@@ -98,15 +102,15 @@ def _split_kernel(
             acc2, m_i2, l_i2 = acc1, m_i1, l_i1
 
         # Offsets of this sample's masks; absent ones stay None.
-        prefix_b, documents_b, padding_b, ranges_b = prefix, documents, padding, ranges
+        prefix_b, labels_b, padding_b, ranges_b = prefix, labels, padding, ranges
         if prefix is not None:
             prefix_b += batch
-        if documents is not None:
-            documents_b += batch64 * M
+        if labels is not None:
+            labels_b += batch64 * (N + M)
         if padding is not None:
             padding_b += batch64 * M
         if ranges is not None:
-            ranges_b += batch * 2
+            ranges_b += batch * NUM_RANGE
         low, _, _, high = key_bounds(0, N, M, window, prefix_b, ranges_b, CAUSAL, BLOCK_R, BLOCK_M)
         low = tl.maximum(low, (first + tl.maximum(begin - pair * num_tiles, 0)) * BLOCK_M)
         high = tl.minimum(high, (first + tl.minimum(end - pair * num_tiles, num_tiles)) * BLOCK_M)
@@ -115,7 +119,7 @@ def _split_kernel(
         for m0 in range(low, high, BLOCK_M):
             keys = m0 + columns
             seen = visible(
-                positions[:, None], keys[None, :], M, window, prefix_b, documents_b, padding_b,
+                query[:, None], keys[None, :], N, M, window, prefix_b, labels_b, padding_b,
                 CAUSAL,
             )  # fmt: skip
             m0_64 = tl.full((), m0, tl.int64)
@@ -272,7 +276,7 @@ def decode(
     if is_traced(q):
         split, join = wrap_triton(_split_kernel), wrap_triton(_join_kernel)
     split[(num_programs,)](
-        q, k, v, part, part_lse, mask.window, mask.prefix, mask.documents, mask.padding,
+        q, k, v, part, part_lse, mask.window, mask.prefix, mask.labels, mask.padding,
         mask.key_ranges(B, N, M, block_r), *q.stride()[:4], *k.stride()[:4], *v.stride()[:3],
         N, M, G, H // G, num_groups, scale * 1.4426950408889634,
         CAUSAL=mask.causal, NUM_MAPS=num_maps, C=C, D=D, E=E, BLOCK_R=block_r, BLOCK_M=cut.block_m,

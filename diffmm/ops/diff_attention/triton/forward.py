@@ -15,7 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmm.ops.diff_attention.triton.masking import KernelMask, key_bounds, visible
+from diffmm.ops.diff_attention.triton.masking import (
+    NUM_RANGE,
+    KernelMask,
+    key_bounds,
+    visible,
+)
 from diffmm.ops.diff_attention.triton.tiles import (
     UNSPECIALIZED,
     Tile,
@@ -53,8 +58,8 @@ def _finish(acc, m_i, l_i):
 
 @triton.jit
 def _step(
-    q1, q2, k_desc, v_desc, batch, group, m0, positions, M, scale,
-    acc1, m_i1, l_i1, acc2, m_i2, l_i2, window, prefix, documents, padding,
+    q1, q2, k_desc, v_desc, batch, group, m0, queries, N, M, scale,
+    acc1, m_i1, l_i1, acc2, m_i2, l_i2, window, prefix, labels, padding,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, COMPONENTS: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +68,7 @@ def _step(
     if MASKED:
         keys = m0 + tl.arange(0, BLOCK_M)
         seen = visible(
-            positions[:, None], keys[None, :], M, window, prefix, documents, padding, CAUSAL
+            queries[:, None], keys[None, :], N, M, window, prefix, labels, padding, CAUSAL
         )
     if COMPONENTS != "second":
         k1 = k_desc.load([batch, m0, group, 0, 0]).reshape(BLOCK_M, BLOCK_D)
@@ -84,7 +89,7 @@ def _step(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward_kernel(
-    q, k_desc, v_desc, lam, out, second, lse, window, prefix, documents, padding, ranges,
+    q, k_desc, v_desc, lam, out, second, lse, window, prefix, labels, padding, ranges,
     q_b, q_n, q_h, q_c, lam_b, lam_n, lam_h, N, M, H, heads_per_group, scale,
     CAUSAL: tl.constexpr, COMPONENTS: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
     E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -99,15 +104,14 @@ def _forward_kernel(
     batch64, head64 = batch.to(tl.int64), head.to(tl.int64)  # offsets may exceed 32 bits
     if prefix is not None:
         prefix += batch
-    if documents is not None:
-        documents += batch64 * M
+    if labels is not None:
+        labels += batch64 * (N + M)
     if padding is not None:
         padding += batch64 * M
     if ranges is not None:
-        ranges += (batch64 * num_tiles + ranges_tile) * 2
+        ranges += (batch64 * num_tiles + ranges_tile) * NUM_RANGE
 
     queries = n0 + tl.arange(0, BLOCK_N)
-    positions = queries + M - N
     inside = queries < N
     dims, widths = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     q += batch64 * q_b + head64 * q_h
@@ -127,21 +131,20 @@ def _forward_kernel(
     low, full_low, full_high, high = key_bounds(
         n0, N, M, window, prefix, ranges, CAUSAL, BLOCK_N, BLOCK_M
     )
-    if ranges is None:
-        for m0 in range(full_low, full_high, BLOCK_M):
-            acc1, m_i1, l_i1, acc2, m_i2, l_i2 = _step(
-                q1, q2, k_desc, v_desc, batch, group, m0, positions, M, scale,
-                acc1, m_i1, l_i1, acc2, m_i2, l_i2, window, prefix, documents, padding,
-                CAUSAL, False, COMPONENTS, C, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
-            )  # fmt: skip
+    for m0 in range(full_low, full_high, BLOCK_M):
+        acc1, m_i1, l_i1, acc2, m_i2, l_i2 = _step(
+            q1, q2, k_desc, v_desc, batch, group, m0, queries, N, M, scale,
+            acc1, m_i1, l_i1, acc2, m_i2, l_i2, window, prefix, labels, padding,
+            CAUSAL, False, COMPONENTS, C, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
+        )  # fmt: skip
     num_left = (full_low - low) // BLOCK_M
     num_right = tl.cdiv(tl.maximum(high - full_high, 0), BLOCK_M)
     for step in range(0, num_left + num_right):
         left, right = low + step * BLOCK_M, full_high + (step - num_left) * BLOCK_M
         m0 = tl.where(step < num_left, left, right)
         acc1, m_i1, l_i1, acc2, m_i2, l_i2 = _step(
-            q1, q2, k_desc, v_desc, batch, group, m0, positions, M, scale,
-            acc1, m_i1, l_i1, acc2, m_i2, l_i2, window, prefix, documents, padding,
+            q1, q2, k_desc, v_desc, batch, group, m0, queries, N, M, scale,
+            acc1, m_i1, l_i1, acc2, m_i2, l_i2, window, prefix, labels, padding,
             CAUSAL, True, COMPONENTS, C, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
         )  # fmt: skip
 
@@ -185,7 +188,7 @@ def forward(
         _forward_kernel[(cdiv(N, tile.block_n), B * H)](
             q, describe(k, [1, tile.block_m, 1, 1, block_d]),
             describe(v, [1, tile.block_m, 1, block_e]), lam, out, second, lse,
-            mask.window, mask.prefix, mask.documents, mask.padding, ranges,
+            mask.window, mask.prefix, mask.labels, mask.padding, ranges,
             *q.stride()[:4], *strides_of(lam), N, M, H, H // G, scale * 1.4426950408889634,
             CAUSAL=mask.causal, COMPONENTS=components, C=C, D=D, E=E,
             BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_D=block_d, BLOCK_E=block_e,

@@ -2,10 +2,16 @@
 
 Fields that a mask does not set reach a kernel as `None`, so that Triton compiles them away. Causal,
 window and prefix masks limit the loops by arithmetic. Document and padding masks limit them by
-`ranges`, the positions to visit per tile, which a small kernel computes beforehand.
+`ranges`, which a small kernel computes beforehand: `NUM_RANGE` numbers per tile of queries or keys,
+
+    low, high              the positions to visit
+    full_low, full_high    those that the tile sees as a whole, so that they need no mask
+
+Documents are compared by `labels`, 32-bit numbers of their first query, which padding is a part of.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -15,17 +21,22 @@ from torch import Tensor
 from diffmm.ops.diff_attention.triton.tiles import cdiv, is_traced
 from diffmm.ops.mask import AttentionMask
 
+NUM_RANGE = tl.constexpr(4)
+
+_BLOCK = 128
 _CHUNK = 1024
+_PART = 64
 
 
 @triton.jit
-def visible(position, key, M, window, prefix, documents, padding, CAUSAL: tl.constexpr):
-    """Whether queries at `position` attend to `key`; both are integer tensors that broadcast to
+def visible(query, key, N, M, window, prefix, labels, padding, CAUSAL: tl.constexpr):
+    """Whether `query` attends to `key`, of this sample; both are integer tensors that broadcast to
     the tile.
 
-    `prefix`, `documents` and `padding` point to the first element of this sample.
+    `prefix`, `labels` and `padding` point to the first element of this sample.
     """
-    sees = (key < M) & (position < M)
+    position = query + M - N
+    sees = (key < M) & (query < N)
     if CAUSAL:
         past = key <= position
         if prefix is not None:
@@ -33,10 +44,9 @@ def visible(position, key, M, window, prefix, documents, padding, CAUSAL: tl.con
         sees = sees & past
     if window is not None:
         sees = sees & (tl.abs(position - key) < window)
-    if documents is not None:
-        in_range = (position >= 0) & (position < M)
-        own = tl.load(documents + position, mask=in_range, other=0)
-        sees = sees & (own == tl.load(documents + key, mask=key < M, other=0))
+    if labels is not None:
+        own = tl.load(labels + query, mask=query < N, other=0)
+        sees = sees & (own == tl.load(labels + N + key, mask=key < M, other=-1))
     if padding is not None:
         sees = sees & (tl.load(padding + key, mask=key < M, other=0) != 0)
     return sees
@@ -51,7 +61,7 @@ def key_bounds(
 
     Returns `low, full_low, full_high, high`, all but the last multiples of `BLOCK_M`. No query of
     the tile attends to keys outside `[low, high)`; all of them attend to all keys in
-    `[full_low, full_high)`. `ranges` points to this tile's pair; if given, that range is empty.
+    `[full_low, full_high)`. `ranges` points to this tile's numbers.
     """
     first = n0 + M - N
     last = tl.minimum(n0 + BLOCK_N, N) - 1 + M - N
@@ -67,7 +77,8 @@ def key_bounds(
         high, full_high = tl.minimum(high, last + window), tl.minimum(full_high, first + window)
     if ranges is not None:
         low, high = tl.maximum(low, tl.load(ranges)), tl.minimum(high, tl.load(ranges + 1))
-        full_high = 0
+        full_low = tl.maximum(full_low, tl.load(ranges + 2))
+        full_high = tl.minimum(full_high, tl.load(ranges + 3))
     return _to_tiles(low, full_low, full_high, high, M, BLOCK_M)
 
 
@@ -96,14 +107,15 @@ def query_bounds(
         full_low = tl.maximum(full_low, last_key - window + 1 + shift)
         high = tl.minimum(high, tl.minimum(last_key, M - 1) + window + shift)
         full_high = tl.minimum(full_high, m0 + window + shift)
-    else:
-        # The last tile needs no mask, because its rows beyond N have no weight.
-        full_high = tl.cdiv(N, BLOCK_N) * BLOCK_N
     if ranges is not None:
         low, high = tl.maximum(low, tl.load(ranges)), tl.minimum(high, tl.load(ranges + 1))
-        full_high = 0
+        full_low = tl.maximum(full_low, tl.load(ranges + 2))
+        full_high = tl.minimum(full_high, tl.load(ranges + 3))
+    end = tl.cdiv(N, BLOCK_N) * BLOCK_N
+    # The last tile needs no mask, because its rows beyond N have no weight.
+    full_high = tl.where(full_high >= N, end, full_high)
     full_high = tl.where(last_key < M, full_high, 0)
-    return _to_tiles(low, full_low, full_high, high, tl.cdiv(N, BLOCK_N) * BLOCK_N, BLOCK_N)
+    return _to_tiles(low, full_low, full_high, high, end, BLOCK_N)
 
 
 @triton.jit
@@ -116,91 +128,154 @@ def _to_tiles(low, full_low, full_high, high, LENGTH, BLOCK: tl.constexpr):
     return low, tl.where(none, low, full_low), tl.where(none, low, full_high), high
 
 
-@triton.jit(do_not_specialize=["num_own", "num_other", "own_shift", "other_shift", "M"])
-def _ranges_kernel(
-    ranges, documents, own_padding, other_padding, num_own, num_other, own_shift, other_shift, M,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+@triton.jit(do_not_specialize=["N", "M"])
+def _labels_kernel(
+    labels, documents, padding, N, M,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
+    """Label a tile of keys, and the queries at their positions, with the first query of the same
+    document; -1 for padding and for documents without queries."""
+    key = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    batch = tl.program_id(1).to(tl.int64)
+    inside = key < M
+    documents += batch * M
+    own = tl.load(documents + key, mask=inside, other=0).to(tl.int64)
+    far = 9223372036854775807
+    lowest = tl.min(tl.where(inside, own, far), 0)
+    highest = tl.max(tl.where(inside, own, -far), 0)
+    label = key * 0 + N
+    for start in range(0, N, CHUNK):
+        query = start + tl.arange(0, CHUNK)
+        theirs = tl.load(documents + query + M - N, mask=query < N, other=0).to(tl.int64)
+        hit = (query < N) & (theirs >= lowest) & (theirs <= highest)
+        if tl.max(hit.to(tl.int32), 0) > 0:
+            for part in range(start, tl.minimum(start + CHUNK, N), PART):
+                query = part + tl.arange(0, PART)
+                theirs = tl.load(documents + query + M - N, mask=query < N, other=0).to(tl.int64)
+                same = (own[:, None] == theirs[None, :]) & (query < N)[None, :]
+                label = tl.minimum(label, tl.min(tl.where(same, query[None, :], N), 1))
+    labels += batch * (N + M)
+    position = key - (M - N)
+    tl.store(labels + position, label, mask=inside & (position >= 0))
+    label = tl.where(label < N, label, -1)
+    if padding is not None:
+        real = tl.load(padding + batch * M + key, mask=inside, other=0) != 0
+        label = tl.where(real, label, -1)
+    tl.store(labels + N + key, label, mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "M"])
+def _ranges_kernel(
+    ranges, labels, padding, N, M,
+    OF_KEYS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Find the range of keys for a tile of queries or, with `OF_KEYS`, that of queries for a tile
+    of keys. Without labels, those of all queries, and of all keys that are not padding, are 0."""
     block, num_blocks = tl.program_id(0), tl.num_programs(0)
     batch = tl.program_id(1).to(tl.int64)
+    num_own, num_other = N, M
+    if OF_KEYS:
+        num_own, num_other = M, N
     own = block * BLOCK + tl.arange(0, BLOCK)
-    real = own < num_own
-    if own_padding is not None:
-        real = real & (tl.load(own_padding + batch * M + own, mask=real, other=0) != 0)
-    far = 9223372036854775807
-    lowest, highest = far, -far
-    if documents is not None:
-        mine = tl.load(documents + batch * M + own + own_shift, mask=real, other=0).to(tl.int64)
-        lowest = tl.min(tl.where(real, mine, far), 0)
-        highest = tl.max(tl.where(real, mine, -far), 0)
-    first, last = num_other, -1
+    mine = _labels_of(labels, padding, own, batch, N, M, OF_KEYS)
+    seen = mine >= 0
+    lowest = tl.min(tl.where(seen, mine, N), 0)
+    highest = tl.max(mine, 0)
+    first, last, full_first, full_last, count = num_other, 0, num_other, 0, 0
     for start in range(0, num_other, CHUNK):
         other = start + tl.arange(0, CHUNK)
-        hit = other < num_other
-        if other_padding is not None:
-            hit = hit & (tl.load(other_padding + batch * M + other, mask=hit, other=0) != 0)
-        if documents is not None:
-            place = documents + batch * M + other + other_shift
-            theirs = tl.load(place, mask=hit, other=0).to(tl.int64)
-            hit = hit & (theirs >= lowest) & (theirs <= highest)
+        theirs = _labels_of(labels, padding, other, batch, N, M, not OF_KEYS)
+        hit = (theirs >= lowest) & (theirs <= highest)
         first = tl.minimum(first, tl.min(tl.where(hit, other, num_other), 0))
-        last = tl.maximum(last, tl.max(tl.where(hit, other, -1), 0))
-    if tl.max(real.to(tl.int32), 0) == 0:
-        first, last = num_other, -1
-    tl.store(ranges + (batch * num_blocks + block) * 2, first)
-    tl.store(ranges + (batch * num_blocks + block) * 2 + 1, last + 1)
+        last = tl.maximum(last, tl.max(tl.where(hit, other + 1, 0), 0))
+        equal = theirs == lowest
+        full_first = tl.minimum(full_first, tl.min(tl.where(equal, other, num_other), 0))
+        full_last = tl.maximum(full_last, tl.max(tl.where(equal, other + 1, 0), 0))
+        count += tl.sum(equal.to(tl.int32), 0)
+    # The whole tile has one label, and those with the same label are in one piece.
+    is_one = tl.min(tl.where(own < num_own, mine, lowest), 0) == highest
+    is_one = is_one & (highest >= 0) & (count == full_last - full_first)
+    ranges += (batch * num_blocks + block) * NUM_RANGE
+    tl.store(ranges, first)
+    tl.store(ranges + 1, last)
+    tl.store(ranges + 2, full_first)
+    tl.store(ranges + 3, tl.where(is_one, full_last, 0))
+
+
+@triton.jit
+def _labels_of(labels, padding, index, batch, N, M, OF_KEYS: tl.constexpr):
+    """The labels of some keys or queries; -1 beyond the last."""
+    inside = index < (M if OF_KEYS else N)
+    if labels is not None:
+        place = labels + batch * (N + M) + index
+        if OF_KEYS:
+            place += N
+        label = tl.load(place, mask=inside, other=-1)
+    elif OF_KEYS:
+        label = tl.load(padding + batch * M + index, mask=inside, other=0).to(tl.int32) - 1
+    else:
+        label = inside.to(tl.int32) - 1
+    return label
 
 
 @dataclass(frozen=True)
 class KernelMask:
-    """`AttentionMask` with contiguous tensors, for the kernels."""
+    """`AttentionMask` with contiguous tensors, for the kernels.
+
+    Attributes:
+        prefix: Lengths of the prefixes, `[B]` int32.
+        labels: Labels of `N` queries and then of `M` keys, `[B, N + M]` int32. A query attends only
+            to keys that have its label. None without documents.
+        padding: `[B, M]` booleans, true where a key is real. None with `labels`, which contain it.
+    """
 
     causal: bool
     window: int | None
     prefix: Tensor | None
-    documents: Tensor | None
+    labels: Tensor | None
     padding: Tensor | None
 
     @classmethod
-    def of(cls, mask: AttentionMask, num_keys: int) -> "KernelMask":
-        prefix, documents, padding = mask.prefix_lengths, mask.document_ids, mask.key_padding
+    def of(cls, mask: AttentionMask, batch: int, N: int, M: int) -> "KernelMask":
+        prefix, padding, labels = mask.prefix_lengths, mask.key_padding, None
+        if padding is not None:
+            padding = padding.contiguous()
+        if mask.document_ids is not None:
+            documents = mask.document_ids.contiguous()
+            labels = documents.new_empty(batch, N + M, dtype=torch.int32)
+            _launchable(_labels_kernel, documents)[(cdiv(M, _BLOCK), batch)](
+                labels, documents, padding, N, M, BLOCK=_BLOCK, CHUNK=_CHUNK, PART=_PART
+            )
+            padding = None
         return cls(
             causal=mask.causal,
             # A window this large masks nothing; clamping avoids 32-bit overflow.
             window=None if mask.window is None else min(mask.window, 2**30),
-            prefix=None if prefix is None else prefix.clamp(0, num_keys).int().contiguous(),
-            documents=None if documents is None else documents.contiguous(),
-            padding=None if padding is None else padding.contiguous(),
+            prefix=None if prefix is None else prefix.clamp(0, M).int().contiguous(),
+            labels=labels,
+            padding=padding,
         )
 
     def key_ranges(self, batch: int, N: int, M: int, block_n: int) -> Tensor | None:
-        """The range of keys per tile of queries, `[B, tiles, 2]`, or `None` for all keys."""
-        return self._ranges(batch, N, M, M - N, 0, None, self.padding, block_n, M)
+        """The ranges of keys per tile of queries, `[B, tiles, NUM_RANGE]`, or `None` for all."""
+        return self._ranges(batch, N, M, block_n, of_keys=False)
 
     def query_ranges(self, batch: int, N: int, M: int, block_m: int) -> Tensor | None:
-        """The range of queries per tile of keys, `[B, tiles, 2]`, or `None` for all queries."""
-        return self._ranges(batch, M, N, 0, M - N, self.padding, None, block_m, M)
+        """The ranges of queries per tile of keys, `[B, tiles, NUM_RANGE]`, or `None` for all."""
+        return self._ranges(batch, N, M, block_m, of_keys=True)
 
-    def _ranges(
-        self,
-        batch: int,
-        num_own: int,
-        num_other: int,
-        own_shift: int,
-        other_shift: int,
-        own_padding: Tensor | None,
-        other_padding: Tensor | None,
-        block: int,
-        M: int,
-    ) -> Tensor | None:
-        given = self.documents if self.documents is not None else self.padding
+    def _ranges(self, batch: int, N: int, M: int, block: int, *, of_keys: bool) -> Tensor | None:
+        given = self.padding if self.labels is None else self.labels
         if given is None:
             return None
-        num_blocks = cdiv(num_own, block)
-        ranges = torch.empty(batch, num_blocks, 2, dtype=torch.int32, device=given.device)
-        kernel = torch.library.wrap_triton(_ranges_kernel) if is_traced(given) else _ranges_kernel
-        kernel[(num_blocks, batch)](
-            ranges, self.documents, own_padding, other_padding,
-            num_own, num_other, own_shift, other_shift, M, BLOCK=block, CHUNK=_CHUNK,
-        )  # fmt: skip
+        num_blocks = cdiv(M if of_keys else N, block)
+        ranges = given.new_empty(batch, num_blocks, NUM_RANGE.value, dtype=torch.int32)
+        _launchable(_ranges_kernel, given)[(num_blocks, batch)](
+            ranges, self.labels, self.padding, N, M, OF_KEYS=of_keys, BLOCK=block, CHUNK=_CHUNK
+        )
         return ranges
+
+
+def _launchable(kernel: Any, tensor: Tensor) -> Any:
+    """The kernel, as a part of the graph if `tensor` is traced."""
+    return torch.library.wrap_triton(kernel) if is_traced(tensor) else kernel

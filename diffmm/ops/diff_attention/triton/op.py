@@ -99,15 +99,16 @@ def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def _kernel_mask(
+    q: Tensor,
+    k: Tensor,
     causal: bool,
     window: int | None,
     prefix_lengths: Tensor | None,
     document_ids: Tensor | None,
     key_padding: Tensor | None,
-    num_keys: int,
 ) -> KernelMask:
     mask = AttentionMask(causal, window, prefix_lengths, document_ids, key_padding)
-    return KernelMask.of(mask, num_keys)
+    return KernelMask.of(mask, *q.shape[:2], k.shape[1])
 
 
 @torch.library.custom_op("diffmm::diff_attention", mutates_args=())
@@ -135,9 +136,9 @@ def _attend(
             return zeros, no_output, no_sums
         zeros2 = no_output if lam is None else q.new_zeros(shape)
         return zeros, zeros2, no_sums.new_full((B, H, num_maps, N), torch.inf)
-    mask = _kernel_mask(causal, window, prefix_lengths, document_ids, key_padding, M)
     q, k, v = describable(q), describable(k), describable(v)
     with _on(q):
+        mask = _kernel_mask(q, k, causal, window, prefix_lengths, document_ids, key_padding)
         second: Tensor | None
         if hopper.serves_forward(q, v):
             from diffmm.ops.diff_attention.triton.hopper.forward import forward as by_warpgroups
@@ -200,9 +201,9 @@ def _attend_backward(
             q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape),
             no_lam if lam is None else lam.new_zeros(lam.shape),
         )  # fmt: skip
-    mask = _kernel_mask(causal, window, prefix_lengths, document_ids, key_padding, M)
     q, k, v = describable(q), describable(k), describable(v)
     with _on(q):
+        mask = _kernel_mask(q, k, causal, window, prefix_lengths, document_ids, key_padding)
         dq, dk, dv, dlam = backward(
             grad, q, k, v, lam, out, None if lam is None else second, lse, mask, scale,
             tiles=_tiles(q, v),
@@ -275,8 +276,8 @@ def _decode(
     B, N, H, M = *q.shape[:3], k.shape[1]
     if B * N * H * M == 0:
         return q.new_zeros(B, N, H, v.shape[-1])
-    mask = _kernel_mask(causal, window, prefix_lengths, document_ids, key_padding, M)
     with _on(q):
+        mask = _kernel_mask(q, k, causal, window, prefix_lengths, document_ids, key_padding)
         return decode(q, k, v, lam, mask, scale, gpu=gpu_of(q))
 
 

@@ -22,7 +22,12 @@ from diffmm.ops.diff_attention.triton.hopper.common import (
     gluon_describe,
     scratch_place,
 )
-from diffmm.ops.diff_attention.triton.masking import KernelMask, key_bounds, query_bounds
+from diffmm.ops.diff_attention.triton.masking import (
+    NUM_RANGE,
+    KernelMask,
+    key_bounds,
+    query_bounds,
+)
 from diffmm.ops.diff_attention.triton.tiles import UNSPECIALIZED, cdiv, describe, pad
 
 SCRATCH_BYTES = 9 << 28  # a causal head of 32,768 tokens
@@ -51,9 +56,9 @@ def _query_kernel(
     if prefix is not None:
         prefix += batch
     if ranges is not None:
-        ranges += (batch * tl.num_programs(0) + tile) * 2
+        ranges += (batch * tl.num_programs(0) + tile) * NUM_RANGE
     if written is not None:
-        written += batch * tl.cdiv(M, KEYS) * 2
+        written += batch * tl.cdiv(M, KEYS) * NUM_RANGE
     low, _, _, high = key_bounds(n0, N, M, window, prefix, ranges, CAUSAL, BLOCK_N, BLOCK_M)
     first_key = first_tile * BLOCK_M
     low, high = tl.maximum(low, first_key), tl.minimum(high, first_key + num_tiles * BLOCK_M)
@@ -66,7 +71,7 @@ def _query_kernel(
         if LOOKED_UP:
             own = written
             if written is not None:
-                own += m0 // KEYS * 2
+                own += m0 // KEYS * NUM_RANGE
             begin, _, _, end = query_bounds(m0, N, M, window, prefix, own, CAUSAL, BLOCK_M, BLOCK_M)
             is_written = (begin < end) & (n0 + BLOCK_N > begin) & (n0 < end)
             ds = tl.where(is_written, ds, 0.0)
@@ -112,7 +117,7 @@ def gradients(
     heads_per_group, pairs = H // G, B * G
     num_tiles = cdiv(M, keys.KEYS.value) * tiles_at_once
     num_query_tiles = cdiv(N, span)
-    looked_up = any(x is not None for x in (mask.prefix, mask.documents, mask.padding))
+    looked_up = any(x is not None for x in (mask.prefix, mask.labels, mask.padding))
     folded = mask.causal and mask.window is None and N == M and not looked_up
     height = cdiv(num_tiles, 2) if folded else num_tiles
     width = num_query_tiles * span + (FOLD.value if folded else 0)
@@ -150,7 +155,7 @@ def gradients(
         for tile in range(0, num_tiles, band):
             tiles = min(band, num_tiles - tile)
             keys.key_kernel[(tiles // tiles_at_once, count)](
-                *inputs, dk, dv, mask.window, mask.prefix, mask.documents, mask.padding,
+                *inputs, dk, dv, mask.window, mask.prefix, mask.labels, mask.padding,
                 query_ranges, N, M, H, heads_per_group, pair, tile, tiles, units,
                 CAUSAL=mask.causal, FOLDED=folded, NUM_MAPS=num_maps, C=C, D=D, E=E,
                 BLOCK_D=block_d, BLOCK_E=block_e, STAGES=stages, num_warps=4,

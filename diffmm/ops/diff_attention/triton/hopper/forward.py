@@ -28,7 +28,12 @@ from diffmm.ops.diff_attention.triton.hopper.common import (
     UNSPECIALIZED,
     gluon_describe,
 )
-from diffmm.ops.diff_attention.triton.masking import KernelMask, key_bounds, visible
+from diffmm.ops.diff_attention.triton.masking import (
+    NUM_RANGE,
+    KernelMask,
+    key_bounds,
+    visible,
+)
 from diffmm.ops.diff_attention.triton.tiles import cdiv, pad, strides_of
 
 
@@ -57,7 +62,7 @@ def _load_keys(
 
 @gluon.jit
 def _softmax(
-    s, m_i, l_i, masked, m0, position, M, scale, window, prefix, documents, padding,
+    s, m_i, l_i, masked, m0, query, N, M, scale, window, prefix, labels, padding,
     CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys to an online softmax; return its weights, and `alpha` for the
@@ -65,9 +70,7 @@ def _softmax(
     layout: gl.constexpr = s.type.layout
     if masked:
         key = m0 + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, layout))
-        seen = visible(
-            position[:, None], key[None, :], M, window, prefix, documents, padding, CAUSAL
-        )
+        seen = visible(query[:, None], key[None, :], N, M, window, prefix, labels, padding, CAUSAL)
         s = gl.where(seen, s, -float("inf"))
     m_new = gl.maximum(m_i, gl.max(s, 1) * scale)
     # A row without any visible key so far keeps a maximum of -inf and weights exp2(-inf) = 0.
@@ -81,7 +84,7 @@ def _softmax(
 def _attend(
     q, k, v, held, k_full, v_full, empty, second_ready, lam, out, second,
     lse, low, full_low, full_high, num_steps, n0, N, M, H, batch, head, scale, window, prefix,
-    documents, padding, lam_b, lam_n, lam_h,
+    labels, padding, lam_b, lam_n, lam_h,
     which: gl.constexpr, CAUSAL: gl.constexpr, C: gl.constexpr, E: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -98,7 +101,6 @@ def _attend(
     if second is None:
         n0 += which * BLOCK
     query = n0 + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, scores))
-    position = query + M - N
     m_i = gl.full([BLOCK], -float("inf"), gl.float32, gl.SliceLayout(1, scores))
     l_i = gl.full([BLOCK], 0.0, gl.float32, gl.SliceLayout(1, scores))
     acc = gl.zeros([BLOCK, BLOCK_E], gl.float32, wide)
@@ -113,7 +115,7 @@ def _attend(
         s = warpgroup_mma(q_tile, k_tile.permute((1, 0)), nothing, use_acc=False)
         masked = (low < full_low) | (low + KEYS > full_high)
         weights, alpha, m_i, l_i = _softmax(
-            s, m_i, l_i, masked, low, position, M, scale, window, prefix, documents, padding,
+            s, m_i, l_i, masked, low, query, N, M, scale, window, prefix, labels, padding,
             CAUSAL,
         )  # fmt: skip
         weights = gl.convert_layout(weights.to(dtype), operand)
@@ -131,7 +133,7 @@ def _attend(
             m0 = low + (step + 1) * KEYS
             masked = (m0 < full_low) | (m0 + KEYS > full_high)
             later_weights, alpha, m_i, l_i = _softmax(
-                s_next, m_i, l_i, masked, m0, position, M, scale, window, prefix, documents,
+                s_next, m_i, l_i, masked, m0, query, N, M, scale, window, prefix, labels,
                 padding, CAUSAL,
             )  # fmt: skip
             acc = warpgroup_mma_wait(0, deps=[acc_next])
@@ -171,7 +173,7 @@ def _attend(
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def _forward_kernel(
-    q_desc, k_desc, v_desc, lam, out, second, lse, window, prefix, documents, padding, ranges,
+    q_desc, k_desc, v_desc, lam, out, second, lse, window, prefix, labels, padding, ranges,
     N, M, H, heads_per_group, lam_b, lam_n, lam_h, scale,
     CAUSAL: gl.constexpr, C: gl.constexpr, E: gl.constexpr, BLOCK_D: gl.constexpr,
     BLOCK_E: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
@@ -187,12 +189,12 @@ def _forward_kernel(
     group = head // heads_per_group
     if prefix is not None:
         prefix += batch
-    if documents is not None:
-        documents += batch.to(gl.int64) * M
+    if labels is not None:
+        labels += batch.to(gl.int64) * (N + M)
     if padding is not None:
         padding += batch.to(gl.int64) * M
     if ranges is not None:
-        ranges += (batch * num_tiles + tile) * 2
+        ranges += (batch * num_tiles + tile) * NUM_RANGE
     low, full_low, full_high, high = key_bounds(
         n0, N, M, window, prefix, ranges, CAUSAL, QUERIES, KEYS
     )
@@ -229,13 +231,13 @@ def _forward_kernel(
             (_attend, (
                 q, k, v, held, k_full, v_full, empty, bars.index(1), lam, out, second, lse, low,
                 full_low, full_high, num_steps, n0, N, M, H, batch, head, scale, window, prefix,
-                documents, padding, lam_b, lam_n, lam_h, gl.constexpr(0), CAUSAL, C,
+                labels, padding, lam_b, lam_n, lam_h, gl.constexpr(0), CAUSAL, C,
                 E, STAGES,
             )),
             (_attend, (
                 q, k, v, held, k_full, v_full, empty, bars.index(1), lam, out, second, lse, low,
                 full_low, full_high, num_steps, n0, N, M, H, batch, head, scale, window, prefix,
-                documents, padding, lam_b, lam_n, lam_h, gl.constexpr(1), CAUSAL, C,
+                labels, padding, lam_b, lam_n, lam_h, gl.constexpr(1), CAUSAL, C,
                 E, STAGES,
             )),
             (_load_keys, (
@@ -274,7 +276,7 @@ def forward(
     _forward_kernel[(cdiv(N, queries), B * H)](
         gluon_describe(q, [1, block, 1, 1, block_d]), gluon_describe(k, [1, keys, 1, 1, block_d]),
         gluon_describe(v, [1, keys, 1, block_e]), lam, out, second, lse, mask.window, mask.prefix,
-        mask.documents, mask.padding, mask.key_ranges(B, N, M, queries), N, M, H, H // G,
+        mask.labels, mask.padding, mask.key_ranges(B, N, M, queries), N, M, H, H // G,
         *strides_of(lam), scale * 1.4426950408889634, CAUSAL=mask.causal, C=C, E=E, BLOCK_D=block_d,
         BLOCK_E=block_e, KEYS=keys, STAGES=stages, num_warps=4,
     )  # fmt: skip

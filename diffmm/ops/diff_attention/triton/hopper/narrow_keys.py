@@ -35,7 +35,7 @@ from diffmm.ops.diff_attention.triton.hopper.common import (
     scratch_place,
     write_tile,
 )
-from diffmm.ops.diff_attention.triton.masking import query_bounds, visible
+from diffmm.ops.diff_attention.triton.masking import NUM_RANGE, query_bounds, visible
 from diffmm.ops.diff_attention.triton.rows import DELTA1, DELTA2, LSE1, LSE2
 
 KEYS = gl.constexpr(2 * BLOCK.value)
@@ -55,7 +55,7 @@ def _skip_queries(full, empty, step, first, last, STAGES: gl.constexpr):
 @gluon.jit
 def _attend(
     ds_desc, k, v, q, g, rows, weights, ds1_tiles, ds2_tiles, held, full, empty, dk, dv, first, low,
-    full_low, full_high, high, last, heads_per_group, m0, N, M, G, scale, window, prefix, documents,
+    full_low, full_high, high, last, heads_per_group, m0, N, M, G, scale, window, prefix, labels,
     padding, first_slot, height, row, shift,
     half: gl.constexpr, CAUSAL: gl.constexpr, NUM_MAPS: gl.constexpr, C: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr,
@@ -71,7 +71,7 @@ def _attend(
     by_queries: gl.constexpr = gl.DotOperandLayout(0, keys, 2)
     by_gradients: gl.constexpr = gl.DotOperandLayout(0, values, 2)
     key = m0 + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, scores))
-    position = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, scores)) + M - N
+    query = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, scores))
     nothing = gl.zeros([BLOCK, BLOCK], gl.float32, scores)
     dk1 = gl.zeros([BLOCK, BLOCK_D], gl.float32, keys)
     dk2 = gl.zeros([BLOCK, BLOCK_D], gl.float32, keys)
@@ -104,7 +104,7 @@ def _attend(
                 p2 = tl.exp2(s2 * scale - vectors.slice(LSE2, 1).load(scores))
             if (n0 < full_low) | (n0 + BLOCK > full_high):
                 seen = visible(
-                    (n0 + position)[None, :], key[:, None], M, window, prefix, documents, padding,
+                    (n0 + query)[None, :], key[:, None], N, M, window, prefix, labels, padding,
                     CAUSAL,
                 )  # fmt: skip
                 p1 = gl.where(seen, p1, 0.0)
@@ -155,7 +155,7 @@ def _attend(
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def key_kernel(
     q_desc, g_desc, k_desc, v_desc, ds_desc, rows_desc, weight_desc, dk, dv, window, prefix,
-    documents, padding, ranges, N, M, H, heads_per_group, first_pair, first_tile, num_tiles, scale,
+    labels, padding, ranges, N, M, H, heads_per_group, first_pair, first_tile, num_tiles, scale,
     CAUSAL: gl.constexpr, FOLDED: gl.constexpr, NUM_MAPS: gl.constexpr, C: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_E: gl.constexpr,
     STAGES: gl.constexpr,
@@ -170,12 +170,12 @@ def key_kernel(
     batch, group = pair // G, pair % G
     if prefix is not None:
         prefix += batch
-    if documents is not None:
-        documents += batch.to(gl.int64) * M
+    if labels is not None:
+        labels += batch.to(gl.int64) * (N + M)
     if padding is not None:
         padding += batch.to(gl.int64) * M
     if ranges is not None:
-        ranges += (batch * tl.cdiv(M, KEYS) + (first_tile + tile) // 2) * 2
+        ranges += (batch * tl.cdiv(M, KEYS) + (first_tile + tile) // 2) * NUM_RANGE
     low1, full_low1, full_high1, high1 = query_bounds(
         m0, N, M, window, prefix, ranges, CAUSAL, BLOCK, BLOCK
     )
@@ -219,13 +219,13 @@ def key_kernel(
             (_attend, (
                 ds_desc, k, v, q, g, rows, weights, ds1_tiles, ds2_tiles, held, full, empty, dk, dv,
                 low, low1, full_low1, full_high1, high1, high, heads_per_group, m0, N, M, G,
-                scale, window, prefix, documents, padding, head_slot, height, row1, shift1,
+                scale, window, prefix, labels, padding, head_slot, height, row1, shift1,
                 gl.constexpr(0), CAUSAL, NUM_MAPS, C, D, E,
             )),
             (_attend, (
                 ds_desc, k, v, q, g, rows, weights, ds1_tiles, ds2_tiles, held, full, empty, dk, dv,
                 low, low2, full_low2, full_high2, high2, high, heads_per_group, m0 + BLOCK, N, M, G,
-                scale, window, prefix, documents, padding, head_slot, height, row2, shift2,
+                scale, window, prefix, labels, padding, head_slot, height, row2, shift2,
                 gl.constexpr(1), CAUSAL, NUM_MAPS, C, D, E,
             )),
             (load_queries, (

@@ -34,7 +34,7 @@ from diffmm.ops.diff_attention.triton.hopper.common import (
     scratch_place,
     write_tile,
 )
-from diffmm.ops.diff_attention.triton.masking import query_bounds, visible
+from diffmm.ops.diff_attention.triton.masking import NUM_RANGE, query_bounds, visible
 from diffmm.ops.diff_attention.triton.rows import DELTA1, DELTA2, LSE1, LSE2
 
 KEYS = BLOCK
@@ -46,7 +46,7 @@ _SLOTS = gl.constexpr(2)  # buffers for pairs of maps
 @gluon.jit
 def _make_maps(
     k, q, g, rows, weights, map1, map2, held, full, empty, made, free, dv, low, full_low,
-    full_high, high, heads_per_group, m0, N, M, scale, window, prefix, documents, padding,
+    full_high, high, heads_per_group, m0, N, M, scale, window, prefix, labels, padding,
     values_apart,
     CAUSAL: gl.constexpr, C: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
@@ -58,7 +58,7 @@ def _make_maps(
     values: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_E, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, values, 2)
     key = m0 + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, scores))
-    position = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, scores)) + M - N
+    query = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, scores))
     nothing = gl.zeros([BLOCK, BLOCK], gl.float32, scores)
     acc = gl.zeros([BLOCK, BLOCK_E], gl.float32, values)
     mbarrier.wait(held, 0)
@@ -80,7 +80,7 @@ def _make_maps(
             p2 = tl.exp2(s2 * scale - row.slice(LSE2, 1).load(scores))
             if (n0 < full_low) | (n0 + BLOCK > full_high):
                 seen = visible(
-                    (n0 + position)[None, :], key[:, None], M, window, prefix, documents, padding,
+                    (n0 + query)[None, :], key[:, None], N, M, window, prefix, labels, padding,
                     CAUSAL,
                 )  # fmt: skip
                 p1, p2 = gl.where(seen, p1, 0.0), gl.where(seen, p2, 0.0)
@@ -168,7 +168,7 @@ def _make_gradients(
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def key_kernel(
     q_desc, g_desc, k_desc, v_desc, ds_desc, rows_desc, weight_desc, dk, dv, window, prefix,
-    documents, padding, ranges, N, M, H, heads_per_group, first_pair, first_tile, num_tiles, scale,
+    labels, padding, ranges, N, M, H, heads_per_group, first_pair, first_tile, num_tiles, scale,
     CAUSAL: gl.constexpr, FOLDED: gl.constexpr, NUM_MAPS: gl.constexpr, C: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_E: gl.constexpr,
     STAGES: gl.constexpr,
@@ -183,12 +183,12 @@ def key_kernel(
     batch, group = pair // G, pair % G
     if prefix is not None:
         prefix += batch
-    if documents is not None:
-        documents += batch.to(gl.int64) * M
+    if labels is not None:
+        labels += batch.to(gl.int64) * (N + M)
     if padding is not None:
         padding += batch.to(gl.int64) * M
     if ranges is not None:
-        ranges += (batch * tl.cdiv(M, BLOCK) + first_tile + tile) * 2
+        ranges += (batch * tl.cdiv(M, BLOCK) + first_tile + tile) * NUM_RANGE
     low, full_low, full_high, high = query_bounds(
         m0, N, M, window, prefix, ranges, CAUSAL, BLOCK, BLOCK
     )
@@ -226,7 +226,7 @@ def key_kernel(
             (_make_maps, (
                 k, q, g, rows, weights, map1, map2, held, full, empty, made, free, dv, low,
                 full_low, full_high, high, heads_per_group, m0, N, M, scale, window, prefix,
-                documents, padding, G * E, CAUSAL, C, E,
+                labels, padding, G * E, CAUSAL, C, E,
             )),
             (_make_gradients, (
                 ds_desc, v, q, g, rows, map1, map2, held, full, empty, made, free, dk, low, high,
