@@ -9,13 +9,15 @@ The model is that of `benchmarks.decode` (492 M parameters in bfloat16), with on
   the continuation: the time of the GPU alone;
 * `generate`: `--new` tokens by `generate` with the compiled model, sampled with `top_k=50`, from
   the end of the prompt's processing on, which includes capturing the graph;
-* `uncompiled`: the same without `torch.compile`;
+* `replay`: the same, but from the tenth token on, without the capture;
+* `uncompiled`: `generate` without `torch.compile`;
 * `prompt`: the compiled processing of the prompt, and `forward`: the bare compiled forward pass of
   the features over as many tokens;
 * `hf`: `LlamaForCausalLM` of the same size with a static cache (softmax only), likewise.
 
-Ratios are to `step` (to `forward` for `prompt`); the medians over all rounds are shown. With
-`--smoke`, tiny sizes on the CPU test this program.
+Ratios are to `step` (to `forward` for `prompt`); the medians over all rounds are shown. `--kernels`
+lists the kernels of a replayed step instead. With `--smoke`, tiny sizes on the CPU test this
+program.
 """
 
 import argparse
@@ -47,16 +49,37 @@ def seconds_of(run: Any) -> float:
     return time.perf_counter() - start
 
 
-def token_seconds(model: Any, prompt: Tensor, new: int) -> float:
-    """Seconds per new token after the first, which the prompt yields."""
+def token_seconds(model: Any, prompt: Tensor, new: int, *, after: int = 1) -> float:
+    """Seconds per new token after the first `after`; the prompt yields the first of all."""
 
     def run() -> float:
         tokens = stream(model, prompt, max_new_tokens=new, top_k=50)
-        next(tokens)
-        return seconds_of(lambda: list(tokens)) / (new - 1)
+        for _ in range(after):
+            next(tokens)
+        return seconds_of(lambda: list(tokens)) / (new - after)
 
     run()  # compiles
     return run()
+
+
+def kernel_lines(model: Any, prompt: Tensor, new: int) -> list[str]:
+    """The kernels of the last steps of `generate`, in microseconds and launches per step."""
+    tokens, count = stream(model, prompt, max_new_tokens=new, top_k=50), 8
+    for _ in range(new - count):
+        next(tokens)
+    synchronize()
+    with torch.profiler.profile() as profile:
+        list(tokens)
+        synchronize()
+    taken: dict[str, list[float]] = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            taken.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    total = sum(map(sum, taken.values())) / count
+    order = sorted(taken.items(), key=lambda item: -sum(item[1]))
+    return [f"{total:9.1f} us in all kernels"] + [
+        f"{sum(us) / count:9.1f} us {len(us) / count:6.1f}x  {name[:90]}" for name, us in order
+    ]
 
 
 @torch.no_grad()
@@ -111,11 +134,17 @@ def measure(
     for _ in range(options.rounds):
         for length in prompts:
             prompt = torch.randint(size.vocab_size, (options.batch, length), device=device)
+            if options.kernels:
+                token_seconds(decoder.compiled, prompt, options.new)
+                lines = kernel_lines(decoder.compiled, prompt, options.new)
+                print(f"{name}, prompt of {length}:", *lines, sep="\n", flush=True)
+                continue
             context = length + options.new // 2
             turn = decoder.take_turn(options.batch, context, min(48, options.new // 2))
             found = {
                 "step": turn.get("graph", turn["compiled"]),
                 "generate": token_seconds(decoder.compiled, prompt, options.new),
+                "replay": token_seconds(decoder.compiled, prompt, options.new, after=10),
                 "uncompiled": token_seconds(model, prompt, options.new),
                 **prompt_seconds(model, decoder.compiled, prompt),
             }
@@ -144,6 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--new", type=int, default=1000, help="tokens to generate")
     parser.add_argument("--rounds", type=int, default=3, help="number of rounds")
     parser.add_argument("--hf", action=argparse.BooleanOptionalAction, default=True, help="run HF")
+    parser.add_argument("--kernels", action="store_true", help="list the kernels of a step")
     parser.add_argument("--out", type=Path, help="folder for generation.json")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes; also runs on a CPU")
     options = parser.parse_args(arguments)
@@ -158,6 +188,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows = []
     for name in chosen(options.models, MODELS):
         rows += measure(TEXT_SMOKE if options.smoke else TEXT_GROUPED, name, prompts, options)
+    if not rows:
+        return
     print("\nmedians; per token, but for prompt and forward")
     for row in rows:
         print(

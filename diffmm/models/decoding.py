@@ -1,7 +1,8 @@
 """The steps of token-by-token generation: one after another, or replayed as a CUDA graph."""
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -146,10 +147,21 @@ class GraphedSteps(Steps):
         if self.choice.generator is not None:
             graph.register_generator_state(generator)
         torch.cuda.synchronize(device)
-        gc.collect()  # what is freed during the capture would end it
-        with torch.cuda.graph(graph):
+        with no_collection(), torch.cuda.graph(graph):
             self.step()
         return graph
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Suspend Python's garbage collection, which would end a capture if it freed a graph."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def prepare(

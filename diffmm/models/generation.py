@@ -178,6 +178,9 @@ def sample(
     """Sample `[B]` ids from `logits`, `[B, V]`. Arguments as in `stream`."""
     if temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
+    if top_k is None and top_p is None:
+        shifted = logits.float() - logits.max(dim=-1, keepdim=True).values
+        return drawn_from((shifted / temperature).softmax(dim=-1), generator).squeeze(-1)
     # Most likely first, so that both top-k and top-p keep a prefix.
     num_kept = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
     logits, ids = logits.float().topk(num_kept, dim=-1)
@@ -185,10 +188,14 @@ def sample(
     if top_p is not None:
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    # As `torch.multinomial`, which waits for the device to check the probabilities.
+    return ids.gather(-1, drawn_from(probabilities, generator)).squeeze(-1)
+
+
+def drawn_from(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw `[B, 1]` indices from `[B, K]` probabilities, as `torch.multinomial` does, which waits
+    for the device to check them."""
     noise = torch.empty_like(probabilities).exponential_(1.0, generator=generator)
-    drawn = (probabilities / noise).argmax(dim=-1, keepdim=True)
-    return ids.gather(-1, drawn).squeeze(-1)
+    return (probabilities / noise).argmax(dim=-1, keepdim=True)
 
 
 def _check_model(model: TextModel) -> None:

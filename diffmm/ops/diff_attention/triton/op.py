@@ -108,7 +108,7 @@ def _kernel_mask(
     key_padding: Tensor | None,
 ) -> KernelMask:
     mask = AttentionMask(causal, window, prefix_lengths, document_ids, key_padding)
-    return KernelMask.of(mask, *q.shape[:2], k.shape[1])
+    return KernelMask.of(mask, q.shape[0], q.shape[1], k.shape[1])
 
 
 @torch.library.custom_op("diffmm::diff_attention", mutates_args=())
