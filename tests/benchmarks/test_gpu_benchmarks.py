@@ -135,5 +135,7 @@ def test_generation(tmp_path):
 
     generation.main(["--smoke", "--models", "v1", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "generation.json").read_text())
-    assert [row["way"] for row in rows] == ["step", "generate", "uncompiled", "prompt", "forward"]
+    assert [row["way"] for row in rows] == [
+        "step", "generate", "replay", "uncompiled", "prompt", "forward",
+    ]  # fmt: skip
     assert all(row["ms"] > 0 for row in rows)
