@@ -21,6 +21,7 @@ class AnalysisPage:
         data: Description of the data of the measurements.
         head: Header of the table of runs.
         rows: Rows of the table of runs.
+        problems: Why runs could not be measured, one line each.
         sections: Tables and figures.
         exhibits: Samples with attention maps; their views are named by the runs' numbers, from 1.
         why_none: The reason if there are no exhibits.
@@ -31,6 +32,7 @@ class AnalysisPage:
     data: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    problems: Sequence[str]
     sections: Sequence[AnalysisSection]
     exhibits: Sequence[Exhibit]
     why_none: str
@@ -41,7 +43,10 @@ def render_analysis(page: AnalysisPage) -> str:
     """Render the page as HTML."""
     style = files("diffmm.analysis").joinpath("report.css").read_text(encoding="utf-8")
     links = "".join(f'<a href="#{_anchor(s)}">{escape(s.title)}</a>' for s in page.sections)
-    colors = "".join(f"--run-{number}: {color}; " for number, color in enumerate(COLORS))
+    colors, lighter = (
+        "".join(f"--run-{number}: {form.format(color)}; " for number, color in enumerate(COLORS))
+        for form in ("{}", "color-mix(in srgb, {} 75%, white)")
+    )
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -50,8 +55,8 @@ def render_analysis(page: AnalysisPage) -> str:
 <title>{escape(page.title)}</title>
 <style>
 {style}{run_styles(len(page.rows))}:root {{ {colors}}}
+@media (prefers-color-scheme: dark) {{ :root {{ {lighter}}} }}
 svg.figure {{ display: block; width: 100%; height: auto; }}
-svg.figure text {{ fill: currentColor; }} svg.figure text[style*="fill: #"] {{ fill: unset; }}
 .card {{ min-width: 0; }} .problem {{ border-left-color: var(--series-2); }}
 </style>
 </head>
@@ -64,6 +69,7 @@ svg.figure text {{ fill: currentColor; }} svg.figure text[style*="fill: #"] {{ f
 <main>
 <h2 id="runs">Runs</h2>
 {run_table(page.head, page.rows)}
+{_note(page.problems)}
 {"".join(map(_section, page.sections))}
 <div id="maps">{maps_of(page.exhibits, page.why_none).replace(' id="maps"', "")}</div>
 </main>
@@ -74,15 +80,18 @@ svg.figure text {{ fill: currentColor; }} svg.figure text[style*="fill: #"] {{ f
 
 
 def _section(section: AnalysisSection) -> str:
-    problems = "".join(f"<p>{escape(problem)}</p>" for problem in section.problems)
-    note = f'<div class="note problem">{problems}</div>' if problems else ""
     summary = "" if section.summary is None else _table(section.summary)
     figures = "".join(f'<figure class="card">{svg(figure)}</figure>' for figure in section.figures)
     charts = f'<div class="charts">{figures}</div>' if figures else ""
     return (
         f'<h2 id="{_anchor(section)}">{escape(section.title)}</h2>'
-        f'<p class="quiet">{escape(section.intro)}</p>{note}{summary}{charts}'
+        f'<p class="quiet">{escape(section.intro)}</p>{_note(section.problems)}{summary}{charts}'
     )
+
+
+def _note(problems: Sequence[str]) -> str:
+    lines = "".join(f"<p>{escape(problem)}</p>" for problem in problems)
+    return f'<div class="note problem">{lines}</div>' if lines else ""
 
 
 def _table(table: Table) -> str:

@@ -518,11 +518,12 @@ def _table(name: str, head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Ta
 
 
 def _problems(runs: Sequence[Analyzed], name: str) -> list[str]:
-    return [
-        f"{run.name}: {run.measured.problems[name]}"
-        for run in runs
-        if name in run.measured.problems
-    ]
+    """What could not be measured, one line per reason, with the runs that have it."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        if name in run.measured.problems:
+            found.setdefault(run.measured.problems[name], []).append(run.name)
+    return [f"{', '.join(names)}: {reason}" for reason, names in found.items()]
 
 
 def _titled(what: str) -> str:

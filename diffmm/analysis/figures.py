@@ -26,6 +26,8 @@ DPI = 160
 MOST_NUMBERS = 400
 """Maximum number of cells of a heat map that have their values printed."""
 
+DECADE = 10.0
+
 Cell = str | int | float
 
 
@@ -69,7 +71,7 @@ class Chart(Figure):
 
     Attributes:
         series: The lines.
-        log: Whether the y axis is logarithmic.
+        log: Whether the y axis is logarithmic if the values span more than a factor of `DECADE`.
         whole: Whether x are whole numbers, such as layers.
     """
 
@@ -97,7 +99,8 @@ class Chart(Figure):
                 linewidth=1.6,
                 markersize=3.5,
             )
-        if self.log:
+        sizes = [y for series in self.series for _, y in series.points if 0.0 < y < math.inf]
+        if self.log and sizes and max(sizes) > DECADE * min(sizes):
             axes.set_yscale("log")
         if self.whole:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))

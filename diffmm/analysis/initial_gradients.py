@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffmm.layers.attention import ATTENTIONS, AttentionArgs, DiffAttentionV1
 from diffmm.layers.block import Block
 from diffmm.models.backbone_config import BackboneConfig
-from diffmm.models.description import unwrap
+from diffmm.models.description import describe, unwrap
 
 SOFTMAX, V1, UNSCALED = "softmax", "diff_v1", "diff_v1 without 1 - lambda_init"
 VARIANTS = (SOFTMAX, V1, UNSCALED)
@@ -121,8 +121,10 @@ def twin_of(model: nn.Module) -> Callable[[str], nn.Module]:
     device. Settings of the model's own attention (such as `lambda_init`) take their defaults.
 
     Raises:
-        ValueError: On creation, if the attention does not accept the other settings.
+        ValueError: If the model's class is not in `diffmm.models`; or on creation, if the attention
+            does not accept the other settings.
     """
+    describe(model)  # checks the class
     original: Any = unwrap(model)
 
     def build(attention: str) -> nn.Module:

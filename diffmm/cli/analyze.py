@@ -153,8 +153,9 @@ def analyze(
     head, rows = table_of(subjects)
     print(text_table(head, rows))
     sections = sections_of([subject.analyzed for subject in subjects])
-    for problem in dict.fromkeys(p for subject in subjects for p in subject.problems):
-        warn(problem)
+    for subject in subjects:
+        if subject.problem:
+            warn(subject.problem)
     for section in sections:
         if section.summary is not None:
             print(f"\n{section.title}")
@@ -239,6 +240,7 @@ def write_page(
         data=request.description,
         head=head,
         rows=rows,
+        problems=[subject.problem for subject in subjects if subject.problem],
         sections=sections,
         exhibits=exhibits,
         why_none=why_none,

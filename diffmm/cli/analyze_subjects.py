@@ -12,17 +12,10 @@ from diffmm.analysis.analysis_sections import Analyzed
 from diffmm.analysis.attention_scores import Spans
 from diffmm.analysis.batches import Batch
 from diffmm.analysis.lambdas import lambda_curves
-from diffmm.analysis.measurements import (
-    EFFECTS,
-    GRADIENTS,
-    MAPS,
-    SCORES,
-    Measurements,
-    measure,
-    spans_of,
-)
+from diffmm.analysis.measurements import Measurements, measure, spans_of
 from diffmm.analysis.text_spans import tokens_of_span
 from diffmm.batch import IGNORE_INDEX, samples_of, size_of
+from diffmm.checks import article
 from diffmm.cli.compare_maps import validation_data
 from diffmm.cli.evaluate import use_other_data
 from diffmm.hub.trained import TrainedModel, load
@@ -31,7 +24,13 @@ from diffmm.models.text import TextModel
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError, message_of
 from diffmm.recipes.settings import load_file
-from diffmm.runs.directories import CONFIG_NAME, config_around, import_modules_of_run, near_run
+from diffmm.runs.directories import (
+    CONFIG_NAME,
+    config_around,
+    find_run,
+    import_modules_of_run,
+    near_run,
+)
 from diffmm.runs.metrics import read_curves
 from diffmm.runs.summaries import find_runs, short_names
 
@@ -78,7 +77,7 @@ class Subject:
         num_parameters: Number of parameters; None if the model could not be loaded.
         num_samples: Number of samples that it was measured on.
         metrics: Its loss and other metrics on them.
-        problems: Why it could not be loaded, or has no data.
+        problem: Why it could not be loaded, or has no data; may be empty.
     """
 
     analyzed: Analyzed
@@ -87,11 +86,11 @@ class Subject:
     num_parameters: int | None = None
     num_samples: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
+    problem: str = ""
 
 
 def find_subjects(paths: Sequence[str], request: Request) -> list[Subject]:
-    """Load and measure models. One without a checkpoint or data has its problems in the result.
+    """Load and measure models. One without a checkpoint or data has its problem in the result.
 
     Raises:
         InputError: If a path does not exist, or the device is not available.
@@ -114,17 +113,16 @@ def _subject(path: Path, name: str, request: Request) -> Subject:
     if request.trust:
         import_modules_of_run(path)
     subject = Subject(Analyzed(name, Measurements(), curves, why_no_curves), is_run)
-    measured = subject.analyzed.measured
     try:
+        if is_run and find_run(str(path))[1] is None:
+            raise InputError("the run has no complete checkpoint")
         trained = load(path, device=request.device)
         layers = [part for part in trained.model.modules() if isinstance(part, Attention)]
         subject.attention = ", ".join(dict.fromkeys(map(_label, layers))) or "none"
         subject.num_parameters = sum(p.numel() for p in trained.model.parameters())
         batches, spans = _batches(trained, path, request)
     except (ValueError, OSError, InputError) as error:
-        reason = message_of(error).rstrip(".")
-        subject.problems.append(f"{name}: {reason}")
-        measured.problems.update(dict.fromkeys((MAPS, EFFECTS, SCORES, GRADIENTS), reason))
+        subject.problem = f"{name}: {message_of(error).rstrip('.')}"
         return subject
     subject.num_samples = sum(map(size_of, batches))
     measured = measure(trained.model, batches, spans=spans)
@@ -142,9 +140,8 @@ def _batches(
     is_text = isinstance(trained.model, TextModel)
     if request.text is not None:
         if not is_text:
-            raise InputError(
-                f"{path} has a {type(trained.model).__name__}: --text needs a text model"
-            )
+            name = article(type(trained.model).__name__)
+            raise InputError(f"it is {name}: --text needs a text model")
         ids = trained.tokenizer.encode(request.text)
         batch = _text_batch(ids, trained.model)
         return [_moved(batch, device)], _spans_of_text(trained, ids, request, device)
