@@ -1,6 +1,7 @@
 """What the measurements need of a batch: inputs, mask, loss and accuracy of a model on it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +57,15 @@ def loss_of(model: nn.Module, batch: Batch) -> tuple[Tensor, int, Tensor | None]
     return cross_entropy(logits, labels, reduction="sum"), len(labels), correct
 
 
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's random numbers in the body of the `with` statement; afterwards those of the CPU
+    and of `device` continue as if nothing had been drawn."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[Batch], *, seed: int = 0) -> dict[str, float]:
     """The mean `loss` per target of a model on some batches, and its `accuracy` in [0, 1] where
@@ -72,11 +82,10 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], *, seed: int = 0) -> di
     """
     total, count, correct, has_labels = 0.0, 0, 0.0, False
     with (
-        torch.random.fork_rng(),
+        seeded(seed, next(model.parameters()).device),
         evaluating(model),
         torch.compiler.set_stance("force_eager"),
     ):
-        torch.manual_seed(seed)
         for batch in batches:
             loss, number, right = loss_of(model, batch)
             total, count = total + float(loss), count + number

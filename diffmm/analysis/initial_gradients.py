@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffmm.analysis.batches import seeded
 from diffmm.layers.attention import ATTENTIONS, AttentionArgs, DiffAttentionV1
 from diffmm.layers.block import Block
 from diffmm.models.backbone_config import BackboneConfig
@@ -35,6 +36,7 @@ def initial_gradients(
     loss: Callable[[nn.Module], Tensor],
     *,
     seed: int = 0,
+    device: str | torch.device = "cpu",
 ) -> dict[str, list[LayerGradients]]:
     """Measure the gradients of newly initialized twins: softmax attention, `diff_v1`, and `diff_v1`
     without the factor `1 - lambda_init` after its headwise norm.
@@ -48,6 +50,7 @@ def initial_gradients(
             `twin_of(model)`.
         loss: The loss of a model, a scalar.
         seed: Seed of all weights, and of random numbers in `loss`.
+        device: Device of the models, whose random numbers are left as they are.
 
     Returns:
         The gradients of each block, by the names in `VARIANTS`.
@@ -57,8 +60,7 @@ def initial_gradients(
     """
     found = {}
     for variant in VARIANTS:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with seeded(seed, torch.device(device)):
             model = build(SOFTMAX if variant == SOFTMAX else V1).train()
             if variant == UNSCALED:
                 for part in model.modules():

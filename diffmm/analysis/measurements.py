@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmm.analysis.attention_scores import AttentionScores, ScoreMeter, Spans
-from diffmm.analysis.batches import Batch, evaluate, loss_of, mask_of
+from diffmm.analysis.batches import Batch, evaluate, loss_of, mask_of, seeded
 from diffmm.analysis.concentration import ConcentrationMeter, LayerConcentration
 from diffmm.analysis.initial_gradients import LayerGradients, initial_gradients, twin_of
 from diffmm.analysis.lambdas import LambdaMeter, LayerLambda
@@ -74,6 +74,7 @@ def measure(
         seed: Seed of the twins' weights and of random masks.
     """
     found = Measurements()
+    device = next(model.parameters()).device
 
     def attempt(name: str, make: Callable[[], None]) -> None:
         try:
@@ -90,8 +91,7 @@ def measure(
             for add in (concentration.add, outliers.add_logits, lambdas.add, errors.add):
                 add(layer)
 
-        with torch.random.fork_rng(), watching_blocks(model, outliers.add_hidden):
-            torch.manual_seed(seed)
+        with seeded(seed, device), watching_blocks(model, outliers.add_hidden):
             for batch in batches:
                 _visit(model, batch, visit)
         found.concentration, found.outliers = concentration.layers(), outliers.result()
@@ -113,7 +113,7 @@ def measure(
             total, count, _ = loss_of(twin, few)
             return total / max(1, count)
 
-        found.gradients = initial_gradients(build, loss, seed=seed)
+        found.gradients = initial_gradients(build, loss, seed=seed, device=device)
 
     attempt(MAPS, maps)
     attempt(EFFECTS, quantization)
