@@ -8,14 +8,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import MaxNLocator
+from typing import TYPE_CHECKING, Any
 
 from diffmm.analysis.comparison import COLORS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 INK, RULE = "#1d1c1a", "#e4e0d8"
 STYLES = ("-", "--", ":", "-.")
@@ -84,8 +82,10 @@ class Chart(Figure):
         rows: list[list[Cell]] = [["series", self.x_label, self.y_label]]
         return rows + [[series.label, x, y] for series in self.series for x, y in series.points]
 
-    def draw(self, axes: Axes) -> None:
+    def draw(self, axes: "Axes") -> None:
         """Draw the lines."""
+        from matplotlib.ticker import MaxNLocator
+
         for series in self.series:
             points = [(x, y) for x, y in series.points if math.isfinite(y)]
             color = COLORS[series.color % len(COLORS)]
@@ -137,7 +137,7 @@ class HeatMap(Figure):
         rows: list[list[Cell]] = [[n, *v] for n, v in zip(self.rows, self.values, strict=True)]
         return [head, *rows]
 
-    def draw(self, axes: Axes) -> None:
+    def draw(self, axes: "Axes") -> None:
         """Draw the cells, with their values if there are few."""
         image = axes.imshow(self.values, cmap="viridis", aspect="auto")
         axes.set_xticks(range(len(self.columns)), self.columns)
@@ -182,6 +182,9 @@ def svg(figure: Chart | HeatMap) -> str:
 
 
 def _drawn(figure: Chart | HeatMap, form: str, **settings: Any) -> bytes:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure as Canvas
+
     style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": figure.name,
