@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffmm.analysis.map_blocks import MAX_BYTES, LayerInputs, visit_layers
+from diffmm.analysis.map_blocks import LayerInputs, visit_layers
 from diffmm.analysis.row_means import RowMeans, mean_over
 from diffmm.ops import AttentionMask
 
@@ -124,10 +124,10 @@ class ScoreMeter:
     """Accumulates attention scores over batches.
 
     Args:
-        max_bytes: Memory of a block of maps, in bytes.
+        max_bytes: Memory of a block of maps, in bytes; see `LayerInputs.blocks`.
     """
 
-    def __init__(self, *, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, *, max_bytes: int | None = None) -> None:
         self.max_bytes = max_bytes
         self._means = RowMeans()
         self._names: dict[str, None] = {}
@@ -183,7 +183,7 @@ def attention_scores(
     *inputs: Tensor | None,
     spans: Spans,
     mask: AttentionMask | None = None,
-    max_bytes: int = MAX_BYTES,
+    max_bytes: int | None = None,
 ) -> AttentionScores:
     """Measure the attention to the answer and to the noise (Ye et al. 2025, table 3).
 
@@ -205,7 +205,7 @@ def attention_scores(
         spans: The answer and the queries. For images and sounds, tokens include the class and
             register tokens.
         mask: See `diffmm.analysis.map_blocks.visit_layers`.
-        max_bytes: Memory of a block of maps, in bytes.
+        max_bytes: Memory of a block of maps, in bytes; see `LayerInputs.blocks`.
 
     Raises:
         ValueError: If the model has no attention layers, or the spans do not fit its tokens.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diffmm.analysis.map_blocks import MAX_BYTES, LayerInputs, MapBlock, visit_layers
+from diffmm.analysis.map_blocks import LayerInputs, MapBlock, visit_layers
 from diffmm.analysis.row_means import RowMeans
 from diffmm.ops import AttentionMask
 
@@ -35,13 +35,13 @@ class ConcentrationMeter:
 
     Args:
         top_k: Number of keys of `top_share`, at least 1.
-        max_bytes: Memory of a block of maps, in bytes.
+        max_bytes: Memory of a block of maps, in bytes; see `LayerInputs.blocks`.
 
     Raises:
         ValueError: If `top_k` is below 1.
     """
 
-    def __init__(self, *, top_k: int = TOP_K, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, *, top_k: int = TOP_K, max_bytes: int | None = None) -> None:
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         self.top_k = top_k
@@ -75,7 +75,7 @@ def concentration(
     *inputs: Tensor | None,
     mask: AttentionMask | None = None,
     top_k: int = TOP_K,
-    max_bytes: int = MAX_BYTES,
+    max_bytes: int | None = None,
 ) -> list[LayerConcentration]:
     """Measure how concentrated the maps of each layer are, for one batch.
 
@@ -101,7 +101,7 @@ def concentration(
         inputs: See `diffmm.analysis.map_blocks.visit_layers`.
         mask: See `diffmm.analysis.map_blocks.visit_layers`.
         top_k: Number of keys of `top_share`, at least 1.
-        max_bytes: Memory of a block of maps, in bytes.
+        max_bytes: Memory of a block of maps, in bytes; see `LayerInputs.blocks`.
 
     Raises:
         ValueError: If the model has no attention layers, or `top_k` is below 1.

@@ -15,8 +15,11 @@ from diffmm.models.text import TextModel
 from diffmm.ops import AttentionMask
 from diffmm.ops.softmax_attention.reference import masked_softmax
 
-MAX_BYTES = 2**28
-"""Default memory of a block, in bytes."""
+MAX_BYTES = 2**30
+"""Default memory of a block, in bytes, except on CUDA devices."""
+
+CUDA_SHARE = 8
+"""Part of the memory of a CUDA device that is the default memory of a block: one in this many."""
 
 NUM_COPIES = 6
 """Number of tensors as large as one map that are in memory at once for each component."""
@@ -121,18 +124,21 @@ class LayerInputs:
         return cls(index, name, q, k, lam, layer.scale, mask)
 
     def blocks(
-        self, *, rows: Tensor | None = None, max_bytes: int = MAX_BYTES
+        self, *, rows: Tensor | None = None, max_bytes: int | None = None
     ) -> Iterator[MapBlock]:
         """Yield the maps of all queries, or of those in `rows`, block by block.
 
         Args:
             rows: Indices of queries, `[R]`; all by default.
-            max_bytes: Approximate memory of a block and of what is computed from it, in bytes. A
-                block has at least one row, which takes about `24 B H C M` bytes in float32.
+            max_bytes: Approximate memory of a block and of what is computed from it, in bytes; by
+                default an eighth of the memory of a CUDA device, and 1 GiB elsewhere. A block has
+                at least one row, which takes about `24 B H C M` bytes in float32.
 
         Raises:
             ValueError: If `max_bytes` is below 1.
         """
+        if max_bytes is None:
+            max_bytes = default_bytes(self.q.device)
         if max_bytes < 1:
             raise ValueError(f"max_bytes must be at least 1, got {max_bytes}")
         batch, num_queries, num_heads, num_components, _ = self.q.shape
@@ -172,6 +178,13 @@ class LayerInputs:
             scores = query.unflatten(1, (num_groups, -1)).flatten(2, 3) @ key
             found.append(self.scale * scores.view(*query.shape[:3], -1))
         return tuple(found)
+
+
+def default_bytes(device: torch.device) -> int:
+    """Default memory of a block on a device, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // CUDA_SHARE
+    return MAX_BYTES
 
 
 def combine(components: tuple[Tensor, ...], lam: Tensor | None) -> Tensor:

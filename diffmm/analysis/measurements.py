@@ -11,7 +11,7 @@ from diffmm.analysis.batches import Batch, evaluate, loss_of, mask_of, seeded
 from diffmm.analysis.concentration import ConcentrationMeter, LayerConcentration
 from diffmm.analysis.initial_gradients import LayerGradients, initial_gradients, twin_of
 from diffmm.analysis.lambdas import LambdaMeter, LayerLambda
-from diffmm.analysis.map_blocks import MAX_BYTES, LayerInputs, visit_layers
+from diffmm.analysis.map_blocks import LayerInputs, visit_layers
 from diffmm.analysis.outliers import OutlierMeter, Outliers, watching_blocks
 from diffmm.analysis.quantization import (
     BITS,
@@ -60,7 +60,7 @@ def measure(
     *,
     spans: Callable[[Batch], Spans | None],
     bits: Sequence[int] = BITS,
-    max_bytes: int = MAX_BYTES,
+    max_bytes: int | None = None,
     seed: int = 0,
 ) -> Measurements:
     """Make all measurements of a model. One that fails does not prevent the others.
@@ -70,7 +70,7 @@ def measure(
         batches: At least one batch, on the model's device.
         spans: The answers and queries of a batch, for the attention scores; None if it has none.
         bits: Numbers of bits of the quantizations.
-        max_bytes: Memory of a block of maps, in bytes.
+        max_bytes: Memory of a block of maps, in bytes; see `LayerInputs.blocks`.
         seed: Seed of the twins' weights and of random masks.
     """
     found = Measurements()
@@ -144,7 +144,7 @@ def _scores(
     model: nn.Module,
     batches: Sequence[Batch],
     spans: Callable[[Batch], Spans | None],
-    max_bytes: int,
+    max_bytes: int | None,
 ) -> AttentionScores:
     meter = ScoreMeter(max_bytes=max_bytes)
     given = [(batch, each) for batch in batches if (each := spans(batch)) is not None]

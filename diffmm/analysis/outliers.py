@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffmm.analysis.magnitudes import NUM_TOP, MagnitudeMeter, Magnitudes
-from diffmm.analysis.map_blocks import MAX_BYTES, LayerInputs, visit_layers
+from diffmm.analysis.map_blocks import LayerInputs, visit_layers
 from diffmm.layers.block import Block
 from diffmm.ops import AttentionMask
 
@@ -32,10 +32,10 @@ class OutlierMeter:
 
     Args:
         num_top: Number of the largest magnitudes to keep.
-        max_bytes: Memory of a block of logits, in bytes.
+        max_bytes: Memory of a block of logits, in bytes; see `LayerInputs.blocks`.
     """
 
-    def __init__(self, *, num_top: int = NUM_TOP, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, *, num_top: int = NUM_TOP, max_bytes: int | None = None) -> None:
         self.num_top = num_top
         self.max_bytes = max_bytes
         self._logits: dict[str, MagnitudeMeter] = {}
@@ -71,7 +71,7 @@ def outliers(
     *inputs: Tensor | None,
     mask: AttentionMask | None = None,
     num_top: int = NUM_TOP,
-    max_bytes: int = MAX_BYTES,
+    max_bytes: int | None = None,
 ) -> Outliers:
     """Measure the largest and median magnitudes and the kurtosis of attention logits and hidden
     states, per layer (Ye et al. 2025, table 5).
@@ -83,7 +83,7 @@ def outliers(
         inputs: See `diffmm.analysis.map_blocks.visit_layers`.
         mask: See `diffmm.analysis.map_blocks.visit_layers`.
         num_top: Number of the largest magnitudes to keep.
-        max_bytes: Memory of a block of logits, in bytes.
+        max_bytes: Memory of a block of logits, in bytes; see `LayerInputs.blocks`.
 
     Raises:
         ValueError: If the model has no attention layers.

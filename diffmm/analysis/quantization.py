@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from diffmm.analysis.map_blocks import MAX_BYTES, LayerInputs, combine, visit_layers
+from diffmm.analysis.map_blocks import LayerInputs, combine, visit_layers
 from diffmm.analysis.row_means import RowMeans
 from diffmm.layers.attention import Attention
 from diffmm.layers.block import Block
@@ -42,7 +42,7 @@ def absmax(values: Tensor, bits: int, largest: Tensor) -> Tensor:
     return (values / step.clamp(min=torch.finfo(step.dtype).tiny)).round() * step
 
 
-def largest_logits(layer: LayerInputs, *, max_bytes: int = MAX_BYTES) -> Tensor:
+def largest_logits(layer: LayerInputs, *, max_bytes: int | None = None) -> Tensor:
     """The largest magnitude of the logits that a layer uses, per sample over all heads and both
     components, `[B, 1, 1, 1]`. Masked keys and padding do not count."""
     largest = layer.q.new_zeros(len(layer.q))
@@ -56,7 +56,7 @@ def largest_logits(layer: LayerInputs, *, max_bytes: int = MAX_BYTES) -> Tensor:
 
 @contextmanager
 def quantized_attention(
-    model: nn.Module, bits: int, *, max_bytes: int = MAX_BYTES
+    model: nn.Module, bits: int, *, max_bytes: int | None = None
 ) -> Iterator[None]:
     """Quantize the attention logits of `model` in the body of the `with` statement, by `absmax`
     with one step per sample and layer (Ye et al. 2025, section 3.7: dynamic quantization after
@@ -65,7 +65,7 @@ def quantized_attention(
     Args:
         model: Model with attention layers of this library; afterwards it is as before.
         bits: Number of bits, from 2 to 16.
-        max_bytes: Memory of a block of maps, in bytes.
+        max_bytes: Memory of a block of maps, in bytes; see `LayerInputs.blocks`.
 
     Raises:
         ValueError: If the model has no attention layers, or `bits` is out of range.
@@ -199,7 +199,7 @@ def quantization_effects(
     *,
     bits: Sequence[int] = BITS,
     threshold: float = THRESHOLD,
-    max_bytes: int = MAX_BYTES,
+    max_bytes: int | None = None,
 ) -> list[Effect]:
     """Evaluate a model as it is, with quantized attention logits, with quantized linear layers, and
     with those of LLM.int8().
@@ -247,10 +247,10 @@ class MapErrorMeter:
 
     Args:
         bits: Numbers of bits.
-        max_bytes: Memory of a block of maps, in bytes.
+        max_bytes: Memory of a block of maps, in bytes; see `LayerInputs.blocks`.
     """
 
-    def __init__(self, *, bits: Sequence[int] = BITS, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, *, bits: Sequence[int] = BITS, max_bytes: int | None = None) -> None:
         self.bits = tuple(bits)
         self.max_bytes = max_bytes
         self._means = RowMeans()
@@ -285,7 +285,7 @@ def map_errors(
     *inputs: Tensor | None,
     mask: AttentionMask | None = None,
     bits: Sequence[int] = BITS,
-    max_bytes: int = MAX_BYTES,
+    max_bytes: int | None = None,
 ) -> list[LayerMapErrors]:
     """Measure how much quantized logits change the map of each layer, given the inputs that the
     layer has in the model without quantization.
@@ -295,7 +295,7 @@ def map_errors(
         inputs: See `diffmm.analysis.map_blocks.visit_layers`.
         mask: See `diffmm.analysis.map_blocks.visit_layers`.
         bits: Numbers of bits, each from 2 to 16.
-        max_bytes: Memory of a block of maps, in bytes.
+        max_bytes: Memory of a block of maps, in bytes; see `LayerInputs.blocks`.
 
     Raises:
         ValueError: If the model has no attention layers, or a number of bits is out of range.

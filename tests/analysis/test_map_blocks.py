@@ -1,11 +1,13 @@
 """Blocks of maps equal whole maps, with every attention, mask and modality."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import diffmm
 from diffmm.analysis.attention_maps import attention_maps
-from diffmm.analysis.map_blocks import visit_layers
+from diffmm.analysis.map_blocks import default_bytes, visit_layers
 from diffmm.layers.attention import ATTENTIONS
 from diffmm.models import BackboneConfig, TextConfig, TextModel
 from diffmm.ops import AttentionMask
@@ -107,6 +109,12 @@ def test_a_long_sequence_never_has_a_whole_map():
 
     visit_layers(model, torch.randint(40, (1, 4096)), visit=visit)
     assert 0 < largest <= 2**22
+
+
+def test_the_default_limit_is_a_share_of_a_gpu(monkeypatch):
+    properties = SimpleNamespace(total_memory=2**33)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert default_bytes(torch.device("cuda", 0)) == default_bytes(torch.device("cpu")) == 2**30
 
 
 def test_bad_limits_are_refused():
