@@ -66,6 +66,15 @@ def test_queries_near_lambda_one_are_left_out_and_reported():
     assert none.left_out == 1.0
 
 
+def test_padding_asks_nothing():
+    maps = [0.2, 0.6, 0.2], [0.6, 0.2, 0.2]
+    lam = torch.tensor([0.0, 0.0, 0.5])
+    mask = AttentionMask(key_padding=marks("xx."))
+    found = scores(layer_of(*maps, lam=lam, mask=mask), Spans(marks(".x."), marks(".xx")))
+    assert found.answer == pytest.approx(0.75)  # of the query with lambda 0
+    assert found.left_out == 0.0
+
+
 def test_lambda_above_one_still_sums_to_one_and_is_reported():
     layer = layer_of([0.1, 0.4, 0.2, 0.3], [0.2, 0.1, 0.3, 0.4], lam=torch.tensor([0, 0, 1.5, 0]))
     found = scores(layer, Spans(SPANS.evidence, marks("..x.")))

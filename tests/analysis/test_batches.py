@@ -42,7 +42,7 @@ def sound_batch(size):
     ],
 )
 def test_losses_are_those_of_the_task(recipe, make, task, settings):
-    model = diffmm.create_model(recipe).eval()
+    model = diffmm.create_model(recipe, dropout=0.5).eval()
     if settings:
         model.reset_classifier(10)
     model.train()

@@ -29,9 +29,10 @@ def test_the_factor_scales_the_gradient_of_what_follows_it():
     """The output projections receive heads times `1 - lambda_init`. They start so small here that
     the factor changes nothing else."""
     model = diffmm.create_model("text/stdlib_tiny", attention="diff_v2", depth=3, init_std=1e-3)
-    batch = batch_of()
+    batch, drawn = batch_of(), set()
 
     def loss(model):
+        drawn.add(float(torch.rand(())))
         total, count, _ = loss_of(model, batch)
         return total / count
 
@@ -46,6 +47,7 @@ def test_the_factor_scales_the_gradient_of_what_follows_it():
         )
     compared = ratios(found[V1], found[SOFTMAX])
     assert {"attention.q_proj", "feed_forward.up_proj", "block"} <= compared[0].norms.keys()
+    assert len(drawn) == 1
     again = initial_gradients(twin_of(model), loss, seed=3)
     assert again == found
 

@@ -116,6 +116,13 @@ def test_fewer_bits_make_larger_errors_of_maps():
     for layer in errors:
         assert (layer.errors[4] > layer.errors[6]).all()
         assert (layer.errors[6] > layer.errors[8]).all()
+    # Two bits round the logits (0, 0.4, 1) to (0, 0, 1); lambda 0.5 takes from all keys alike.
+    logits, uniform = torch.tensor([0.0, 0.4, 1.0]), [1.0] * 3
+    meter = MapErrorMeter(bits=(2,))
+    meter.add(layer_of(logits.exp(), uniform, lam=0.5))
+    exact, rounded = logits.softmax(0), torch.tensor([0.0, 0.0, 1.0]).softmax(0)
+    change = (rounded - exact).abs().sum() / (exact - 0.5 / 3).abs().sum()
+    assert float(meter.layers()[0].errors[2]) == pytest.approx(float(change), rel=1e-5)
     exact = MapErrorMeter(bits=(2,))
     exact.add(layer_of([0.25, 1.0, 4.0]))  # logits -x, 0, x are exact with three values
     assert float(exact.layers()[0].errors[2]) == pytest.approx(0.0, abs=1e-9)

@@ -1,5 +1,7 @@
 """Spans of characters become tokens."""
 
+from types import SimpleNamespace
+
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -21,6 +23,13 @@ def test_bytes_of_characters():
     assert marked("aéü", 1, 2) == [1, 2]
     assert marked("aéü", 2, 3) == [3, 4]
     assert marked("ab", 0, 2) == [0, 1]
+
+
+def test_a_token_of_several_bytes_counts_if_a_part_of_it_does():
+    tokenizer = SimpleNamespace(byte_lengths=[3, 2, 4], num_bytes=lambda ids: 9)
+    found = [tokens_of_span(tokenizer, "x" * 9, [0, 1, 2], *span) for span in ((2, 4), (3, 6))]
+    assert [each.tolist() for each in found] == [[True, True, False], [False, True, True]]
+    assert tokens_of_span(tokenizer, "x" * 9, [0, 1, 2], 3, 5).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize(("start", "end"), [(1, 1), (2, 1), (0, 4), (-1, 2)])

@@ -4,6 +4,7 @@ import csv
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from PIL import Image
 import diffmm
 from diffmm.analysis.attention_scores import Spans, attention_scores
 from diffmm.analysis.comparison import COLORS
+from diffmm.batch import IGNORE_INDEX
 from diffmm.cli import main
+from diffmm.tokenizers import ByteTokenizer
 
 TEXT = "The code is 42. Later, the code is "
 SPAN = "12:14"
@@ -126,6 +129,26 @@ def test_a_text_with_an_answer_has_attention_scores(run, runs, tmp_path):
     assert len(rows(tmp_path / "c" / "scores_by_head.csv")) == sum(
         len(layer.answer) for layer in expected.layers
     )
+
+
+def test_data_with_evidence_have_attention_scores(run, runs, tmp_path, monkeypatch):
+    """Special tokens are no noise, and batches are cut to the number of samples."""
+    tokens = torch.randint(256, (3, 12))
+    tokens[:, 0] = ByteTokenizer.eos_id
+    targets = torch.full_like(tokens, IGNORE_INDEX)
+    targets[:, -1] = 65
+    evidence = torch.zeros(3, 12, dtype=torch.bool)
+    evidence[:, 4:6] = True
+    batch = {"tokens": tokens, "targets": targets, "evidence": evidence}
+    data = SimpleNamespace(val_dataloader=lambda: [batch, batch], tokenizer=ByteTokenizer())
+    monkeypatch.setattr("diffmm.cli.analyze_subjects.validation_data", lambda *a, **k: data)
+    result = run("analyze", runs / "text", "--samples", "2", "--csv", tmp_path / "csv")
+    assert result.code == 0
+    assert warnings_of(result) == []
+    spans = Spans(evidence[:2], targets[:2] != IGNORE_INDEX, special=tokens[:2] > 255)
+    expected = attention_scores(diffmm.load(runs / "text").model, tokens[:2], spans=spans)
+    (row,) = rows(tmp_path / "csv" / "scores.csv")
+    assert float(row["share to noise"]) == pytest.approx(expected.noise, rel=1e-5)
 
 
 @pytest.mark.parametrize(
