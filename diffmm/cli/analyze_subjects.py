@@ -18,11 +18,11 @@ from diffmm.batch import IGNORE_INDEX, samples_of, size_of
 from diffmm.checks import article
 from diffmm.cli.compare_maps import validation_data
 from diffmm.cli.evaluate import use_other_data
-from diffmm.hub.trained import TrainedModel, load
+from diffmm.hub.trained import TrainedModel, find_device, load
 from diffmm.layers.attention import ATTENTIONS, Attention
 from diffmm.models.text import TextModel
 from diffmm.recipes.catalog import find_recipe
-from diffmm.recipes.errors import InputError, message_of
+from diffmm.recipes.errors import InputError, message_of, refusing
 from diffmm.recipes.settings import load_file
 from diffmm.runs.directories import (
     CONFIG_NAME,
@@ -95,6 +95,8 @@ def find_subjects(paths: Sequence[str], request: Request) -> list[Subject]:
     Raises:
         InputError: If a path does not exist, or the device is not available.
     """
+    with refusing():
+        find_device(request.device)
     found: dict[Path, None] = {}
     for path in map(Path, paths):
         if not path.exists():

@@ -198,6 +198,13 @@ def test_weights_use_the_data_of_their_recipe_and_other_data_can_be_given(run, r
     assert "does not name the recipe that trained it" in warnings_of(result)[0]
 
 
+def test_a_text_longer_than_the_model_takes_is_said(run, runs):
+    result = run("analyze", runs / "text", "--text", TEXT * 9, "--span", SPAN)
+    assert result.code == 0
+    found = [line for line in warnings_of(result) if "longer than max_length=64" in line]
+    assert {line.partition(":")[0] for line in found} > {"attention scores", "concentration"}
+
+
 def test_texts_in_files(run, runs, tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     (tmp_path / "b.txt").write_text(TEXT * 99)
@@ -221,6 +228,7 @@ def test_texts_in_files(run, runs, tmp_path):
         ([".", "--text", "a", "--span", "1-2"], "--span must be A:B, .* got '1-2'"),
         ([".", "--text", ""], "--text is empty"),
         ([".", "--text", "a", "--data", "."], "--text and --data exclude each other"),
+        ([".", "--device", "abacus"], "device 'abacus' is not available"),
         ([".", "--samples", "0"], "--samples must be at least 1, got 0"),
         ([".", "--output", "page.txt"], "page.txt must end in .html"),
         ([".", "--csv", "none/csv"], "there is no folder none to make csv in"),
