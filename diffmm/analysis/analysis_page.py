@@ -43,6 +43,8 @@ def render_analysis(page: AnalysisPage) -> str:
     """Render the page as HTML."""
     style = files("diffmm.analysis").joinpath("report.css").read_text(encoding="utf-8")
     links = "".join(f'<a href="#{_anchor(s)}">{escape(s.title)}</a>' for s in page.sections)
+    if page.exhibits:
+        links += '<a href="#maps">Maps</a>'
     colors, lighter = (
         "".join(f"--run-{number}: {form.format(color)}; " for number, color in enumerate(COLORS))
         for form in ("{}", "color-mix(in srgb, {} 75%, white)")
@@ -56,7 +58,7 @@ def render_analysis(page: AnalysisPage) -> str:
 <style>
 {style}{run_styles(len(page.rows))}:root {{ {colors}}}
 @media (prefers-color-scheme: dark) {{ :root {{ {lighter}}} }}
-svg.figure {{ display: block; width: 100%; height: auto; }}
+svg.figure {{ display: block; width: 100%; max-width: 34rem; height: auto; }}
 .card {{ min-width: 0; }} .problem {{ border-left-color: var(--series-2); }}
 </style>
 </head>
@@ -64,14 +66,14 @@ svg.figure {{ display: block; width: 100%; height: auto; }}
 <header>
 <h1>{escape(page.title)}</h1>
 <p class="lede">{escape(page.data)}</p>
-<nav>{links}<a href="#maps">Maps</a></nav>
+<nav>{links}</nav>
 </header>
 <main>
 <h2 id="runs">Runs</h2>
 {run_table(page.head, page.rows)}
 {_note(page.problems)}
 {"".join(map(_section, page.sections))}
-<div id="maps">{maps_of(page.exhibits, page.why_none).replace(' id="maps"', "")}</div>
+{maps_of(page.exhibits, page.why_none)}
 </main>
 <footer class="quiet"><p>{escape(page.facts)}</p></footer>
 </body>

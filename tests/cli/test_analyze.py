@@ -113,6 +113,15 @@ def test_the_page_is_complete_and_needs_no_network(page):
     assert "No attention maps: the runs have different data." in text
 
 
+def test_the_page_of_a_run_has_attention_maps(run, runs, tmp_path):
+    page = tmp_path / "page.html"
+    assert run("analyze", runs / "text", "--samples", "1", "--output", page).code == 0
+    text = page.read_text(encoding="utf-8")
+    assert 'href="#maps"' in text
+    assert text.count('id="maps"') == 1
+    assert text.count("data:image/png;base64,") == 3  # both maps and their difference
+
+
 def test_a_text_with_an_answer_has_attention_scores(run, runs, tmp_path):
     result = run("analyze", runs / "text", "--text", TEXT, "--span", SPAN, "--csv", tmp_path / "c")
     assert result.code == 0
