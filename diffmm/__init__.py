@@ -17,7 +17,7 @@ is not here is found by its part:
 * `diffmm.layers`: the attention layers and what a transformer block is made of;
 * `diffmm.models`: the backbone, the models around it and their configs;
 * `diffmm.training`: Lightning modules, optimizer groups and schedules;
-* `diffmm.analysis`: attention maps.
+* `diffmm.analysis`: attention maps, and measurements of attention and activations.
 
 The names here: `create_model`, `list_models`, `load`, `TrainedModel`; `diff_attention`,
 `softmax_attention`, `AttentionMask`; `DiffAttentionV1`, `DiffAttentionV2`, `SoftmaxAttention`;

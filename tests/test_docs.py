@@ -102,6 +102,7 @@ def run_command(line: str) -> None:
         ("docs/load.md", stereo),
         ("docs/python.md", photos),
         ("docs/compare.md", None),
+        ("docs/analyze.md", None),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

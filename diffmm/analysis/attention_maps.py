@@ -1,17 +1,15 @@
 """Attention maps of a model, which the fused kernels do not materialize."""
 
-from collections.abc import Callable, Collection
+import sys
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from diffmm.analysis.map_blocks import LayerInputs, combine, visit_layers
 from diffmm.layers.attention import Attention
 from diffmm.layers.rope import Rotation
-from diffmm.models.modes import evaluating
 from diffmm.ops import AttentionMask
-from diffmm.ops.softmax_attention.reference import attention_map
 
 
 @dataclass(frozen=True)
@@ -35,13 +33,9 @@ class LayerMaps:
     def combined(self) -> Tensor:
         """The map that multiplies the values, `[B, H, N, M]`: `A`, or `A1 - lam A2`, whose rows
         sum to `1 - lam` and whose entries may be negative."""
-        if self.lam is None:
-            return self.components[0]
-        first, second = self.components
-        return first - self.lam.unsqueeze(-1) * second
+        return combine(self.components, self.lam)
 
 
-@torch.no_grad()
 def attention_maps(
     model: nn.Module,
     *inputs: Tensor | None,
@@ -54,7 +48,8 @@ def attention_maps(
 
     Runs one forward pass in evaluation mode, uncompiled and without gradients. Hooks compute the
     maps from the queries and keys of each layer (including rotary positions, key sharing and query
-    norms) with the layer's mask. Memory is proportional to `B H N M` per layer.
+    norms) with the layer's mask. Memory is proportional to `B H N M` per layer; for long sequences,
+    `diffmm.analysis.map_blocks.visit_layers` has the maps in blocks.
 
     Args:
         model: A model of this library, or a module that contains its attention layers.
@@ -67,23 +62,8 @@ def attention_maps(
     Raises:
         ValueError: If the model has no attention layers, or an index is out of range.
     """
-    found = {name: part for name, part in model.named_modules() if isinstance(part, Attention)}
-    if not found:
-        raise ValueError(f"{type(model).__name__} contains no attention layer of diffmm")
     maps: list[LayerMaps] = []
-    handles = [
-        layer.register_forward_pre_hook(_recorder(name, maps), with_kwargs=True)
-        for name, layer in found.items()
-    ]
-    try:
-        with evaluating(model), torch.compiler.set_stance("force_eager"):
-            if mask is None:
-                model(*inputs)
-            else:
-                model(*inputs, mask=mask)
-    finally:
-        for handle in handles:
-            handle.remove()
+    visit_layers(model, *inputs, visit=lambda layer: maps.append(_whole(layer)), mask=mask)
     if layers is None:
         return maps
     for index in layers:
@@ -100,26 +80,9 @@ def layer_maps(
     name: str, layer: Attention, x: Tensor, *, mask: AttentionMask, rope: Rotation | None = None
 ) -> LayerMaps:
     """Compute the maps of one layer for its input `x`, `[B, N, dim]`; see `attention_maps`."""
-    q, k, _ = layer.project(x, rope)
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    q, k = q.to(dtype), k.to(dtype)
-    q, k = layer.components(q, k)
-    lam = layer.lam(x)
-    if lam is not None:
-        lam = lam.to(dtype).expand(q.shape[:3]).transpose(1, 2)
-    visible = mask.to_bool(q.shape[1], k.shape[1], q.device)
-    k = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2).permute(3, 0, 2, 1, 4)
-    components = tuple(
-        attention_map(q[:, :, :, i].transpose(1, 2), k[min(i, len(k) - 1)], visible, layer.scale)
-        for i in range(q.shape[3])
-    )
-    return LayerMaps(name, components, lam)
+    return _whole(LayerInputs.of(layer, x, mask=mask, rope=rope, name=name))
 
 
-def _recorder(name: str, maps: list[LayerMaps]) -> Callable[..., None]:
-    """A hook that appends the maps of each call to `maps`."""
-
-    def hook(layer: Attention, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        maps.append(layer_maps(name, layer, args[0], mask=kwargs["mask"], rope=kwargs.get("rope")))
-
-    return hook
+def _whole(layer: LayerInputs) -> LayerMaps:
+    (block,) = layer.blocks(max_bytes=sys.maxsize)
+    return LayerMaps(layer.name, block.components, layer.lam)

@@ -76,7 +76,7 @@ def render_comparison(page: Page, exhibits: Sequence[Exhibit], why_none: str) ->
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(page.title)}</title>
 <style>
-{style}{_styles(len(page.rows))}</style>
+{style}{run_styles(len(page.rows))}</style>
 </head>
 <body>
 <header>
@@ -84,12 +84,12 @@ def render_comparison(page: Page, exhibits: Sequence[Exhibit], why_none: str) ->
 {tasks}</header>
 <main>
 <h2 id="results">Settings and results</h2>
-{_table(page)}
+{run_table(page.head, page.rows)}
 <h2 id="curves">Curves</h2>
 <div class="charts">{charts}</div>
 <p class="quiet">The number at the end of each line is that of the run in the table. The first tenth
 of the steps is ignored when scaling the axis: lines may start outside the chart.</p>
-{_maps(exhibits, why_none)}
+{maps_of(exhibits, why_none)}
 </main>
 <footer class="quiet"><p>{escape(page.facts)}</p></footer>
 </body>
@@ -97,7 +97,7 @@ of the steps is ignored when scaling the axis: lines may start outside the chart
 """
 
 
-def _styles(num_runs: int) -> str:
+def run_styles(num_runs: int) -> str:
     """CSS rules for the colors and dashes of the runs."""
     rules = [
         "body { max-width: 76rem; } table { max-width: none; }\n",
@@ -113,20 +113,21 @@ def _styles(num_runs: int) -> str:
     return "".join(rules)
 
 
-def _table(page: Page) -> str:
-    heads = "".join(f"<th>{escape(name)}</th>" for name in page.head)
-    rows = "".join(
+def run_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with a row per run, in the run's color."""
+    heads = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(
         f'<tr><td class="name run{number}">{number + 1} {escape(row[0])}</td>'
-        f"{''.join(map(_cell, row[1:]))}</tr>"
-        for number, row in enumerate(page.rows)
+        f"{''.join(map(cell, row[1:]))}</tr>"
+        for number, row in enumerate(rows)
     )
     return (
-        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
         f"</div>"
     )
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """A cell of the table; long text is truncated and shown in full as a tooltip."""
     if len(text) <= WIDEST:
         return f"<td>{escape(text)}</td>"
@@ -149,7 +150,8 @@ def _thinned(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
-def _maps(exhibits: Sequence[Exhibit], why_none: str) -> str:
+def maps_of(exhibits: Sequence[Exhibit], why_none: str) -> str:
+    """The attention maps of samples, or the reason why there are none."""
     if not exhibits:
         return f'<p class="quiet">No attention maps: {escape(why_none)}.</p>'
     drawn = "".join(map(draw_exhibit, exhibits))

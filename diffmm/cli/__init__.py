@@ -36,6 +36,7 @@ VERBS = {
         "replay", "repeat the step at which a run stopped because of non-finite numbers"
     ),
     "compare": Verb("compare", "compare runs, as a table or a page"),
+    "analyze": Verb("analyze", "measure a run's attention, outliers, quantization and lambda"),
     "sweep": Verb("sweep", "train a recipe with all combinations of some settings"),
     "check": Verb("check", "report the size and memory of a recipe and every mistake in it"),
     "recipes": Verb("recipes", "list, show and copy the shipped recipes"),

@@ -1,7 +1,8 @@
 """Attention maps of several runs, where their checkpoints and data allow them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,24 +39,37 @@ def exhibits_of(runs: Sequence["Summary"]) -> "tuple[list[Exhibit], str]":
 
     try:
         models = {str(n): load_model(run.path) for n, run in enumerate(runs, start=1)}
-        return _exhibits(models, _data(runs[0])), ""
+        return _exhibits(models, validation_data(runs[0].values, runs[0].path)), ""
     except (ValueError, OSError) as error:
         return [], " ".join(str(error).split()).rstrip(".")
 
 
-def _data(run: "Summary") -> Any:
-    """The data of a run, ready for validation.
+def validation_data(
+    values: Mapping[str, Any],
+    run_dir: Path,
+    *,
+    trust: bool = False,
+    prepare: Callable[[Any], object] = lambda data: None,
+) -> Any:
+    """The data of a recipe, ready for validation in this process.
+
+    Args:
+        values: Values of the recipe.
+        run_dir: Directory of its run.
+        trust: Whether to import and call classes outside the library.
+        prepare: Called with the data before they are set up.
 
     Raises:
         ValueError, OSError: If the data are missing, or need code that is not trusted.
     """
     from diffmm.recipes.mistakes import find_mistakes, make_data
 
-    values = {**run.values, "run_dir": str(run.path)}
-    if mistakes := find_mistakes(values, trust=False).mistakes:
+    values = {**values, "run_dir": str(run_dir)}
+    if mistakes := find_mistakes(values, trust=trust).mistakes:
         raise ValueError(mistakes[0])
-    data: Any = make_data(values, trust=False)
+    data: Any = make_data(values, trust=trust)
     data.num_workers = 0
+    prepare(data)
     data.setup("validate")
     return data
 

@@ -99,7 +99,12 @@ class AttentionMask:
                 )
 
     def to_bool(
-        self, num_queries: int, num_keys: int, device: torch.device | str | None = None
+        self,
+        num_queries: int,
+        num_keys: int,
+        device: torch.device | str | None = None,
+        *,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """The mask as booleans, `[1 or B, 1, N, M]`, true where the query attends to the key.
 
@@ -107,6 +112,7 @@ class AttentionMask:
             num_queries: Number of queries `N`.
             num_keys: Number of keys `M`.
             device: Device of the result; by default that of the mask's own tensors.
+            rows: Indices of some queries, `[R]`; the result is then `[1 or B, 1, R, M]`.
 
         Raises:
             ValueError: If there are `document_ids` and more queries than keys: the first queries
@@ -123,8 +129,10 @@ class AttentionMask:
                 device = tensor.device
         key = torch.arange(num_keys, device=device)
         query = torch.arange(num_queries, device=device)[:, None] + (num_keys - num_queries)
+        if rows is not None:
+            query = query[rows]
 
-        visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)[None, None]
+        visible = torch.ones(len(query), num_keys, dtype=torch.bool, device=device)[None, None]
         if self.causal:
             past = (key <= query)[None, None]
             if self.prefix_lengths is not None:
@@ -134,7 +142,7 @@ class AttentionMask:
             visible = visible & ((query - key).abs() < self.window)
         if self.document_ids is not None:
             documents = self.document_ids
-            same = documents[:, num_keys - num_queries :, None] == documents[:, None, :]
+            same = documents[:, query.squeeze(1), None] == documents[:, None, :]
             visible = visible & same[:, None]
         if self.key_padding is not None:
             visible = visible & self.key_padding[:, None, None, :]

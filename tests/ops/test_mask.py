@@ -59,6 +59,15 @@ def test_to_bool_is_what_the_words_say(case):
         assert visible[b, 0, n, m].item() == sees(mask, b, n, m, num_queries, num_keys), (b, n, m)
 
 
+@given(masks(), st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=60)
+def test_rows_are_those_of_the_mask(case, random):
+    mask, _, num_queries, num_keys = case
+    rows = torch.tensor([random.randrange(num_queries) for _ in range(3)])
+    whole = mask.to_bool(num_queries, num_keys)
+    assert torch.equal(mask.to_bool(num_queries, num_keys, rows=rows), whole[:, :, rows])
+
+
 def test_more_queries_than_keys_leaves_the_first_without_any():
     assert AttentionMask(causal=True).to_bool(3, 2)[0, 0].tolist() == [
         [False, False],

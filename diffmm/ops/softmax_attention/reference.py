@@ -15,7 +15,11 @@ def attention_map(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor
         visible: Booleans that broadcast to `[..., N, M]`, true where a query attends to a key.
         scale: Factor of the scores before the softmax.
     """
-    scores = scale * (q @ k.transpose(-2, -1))
+    return masked_softmax(scale * (q @ k.transpose(-2, -1)), visible)
+
+
+def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
+    """Softmax of `[..., N, M]` scores over the visible keys; zeros for queries without any."""
     # The lowest finite number, because a row of -inf has a NaN softmax and NaN gradients.
     weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(dim=-1)
     return weights.masked_fill(~visible, 0.0)

@@ -1,0 +1,250 @@
+"""`diffmm analyze`: the paper's measurements on trained models, as tables, a page and files."""
+
+import argparse
+import csv
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffmm.checkpoint_folders import write_text
+from diffmm.cli.compare import check_output, text_table
+from diffmm.recipes.errors import InputError, refusing, warn
+from diffmm.recipes.trust import add_trust_option
+
+if TYPE_CHECKING:
+    from diffmm.analysis.analysis_sections import AnalysisSection
+    from diffmm.analysis.exhibits import Exhibit
+    from diffmm.cli.analyze_subjects import Request, Subject
+
+DESCRIPTION = """Measure trained models on a few samples of their validation data, of other data or
+on a text: attention scores (the share of attention to an answer and to noise), concentration of the
+maps, lambda, outliers of logits and hidden states, the effect of quantization, and gradients at the
+start of training. What cannot be measured is reported, and the rest still is."""
+
+NUM_SAMPLES = 32
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Analyze models."""
+    from diffmm.cli.analyze_subjects import Request
+
+    options = make_parser().parse_args(arguments)
+    check_output(options.output, ".html")
+    for name in ("csv", "png"):
+        check_folder(getattr(options, name))
+    if options.samples < 1:
+        raise InputError(f"--samples must be at least 1, got {options.samples}")
+    if options.text is not None and options.data is not None:
+        raise InputError("--text and --data exclude each other: give one of them")
+    if options.text == "":
+        raise InputError("--text is empty: it needs at least one character")
+    if options.span is not None and options.text is None:
+        raise InputError(f"--span {options.span} marks the answer in a text: give --text TEXT")
+    request = Request(
+        num_samples=options.samples,
+        data=options.data,
+        text=options.text,
+        span=None if options.span is None else parse_span(options.span),
+        device=options.device,
+        trust=options.trust,
+    )
+    analyze(options.runs, request, page=options.output, csv_dir=options.csv, png_dir=options.png)
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Create the parser."""
+    parser = argparse.ArgumentParser(
+        prog="diffmm analyze", allow_abbrev=False, description=DESCRIPTION
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="a run, a folder of runs, a checkpoint, or model.safetensors (or its folder)",
+    )
+    parser.add_argument(
+        "--output", metavar="PAGE.html", type=Path, help="also write a page with tables and figures"
+    )
+    parser.add_argument(
+        "--csv",
+        metavar="DIR",
+        type=Path,
+        help="also write all tables, per layer and head, and the numbers of all figures here",
+    )
+    parser.add_argument("--png", metavar="DIR", type=Path, help="also write all figures here")
+    parser.add_argument(
+        "--samples",
+        metavar="N",
+        type=int,
+        default=NUM_SAMPLES,
+        help=f"number of samples of the data [{NUM_SAMPLES}]",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="use this instead of the validation data: labeled images or sounds as in `diffmm "
+        "validate`, or a text file or a folder of them",
+    )
+    parser.add_argument("--text", metavar="TEXT", help="use this text instead of data")
+    parser.add_argument(
+        "--span",
+        metavar="A:B",
+        help="characters A to B of the text (from 0, without B) hold the answer that follows the "
+        "text: attention scores of its last token",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps [auto]")
+    add_trust_option(parser)
+    return parser
+
+
+def parse_span(text: str) -> tuple[int, int]:
+    """Parse `A:B`.
+
+    Raises:
+        InputError: If it has another format.
+    """
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    if match is None:
+        raise InputError(f"--span must be A:B, two numbers of characters, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def check_folder(path: Path | None) -> None:
+    """Check that a folder for files can be made, before anything is read.
+
+    Raises:
+        InputError: If it cannot; the message names it.
+    """
+    if path is None:
+        return
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file: give a folder")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"there is no folder {path.parent} to make {path.name} in")
+
+
+def analyze(
+    paths: Sequence[str],
+    request: "Request",
+    *,
+    page: Path | None = None,
+    csv_dir: Path | None = None,
+    png_dir: Path | None = None,
+) -> None:
+    """Measure models, print the tables, and write the given files.
+
+    Args:
+        paths: Runs, folders of runs, checkpoints, or files of weights.
+        request: What to measure them on.
+        page: HTML file to write.
+        csv_dir: Folder for CSV files.
+        png_dir: Folder for figures.
+
+    Raises:
+        InputError: If a path does not exist.
+    """
+    from diffmm.analysis.analysis_sections import sections_of
+    from diffmm.cli.analyze_subjects import find_subjects
+
+    subjects = find_subjects(paths, request)
+    head, rows = table_of(subjects)
+    print(text_table(head, rows))
+    sections = sections_of([subject.analyzed for subject in subjects])
+    for subject in subjects:
+        if subject.problem:
+            warn(subject.problem)
+    for section in sections:
+        if section.summary is not None:
+            print(f"\n{section.title}")
+            print(text_table(section.summary.head, section.summary.texts()))
+        for problem in section.problems:
+            warn(f"{section.title.lower()}: {problem}")
+    if csv_dir is not None:
+        write_tables(sections, csv_dir)
+    if png_dir is not None:
+        write_figures(sections, png_dir)
+    if page is not None:
+        write_page(page, paths, request, subjects, sections)
+
+
+def table_of(subjects: Sequence["Subject"]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of models."""
+    metrics = list(dict.fromkeys(m for subject in subjects for m in subject.metrics))
+    head = ["run", "attention", "parameters", "samples", *metrics]
+    rows = [
+        [
+            subject.analyzed.name,
+            subject.attention,
+            "-" if subject.num_parameters is None else f"{subject.num_parameters:,}",
+            str(subject.num_samples),
+            *(f"{subject.metrics[m]:.4g}" if m in subject.metrics else "-" for m in metrics),
+        ]
+        for subject in subjects
+    ]
+    return head, rows
+
+
+def write_tables(sections: Sequence["AnalysisSection"], folder: Path) -> None:
+    """Write all tables, and the numbers of all figures, as CSV."""
+    from diffmm.analysis.analysis_sections import tables_of
+
+    tables = tables_of(sections)
+    with refusing():
+        folder.mkdir(exist_ok=True)
+        for name, rows in tables:
+            text = io.StringIO(newline="")
+            csv.writer(text, lineterminator="\n").writerows(rows)
+            write_text(folder / f"{name}.csv", text.getvalue())
+    print(f"tables: {folder} ({len(tables)} files)")
+
+
+def write_figures(sections: Sequence["AnalysisSection"], folder: Path) -> None:
+    """Write all figures as PNG."""
+    from diffmm.analysis.analysis_sections import figures_of
+    from diffmm.analysis.figures import png
+
+    figures = figures_of(sections)
+    with refusing():
+        folder.mkdir(exist_ok=True)
+        for figure in figures:
+            (folder / f"figure_{figure.name}.png").write_bytes(png(figure))
+    print(f"figures: {folder} ({len(figures)} files)")
+
+
+def write_page(
+    page: Path,
+    paths: Sequence[str],
+    request: "Request",
+    subjects: Sequence["Subject"],
+    sections: Sequence["AnalysisSection"],
+) -> None:
+    """Write the page, with attention maps if all models are those of runs on their own data."""
+    from diffmm import __version__
+    from diffmm.analysis.analysis_page import AnalysisPage, render_analysis
+    from diffmm.cli.compare_maps import exhibits_of
+    from diffmm.runs.summaries import find_runs, summarize
+
+    exhibits: Sequence[Exhibit]
+    if request.text is not None or request.data is not None:
+        exhibits, why_none = [], "they are drawn for samples of the runs' own data"
+    elif not all(subject.is_run for subject in subjects):
+        exhibits, why_none = [], "they are drawn for runs, with their data"
+    else:
+        exhibits, why_none = exhibits_of(summarize(find_runs(paths)))
+    head, rows = table_of(subjects)
+    contents = AnalysisPage(
+        title="Analysis" if len(subjects) == 1 else f"Analysis of {len(subjects)} runs",
+        data=request.description,
+        head=head,
+        rows=rows,
+        problems=[subject.problem for subject in subjects if subject.problem],
+        sections=sections,
+        exhibits=exhibits,
+        why_none=why_none,
+        facts=f"diffmm {__version__}. Made by diffmm analyze.",
+    )
+    write_text(page, render_analysis(contents))
+    print(f"page: {page}")

@@ -1,0 +1,235 @@
+"""The models that `diffmm analyze` measures, with their data."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffmm.analysis.analysis_sections import Analyzed
+from diffmm.analysis.attention_scores import Spans
+from diffmm.analysis.batches import Batch
+from diffmm.analysis.lambdas import lambda_curves
+from diffmm.analysis.measurements import Measurements, measure, spans_of
+from diffmm.analysis.text_spans import tokens_of_span
+from diffmm.batch import IGNORE_INDEX, samples_of, size_of
+from diffmm.checks import article
+from diffmm.cli.compare_maps import validation_data
+from diffmm.cli.evaluate import use_other_data
+from diffmm.hub.trained import TrainedModel, find_device, load
+from diffmm.layers.attention import ATTENTIONS, Attention
+from diffmm.models.text import TextModel
+from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.errors import InputError, message_of, refusing
+from diffmm.recipes.settings import load_file
+from diffmm.runs.directories import (
+    CONFIG_NAME,
+    config_around,
+    find_run,
+    import_modules_of_run,
+    near_run,
+)
+from diffmm.runs.metrics import read_curves
+from diffmm.runs.summaries import find_runs, short_names
+
+TEXT_ENDING = ".txt"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What models are measured on.
+
+    Attributes:
+        num_samples: Number of samples of the data.
+        data: Path of other data than a run's own; None for its own.
+        text: A text to use instead of data.
+        span: First character of the answer in the text, and the one after its last.
+        device: Name of the device.
+        trust: Whether to import and call classes that a run's recipe names outside the library.
+    """
+
+    num_samples: int
+    data: str | None = None
+    text: str | None = None
+    span: tuple[int, int] | None = None
+    device: str = "auto"
+    trust: bool = False
+
+    @property
+    def description(self) -> str:
+        """What models are measured on, as a sentence."""
+        if self.text is not None:
+            return "Measured on a given text."
+        source = "the validation data of each run" if self.data is None else self.data
+        return f"Measured on up to {self.num_samples} samples of {source}."
+
+
+@dataclass
+class Subject:
+    """A model and its measurements.
+
+    Attributes:
+        analyzed: Its name and measurements.
+        is_run: Whether it is a run.
+        attention: Labels of its attention layers.
+        num_parameters: Number of parameters; None if the model could not be loaded.
+        num_samples: Number of samples that it was measured on.
+        metrics: Its loss and other metrics on them.
+        problem: Why it could not be loaded, or has no data; may be empty.
+    """
+
+    analyzed: Analyzed
+    is_run: bool
+    attention: str = "-"
+    num_parameters: int | None = None
+    num_samples: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    problem: str = ""
+
+
+def find_subjects(paths: Sequence[str], request: Request) -> list[Subject]:
+    """Load and measure models. One without a checkpoint or data has its problem in the result.
+
+    Raises:
+        InputError: If a path does not exist, or the device is not available.
+    """
+    with refusing():
+        find_device(request.device)
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise InputError(f"there is no run or file of weights at {path}{near_run(path)}")
+        has_runs = path.is_dir() and any(path.glob(f"*/{CONFIG_NAME}"))
+        is_run = (path / CONFIG_NAME).is_file()
+        found.update(dict.fromkeys(find_runs([str(path)]) if is_run or has_runs else [path]))
+    names = short_names([str(path) for path in found])
+    return [_subject(path, name, request) for path, name in zip(found, names, strict=True)]
+
+
+def _subject(path: Path, name: str, request: Request) -> Subject:
+    is_run = (path / CONFIG_NAME).is_file()
+    curves = lambda_curves(read_curves(path)) if is_run else {}
+    why_no_curves = "none are logged" if is_run else "it is not a run"
+    if request.trust:
+        import_modules_of_run(path)
+    subject = Subject(Analyzed(name, Measurements(), curves, why_no_curves), is_run)
+    try:
+        if is_run and find_run(str(path))[1] is None:
+            raise InputError("the run has no complete checkpoint")
+        trained = load(path, device=request.device)
+        layers = [part for part in trained.model.modules() if isinstance(part, Attention)]
+        subject.attention = ", ".join(dict.fromkeys(map(_label, layers))) or "none"
+        subject.num_parameters = sum(p.numel() for p in trained.model.parameters())
+        batches, spans = _batches(trained, path, request)
+    except (ValueError, OSError, InputError) as error:
+        subject.problem = f"{name}: {message_of(error).rstrip('.')}"
+        return subject
+    subject.num_samples = sum(map(size_of, batches))
+    measured = measure(trained.model, batches, spans=spans)
+    subject.analyzed = Analyzed(name, measured, curves, why_no_curves)
+    if measured.effects:
+        subject.metrics = dict(measured.effects[0].metrics)
+    return subject
+
+
+def _batches(
+    trained: TrainedModel, path: Path, request: Request
+) -> tuple[list[Batch], Callable[[Batch], Spans | None]]:
+    """Batches on the model's device, and what gives the answers and queries of one."""
+    device = next(trained.model.parameters()).device
+    is_text = isinstance(trained.model, TextModel)
+    if request.text is not None:
+        if not is_text:
+            name = article(type(trained.model).__name__)
+            raise InputError(f"it is {name}: --text needs a text model")
+        ids = trained.tokenizer.encode(request.text)
+        batch = _text_batch(ids, trained.model)
+        return [_moved(batch, device)], _spans_of_text(trained, ids, request, device)
+    if request.data is not None and is_text:
+        batches: Iterable[Any] = _text_files(trained, Path(request.data), request.num_samples)
+        special: Iterable[int] = ()
+    else:
+        data = _data(trained, path, request)
+        batches = data.val_dataloader()
+        special = getattr(getattr(data, "tokenizer", None), "special_ids", ())
+    found: list[Batch] = []
+    left = request.num_samples
+    for batch in batches:
+        if not isinstance(batch, dict):
+            raise InputError(f"the batches of {path} must be dicts, got {type(batch).__name__}")
+        found.append(_moved(samples_of(batch, slice(left)), device))
+        left -= size_of(found[-1])
+        if left <= 0:
+            break
+    if not found:
+        raise InputError(f"the data of {path} have no samples")
+    return found, lambda batch: spans_of(batch, frozenset(special))
+
+
+def _data(trained: TrainedModel, path: Path, request: Request) -> Any:
+    """The data of a run, or of the shipped recipe that trained the weights."""
+    config = config_around(path)
+    if config is None:
+        recipe = trained.job.recipe
+        if recipe is None:
+            raise InputError(
+                f"{path} is not in a run and does not name the recipe that trained it, so that "
+                f"there are no data: analyze the run, or give --text TEXT to a text model"
+            )
+        config = find_recipe(recipe)
+
+    def use_other(data: Any) -> None:
+        if request.data is not None:
+            use_other_data(data, request.data, str(path), "validate")
+
+    return validation_data(load_file(config), config.parent, trust=request.trust, prepare=use_other)
+
+
+def _text_files(trained: TrainedModel, path: Path, num_samples: int) -> list[dict[str, Tensor]]:
+    """The starts of text files, as many tokens as the model takes, each a batch."""
+    if not path.exists():
+        raise InputError(f"--data {path}: there is no such file or folder")
+    files = sorted(path.rglob(f"*{TEXT_ENDING}")) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"--data {path}: there are no {TEXT_ENDING} files in it")
+    assert isinstance(trained.model, TextModel)
+    most = trained.model.config.max_length
+    return [
+        _text_batch(trained.reader.read(file)["tokens"].tolist()[:most], trained.model)
+        for file in files[:num_samples]
+    ]
+
+
+def _text_batch(ids: Sequence[int], model: Any) -> dict[str, Tensor]:
+    """A batch of one text; a causal model predicts each token but the first."""
+    tokens = torch.tensor([list(ids)])
+    if not model.config.causal:
+        return {"tokens": tokens}
+    targets = tokens.roll(-1, dims=1)
+    targets[:, -1] = IGNORE_INDEX
+    return {"tokens": tokens, "targets": targets}
+
+
+def _spans_of_text(
+    trained: TrainedModel, ids: Sequence[int], request: Request, device: torch.device
+) -> Callable[[Batch], Spans | None]:
+    def spans(batch: Batch) -> Spans | None:
+        if request.span is None or request.text is None:
+            return None
+        tokens = tokens_of_span(trained.tokenizer, request.text, ids, *request.span)
+        queries = torch.zeros_like(tokens)
+        queries[-1] = True
+        return Spans(tokens[None].to(device), queries[None].to(device))
+
+    return spans
+
+
+def _moved(batch: dict[str, Any], device: torch.device) -> Batch:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _label(layer: Attention) -> str:
+    names = [name for name, kind in ATTENTIONS.items() if kind is type(layer)]
+    return names[0] if names else type(layer).__name__
