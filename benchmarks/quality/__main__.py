@@ -72,13 +72,14 @@ class Bench:
             )
         if cell.task == "text":
             unpack(self.data, self.out)
+        of_task = spec.given(cell.size, self.data.resolve(), self.out.resolve())
         given = [
-            *spec.given(cell.size, self.data.resolve(), self.out.resolve()),
-            *overrides(cell.variant),
+            *of_task,
+            *overrides(cell.variant, spec.recipe, of_task),
             f"--vars.learning_rate={cell.rate}",
             f"--vars.seed={cell.seed}",
             f"--vars.steps={cell.steps}",
-            f"--model.schedule.warmup_steps={min(100, max(1, cell.steps // 6))}",
+            f"--model.schedule.warmup_steps={min(100, cell.steps // 6)}",
         ]
         return Run(spec.recipe, given, cell.steps, compile=cell.compiled)
 

@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -270,13 +271,16 @@ def tail_mean(losses: Sequence[float]) -> float:
 def append(path: Path, row: Row) -> None:
     """Append a row to a file of JSON lines, in one write, so that processes can share it."""
     line = json.dumps(row) + "\n"
+    if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+        line = f"\n{line}"  # after a line that was cut off
     with path.open("a", encoding="utf-8") as file:
         file.write(line)
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file of JSON lines, without a last line that is incomplete."""
-    if not path.exists():
-        return []
-    lines = path.read_text("utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    """The rows of a file of JSON lines, without lines that were cut off."""
+    rows = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows

@@ -233,5 +233,5 @@ def draw(found: Sequence[Line], path: Path) -> None:
         panel.set_title(task)
     for panel in panels[len(tasks) :]:
         panel.set_visible(False)
-    panels[0].legend(fontsize="small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=150)
