@@ -48,7 +48,9 @@ def needles_in(words):
     found = {}
     for place in range(len(words) - 3):
         if words[place : place + 3] == ["magic", "number", "of"]:
-            end = words.index(".", place)
+            end = place + 4
+            while end < len(words) and words[end].isdigit():
+                end += 1
             found.setdefault(words[place + 3], []).append((place, words[place + 4 : end]))
     return found
 
@@ -61,6 +63,7 @@ def test_needles_answer_the_queries():
         asked = {city: places for city, places in found.items() if len(places) == 2}
         assert len(found) == 5
         assert len(asked) == 2
+        assert all(len(digits) == 3 for places in found.values() for _, digits in places)
         held, given = [], {}
         for (first, digits), (second, again) in asked.values():
             assert digits == again
@@ -78,9 +81,27 @@ def test_needles_that_are_asked_for_are_at_their_depth(depth):
     for seed in range(10):
         words, _, _ = drawn(source, length, seed)
         places = sorted(where[0][0] for where in needles_in(words).values() if len(where) == 2)
-        assert places[1] - places[0] == 6
+        assert places[1] - places[0] == 5
         before = sum(word.startswith("filler") for word in words[: places[0]])
         assert before == round(depth * num_fillers)
+
+
+def test_needles_are_asked_for_again_after_all_others():
+    source = Needles(num_needles=3, num_queries=7)
+    words, answers, _ = drawn(source, 100)
+    found = needles_in(words)
+    assert sorted(len(places) for places in found.values()) == [3, 3, 4]
+    assert len(answers) == 7 * source.num_digits
+    queries = sorted(place for places in found.values() for place, _ in places[1:])
+    city_at = {place: city for city, places in found.items() for place, _ in places}
+    asked = [city_at[place] for place in queries]
+    assert set(asked[:3]) == set(asked[3:6]) == set(found)
+    assert all(len({tuple(digits) for _, digits in places}) == 1 for places in found.values())
+
+
+def test_a_heat_map_asks_for_one_needle():
+    varied = Needles(num_queries=6).varied(0.25)
+    assert (varied.depth, varied.num_queries, varied.words) == (0.25, 1, Needles().words)
 
 
 def test_needles_are_at_all_depths_otherwise():
@@ -193,7 +214,7 @@ def test_examination():
     ("make", "message"),
     [
         (lambda: Needles(num_needles=0), "num_needles must be an integer of at least 1, got 0"),
-        (lambda: Needles(num_queries=5), "num_queries must be at most num_needles=4, got 5"),
+        (lambda: Needles(num_queries=0), "num_queries must be an integer of at least 1, got 0"),
         (lambda: Needles(base=1), "base must be an integer of at least 2, got 1"),
         (lambda: Needles(num_cities=3), "num_cities must be at least num_needles=4, got 3"),
         (lambda: Needles(depth=1.5), r"depth must be in \[0, 1\], got 1.5"),
@@ -207,12 +228,12 @@ def test_examination():
         (lambda: ManyShot(num_words=1, num_clusters=33), "give 32 different inputs"),
         (lambda: ManyShot(num_words=60), "fewer than 2 \\*\\* 62"),
         (
-            lambda: RetrievalData(Needles(), sequence_length=41),
-            r"sequence_length=41 is too short for Needles\(.*, which needs at least 42 tokens",
+            lambda: RetrievalData(Needles(), sequence_length=35),
+            r"sequence_length=35 is too short for Needles\(.*, which needs at least 36 tokens",
         ),
         (
-            lambda: RetrievalData(Needles(), vocab_size=78),
-            "has 79 words, which exceeds the model's vocab_size of 78",
+            lambda: RetrievalData(Needles(), vocab_size=77),
+            "has 78 words, which exceeds the model's vocab_size of 77",
         ),
         (lambda: RetrievalData(num_val_samples=0), "num_val_samples must be at least 1, got 0"),
     ],

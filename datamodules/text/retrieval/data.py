@@ -1,7 +1,6 @@
 """The datamodule of generated retrieval tasks."""
 
 import json
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, TypedDict
 
@@ -40,25 +39,16 @@ class RetrievalSamples(SeededDataset[RetrievalSample]):
         num_samples: Number of samples per epoch.
         split: Number of the split; splits have independent sequences.
         seed: Seed of the sequences.
-        easier: Easier tasks (see `RetrievalData`).
 
     Raises:
         ValueError: If the sequences are too short for the task.
     """
 
     def __init__(
-        self,
-        source: RetrievalSource,
-        *,
-        length: int,
-        num_samples: int,
-        split: int,
-        seed: int,
-        easier: Sequence[RetrievalSource] = (),
+        self, source: RetrievalSource, *, length: int, num_samples: int, split: int, seed: int
     ) -> None:
         source.check_length(length)
         self.source = source
-        self.easier = easier
         self.length = length
         self.num_samples = num_samples
         self.split = split
@@ -68,20 +58,12 @@ class RetrievalSamples(SeededDataset[RetrievalSample]):
         return self.num_samples
 
     def sample(self, epoch: int, index: int) -> RetrievalSample:
-        rng = sample_rng(self.seed, self.split, epoch, index)
-        source, length = self.source, self.length
-        if self.easier and (number := int(rng.integers(1 + len(self.easier)))):
-            source = self.easier[number - 1]
-            length = int(rng.integers(source.least_length, self.length, endpoint=True))
-        drawn = source.draw(length, rng)
+        drawn = self.source.draw(self.length, sample_rng(self.seed, self.split, epoch, index))
         targets = np.where(drawn.targets[1:] < 0, IGNORE_INDEX, drawn.targets[1:])
-        missing = (0, self.length - length)
         return {
-            "tokens": torch.from_numpy(np.pad(drawn.ids[:-1], missing).astype(np.int64)),
-            "targets": torch.from_numpy(
-                np.pad(targets, missing, constant_values=IGNORE_INDEX).astype(np.int64)
-            ),
-            "evidence": torch.from_numpy(np.pad(drawn.evidence[:-1], missing)),
+            "tokens": torch.from_numpy(drawn.ids[:-1].astype(np.int64)),
+            "targets": torch.from_numpy(targets.astype(np.int64)),
+            "evidence": torch.from_numpy(drawn.evidence[:-1]),
             "index": torch.tensor(index),
         }
 
@@ -94,10 +76,6 @@ class RetrievalData(SeededDataModule):
 
     Args:
         source: The task, a class of `datamodules.text.retrieval.sources`; by default `Needles()`.
-        easier: Easier tasks with the same words, which training mixes in with the same probability
-            as `source`. Their sequences have random lengths from the shortest possible, and are
-            filled up with the end-of-text token. In long contexts alone, small models take much
-            longer to learn to look back at all.
         sequence_length: Number of tokens per sample.
         vocab_size: The model's vocabulary size; if given, the task must not exceed it.
         num_samples: Number of training samples per epoch.
@@ -107,8 +85,8 @@ class RetrievalData(SeededDataModule):
         seed: Seed of all samples.
 
     Raises:
-        ValueError: If an argument is out of range, the sequences are too short for a task, an
-            easier task has other words, or the task has more words than `vocab_size`.
+        ValueError: If an argument is out of range, the sequences are too short for the task, or the
+            task has more words than `vocab_size`.
     """
 
     objective = "causal"
@@ -117,7 +95,6 @@ class RetrievalData(SeededDataModule):
         self,
         source: RetrievalSource | None = None,
         *,
-        easier: list[RetrievalSource] | None = None,
         sequence_length: int = 128,
         vocab_size: int | None = None,
         num_samples: int = 32768,
@@ -128,11 +105,7 @@ class RetrievalData(SeededDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         self.source = source or Needles()
-        self.easier = easier or []
-        for task in (self.source, *self.easier):
-            task.check_length(sequence_length)
-            if tuple(task.words) != tuple(self.source.words):
-                raise ValueError(f"{task!r} has other words than {self.source!r}")
+        self.source.check_length(sequence_length)
         for name, number in (("num_samples", num_samples), ("num_val_samples", num_val_samples)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
@@ -167,13 +140,11 @@ class RetrievalData(SeededDataModule):
             num_samples=self.num_samples if split == TRAIN else self.num_val_samples,
             split=split,
             seed=self.seed,
-            easier=self.easier if split == TRAIN else (),
         )
 
     def fingerprint(self) -> Fingerprint:
         return {
             "source": repr(self.source),
-            "easier": repr(self.easier),
             "sequence_length": self.sequence_length,
             "samples": self.num_samples,
             "data seed": self.seed,

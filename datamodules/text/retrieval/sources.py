@@ -101,14 +101,15 @@ class RetrievalSource(Settings, ABC):
 class Needles(RetrievalSource):
     """Multi-needle retrieval (Kamradt, 2023; differential transformer, section 3.3).
 
-    The context is filler text with `num_needles` sentences "magic number of CITY 4 7 ." at
-    random places. It is followed by `num_queries` sentences about different cities of the context,
-    whose digits are the answers. Filler words, cities and digits are drawn uniformly; cities of one
-    sequence are different.
+    The context is filler text with `num_needles` sentences "magic number of CITY 4 7" at
+    random places. It is followed by `num_queries` sentences about cities of the context, whose
+    digits are the answers. Filler words, cities and digits are drawn uniformly; cities of one
+    sequence are different. No city is asked for again before all others were.
 
     Args:
         num_needles: Number of needles, at least 1.
-        num_queries: Number of queries, from 1 to `num_needles`.
+        num_queries: Number of queries, at least 1. With more than `num_needles`, cities are asked
+            for several times, so that small models learn from more answers per sequence.
         num_digits: Number of digits of an answer, one token each.
         base: Number of different digits, at least 2.
         num_cities: Number of cities, at least `num_needles`.
@@ -136,11 +137,6 @@ class Needles(RetrievalSource):
         super().__post_init__()
         self._check_least(num_needles=1, num_queries=1, num_digits=1, base=2, num_cities=1)
         self._check_least(num_fillers=1)
-        if self.num_queries > self.num_needles:
-            raise ValueError(
-                f"num_queries must be at most num_needles={self.num_needles}, got "
-                f"{self.num_queries}"
-            )
         if self.num_cities < self.num_needles:
             raise ValueError(
                 f"num_cities must be at least num_needles={self.num_needles}, got {self.num_cities}"
@@ -150,7 +146,7 @@ class Needles(RetrievalSource):
 
     @cached_property
     def words(self) -> Sequence[str]:
-        template = ("magic", "number", "of", ".")
+        template = ("magic", "number", "of")
         digits = map(str, range(self.base))
         cities = (f"city{number}" for number in range(self.num_cities))
         fillers = (f"filler{number}" for number in range(self.num_fillers))
@@ -158,7 +154,7 @@ class Needles(RetrievalSource):
 
     @property
     def _needle_length(self) -> int:
-        return 5 + self.num_digits
+        return 4 + self.num_digits
 
     @property
     def least_length(self) -> int:
@@ -170,7 +166,9 @@ class Needles(RetrievalSource):
         num_fillers = length + 1 - self.least_length
         fillers = rng.integers(self.num_fillers, size=num_fillers) + self._ids["filler0"]
         places = rng.integers(num_fillers, size=self.num_needles, endpoint=True)
-        asked = rng.permutation(self.num_needles)[: self.num_queries]
+        num_rounds = -(-self.num_queries // self.num_needles)
+        rounds = [rng.permutation(self.num_needles) for _ in range(num_rounds)]
+        asked = np.concatenate(rounds)[: self.num_queries]
         if self.depth is not None:
             places[asked] = round(self.depth * num_fillers)
         # Needles at the same place are in random order, except that those asked for are adjacent.
@@ -197,10 +195,15 @@ class Needles(RetrievalSource):
             evidence.append(np.zeros(self._needle_length, bool))
         return Drawn(*map(np.concatenate, (parts, targets, evidence)))
 
+    def varied(self, value: float) -> "Needles":
+        """This source with another depth, and with one query, since needles that are not asked for
+        have random places."""
+        return replace(self, depth=value, num_queries=1)
+
     @cached_property
     def _is_digit(self) -> Flags:
         place = np.arange(self._needle_length)
-        return (place >= 4) & (place < 4 + self.num_digits)
+        return place >= 4
 
     def _sentence(self, city: int, digits: Ids) -> Ids:
         return np.array(
@@ -208,7 +211,6 @@ class Needles(RetrievalSource):
                 *self._ids_of(("magic", "number", "of")),
                 self._ids["city0"] + city,
                 *(self._ids["0"] + digits),
-                self._ids["."],
             ]
         )
 
