@@ -165,6 +165,13 @@ def make_parser() -> argparse.ArgumentParser:
     made.add_argument("folder", type=Path, metavar="DATA")
     prepared = [name for name, spec in TASKS.items() if spec.prepared]
     made.add_argument("--tasks", default=",".join(prepared), help="(default: %(default)s)")
+    made.add_argument(
+        "--text-mib",
+        type=int,
+        default=110,
+        metavar="N",
+        help="text before compression, in MiB; about 0.17 of that after it (default: %(default)s)",
+    )
     run = verbs.add_parser("run", help="run cells")
     run.add_argument("--data", type=Path, default=Path("data/quality"), metavar="DATA")
     run.add_argument("--minutes", type=float, metavar="M", help="start no cell after this time")
@@ -255,12 +262,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(given)
     if options.verb == "prepare":
+        if options.text_mib < 1:
+            parser.error(f"--text-mib must be at least 1, got {options.text_mib}")
         prepared = [name for name, spec in TASKS.items() if spec.prepared]
         for name in names(parser, "--tasks", options.tasks, prepared):
             folder = options.folder / name
             if not folder.exists():
                 options.folder.mkdir(parents=True, exist_ok=True)
-                prepare(name, folder, Sources())
+                prepare(name, folder, Sources(text_bytes=options.text_mib * 2**20))
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             print(f"{folder}: {size / 2**20:.1f} MiB", flush=True)
         return

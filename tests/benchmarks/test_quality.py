@@ -341,6 +341,7 @@ def test_what_is_missing_is_named(tmp_path):
         (["--part", "2/2"], "--part must be I/N with 0 <= I < N, got 2/2"),
         (["--seeds", "1,1"], "--seeds must be different numbers of at least 0, got '1,1'"),
         (["--rates", "fast"], "--rates must be numbers separated by commas, got 'fast'"),
+        (["prepare", "x", "--text-mib", "0"], "--text-mib must be at least 1, got 0"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
     ],
 )
