@@ -46,12 +46,12 @@ def test_sequences_have_their_length_and_evidence_precedes_answers(source):
 def needles_in(words):
     """The place and the digits of each needle, by city; queries come last."""
     found = {}
-    for place in range(len(words) - 3):
-        if words[place : place + 3] == ["magic", "number", "of"]:
-            end = place + 4
+    for place in range(len(words) - 1):
+        if words[place] == "number":
+            end = place + 2
             while end < len(words) and words[end].isdigit():
                 end += 1
-            found.setdefault(words[place + 3], []).append((place, words[place + 4 : end]))
+            found.setdefault(words[place + 1], []).append((place, words[place + 2 : end]))
     return found
 
 
@@ -67,8 +67,8 @@ def test_needles_answer_the_queries():
         held, given = [], {}
         for (first, digits), (second, again) in asked.values():
             assert digits == again
-            held += range(first + 4, first + 7)
-            given.update(zip(range(second + 4, second + 7), digits, strict=True))
+            held += range(first + 2, first + 5)
+            given.update(zip(range(second + 2, second + 5), digits, strict=True))
         assert np.flatnonzero(evidence).tolist() == sorted(held)
         assert answers == given
 
@@ -81,7 +81,7 @@ def test_needles_that_are_asked_for_are_at_their_depth(depth):
     for seed in range(10):
         words, _, _ = drawn(source, length, seed)
         places = sorted(where[0][0] for where in needles_in(words).values() if len(where) == 2)
-        assert places[1] - places[0] == 5
+        assert places[1] - places[0] == 3
         before = sum(word.startswith("filler") for word in words[: places[0]])
         assert before == round(depth * num_fillers)
 
@@ -198,9 +198,9 @@ def test_batches(source):
 def test_prompts_are_words():
     data = RetrievalData(Needles())
     reader = make_reader(Job(reader=data.describe_inputs()["reader"]), origin="the test")
-    tokens = reader.read("magic number of city3 7")["tokens"]
-    assert [data.source.words[token] for token in tokens[2:]] == ["of", "city3", "7"]
-    assert reader.encoder.decode(tokens) == "magic number of city3 7"
+    tokens = reader.read("number city3 7")["tokens"]
+    assert [data.source.words[token] for token in tokens] == ["number", "city3", "7"]
+    assert reader.encoder.decode(tokens) == "number city3 7"
     assert reader.encoder.eos_id == 0
 
 
@@ -228,12 +228,12 @@ def test_examination():
         (lambda: ManyShot(num_words=1, num_clusters=33), "give 32 different inputs"),
         (lambda: ManyShot(num_words=60), "fewer than 2 \\*\\* 62"),
         (
-            lambda: RetrievalData(Needles(), sequence_length=35),
-            r"sequence_length=35 is too short for Needles\(.*, which needs at least 36 tokens",
+            lambda: RetrievalData(Needles(), sequence_length=23),
+            r"sequence_length=23 is too short for Needles\(.*, which needs at least 24 tokens",
         ),
         (
-            lambda: RetrievalData(Needles(), vocab_size=77),
-            "has 78 words, which exceeds the model's vocab_size of 77",
+            lambda: RetrievalData(Needles(), vocab_size=75),
+            "has 76 words, which exceeds the model's vocab_size of 75",
         ),
         (lambda: RetrievalData(num_val_samples=0), "num_val_samples must be at least 1, got 0"),
     ],

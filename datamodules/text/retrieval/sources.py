@@ -93,15 +93,12 @@ class RetrievalSource(Settings, ABC):
     def _ids(self) -> dict[str, int]:
         return {word: id for id, word in enumerate(self.words)}
 
-    def _ids_of(self, words: Sequence[str]) -> list[int]:
-        return [self._ids[word] for word in words]
-
 
 @dataclass(frozen=True)
 class Needles(RetrievalSource):
     """Multi-needle retrieval (Kamradt, 2023; differential transformer, section 3.3).
 
-    The context is filler text with `num_needles` sentences "magic number of CITY 4 7" at
+    The context is filler text with `num_needles` sentences "number CITY 4 7" at
     random places. It is followed by `num_queries` sentences about cities of the context, whose
     digits are the answers. Filler words, cities and digits are drawn uniformly; cities of one
     sequence are different. No city is asked for again before all others were.
@@ -146,15 +143,14 @@ class Needles(RetrievalSource):
 
     @cached_property
     def words(self) -> Sequence[str]:
-        template = ("magic", "number", "of")
         digits = map(str, range(self.base))
         cities = (f"city{number}" for number in range(self.num_cities))
         fillers = (f"filler{number}" for number in range(self.num_fillers))
-        return (EOS, *template, *digits, *cities, *fillers)
+        return (EOS, "number", *digits, *cities, *fillers)
 
     @property
     def _needle_length(self) -> int:
-        return 4 + self.num_digits
+        return 2 + self.num_digits
 
     @property
     def least_length(self) -> int:
@@ -203,12 +199,12 @@ class Needles(RetrievalSource):
     @cached_property
     def _is_digit(self) -> Flags:
         place = np.arange(self._needle_length)
-        return place >= 4
+        return place >= 2
 
     def _sentence(self, city: int, digits: Ids) -> Ids:
         return np.array(
             [
-                *self._ids_of(("magic", "number", "of")),
+                self._ids["number"],
                 self._ids["city0"] + city,
                 *(self._ids["0"] + digits),
             ]
