@@ -187,9 +187,7 @@ def steps_in_time(rows: Sequence[Row], settings: Settings, task: str, variant: s
     return max(1, round(steps * min(MOST_STEPS, pace[0] / pace[1])))
 
 
-def pending(
-    rows: Sequence[Row], settings: Settings, task: str, variant: str, *, with_time: bool = True
-) -> list[Cell]:
+def pending(rows: Sequence[Row], settings: Settings, task: str, variant: str) -> list[Cell]:
     """The cells of a task and variant that can be run now; none if it is complete, or if equal time
     waits for the cells of softmax."""
     tuned = tune(rows, settings, task, variant)
@@ -197,7 +195,7 @@ def pending(
         return [settings.cell(task, variant, rate, seed) for rate, seed in tuned.missing]
     cells = [settings.cell(task, variant, tuned.best, seed) for seed in settings.seeds]
     missing = [cell for cell in cells if not cell.is_in(rows)]
-    if missing or not with_time:
+    if missing:
         return missing
     steps = steps_in_time(rows, settings, task, variant)
     if steps is None or steps == settings.num_steps(task):

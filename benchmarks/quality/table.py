@@ -73,8 +73,9 @@ class Line:
 
 
 def half_width(differences: Sequence[float]) -> float | None:
-    """Half the width of the 95 % interval of a mean: `t * s / sqrt(n)`."""
-    if len(differences) < 2:
+    """Half the width of the 95 % interval of a mean: `t * s / sqrt(n)`; `None` for fewer than two
+    differences, or if a run diverged."""
+    if len(differences) < 2 or not all(map(math.isfinite, differences)):
         return None
     quantile = float(stats.t.ppf(0.975, len(differences) - 1))
     return quantile * statistics.stdev(differences) / math.sqrt(len(differences))
