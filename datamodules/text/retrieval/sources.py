@@ -101,12 +101,13 @@ class Needles(RetrievalSource):
     The context is filler text with `num_needles` sentences "number CITY 4 7" at
     random places. It is followed by `num_queries` sentences about cities of the context, whose
     digits are the answers. Filler words, cities and digits are drawn uniformly; cities of one
-    sequence are different. No city is asked for again before all others were.
+    sequence are different.
 
     Args:
         num_needles: Number of needles, at least 1.
-        num_queries: Number of queries, at least 1. With more than `num_needles`, cities are asked
-            for several times, so that small models learn from more answers per sequence.
+        num_queries: Number of queries, at least 1. Up to `num_needles`, they are about different
+            cities; with more, each is about a random one, so that small models learn from more
+            answers per sequence, and cannot guess what has not been asked for yet.
         num_digits: Number of digits of an answer, one token each.
         base: Number of different digits, at least 2.
         num_cities: Number of cities, at least `num_needles`.
@@ -162,9 +163,10 @@ class Needles(RetrievalSource):
         num_fillers = length + 1 - self.least_length
         fillers = rng.integers(self.num_fillers, size=num_fillers) + self._ids["filler0"]
         places = rng.integers(num_fillers, size=self.num_needles, endpoint=True)
-        num_rounds = -(-self.num_queries // self.num_needles)
-        rounds = [rng.permutation(self.num_needles) for _ in range(num_rounds)]
-        asked = np.concatenate(rounds)[: self.num_queries]
+        if self.num_queries <= self.num_needles:
+            asked = rng.permutation(self.num_needles)[: self.num_queries]
+        else:
+            asked = rng.integers(self.num_needles, size=self.num_queries)
         if self.depth is not None:
             places[asked] = round(self.depth * num_fillers)
         # Needles at the same place are in random order, except that those asked for are adjacent.
