@@ -22,9 +22,7 @@ running them.
 import argparse
 import json
 import math
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -33,15 +31,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
+from benchmarks.quality.engine import (
+    Batch,
+    Data,
+    Run,
+    append,
+    cached_batches,
+    read,
+    tail_mean,
+)
 from diffmm.layers.attention import Attention, DiffAttentionV1
-from diffmm.recipes.catalog import find_recipe
-from diffmm.recipes.settings import load
-from diffmm.recipes.trainer import RecipeCLI
-from diffmm.training.optimizer import parameter_groups
 
-Batch = dict[str, Tensor]
 Change = Callable[[nn.Module], None]
 
 CONFIG = "--model.model.config."
@@ -205,19 +206,7 @@ class Cell:
     seed: int
 
 
-@dataclass
-class Data:
-    """All training batches of a run, `[steps, B, ...]` per field, and its validation batches."""
-
-    train: Batch
-    val: list[Batch]
-
-    def to(self, device: str) -> "Data":
-        train = {name: value.to(device) for name, value in self.train.items()}
-        return Data(train, [{n: v.to(device) for n, v in batch.items()} for batch in self.val])
-
-
-class SmallRun:
+class SmallRun(Run):
     """The untrained model and the data of a recipe with the changes of a cell."""
 
     def __init__(self, cell: Cell, letters: Path, steps: int | None) -> None:
@@ -228,120 +217,12 @@ class SmallRun:
             f"--vars.attention={cell.attention}",
             f"--vars.learning_rate={cell.rate}",
             f"--vars.seed={cell.seed}",
-            "--trainer.logger=false",
-            f"--trainer.accelerator={'gpu' if torch.cuda.is_available() else 'cpu'}",
-            "--trainer.callbacks=null",
-            "--trainer.enable_checkpointing=false",
             *(override for overrides, _ in parts for override in overrides),
         ]
-        with tempfile.TemporaryDirectory() as run_dir:
-            values = {**load([find_recipe(recipe)], given), "run_dir": run_dir}
-            cli: Any = RecipeCLI(values)
-        self.task, self.data, self.trainer = cli.model, cli.datamodule, cli.trainer
+        super().__init__(recipe, given, steps)
         for _, change in parts:
             if change is not None:
                 change(self.task.model)
-        self.num_steps: int = steps or self.trainer.max_steps
-
-    def collect(self) -> Data:
-        """Load the training batches, in order, and the validation batches."""
-        self.data.prepare_data()
-        self.data.setup("fit")
-        batches: list[Batch] = []
-        loader = self.data.train_dataloader()
-        for epoch in range(self.num_steps):
-            loader.sampler.set_epoch(epoch)
-            for batch in loader:
-                batches.append(batch)
-                if len(batches) == self.num_steps:
-                    train = {k: stacked([b[k] for b in batches]) for k in batch}
-                    limit = self.trainer.limit_val_batches
-                    val = list(self.data.val_dataloader())
-                    return Data(train, val[:limit] if isinstance(limit, int) else val)
-        raise AssertionError("an epoch without batches")
-
-    def loss(self, batch: Batch) -> Tensor:
-        """The training loss of a batch."""
-        loss: Tensor = self.task.training_loss(batch, 0)
-        return loss
-
-    def optimizer(self, device: str) -> torch.optim.AdamW:
-        config = self.task.optimizer_config
-        groups = parameter_groups(self.task.model, config)
-        for group in groups:
-            group["lr"] = torch.tensor(group["lr"], device=device)
-        cuda = device == "cuda"
-        return torch.optim.AdamW(
-            groups, betas=config.betas, eps=config.eps, fused=cuda or None, capturable=cuda
-        )
-
-    def train(self, data: Data, device: str, trace: "Trace | None" = None) -> list[float]:
-        """Train with the recipe's gradient clipping, and return the losses of all steps."""
-        model = self.task.model.to(device).train()
-        optimizer = self.optimizer(device)
-        peaks = [float(group["lr"]) for group in optimizer.param_groups]
-        batch = {name: value[0].clone() for name, value in data.train.items()}
-        losses = torch.zeros(self.num_steps, device=device)
-        graph, loss = None, torch.zeros((), device=device)
-
-        def step() -> Tensor:
-            with self.trainer.precision_plugin.forward_context():
-                loss = self.loss(batch)
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), self.trainer.gradient_clip_val)
-            optimizer.step()
-            return loss.detach()
-
-        for number in range(self.num_steps):
-            for name, value in data.train.items():
-                batch[name].copy_(value[number])
-            factor = self.task.schedule_config.factor(number)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"].fill_(peak * factor)
-            if trace is not None and number in trace.steps:
-                trace.look(number, self, batch)
-            if graph is not None:
-                graph.replay()
-            elif device == "cuda" and trace is None and number == 3:
-                # After three steps, all memory is allocated and the optimizer has its state.
-                optimizer.zero_grad(set_to_none=True)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    loss = step()
-                graph.replay()
-            elif device == "cuda":
-                # Graph capture requires warmup steps on another stream.
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    optimizer.zero_grad(set_to_none=True)
-                    loss = step()
-                torch.cuda.current_stream().wait_stream(side)
-            else:
-                optimizer.zero_grad(set_to_none=True)
-                loss = step()
-            losses[number] = loss
-        return losses.tolist()
-
-    @torch.no_grad()
-    def evaluate(self, data: Data) -> dict[str, float]:
-        """Return the task's validation metrics."""
-        self.task.model.eval()
-        metrics: dict[str, Any] = self.task.make_metrics()
-        for metric in metrics.values():
-            metric.to(next(self.task.model.parameters()).device)
-        for batch in data.val:
-            with self.trainer.precision_plugin.forward_context():
-                self.task.update_metrics(batch, metrics)
-        return {name: float(metric.compute()) for name, metric in metrics.items()}
-
-
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Stack batches; waveforms are padded with zeros to the longest clip."""
-    if tensors[0].ndim != 2 or not tensors[0].is_floating_point():
-        return torch.stack(list(tensors))
-    longest = max(tensor.shape[1] for tensor in tensors)
-    return torch.stack([pad(tensor, (0, longest - tensor.shape[1])) for tensor in tensors])
 
 
 class Trace:
@@ -362,7 +243,9 @@ class Trace:
             f"out common  out/stream  logits"
         )
 
-    def look(self, step: int, run: SmallRun, batch: Batch) -> None:
+    def __call__(self, run: Run, step: int, batch: Batch) -> None:
+        if step not in self.steps:
+            return
         seen: dict[tuple[int, str], Tensor] = {}
         hooks = []
         layers = [m for m in run.task.model.modules() if isinstance(m, Attention)]
@@ -431,14 +314,13 @@ def run_cell(
     """Train and evaluate a cell."""
     start = time.monotonic()
     run = SmallRun(cell, letters, steps)
-    losses = run.train(data, device)
+    losses = run.train(data, device).losses
     metrics = run.evaluate(data)
-    tail = losses[-max(1, len(losses) // 20) :]
     return {
         **asdict(cell),
         **{name: round(value, 5) for name, value in metrics.items()},
-        "train_loss": round(sum(tail) / len(tail), 5),
-        "parameters": sum(p.numel() for p in run.task.model.parameters()),
+        "train_loss": round(tail_mean(losses), 5),
+        "parameters": run.num_parameters,
         "seconds": round(time.monotonic() - start, 1),
     }
 
@@ -522,12 +404,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.trace:
             run = SmallRun(cell, options.letters, options.steps)
             run.num_steps = min(run.num_steps, max(Trace.steps) + 1)
-            run.train(data[key], device, Trace(f"{cell.task} {cell.attention} {cell.setting}"))
+            title = f"{cell.task} {cell.attention} {cell.setting}"
+            run.train(data[key], device, watch=Trace(title))
             continue
         row = run_cell(cell, data[key], device, options.letters, options.steps)
         print(json.dumps(row), flush=True)
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(path, row)
     if not options.trace:
         print(table(read(path)))
 
@@ -535,16 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def batches(cell: Cell, options: argparse.Namespace) -> Data:
     """The batches of all cells of a task and seed, cached in the output folder."""
     path: Path = options.out / f"batches_{cell.task}_{cell.seed}_{options.steps}.pt"
-    if not path.exists():
-        data = SmallRun(cell, options.letters, options.steps).collect()
-        unfinished = path.with_suffix(f".{os.getpid()}")  # other processes may read `path`
-        torch.save(asdict(data), unfinished)
-        unfinished.replace(path)
-    return Data(**torch.load(path))
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return cached_batches(path, lambda: SmallRun(cell, options.letters, options.steps))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Datamodules for the models of `diffmm`, one package per modality.
 
 `TextData`, `ImageData` and `AudioData` are LightningDataModules. Each has an embedded default
-source that needs no network, and sources for real data sets. They are imported on first access.
+source that needs no network, and sources for real data sets. `RetrievalData` generates sequences
+whose answers must be found in the context. They are imported on first access.
 """
 
 from importlib import import_module
@@ -10,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datamodules.audio import AudioData
     from datamodules.image import ImageData
-    from datamodules.text import TextData
+    from datamodules.text import RetrievalData, TextData
 
-__all__ = ["AudioData", "ImageData", "TextData"]
+__all__ = ["AudioData", "ImageData", "RetrievalData", "TextData"]
 
 _HOMES = {
     "AudioData": "datamodules.audio",
     "ImageData": "datamodules.image",
+    "RetrievalData": "datamodules.text",
     "TextData": "datamodules.text",
 }
 

@@ -37,6 +37,9 @@ class TextBatch(TypedDict):
     """`[B, N]` int64, the document of each token, in packed batches."""
     key_padding: NotRequired[Tensor]
     """`[B, N]` bool, true where a token is real, in padded batches."""
+    evidence: NotRequired[Tensor]
+    """`[B, N]` bool, true at the tokens that hold the answers of the sample, which are its targets.
+    Models and losses do not use it; the analysis of attention and retrieval does."""
     index: NotRequired[Tensor]
     """`[B]` int64, the index of each sample in its dataset, for messages and the order of
     predictions. The datamodules of this library always give it."""
@@ -120,6 +123,32 @@ def named_fields(
         f"{owner} takes batches that are {' or '.join(dict.fromkeys(choices))}, or a dict with "
         f"{' and '.join(needed)}: got {found}"
     )
+
+
+def answer_counts(predicted: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Count the answers of each sample, and those of them that are predicted exactly.
+
+    An answer is a run of successive targets between positions without a target. It is exact if
+    every token of it is.
+
+    Args:
+        predicted: Predicted token ids, `[B, N]`.
+        targets: Token ids, `[B, N]`; `IGNORE_INDEX` where there is no target.
+
+    Returns:
+        The numbers of exact answers and of all answers, both `[B]` int64.
+
+    >>> answer_counts(torch.tensor([[5, 1, 2, 4]]), torch.tensor([[-100, 1, -100, 3]]))
+    (tensor([1]), tensor([2]))
+    """
+    is_target = targets != IGNORE_INDEX
+    begins = is_target.clone()
+    begins[:, 1:] &= ~is_target[:, :-1]
+    num_wrong = torch.zeros_like(targets).scatter_add(
+        1, (begins.cumsum(1) - 1).clamp(min=0), (is_target & (predicted != targets)).long()
+    )
+    num_answers = begins.sum(1)
+    return num_answers - (num_wrong > 0).sum(1), num_answers
 
 
 def size_of(batch: Any) -> int:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datamodules.image.data import ImageData
+    from datamodules.image.idx import MNIST, FashionMNIST
     from datamodules.image.reader import ImageReader
     from datamodules.image.sources import (
         CIFAR10,
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 __all__ = [
     "CIFAR10",
     "CIFAR100",
+    "MNIST",
     "Digits",
+    "FashionMNIST",
     "ImageData",
     "ImageFolder",
     "ImageReader",
@@ -32,12 +35,14 @@ _HOMES = {
     "CIFAR10": "datamodules.image.sources",
     "CIFAR100": "datamodules.image.sources",
     "Digits": "datamodules.image.sources",
+    "FashionMNIST": "datamodules.image.idx",
     "ImageData": "datamodules.image.data",
     "ImageFolder": "datamodules.image.sources",
     "ImageReader": "datamodules.image.reader",
     "ImageSource": "datamodules.image.sources",
     "ImageTable": "datamodules.image.sources",
     "ImageTransform": "datamodules.image.transform",
+    "MNIST": "datamodules.image.idx",
 }
 
 

@@ -7,12 +7,18 @@ if TYPE_CHECKING:
     from datamodules.text.data import TextData
     from datamodules.text.datasets import HuggingFaceText
     from datamodules.text.reader import TextReader
+    from datamodules.text.retrieval.data import RetrievalData
+    from datamodules.text.retrieval.sources import AssociativeRecall, ManyShot, Needles
     from datamodules.text.sources import Corpus, StandardLibrary, TextFolder, TextSource, TokenFiles
     from datamodules.text.token_files import write_token_file
 
 __all__ = [
+    "AssociativeRecall",
     "Corpus",
     "HuggingFaceText",
+    "ManyShot",
+    "Needles",
+    "RetrievalData",
     "StandardLibrary",
     "TextData",
     "TextFolder",
@@ -23,8 +29,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AssociativeRecall": "datamodules.text.retrieval.sources",
     "Corpus": "datamodules.text.sources",
     "HuggingFaceText": "datamodules.text.datasets",
+    "ManyShot": "datamodules.text.retrieval.sources",
+    "Needles": "datamodules.text.retrieval.sources",
+    "RetrievalData": "datamodules.text.retrieval.data",
     "StandardLibrary": "datamodules.text.sources",
     "TextData": "datamodules.text.data",
     "TextFolder": "datamodules.text.sources",

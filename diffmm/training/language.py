@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torchmetrics import Metric
 
-from diffmm.batch import IGNORE_INDEX, InputShapes, TextBatch
+from diffmm.batch import IGNORE_INDEX, InputShapes, TextBatch, answer_counts
 from diffmm.models.job import Job, text_reader
 from diffmm.models.text import TextModel
 from diffmm.ops import AttentionMask, Losses
@@ -28,13 +29,18 @@ class LanguageTask(Task):
     In addition to the metrics of every task, it logs `val/loss` (nats per target),
     `val/perplexity` (`exp(val/loss)`) and `val/bits_per_byte` (the total loss in bits divided by
     the number of bytes that the targets encode). Bits per byte are comparable between tokenizers,
-    and are logged only if the batches contain `num_bytes`.
+    and are logged only if the batches contain `num_bytes`. With `answers`, it also logs
+    `val/accuracy`.
 
     Args:
         model: Text model to train.
         optimizer, schedule, finetune, compile, activation_checkpointing, fp8: See `Task`.
         tokenizer: Name of the tokenizer that produced the tokens. Checkpoints store it for text
             generation.
+        answers: Whether the targets are answers, such as those of `datamodules.RetrievalData`.
+            Evaluation then logs `val/accuracy`, the fraction of answers all of whose tokens have
+            the highest logits (see `diffmm.batch.answer_counts`), and holds all logits of a batch
+            in memory.
 
     Raises:
         ValueError: If `model.config.causal` is not what the task needs.
@@ -50,6 +56,7 @@ class LanguageTask(Task):
         schedule: ScheduleConfig,
         *,
         tokenizer: str = "bytes",
+        answers: bool = False,
         finetune: FineTuneConfig | None = None,
         compile: bool = False,
         activation_checkpointing: bool = False,
@@ -60,6 +67,7 @@ class LanguageTask(Task):
                 f"{type(self).__name__} trains a text model with causal={self.CAUSAL}, "
                 f"got causal={model.config.causal}"
             )
+        self.answers = answers
         super().__init__(
             model,
             optimizer,
@@ -76,14 +84,17 @@ class LanguageTask(Task):
         job = super().make_job(data)
         return job if job.reader else replace(job, reader=text_reader(self.tokenizer))
 
-    def losses(self, batch: TextBatch) -> Losses:
-        """Return the losses of all positions, `[B, N]`, and their sum."""
-        mask = AttentionMask(
+    def mask(self, batch: TextBatch) -> AttentionMask:
+        """Return the mask of a batch."""
+        return AttentionMask(
             causal=self.CAUSAL,
             document_ids=batch.get("document_ids"),
             key_padding=batch.get("key_padding"),
         )
-        return self.model(batch["tokens"], mask=mask, targets=batch["targets"])
+
+    def losses(self, batch: TextBatch) -> Losses:
+        """Return the losses of all positions, `[B, N]`, and their sum."""
+        return self.model(batch["tokens"], mask=self.mask(batch), targets=batch["targets"])
 
     def loss_sum(self, batch: TextBatch, batch_idx: int) -> LossSum:
         count = (batch["targets"] != IGNORE_INDEX).sum().float()
@@ -93,10 +104,25 @@ class LanguageTask(Task):
         return {"targets": inputs["tokens"]}
 
     def make_metrics(self) -> dict[str, Metric]:
-        return {"loss": RatioOfSums(), "perplexity": Perplexity(), "bits_per_byte": RatioOfSums()}
+        accuracy = {"accuracy": RatioOfSums()} if self.answers else {}
+        return {
+            "loss": RatioOfSums(),
+            "perplexity": Perplexity(),
+            "bits_per_byte": RatioOfSums(),
+            **accuracy,
+        }
 
     def update_metrics(self, batch: TextBatch, metrics: dict[str, Metric]) -> None:
-        total = self.losses(batch).total
+        if self.answers:
+            targets = batch["targets"]
+            logits = self.model(batch["tokens"], mask=self.mask(batch)).float()
+            total = cross_entropy(
+                logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+            )
+            num_exact, num_answers = answer_counts(logits.argmax(dim=-1), targets)
+            metrics["accuracy"].update(num_exact.sum(), num_answers.sum())
+        else:
+            total = self.losses(batch).total
         count = (batch["targets"] != IGNORE_INDEX).sum()
         metrics["loss"].update(total, count)
         metrics["perplexity"].update(total, count)

@@ -21,6 +21,9 @@ TINY = (
     "audio/sound_events_tiny",
     "image/digits_mae_tiny",
     "image/digits_tiny",
+    "text/many_shot_tiny",
+    "text/needles_tiny",
+    "text/recall_tiny",
     "text/stdlib_mlm_tiny",
     "text/stdlib_tiny",
 )
@@ -171,7 +174,7 @@ def test_the_papers_batches(name):
 def test_tiny_recipes_train(name, attention, tmp_path):
     small = ["--data.batch_size", "4", "--trainer.logger", "false", "--trainer.callbacks", "[]"]
     small += ["--trainer.fast_dev_run", "2", "--trainer.enable_progress_bar", "false"]
-    if name.startswith("text/"):
+    if name.startswith("text/stdlib"):
         small += ["--data.source.init_args.max_bytes", "2000000"]
     recipe = values(name, "--vars.attention", attention, *small)
     silence_noise()

@@ -1,0 +1,311 @@
+"""The quality of attention variants at equal parameters, tokens and time: the table.
+
+    python -m benchmarks.quality prepare DATA [--tasks text,speech]
+    python -m benchmarks.quality [run] [--tasks text,digits] [--variants softmax,diff_v1]
+        [--data DATA] [--out DIR] [--minutes M] [--part 0/2] [--size tiny]
+    python -m benchmarks.quality table [--out DIR]
+    python -m benchmarks.quality weights FOLDER [--tasks text] [--out DIR]
+
+`run` fills the table cell by cell. A cell is one training run of a recipe: a task, a variant, a
+peak learning rate and a seed. All variants have the same number of parameters (the library's rule),
+see the same data in the same order, and have a learning rate tuned over the same grid, which is
+extended where the best rate is at its end (see `benchmarks.quality.plan`). Each cell is appended to
+`OUT/cells.jsonl` as it ends, with its validation metrics at several steps and times. Cells in that
+file are not run again, so that the table can be filled over many sittings (`--minutes` starts no
+cell after that time) and by several processes (`--part I/N` takes every Nth pair of task and
+variant; processes that share a device disturb each other's times). `--size tiny` runs a table of
+tiny models in minutes on a CPU.
+
+`table` prints the table and writes `OUT/quality.md`, `quality.csv` and `quality.png`. `weights`
+trains the best seed of each variant again and exports its weights with a model card.
+
+The tasks text, fashion_mnist, letters and speech need prepared data, which `prepare` makes from
+Python's packages and Debian's (dataset-fashion-mnist, fonts, asterisk-core-sounds-*) and which can
+be carried to a machine without them: each task is a folder of DATA of its own.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.quality import weights
+from benchmarks.quality.engine import Data, Row, Run, append, cached_batches, read, tail_mean
+from benchmarks.quality.plan import MOST_STEPS, Cell, Settings, pending, results
+from benchmarks.quality.prepared import Sources, prepare, unpack
+from benchmarks.quality.table import draw, lines, markdown, write_csv
+from benchmarks.quality.tasks import TASKS
+from benchmarks.quality.variants import ALL, SOFTMAX, VARIANTS, overrides
+
+NUM_POINTS = 6
+"""Number of validations per cell, evenly spaced."""
+CELLS = "cells.jsonl"
+
+
+class Bench:
+    """Runs cells, keeping the batches of the last task and seed on the device.
+
+    Args:
+        data: Folder of prepared data.
+        out: Folder of the results.
+        settings: What the table is made of.
+    """
+
+    def __init__(self, data: Path, out: Path, settings: Settings) -> None:
+        self.data = data
+        self.out = out
+        self.settings = settings
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._held: tuple[tuple[str, int], Data] | None = None
+
+    def make(self, cell: Cell) -> Run:
+        """The untrained model of a cell."""
+        spec = TASKS[cell.task]
+        if spec.prepared and not (self.data / cell.task).is_dir():
+            raise SystemExit(
+                f"{self.data / cell.task} does not exist: make it with `python -m "
+                f"benchmarks.quality prepare {self.data} --tasks {cell.task}`"
+            )
+        if cell.task == "text":
+            unpack(self.data, self.out)
+        of_task = spec.given(cell.size, self.data.resolve(), self.out.resolve())
+        given = [
+            *of_task,
+            *overrides(cell.variant, spec.recipe, of_task),
+            f"--vars.learning_rate={cell.rate}",
+            f"--vars.seed={cell.seed}",
+            f"--vars.steps={cell.steps}",
+            f"--model.schedule.warmup_steps={min(100, cell.steps // 6)}",
+        ]
+        return Run(spec.recipe, given, cell.steps, compile=cell.compiled)
+
+    def batches(self, cell: Cell) -> Data:
+        """The batches of a cell, which all variants of a task and seed share."""
+        key = cell.task, cell.seed
+        if self._held is None or self._held[0] != key:
+            self._held = None  # frees the memory first
+            # Faster variants take more steps in the same time.
+            most = int(MOST_STEPS * self.settings.num_steps(cell.task)) + 1
+            path = self.out / "batches" / f"{cell.task}_{cell.size}_{cell.seed}_{most}.pt"
+
+            def make() -> Run:
+                run = self.make(cell)
+                run.num_steps = most
+                return run
+
+            self._held = key, cached_batches(path, make).to(self.device)
+        return self._held[1]
+
+    def train(self, cell: Cell) -> tuple[Run, Row]:
+        """Train a cell, and return it with its row."""
+        data = self.batches(cell)
+        start = time.monotonic()
+        run = self.make(cell)
+        points = sorted({-(-cell.steps * part // NUM_POINTS) for part in range(1, NUM_POINTS + 1)})
+        curve = run.train(data, self.device, evaluate_at=points)
+        last = {n: v for n, v in curve.points[-1].items() if n not in ("step", "seconds")}
+        row = {
+            **asdict(cell),
+            **last,
+            "train_loss": tail_mean(curve.losses),
+            "parameters": run.num_parameters,
+            "seconds_per_step": curve.seconds_per_step,
+            "points": curve.points,
+            "wall_seconds": time.monotonic() - start,
+            "device": device_name(self.device),
+            "torch": torch.__version__,
+        }
+        return run, row
+
+
+def device_name(device: str) -> str:
+    """The name of the GPU, or `CPU` with the number of threads."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} thread(s)"
+
+
+def next_cells(
+    rows: Sequence[Row], settings: Settings, pairs: Sequence[tuple[str, str]]
+) -> list[Cell]:
+    """The cells that can be run now: tasks in order, and seed by seed, so that variants of a seed
+    follow each other."""
+    cells = [cell for pair in pairs for cell in pending(rows, settings, *pair)]
+    order = list(dict.fromkeys(task for task, _ in pairs))
+    return sorted(
+        cells, key=lambda cell: (order.index(cell.task), cell.budget != "tokens", cell.seed)
+    )
+
+
+def fill(bench: Bench, pairs: Sequence[tuple[str, str]], deadline: float) -> Iterator[Row]:
+    """Run cells until all are there or the time is over; each row is kept as it ends."""
+    path = bench.out / CELLS
+    bench.out.mkdir(parents=True, exist_ok=True)
+    while cells := next_cells(read(path), bench.settings, pairs):
+        if time.monotonic() >= deadline:
+            print(f"the time is over: {len(cells)} cells or more are left", flush=True)
+            return
+        row = bench.train(cells[0])[1]
+        append(path, row)
+        yield row
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    made = verbs.add_parser("prepare", help="prepare data")
+    made.add_argument("folder", type=Path, metavar="DATA")
+    prepared = [name for name, spec in TASKS.items() if spec.prepared]
+    made.add_argument("--tasks", default=",".join(prepared), help="(default: %(default)s)")
+    made.add_argument(
+        "--text-mib",
+        type=int,
+        default=110,
+        metavar="N",
+        help="text before compression, in MiB; about 0.17 of that after it (default: %(default)s)",
+    )
+    run = verbs.add_parser("run", help="run cells")
+    run.add_argument("--data", type=Path, default=Path("data/quality"), metavar="DATA")
+    run.add_argument("--minutes", type=float, metavar="M", help="start no cell after this time")
+    run.add_argument("--part", default="0/1", metavar="I/N", help="every Nth pair from the Ith")
+    table = verbs.add_parser("table", help="print and draw the table")
+    exported = verbs.add_parser("weights", help="export the best twins")
+    exported.add_argument("folder", type=Path, metavar="FOLDER")
+    exported.add_argument("--data", type=Path, default=Path("data/quality"), metavar="DATA")
+    for each in (run, table, exported):
+        each.add_argument("--out", type=Path, default=Path("runs/quality"), metavar="DIR")
+        each.add_argument("--size", choices=("full", "tiny"), default="full")
+        each.add_argument("--seeds", default="0,1,2,3", help="(default: %(default)s)")
+        each.add_argument("--tuning-seeds", default="0", help="(default: %(default)s)")
+        each.add_argument("--rates", help="grid of learning rates; each task's own by default")
+        each.add_argument("--steps", type=int, help="number of steps; each task's own by default")
+        each.add_argument("--compile", action="store_true", help="cells of compiled models")
+    for each in (run, exported):
+        each.add_argument("--tasks", default=",".join(TASKS), help="(default: %(default)s)")
+        each.add_argument("--variants", default=",".join(VARIANTS), help="(default: %(default)s)")
+    return parser
+
+
+def names(
+    parser: argparse.ArgumentParser, option: str, text: str, known: Sequence[str]
+) -> list[str]:
+    """The names in a comma-separated option."""
+    given = text.split(",")
+    for name in given:
+        if name not in known:
+            parser.error(f"{option}: {name!r} is not one of {', '.join(known)}")
+    return given
+
+
+def numbers(
+    parser: argparse.ArgumentParser, option: str, text: str, kind: Callable[[str], float]
+) -> list[float]:
+    """The different numbers of a comma-separated option, at least 0."""
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        parser.error(f"{option} must be numbers separated by commas, got {text!r}")
+    if len(set(found)) != len(found) or min(found) < 0:
+        parser.error(f"{option} must be different numbers of at least 0, got {text!r}")
+    return found
+
+
+def settings_of(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Settings:
+    """The settings of a command line."""
+    if options.steps is not None and options.steps < 1:
+        parser.error(f"--steps must be at least 1, got {options.steps}")
+    seeds, tuning = (
+        [int(seed) for seed in numbers(parser, option, text, int)]
+        for option, text in (("--seeds", options.seeds), ("--tuning-seeds", options.tuning_seeds))
+    )
+    rates = options.rates and numbers(parser, "--rates", options.rates, float)
+    return Settings(seeds, tuning, rates, options.size, options.compile, options.steps)
+
+
+def export(bench: Bench, tasks: Sequence[str], variants: Sequence[str], folder: Path) -> list[Path]:
+    """Train the best seeds of the table again, and save them.
+
+    Raises:
+        SystemExit: If the table has no such cells.
+    """
+    rows = read(bench.out / CELLS)
+    found = [
+        line
+        for line in lines(rows, bench.settings)
+        if line.budget == "tokens" and line.task in tasks and line.variant in variants
+    ]
+    if not found:
+        raise SystemExit(f"{bench.out / CELLS} has no complete cells of these tasks and variants")
+    saved = []
+    for line in found:
+        seed = weights.best_seed(line)
+        row = results(rows, bench.settings, line.task, line.variant)[seed]
+        cell = bench.settings.cell(line.task, line.variant, line.rate, seed)
+        run, again = bench.train(cell)
+        target = folder / f"{line.task}_{line.variant}"
+        saved.append(weights.save(target, run.task, line, row, again))
+    return saved
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help")):
+        given.insert(0, "run")
+    parser = make_parser()
+    options = parser.parse_args(given)
+    if options.verb == "prepare":
+        if options.text_mib < 1:
+            parser.error(f"--text-mib must be at least 1, got {options.text_mib}")
+        prepared = [name for name, spec in TASKS.items() if spec.prepared]
+        for name in names(parser, "--tasks", options.tasks, prepared):
+            folder = options.folder / name
+            if not folder.exists():
+                options.folder.mkdir(parents=True, exist_ok=True)
+                prepare(name, folder, Sources(text_bytes=options.text_mib * 2**20))
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            print(f"{folder}: {size / 2**20:.1f} MiB", flush=True)
+        return
+    settings = settings_of(parser, options)
+    if options.verb == "table":
+        found = lines(read(options.out / CELLS), settings)
+        if not found:
+            raise SystemExit(f"{options.out / CELLS} has no complete cells of this size")
+        text = markdown(found)
+        print(text)
+        (options.out / "quality.md").write_text(text, encoding="utf-8")
+        write_csv(found, options.out / "quality.csv")
+        draw(found, options.out / "quality.png")
+        return
+    tasks = names(parser, "--tasks", options.tasks, list(TASKS))
+    variants = names(parser, "--variants", options.variants, list(ALL))
+    bench = Bench(options.data, options.out, settings)
+    if options.verb == "weights":
+        for path in export(bench, tasks, variants, options.folder):
+            print(path, flush=True)
+        return
+    if SOFTMAX not in variants:
+        parser.error(f"--variants needs {SOFTMAX}, which the others are compared with")
+    part, slash, parts = options.part.partition("/")
+    if not slash or not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        parser.error(f"--part must be I/N with 0 <= I < N, got {options.part}")
+    pairs = [(task, variant) for task in tasks for variant in variants][int(part) :: int(parts)]
+    deadline = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
+    for row in fill(bench, pairs, deadline):
+        metric = TASKS[row["task"]].metric
+        print(
+            f"{row['task']} {row['variant']} rate {row['rate']:g} seed {row['seed']} equal "
+            f"{row['budget']}: {metric} {row[metric]:.4f}, {row['wall_seconds']:.1f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Data that machines without a network are given: prepared once, compact, carried as files."""
+
+import hashlib
+import lzma
+import shutil
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.letters import find_fonts, make_letters
+from benchmarks.quality.tasks import SEPARATOR
+from benchmarks.speech import SOUNDS, TRANSCRIPTS, make_speech
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+FONTS = Path("/usr/share/fonts")
+VAL_FONTS = ("lato", "urw-base35")
+VOCAB_SIZE = 16384
+MAX_FILE_BYTES = 200_000
+"""Larger Python files are mostly tables."""
+VAL_FRACTION = 0.03
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the data comes from.
+
+    Attributes:
+        python: Folders of Python files.
+        text_bytes: Maximum number of bytes of text, before compression.
+        fashion_mnist: Folder of the IDX files.
+        fonts: Folder of fonts; those below `VAL_FONTS` are for validation.
+        per_class: Number of training images per letter.
+        sounds: Folder of recorded prompts, one folder per language.
+        transcripts: File of their transcripts.
+    """
+
+    python: Sequence[Path] = tuple(Path(sysconfig.get_path(name)) for name in ("purelib", "stdlib"))
+    text_bytes: int = 110 * 2**20
+    fashion_mnist: Path = FASHION_MNIST
+    fonts: Path = FONTS
+    per_class: int = 120
+    sounds: Path = SOUNDS
+    transcripts: Path = TRANSCRIPTS
+
+
+def prepare(name: str, folder: Path, sources: Sources) -> None:
+    """Write the data of a task into `folder`, which does not exist.
+
+    Raises:
+        SystemExit: If a source is missing.
+    """
+    unfinished = folder.with_name(f".{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    {"text": _text, "fashion_mnist": _images, "letters": _letters, "speech": _speech}[name](
+        unfinished, sources
+    )
+    unfinished.rename(folder)
+
+
+def unpack(data: Path, cache: Path) -> None:
+    """Decompress the text of prepared data into `cache/text`, unless it is there.
+
+    Raises:
+        SystemExit: If the text was not prepared.
+    """
+    for split in ("train", "val"):
+        packed, plain = data / "text" / f"{split}.txt.xz", cache / "text" / f"{split}.txt"
+        if plain.exists():
+            continue
+        plain.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = plain.with_suffix(".unfinished")
+        unfinished.write_bytes(lzma.decompress(packed.read_bytes()))
+        unfinished.replace(plain)
+
+
+def python_files(folders: Sequence[Path]) -> Iterator[tuple[int, str]]:
+    """The texts of different Python files with a hash of their content."""
+    seen = set()
+    for folder in folders:
+        for path in folder.rglob("*.py"):
+            if not path.is_file() or not 0 < path.stat().st_size <= MAX_FILE_BYTES:
+                continue
+            content = path.read_bytes()
+            number = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
+            if number in seen:
+                continue
+            seen.add(number)
+            try:
+                text = content.decode()
+            except UnicodeDecodeError:
+                continue
+            if SEPARATOR not in text:
+                yield number, text
+
+
+def _text(folder: Path, sources: Sources) -> None:
+    """Python files with a byte-pair tokenizer that is trained on the training files."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    # In order of their hashes, which is random and the same on every machine.
+    chosen, total = [], 0
+    for number, text in sorted(python_files(sources.python)):
+        total += len(text.encode())
+        if total > sources.text_bytes:
+            break
+        chosen.append((number, text))
+    # The lowest hashes are a random part.
+    cut = max(1, round(VAL_FRACTION * len(chosen)))
+    splits = {
+        "val": [text for _, text in chosen[:cut]],
+        "train": [text for _, text in chosen[cut:]],
+    }
+    if not splits["train"]:
+        raise SystemExit(f"there are no Python files in {', '.join(map(str, sources.python))}")
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(splits["train"], trainer)
+    folder.mkdir(parents=True)
+    inner.save(str(folder / "tokenizer.json"))
+    for split, texts in splits.items():
+        packed = lzma.compress(SEPARATOR.join(texts).encode())
+        (folder / f"{split}.txt.xz").write_bytes(packed)
+
+
+def _images(folder: Path, sources: Sources) -> None:
+    """The IDX files of Fashion-MNIST."""
+    if not sources.fashion_mnist.is_dir():
+        raise SystemExit(
+            f"{sources.fashion_mnist} does not exist: install dataset-fashion-mnist, or set "
+            f"--fashion-mnist"
+        )
+    shutil.copytree(sources.fashion_mnist, folder)
+
+
+def _letters(folder: Path, sources: Sources) -> None:
+    """Letters in fonts of the machine."""
+    fonts = find_fonts([str(sources.fonts)])
+    held_out = [font for font in fonts if any(name in str(font) for name in VAL_FONTS)]
+    train = [font for font in fonts if font not in held_out]
+    if not held_out or not train:
+        raise SystemExit(
+            f"{sources.fonts} needs fonts, and those of fonts-lato or fonts-urw-base35 "
+            f"for validation: install them, or set --fonts"
+        )
+    make_letters(folder, train, held_out, sources.per_class)
+
+
+def _speech(folder: Path, sources: Sources) -> None:
+    """Recorded speech in five languages."""
+    make_speech(folder, sources.sounds, sources.transcripts)

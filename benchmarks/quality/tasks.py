@@ -1,0 +1,182 @@
+"""The tasks of the table: a recipe, its overrides, and the metric that counts."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+CONFIG = "--model.model.config."
+BACKBONE = f"{CONFIG}backbone."
+SEPARATOR = "<|end of file|>"
+"""What separates the documents of the text task."""
+
+SMALL_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+TEXT_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+
+Size = Literal["full", "tiny"]
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """A task of the table.
+
+    Attributes:
+        recipe: Name of the recipe.
+        steps: Number of steps, for each size.
+        metric: The metric that is compared: `"loss"` in nats, or `"accuracy"`.
+        overrides: Overrides of the recipe at full size; `DATA` is the folder of prepared data, and
+            `CACHE` that of unpacked files.
+        tiny: Further overrides at tiny size.
+        rates: Grid of learning rates.
+        prepared: Whether the task needs prepared data, in the folder `DATA/NAME`.
+    """
+
+    recipe: str
+    steps: dict[Size, int]
+    metric: Literal["loss", "accuracy"] = "accuracy"
+    overrides: tuple[str, ...] = ()
+    tiny: tuple[str, ...] = ()
+    rates: tuple[float, ...] = SMALL_RATES
+    prepared: bool = False
+
+    @property
+    def sign(self) -> int:
+        """1 if a larger metric is better, otherwise -1."""
+        return 1 if self.metric == "accuracy" else -1
+
+    def given(self, size: Size, data: Path, cache: Path) -> list[str]:
+        """The overrides of the recipe for a size."""
+        overrides = self.overrides if size == "full" else (*self.overrides, *self.tiny)
+        return [text.replace("DATA", str(data)).replace("CACHE", str(cache)) for text in overrides]
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """Overrides for a source of class folders in prepared data."""
+
+    class_path: str
+    name: str
+    more: tuple[str, ...] = field(default=())
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        root = f"DATA/{self.name}"
+        return (
+            f"--data.source={{class_path: {self.class_path}, "
+            f"init_args: {{train: {root}/train, val: {root}/val}}}}",
+            *self.more,
+        )
+
+
+def _text_source(split: str) -> str:
+    return (
+        f"{{class_path: datamodules.text.TextFolder, init_args: {{root: CACHE/text, "
+        f'pattern: {split}.txt, separator: "{SEPARATOR}"}}}}'
+    )
+
+
+TEXT = (
+    "--trainer.precision=bf16-mixed",
+    "--trainer.limit_val_batches=16",
+    "--vars.sequence_length=1024",
+    "--vars.vocab_size=16384",
+    "--vars.tokenizer=DATA/text/tokenizer.json",
+    f"--data.source={_text_source('train')}",
+    f"--data.validation_source={_text_source('val')}",
+    "--data.test_fraction=0.0",
+    "--data.cache_dir=CACHE/text",
+    "--data.document_mask=false",
+    "--data.batch_size=64",
+    f"{CONFIG}tie_embeddings=false",
+    f"{BACKBONE}dim=512",
+    f"{BACKBONE}depth=8",
+    f"{BACKBONE}num_heads=16",
+    f"{BACKBONE}qk_norm=false",
+    f"{BACKBONE}init_std=0.02",
+)
+"""42 M parameters: 8 layers of width 512 and a vocabulary of 16,384."""
+
+TINY_TEXT = (
+    "--trainer.precision=32-true",
+    "--trainer.limit_val_batches=4",
+    "--vars.sequence_length=64",
+    "--data.batch_size=8",
+    f"{BACKBONE}dim=64",
+    f"{BACKBONE}depth=2",
+    f"{BACKBONE}num_heads=4",
+)
+
+FASHION = (
+    "--data.source={class_path: datamodules.image.FashionMNIST, "
+    "init_args: {root: DATA/fashion_mnist}}",
+    "--data.num_workers=4",
+    "--data.batch_size=128",
+    "--vars.image_size=28",
+    f"{CONFIG}patch_size=4",
+    f"{BACKBONE}dim=128",
+    f"{BACKBONE}depth=6",
+    f"{BACKBONE}num_heads=8",
+)
+
+LETTERS = _Folder(
+    "datamodules.image.ImageFolder",
+    "letters",
+    (
+        "--data.channels=1",
+        "--data.num_workers=2",
+        "--data.transform={mean: [0.5], std: [0.25], crop_pct: 1.0, scale: [0.7, 1.0], "
+        "ratio: [0.9, 1.1], hflip: 0.0, color_jitter: 0.0}",
+        "--vars.image_size=24",
+        f"{CONFIG}patch_size=4",
+        f"{CONFIG}num_classes=26",
+    ),
+).overrides
+
+SPEECH = _Folder(
+    "datamodules.audio.SoundFolder",
+    "speech",
+    (
+        "--data.num_workers=2",
+        "--data.batching=fixed",
+        "--data.batch_size=32",
+        "--vars.clip_seconds=2.0",
+        f"{CONFIG}num_classes=5",
+    ),
+).overrides
+
+SHORT = ("--data.batch_size=8", "--data.num_workers=0", "--trainer.limit_val_batches=4")
+FEW_LAYERS = (f"{BACKBONE}depth=2", f"{BACKBONE}dim=32")
+
+TASKS: dict[str, TaskSpec] = {
+    "text": TaskSpec(
+        "text/stdlib_tiny", {"full": 600, "tiny": 12}, "loss", TEXT, TINY_TEXT, TEXT_RATES, True
+    ),
+    "fashion_mnist": TaskSpec(
+        "image/digits_tiny",
+        {"full": 1500, "tiny": 12},
+        overrides=FASHION,
+        tiny=(*SHORT, *FEW_LAYERS),
+        prepared=True,
+    ),
+    "letters": TaskSpec(
+        "image/digits_tiny",
+        {"full": 900, "tiny": 12},
+        overrides=LETTERS,
+        tiny=(*SHORT, *FEW_LAYERS),
+        prepared=True,
+    ),
+    "digits": TaskSpec("image/digits_tiny", {"full": 450, "tiny": 12}, tiny=(*SHORT, *FEW_LAYERS)),
+    "speech": TaskSpec(
+        "audio/sound_events_tiny",
+        {"full": 1200, "tiny": 12},
+        overrides=SPEECH,
+        tiny=(*SHORT, *FEW_LAYERS),
+        prepared=True,
+    ),
+    "sound_events": TaskSpec(
+        "audio/sound_events_tiny", {"full": 800, "tiny": 12}, tiny=(*SHORT, *FEW_LAYERS)
+    ),
+    "needles": TaskSpec("text/needles_tiny", {"full": 4000, "tiny": 12}, tiny=SHORT),
+    "recall": TaskSpec("text/recall_tiny", {"full": 4000, "tiny": 12}, tiny=SHORT),
+    "many_shot": TaskSpec("text/many_shot_tiny", {"full": 4000, "tiny": 12}, tiny=SHORT),
+}
+"""The tasks, by name."""

@@ -1,0 +1,81 @@
+"""The attention variants of the table, as overrides of a recipe."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from diffmm.layers.feed_forward import FEED_FORWARDS
+from diffmm.models import BackboneConfig
+from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.references import resolve
+from diffmm.recipes.settings import load
+
+BACKBONE = "--model.model.config.backbone."
+
+SOFTMAX = "softmax"
+"""The variant that all others are compared with."""
+
+VARIANTS: dict[str, dict[str, str]] = {
+    SOFTMAX: {},
+    "softmax_gate": {"attention": "softmax", "output_gate": "element"},
+    "softmax_exclusive": {"attention": "softmax", "exclusive": "true"},
+    "diff_v1": {},
+    "diff_v2": {},
+    "diff_grouped": {},
+    "diff_grouped_gate": {"attention": "diff_grouped", "output_gate": "element"},
+}
+"""Settings of the backbone, by variant; without `attention`, it is the variant's name."""
+
+ABLATIONS: dict[str, dict[str, str]] = {
+    "v1_shared_q": {"attention": "diff_v1", "share": "q"},
+    "v1_shared_k": {"attention": "diff_v1", "share": "k"},
+    "v1_constant_lambda": {"attention": "diff_v1", "lambda_init": "0.8"},
+    "v1_no_norm": {"attention": "diff_v1", "headwise_norm": "false"},
+    "v1_add": {"attention": "diff_v1", "combine": "add"},
+}
+"""Ablations of v1 (differential transformer, table 6, and its reviews)."""
+
+ALL = {**VARIANTS, **ABLATIONS}
+
+SIGNAL_PER_NOISE = 4
+"""Signal heads per noise head and query heads per key head of the grouped variants."""
+
+
+def overrides(variant: str, recipe: str, given: Sequence[str]) -> list[str]:
+    """The overrides of a recipe for a variant, in addition to those of its task.
+
+    Grouped differential attention needs grouped keys. Its feed-forward layers get the parameters
+    that it has less than the softmax model of the task.
+    """
+    settings = dict(ALL[variant])
+    attention = settings.pop("attention", variant)
+    if attention == "diff_grouped":
+        settings |= _grouped(softmax_backbone(recipe, given), settings)
+    return [
+        f"--vars.attention={attention}",
+        *(f"{BACKBONE}{name}={value}" for name, value in settings.items()),
+    ]
+
+
+def softmax_backbone(recipe: str, given: Sequence[str]) -> BackboneConfig:
+    """The backbone of a task's softmax model."""
+    values = load([find_recipe(recipe)], [*given, "--vars.attention=softmax"])
+    config = resolve(values)[0]["model"]["init_args"]["model"]["init_args"]["config"]
+    return BackboneConfig(**config["backbone"])
+
+
+def _grouped(softmax: BackboneConfig, settings: dict[str, str]) -> dict[str, str]:
+    num_kv_heads = max(1, softmax.num_heads // SIGNAL_PER_NOISE)
+    arguments: dict[str, Any] = {**vars(softmax), **settings, "attention": "diff_grouped"}
+    grouped = BackboneConfig(**{**arguments, "num_kv_heads": num_kv_heads})
+    more = _attention_parameters(softmax) - _attention_parameters(grouped)
+    per_width = FEED_FORWARDS[softmax.feed_forward].num_matrices * softmax.dim
+    step = 8 if softmax.dim >= 128 else 1
+    width = step * round((softmax.resolved_feed_forward_width + more / per_width) / step)
+    return {"num_kv_heads": str(num_kv_heads), "feed_forward_width": str(width)}
+
+
+def _attention_parameters(config: BackboneConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in config.make_attention(0).parameters())
