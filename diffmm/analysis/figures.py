@@ -21,6 +21,12 @@ WIDTH, HEIGHT = 5.4, 3.3
 """Size of a figure in inches."""
 
 DPI = 160
+ROW_HEIGHT = 0.17
+"""Height of a row of the legend in inches."""
+
+LEGEND_CHARACTERS = 84
+"""Characters of all columns of a legend."""
+
 MOST_NUMBERS = 400
 """Maximum number of cells of a heat map that have their values printed."""
 
@@ -77,6 +83,17 @@ class Chart(Figure):
     log: bool = False
     whole: bool = True
 
+    @property
+    def legend_columns(self) -> int:
+        """Number of columns of the legend below the plot."""
+        longest = max((len(series.label) for series in self.series), default=0)
+        return max(1, min(4, LEGEND_CHARACTERS // (longest + 8)))
+
+    @property
+    def legend_rows(self) -> int:
+        """Number of rows of the legend; 0 if there is none."""
+        return -(-len(self.series) // self.legend_columns) if len(self.series) > 1 else 0
+
     def table(self) -> list[list[Cell]]:
         """The numbers as CSV rows, with a header."""
         rows: list[list[Cell]] = [["series", self.x_label, self.y_label]]
@@ -107,13 +124,13 @@ class Chart(Figure):
         axes.grid(axis="y", color=RULE, linewidth=0.8)
         axes.set_axisbelow(True)
         if len(self.series) > 1:
-            columns = 1 if len(self.series) <= 12 else 2
-            axes.legend(
-                loc="center left",
-                bbox_to_anchor=(1.0, 0.5),
+            assert axes.figure is not None
+            axes.figure.legend(
+                loc="outside lower left",
                 frameon=False,
                 fontsize=8,
-                ncols=columns,
+                ncols=self.legend_columns,
+                handlelength=3.5,  # dashes are told apart
             )
 
 
@@ -202,7 +219,9 @@ def _drawn(figure: Chart | HeatMap, form: str, **settings: Any) -> bytes:
         "axes.titlelocation": "left",
     }
     with rc_context(style):
-        canvas = Canvas(figsize=(WIDTH, HEIGHT), layout="constrained")
+        legend_rows = figure.legend_rows if isinstance(figure, Chart) else 0
+        height = HEIGHT + ROW_HEIGHT * legend_rows
+        canvas = Canvas(figsize=(WIDTH, height), layout="constrained")
         axes = canvas.add_subplot()
         axes.set_title(figure.title)
         axes.set_xlabel(figure.x_label)

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from diffmm.analysis.exhibits import Exhibit
     from diffmm.cli.analyze_subjects import Request, Subject
 
-DESCRIPTION = """Measure trained models on a few samples of their validation data, of other data or
-on a text: attention scores (the share of attention to an answer and to noise), concentration of the
-maps, lambda, outliers of logits and hidden states, the effect of quantization, and gradients at the
-start of training. What cannot be measured is reported, and the rest still is."""
+DESCRIPTION = """Measure trained models on samples of their validation data, of other data (--data)
+or on a text (--text): attention scores (the share of attention to an answer and to noise),
+concentration of the maps, lambda, outliers of logits and hidden states, the effect of quantization,
+and gradients at the start of training. What cannot be measured is reported with the reason."""
 
 NUM_SAMPLES = 32
 
@@ -42,11 +42,12 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         raise InputError("--text is empty: it needs at least one character")
     if options.span is not None and options.text is None:
         raise InputError(f"--span {options.span} marks the answer in a text: give --text TEXT")
+    span = None if options.span is None else parse_span(options.span)
     request = Request(
         num_samples=options.samples,
         data=options.data,
         text=options.text,
-        span=None if options.span is None else parse_span(options.span),
+        span=span,
         device=options.device,
         trust=options.trust,
     )
@@ -72,9 +73,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--csv",
         metavar="DIR",
         type=Path,
-        help="also write all tables, per layer and head, and the numbers of all figures here",
+        help="also write all tables, per layer and head, and the numbers of all figures to DIR",
     )
-    parser.add_argument("--png", metavar="DIR", type=Path, help="also write all figures here")
+    parser.add_argument("--png", metavar="DIR", type=Path, help="also write all figures to DIR")
     parser.add_argument(
         "--samples",
         metavar="N",
@@ -92,24 +93,27 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--span",
         metavar="A:B",
-        help="characters A to B of the text (from 0, without B) hold the answer that follows the "
-        "text: attention scores of its last token",
+        help="characters A to B of the text (0-based, B exclusive) hold the answer that follows "
+        "the text: attention scores of its last token",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps [auto]")
     add_trust_option(parser)
     return parser
 
 
-def parse_span(text: str) -> tuple[int, int]:
+def parse_span(span: str) -> tuple[int, int]:
     """Parse `A:B`.
 
     Raises:
-        InputError: If it has another format.
+        InputError: If it has another format, or is empty.
     """
-    match = re.fullmatch(r"(\d+):(\d+)", text)
+    match = re.fullmatch(r"(\d+):(\d+)", span)
     if match is None:
-        raise InputError(f"--span must be A:B, two numbers of characters, got {text!r}")
-    return int(match[1]), int(match[2])
+        raise InputError(f"--span must be A:B, two numbers of characters, got {span!r}")
+    start, end = int(match[1]), int(match[2])
+    if start >= end:
+        raise InputError(f"--span {span} is empty: A must be less than B")
+    return start, end
 
 
 def check_folder(path: Path | None) -> None:
@@ -144,12 +148,16 @@ def analyze(
         png_dir: Folder for figures.
 
     Raises:
-        InputError: If a path does not exist.
+        InputError: If a path does not exist, or nothing could be measured.
     """
     from diffmm.analysis.analysis_sections import sections_of
     from diffmm.cli.analyze_subjects import find_subjects
 
     subjects = find_subjects(paths, request)
+    # Curves of lambda over training need neither weights nor data.
+    is_own = request.text is None and request.data is None
+    if all(s.problem and not (is_own and s.analyzed.curves) for s in subjects):
+        raise InputError(*(subject.problem for subject in subjects))
     head, rows = table_of(subjects)
     print(text_table(head, rows))
     sections = sections_of([subject.analyzed for subject in subjects])

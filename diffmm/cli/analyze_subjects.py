@@ -118,6 +118,8 @@ def _subject(path: Path, name: str, request: Request) -> Subject:
     try:
         if is_run and find_run(str(path))[1] is None:
             raise InputError("the run has no complete checkpoint")
+        if path.is_dir() and not any(path.iterdir()):
+            raise InputError("the folder is empty: it has no run and no file of weights")
         trained = load(path, device=request.device)
         layers = [part for part in trained.model.modules() if isinstance(part, Attention)]
         subject.attention = ", ".join(dict.fromkeys(map(_label, layers))) or "none"

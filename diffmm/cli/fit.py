@@ -40,8 +40,8 @@ AUTO = "auto"
 
 EPILOG = (
     "All other options are settings of the recipe: --vars.attention softmax, --trainer.max_steps "
-    "100, --model.optimizer.weight_decay 0. Those of a recipe: --config RECIPE --help; all: "
-    "--help-all."
+    "100, --model.optimizer.weight_decay 0. Those of a recipe: --config RECIPE --help; more: "
+    "--help-all, and --model.help CLASS for those of a class."
 )
 
 

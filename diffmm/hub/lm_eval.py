@@ -31,6 +31,10 @@ Scored = tuple[float, bool]
 SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
 
+class ModelArgumentsError(ValueError):
+    """The arguments of the model name no decoder."""
+
+
 @register_model("diffmm")
 class DiffmmLM(TemplateLM):
     """A trained decoder as a model of the harness.
@@ -72,6 +76,21 @@ class DiffmmLM(TemplateLM):
         self.model = trained.model.eval()
         self.batch_size = int(batch_size)
         self._device = self.model.embedding.weight.device
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> "DiffmmLM":
+        """Create the model from the harness's arguments.
+
+        Raises:
+            ModelArgumentsError: If they are wrong.
+        """
+        more = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        try:
+            return cls(**arg_dict, **more)
+        except (FileNotFoundError, TypeError, ValueError) as error:
+            raise ModelArgumentsError(str(error)) from error
 
     @property
     def max_length(self) -> int:
@@ -204,5 +223,13 @@ def before_any(text: str, stops: Sequence[str]) -> str:
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
+def main() -> None:
+    """Run the command line of the harness; bad `--model_args` end it with one line."""
+    try:
+        cli_evaluate()
+    except ModelArgumentsError as error:
+        raise SystemExit(f"error: --model_args: {error}") from error
+
+
 if __name__ == "__main__":
-    cli_evaluate()
+    main()

@@ -168,11 +168,21 @@ def test_data_with_evidence_have_attention_scores(run, runs, tmp_path, monkeypat
     ],
 )
 def test_what_does_not_fit_is_said_and_the_rest_appears(run, runs, name, arguments, warning):
-    result = run("analyze", runs / name, "--text", TEXT, *arguments)
+    result = run("analyze", runs / name, runs / "text", "--text", TEXT, *arguments)
     assert result.code == 0
     assert any(re.match(warning, line) for line in warnings_of(result)), result.err
-    assert ("Concentration" in result.out) == (name == "text")
+    assert "Concentration" in result.out
     assert name in result.out
+
+
+def test_it_fails_if_nothing_can_be_measured(run, runs, tmp_path):
+    (tmp_path / "empty").mkdir()
+    result = run("analyze", runs / "image", tmp_path / "empty", "--text", TEXT)
+    assert result.code == 2
+    assert result.out == ""
+    problems = result.err.splitlines()
+    assert "it is an ImageModel: --text needs a text model" in problems[0]
+    assert "the folder is empty: it has no run and no file of weights" in problems[1]
 
 
 def test_a_run_without_a_checkpoint_shows_its_curves(run, runs, tmp_path):
@@ -203,8 +213,8 @@ def test_weights_use_the_data_of_their_recipe_and_other_data_can_be_given(run, r
     trained.job = diffmm.models.job.Job(class_names=trained.class_names)
     trained.model.job = trained.job
     result = run("analyze", trained.save(tmp_path / "nameless"))
-    assert result.code == 0
-    assert "does not name the recipe that trained it" in warnings_of(result)[0]
+    assert result.code == 2
+    assert "does not name the recipe that trained it" in result.err
 
 
 def test_a_text_longer_than_the_model_takes_is_said(run, runs):
@@ -226,7 +236,8 @@ def test_texts_in_files(run, runs, tmp_path):
         (tmp_path / "empty", "there are no .txt files in it"),
     ):
         result = run("analyze", runs / "text", "--data", path)
-        assert f"--data {path}: {message}" in warnings_of(result)[0]
+        assert result.code == 2
+        assert f"--data {path}: {message}" in result.err
 
 
 @pytest.mark.parametrize(
@@ -235,6 +246,7 @@ def test_texts_in_files(run, runs, tmp_path):
         (["none"], "there is no run or file of weights at none"),
         ([".", "--span", "1:2"], "--span 1:2 marks the answer in a text: give --text TEXT"),
         ([".", "--text", "a", "--span", "1-2"], "--span must be A:B, .* got '1-2'"),
+        ([".", "--text", "a", "--span", "2:2"], "--span 2:2 is empty: A must be less than B"),
         ([".", "--text", ""], "--text is empty"),
         ([".", "--text", "a", "--data", "."], "--text and --data exclude each other"),
         ([".", "--device", "abacus"], "device 'abacus' is not available"),

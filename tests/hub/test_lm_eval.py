@@ -117,7 +117,7 @@ def test_greedy_continuations_are_known(run):
 
 
 def test_the_command_runs_offline_tasks(run, tmp_path, monkeypatch, capsys):
-    from diffmm.hub.lm_eval import cli_evaluate
+    from diffmm.hub.lm_eval import main
 
     file, _ = run
     lines = "\n".join(map(json.dumps, DOCUMENTS))
@@ -134,11 +134,15 @@ def test_the_command_runs_offline_tasks(run, tmp_path, monkeypatch, capsys):
     arguments = ["--model", "diffmm", "--model_args", f"run={file}", "--tasks", ",".join(TASKS)]
     arguments += ["--include_path", str(tmp_path), "--device", "cpu", "--batch_size", "2"]
     monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
-    cli_evaluate()
+    main()
     shown = capsys.readouterr().out
     for name in TASKS:
         assert name in shown
     assert "bits_per_byte" in shown
+    arguments[3] = "run=nowhere"
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
+    with pytest.raises(SystemExit, match="error: --model_args: .*nowhere"):
+        main()
 
 
 @pytest.mark.parametrize(
