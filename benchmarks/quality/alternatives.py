@@ -292,17 +292,25 @@ class CosFormer(Alternative):
         reach = num_keys if self.reach is None else self.reach
         if num_keys > reach:
             raise ValueError(f"{num_keys} tokens are more than reach={reach}: increase reach")
-        given = q.dtype
-        dtype = torch.promote_types(given, torch.float32)
+        real = mask.key_padding
+        with torch.autocast(q.device.type, enabled=False):  # sums of many products need float32
+            heads = self.heads(q, k, v, reach=reach, causal=mask.causal, real=real)
+        return heads.to(q.dtype)
+
+    def heads(
+        self, q: Tensor, k: Tensor, v: Tensor, *, reach: int, causal: bool, real: Tensor | None
+    ) -> Tensor:
+        """The heads `[B, N, H, E]`, in float32 (float64 for such inputs)."""
+        num_keys, past = k.shape[1], k.shape[1] - q.shape[1]
+        dtype = torch.promote_types(q.dtype, torch.float32)
         q, k, v = by_head(q.to(dtype), k.to(dtype), v.to(dtype))
         angle = math.pi / 2 / reach * torch.arange(num_keys, device=q.device, dtype=dtype)
-        q, k = features(q, angle[num_keys - num_queries :]), features(k, angle)
-        if mask.key_padding is not None:
-            k = k * mask.key_padding[:, None, :, None]
+        q, k = features(q, angle[past:]), features(k, angle)
+        if real is not None:
+            k = k * real[:, None, :, None]
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # the last sum is the denominator
-        sums = self.causal_sums(q, k, v) if mask.causal else q @ (k.mT @ v)
-        heads = sums[..., :-1] / sums[..., -1:].clamp(min=SMALLEST)
-        return heads.transpose(1, 2).to(given)
+        sums = self.causal_sums(q, k, v) if causal else q @ (k.mT @ v)
+        return (sums[..., :-1] / sums[..., -1:].clamp(min=SMALLEST)).transpose(1, 2)
 
     def causal_sums(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`sum_{j <= i} (q_i · k_j) v_j` for `[B, H, N, F]`, `[B, H, M, F]` and `[B, H, M, E]`."""

@@ -70,12 +70,13 @@ def output(layer, weights, v):
 
 
 def test_clipped_softmax_is_its_equation():
-    layer, x = layer_of("clipped_softmax"), torch.randn(2, 9, 32)
+    layer, x = layer_of("clipped_softmax"), 9 * torch.randn(2, 9, 32)  # with weights near 1
     q, k, v = plain_weights(layer, x)
     map_ = (q @ k.mT / 8**0.5).softmax(-1)
     weights = (1.07 * map_ - 0.05).clip(0, 1)
     torch.testing.assert_close(layer(x, mask=AttentionMask()), output(layer, weights, v))
     assert (weights == 0).any()
+    assert (weights == 1).any()
 
 
 def test_unclipped_it_is_softmax_attention():
@@ -113,15 +114,20 @@ def test_routed_attention_finds_the_block_that_fits():
     assert seen[1].tolist() == [1, 1, 0, 0, 0, 0, 0, 0, 0]
     assert seen[6, 6] == 1
     assert seen[6, 2:4].sum() == 0
-    # The mean of block 1 is that of its real key, and block 3 has none.
-    k[0, 0, 2, 0] = -9.0
-    real = torch.tensor([[True, True, False, True, True, True, False, False, True]])
-    padded = layer.chosen(q, k, AttentionMask(causal=True, key_padding=real))[0, 0].int()
-    assert padded[8].tolist() == [0, 0, 1, 1, 0, 0, 0, 0, 1]
-    k[0, 0, 2, 0] = 1.0
     full = layer.chosen(q, k, AttentionMask())[0, 0].int()
     assert full[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 0]
     assert full[6].tolist()[6:8] == [1, 1]
+
+
+def test_padding_enters_no_mean_of_routed_attention():
+    """Block 1 has one real key, which exceeds the mean of block 0, and block 3 has none."""
+    k = torch.zeros(1, 1, 9, 8)
+    k[..., 0] = torch.tensor([0.6, 0.6, -9.0, 1.0, 0.3, 0.3, 5.0, 5.0, 0.0])
+    real = torch.tensor([[True, True, False, True, True, True, False, False, True]])
+    mask = AttentionMask(causal=True, key_padding=real)
+    for sign, best in ((1.0, [0, 0, 1, 1, 0, 0, 0, 0, 1]), (-1.0, [0, 0, 0, 0, 1, 1, 0, 0, 1])):
+        chosen = layer_of("routed").chosen(torch.full_like(k, sign), k, mask)
+        assert chosen[0, 0, 8].int().tolist() == best
 
 
 @pytest.mark.parametrize("mask", sorted(SERVED["routed"]))
@@ -144,6 +150,15 @@ def test_cosformer_is_its_quadratic_equation(mask, reach):
     weights = weights * MASKS[mask].to_bool(9, 9)
     expected = output(layer, weights / weights.sum(-1, keepdim=True).clamp(min=1e-6), v)
     torch.testing.assert_close(layer(x, mask=MASKS[mask]), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_cosformer_sums_in_float32_under_autocast():
+    layer, x = layer_of("cosformer"), torch.randn(2, 9, 32)
+    qkv = [each.detach().bfloat16() for each in layer.project(x, None)]
+    plain = layer.attend(x, *qkv, CAUSAL)
+    assert plain.dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.attend(x, *qkv, CAUSAL), plain)
 
 
 @pytest.mark.parametrize("name", NAMES)
