@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffmm.analysis.attention_maps import attention_maps
+from diffmm.analysis.measurements import measure
 from diffmm.layers.attention import ATTENTIONS, SoftmaxAttention
 from diffmm.models import BackboneConfig, TextConfig, TextModel
 from diffmm.models.generation import generate
@@ -244,8 +245,18 @@ def test_models_of_every_kind_train_at_equal_parameters(name):
         assert parameter.grad is not None
         assert parameter.grad.isfinite().all()
         assert parameter.grad.any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_analysis_leaves_out_the_maps_and_says_so(name):
+    model, tokens = text_model(name), torch.randint(40, (2, 9))
     with pytest.raises(ValueError, match="not those of softmax"):
-        attention_maps(model, torch.randint(40, (2, 9)))
+        attention_maps(model, tokens)
+    batch = {"tokens": tokens, "targets": tokens}
+    found = measure(model, [batch], spans=lambda batch: None)
+    label = ATTENTIONS[name].label
+    assert f"the weights of {label} attention are not those of softmax" in found.problems["maps"]
+    assert found.gradients is not None
 
 
 @pytest.mark.parametrize(
