@@ -36,7 +36,15 @@ ABLATIONS: dict[str, dict[str, str]] = {
 }
 """Ablations of v1 (differential transformer, table 6, and its reviews)."""
 
-ALL = {**VARIANTS, **ABLATIONS}
+ALTERNATIVES: dict[str, dict[str, str]] = {
+    "clipped_softmax": {},
+    "strided_sparse": {},
+    "routed": {},
+    "cosformer": {},
+}
+"""Lighter alternatives to a second map (`benchmarks.quality.alternatives`)."""
+
+ALL = {**VARIANTS, **ABLATIONS, **ALTERNATIVES}
 
 SIGNAL_PER_NOISE = 4
 """Signal heads per noise head and query heads per key head of the grouped variants."""
@@ -46,8 +54,12 @@ def overrides(variant: str, recipe: str, given: Sequence[str]) -> list[str]:
     """The overrides of a recipe for a variant, in addition to those of its task.
 
     Grouped differential attention needs grouped keys. Its feed-forward layers get the parameters
-    that it has less than the softmax model of the task.
+    that it has less than the softmax model of the task. Alternatives are registered first.
     """
+    if variant in ALTERNATIVES:
+        from benchmarks.quality import alternatives  # registers attentions
+
+        alternatives.register()
     settings = dict(ALL[variant])
     attention = settings.pop("attention", variant)
     if attention == "diff_grouped":

@@ -19,7 +19,7 @@ from benchmarks.quality.plan import Settings, pending, results, steps_in_time, t
 from benchmarks.quality.prepared import Sources, prepare, unpack
 from benchmarks.quality.table import draw, half_width, lines, markdown, write_csv
 from benchmarks.quality.tasks import SEPARATOR, TASKS
-from benchmarks.quality.variants import ABLATIONS, ALL, overrides
+from benchmarks.quality.variants import ABLATIONS, ALL, ALTERNATIVES, VARIANTS, overrides
 from diffmm import load
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.mistakes import find_mistakes
@@ -215,6 +215,23 @@ def test_every_variant_of_every_task_has_the_parameters_of_softmax(task, tmp_pat
     assert set(ABLATIONS) < set(counts)
     if task == "text":
         assert counts["softmax"] == pytest.approx(42e6, rel=0.02)
+
+
+def test_alternatives_are_variants_that_are_asked_for_by_name(tmp_path, monkeypatch):
+    from benchmarks.quality import alternatives
+
+    assert set(alternatives.ALTERNATIVES) == set(ALTERNATIVES)
+    assert not set(ALTERNATIVES) & set(VARIANTS)
+    monkeypatch.setattr(plan, "MAX_EXTENSIONS", 0)
+    tiny = ["--size", "tiny", "--seeds", "0", "--rates", "4e-3", "--steps", "2"]
+    names = ",".join(["softmax", *ALTERNATIVES])
+    run = ["run", "--tasks", "digits", "--variants", names, *tiny, "--out", str(tmp_path)]
+    quality.main(run)
+    rows = {row["variant"]: row for row in read(tmp_path / "cells.jsonl")}
+    assert set(rows) == {"softmax", *ALTERNATIVES}
+    # They are other models from the same weights and data.
+    assert len({row["train_loss"] for row in rows.values()}) == len(rows)
+    assert len({row["parameters"] for row in rows.values()}) == 1
 
 
 TINY = ["--size", "tiny", "--seeds", "0,1", "--rates", "4e-3,8e-3", "--steps", "6"]
