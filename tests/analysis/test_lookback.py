@@ -75,7 +75,11 @@ def test_a_feature_that_tells_wrong_from_right_has_an_auroc_of_one():
 def test_a_feature_that_says_nothing_has_an_auroc_of_one_half():
     torch.manual_seed(0)
     wrong = torch.rand(4000) < 0.3
-    assert detect(ratios_of(torch.rand(4000)), wrong).auroc == pytest.approx(0.5, abs=0.05)
+    ratios = ratios_of(torch.rand(4000))
+    found = detect(ratios, wrong)
+    assert found.auroc == pytest.approx(0.5, abs=0.05)
+    assert detect(ratios, wrong).folds == found.folds
+    assert detect(ratios, wrong, seed=1).folds != found.folds
 
 
 def test_wrong_samples_and_the_lens_of_a_model():
