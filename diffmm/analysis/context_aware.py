@@ -15,7 +15,7 @@ from diffmm.ops import AttentionMask
 
 @torch.no_grad()
 def context_aware_logits(model: TextModel, batch: ContextBatch, *, strength: float) -> Tensor:
-    """Compute logits that stress the context (Shi et al. 2023, "Trusting Your Evidence", eq. 3).
+    """Compute logits that stress the context (Shi et al. 2023, "Trusting Your Evidence").
 
         (1 + a) logits(x, context) - a logits(x)
 
