@@ -15,6 +15,7 @@ from datamodules.audio.augment import AudioAugment
 from datamodules.image.reader import ImageReader
 from datamodules.image.transform import ImageTransform
 from datamodules.shared.bad_samples import BadSamples
+from datamodules.text.retrieval.sources import AssociativeRecall, ManyShot, Needles
 from diffmm.checks import Settings, number_fault
 from diffmm.models import AudioConfig, BackboneConfig, ImageConfig, MaskedAutoencoderConfig
 from diffmm.training import MixingConfig, OptimizerConfig, ScheduleConfig
@@ -30,6 +31,9 @@ VALID: tuple[Settings, ...] = (
     MixingConfig(mixup_alpha=0.5),
     AudioAugment(),
     BadSamples(),
+    Needles(depth=0.5),
+    AssociativeRecall(),
+    ManyShot(),
     ImageTransform(),
     ImageReader(
         image_size=(8, 8),
@@ -55,7 +59,8 @@ def all_settings():
 
 def float_fields(cls):
     """Fields that are numbers, or contain some."""
-    return [name for name, hint in get_type_hints(cls).items() if "float" in str(hint)]
+    hints = get_type_hints(cls)
+    return [f.name for f in dataclasses.fields(cls) if "float" in str(hints[f.name])]
 
 
 def test_every_dataclass_of_settings_is_one():
