@@ -127,7 +127,7 @@ def test_other_widths(widths, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("widths", "most", "forward"), [(WIDE, 160, 64), (V2, 352, 200), (V1, 320, None)], ids=str
+    ("widths", "most", "forward"), [(WIDE, 128, 64), (V2, 352, 200), (V1, 320, None)], ids=str
 )
 def test_looked_up_masks(widths, most, forward, tmp_path):
     check(key_kernel("bf16", widths, causal=True, looked_up=True), tmp_path, most)

@@ -45,7 +45,7 @@ def visible(query, key, N, M, window, prefix, labels, padding, CAUSAL: tl.conste
     if window is not None:
         sees = sees & (tl.abs(position - key) < window)
     if labels is not None:
-        own = tl.load(labels + query, mask=query < N, other=0)
+        own = tl.load(labels + tl.minimum(query, N - 1))
         sees = sees & (own == tl.load(labels + N + key, mask=key < M, other=-1))
     if padding is not None:
         sees = sees & (tl.load(padding + key, mask=key < M, other=0) != 0)
