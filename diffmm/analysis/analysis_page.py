@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
-from diffmm.analysis.analysis_sections import AnalysisSection, Table
 from diffmm.analysis.comparison import COLORS, cell, maps_of, run_styles, run_table
 from diffmm.analysis.exhibits import Exhibit
 from diffmm.analysis.figures import svg
+from diffmm.analysis.sections import AnalysisSection, Table
 
 
 @dataclass(frozen=True)
