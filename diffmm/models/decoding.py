@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffmm.layers.cache import KVCache
+from diffmm.models.sampling import Sampling, compiled_next_tokens, next_tokens
 from diffmm.models.text import TextModel
 from diffmm.ops import AttentionMask
 
@@ -21,16 +22,24 @@ class Choice:
     """How tokens are chosen.
 
     Attributes:
-        sample: Chooses `[B]` ids from logits `[B, V]`.
+        sampling: How tokens are drawn from logits.
         stop_ids: Ids that end a row.
         pad_id: Id that fills a row after its end.
-        generator: Random number generator of `sample`; None for the device's default.
+        generator: Random number generator; None for the device's default.
+        compile: Whether the choice is compiled.
     """
 
-    sample: Callable[[Tensor], Tensor]
+    sampling: Sampling
     stop_ids: Sequence[int]
     pad_id: int
     generator: torch.Generator | None
+    compile: bool = False
+
+    def __call__(self, logits: Tensor, stopped: Tensor) -> Tensor:
+        """The next token of each row, `[B]`, from logits `[B, V]`."""
+        noise = self.sampling.noise(logits, self.generator)
+        choose = compiled_next_tokens if self.compile else next_tokens
+        return choose(self.sampling, logits, noise, stopped, self.pad_id)
 
 
 class Steps:
@@ -63,7 +72,7 @@ class Steps:
 
     def choose(self, logits: Tensor) -> Tensor:
         """Choose the tokens that follow, `[B]`, update `stopped`, and return them."""
-        new = torch.where(self.stopped, self.choice.pad_id, self.choice.sample(logits))
+        new = self.choice(logits, self.stopped).to(self.tokens.dtype)
         self.tokens.copy_(new)
         if len(self.stops):
             # `torch.isin` waits for the device if there are many.

@@ -1,7 +1,5 @@
 """Text generation with a decoder, token by token."""
 
-import math
-import numbers
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -12,10 +10,8 @@ from torch import Tensor
 from diffmm.models.decoding import Choice, prepare
 from diffmm.models.description import unwrap
 from diffmm.models.host_copy import HostCopy
+from diffmm.models.sampling import Sampling, check_count
 from diffmm.models.text import TextModel
-
-GREEDY_BELOW = 1e-6
-"""Below this temperature decoding is greedy, since the divided logits could overflow float32."""
 
 MIN_STEPS_OF_GRAPH = 8
 """Number of new tokens from which a CUDA graph is captured by default."""
@@ -104,7 +100,7 @@ def stream(
     inner = unwrap(model)
     _check_model(inner)
     _check_prompt(inner.config.max_length, tokens, key_padding, max_new_tokens)
-    _check_sampling(temperature, top_k, top_p)
+    sampling = Sampling(temperature, top_k, top_p)
     if pad_id is None:
         pad_id = next(iter(stop_ids), 0)
     if key_padding is not None and bool(key_padding.all()):
@@ -117,19 +113,16 @@ def stream(
         raise ValueError(
             f"cuda_graph=True needs a CUDA device, but the prompts are on {tokens.device}"
         )
-    choice = Choice(
-        lambda logits: sample(logits, temperature, top_k, top_p, generator).to(tokens.dtype),
-        tuple(stop_ids),
-        pad_id,
-        generator,
-    )
+    features_of = compiled_features(model)
+    is_compiled = features_of != inner.forward_features
+    choice = Choice(sampling, tuple(stop_ids), pad_id, generator, compile=is_cuda and is_compiled)
 
     @torch.no_grad()
     def generated() -> Iterator[Tensor]:
         steps, new = prepare(
             inner,
             model,
-            compiled_features(model),
+            features_of,
             tokens,
             key_padding,
             max_new_tokens,
@@ -168,36 +161,6 @@ def compiled_features(model: TextModel) -> Callable[..., Tensor]:
 _COMPILED: weakref.WeakKeyDictionary[TextModel, Callable[..., Tensor]] = weakref.WeakKeyDictionary()
 
 
-def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Sample `[B]` ids from `logits`, `[B, V]`. Arguments as in `stream`."""
-    if temperature < GREEDY_BELOW:
-        return logits.argmax(dim=-1)
-    if top_k is None and top_p is None:
-        shifted = logits.float() - logits.max(dim=-1, keepdim=True).values
-        return drawn_from((shifted / temperature).softmax(dim=-1), generator).squeeze(-1)
-    # Most likely first, so that both top-k and top-p keep a prefix.
-    num_kept = logits.shape[-1] if top_k is None else min(top_k, logits.shape[-1])
-    logits, ids = logits.float().topk(num_kept, dim=-1)
-    probabilities = ((logits - logits[:, :1]) / temperature).softmax(dim=-1)
-    if top_p is not None:
-        before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    return ids.gather(-1, drawn_from(probabilities, generator)).squeeze(-1)
-
-
-def drawn_from(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw `[B, 1]` indices from `[B, K]` probabilities, as `torch.multinomial` does, which waits
-    for the device to check them."""
-    noise = torch.empty_like(probabilities).exponential_(1.0, generator=generator)
-    return (probabilities / noise).argmax(dim=-1, keepdim=True)
-
-
 def _check_model(model: TextModel) -> None:
     if not model.config.causal:
         raise ValueError(
@@ -215,7 +178,7 @@ def _check_prompt(
         raise ValueError(
             f"prompts must be [B, N] with at least one token, got shape {tuple(tokens.shape)}"
         )
-    _check_count("max_new_tokens", max_new_tokens)
+    check_count("max_new_tokens", max_new_tokens)
     if tokens.shape[1] + max_new_tokens > max_length:
         raise ValueError(
             f"a prompt of {tokens.shape[1]} tokens plus max_new_tokens={max_new_tokens} exceeds "
@@ -235,17 +198,3 @@ def _check_prompt(
             f"prompts must be padded on the left and end with a real token, "
             f"but row {int(wrong.nonzero()[0, 0])} does not"
         )
-
-
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value}")
-
-
-def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be finite and at least 0 (greedy), got {temperature}")
-    if top_k is not None:
-        _check_count("top_k", top_k)
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")

@@ -7,7 +7,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffmm.models import BackboneConfig, TextConfig, TextModel
-from diffmm.models.generation import generate, sample, stream
+from diffmm.models.generation import generate, stream
+from diffmm.models.sampling import Sampling, largest_of_chunks
 
 ATTENTIONS = ("softmax", "diff_v1", "diff_v2")
 
@@ -133,6 +134,20 @@ def test_the_same_generator_draws_the_same():
     greedy = generate(model, tokens, max_new_tokens=16, temperature=0)
     for temperature in (1e-4, 1e-6, 1e-7, 1e-40, 5e-324):
         assert torch.equal(drawn(1, temperature=temperature), greedy)
+
+
+def sample(logits, *settings, **options):
+    sampling = Sampling(*settings, **options)
+    return sampling.choose(logits, sampling.noise(logits, None))
+
+
+@pytest.mark.parametrize(("rows", "size", "count"), [(1, 4096, 50), (3, 5000, 128), (2, 777, 1)])
+def test_the_largest_of_chunks_are_the_largest(rows, size, count):
+    logits = torch.randn(rows, size)
+    logits[0, -1] = 9.0
+    expected, found = logits.topk(count), largest_of_chunks(logits, count)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -309,7 +324,7 @@ class Replayed:
 @pytest.mark.parametrize("padded", [False, True])
 def test_steps_of_a_graph_choose_the_same_tokens(attention, padded, monkeypatch):
     """Whole buffers and a mask that grows, in place of a cache that grows."""
-    from diffmm.models import decoding, generation
+    from diffmm.models import decoding
 
     model = make_model(attention, max_length=300)
     tokens = torch.randint(0, 40, (3, 9))
@@ -318,9 +333,7 @@ def test_steps_of_a_graph_choose_the_same_tokens(attention, padded, monkeypatch)
 
     def tokens_by(cuda_graph):
         generator = torch.Generator().manual_seed(5)
-        choice = decoding.Choice(
-            lambda logits: generation.sample(logits, 0.7, 9, None, generator), (3, 5), 3, generator
-        )
+        choice = decoding.Choice(Sampling(0.7, 9), (3, 5), 3, generator)
         with torch.no_grad():
             steps, new = decoding.prepare(
                 model, model, model.forward_features, tokens, key_padding, 30, choice,

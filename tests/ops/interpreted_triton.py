@@ -207,9 +207,12 @@ def test_offsets_of_more_than_32_bits(axis, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("C", [1, 2])
-def test_decoding(C, name):
+def test_decoding(C, name, monkeypatch):
+    from diffmm.ops.diff_attention.triton import decode
+
     mask = masks(70)[name]
-    for N, H, G in ((1, 1, 1), (3, 4, 2), (1, 8, 1)):
+    for N, H, G, few_keys in ((1, 1, 1, 1 << 14), (3, 4, 2, 1 << 14), (1, 8, 1, 0)):
+        monkeypatch.setattr(decode, "FEW_KEYS", few_keys)
         q, k, v, lam = (x.detach() for x in make_inputs(N, 70, H, G, C, 16, 32))
         found = diff_attention(q, k, v, lam, mask=mask, backend="triton")
         exact = (x.double() for x in (q, k, v, lam))

@@ -40,6 +40,9 @@ from diffmm.ops.diff_attention.triton.tiles import (
 # Maximum number of rows of one component in a tile: queries times heads per group.
 MAX_ROWS = 64
 
+# Number of keys of all samples up to which all of them are read.
+FEW_KEYS = 1 << 14
+
 
 @triton.jit
 def _schedule(N, M, window, num_groups, num_programs, BLOCK_M: tl.constexpr):
@@ -250,6 +253,13 @@ def is_far(k: Tensor, v: Tensor, block_m: int) -> bool:
     return max(k.stride(1), v.stride(1)) * block_m >= 1 << 31
 
 
+def ranges_of(mask: KernelMask, B: int, N: int, M: int, block_r: int) -> Tensor | None:
+    """The ranges of keys that are read; None for all. To read a few padded keys takes less time
+    than to find where they begin and end."""
+    few = mask.labels is None and B * M <= FEW_KEYS
+    return None if few else mask.key_ranges(B, N, M, block_r)
+
+
 def decodes(N: int, H: int, G: int) -> bool:
     """Whether `N` queries of `H` heads in `G` groups are few enough for one tile."""
     return N * (H // G) <= MAX_ROWS
@@ -277,7 +287,7 @@ def decode(
         split, join = wrap_triton(_split_kernel), wrap_triton(_join_kernel)
     split[(num_programs,)](
         q, k, v, part, part_lse, mask.window, mask.prefix, mask.labels, mask.padding,
-        mask.key_ranges(B, N, M, block_r), *q.stride()[:4], *k.stride()[:4], *v.stride()[:3],
+        ranges_of(mask, B, N, M, block_r), *q.stride()[:4], *k.stride()[:4], *v.stride()[:3],
         N, M, G, H // G, num_groups, scale * 1.4426950408889634,
         CAUSAL=mask.causal, NUM_MAPS=num_maps, C=C, D=D, E=E, BLOCK_R=block_r, BLOCK_M=cut.block_m,
         BLOCK_D=block_d, BLOCK_E=block_e, PRECISION=precision(q.dtype),
