@@ -94,8 +94,12 @@ class Run:
         self.task, self.data, self.trainer = cli.model, cli.datamodule, cli.trainer
         self.num_steps: int = steps or self.trainer.max_steps
         if compile:
-            torch._dynamo.reset()  # the models of earlier runs count against its limit
-            self.task.model.compile()
+            self.compile()
+
+    def compile(self) -> None:
+        """Compile the model."""
+        torch._dynamo.reset()  # the models of earlier runs count against its limit
+        self.task.model.compile()
 
     @property
     def num_parameters(self) -> int:
