@@ -108,6 +108,29 @@ def test_little_memory(monkeypatch, widths, num_bytes, causal):
     check_here(200, 200, 4, 2, widths, AttentionMask(causal=causal))
 
 
+@pytest.mark.parametrize(("widths", "parts"), [(V1, 1), (V1, 2), (WIDE, 2), (V2, 3)], ids=str)
+def test_heads_of_a_group_are_divided(monkeypatch, widths, parts):
+    """Also unevenly: two heads for one program and one for the other."""
+    from diffmm.ops.diff_attention.triton.hopper import backward
+
+    monkeypatch.setattr(backward, "num_parts", lambda programs, heads_per_group: parts)
+    check_here(130, 130, 3, 1, widths, AttentionMask(causal=True), num_largest=FEW)
+
+
+def test_no_part_is_without_a_head():
+    from diffmm.ops.diff_attention.triton.hopper.backward import ENOUGH_PROGRAMS, num_parts
+
+    for heads in range(1, 20):
+        for programs in (1, 100, 300, ENOUGH_PROGRAMS, 10 * ENOUGH_PROGRAMS):
+            parts = num_parts(programs, heads)
+            each = -(-heads // parts)
+            assert (parts - 1) * each < heads <= parts * each
+            enough = parts * programs >= ENOUGH_PROGRAMS
+            assert enough or parts == heads or each == -(-heads // (parts + 1))
+    assert num_parts(256, 5) == 5
+    assert num_parts(ENOUGH_PROGRAMS, 5) == 1
+
+
 @pytest.mark.parametrize("axis", [1, 2], ids=["tokens", "heads"])
 def test_lambda_further_apart_than_32_bits(axis, tmp_path):
     from gluon_interpreter import interpreted

@@ -12,7 +12,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Arguments whose values do not need specialized kernels.
-UNSPECIALIZED = ["N", "M", "H", "G", "heads_per_group", "window", "lam_b", "lam_n", "lam_h"]
+UNSPECIALIZED = [
+    "N", "M", "H", "G", "heads_per_group", "parts", "window", "lam_b", "lam_n", "lam_h",
+]  # fmt: skip
 
 # Maximum number of queries per tile; per-query arrays are padded to a multiple of it.
 MAX_BLOCK = 128

@@ -31,6 +31,10 @@ from diffmm.ops.diff_attention.triton.masking import (
 from diffmm.ops.diff_attention.triton.tiles import UNSPECIALIZED, cdiv, describe, pad
 
 SCRATCH_BYTES = 9 << 28  # a causal head of 32,768 tokens
+ENOUGH_PROGRAMS = 2048
+"""Programs of the key kernel up to which the heads of a group are divided among several: with few
+long programs, most multiprocessors of the GPU wait for the last ones."""
+
 _MOST_HEADS = 65535  # maximum per launch, counting each component as a head
 
 
@@ -104,6 +108,13 @@ def num_stages(keys: int, block_d: int, block_e: int, components: int, num_maps:
     return min(3, (SHARED_BYTES - 512 - kept) // stage)  # 512 bytes for barriers and arguments
 
 
+def num_parts(programs: int, heads_per_group: int) -> int:
+    """Number of programs among which the heads of a group are divided, if there are `programs`
+    groups and tiles of keys. None of them is without a head."""
+    wanted = min(cdiv(ENOUGH_PROGRAMS, programs), heads_per_group)
+    return cdiv(heads_per_group, cdiv(heads_per_group, wanted))
+
+
 def gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, mask: KernelMask, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,7 +143,11 @@ def gradients(
     band = num_tiles if folded else height
     scratch = q.new_empty(pairs_at_once * maps_per_group * height * block, width)
 
+    parts = num_parts(min(band, num_tiles) // tiles_at_once * pairs_at_once, heads_per_group)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    if parts > 1:
+        # Each part has its own sum over heads.
+        dk, dv = (x.new_empty(B, M, G, parts, *x.shape[3:], dtype=rows.dtype) for x in (k, v))
     rows = rows.flatten(0, 2)
     inputs = [
         gluon_describe(q, [1, block, 1, 1, block_d]),
@@ -154,9 +169,9 @@ def gradients(
             partial = rows.new_zeros(count * maps_per_group, N, D)
         for tile in range(0, num_tiles, band):
             tiles = min(band, num_tiles - tile)
-            keys.key_kernel[(tiles // tiles_at_once, count)](
+            keys.key_kernel[(tiles // tiles_at_once, count * parts)](
                 *inputs, dk, dv, mask.window, mask.prefix, mask.labels, mask.padding,
-                query_ranges, N, M, H, heads_per_group, pair, tile, tiles, units,
+                query_ranges, N, M, H, heads_per_group, parts, pair, tile, tiles, units,
                 CAUSAL=mask.causal, FOLDED=folded, NUM_MAPS=num_maps, C=C, D=D, E=E,
                 BLOCK_D=block_d, BLOCK_E=block_e, STAGES=stages, num_warps=4,
             )  # fmt: skip
@@ -167,4 +182,6 @@ def gradients(
                 KEYS=keys.KEYS.value, BLOCK_N=span, BLOCK_M=block, BLOCK_D=block_d, num_warps=8,
                 num_stages=4,
             )  # fmt: skip
+    if parts > 1:
+        dk, dv = dk.sum(3).to(k.dtype), dv.sum(3).to(v.dtype)
     return dq, dk, dv

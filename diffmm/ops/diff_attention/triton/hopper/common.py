@@ -99,6 +99,14 @@ def clear_margins(
 
 
 @gluon.jit
+def part_of_heads(heads_per_group, part, parts):
+    """The number of heads that one of the programs of a group processes, and the first of them."""
+    heads = tl.cdiv(heads_per_group, parts)
+    first = part * heads
+    return tl.minimum(heads, heads_per_group - first), first
+
+
+@gluon.jit
 def allocate_ring(
     q_desc, g_desc, rows_desc, weight_desc, STAGES: gl.constexpr, NUM_MAPS: gl.constexpr
 ):

@@ -32,6 +32,7 @@ from diffmm.ops.diff_attention.triton.hopper.common import (
     load_queries,
     opaque,
     packed,
+    part_of_heads,
     scratch_place,
     write_tile,
 )
@@ -55,7 +56,7 @@ def _skip_queries(full, empty, step, first, last, STAGES: gl.constexpr):
 @gluon.jit
 def _attend(
     ds_desc, k, v, q, g, rows, weights, ds1_tiles, ds2_tiles, held, full, empty, dk, dv, first, low,
-    full_low, full_high, high, last, heads_per_group, m0, N, M, G, scale, window, prefix, labels,
+    full_low, full_high, high, last, heads, m0, N, M, rows_apart, scale, window, prefix, labels,
     padding, first_slot, height, row, shift,
     half: gl.constexpr, CAUSAL: gl.constexpr, NUM_MAPS: gl.constexpr, C: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr,
@@ -77,12 +78,12 @@ def _attend(
     dk2 = gl.zeros([BLOCK, BLOCK_D], gl.float32, keys)
     dv_tile = gl.zeros([BLOCK, BLOCK_E], gl.float32, values)
     clear_margins(
-        ds_desc, ds1_tiles.index(half), first_slot, height, row, shift, low, high, heads_per_group,
-        scores, NUM_MAPS,
+        ds_desc, ds1_tiles.index(half), first_slot, height, row, shift, low, high, heads, scores,
+        NUM_MAPS,
     )  # fmt: skip
     mbarrier.wait(held, 0)
     step = 0
-    for head_slot in range(first_slot, first_slot + heads_per_group):
+    for head_slot in range(first_slot, first_slot + heads):
         step = _skip_queries(full, empty, step, first, low, STAGES)
         for n0 in range(low, high, BLOCK):
             stage = step % STAGES
@@ -146,16 +147,17 @@ def _attend(
         step = _skip_queries(full, empty, step, high, last, STAGES)
     tma.store_wait(0)
     rate = scale * 0.6931471805599453
-    write_tile(dv, dv_tile, m0, M, G * E, E)
-    write_tile(dk, dk1 * rate, m0, M, G * C * D, D)
+    write_tile(dv, dv_tile, m0, M, rows_apart * E, E)
+    write_tile(dk, dk1 * rate, m0, M, rows_apart * C * D, D)
     if C == 2:
-        write_tile(dk + D, dk2 * rate, m0, M, G * C * D, D)
+        write_tile(dk + D, dk2 * rate, m0, M, rows_apart * C * D, D)
 
 
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def key_kernel(
     q_desc, g_desc, k_desc, v_desc, ds_desc, rows_desc, weight_desc, dk, dv, window, prefix,
-    labels, padding, ranges, N, M, H, heads_per_group, first_pair, first_tile, num_tiles, scale,
+    labels, padding, ranges, N, M, H, heads_per_group, parts, first_pair, first_tile, num_tiles,
+    scale,
     CAUSAL: gl.constexpr, FOLDED: gl.constexpr, NUM_MAPS: gl.constexpr, C: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_E: gl.constexpr,
     STAGES: gl.constexpr,
@@ -166,8 +168,9 @@ def key_kernel(
     tile = 2 * gl.program_id(0)
     m0 = (first_tile + tile) * BLOCK
     G = H // heads_per_group
-    pair = first_pair + gl.program_id(1)
+    pair, part = first_pair + gl.program_id(1) // parts, gl.program_id(1) % parts
     batch, group = pair // G, pair % G
+    heads, first_head = part_of_heads(heads_per_group, part, parts)
     if prefix is not None:
         prefix += batch
     if labels is not None:
@@ -205,12 +208,13 @@ def key_kernel(
             )
         tma.async_copy_global_to_shared(v_desc, [batch, first, group, 0], held, v.index(half))
 
-    head = group * heads_per_group
+    head = group * heads_per_group + first_head
     row1, shift1 = scratch_place(tile, num_tiles, FOLDED)
     row2, shift2 = scratch_place(tile + 1, num_tiles, FOLDED)
     height = (num_tiles + 1) // 2 if FOLDED else num_tiles
     head_slot = batch * H + head - first_pair * heads_per_group
-    first_row = batch.to(gl.int64) * M * G + group
+    rows_apart = G * parts
+    first_row = batch.to(gl.int64) * M * rows_apart + group * parts + part
     dk += first_row * C * D
     dv += first_row * E
     # fmt: off
@@ -218,19 +222,19 @@ def key_kernel(
         [
             (_attend, (
                 ds_desc, k, v, q, g, rows, weights, ds1_tiles, ds2_tiles, held, full, empty, dk, dv,
-                low, low1, full_low1, full_high1, high1, high, heads_per_group, m0, N, M, G,
+                low, low1, full_low1, full_high1, high1, high, heads, m0, N, M, rows_apart,
                 scale, window, prefix, labels, padding, head_slot, height, row1, shift1,
                 gl.constexpr(0), CAUSAL, NUM_MAPS, C, D, E,
             )),
             (_attend, (
                 ds_desc, k, v, q, g, rows, weights, ds1_tiles, ds2_tiles, held, full, empty, dk, dv,
-                low, low2, full_low2, full_high2, high2, high, heads_per_group, m0 + BLOCK, N, M, G,
+                low, low2, full_low2, full_high2, high2, high, heads, m0 + BLOCK, N, M, rows_apart,
                 scale, window, prefix, labels, padding, head_slot, height, row2, shift2,
                 gl.constexpr(1), CAUSAL, NUM_MAPS, C, D, E,
             )),
             (load_queries, (
                 q_desc, g_desc, rows_desc, weight_desc, q, g, rows, weights, full, empty, batch, H,
-                head, heads_per_group, low, high, NUM_MAPS,
+                head, heads, low, high, NUM_MAPS,
             )),
         ],
         [4, 1],

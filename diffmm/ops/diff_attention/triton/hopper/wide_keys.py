@@ -31,6 +31,7 @@ from diffmm.ops.diff_attention.triton.hopper.common import (
     clear_margins,
     load_queries,
     opaque,
+    part_of_heads,
     scratch_place,
     write_tile,
 )
@@ -46,7 +47,7 @@ _SLOTS = gl.constexpr(2)  # buffers for pairs of maps
 @gluon.jit
 def _make_maps(
     k, q, g, rows, weights, map1, map2, held, full, empty, made, free, dv, low, full_low,
-    full_high, high, heads_per_group, m0, N, M, scale, window, prefix, labels, padding,
+    full_high, high, heads, m0, N, M, scale, window, prefix, labels, padding,
     values_apart,
     CAUSAL: gl.constexpr, C: gl.constexpr, E: gl.constexpr,
 ):  # fmt: skip
@@ -63,7 +64,7 @@ def _make_maps(
     acc = gl.zeros([BLOCK, BLOCK_E], gl.float32, values)
     mbarrier.wait(held, 0)
     step = 0
-    for _ in range(heads_per_group):
+    for _ in range(heads):
         for n0 in range(low, high, BLOCK):
             stage, slot = step % STAGES, step % _SLOTS
             mbarrier.wait(full.index(stage), step // STAGES % 2)
@@ -102,7 +103,7 @@ def _make_maps(
 @gluon.jit
 def _make_gradients(
     ds_desc, v, q, g, rows, map1, map2, held, full, empty, made, free, dk, low, high,
-    heads_per_group, m0, M, scale, first_slot, height, row, shift, keys_apart,
+    heads, m0, M, scale, first_slot, height, row, shift, keys_apart,
     C: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """Compute dS of every query, which is written to global memory, and dK."""
@@ -116,15 +117,14 @@ def _make_gradients(
     dk1 = gl.zeros([BLOCK, BLOCK_D], gl.float32, keys)
     dk2 = gl.zeros([BLOCK, BLOCK_D], gl.float32, keys)
     clear_margins(
-        ds_desc, map1.index(0), first_slot, height, row, shift, low, high, heads_per_group, scores,
-        2,
+        ds_desc, map1.index(0), first_slot, height, row, shift, low, high, heads, scores, 2,
     )  # fmt: skip
     for each in gl.static_range(_SLOTS):
         mbarrier.arrive(free.index(each), count=1)
     mbarrier.wait(held, 0)
     v_tile = v.reshape([BLOCK, BLOCK_E])
     step = 0
-    for head_slot in range(first_slot, first_slot + heads_per_group):
+    for head_slot in range(first_slot, first_slot + heads):
         for n0 in range(low, high, BLOCK):
             stage, slot = step % STAGES, step % _SLOTS
             mbarrier.wait(full.index(stage), step // STAGES % 2)
@@ -168,7 +168,8 @@ def _make_gradients(
 @gluon.jit(do_not_specialize=UNSPECIALIZED)
 def key_kernel(
     q_desc, g_desc, k_desc, v_desc, ds_desc, rows_desc, weight_desc, dk, dv, window, prefix,
-    labels, padding, ranges, N, M, H, heads_per_group, first_pair, first_tile, num_tiles, scale,
+    labels, padding, ranges, N, M, H, heads_per_group, parts, first_pair, first_tile, num_tiles,
+    scale,
     CAUSAL: gl.constexpr, FOLDED: gl.constexpr, NUM_MAPS: gl.constexpr, C: gl.constexpr,
     D: gl.constexpr, E: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_E: gl.constexpr,
     STAGES: gl.constexpr,
@@ -179,8 +180,9 @@ def key_kernel(
     tile = gl.program_id(0)
     m0 = (first_tile + tile) * BLOCK
     G = H // heads_per_group
-    pair = first_pair + gl.program_id(1)
+    pair, part = first_pair + gl.program_id(1) // parts, gl.program_id(1) % parts
     batch, group = pair // G, pair % G
+    heads, first_head = part_of_heads(heads_per_group, part, parts)
     if prefix is not None:
         prefix += batch
     if labels is not None:
@@ -213,11 +215,12 @@ def key_kernel(
         tma.async_copy_global_to_shared(k_desc, [batch, m0, group, c, 0], held, k.index(c))
     tma.async_copy_global_to_shared(v_desc, [batch, m0, group, 0], held, v)
 
-    head = group * heads_per_group
+    head = group * heads_per_group + first_head
     row, shift = scratch_place(tile, num_tiles, FOLDED)
     height = (num_tiles + 1) // 2 if FOLDED else num_tiles
     head_slot = batch * H + head - first_pair * heads_per_group
-    first_row = batch.to(gl.int64) * M * G + group
+    rows_apart = G * parts
+    first_row = batch.to(gl.int64) * M * rows_apart + group * parts + part
     dk += first_row * C * D
     dv += first_row * E
     # fmt: off
@@ -225,16 +228,16 @@ def key_kernel(
         [
             (_make_maps, (
                 k, q, g, rows, weights, map1, map2, held, full, empty, made, free, dv, low,
-                full_low, full_high, high, heads_per_group, m0, N, M, scale, window, prefix,
-                labels, padding, G * E, CAUSAL, C, E,
+                full_low, full_high, high, heads, m0, N, M, scale, window, prefix, labels,
+                padding, rows_apart * E, CAUSAL, C, E,
             )),
             (_make_gradients, (
                 ds_desc, v, q, g, rows, map1, map2, held, full, empty, made, free, dk, low, high,
-                heads_per_group, m0, M, scale, head_slot, height, row, shift, G * C * D, C, D,
+                heads, m0, M, scale, head_slot, height, row, shift, rows_apart * C * D, C, D,
             )),
             (load_queries, (
                 q_desc, g_desc, rows_desc, weight_desc, q, g, rows, weights, full, empty, batch, H,
-                head, heads_per_group, low, high, NUM_MAPS,
+                head, heads, low, high, NUM_MAPS,
             )),
         ],
         [4, 1],
