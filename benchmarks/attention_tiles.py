@@ -146,7 +146,7 @@ class Inputs:
         self.v, self.grad = random(batch, length, heads, E), random(batch, length, heads, E)
         self.lam = torch.rand(batch, length, heads, device="cuda")
         self.mask, self.scale = (
-            KernelMask.of(AttentionMask(causal=causal), 1, length, length),
+            KernelMask.of(AttentionMask(causal=causal), length, length),
             D**-0.5,
         )
         tile = Tile(64, 32, 4, 2, split=E > 128)

@@ -52,7 +52,12 @@ def test_operators_pass_opcheck(widths, name):
 
     inputs, mask = make_inputs(60, 60, widths), make_mask(name, 60)
     flags = mask.causal, mask.window
-    tensors = mask.prefix_lengths, mask.document_ids, mask.key_padding
+    given = mask.prefix_lengths, mask.document_ids, mask.key_padding
+    tensors = given
+    if mask.document_ids is not None:
+        label = torch.ops.diffmm.document_labels.default
+        torch.library.opcheck(label, (mask.document_ids, mask.key_padding, 60))
+        tensors = mask.prefix_lengths, label(mask.document_ids, mask.key_padding, 60), None
     forward = torch.ops.diffmm.diff_attention.default
     plain = [x.detach() for x in inputs]
     torch.library.opcheck(forward, (*inputs, *flags, *tensors, 0.125, True))
@@ -64,7 +69,7 @@ def test_operators_pass_opcheck(widths, name):
     )
     few = plain[0][:, :3], *plain[1:3], plain[3][:, :3]
     decode = torch.ops.diffmm.diff_attention_decode.default
-    torch.library.opcheck(decode, (*few, *flags, *tensors, 0.125))
+    torch.library.opcheck(decode, (*few, *flags, *given, 0.125))
 
 
 @pytest.mark.parametrize("name", ["full", "causal", "documents"])

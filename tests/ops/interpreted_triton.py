@@ -237,13 +237,15 @@ def test_empty(N, M):
 
 
 def test_operator_is_well_formed():
-    from diffmm.ops.diff_attention.triton.op import _attend
+    from diffmm.ops.diff_attention.triton.op import _attend, _document_labels
 
     q, k, v, lam = make_inputs(5, 7, 2, 1, 2, 16, 32)
     documents = torch.zeros(BATCH, 7, dtype=torch.long)
-    for for_backward, tensors in itertools.product(
-        (False, True), ((None, None), (documents, None))
-    ):
+    for padding in (None, documents == 0):
+        torch.library.opcheck(_document_labels, (documents, padding, 5))
+    labels = _document_labels(documents, None, 5)
+    assert torch.equal(labels[:, 5:], torch.zeros(BATCH, 7, dtype=torch.int32))
+    for for_backward, tensors in itertools.product((False, True), ((None, None), (labels, None))):
         args = (q, k, v, lam, True, None, None, *tensors, 0.25, for_backward)
         if not for_backward:
             args = (*(x.detach() for x in args[:4]), *args[4:])
@@ -254,8 +256,8 @@ def test_operator_of_the_backward_pass_is_well_formed():
     from diffmm.ops.diff_attention.triton.op import _attend, _attend_backward
 
     q, k, v, lam = (x.detach() for x in make_inputs(5, 7, 2, 1, 2, 16, 32))
-    documents = torch.zeros(BATCH, 7, dtype=torch.long)
-    for tensors in ((None, None), (documents, None)):
+    labels = torch.zeros(BATCH, 5 + 7, dtype=torch.int32)
+    for tensors in ((None, None), (labels, None)):
         mask = (True, None, None, *tensors, 0.25)
         out, second, lse = _attend(q, k, v, lam, *mask, True)
         args = (torch.randn_like(out), q, k, v, lam, out, second, lse, *mask)
@@ -347,7 +349,7 @@ def test_ranges_of_looked_up_masks(name, num_queries):
     }[name]
     mask = AttentionMask(**fields)
     sees = mask.to_bool(num_queries, num_keys).expand(BATCH, 1, num_queries, num_keys)[:, 0]
-    found = KernelMask.of(mask, BATCH, num_queries, num_keys)
+    found = KernelMask.of(mask, num_queries, num_keys)
     for ranges, pairs in (
         (found.key_ranges(BATCH, num_queries, num_keys, block), sees),
         (found.query_ranges(BATCH, num_queries, num_keys, block), sees.transpose(1, 2)),

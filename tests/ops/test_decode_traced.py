@@ -5,7 +5,8 @@ import contextlib
 
 import pytest
 import torch
-from torch._functorch.aot_autograd import aot_module_simplified
+from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -85,3 +86,37 @@ def test_one_graph_launches_the_kernels(hopper, batch, C, padded):
             assert compiled(q, k, v, lam, padding, length).shape == (batch, 1, 8, 128)
     looks = [["ranges"]] * (padded and batch * 420 > FEW_KEYS)
     assert launches == [[*looks, ["part", "part_lse"], ["out"]]]
+
+
+def test_layers_of_a_compiled_model_share_the_labels_of_documents(monkeypatch):
+    """One call serves the forward and the backward pass of both layers."""
+    from diffmm.ops.diff_attention.triton import op
+
+    monkeypatch.setattr(op, "INTERPRETED", True)  # accepts tensors on the CPU; nothing runs
+    counts = []
+
+    def compiler(graph, _):
+        names = [str(node.target) for node in graph.graph.nodes]
+        counts.append([sum(f"diffmm.{op}" in n for n in names) for op in ("document", "diff")])
+        return make_boxed_func(graph)
+
+    def two_layers(q, k, v, lam, documents):
+        mask = AttentionMask(causal=True, document_ids=documents)
+        for _ in range(2):
+            q = diff_attention(q, k, v, lam, mask=mask, backend="triton").unflatten(3, (2, 64))
+        return q
+
+    compiled = torch.compile(
+        two_layers, fullgraph=True,
+        backend=lambda graph, inputs: aot_module_simplified(
+            graph, inputs, fw_compiler=compiler, bw_compiler=compiler,
+            partition_fn=min_cut_rematerialization_partition,
+        ),
+    )  # fmt: skip
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+        shapes = (2, 300, 4, 2, 64), (2, 300, 4, 2, 64), (2, 300, 4, 128)
+        q, k, v = (torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in shapes)
+        lam = torch.empty(2, 300, 4, requires_grad=True)
+        documents = torch.empty(2, 300, dtype=torch.int64)
+        compiled(q, k, v, lam, documents).sum().backward()
+    assert counts == [[1, 2], [0, 2]]

@@ -236,17 +236,16 @@ class KernelMask:
     padding: Tensor | None
 
     @classmethod
-    def of(cls, mask: AttentionMask, batch: int, N: int, M: int) -> "KernelMask":
-        prefix, padding, labels = mask.prefix_lengths, mask.key_padding, None
-        if padding is not None:
-            padding = padding.contiguous()
+    def of(
+        cls, mask: AttentionMask, N: int, M: int, *, labels: Tensor | None = None
+    ) -> "KernelMask":
+        """The mask of `N` queries and `M` keys. `labels` may be given in place of the mask's
+        documents and padding."""
+        prefix, padding = mask.prefix_lengths, mask.key_padding
         if mask.document_ids is not None:
-            documents = mask.document_ids.contiguous()
-            labels = documents.new_empty(batch, N + M, dtype=torch.int32)
-            _launchable(_labels_kernel, documents)[(cdiv(M, _BLOCK), batch)](
-                labels, documents, padding, N, M, BLOCK=_BLOCK, CHUNK=_CHUNK, PART=_PART
-            )
-            padding = None
+            labels, padding = document_labels(mask.document_ids, padding, N), None
+        elif padding is not None:
+            padding = padding.contiguous()
         return cls(
             causal=mask.causal,
             # A window this large masks nothing; clamping avoids 32-bit overflow.
@@ -274,6 +273,18 @@ class KernelMask:
             ranges, self.labels, self.padding, N, M, OF_KEYS=of_keys, BLOCK=block, CHUNK=_CHUNK
         )
         return ranges
+
+
+def document_labels(document_ids: Tensor, key_padding: Tensor | None, N: int) -> Tensor:
+    """The labels of `KernelMask` for the documents of keys, `[B, M]`, of which the last `N` are
+    also queries."""
+    documents, (batch, M) = document_ids.contiguous(), document_ids.shape
+    padding = None if key_padding is None else key_padding.contiguous()
+    labels = documents.new_empty(batch, N + M, dtype=torch.int32)
+    _launchable(_labels_kernel, documents)[(cdiv(M, _BLOCK), batch)](
+        labels, documents, padding, N, M, BLOCK=_BLOCK, CHUNK=_CHUNK, PART=_PART
+    )
+    return labels
 
 
 def _launchable(kernel: Any, tensor: Tensor) -> Any:

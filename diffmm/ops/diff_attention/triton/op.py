@@ -11,7 +11,7 @@ from diffmm.ops.diff_attention.triton import hopper
 from diffmm.ops.diff_attention.triton.backward import backward
 from diffmm.ops.diff_attention.triton.decode import decode, decodes
 from diffmm.ops.diff_attention.triton.forward import forward
-from diffmm.ops.diff_attention.triton.masking import KernelMask
+from diffmm.ops.diff_attention.triton.masking import KernelMask, document_labels
 from diffmm.ops.diff_attention.triton.tiles import Tiles, describable, gpu_of, tiles_for
 from diffmm.ops.mask import AttentionMask
 
@@ -48,16 +48,18 @@ def softmax_backend(
 def _run(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None, mask: AttentionMask, scale: float
 ) -> Tensor:
-    inputs = (
-        q, k, v, lam, mask.causal, mask.window, mask.prefix_lengths, mask.document_ids,
-        mask.key_padding, scale,
-    )  # fmt: skip
     for_backward = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (q, k, v, lam)
     )
+    inputs = q, k, v, lam, mask.causal, mask.window, mask.prefix_lengths
+    documents, padding = mask.document_ids, mask.key_padding
     if not for_backward and decodes(q.shape[1], q.shape[2], k.shape[2]):
-        return _decode(*inputs)
-    return _attend(*inputs, for_backward)[0]
+        return _decode(*inputs, documents, padding, scale)
+    labels = None
+    if documents is not None:
+        # An operator of its own, so that all layers of a compiled model share one call.
+        labels, padding = _document_labels(documents, padding, q.shape[1]), None
+    return _attend(*inputs, labels, padding, scale, for_backward)[0]
 
 
 def check_inputs(q: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> None:
@@ -98,17 +100,20 @@ def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _kernel_mask(
-    q: Tensor,
-    k: Tensor,
-    causal: bool,
-    window: int | None,
-    prefix_lengths: Tensor | None,
-    document_ids: Tensor | None,
-    key_padding: Tensor | None,
-) -> KernelMask:
-    mask = AttentionMask(causal, window, prefix_lengths, document_ids, key_padding)
-    return KernelMask.of(mask, q.shape[0], q.shape[1], k.shape[1])
+@torch.library.custom_op("diffmm::document_labels", mutates_args=())
+def _document_labels(document_ids: Tensor, key_padding: Tensor | None, num_queries: int) -> Tensor:
+    """The labels by which the kernels compare documents, `[B, N + M]` int32 (`KernelMask`)."""
+    batch, num_keys = document_ids.shape
+    if batch * num_keys == 0:
+        return document_ids.new_empty(batch, num_queries + num_keys, dtype=torch.int32)
+    with _on(document_ids):
+        return document_labels(document_ids, key_padding, num_queries)
+
+
+@_document_labels.register_fake
+def _(document_ids: Tensor, key_padding: Tensor | None, num_queries: int) -> Tensor:
+    batch, num_keys = document_ids.shape
+    return document_ids.new_empty(batch, num_queries + num_keys, dtype=torch.int32)
 
 
 @torch.library.custom_op("diffmm::diff_attention", mutates_args=())
@@ -120,7 +125,7 @@ def _attend(
     causal: bool,
     window: int | None,
     prefix_lengths: Tensor | None,
-    document_ids: Tensor | None,
+    labels: Tensor | None,
     key_padding: Tensor | None,
     scale: float,
     for_backward: bool,
@@ -138,7 +143,8 @@ def _attend(
         return zeros, zeros2, no_sums.new_full((B, H, num_maps, N), torch.inf)
     q, k, v = describable(q), describable(k), describable(v)
     with _on(q):
-        mask = _kernel_mask(q, k, causal, window, prefix_lengths, document_ids, key_padding)
+        attended = AttentionMask(causal, window, prefix_lengths, None, key_padding)
+        mask = KernelMask.of(attended, N, M, labels=labels)
         second: Tensor | None
         if hopper.serves_forward(q, v):
             from diffmm.ops.diff_attention.triton.hopper.forward import forward as by_warpgroups
@@ -163,7 +169,7 @@ def _(
     causal: bool,
     window: int | None,
     prefix_lengths: Tensor | None,
-    document_ids: Tensor | None,
+    labels: Tensor | None,
     key_padding: Tensor | None,
     scale: float,
     for_backward: bool,
@@ -189,7 +195,7 @@ def _attend_backward(
     causal: bool,
     window: int | None,
     prefix_lengths: Tensor | None,
-    document_ids: Tensor | None,
+    labels: Tensor | None,
     key_padding: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -203,7 +209,8 @@ def _attend_backward(
         )  # fmt: skip
     q, k, v = describable(q), describable(k), describable(v)
     with _on(q):
-        mask = _kernel_mask(q, k, causal, window, prefix_lengths, document_ids, key_padding)
+        attended = AttentionMask(causal, window, prefix_lengths, None, key_padding)
+        mask = KernelMask.of(attended, N, M, labels=labels)
         dq, dk, dv, dlam = backward(
             grad, q, k, v, lam, out, None if lam is None else second, lse, mask, scale,
             tiles=_tiles(q, v),
@@ -224,7 +231,7 @@ def _(
     causal: bool,
     window: int | None,
     prefix_lengths: Tensor | None,
-    document_ids: Tensor | None,
+    labels: Tensor | None,
     key_padding: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -233,19 +240,19 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, lam, causal, window, prefix_lengths, document_ids, key_padding, scale, _ = inputs
+    q, k, v, lam, causal, window, prefix_lengths, labels, key_padding, scale, _ = inputs
     out, second, lse = output
-    ctx.save_for_backward(q, k, v, lam, out, second, lse, prefix_lengths, document_ids, key_padding)
+    ctx.save_for_backward(q, k, v, lam, out, second, lse, prefix_lengths, labels, key_padding)
     ctx.causal, ctx.window, ctx.scale = causal, window, scale
     # Otherwise zeros would be allocated for the two outputs that have no gradient.
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, grad: Tensor, _second: Any, _lse: Any) -> tuple[Any, ...]:
-    q, k, v, lam, out, second, lse, prefix_lengths, document_ids, key_padding = ctx.saved_tensors
+    q, k, v, lam, out, second, lse, prefix_lengths, labels, key_padding = ctx.saved_tensors
     *grads, dlam = _attend_backward(
         grad, q, k, v, lam, out, second, lse, ctx.causal, ctx.window, prefix_lengths,
-        document_ids, key_padding, ctx.scale,
+        labels, key_padding, ctx.scale,
     )  # fmt: skip
     return *grads, None if lam is None else dlam, None, None, None, None, None, None, None
 
@@ -277,7 +284,8 @@ def _decode(
     if B * N * H * M == 0:
         return q.new_zeros(B, N, H, v.shape[-1])
     with _on(q):
-        mask = _kernel_mask(q, k, causal, window, prefix_lengths, document_ids, key_padding)
+        attended = AttentionMask(causal, window, prefix_lengths, document_ids, key_padding)
+        mask = KernelMask.of(attended, N, M)
         return decode(q, k, v, lam, mask, scale, gpu=gpu_of(q))
 
 
