@@ -1,5 +1,6 @@
 """Normalization layers. All compute in float32 (or wider) and return their input's dtype."""
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -83,10 +84,30 @@ class CosineNorm(nn.Module):
 
 
 NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
-"""Values of `BackboneConfig.norm`: classes constructed from a width."""
+"""Values of `BackboneConfig.norm`: classes constructed from a width and, if given, `eps`."""
+
+
+def make_norm(name: str, dim: int, eps: float | None = None) -> nn.Module:
+    """Build the norm of this name over `dim` channels.
+
+    Args:
+        name: A name in `NORMS`.
+        dim: Size of the last axis.
+        eps: Added to the mean square or the variance; None uses the default of the norm.
+
+    Raises:
+        ValueError: If `eps` is given and not positive, or the norm does not take it.
+    """
+    if eps is None:
+        return NORMS[name](dim)
+    if eps <= 0.0:
+        raise ValueError(f"norm_eps must be positive, got {eps}")
+    if "eps" not in inspect.signature(NORMS[name].__init__).parameters:
+        raise ValueError(f"norm_eps={eps} is not used by norm {name!r}, which takes no eps")
+    return NORMS[name](dim, eps=eps)
 
 
 def register_norm(name: str) -> Callable[[Layer], Layer]:
     """Class decorator that makes a norm, constructed as `Norm(dim)`, available as
-    `BackboneConfig(norm=name)`."""
+    `BackboneConfig(norm=name)`; it may take `eps`, the config's `norm_eps`."""
     return registration(NORMS, name)

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from diffmm.checks import Settings, check_choice
 from diffmm.layers.attention import ATTENTIONS, Attention, SoftmaxAttention
 from diffmm.layers.block import Block
 from diffmm.layers.feed_forward import FEED_FORWARDS
 from diffmm.layers.linear import INIT_STD, PROJECTIONS
-from diffmm.layers.norm import NORMS
+from diffmm.layers.norm import NORMS, make_norm
 from diffmm.layers.rope import RotaryEmbedding
 
 MAX_DEPTH = 10_000
@@ -33,6 +34,8 @@ class BackboneConfig(Settings):
         attention: A name in `diffmm.layers.ATTENTIONS`: `"softmax"`, `"diff_v1"`, `"diff_v2"`,
             `"diff_grouped"`, or one added by `register_attention`.
         norm: `"rmsnorm"`, `"layernorm"`, or one added by `register_norm`.
+        norm_eps: `eps` of all norms, those of queries and keys included (but see
+            `headwise_norm_eps`); by default 1e-5 (rmsnorm) or 1e-6 (layernorm).
         feed_forward: `"swiglu"`, `"gelu"`, or one added by `register_feed_forward`.
         feed_forward_width: Hidden width of the feed-forward layers. By default 8/3 (swiglu) or 4
             (gelu) times `dim`, reduced by the parameters that the attention has beyond softmax
@@ -61,6 +64,7 @@ class BackboneConfig(Settings):
         share: Whether both components share one query (`"q"`) or one key (`"k"`); v1 only.
         lambda_init: Initial lambda of every layer, instead of the paper's schedule; v1 only.
         headwise_norm: Whether heads are normalized; v1 only.
+        headwise_norm_eps: `eps` of that norm; v1 only.
         combine: Whether to `"subtract"` or `"add"` the second map; all differential attentions.
         signal_per_noise: Number of signal heads per noise head; `diff_grouped` only.
         backend: Backend of the attention op; see `diffmm.ops.diff_attention`.
@@ -80,6 +84,7 @@ class BackboneConfig(Settings):
     head_dim: int | None = None
     attention: str = "diff_v1"
     norm: str = "rmsnorm"
+    norm_eps: float | None = None
     feed_forward: str = "swiglu"
     feed_forward_width: int | None = None
     rope: Literal["none", "1d", "2d", "3d"] = "none"
@@ -96,6 +101,7 @@ class BackboneConfig(Settings):
     share: Literal["q", "k"] | None = None
     lambda_init: float | None = None
     headwise_norm: bool = True
+    headwise_norm_eps: float = 1e-5
     combine: Literal["subtract", "add"] = "subtract"
     signal_per_noise: int = 4
     output_gate: Literal["head", "element"] | None = None
@@ -122,6 +128,7 @@ class BackboneConfig(Settings):
         self._check_unused_fields()
         # Building the layers on the meta device runs their own checks and allocates nothing.
         with torch.device("meta"):
+            self.make_norm()
             self.make_attention(0)
             if self.rope != "none":
                 self.make_rope()
@@ -196,19 +203,22 @@ class BackboneConfig(Settings):
         attention = ATTENTIONS[self.attention]
         return attention(self.dim, layer_index=layer_index, **self._arguments(attention))
 
+    def make_norm(self) -> nn.Module:
+        """Build a norm over `dim`: that of a residual branch, or the final one."""
+        return make_norm(self.norm, self.dim, self.norm_eps)
+
     def make_rope(self) -> RotaryEmbedding:
         """Build the rotary embedding that all blocks share."""
         return RotaryEmbedding(self.resolved_head_dim, self.rope_base, ROPE_AXES[self.rope])
 
     def make_block(self, layer_index: int) -> Block:
         """Build one block, with its own stochastic depth rate."""
-        norm = NORMS[self.norm]
         return Block(
             self.make_attention(layer_index),
             FEED_FORWARDS[self.feed_forward](
                 self.dim, self.resolved_feed_forward_width, bias=self.feed_forward_bias
             ),
-            (norm(self.dim), norm(self.dim)),
+            (self.make_norm(), self.make_norm()),
             dim=self.dim,
             dropout=self.dropout,
             drop_path=self.drop_path * layer_index / max(1, self.depth - 1),

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from diffmm.checks import check_choice
 from diffmm.layers.cache import LayerCache
 from diffmm.layers.linear import Linear
-from diffmm.layers.norm import RMSNorm, upcast
+from diffmm.layers.norm import make_norm, upcast
 from diffmm.layers.registry import Split
 from diffmm.layers.rope import Rotation, apply_rope
 from diffmm.ops import AttentionMask
@@ -32,6 +32,7 @@ class AttentionArgs(TypedDict):
     qkv_bias: NotRequired[bool]
     out_bias: NotRequired[bool]
     qk_norm: NotRequired[bool]
+    norm_eps: NotRequired[float | None]
     output_gate: NotRequired[Literal["head", "element"] | None]
     exclusive: NotRequired[bool]
     backend: NotRequired[str]
@@ -57,6 +58,7 @@ class Attention(nn.Module):
         qkv_bias: Whether the query, key and value projections have a bias.
         out_bias: Whether the output projection has a bias.
         qk_norm: Whether to apply RMSNorm over `D` to queries and keys.
+        norm_eps: `eps` of the norms of queries and keys; None uses the default of the norm.
         output_gate: Multiply the heads by `sigmoid(gate_proj(x))` before the output projection, one
             gate per `"head"` or per `"element"` of a head (Qiu et al. 2025, "Gated Attention for
             Large Language Models", the gate after attention).
@@ -106,6 +108,7 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
         out_bias: bool = False,
         qk_norm: bool = False,
+        norm_eps: float | None = None,
         output_gate: Literal["head", "element"] | None = None,
         exclusive: bool = False,
         backend: str = "auto",
@@ -134,8 +137,10 @@ class Attention(nn.Module):
         self.v_proj = Linear(dim, math.prod(self.v_shape), bias=qkv_bias)
         width = num_heads * self.head_dim
         self.out_proj = Linear(width, dim, bias=out_bias)
-        self.q_norm: nn.Module = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.k_norm: nn.Module = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (
+            make_norm("rmsnorm", self.head_dim, norm_eps) if qk_norm else nn.Identity()
+            for _ in range(2)
+        )
         self.gate_proj: Linear | None = None
         self.gate_width = 1
         if output_gate is not None:

@@ -41,6 +41,8 @@ class DiffAttentionV1(Attention):
         lambda_init: A constant that replaces `lambda_init_at(layer_index)`.
         headwise_norm: Whether heads are normalized. Without the norm, its scale `1 - lambda_init`
             is omitted as well.
+        headwise_norm_eps: `eps` of that norm; 1e-5 in the authors' code, whatever the other norms
+            have.
         combine: `"subtract"`, or `"add"` for `A1 + lambda A2`, an ablation.
 
     >>> layer = diffmm.DiffAttentionV1(dim=64, num_heads=4, layer_index=0)
@@ -70,6 +72,7 @@ class DiffAttentionV1(Attention):
         share: Literal["q", "k"] | None = None,
         lambda_init: float | None = None,
         headwise_norm: bool = True,
+        headwise_norm_eps: float = 1e-5,
         combine: Literal["subtract", "add"] = "subtract",
         **shared: Unpack[AttentionArgs],
     ) -> None:
@@ -82,7 +85,9 @@ class DiffAttentionV1(Attention):
         for name in self.LAMBDA_NAMES:
             setattr(self, name, nn.Parameter(upcast(torch.empty(self.head_dim))))
         self.reset_parameters()
-        self.norm = RMSNorm(2 * self.head_dim, eps=1e-5) if headwise_norm else None
+        if headwise_norm_eps <= 0.0:
+            raise ValueError(f"headwise_norm_eps must be positive, got {headwise_norm_eps}")
+        self.norm = RMSNorm(2 * self.head_dim, headwise_norm_eps) if headwise_norm else None
 
     def reset_parameters(self) -> None:
         """Initialize the lambda vectors from a normal distribution with standard deviation 0.1."""
