@@ -14,7 +14,7 @@ from diffmm.interop.family import Family, contents_of, model_of
 from diffmm.interop.llama import LLAMA
 from diffmm.interop.source import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, Source, read_source
 from diffmm.models.weights import Contents
-from diffmm.tokenizers import load_tokenizer
+from diffmm.tokenizers import HuggingFaceTokenizer
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA,)}
 """All families by name. A family of your own is added here."""
@@ -98,7 +98,8 @@ def write_contents(contents: Contents, folder: str | Path, family: str) -> Path:
         settings["torch_dtype"] = dtypes.pop()
     definition = _definition(contents.job)
     if definition is not None:
-        settings["eos_token_id"] = load_tokenizer("its own", definition).eos_id
+        tokenizer = HuggingFaceTokenizer.of_definition("its own", definition)
+        settings["eos_token_id"] = tokenizer.known_eos_id
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)

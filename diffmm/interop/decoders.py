@@ -2,12 +2,13 @@
 
 from typing import Any
 
+from diffmm.interop.family import explicit
 from diffmm.interop.names import SAME, Name, Table, halves_as_pairs
 from diffmm.interop.settings import TheirSettings
 from diffmm.interop.source import Source
 from diffmm.models import BackboneConfig, TextConfig
 from diffmm.models.job import Job, text_reader
-from diffmm.tokenizers import load_tokenizer
+from diffmm.tokenizers import HuggingFaceTokenizer
 
 LAYER = "model.layers.{}"
 OURS = "backbone.blocks.{}"
@@ -55,7 +56,7 @@ def text_config(settings: TheirSettings, backbone: BackboneConfig, **more: Any) 
 
 def write_shape(config: TextConfig, family: str, architecture: str) -> dict[str, Any]:
     """The settings of transformers that all decoders have."""
-    backbone = config.backbone
+    backbone = explicit(config.backbone)
     return {
         "architectures": [architecture],
         "model_type": family,
@@ -64,10 +65,10 @@ def write_shape(config: TextConfig, family: str, architecture: str) -> dict[str,
         "hidden_size": backbone.dim,
         "num_hidden_layers": backbone.depth,
         "num_attention_heads": backbone.num_heads,
-        "num_key_value_heads": backbone.num_kv_heads or backbone.num_heads,
-        "head_dim": backbone.resolved_head_dim,
-        "intermediate_size": backbone.resolved_feed_forward_width,
-        "rms_norm_eps": backbone.norm_eps or 1e-5,
+        "num_key_value_heads": backbone.num_kv_heads,
+        "head_dim": backbone.head_dim,
+        "intermediate_size": backbone.feed_forward_width,
+        "rms_norm_eps": backbone.norm_eps,
         "rope_theta": backbone.rope_base,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": backbone.init_std,
@@ -148,12 +149,15 @@ def tokenizer_job(source: Source, config: TextConfig) -> Job | None:
     """
     if source.tokenizer is None:
         return None
-    tokenizer = load_tokenizer(source.origin, source.tokenizer)
+    tokenizer = HuggingFaceTokenizer.of_definition(source.origin, source.tokenizer)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer of {source.origin} has {tokenizer.vocab_size} tokens, but its model "
             f"has {config.vocab_size}"
         )
     reader = text_reader(source.origin)
-    reader["init_args"]["definition"] = tokenizer.definition
+    reader["init_args"] |= {
+        "definition": tokenizer.definition,
+        "start_ids": list(tokenizer.start_ids),
+    }
     return Job(reader=reader)

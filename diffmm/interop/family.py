@@ -122,7 +122,7 @@ def _settled(config: Any) -> dict[str, Any]:
     for name in config.__dataclass_fields__:
         value = getattr(config, name)
         if isinstance(value, BackboneConfig):
-            found |= _settled(_explicit(value))
+            found |= _settled(explicit(value))
         elif dataclasses.is_dataclass(value):
             found |= {f"{name}.{key}": each for key, each in _settled(value).items()}
         elif name not in TRAINING_ONLY:
@@ -130,7 +130,8 @@ def _settled(config: Any) -> dict[str, Any]:
     return found
 
 
-def _explicit(config: BackboneConfig) -> BackboneConfig:
+def explicit(config: BackboneConfig) -> BackboneConfig:
+    """The same config with derived values in place of None."""
     with torch.device("meta"):
         norm: Any = config.make_norm()
     return dataclasses.replace(
