@@ -10,13 +10,19 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffmm.checks import check_choice, did_you_mean
+from diffmm.interop.diffllama import DIFFLLAMA
 from diffmm.interop.family import Family, contents_of, model_of
+from diffmm.interop.gemma2 import GEMMA2
 from diffmm.interop.llama import LLAMA
+from diffmm.interop.mistral import MISTRAL
+from diffmm.interop.qwen import QWEN2, QWEN3
 from diffmm.interop.source import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, Source, read_source
 from diffmm.models.weights import Contents
 from diffmm.tokenizers import HuggingFaceTokenizer
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA,)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, DIFFLLAMA)
+}
 """All families by name. A family of your own is added here."""
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from diffmm.interop import rope
 from diffmm.interop.family import explicit
 from diffmm.interop.names import SAME, Name, Table, halves_as_pairs
 from diffmm.interop.settings import TheirSettings
@@ -25,21 +26,49 @@ def read_shape(settings: TheirSettings, **defaults: Any) -> dict[str, Any]:
         defaults: Values of settings that the file may omit, by Hugging Face's names.
     """
     num_heads = settings.take("num_attention_heads", int)
-    head_dim = settings.take("head_dim", int, defaults.get("head_dim"))
-    rope = settings.take("rope_parameters", dict, {})
-    if rope.get("rope_type", "default") != "default":
-        settings.refuse("rope_parameters", rope, "no rope_type but 'default'")
-    base = rope.get("rope_theta")
     return {
         "dim": settings.take("hidden_size", int),
         "depth": settings.take("num_hidden_layers", int),
         "num_heads": num_heads,
         "num_kv_heads": settings.take("num_key_value_heads", int, num_heads),
-        "head_dim": head_dim,
+        "head_dim": settings.take("head_dim", int, defaults.get("head_dim")),
         "norm_eps": settings.take("rms_norm_eps", float, defaults.get("rms_norm_eps", 1e-6)),
         "feed_forward_width": settings.take("intermediate_size", int),
         "rope": "1d",
-        "rope_base": settings.take("rope_theta", float, 10000.0) if base is None else float(base),
+        **rope.read(settings),
+    }
+
+
+def read_windows(settings: TheirSettings, depth: int, kinds: list[str]) -> dict[str, Any]:
+    """Read the windows of a decoder of which some blocks have one.
+
+    Args:
+        settings: The settings.
+        depth: Number of blocks.
+        kinds: `"sliding_attention"` or `"full_attention"` of each block, unless `layer_types` says
+            so.
+    """
+    kinds = settings.take("layer_types", list, kinds)
+    window = settings.take("sliding_window", int, None)
+    known = {"sliding_attention", "full_attention"}
+    if len(kinds) != depth or not all(isinstance(kind, str) and kind in known for kind in kinds):
+        settings.refuse("layer_types", kinds, f"only {' and '.join(sorted(known))}, one per layer")
+    if window is None or "sliding_attention" not in kinds:
+        return {}
+    full = tuple(index for index, kind in enumerate(kinds) if kind == "full_attention")
+    return {"window": window, "full_attention_layers": full}
+
+
+def write_windows(config: TextConfig) -> dict[str, Any]:
+    """The settings of windows; without any, all layers are of full attention."""
+    backbone = config.backbone
+    full = range(backbone.depth) if backbone.window is None else backbone.full_attention_layers
+    return {
+        "sliding_window": backbone.window,
+        "layer_types": [
+            "full_attention" if index in full else "sliding_attention"
+            for index in range(backbone.depth)
+        ],
     }
 
 
@@ -69,7 +98,7 @@ def write_shape(config: TextConfig, family: str, architecture: str) -> dict[str,
         "head_dim": backbone.head_dim,
         "intermediate_size": backbone.feed_forward_width,
         "rms_norm_eps": backbone.norm_eps,
-        "rope_theta": backbone.rope_base,
+        **rope.write(backbone),
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": backbone.init_std,
         "hidden_act": "silu",

@@ -139,5 +139,6 @@ def explicit(config: BackboneConfig) -> BackboneConfig:
         num_kv_heads=config.num_kv_heads or config.num_heads,
         head_dim=config.resolved_head_dim,
         feed_forward_width=config.resolved_feed_forward_width,
+        attention_scale=config.attention_scale or config.resolved_head_dim**-0.5,
         norm_eps=config.norm_eps or getattr(norm, "eps", None),
     )

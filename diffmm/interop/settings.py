@@ -56,6 +56,14 @@ class TheirSettings:
             raise ValueError(f"{self._origin}: {name} must be {NOUNS[kind]}, got {value!r:.100}")
         return value
 
+    def nullable(self, name: str, kind: type, default: Any) -> Any:
+        """Return a setting whose null means none; `default` if it is absent.
+
+        Raises:
+            ValueError: If it has another type.
+        """
+        return self.take(name, kind, None if name in self._values else default)
+
     def only(self, name: str, value: Any, why: str) -> None:
         """Check that a setting has the one value that diffmm can hold, or is absent or null.
 
@@ -66,6 +74,10 @@ class TheirSettings:
         given = self._values.get(name)
         if given is not None and given != value:
             self.refuse(name, given, f"only {value!r}: {why}")
+
+    def inside(self, name: str, values: Mapping[str, Any]) -> "TheirSettings":
+        """The settings within one that is an object; they need a `finish` of their own."""
+        return TheirSettings(values, f"{self._origin}: {name}")
 
     def skip(self, *names: str) -> None:
         """Mark settings as read that have no effect in this family."""

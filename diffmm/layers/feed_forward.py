@@ -48,7 +48,19 @@ class SwiGLU(FeedForward):
         self.down_proj = Linear(width, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activate(self.gate_proj(x)) * self.up_proj(x))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The activation of the gate."""
+        return silu(x)
+
+
+class TanhGEGLU(SwiGLU):
+    """`(gelu(x W1) * x W3) W2` (Shazeer 2020) with the tanh approximation of GELU, as in Gemma.
+    Arguments as in `SwiGLU`."""
+
+    def activate(self, x: Tensor) -> Tensor:
+        return gelu(x, approximate="tanh")
 
 
 class GELU(FeedForward):
@@ -63,10 +75,27 @@ class GELU(FeedForward):
         self.down_proj = Linear(width, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gelu(self.up_proj(x)))
+        return self.down_proj(self.activate(self.up_proj(x)))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The activation."""
+        return gelu(x)
 
 
-FEED_FORWARDS: dict[str, type[FeedForward]] = {"swiglu": SwiGLU, "gelu": GELU}
+class TanhGELU(GELU):
+    """`gelu(x W1) W2` with the tanh approximation of GELU (Hendrycks and Gimpel 2016), as in GPT-2.
+    Arguments as in `SwiGLU`."""
+
+    def activate(self, x: Tensor) -> Tensor:
+        return gelu(x, approximate="tanh")
+
+
+FEED_FORWARDS: dict[str, type[FeedForward]] = {
+    "swiglu": SwiGLU,
+    "gelu": GELU,
+    "gelu_tanh": TanhGELU,
+    "geglu_tanh": TanhGEGLU,
+}
 """Values of `BackboneConfig.feed_forward`."""
 
 

@@ -46,6 +46,21 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+class ZeroCenteredRMSNorm(RMSNorm):
+    """`x / sqrt(mean(x²) + eps) * (1 + weight)`: the weights start at 0, and in half precision they
+    are most precise there (Gemma; Megatron's `layernorm_1p`)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__(dim, eps)
+        self.init_weight = 0.0
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = upcast(x)
+        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (wide * (1.0 + upcast(self.weight))).to(x.dtype)
+
+
 class LayerNorm(nn.LayerNorm):
     """`torch.nn.LayerNorm`, always in float32, with `eps=1e-6` as in timm's ViT."""
 
@@ -83,7 +98,11 @@ class CosineNorm(nn.Module):
         return wide.to(x.dtype)
 
 
-NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+NORMS: dict[str, type[nn.Module]] = {
+    "rmsnorm": RMSNorm,
+    "zero_centered_rmsnorm": ZeroCenteredRMSNorm,
+    "layernorm": LayerNorm,
+}
 """Values of `BackboneConfig.norm`: classes constructed from a width and, if given, `eps`."""
 
 

@@ -192,7 +192,7 @@ def retensor(folder, change):
             "9 not expected (model.layers.1.",
         ),
         (
-            lambda f: retensor(f, lambda t: t.update({"lm_head.weight": t["model.norm.weight"] + 1})),
+            lambda f: retensor(f, lambda t: t.update({"lm_head.weight": -t["model.norm.weight"]})),
             "llama has different lm_head.weight and model.embed_tokens.weight, but its settings ",
         ),
         (

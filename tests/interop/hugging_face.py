@@ -23,7 +23,7 @@ def random_model(model_class: Any, config: Any) -> nn.Module:
             elif parameter.ndim == 1:
                 parameter.normal_(std=0.2)
             else:
-                parameter.normal_(std=1.5 * parameter.shape[-1] ** -0.5)
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
     return model
 
 
@@ -49,9 +49,10 @@ def compare(theirs: nn.Module, ours: nn.Module, family: str, length: int = LENGT
     for each in logits:
         (each * weights).sum().backward()
     table = FAMILIES[family].table(ours.config)
-    gradients = table.to_theirs(
-        {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
-    )
+    found = {name: p.grad for name, p in ours.named_parameters()}
+    # The headwise norm that DiffLlama does not have is a factor of the output projection, 1.
+    found |= {name: torch.ones_like(g) for name, g in found.items() if "attention.norm" in name}
+    gradients = table.to_theirs(found)
     parameters = dict(theirs.named_parameters())
     assert parameters.keys() == gradients.keys()
     for name, parameter in parameters.items():

@@ -122,7 +122,9 @@ class DiffAttentionV1(Attention):
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         q, k = self.components(q, k)
-        return diff_attention(q, k, v, self.lam(x), mask=mask, backend=self.backend)
+        return diff_attention(
+            q, k, v, self.lam(x), mask=mask, scale=self.scale, backend=self.backend
+        )
 
     def components(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return q.expand(-1, -1, -1, 2, -1), k
