@@ -400,7 +400,10 @@ def _check_meaning(model: nn.Module, description: dict[str, Any] | None, file: P
 def _meaning(config: BackboneConfig) -> dict[str, object]:
     """The settings that determine the meaning of weights, whatever their shapes. `rope_base` is not
     among them, because it may be changed to extend a model to longer sequences."""
-    names = ("attention", "num_heads", "rope", "share", "lambda_init", "combine")
+    names = (
+        *("attention", "num_heads", "rope", "share", "lambda_init", "combine"),
+        *("norm", "feed_forward", "attention_scale"),
+    )
     return {
         **{name: getattr(config, name) for name in names},
         "num_kv_heads": config.num_kv_heads or config.num_heads,
