@@ -15,13 +15,14 @@ from diffmm.interop.family import Family, contents_of, model_of
 from diffmm.interop.gemma2 import GEMMA2
 from diffmm.interop.llama import LLAMA
 from diffmm.interop.mistral import MISTRAL
+from diffmm.interop.motif import MOTIF
 from diffmm.interop.qwen import QWEN2, QWEN3
 from diffmm.interop.source import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, Source, read_source
 from diffmm.models.weights import Contents
 from diffmm.tokenizers import HuggingFaceTokenizer
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, DIFFLLAMA)
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, DIFFLLAMA, MOTIF)
 }
 """All families by name. A family of your own is added here."""
 
@@ -58,6 +59,7 @@ def family_of(source: Source, name: str | None = None) -> Family:
         check_choice("family", name, FAMILIES)
         return FAMILIES[name]
     kind = source.config.get("model_type")
+    kind = kind.lower() if isinstance(kind, str) else kind
     architectures = source.config.get("architectures") or []
     if kind not in FAMILIES:
         raise ValueError(

@@ -7,6 +7,8 @@ from diffmm.layers.cache import KVCache
 from diffmm.layers.feed_forward import (
     GELU,
     FeedForward,
+    PolyNorm,
+    PolyNormGLU,
     SwiGLU,
     TanhGEGLU,
     TanhGELU,
@@ -24,6 +26,8 @@ __all__ = [
     "FeedForward",
     "KVCache",
     "LayerNorm",
+    "PolyNorm",
+    "PolyNormGLU",
     "RMSNorm",
     "RopeScaling",
     "RotaryEmbedding",

@@ -40,7 +40,7 @@ class BackboneConfig(Settings):
             `headwise_norm_eps`); by default 1e-5 (rmsnorm) or 1e-6 (the others).
         post_norm: Whether the output of each residual branch is normalized, too.
         feed_forward: `"swiglu"`, `"gelu"`, `"geglu_tanh"` and `"gelu_tanh"` (with the tanh
-            approximation), or one added by `register_feed_forward`.
+            approximation), `"polynorm_glu"`, or one added by `register_feed_forward`.
         feed_forward_width: Hidden width of the feed-forward layers. By default 8/3 (gated) or 4
             (not gated) times `dim`, reduced by the parameters that the attention has beyond softmax
             attention (the extra queries of `diff_v2`, an output gate), so that all attentions
@@ -75,6 +75,8 @@ class BackboneConfig(Settings):
         attention_softcap: Smooth bound of the attention logits; softmax only.
         share: Whether both components share one query (`"q"`) or one key (`"k"`); v1 only.
         lambda_init: Initial lambda of every layer, instead of the paper's schedule; v1 only.
+        lambda_layer_offset: Added to the index of a block for its initial lambda; v1 only.
+        heads_per_noise: Number of differential heads that share a second query; v1 only.
         headwise_norm: Whether heads are normalized; v1 only.
         headwise_norm_eps: `eps` of that norm; v1 only.
         combine: Whether to `"subtract"` or `"add"` the second map; all differential attentions.
@@ -118,6 +120,8 @@ class BackboneConfig(Settings):
     attention_softcap: float | None = None
     share: Literal["q", "k"] | None = None
     lambda_init: float | None = None
+    lambda_layer_offset: int = 0
+    heads_per_noise: int = 1
     headwise_norm: bool = True
     headwise_norm_eps: float = 1e-5
     combine: Literal["subtract", "add"] = "subtract"

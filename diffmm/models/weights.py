@@ -402,7 +402,7 @@ def _meaning(config: BackboneConfig) -> dict[str, object]:
     among them, because it may be changed to extend a model to longer sequences."""
     names = (
         *("attention", "num_heads", "rope", "share", "lambda_init", "combine"),
-        *("norm", "feed_forward", "attention_scale"),
+        *("norm", "feed_forward", "attention_scale", "lambda_layer_offset", "heads_per_noise"),
     )
     return {
         **{name: getattr(config, name) for name in names},

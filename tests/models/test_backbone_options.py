@@ -9,7 +9,10 @@ from torch.nn.functional import cross_entropy, gelu
 
 from diffmm.analysis.attention_maps import attention_maps
 from diffmm.layers import (
+    DiffAttentionV1,
     KVCache,
+    PolyNorm,
+    PolyNormGLU,
     RopeScaling,
     RotaryEmbedding,
     SoftmaxAttention,
@@ -46,7 +49,8 @@ def test_every_option_is_off_by_default_and_may_be_absent_in_old_descriptions():
     model = text_model()
     description = describe(model)
     new = ("norm_eps", "post_norm", "rope_scaling", "window", "full_attention_layers",
-           "attention_scale", "attention_softcap", "headwise_norm_eps")  # fmt: skip
+           "attention_scale", "attention_softcap", "headwise_norm_eps", "lambda_layer_offset",
+           "heads_per_noise")  # fmt: skip
     for name in new:
         del description["config"]["backbone"][name]
     for name in ("embedding_scale", "logit_softcap"):
@@ -392,3 +396,65 @@ def test_bad_scalings_are_refused(fields, message):
 def test_factors_of_text_models_are_positive(name):
     with pytest.raises(ValueError, match=rf"{name} must be positive, got 0\.0"):
         text_model(**{name: 0.0})
+
+
+def test_heads_may_share_a_second_query():
+    attention = DiffAttentionV1(32, num_heads=8, num_kv_heads=4, heads_per_noise=2)
+    whole = DiffAttentionV1(32, num_heads=8, num_kv_heads=4)
+    weights = attention.state_dict()
+    assert weights["q_proj.weight"].shape == (6 * 4, 32)
+    # Signal, signal, noise: a query of its own for each head, which is equal in both.
+    rows = weights["q_proj.weight"].unflatten(0, (2, 3, 4))
+    repeated = torch.stack([rows[:, :2], rows[:, 2:].expand(-1, 2, -1, -1)], dim=2)
+    whole.load_state_dict(weights | {"q_proj.weight": repeated.flatten(0, 3)})
+    x, mask = torch.randn(2, 7, 32), AttentionMask(causal=True)
+    torch.testing.assert_close(attention(x, mask=mask), whole(x, mask=mask))
+
+
+def test_an_offset_moves_the_schedule_of_lambda():
+    plain = Backbone(config(attention="diff_v1")).attentions
+    moved = Backbone(config(attention="diff_v1", lambda_layer_offset=1)).attentions
+    assert [a.lambda_init for a in moved[:2]] == [a.lambda_init for a in plain[1:]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads_per_noise": 0}, "heads_per_noise must be at least 1, .* got 0"),
+        ({"heads_per_noise": 2, "share": "q"}, "and 1 if share='q', got 2"),
+        (
+            {"heads_per_noise": 2, "num_kv_heads": 4},
+            "does not divide 2 differential heads in 2 groups",
+        ),
+        ({"heads_per_noise": 3}, "heads_per_noise=3 heads share a query within a key group"),
+        (
+            {"lambda_layer_offset": -1, "lambda_init": 0.5},
+            "lambda_layer_offset=-1 has no effect with a constant lambda_init=0.5: remove one",
+        ),
+        (
+            {"attention": "softmax", "heads_per_noise": 2},
+            "heads_per_noise=2 is not used by attention 'softmax', only by diff_v1",
+        ),
+    ],
+)
+def test_bad_options_of_v1_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**{"attention": "diff_v1"} | changes)
+
+
+def test_polynorm_is_a_polynomial_of_normalized_powers():
+    layer = PolyNorm(eps=1e-3)
+    torch.nn.init.normal_(layer.weight)
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(3, 5)
+    terms = [torch.nn.functional.rms_norm(x**power, (5,), eps=1e-3) for power in (3, 2, 1)]
+    weights = layer.weight.unbind()
+    expected = sum(w * t for w, t in zip(weights, terms, strict=True)) + layer.bias
+    torch.testing.assert_close(layer(x), expected)
+    layer.reset_parameters()
+    torch.testing.assert_close(layer(x), sum(terms) / 3)
+    gated = PolyNormGLU(16, 24)
+    y = torch.randn(2, 16)
+    gate = gated.activation(gated.gate_proj(y))
+    torch.testing.assert_close(gated(y), gated.down_proj(gate * gated.up_proj(y)))
+    assert "activation" not in gated.split  # tensor parallelism refuses it
