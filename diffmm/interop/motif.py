@@ -2,8 +2,8 @@
 
 Differential attention, version 1, with PolyNorm in the feed-forward layers. In Motif 2 several
 heads share a second query (grouped differential attention, Lim et al. 2025). The initial lambda of
-the first layer is `lambda_init_at(-1)`. Written from public descriptions and ports of the models, whose
-own code was not run.
+the first layer is `lambda_init_at(-1)`. Written from public descriptions and ports of the models,
+whose own code was not run.
 """
 
 from typing import Any

@@ -48,9 +48,7 @@ def rotated(x, base):
     half = x.shape[-1] // 2
     angles = torch.arange(x.shape[2])[:, None] * base ** (-torch.arange(half) / half)
     a, b = x[..., :half], x[..., half:]
-    return torch.cat(
-        [a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1
-    )
+    return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
 
 
 class Motif:
@@ -85,8 +83,7 @@ class Motif:
             for i in range(ratio):
                 pairs = ((j * (ratio + 1) + i, 2 * group), (j * (ratio + 1) + ratio, 2 * group + 1))
                 maps = [
-                    (q[:, a] @ k[:, b].mT * head_dim**-0.5 + future).softmax(-1)
-                    for a, b in pairs
+                    (q[:, a] @ k[:, b].mT * head_dim**-0.5 + future).softmax(-1) for a, b in pairs
                 ]
                 head = (maps[0] - (first - second + init) * maps[1]) @ v[:, group]
                 out.append(
