@@ -17,12 +17,14 @@ from diffmm.interop.llama import LLAMA
 from diffmm.interop.mistral import MISTRAL
 from diffmm.interop.motif import MOTIF
 from diffmm.interop.qwen import QWEN2, QWEN3
-from diffmm.interop.source import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, Source, read_source
-from diffmm.models.weights import Contents
+from diffmm.interop.source import CONFIG_NAME, TOKENIZER_NAME, Source, read_source
+from diffmm.interop.unilm_decoders import UNILM_V1, UNILM_V2
+from diffmm.models.weights import WEIGHTS_NAME, Contents
 from diffmm.tokenizers import HuggingFaceTokenizer
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, DIFFLLAMA, MOTIF)
+    family.name: family
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, DIFFLLAMA, MOTIF, UNILM_V1, UNILM_V2)
 }
 """All families by name. A family of your own is added here."""
 

@@ -8,6 +8,7 @@ from diffmm.interop.names import SAME, Name, Table, halves_as_pairs
 from diffmm.interop.settings import TheirSettings
 from diffmm.interop.source import Source
 from diffmm.models import BackboneConfig, TextConfig
+from diffmm.models.backbone_config import MAX_DEPTH
 from diffmm.models.job import Job, text_reader
 from diffmm.tokenizers import HuggingFaceTokenizer
 
@@ -26,9 +27,12 @@ def read_shape(settings: TheirSettings, **defaults: Any) -> dict[str, Any]:
         defaults: Values of settings that the file may omit, by Hugging Face's names.
     """
     num_heads = settings.take("num_attention_heads", int)
+    depth = settings.take("num_hidden_layers", int)
+    if not 1 <= depth <= MAX_DEPTH:  # before anything is made per layer
+        settings.refuse("num_hidden_layers", depth, f"1 to {MAX_DEPTH:,}")
     return {
         "dim": settings.take("hidden_size", int),
-        "depth": settings.take("num_hidden_layers", int),
+        "depth": depth,
         "num_heads": num_heads,
         "num_kv_heads": settings.take("num_key_value_heads", int, num_heads),
         "head_dim": settings.take("head_dim", int, defaults.get("head_dim")),
@@ -182,7 +186,7 @@ def tokenizer_job(source: Source, config: TextConfig) -> Job | None:
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer of {source.origin} has {tokenizer.vocab_size} tokens, but its model "
-            f"has {config.vocab_size}"
+            f"has {config.vocab_size}: without its tokenizer.json it can be converted"
         )
     reader = text_reader(source.origin)
     reader["init_args"] |= {

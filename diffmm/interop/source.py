@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from diffmm.models.weights import DESCRIPTION_KEY, WEIGHTS_NAME
+
 CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 TOKENIZER_NAME = "tokenizer.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
@@ -81,7 +82,8 @@ def is_of_others(source: str | Path) -> bool:
     if not path.exists():
         return HUB_NAME.fullmatch(str(source)) is not None
     folder = path if path.is_dir() else path.parent
-    if path.is_file() and (path.suffix != ".safetensors" or "model" in _metadata(path)):
+    file = path / WEIGHTS_NAME if path.is_dir() else path
+    if file.is_file() and (file.suffix != ".safetensors" or DESCRIPTION_KEY in _metadata(file)):
         return False
     return (folder / CONFIG_NAME).is_file()
 

@@ -25,8 +25,8 @@ class RotaryEmbedding(nn.Module):
         scaling: How the frequencies are changed for longer sequences; one axis only.
 
     Raises:
-        ValueError: If `D` is not a multiple of `2 * num_axes`, or there is a scaling for several
-            axes.
+        ValueError: If `D` is not a multiple of `2 * num_axes`, `base` is not positive, or there is
+            a scaling for several axes.
     """
 
     def __init__(
@@ -42,6 +42,8 @@ class RotaryEmbedding(nn.Module):
                 f"rotary embedding over {num_axes} axes needs a head_dim that is a multiple of "
                 f"{2 * num_axes}, got {head_dim}"
             )
+        if base <= 0.0:
+            raise ValueError(f"rope_base must be positive, got {base}")
         if scaling is not None and num_axes != 1:
             raise ValueError(f"rope_scaling is for positions of one axis, got {num_axes} axes")
         self.base = base

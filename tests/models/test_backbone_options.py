@@ -347,6 +347,7 @@ def test_weights_of_another_norm_or_activation_are_refused(tmp_path):
             {"attention": "softmax", "cosine_logits": True, "attention_scale": 1.0},
             "cosine_logits=True has a learned scale per head: remove attention_scale",
         ),
+        ({"rope_base": 0.0}, r"rope_base must be positive, got 0\.0"),
         ({"qk_norm": "batchnorm"}, "qk_norm must be one of False, True, 'layernorm', got 'batchn"),
         (
             {"rope": "none", "rope_scaling": RopeScaling("linear", 2.0)},
