@@ -3,10 +3,11 @@ library itself, and weights that come back bit by bit."""
 
 import pytest
 import torch
-from hugging_face import compare, compare_generation, random_model, saved
+from hugging_face import assert_same, compare, compare_generation, random_model, saved
 from safetensors.torch import load_file
 
 from diffmm.interop import read_model, write_model
+from diffmm.models import BackboneConfig, TextConfig, TextModel
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
@@ -158,3 +159,18 @@ def test_weights_come_back_bit_by_bit_and_their_library_reads_them(pair, tmp_pat
     again = transformers.AutoModelForCausalLM.from_pretrained(back, attn_implementation="eager")
     tokens = torch.randint(0, 61, (2, 9))
     torch.testing.assert_close(again(tokens).logits, theirs(tokens).logits)
+
+
+def test_a_trained_headwise_norm_is_folded_into_the_projection_of_diffllama(tmp_path):
+    torch.manual_seed(0)
+    backbone = BackboneConfig(
+        dim=32, depth=2, num_heads=8, num_kv_heads=4, rope="1d", attention="diff_v1", init_std=0.2
+    )
+    ours = TextModel(TextConfig(vocab_size=61, max_length=20, backbone=backbone)).eval()
+    for attention in ours.backbone.attentions:
+        torch.nn.init.uniform_(attention.norm.weight, 0.3, 1.7)
+    folder = write_model(ours, tmp_path / "theirs", "diffllama")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokens = torch.randint(0, 61, (2, 9))
+    assert_same(theirs(tokens).logits, ours(tokens))
+    assert_same(read_model(folder)(tokens), ours(tokens))

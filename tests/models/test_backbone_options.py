@@ -272,9 +272,15 @@ def test_embeddings_are_scaled_and_logits_capped_in_every_path():
     losses = model(tokens, targets=targets)
     whole = cross_entropy(found.flatten(0, 1), targets.flatten(), reduction="sum")
     torch.testing.assert_close(losses.total, whole)
-    # Sampling sees capped logits, which differ by less than 1.6.
-    many = generate(model, tokens[:1].expand(500, -1), max_new_tokens=1)
-    assert many.unique().numel() > 30
+    # Samples are of capped logits: nearly uniform with a tiny cap, nearly constant without.
+    prompts = tokens[:1].expand(500, -1)
+    for cap, expected in ((1e-3, 40), (None, 5)):
+        samples = generate(
+            text_model(logit_softcap=cap), prompts, max_new_tokens=2, temperature=0.05
+        )
+        for step in samples.T:
+            found = step.unique().numel()
+            assert found == expected if cap else found <= expected
 
 
 @pytest.mark.parametrize(
