@@ -23,6 +23,7 @@ from diffmm.models import BackboneConfig, TextConfig
 def read_settings(settings: TheirSettings) -> TextConfig:
     """The config of a DiffLlama. A bias of attention is one of all four projections."""
     settings.only("hidden_act", "silu", "the feed-forward layer of DiffLlama is SwiGLU")
+    settings.only("mlp_bias", False, "only the projections of attention may have biases")
     settings.skip("lambda_std_dev")  # of initial weights
     shape = decoders.read_shape(settings, rms_norm_eps=1e-5)
     bias = settings.take("attention_bias", bool, False)

@@ -14,6 +14,7 @@ DEFAULT_WINDOW = 4096
 def read_settings(settings: TheirSettings) -> TextConfig:
     """The config of a Mistral, which has no biases."""
     settings.only("hidden_act", "silu", "the feed-forward layer of Mistral is SwiGLU")
+    settings.only("attention_bias", False, "Mistral has no biases")
     backbone = BackboneConfig(
         **decoders.read_shape(settings),
         attention="softmax",
