@@ -159,9 +159,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._special("end-of-text", EOS_NAMES)
 
     @property
-    def known_eos_id(self) -> int | None:
-        """The end-of-text id, or None if the tokenizer has none."""
-        return next((self._ids[name] for name in EOS_NAMES if name in self._ids), None)
+    def special_names(self) -> dict[str, str]:
+        """The names of the tokens that end, mask, pad and start a text, as far as there are such,
+        by the keys of Hugging Face's `tokenizer_config.json`."""
+        kinds = {"eos_token": EOS_NAMES, "mask_token": MASK_NAMES, "pad_token": PAD_NAMES}
+        known = {kind: [n for n in names if n in self._ids] for kind, names in kinds.items()}
+        known["bos_token"] = [n for n, id in self._ids.items() if id in self.start_ids[:1]]
+        return {kind: names[0] for kind, names in known.items() if names}
 
     @property
     def mask_id(self) -> int:

@@ -79,7 +79,7 @@ def family_of(source: Source, name: str | None = None) -> Family:
 
 def write_model(model: nn.Module, folder: str | Path, family: str) -> Path:
     """Write a model as one of another implementation: `config.json`, `model.safetensors` and, if
-    the model has one, `tokenizer.json`.
+    the model has one, its tokenizer (`tokenizer.json`, `tokenizer_config.json`).
 
     Args:
         model: A model of `diffmm.models`.
@@ -109,7 +109,9 @@ def write_contents(contents: Contents, folder: str | Path, family: str) -> Path:
     definition = _definition(contents.job)
     if definition is not None:
         tokenizer = HuggingFaceTokenizer.of_definition("its own", definition)
-        settings["eos_token_id"] = tokenizer.known_eos_id
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_names}
+        if "eos_token" in about:
+            settings["eos_token_id"] = tokenizer.eos_id
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
@@ -117,6 +119,7 @@ def write_contents(contents: Contents, folder: str | Path, family: str) -> Path:
         save_file(tensors, unfinished / WEIGHTS_NAME, metadata={"format": "pt"})
         if definition is not None:
             (unfinished / TOKENIZER_NAME).write_text(definition, encoding="utf-8")
+            (unfinished / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
         unfinished.replace(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -41,7 +41,7 @@ def make_model(**changes):
 
 
 @pytest.fixture
-def llama():
+def llama(run):  # in the directory of the run
     """A folder with a Llama and its tokenizer, as others publish them."""
     model = make_model(num_kv_heads=2)
     reader = text_reader("mine")
@@ -61,8 +61,16 @@ def test_there_and_back_gives_the_same_files(run, llama):
     result = run("convert", "ours.safetensors", "back", "--to", "llama")
     assert result.code == 0, result.err
     assert files("back") == files(llama)
-    assert set(files("back")) == {"config.json", "model.safetensors", "tokenizer.json"}
+    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert set(files("back")) == names
     assert json.loads(files("back")["config.json"])["eos_token_id"] == 1
+
+
+def test_the_tokenizer_serves_transformers(llama):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    assert tokenizer("abc")["input_ids"] == [0, 3, 4, 5]
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
 
 
 def test_a_converted_model_writes_with_its_tokenizer(run, llama):
