@@ -77,8 +77,8 @@ class LayerInputs:
         k: Keys by component, `[B, M, G, C, D]`, or `[B, M, G, 1, D]` if the components share them.
         lam: The factor of the second map, `[B, H, N]`; None for softmax attention.
         scale: Factor of the scores before the softmax.
-        softcap: Bound of the scores; None means no bound.
         mask: Which keys each query attends to.
+        softcap: Bound of the scores; None means no bound.
     """
 
     index: int
@@ -87,8 +87,8 @@ class LayerInputs:
     k: Tensor
     lam: Tensor | None
     scale: float
-    softcap: float | None
     mask: AttentionMask
+    softcap: float | None = None
 
     @classmethod
     def of(
@@ -123,7 +123,7 @@ class LayerInputs:
         lam = layer.lam(x)
         if lam is not None:
             lam = lam.to(dtype).expand(q.shape[:3]).transpose(1, 2)
-        return cls(index, name, q, k, lam, layer.scale, layer.softcap, layer.narrowed(mask))
+        return cls(index, name, q, k, lam, layer.scale, layer.narrowed(mask), layer.softcap)
 
     def blocks(
         self, *, rows: Tensor | None = None, max_bytes: int | None = None
