@@ -92,7 +92,7 @@ def prompt_seconds(model: TextModel, compiled: Any, prompt: Tensor) -> dict[str,
 
     def process() -> Tensor:
         cache.length = 0
-        return model.head(features(prompt, mask=mask, positions=positions, cache=cache)[:, -1])
+        return model.logits(features(prompt, mask=mask, positions=positions, cache=cache)[:, -1])
 
     bare = torch.compile(lambda tokens: model.forward_features(tokens, mask=mask), dynamic=False)
     for run in (process, lambda: bare(prompt)):

@@ -140,9 +140,32 @@ class HuggingFaceTokenizer(Tokenizer):
             id for id, token in inner.get_added_tokens_decoder().items() if token.special
         )
 
+    @classmethod
+    def of_definition(cls, name: str, definition: str) -> "HuggingFaceTokenizer":
+        """Create a tokenizer from the text of its `tokenizer.json`.
+
+        Raises:
+            ValueError: If it is not the text of a tokenizer.
+        """
+        from tokenizers import Tokenizer as Inner
+
+        try:
+            return cls(name, Inner.from_str(definition))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"the definition of tokenizer {name!r} is invalid: {error}") from error
+
     @property
     def eos_id(self) -> int:
         return self._special("end-of-text", EOS_NAMES)
+
+    @property
+    def special_names(self) -> dict[str, str]:
+        """The names of the tokens that end, mask, pad and start a text, as far as there are such,
+        by the keys of Hugging Face's `tokenizer_config.json`."""
+        kinds = {"eos_token": EOS_NAMES, "mask_token": MASK_NAMES, "pad_token": PAD_NAMES}
+        known = {kind: [n for n in names if n in self._ids] for kind, names in kinds.items()}
+        known["bos_token"] = [n for n, id in self._ids.items() if id in self.start_ids[:1]]
+        return {kind: names[0] for kind, names in known.items() if names}
 
     @property
     def mask_id(self) -> int:
@@ -156,6 +179,15 @@ class HuggingFaceTokenizer(Tokenizer):
     @cached_property
     def definition(self) -> str:
         return self._inner.to_str()
+
+    @cached_property
+    def start_ids(self) -> tuple[int, ...]:
+        """The ids that the tokenizer's own post-processor places before a text, such as a
+        beginning-of-text token; `encode` leaves them out."""
+        plain = self._inner.encode("a", add_special_tokens=False).ids
+        whole = self._inner.encode("a").ids
+        ends = [n for n in range(len(whole)) if whole[n : n + len(plain)] == plain]
+        return tuple(whole[: ends[0]]) if ends else ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -217,10 +249,7 @@ def load_tokenizer(name: str, definition: str | None = None) -> Tokenizer:
     from tokenizers import Tokenizer as Inner
 
     if definition is not None:
-        try:
-            return HuggingFaceTokenizer(name, Inner.from_str(definition))
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"the definition of tokenizer {name!r} is invalid: {error}") from error
+        return HuggingFaceTokenizer.of_definition(name, definition)
     path = Path(name)
     if path.is_dir():
         path /= "tokenizer.json"

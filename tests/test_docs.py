@@ -12,10 +12,14 @@ import lightning.pytorch  # noqa: F401 (its log goes to the stderr it finds when
 import numpy as np
 import pytest
 import soundfile
+import tokenizers
 from PIL import Image
 
 from diffmm.cli import main
+from diffmm.interop import write_model
 from diffmm.layers.attention import ATTENTIONS
+from diffmm.models import BackboneConfig, TextConfig, TextModel
+from diffmm.models.job import Job, text_reader
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"```(sh|python)\n(.*?)```", flags=re.DOTALL)
@@ -82,6 +86,18 @@ def texts(folder: Path) -> None:
         (folder / f"texts/{number}.txt").write_text(f"Once upon a time, number {number}. " * 20)
 
 
+def llama(folder: Path) -> None:
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({chr(n): n for n in range(32, 127)}, []))
+    inner.decoder = tokenizers.decoders.Fuse()
+    inner.add_special_tokens(["</s>"])
+    backbone = BackboneConfig(dim=32, depth=1, num_heads=4, rope="1d", attention="softmax")
+    model = TextModel(TextConfig(vocab_size=128, max_length=64, backbone=backbone))
+    reader = text_reader("its own")
+    reader["init_args"]["definition"] = inner.to_str()
+    model.job = Job(reader=reader)
+    write_model(model, folder / "published", "llama")
+
+
 def run_command(line: str) -> None:
     """A line of a guide, with shortened training."""
     program, verb, *arguments = shlex.split(line)
@@ -103,6 +119,7 @@ def run_command(line: str) -> None:
         ("docs/sounds.md", sounds),
         ("docs/text.md", texts),
         ("docs/load.md", stereo),
+        ("docs/convert.md", llama),
         ("docs/python.md", photos),
         ("docs/compare.md", None),
         ("docs/analyze.md", None),

@@ -24,6 +24,8 @@ class TextReader(Reader):
         tokenizer: Name of the tokenizer, as in `diffmm.tokenizers.load_tokenizer`.
         definition: The text of the `tokenizer.json`, if the tokenizer has one. It is stored with
             the weights, because the file or the hub may not be available when they are used.
+        start_ids: Ids placed before every text, such as the beginning-of-text token that many
+            models of other implementations were trained with.
 
     Raises:
         ValueError, FileNotFoundError: On first use, as `load_tokenizer`.
@@ -35,12 +37,16 @@ class TextReader(Reader):
 
     tokenizer: str
     definition: str | None = None
+    start_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("tokenizer", "definition"):
             value = getattr(self, name)
             if not isinstance(value, str) and (name == "tokenizer" or value is not None):
                 raise ValueError(f"{name} must be a string, got {value!r:.100}")
+        starts = self.start_ids
+        if not isinstance(starts, list | tuple) or not all(type(id) is int for id in starts):
+            raise ValueError(f"start_ids must be a list of integers, got {starts!r:.100}")
 
     @cached_property
     def encoder(self) -> Tokenizer:
@@ -67,7 +73,7 @@ class TextReader(Reader):
         ids = self.encoder.encode(item)
         if not ids:
             raise ValueError("the prompt is empty: it needs at least one character")
-        return {"tokens": np.array(ids)}
+        return {"tokens": np.array([*self.start_ids, *ids])}
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Collate prompts, padded on the left as generation requires, with `key_padding`."""

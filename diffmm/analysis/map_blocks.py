@@ -13,7 +13,7 @@ from diffmm.layers.rope import Rotation
 from diffmm.models.modes import evaluating
 from diffmm.models.text import TextModel
 from diffmm.ops import AttentionMask
-from diffmm.ops.softmax_attention.reference import masked_softmax
+from diffmm.ops.softmax_attention.reference import capped, masked_softmax
 
 MAX_BYTES = 2**30
 """Default memory of a block, in bytes, except on CUDA devices."""
@@ -78,6 +78,7 @@ class LayerInputs:
         lam: The factor of the second map, `[B, H, N]`; None for softmax attention.
         scale: Factor of the scores before the softmax.
         mask: Which keys each query attends to.
+        softcap: Bound of the scores; None means no bound.
     """
 
     index: int
@@ -87,6 +88,7 @@ class LayerInputs:
     lam: Tensor | None
     scale: float
     mask: AttentionMask
+    softcap: float | None = None
 
     @classmethod
     def of(
@@ -121,7 +123,7 @@ class LayerInputs:
         lam = layer.lam(x)
         if lam is not None:
             lam = lam.to(dtype).expand(q.shape[:3]).transpose(1, 2)
-        return cls(index, name, q, k, lam, layer.scale, mask)
+        return cls(index, name, q, k, lam, layer.scale, layer.narrowed(mask), layer.softcap)
 
     def blocks(
         self, *, rows: Tensor | None = None, max_bytes: int | None = None
@@ -176,7 +178,7 @@ class LayerInputs:
             key = self.k[:, :, :, min(i, num_keys - 1)].permute(0, 2, 3, 1)  # [B, G, D, M]
             # The heads of a group are further rows, so that its keys are not copied.
             scores = query.unflatten(1, (num_groups, -1)).flatten(2, 3) @ key
-            found.append(self.scale * scores.view(*query.shape[:3], -1))
+            found.append(capped(self.scale * scores.view(*query.shape[:3], -1), self.softcap))
         return tuple(found)
 
 

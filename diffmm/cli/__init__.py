@@ -32,6 +32,7 @@ VERBS = {
     "test": Verb("evaluate", "evaluate a run on its test data, per class"),
     "predict": Verb("predict", "predict the classes of files and folders, or of a run's test data"),
     "generate": Verb("generate", "continue a prompt with a trained text model"),
+    "convert": Verb("convert", "convert weights from and to other implementations"),
     "replay": Verb(
         "replay", "repeat the step at which a run stopped because of non-finite numbers"
     ),

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from diffmm.checks import check_choice
 from diffmm.layers import Attention, DiffAttentionV1, SoftmaxAttention
-from diffmm.layers.norm import RMSNorm
+from diffmm.layers.norm import CosineNorm
 from diffmm.models.backbone import BackboneConfig
 from diffmm.models.description import describe, unwrap
 
@@ -97,7 +97,7 @@ def _check(name: str, layer: Attention, attention: str, signal_per_noise: int) -
             f"differential"
         )
     for setting, is_set, targets in (
-        ("cosine_logits", not isinstance(layer.q_norm, nn.Identity | RMSNorm), TARGETS),
+        ("cosine_logits", isinstance(layer.q_norm, CosineNorm), TARGETS),
         ("exclusive", layer.exclusive, ("diff_v1",)),
         ("output_gate", layer.gate_proj is not None and signal_per_noise > 1, ("diff_grouped",)),
     ):

@@ -15,6 +15,10 @@ class Block(nn.Module):
 
         x = x + attention(norm(x));  x = x + feed_forward(norm(x))
 
+    With post-norms, the output of each branch is normalized too (Gemma 2, Swin V2):
+
+        x = x + post_norm(attention(norm(x)));  x = x + post_norm(feed_forward(norm(x)))
+
     Args:
         attention: Any layer in `diffmm.layers.attention`.
         feed_forward: A module that maps `[B, N, dim]` to `[B, N, dim]`.
@@ -25,6 +29,7 @@ class Block(nn.Module):
             2016).
         layer_scale: Initial value of a learned factor per channel on each residual branch (Touvron
             et al. 2021); None means no such factor.
+        post_norms: The norms of the outputs of attention and feed-forward, if there are any.
     """
 
     def __init__(
@@ -37,13 +42,15 @@ class Block(nn.Module):
         dropout: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
+        post_norms: tuple[nn.Module | None, nn.Module | None] = (None, None),
     ) -> None:
         super().__init__()
         self.attention_norm, self.feed_forward_norm = norms
         self.attention = attention
         self.feed_forward = feed_forward
-        self.attention_branch = ResidualBranch(dim, dropout, drop_path, layer_scale)
-        self.feed_forward_branch = ResidualBranch(dim, dropout, drop_path, layer_scale)
+        self.attention_branch, self.feed_forward_branch = (
+            ResidualBranch(dim, dropout, drop_path, layer_scale, norm) for norm in post_norms
+        )
 
     def forward(
         self,
@@ -75,12 +82,18 @@ class Block(nn.Module):
 
 
 class ResidualBranch(nn.Module):
-    """Layer scale, dropout and stochastic depth of a residual branch's output."""
+    """Norm, layer scale, dropout and stochastic depth of a residual branch's output."""
 
     def __init__(
-        self, dim: int, dropout: float, drop_path: float, layer_scale: float | None
+        self,
+        dim: int,
+        dropout: float,
+        drop_path: float,
+        layer_scale: float | None,
+        norm: nn.Module | None,
     ) -> None:
         super().__init__()
+        self.norm = norm
         self.layer_scale = layer_scale
         self.scale = nn.Parameter(torch.empty(dim)) if layer_scale is not None else None
         self.dropout = nn.Dropout(dropout)
@@ -93,6 +106,8 @@ class ResidualBranch(nn.Module):
             nn.init.constant_(self.scale, self.layer_scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.norm is not None:
+            x = self.norm(x)
         if self.scale is not None:
             x = x * self.scale
         x = self.dropout(x)

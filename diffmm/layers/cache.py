@@ -1,10 +1,13 @@
 """The key-value cache for generation."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
+
+from diffmm.ops import AttentionMask
 
 
 class KVCache:
@@ -103,6 +106,19 @@ class LayerCache:
         self.keys[:, self.length : end] = k
         self.values[:, self.length : end] = v
         return self.keys[:, :end], self.values[:, :end]
+
+    def within(self, mask: AttentionMask, window: int) -> AttentionMask:
+        """Restrict a mask over all keys so far to a window, as `AttentionMask.within` does.
+
+        If shapes are frozen, a mask covers the whole buffers, of which the query is not the last
+        token, so its window hides the keys before it. There must then be one query.
+        """
+        if not isinstance(self.length, Tensor):
+            return mask.within(window)
+        batch, num_keys = self.keys.shape[:2]
+        near = torch.arange(num_keys, device=self.keys.device) > self.length - window
+        real = near.expand(batch, -1) if mask.key_padding is None else mask.key_padding & near
+        return replace(mask, key_padding=real)
 
 
 def _flatten(cache: KVCache) -> tuple[list[Any], None]:

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 from diffmm.layers.linear import Linear
+from diffmm.layers.norm import upcast
 from diffmm.layers.registry import Layer, Split, registration
 
 
@@ -48,7 +50,64 @@ class SwiGLU(FeedForward):
         self.down_proj = Linear(width, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activate(self.gate_proj(x)) * self.up_proj(x))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The activation of the gate."""
+        return silu(x)
+
+
+class TanhGEGLU(SwiGLU):
+    """`(gelu(x W1) * x W3) W2` (Shazeer 2020) with the tanh approximation of GELU, as in Gemma.
+    Arguments as in `SwiGLU`."""
+
+    def activate(self, x: Tensor) -> Tensor:
+        return gelu(x, approximate="tanh")
+
+
+class PolyNorm(nn.Module):
+    """`w1 n(x³) + w2 n(x²) + w3 n(x) + b` with `n(y) = y / sqrt(mean(y²) + eps)` over the last
+    axis, a learned activation (Zhuo et al. 2024, "Polynomial Composition Activations").
+
+    Args:
+        eps: Keeps rows of zeros finite.
+    """
+
+    def __init__(self, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(3))
+        self.bias = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize the weights to 1/3 and the bias to 0."""
+        nn.init.constant_(self.weight, 1 / 3)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide, weight = upcast(x), upcast(self.weight)
+        powers = (wide**3, wide**2, wide)
+        terms = (
+            weight[i] * power * torch.rsqrt(power.square().mean(dim=-1, keepdim=True) + self.eps)
+            for i, power in enumerate(powers)
+        )
+        return (sum(terms, start=upcast(self.bias))).to(x.dtype)
+
+
+class PolyNormGLU(SwiGLU):
+    """`(polynorm(x W1) * x W3) W2`, as in Motif. Arguments as in `SwiGLU`.
+
+    `split` does not name the activation, so that tensor parallelism, whose devices would normalize
+    only a part of the hidden width, is refused.
+    """
+
+    def __init__(self, dim: int, width: int, *, bias: bool = False) -> None:
+        super().__init__(dim, width, bias=bias)
+        self.activation = PolyNorm()
+
+    def activate(self, x: Tensor) -> Tensor:
+        return self.activation(x)
 
 
 class GELU(FeedForward):
@@ -63,10 +122,28 @@ class GELU(FeedForward):
         self.down_proj = Linear(width, dim, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gelu(self.up_proj(x)))
+        return self.down_proj(self.activate(self.up_proj(x)))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The activation."""
+        return gelu(x)
 
 
-FEED_FORWARDS: dict[str, type[FeedForward]] = {"swiglu": SwiGLU, "gelu": GELU}
+class TanhGELU(GELU):
+    """`gelu(x W1) W2` with the tanh approximation of GELU (Hendrycks and Gimpel 2016), as in GPT-2.
+    Arguments as in `SwiGLU`."""
+
+    def activate(self, x: Tensor) -> Tensor:
+        return gelu(x, approximate="tanh")
+
+
+FEED_FORWARDS: dict[str, type[FeedForward]] = {
+    "swiglu": SwiGLU,
+    "gelu": GELU,
+    "gelu_tanh": TanhGELU,
+    "geglu_tanh": TanhGEGLU,
+    "polynorm_glu": PolyNormGLU,
+}
 """Values of `BackboneConfig.feed_forward`."""
 
 

@@ -1,5 +1,6 @@
 """Normalization layers. All compute in float32 (or wider) and return their input's dtype."""
 
+import inspect
 import math
 from collections.abc import Callable
 
@@ -45,6 +46,21 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+class ZeroCenteredRMSNorm(RMSNorm):
+    """`x / sqrt(mean(x²) + eps) * (1 + weight)`: the weights start at 0, and in half precision they
+    are most precise there (Gemma; Megatron's `layernorm_1p`)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__(dim, eps)
+        self.init_weight = 0.0
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = upcast(x)
+        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (wide * (1.0 + upcast(self.weight))).to(x.dtype)
+
+
 class LayerNorm(nn.LayerNorm):
     """`torch.nn.LayerNorm`, always in float32, with `eps=1e-6` as in timm's ViT."""
 
@@ -82,11 +98,35 @@ class CosineNorm(nn.Module):
         return wide.to(x.dtype)
 
 
-NORMS: dict[str, type[nn.Module]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
-"""Values of `BackboneConfig.norm`: classes constructed from a width."""
+NORMS: dict[str, type[nn.Module]] = {
+    "rmsnorm": RMSNorm,
+    "zero_centered_rmsnorm": ZeroCenteredRMSNorm,
+    "layernorm": LayerNorm,
+}
+"""Values of `BackboneConfig.norm`: classes constructed from a width and, if given, `eps`."""
+
+
+def make_norm(name: str, dim: int, eps: float | None = None) -> nn.Module:
+    """Build the norm of this name over `dim` channels.
+
+    Args:
+        name: A name in `NORMS`.
+        dim: Size of the last axis.
+        eps: Added to the mean square or the variance; None uses the default of the norm.
+
+    Raises:
+        ValueError: If `eps` is given and not positive, or the norm does not take it.
+    """
+    if eps is None:
+        return NORMS[name](dim)
+    if eps <= 0.0:
+        raise ValueError(f"norm_eps must be positive, got {eps}")
+    if "eps" not in inspect.signature(NORMS[name].__init__).parameters:
+        raise ValueError(f"norm_eps={eps} is not used by norm {name!r}, which takes no eps")
+    return NORMS[name](dim, eps=eps)
 
 
 def register_norm(name: str) -> Callable[[Layer], Layer]:
     """Class decorator that makes a norm, constructed as `Norm(dim)`, available as
-    `BackboneConfig(norm=name)`."""
+    `BackboneConfig(norm=name)`; it may take `eps`, the config's `norm_eps`."""
     return registration(NORMS, name)

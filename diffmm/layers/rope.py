@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from diffmm.layers.constant import Constant
+from diffmm.layers.rope_scaling import RopeScaling
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines, each `[N, D/2]` or `[B, N, D/2]`."""
@@ -21,23 +22,38 @@ class RotaryEmbedding(nn.Module):
         head_dim: Head dimension `D`, a multiple of `2 * num_axes`.
         base: Base of the wavelengths; the slowest pair has a period of about `2π * base` positions.
         num_axes: Number of axes: 1 for text, 2 for images and spectrograms.
+        scaling: How the frequencies are changed for longer sequences; one axis only.
 
     Raises:
-        ValueError: If `D` is not a multiple of `2 * num_axes`.
+        ValueError: If `D` is not a multiple of `2 * num_axes`, `base` is not positive, or there is
+            a scaling for several axes.
     """
 
-    def __init__(self, head_dim: int, base: float = 10000.0, num_axes: int = 1) -> None:
+    def __init__(
+        self,
+        head_dim: int,
+        base: float = 10000.0,
+        num_axes: int = 1,
+        scaling: RopeScaling | None = None,
+    ) -> None:
         super().__init__()
         if head_dim % (2 * num_axes):
             raise ValueError(
                 f"rotary embedding over {num_axes} axes needs a head_dim that is a multiple of "
                 f"{2 * num_axes}, got {head_dim}"
             )
+        if base <= 0.0:
+            raise ValueError(f"rope_base must be positive, got {base}")
+        if scaling is not None and num_axes != 1:
+            raise ValueError(f"rope_scaling is for positions of one axis, got {num_axes} axes")
         self.base = base
         self.num_axes = num_axes
         axis_dim = head_dim // num_axes
         # Computed in Python's float64, so that all devices agree, including those without float64.
         frequencies = [base ** (-step / axis_dim) for step in range(0, axis_dim, 2)]
+        if scaling is not None:
+            frequencies = scaling.scaled(frequencies, base)
+        self.factor = 1.0 if scaling is None else scaling.rotation_factor
         self.frequencies = Constant(torch.tensor(frequencies, dtype=torch.float32, device="cpu"))
 
     def forward(self, positions: Tensor) -> Rotation:
@@ -54,27 +70,28 @@ class RotaryEmbedding(nn.Module):
         # operators here.)
         once = torch.compiler.is_dynamo_compiling() and positions.shape[-2] > 1
         if once and not positions.requires_grad:
-            return _rotation_op(positions, self.frequencies.value)
-        return rotation_at(positions, self.frequencies.value)
+            return _rotation_op(positions, self.frequencies.value, self.factor)
+        return rotation_at(positions, self.frequencies.value, self.factor)
 
 
-def rotation_at(positions: Tensor, frequencies: Tensor) -> Rotation:
+def rotation_at(positions: Tensor, frequencies: Tensor, factor: float = 1.0) -> Rotation:
     """Rotation at `positions`, `[..., N, axes]`, given the `frequencies` of the pairs of one axis,
-    `[axis_dim / 2]`."""
+    `[axis_dim / 2]`, times `factor`."""
     angles = positions.float().unsqueeze(-1) * frequencies.float()  # [..., N, axes, axis_dim/2]
     angles = angles.flatten(-2)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 
 @torch.library.custom_op("diffmm::rotation_at", mutates_args=())
-def _rotation_op(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def _rotation_op(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     """`rotation_at` as a custom operator, which `torch.compile` neither inlines nor recomputes."""
-    cos, sin = rotation_at(positions, frequencies)
+    cos, sin = rotation_at(positions, frequencies, factor)
     return cos.contiguous(), sin.contiguous()
 
 
 @_rotation_op.register_fake
-def _(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def _(positions: Tensor, frequencies: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     *tokens, num_axes = positions.shape
     shape = (*tokens, num_axes * frequencies.shape[0])
     cos, sin = (positions.new_empty(shape, dtype=torch.float32) for _ in range(2))

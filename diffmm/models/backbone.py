@@ -11,7 +11,6 @@ from diffmm.layers.attention import Attention
 from diffmm.layers.block import Block
 from diffmm.layers.cache import KVCache
 from diffmm.layers.linear import init_weights
-from diffmm.layers.norm import NORMS
 from diffmm.models.backbone_config import BackboneConfig
 from diffmm.ops import AttentionMask
 from diffmm.ops.checks import check_mask
@@ -42,7 +41,7 @@ class Backbone(nn.Module):
         self.activation_checkpointing = False
         self.rope = config.make_rope() if config.rope != "none" else None
         self.blocks = nn.ModuleList(config.make_block(index) for index in range(config.depth))
-        self.norm = NORMS[config.norm](config.dim)
+        self.norm = config.make_norm()
         self.apply(partial(init_weights, std=config.init_std))
         # Each block adds two residual branches; scaled this way, their sum does not grow with
         # depth.

@@ -4,14 +4,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from diffmm.checks import Settings, check_choice
 from diffmm.layers.attention import ATTENTIONS, Attention, SoftmaxAttention
 from diffmm.layers.block import Block
 from diffmm.layers.feed_forward import FEED_FORWARDS
 from diffmm.layers.linear import INIT_STD, PROJECTIONS
-from diffmm.layers.norm import NORMS
+from diffmm.layers.norm import NORMS, make_norm
 from diffmm.layers.rope import RotaryEmbedding
+from diffmm.layers.rope_scaling import RopeScaling
 
 MAX_DEPTH = 10_000
 """An upper bound that catches mistakes before the layers are built."""
@@ -32,18 +34,30 @@ class BackboneConfig(Settings):
         head_dim: Head dimension; `dim / num_heads` by default.
         attention: A name in `diffmm.layers.ATTENTIONS`: `"softmax"`, `"diff_v1"`, `"diff_v2"`,
             `"diff_grouped"`, or one added by `register_attention`.
-        norm: `"rmsnorm"`, `"layernorm"`, or one added by `register_norm`.
-        feed_forward: `"swiglu"`, `"gelu"`, or one added by `register_feed_forward`.
-        feed_forward_width: Hidden width of the feed-forward layers. By default 8/3 (swiglu) or 4
-            (gelu) times `dim`, reduced by the parameters that the attention has beyond softmax
+        norm: `"rmsnorm"`, `"zero_centered_rmsnorm"`, `"layernorm"`, or one added by
+            `register_norm`.
+        norm_eps: `eps` of all norms, those of queries and keys included (but see
+            `headwise_norm_eps`); by default 1e-5 (rmsnorm) or 1e-6 (the others).
+        post_norm: Whether the output of each residual branch is normalized, too.
+        feed_forward: `"swiglu"`, `"gelu"`, `"geglu_tanh"` and `"gelu_tanh"` (with the tanh
+            approximation), `"polynorm_glu"`, or one added by `register_feed_forward`.
+        feed_forward_width: Hidden width of the feed-forward layers. By default 8/3 (gated) or 4
+            (not gated) times `dim`, reduced by the parameters that the attention has beyond softmax
             attention (the extra queries of `diff_v2`, an output gate), so that all attentions
             give the same number of parameters. A given value is used unchanged.
         rope: `"none"`, or rotary positions over one (`"1d"`), two (`"2d"`) or three (`"3d"`) axes.
         rope_base: Base of the rotary wavelengths.
+        rope_scaling: How the rotary frequencies are changed for longer sequences (see
+            `diffmm.layers.RopeScaling`); `rope="1d"` only.
+        window: A token attends only to itself and the `window - 1` tokens before it (in a
+            bidirectional model, also to as many after it); None means no limit.
+        full_attention_layers: Indices of the blocks without a window.
+        attention_scale: Factor of the attention scores before the softmax; `head_dim ** -0.5` by
+            default.
         qkv_bias: Whether the query, key and value projections have a bias.
         out_bias: Whether the output projection of the attention has a bias.
         feed_forward_bias: Whether the projections of the feed-forward layer have a bias.
-        qk_norm: Whether to apply RMSNorm to queries and keys.
+        qk_norm: Whether to apply RMSNorm to queries and keys; `"layernorm"` applies LayerNorm.
         dropout: Dropout rate on the output of every residual branch, in [0, 1). Attention maps
             have no dropout, because both maps of a pair would need the same dropout mask.
         drop_path: Stochastic depth rate of the last block, in [0, 1); the rate grows linearly from
@@ -58,9 +72,13 @@ class BackboneConfig(Settings):
             projection; None means no gate.
         exclusive: Whether to use exclusive self-attention (see `diffmm.layers.Attention`).
         cosine_logits: Whether to use cosine-normalized attention logits; softmax only.
+        attention_softcap: Smooth bound of the attention logits; softmax only.
         share: Whether both components share one query (`"q"`) or one key (`"k"`); v1 only.
         lambda_init: Initial lambda of every layer, instead of the paper's schedule; v1 only.
+        lambda_layer_offset: Added to the index of a block for its initial lambda; v1 only.
+        heads_per_noise: Number of differential heads that share a second query; v1 only.
         headwise_norm: Whether heads are normalized; v1 only.
+        headwise_norm_eps: `eps` of that norm; v1 only.
         combine: Whether to `"subtract"` or `"add"` the second map; all differential attentions.
         signal_per_noise: Number of signal heads per noise head; `diff_grouped` only.
         backend: Backend of the attention op; see `diffmm.ops.diff_attention`.
@@ -80,22 +98,32 @@ class BackboneConfig(Settings):
     head_dim: int | None = None
     attention: str = "diff_v1"
     norm: str = "rmsnorm"
+    norm_eps: float | None = None
+    post_norm: bool = False
     feed_forward: str = "swiglu"
     feed_forward_width: int | None = None
     rope: Literal["none", "1d", "2d", "3d"] = "none"
     rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
+    attention_scale: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
     feed_forward_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool | Literal["layernorm"] = False
     dropout: float = 0.0
     drop_path: float = 0.0
     layer_scale: float | None = None
     init_std: float = INIT_STD
     cosine_logits: bool = False
+    attention_softcap: float | None = None
     share: Literal["q", "k"] | None = None
     lambda_init: float | None = None
+    lambda_layer_offset: int = 0
+    heads_per_noise: int = 1
     headwise_norm: bool = True
+    headwise_norm_eps: float = 1e-5
     combine: Literal["subtract", "add"] = "subtract"
     signal_per_noise: int = 4
     output_gate: Literal["head", "element"] | None = None
@@ -119,9 +147,20 @@ class BackboneConfig(Settings):
         check_choice("norm", self.norm, NORMS)
         check_choice("feed_forward", self.feed_forward, FEED_FORWARDS)
         check_choice("rope", self.rope, ROPE_AXES)
+        if self.rope_scaling is not None and self.rope == "none":
+            raise ValueError("rope_scaling needs rope='1d', got rope='none'")
+        layers = self.full_attention_layers
+        if layers and self.window is None:
+            raise ValueError(f"full_attention_layers={layers} needs a window for the other layers")
+        if len(set(layers)) < len(layers) or not set(layers) <= set(range(self.depth)):
+            raise ValueError(
+                f"full_attention_layers must be different indices below depth={self.depth}, "
+                f"got {layers}"
+            )
         self._check_unused_fields()
         # Building the layers on the meta device runs their own checks and allocates nothing.
         with torch.device("meta"):
+            self.make_norm()
             self.make_attention(0)
             if self.rope != "none":
                 self.make_rope()
@@ -194,23 +233,32 @@ class BackboneConfig(Settings):
     def make_attention(self, layer_index: int) -> Attention:
         """Build the attention layer of one block."""
         attention = ATTENTIONS[self.attention]
-        return attention(self.dim, layer_index=layer_index, **self._arguments(attention))
+        arguments = self._arguments(attention)
+        if layer_index in self.full_attention_layers:
+            arguments["window"] = None
+        return attention(self.dim, layer_index=layer_index, **arguments)
+
+    def make_norm(self) -> nn.Module:
+        """Build a norm over `dim`: that of a residual branch, or the final one."""
+        return make_norm(self.norm, self.dim, self.norm_eps)
 
     def make_rope(self) -> RotaryEmbedding:
         """Build the rotary embedding that all blocks share."""
-        return RotaryEmbedding(self.resolved_head_dim, self.rope_base, ROPE_AXES[self.rope])
+        return RotaryEmbedding(
+            self.resolved_head_dim, self.rope_base, ROPE_AXES[self.rope], self.rope_scaling
+        )
 
     def make_block(self, layer_index: int) -> Block:
         """Build one block, with its own stochastic depth rate."""
-        norm = NORMS[self.norm]
         return Block(
             self.make_attention(layer_index),
             FEED_FORWARDS[self.feed_forward](
                 self.dim, self.resolved_feed_forward_width, bias=self.feed_forward_bias
             ),
-            (norm(self.dim), norm(self.dim)),
+            (self.make_norm(), self.make_norm()),
             dim=self.dim,
             dropout=self.dropout,
             drop_path=self.drop_path * layer_index / max(1, self.depth - 1),
             layer_scale=self.layer_scale,
+            post_norms=(self.make_norm(), self.make_norm()) if self.post_norm else (None, None),
         )

@@ -212,7 +212,7 @@ def prepare(
         positions = (key_padding.cumsum(dim=1) - 1).clamp(min=0)
     mask = AttentionMask(causal=True, key_padding=key_padding)
     features = features_of(tokens, mask=mask, positions=positions, cache=cache)
-    logits = model.head(features[:, -1])
+    logits = model.logits(features[:, -1])
     if cuda_graph:
         assert real is not None
         steps: Steps = GraphedSteps(call, cache, positions[..., -1:], real, choice, tokens[:, -1])

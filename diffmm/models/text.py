@@ -17,6 +17,7 @@ from diffmm.layers.linear import Embedding, Linear, init_weights
 from diffmm.models.backbone import Backbone, BackboneConfig
 from diffmm.ops import AttentionMask, Losses, linear_cross_entropy
 from diffmm.ops.linear_cross_entropy import MAX_LOGITS
+from diffmm.ops.softmax_attention.reference import capped
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class TextConfig(Settings):
         causal: Whether the model is a decoder, in which each token attends only to earlier ones;
             otherwise it is an encoder, in which each token attends to all.
         tie_embeddings: Whether the output projection shares the embedding's weight.
+        embedding_scale: Factor of the embedded tokens.
+        logit_softcap: Bounds the logits smoothly to `(-logit_softcap, logit_softcap)` by
+            `logit_softcap * tanh(logits / logit_softcap)` (Gemma 2); None means no bound.
 
     Raises:
         ValueError: If a field is out of range; the message names the field and the value.
@@ -42,12 +46,18 @@ class TextConfig(Settings):
     backbone: BackboneConfig
     causal: bool = True
     tie_embeddings: bool = True
+    embedding_scale: float = 1.0
+    logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("vocab_size", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("embedding_scale", "logit_softcap"):
+            value = getattr(self, name)
+            if value is not None and value <= 0.0:
+                raise ValueError(f"{name} must be positive, got {value}")
         if self.backbone.rope != "1d":
             raise ValueError(
                 f"the backbone's rope of a text model must be '1d', got {self.backbone.rope!r}"
@@ -99,7 +109,11 @@ class TextModel(nn.Module):
                 none.
         """
         features = self.forward_features(tokens, mask=mask, positions=positions, cache=cache)
-        return self.head(features) if targets is None else self._losses(features, targets)
+        return self.logits(features) if targets is None else self._losses(features, targets)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Compute logits `[..., vocab_size]` of features `[..., dim]`."""
+        return capped(self.head(features), self.config.logit_softcap)
 
     def forward_features(
         self,
@@ -131,11 +145,15 @@ class TextModel(nn.Module):
             )
         if mask is None:
             mask = AttentionMask(causal=self.config.causal)
-        return self.backbone(self.embedding(tokens), mask=mask, positions=positions, cache=cache)
+        x = self.embedding(tokens)
+        if self.config.embedding_scale != 1.0:
+            x = x * self.config.embedding_scale
+        return self.backbone(x, mask=mask, positions=positions, cache=cache)
 
     def _losses(self, features: Tensor, targets: Tensor) -> Losses:
         head = self.head
         is_plain = type(head) in (Linear, nn.Linear) and not isinstance(head.weight, DTensor)
+        is_plain = is_plain and self.config.logit_softcap is None
         if is_plain and not (head._forward_hooks or head._forward_pre_hooks):
             return linear_cross_entropy(features, head.weight, targets, bias=head.bias)
         # Any other head is a function that the backward pass computes again, chunk by chunk.
@@ -147,7 +165,7 @@ class TextModel(nn.Module):
         return Losses(each.sum(), each.detach().view(targets.shape))
 
     def _chunk(self, features: Tensor, targets: Tensor) -> Tensor:
-        logits = self.head(features).float()
+        logits = self.logits(features).float()
         return cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
 
     # `to_empty` and `load_state_dict(assign=True)` replace the parameters of every module, so a

@@ -25,12 +25,16 @@ from diffmm.models.job import Job, text_reader
 from diffmm.renamed import weights_with_new_names, with_new_names
 
 __all__ = [
+    "Contents",
     "build",
     "describe",
     "load_description",
     "load_job",
     "load_model",
     "load_weights",
+    "own_weights",
+    "read_contents",
+    "save_contents",
     "save_model",
 ]
 
@@ -69,25 +73,45 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
         ValueError: If the model's class is not in `diffmm.models`, the job does not match it, or
             the path ends like a file of another format.
     """
-    model, path = unwrap(model), Path(path)
+    model = unwrap(model)
+    job: Any = getattr(model, "job", None)
+    if job is not None:
+        job.check_fit(model)
+        job = job.plain()
+    return save_contents(Contents(own_weights(model), describe(model), job), path)
+
+
+def own_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a model by name, without the further names of tied weights."""
+    aliases = _aliases(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}
+
+
+def save_contents(contents: "Contents", path: str | Path) -> Path:
+    """Save weights in their own dtypes with their description and job, as `save_model` does.
+
+    Args:
+        contents: The weights, without the further names of tied weights, and what they are.
+        path: As in `save_model`.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: If the path ends like a file of another format.
+    """
+    path = Path(path)
     if path.suffix.lower() in OTHER_ENDINGS:
         raise ValueError(
             f"{path} ends in {path.suffix}, but weights are saved as safetensors: give a name that "
             f"ends in .safetensors, or a folder, in which {WEIGHTS_NAME} is written"
         )
-    metadata = {"format": "pt", DESCRIPTION_KEY: json.dumps(describe(model))}
-    job: Any = getattr(model, "job", None)
-    if job is not None:
-        job.check_fit(model)
-        metadata[JOB_KEY] = json.dumps(job.plain())
+    metadata = {"format": "pt", DESCRIPTION_KEY: json.dumps(contents.description)}
+    if contents.job is not None:
+        metadata[JOB_KEY] = json.dumps(contents.job)
     file = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
     file.parent.mkdir(parents=True, exist_ok=True)
-    aliases = _aliases(model)
-    weights = {
-        name: tensor.contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in aliases
-    }
+    weights = {name: tensor.contiguous() for name, tensor in contents.weights.items()}
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         save_file(weights, unfinished, metadata=metadata)
@@ -113,17 +137,31 @@ def load_model(path: str | Path) -> nn.Module:
             checkpoint is complete.
     """
     file = _find(path)
-    weights, description, job = _read(file)
-    if description is None:
-        raise ValueError(
-            f"{file} does not describe the model of its weights: "
-            f"build the model and use load_weights"
-        )
-    _check_fit(_outline(description, weights, file), weights, set(), file)
+    weights, description, job = _described(file)
+    assert description is not None
     model = build(description)
     _fill(model, weights, set(), file)
     model.job = _job(job, model, file)  # type: ignore[assignment]
     return model.eval()
+
+
+def read_contents(path: str | Path) -> "Contents":
+    """Read what a file holds, with weights in their own dtypes and without the further names of
+    tied ones, after the checks of `load_model`.
+
+    Args:
+        path: As in `load_model`.
+
+    Raises:
+        FileNotFoundError, ValueError: As `load_model`.
+    """
+    file = _find(path)
+    weights, description, job = _described(file)
+    _job(job, None, file)
+    aliases = _aliases(_outline(description, weights, file))
+    return Contents(
+        {name: tensor for name, tensor in weights.items() if name not in aliases}, description, job
+    )
 
 
 def load_job(path: str | Path) -> Job | None:
@@ -195,10 +233,26 @@ def load_weights(model: nn.Module, path: str | Path, *, skip_head: bool = False)
     return sorted(skipped - set(_aliases(model)))
 
 
-class _Contents(NamedTuple):
+class Contents(NamedTuple):
+    """What a file of weights holds: the weights by name, the description of their model and its job
+    as plain values, or None."""
+
     weights: dict[str, Tensor]
     description: dict[str, Any] | None
     job: dict[str, Any] | None
+
+
+def _described(file: Path) -> Contents:
+    """Read a file whose weights fit its description."""
+    contents = _read(file)
+    if contents.description is None:
+        raise ValueError(
+            f"{file} does not describe the model of its weights: "
+            f"build the model and use load_weights"
+        )
+    model = _outline(contents.description, contents.weights, file)
+    _check_fit(model, contents.weights, set(), file)
+    return contents
 
 
 def _find(path: str | Path) -> Path:
@@ -211,7 +265,7 @@ def _find(path: str | Path) -> Path:
     return file
 
 
-def _read(file: Path) -> _Contents:
+def _read(file: Path) -> Contents:
     """Read the weights by the model's names, and the description and the job if there are any."""
     if file.suffix == ".safetensors":
         try:
@@ -223,7 +277,7 @@ def _read(file: Path) -> _Contents:
                 json.loads(metadata[key]) if key in metadata else None
                 for key in (DESCRIPTION_KEY, JOB_KEY)
             ]
-            return _Contents(weights, *parsed)
+            return Contents(weights, *parsed)
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
     checkpoint = read_checkpoint(file)
@@ -239,7 +293,7 @@ def _read(file: Path) -> _Contents:
             raise ValueError(f"{file} contains a {type(value).__name__} as {name}, not a tensor")
     if not weights:
         raise ValueError(f"{file} contains no weights under {CHECKPOINT_PREFIX!r}")
-    return _Contents(weights, checkpoint.get(DESCRIPTION_KEY), _job_values(checkpoint))
+    return Contents(weights, checkpoint.get(DESCRIPTION_KEY), _job_values(checkpoint))
 
 
 def _job_values(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
@@ -363,7 +417,10 @@ def _check_meaning(model: nn.Module, description: dict[str, Any] | None, file: P
 def _meaning(config: BackboneConfig) -> dict[str, object]:
     """The settings that determine the meaning of weights, whatever their shapes. `rope_base` is not
     among them, because it may be changed to extend a model to longer sequences."""
-    names = ("attention", "num_heads", "rope", "share", "lambda_init", "combine")
+    names = (
+        *("attention", "num_heads", "rope", "share", "lambda_init", "combine"),
+        *("norm", "feed_forward", "attention_scale", "lambda_layer_offset", "heads_per_noise"),
+    )
     return {
         **{name: getattr(config, name) for name in names},
         "num_kv_heads": config.num_kv_heads or config.num_heads,

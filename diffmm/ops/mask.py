@@ -1,5 +1,6 @@
 """The attention mask: which keys each query attends to."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,11 @@ class AttentionMask:
     def is_causal(self) -> bool:
         """Whether every query attends to exactly the keys up to its own position."""
         return self.causal and self.window is None and not self.per_sample
+
+    def within(self, window: int) -> "AttentionMask":
+        """The same mask, restricted to a window (see `window`) where it has no smaller one."""
+        smaller = window if self.window is None else min(window, self.window)
+        return dataclasses.replace(self, window=smaller)
 
     def check(self, batch: int, num_keys: int) -> None:
         """Check that the tensors match `batch` samples of `num_keys` keys.

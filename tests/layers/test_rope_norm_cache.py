@@ -117,7 +117,7 @@ def test_an_exported_rotation_has_torchs_operators_alone():
 
 @pytest.mark.parametrize("shape", [(5, 1), (2, 5, 1), (5, 2)])
 def test_the_operator_of_rotations_is_well_formed(shape):
-    args = (torch.rand(shape), torch.rand(4))
+    args = (torch.rand(shape), torch.rand(4), 1.5)
     torch.library.opcheck(torch.ops.diffmm.rotation_at.default, args)
 
 

@@ -1,12 +1,14 @@
 """The backbone and its configuration."""
 
 from copy import deepcopy
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
 from diffmm.layers import DiffAttentionV1
+from diffmm.layers.norm import NORMS
 from diffmm.models import Backbone, BackboneConfig
 from diffmm.ops import AttentionMask
 
@@ -186,8 +188,8 @@ def test_a_given_width_is_obeyed():
         ({"num_heads": 1, "attention": "diff_v1"}, "num_heads must be even, got 1"),
         ({"num_kv_heads": 3}, "num_kv_heads must divide num_heads, got 3 and 4"),
         ({"attention": "diff_v3"}, "attention must be one of .* got 'diff_v3'; did you mean"),
-        ({"norm": "batchnorm"}, "norm must be one of 'rmsnorm', 'layernorm', got 'batchnorm'"),
-        ({"feed_forward": "relu"}, "feed_forward must be one of 'swiglu', 'gelu', got 'relu'"),
+        ({"norm": "batchnorm"}, "norm must be one of 'rmsnorm', .*, 'layernorm', got 'batchnorm'"),
+        ({"feed_forward": "relu"}, "feed_forward must be one of 'swiglu', 'gelu', .* got 'relu'"),
         ({"rope": "4d"}, "rope must be one of .* got '4d'"),
         ({"rope": "3d"}, "over 3 axes needs a head_dim that is a multiple of 6"),
         ({"rope": "2d", "head_dim": 6}, "a multiple of 4, got 6"),
@@ -279,3 +281,38 @@ def test_inputs_of_another_kind_are_refused_in_one_line(x, mask, message):
     with pytest.raises(ValueError, match=message) as refused:
         Backbone(config())(x, mask=mask)
     assert "\n" not in str(refused.value)
+
+
+def test_norm_eps_is_that_of_every_norm_but_the_headwise_one():
+    backbone = Backbone(config(norm_eps=1e-3, qk_norm=True, attention="diff_v1"))
+    found = {name: m.eps for name, m in backbone.named_modules() if hasattr(m, "eps")}
+    headwise = [name for name in found if name.endswith("attention.norm")]
+    assert len(found) == 3 * 5 + 1
+    assert len(headwise) == 3
+    assert {found.pop(name) for name in headwise} == {1e-5}
+    assert set(found.values()) == {1e-3}
+    layers = Backbone(config(norm="layernorm", norm_eps=1e-3, attention="softmax"))
+    assert {m.eps for m in layers.modules() if hasattr(m, "eps")} == {1e-3}
+    wider = Backbone(config(headwise_norm_eps=1e-2))
+    assert wider.blocks[0].attention.norm.eps == 1e-2
+
+
+def test_norms_without_norm_eps_have_their_own():
+    backbone = Backbone(config(qk_norm=True))
+    assert {m.eps for m in backbone.modules() if hasattr(m, "eps")} == {1e-5}
+    backbone = Backbone(config(norm="layernorm", attention="softmax"))
+    assert {m.eps for m in backbone.modules() if hasattr(m, "eps")} == {1e-6}
+
+
+def test_an_eps_that_cannot_be_used_is_refused():
+    with pytest.raises(ValueError, match="norm_eps must be positive, got -1e-06"):
+        config(norm_eps=-1e-6)
+    with pytest.raises(ValueError, match=r"headwise_norm_eps must be positive, got 0\.0"):
+        config(headwise_norm_eps=0.0)
+    with pytest.raises(ValueError, match="headwise_norm_eps=0.1 is not used by attention"):
+        config(attention="softmax", headwise_norm_eps=0.1)
+    with (
+        patch.dict(NORMS, plain=torch.nn.Identity),
+        pytest.raises(ValueError, match="norm_eps=0.1 is not used by norm 'plain', which takes"),
+    ):
+        config(norm="plain", norm_eps=0.1)

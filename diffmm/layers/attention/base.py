@@ -14,10 +14,13 @@ from torch.nn.functional import normalize
 from diffmm.checks import check_choice
 from diffmm.layers.cache import LayerCache
 from diffmm.layers.linear import Linear
-from diffmm.layers.norm import RMSNorm, upcast
+from diffmm.layers.norm import make_norm, upcast
 from diffmm.layers.registry import Split
 from diffmm.layers.rope import Rotation, apply_rope
 from diffmm.ops import AttentionMask
+
+QKNorm = bool | Literal["layernorm"]
+"""Norm of queries and keys: none, RMSNorm (`True`) or LayerNorm."""
 
 HeadShapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
@@ -31,7 +34,10 @@ class AttentionArgs(TypedDict):
     layer_index: NotRequired[int]
     qkv_bias: NotRequired[bool]
     out_bias: NotRequired[bool]
-    qk_norm: NotRequired[bool]
+    qk_norm: NotRequired[QKNorm]
+    norm_eps: NotRequired[float | None]
+    attention_scale: NotRequired[float | None]
+    window: NotRequired[int | None]
     output_gate: NotRequired[Literal["head", "element"] | None]
     exclusive: NotRequired[bool]
     backend: NotRequired[str]
@@ -56,7 +62,13 @@ class Attention(nn.Module):
             `diff_v1`. It does not change if other layers are removed.
         qkv_bias: Whether the query, key and value projections have a bias.
         out_bias: Whether the output projection has a bias.
-        qk_norm: Whether to apply RMSNorm over `D` to queries and keys.
+        qk_norm: Whether to apply RMSNorm over `D` to queries and keys; `"layernorm"` applies
+            LayerNorm.
+        norm_eps: `eps` of the norms of queries and keys; None uses the default of the norm.
+        attention_scale: Factor of the scores before the softmax; `D ** -0.5` by default.
+        window: A token attends only to itself and the `window - 1` tokens before it (in a
+            bidirectional model, also to as many after it), in addition to the mask of the call;
+            None means no limit.
         output_gate: Multiply the heads by `sigmoid(gate_proj(x))` before the output projection, one
             gate per `"head"` or per `"element"` of a head (Qiu et al. 2025, "Gated Attention for
             Large Language Models", the gate after attention).
@@ -67,9 +79,11 @@ class Attention(nn.Module):
 
     Attributes:
         scale: Factor applied to the scores before the softmax.
+        softcap: Bound of the scores (see `SoftmaxAttention`); None means no bound.
 
     Raises:
-        ValueError: If head counts do not divide as required, or `output_gate` is unknown.
+        ValueError: If head counts do not divide as required, `attention_scale` or `window` is not
+            positive, or `output_gate` or `qk_norm` is unknown.
     """
 
     label: ClassVar[str]
@@ -105,13 +119,21 @@ class Attention(nn.Module):
         layer_index: int = 0,
         qkv_bias: bool = False,
         out_bias: bool = False,
-        qk_norm: bool = False,
+        qk_norm: QKNorm = False,
+        norm_eps: float | None = None,
+        attention_scale: float | None = None,
+        window: int | None = None,
         output_gate: Literal["head", "element"] | None = None,
         exclusive: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         check_choice("output_gate", output_gate, (None, "head", "element"))
+        check_choice("qk_norm", qk_norm, (False, True, "layernorm"))
+        if attention_scale is not None and attention_scale <= 0.0:
+            raise ValueError(f"attention_scale must be positive, got {attention_scale}")
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1 (the token itself), got {window}")
         if num_heads < 1 or (head_dim is None and dim % num_heads):
             raise ValueError(
                 f"num_heads must divide dim, got {num_heads} heads for dim {dim}: "
@@ -125,7 +147,9 @@ class Attention(nn.Module):
                 f"num_kv_heads must divide num_heads, got {self.num_kv_heads} and {num_heads}"
             )
         self.layer_index = layer_index
-        self.scale = self.head_dim**-0.5
+        self.scale = self.head_dim**-0.5 if attention_scale is None else attention_scale
+        self.softcap: float | None = None
+        self.window = window
         self.exclusive = exclusive
         self.backend = backend
         self.q_shape, self.k_shape, self.v_shape = self.head_shapes()
@@ -134,8 +158,10 @@ class Attention(nn.Module):
         self.v_proj = Linear(dim, math.prod(self.v_shape), bias=qkv_bias)
         width = num_heads * self.head_dim
         self.out_proj = Linear(width, dim, bias=out_bias)
-        self.q_norm: nn.Module = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.k_norm: nn.Module = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        norm = qk_norm if isinstance(qk_norm, str) else "rmsnorm"
+        self.q_norm, self.k_norm = (
+            make_norm(norm, self.head_dim, norm_eps) if qk_norm else nn.Identity() for _ in range(2)
+        )
         self.gate_proj: Linear | None = None
         self.gate_width = 1
         if output_gate is not None:
@@ -189,6 +215,12 @@ class Attention(nn.Module):
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         return q, k, v
 
+    def narrowed(self, mask: AttentionMask, cache: LayerCache | None = None) -> AttentionMask:
+        """Restrict the mask of a call to the layer's window."""
+        if self.window is None:
+            return mask
+        return mask.within(self.window) if cache is None else cache.within(mask, self.window)
+
     def finish(self, heads: Tensor) -> Tensor:
         """Process the heads before the output gate and projection."""
         return heads
@@ -206,7 +238,7 @@ class Attention(nn.Module):
         own_value = v
         if cache is not None:
             k, v = cache.update(k, v)
-        heads = self.attend(x, q, k, v, mask)
+        heads = self.attend(x, q, k, v, self.narrowed(mask, cache))
         if self.exclusive:
             heads = without_component(heads, own_value)
         heads = self.finish(heads)

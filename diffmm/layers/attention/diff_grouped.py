@@ -65,7 +65,9 @@ class GroupedDiffAttention(DiffAttentionV2):
         return {"number of noise heads": self.q_shape[0], "number of key groups": self.k_shape[0]}
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-        return grouped_diff_attention(q, k, v, self.lam(x), mask=mask, backend=self.backend)
+        return grouped_diff_attention(
+            q, k, v, self.lam(x), mask=mask, scale=self.scale, backend=self.backend
+        )
 
     def components(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return paired(q), k.unsqueeze(3)

@@ -17,6 +17,7 @@ from diffmm.layers.attention.base import (
 )
 from diffmm.layers.norm import RMSNorm, upcast
 from diffmm.ops import AttentionMask, diff_attention
+from diffmm.ops.grouped_diff_attention import paired
 
 
 def lambda_init_at(layer_index: int) -> float:
@@ -39,8 +40,15 @@ class DiffAttentionV1(Attention):
             `num_heads` and `num_kv_heads` must be even.
         share: Share one query (`"q"`) or one key (`"k"`) between both components, an ablation.
         lambda_init: A constant that replaces `lambda_init_at(layer_index)`.
+        lambda_layer_offset: Added to `layer_index` for the initial lambda; -1 in models that count
+            layers from 0 in the paper's equation, which counts from 1 (Motif).
+        heads_per_noise: Number of differential heads that share a second query, which gives them
+            the same second map (grouped differential attention, Lim et al. 2025). The raw query
+            heads are then ordered by shared query: the first queries of its heads, and then it.
         headwise_norm: Whether heads are normalized. Without the norm, its scale `1 - lambda_init`
             is omitted as well.
+        headwise_norm_eps: `eps` of that norm; 1e-5 in the authors' code, whatever the other norms
+            have.
         combine: `"subtract"`, or `"add"` for `A1 + lambda A2`, an ablation.
 
     >>> layer = diffmm.DiffAttentionV1(dim=64, num_heads=4, layer_index=0)
@@ -69,20 +77,38 @@ class DiffAttentionV1(Attention):
         *,
         share: Literal["q", "k"] | None = None,
         lambda_init: float | None = None,
+        lambda_layer_offset: int = 0,
+        heads_per_noise: int = 1,
         headwise_norm: bool = True,
+        headwise_norm_eps: float = 1e-5,
         combine: Literal["subtract", "add"] = "subtract",
         **shared: Unpack[AttentionArgs],
     ) -> None:
         check_choice("share", share, (None, "q", "k"))
         check_choice("combine", combine, ("subtract", "add"))
-        self.num_keys, self.num_queries = 1 if share == "k" else 2, 1 if share == "q" else 2
+        if heads_per_noise < 1 or (heads_per_noise > 1 and share == "q"):
+            raise ValueError(
+                f"heads_per_noise must be at least 1, and 1 if share='q', got {heads_per_noise}"
+            )
+        if lambda_init is not None and lambda_layer_offset:
+            raise ValueError(
+                f"lambda_layer_offset={lambda_layer_offset} has no effect with a constant "
+                f"lambda_init={lambda_init}: remove one of them"
+            )
+        self.num_keys = 1 if share == "k" else 2
+        self.num_queries = 1 if share == "q" else heads_per_noise + 1
+        self.heads_per_noise = heads_per_noise
         super().__init__(dim, **shared)
         self.sign = -1.0 if combine == "add" else 1.0
-        self.lambda_init = lambda_init_at(self.layer_index) if lambda_init is None else lambda_init
+        if lambda_init is None:
+            lambda_init = lambda_init_at(self.layer_index + lambda_layer_offset)
+        self.lambda_init = lambda_init
         for name in self.LAMBDA_NAMES:
             setattr(self, name, nn.Parameter(upcast(torch.empty(self.head_dim))))
         self.reset_parameters()
-        self.norm = RMSNorm(2 * self.head_dim, eps=1e-5) if headwise_norm else None
+        if headwise_norm_eps <= 0.0:
+            raise ValueError(f"headwise_norm_eps must be positive, got {headwise_norm_eps}")
+        self.norm = RMSNorm(2 * self.head_dim, headwise_norm_eps) if headwise_norm else None
 
     def reset_parameters(self) -> None:
         """Initialize the lambda vectors from a normal distribution with standard deviation 0.1."""
@@ -94,8 +120,14 @@ class DiffAttentionV1(Attention):
             if count % 2:
                 raise ValueError(f"diff_v1 pairs its heads, so {name} must be even, got {count}")
         num_pairs, num_groups, head_dim = self.num_heads // 2, self.num_kv_heads // 2, self.head_dim
+        num_noise, rest = divmod(num_pairs, self.heads_per_noise)
+        if rest or (self.heads_per_noise > 1 and num_noise % num_groups):
+            raise ValueError(
+                f"heads_per_noise={self.heads_per_noise} heads share a query within a key group, "
+                f"which does not divide {num_pairs} differential heads in {num_groups} groups"
+            )
         return (
-            (num_pairs, self.num_queries, head_dim),
+            (num_noise, self.num_queries, head_dim),
             (num_groups, self.num_keys, head_dim),
             (num_groups, 2 * head_dim),
         )
@@ -117,10 +149,14 @@ class DiffAttentionV1(Attention):
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         q, k = self.components(q, k)
-        return diff_attention(q, k, v, self.lam(x), mask=mask, backend=self.backend)
+        return diff_attention(
+            q, k, v, self.lam(x), mask=mask, scale=self.scale, backend=self.backend
+        )
 
     def components(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return q.expand(-1, -1, -1, 2, -1), k
+        if self.num_queries == 2:
+            return q, k
+        return (q.expand(-1, -1, -1, 2, -1) if self.num_queries == 1 else paired(q)), k
 
     def finish(self, heads: Tensor) -> Tensor:
         if self.norm is None:

@@ -61,4 +61,6 @@ class DiffAttentionV2(Attention):
         return self.sign * upcast(self.lambda_proj(x)).sigmoid()
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-        return diff_attention(q, k, v, self.lam(x), mask=mask, backend=self.backend)
+        return diff_attention(
+            q, k, v, self.lam(x), mask=mask, scale=self.scale, backend=self.backend
+        )

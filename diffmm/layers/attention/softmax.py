@@ -15,7 +15,10 @@ class SoftmaxAttention(Attention):
     Args:
         dim: Width of input and output. The shared arguments are documented in `Attention`.
         cosine_logits: Whether to use cosine-normalized logits with a learned scale per head instead
-            of `Q Kᵀ / √D` (SwinV2, Liu et al. 2022); excludes `qk_norm`.
+            of `Q Kᵀ / √D` (SwinV2, Liu et al. 2022); excludes `qk_norm` and `attention_scale`.
+        attention_softcap: Bounds the logits smoothly to `(-attention_softcap, attention_softcap)`
+            (Gemma 2); None means no bound. Only the backend `"reference"` supports it, which
+            `"auto"` then selects.
 
     >>> layer = diffmm.SoftmaxAttention(dim=64, num_heads=4)
     >>> layer(torch.randn(2, 10, 64), mask=diffmm.AttentionMask(causal=True)).shape
@@ -26,12 +29,31 @@ class SoftmaxAttention(Attention):
     equation = "<i>A V</i>, where <i>A</i> = softmax(<i>Q K</i>ᵀ / √<i>d</i>)"
 
     def __init__(
-        self, dim: int, *, cosine_logits: bool = False, **shared: Unpack[AttentionArgs]
+        self,
+        dim: int,
+        *,
+        cosine_logits: bool = False,
+        attention_softcap: float | None = None,
+        **shared: Unpack[AttentionArgs],
     ) -> None:
         super().__init__(dim, **shared)
+        if attention_softcap is not None:
+            backend = shared.get("backend", "auto")
+            if attention_softcap <= 0.0:
+                raise ValueError(f"attention_softcap must be positive, got {attention_softcap}")
+            if backend not in ("auto", "reference"):
+                raise ValueError(
+                    f"backend {backend!r} does not support attention_softcap={attention_softcap}: "
+                    f"use 'auto' or 'reference'"
+                )
+        self.softcap = attention_softcap
         if cosine_logits and shared.get("qk_norm"):
             raise ValueError(
                 "cosine_logits=True already normalizes queries and keys: remove qk_norm"
+            )
+        if cosine_logits and shared.get("attention_scale") is not None:
+            raise ValueError(
+                "cosine_logits=True has a learned scale per head: remove attention_scale"
             )
         if cosine_logits:
             self.scale = 1.0
@@ -42,7 +64,9 @@ class SoftmaxAttention(Attention):
         return (self.num_heads, self.head_dim), key, key
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-        return softmax_attention(q, k, v, mask=mask, scale=self.scale, backend=self.backend)
+        return softmax_attention(
+            q, k, v, mask=mask, scale=self.scale, softcap=self.softcap, backend=self.backend
+        )
 
     def components(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return q.unsqueeze(3), k.unsqueeze(3)

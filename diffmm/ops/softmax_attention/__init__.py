@@ -57,6 +57,7 @@ def softmax_attention(
     *,
     mask: AttentionMask,
     scale: float | None = None,
+    softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention, `softmax(scale * Q Kᵀ + mask) V`: the baseline for differential attention.
@@ -67,6 +68,8 @@ def softmax_attention(
         v: Values, `[B, M, G, E]`.
         mask: Which keys each query attends to.
         scale: Factor of the scores before the softmax; `D ** -0.5` by default.
+        softcap: Bounds the scores to `softcap * tanh(score / softcap)` before the mask; None means
+            no bound. Only `"reference"` supports it, which `"auto"` then selects.
         backend: `"reference"` (materializes the maps, any device), `"sdpa"` (torch's fused
             kernels), `"triton"` (diffmm's fused kernels; CUDA, D up to 128), or `"auto"` (see
             `choose_backend`).
@@ -76,7 +79,8 @@ def softmax_attention(
         gradients.
 
     Raises:
-        ValueError: If shapes, dtypes or devices do not match, or the backend is unknown.
+        ValueError: If shapes, dtypes or devices do not match, `softcap` is not positive, or the
+            backend is unknown or does not support `softcap`.
 
     >>> q, k, v = (torch.randn(2, 10, 4, 16) for _ in "qkv")
     >>> diffmm.softmax_attention(q, k, v, mask=diffmm.AttentionMask(window=3)).shape
@@ -90,6 +94,14 @@ def softmax_attention(
     check_qkv(q, k, v, mask)
     check_backend(backend, BACKENDS)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if softcap is not None:
+        if softcap <= 0.0:
+            raise ValueError(f"softcap must be positive, got {softcap}")
+        if backend not in ("auto", "reference"):
+            raise ValueError(
+                f"backend {backend!r} does not support softcap={softcap}: use 'reference'"
+            )
+        return reference(q, k, v, mask=mask, scale=scale, softcap=softcap)
     if backend == "auto":
         backend = choose_backend(q, k, v, mask, scale)
     return BACKENDS[backend](q, k, v, mask=mask, scale=scale)

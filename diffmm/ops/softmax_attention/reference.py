@@ -6,7 +6,9 @@ from torch import Tensor
 from diffmm.ops.mask import AttentionMask
 
 
-def attention_map(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
+def attention_map(
+    q: Tensor, k: Tensor, visible: Tensor, scale: float, softcap: float | None = None
+) -> Tensor:
     """`softmax(scale * q kᵀ)` over the visible keys; zeros for queries without visible keys.
 
     Args:
@@ -14,8 +16,15 @@ def attention_map(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor
         k: Keys, `[..., M, D]`.
         visible: Booleans that broadcast to `[..., N, M]`, true where a query attends to a key.
         scale: Factor of the scores before the softmax.
+        softcap: Bound of the scores; see `capped`.
     """
-    return masked_softmax(scale * (q @ k.transpose(-2, -1)), visible)
+    return masked_softmax(capped(scale * (q @ k.transpose(-2, -1)), softcap), visible)
+
+
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Bound scores smoothly to `(-softcap, softcap)` by `softcap * tanh(scores / softcap)`
+    (Gemma 2, Riviere et al. 2024, section 2); None leaves them unchanged."""
+    return scores if softcap is None else softcap * (scores / softcap).tanh()
 
 
 def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
@@ -26,7 +35,14 @@ def masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, scale: float, upcast: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: AttentionMask,
+    scale: float,
+    softcap: float | None = None,
+    upcast: bool = True,
 ) -> Tensor:
     """`softmax(scale * Q Kᵀ + mask) V`, with shapes as in `diffmm.ops.softmax_attention`.
 
@@ -43,4 +59,4 @@ def reference(
     k = k.transpose(1, 2).repeat_interleave(heads_per_group, dim=1)  # [B, H, M, D]
     v = v.transpose(1, 2).repeat_interleave(heads_per_group, dim=1)  # [B, H, M, E]
     visible = mask.to_bool(num_queries, num_keys, q.device)
-    return (attention_map(q, k, visible, scale) @ v).transpose(1, 2).to(dtype)
+    return (attention_map(q, k, visible, scale, softcap) @ v).transpose(1, 2).to(dtype)

@@ -1,0 +1,142 @@
+"""Reading and writing of models of all families."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from diffmm.checks import check_choice, did_you_mean
+from diffmm.interop.diffllama import DIFFLLAMA
+from diffmm.interop.family import Family, contents_of, model_of
+from diffmm.interop.gemma2 import GEMMA2
+from diffmm.interop.llama import LLAMA
+from diffmm.interop.mistral import MISTRAL
+from diffmm.interop.motif import MOTIF
+from diffmm.interop.qwen import QWEN2, QWEN3
+from diffmm.interop.source import CONFIG_NAME, TOKENIZER_NAME, Source, read_source
+from diffmm.interop.unilm_decoders import UNILM_V1, UNILM_V2
+from diffmm.models.weights import WEIGHTS_NAME, Contents
+from diffmm.tokenizers import HuggingFaceTokenizer
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, DIFFLLAMA, MOTIF, UNILM_V1, UNILM_V2)
+}
+"""All families by name. A family of your own is added here."""
+
+
+def read_model(source: str | Path, family: str | None = None) -> nn.Module:
+    """Read a model of another implementation, in float32 on the CPU and in evaluation mode.
+
+    Args:
+        source: A folder with `config.json` and safetensors, one of those safetensors files, or the
+            name of a repository on the Hugging Face hub.
+        family: A name in `FAMILIES`; by default the one that `config.json` names.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If a file cannot be read, the family is unknown, or diffmm cannot hold a setting
+            or a tensor exactly; the message names it.
+    """
+    return model_of(read_contents(source, family))
+
+
+def read_contents(source: str | Path, family: str | None = None) -> Contents:
+    """Read weights of another implementation as diffmm's, in their own dtypes; see `read_model`."""
+    read = read_source(source)
+    return family_of(read, family).to_ours(read)
+
+
+def family_of(source: Source, name: str | None = None) -> Family:
+    """The family of a source: the one of this name, or the one that its settings name.
+
+    Raises:
+        ValueError: If it is unknown, or the weights are those of another class of the family.
+    """
+    if name is not None:
+        check_choice("family", name, FAMILIES)
+        return FAMILIES[name]
+    kind = source.config.get("model_type")
+    kind = kind.lower() if isinstance(kind, str) else kind
+    architectures = source.config.get("architectures") or []
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"{source.origin} is a model of type {kind!r}, which diffmm cannot read"
+            f"{did_you_mean(kind, FAMILIES)}; it reads {', '.join(FAMILIES)}"
+        )
+    family = FAMILIES[kind]
+    if architectures and not set(architectures) & set(family.architectures):
+        raise ValueError(
+            f"{source.origin} contains a {', '.join(map(str, architectures))}, but of {kind} "
+            f"diffmm reads only {', '.join(family.architectures)}"
+        )
+    return family
+
+
+def write_model(model: nn.Module, folder: str | Path, family: str) -> Path:
+    """Write a model as one of another implementation: `config.json`, `model.safetensors` and, if
+    the model has one, its tokenizer (`tokenizer.json`, `tokenizer_config.json`).
+
+    Args:
+        model: A model of `diffmm.models`.
+        folder: The folder, which must not exist or be empty. It appears whole or not at all.
+        family: A name in `FAMILIES`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the family is unknown or cannot hold a setting of the model, or the folder is
+            not empty; the message names it.
+    """
+    return write_contents(contents_of(model), folder, family)
+
+
+def write_contents(contents: Contents, folder: str | Path, family: str) -> Path:
+    """Write weights of diffmm as a model of another implementation, in their own dtypes; see
+    `write_model`."""
+    check_choice("family", family, FAMILIES)
+    folder = Path(folder)
+    check_free(folder)
+    settings, tensors = FAMILIES[family].to_theirs(contents)
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
+    if len(dtypes) == 1:
+        settings["torch_dtype"] = dtypes.pop()
+    definition = _definition(contents.job)
+    if definition is not None:
+        tokenizer = HuggingFaceTokenizer.of_definition("its own", definition)
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_names}
+        if "eos_token" in about:
+            settings["eos_token_id"] = tokenizer.eos_id
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        (unfinished / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+        save_file(tensors, unfinished / WEIGHTS_NAME, metadata={"format": "pt"})
+        if definition is not None:
+            (unfinished / TOKENIZER_NAME).write_text(definition, encoding="utf-8")
+            (unfinished / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+        unfinished.replace(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def check_free(path: Path) -> None:
+    """Check that nothing would be overwritten.
+
+    Raises:
+        ValueError: If `path` is a file or a folder that is not empty.
+    """
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ValueError(f"{path} exists already: give another target, or remove it")
+
+
+def _definition(job: dict[str, Any] | None) -> str | None:
+    """The text of the `tokenizer.json` in a job."""
+    reader = (job or {}).get("reader") or {}
+    return reader.get("init_args", {}).get("definition")

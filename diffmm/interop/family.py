@@ -1,0 +1,147 @@
+"""What a family of other implementations declares, and conversion in both directions."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffmm.interop.names import Table
+from diffmm.interop.settings import TheirSettings
+from diffmm.interop.source import Source
+from diffmm.models import BackboneConfig, TextModel
+from diffmm.models.description import MODELS, build, describe
+from diffmm.models.job import Job
+from diffmm.models.weights import Contents, own_weights
+
+TRAINING_ONLY = ("dropout", "drop_path", "init_std", "backend")
+"""Settings of a backbone that change no output of a trained model."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of another implementation that diffmm can hold.
+
+    Attributes:
+        name: Name of the family: Hugging Face's `model_type`, where it has one.
+        architectures: Names of the classes in `config.json` whose weights these are.
+        read_settings: Takes the settings of the other implementation and returns the config of
+            `model`. It reads every setting that has an effect, and raises `ValueError` for those
+            that diffmm cannot hold.
+        write_settings: Takes a config and returns the settings of the nearest model of the family.
+            Whether that model is the same is checked by reading them again.
+        table: Takes a config and returns the names of the tensors.
+        model: The model's class in `diffmm.models`.
+        job: Takes the source and the model's config, and returns how inputs are prepared; None if
+            the source does not say.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    read_settings: Callable[[TheirSettings], Any]
+    write_settings: Callable[[Any], dict[str, Any]]
+    table: Callable[[Any], Table]
+    model: type[nn.Module] = TextModel
+    job: Callable[[Source, Any], Job | None] = lambda source, config: None
+
+    def to_ours(self, source: Source) -> Contents:
+        """Convert weights to diffmm's, in their own dtypes.
+
+        Raises:
+            ValueError: If diffmm cannot hold a setting, or tensors are missing, not expected or of
+                another shape; the message names all of them.
+        """
+        config = self.config_of(source.config, source.origin)
+        table = self.table(config)
+        with torch.device("meta"):
+            model = self.model(config)
+        table.check(source.tensors, table.to_theirs(own_weights(model)), source.origin)
+        job = self.job(source, config)
+        plain = None if job is None else job.plain()
+        return Contents(table.to_ours(source.tensors), describe(model), plain)
+
+    def to_theirs(self, contents: Contents) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Convert diffmm's weights: returns the settings and tensors of the other implementation.
+
+        Raises:
+            ValueError: If the model is of another kind, or the family cannot hold one of its
+                settings; the message names all of them with their values.
+        """
+        assert contents.description is not None
+        class_path = contents.description["class_path"]
+        if MODELS[class_path] is not self.model:
+            raise ValueError(f"{self.name} cannot hold {class_path}, only {self.model.__name__}")
+        with torch.device("meta"):
+            config: Any = build(contents.description).config
+        settings = self.write_settings(config)
+        try:
+            again = _settled(self.config_of(settings, f"a model of family {self.name}"))
+        except ValueError as error:
+            raise ValueError(f"{self.name} cannot hold this model: {error}") from error
+        wanted = _settled(config)
+        differing = [
+            f"{name}={value!r}" for name, value in wanted.items() if again.get(name) != value
+        ]
+        if differing:
+            raise ValueError(f"{self.name} cannot hold {', '.join(differing)}")
+        tensors = self.table(config).to_theirs(contents.weights)
+        return settings, {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    def config_of(self, settings: Mapping[str, Any], origin: str) -> Any:
+        """The config of a model with these settings of the other implementation.
+
+        Raises:
+            ValueError: If diffmm cannot hold a setting; the message names it.
+        """
+        theirs = TheirSettings(settings, origin)
+        try:
+            config = self.read_settings(theirs)
+        except (ArithmeticError, TypeError) as error:
+            raise ValueError(f"{origin} has settings out of range: {error}") from error
+        theirs.finish()
+        return config
+
+
+def model_of(contents: Contents) -> nn.Module:
+    """Build the model of some weights, in float32 on the CPU and in evaluation mode."""
+    assert contents.description is not None
+    model = build(contents.description)
+    model.load_state_dict(contents.weights, strict=False)
+    model.job = None if contents.job is None else Job.of(contents.job)  # type: ignore[assignment]
+    return model.eval()
+
+
+def contents_of(model: nn.Module) -> Contents:
+    """The weights, description and job of a model."""
+    job: Any = getattr(model, "job", None)
+    return Contents(own_weights(model), describe(model), None if job is None else job.plain())
+
+
+def _settled(config: Any) -> dict[str, Any]:
+    """All settings of a config that have an effect, flat, with derived values in place of None."""
+    found: dict[str, Any] = {}
+    for name in config.__dataclass_fields__:
+        value = getattr(config, name)
+        if isinstance(value, BackboneConfig):
+            found |= _settled(explicit(value))
+        elif dataclasses.is_dataclass(value):
+            found |= {f"{name}.{key}": each for key, each in _settled(value).items()}
+        elif name not in TRAINING_ONLY:
+            found[name] = value
+    return found
+
+
+def explicit(config: BackboneConfig) -> BackboneConfig:
+    """The same config with derived values in place of None."""
+    with torch.device("meta"):
+        norm: Any = config.make_norm()
+    return dataclasses.replace(
+        config,
+        num_kv_heads=config.num_kv_heads or config.num_heads,
+        head_dim=config.resolved_head_dim,
+        feed_forward_width=config.resolved_feed_forward_width,
+        attention_scale=config.attention_scale or config.resolved_head_dim**-0.5,
+        norm_eps=config.norm_eps or getattr(norm, "eps", None),
+    )

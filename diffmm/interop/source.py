@@ -1,0 +1,167 @@
+"""Weights of other implementations on disk or on the Hugging Face hub."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from diffmm.models.weights import DESCRIPTION_KEY, WEIGHTS_NAME
+
+CONFIG_NAME = "config.json"
+INDEX_NAME = "model.safetensors.index.json"
+TOKENIZER_NAME = "tokenizer.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILES = [CONFIG_NAME, TOKENIZER_NAME, "*.safetensors", INDEX_NAME]
+
+
+class Source(NamedTuple):
+    """Weights with the settings and the tokenizer beside them.
+
+    Attributes:
+        origin: Name of the folder, for messages.
+        config: The settings in `config.json`.
+        tensors: The weights by their names, in their own dtypes.
+        tokenizer: The text of `tokenizer.json`, or None.
+    """
+
+    origin: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    tokenizer: str | None
+
+
+def read_source(source: str | Path) -> Source:
+    """Read weights of another implementation.
+
+    Args:
+        source: A folder with `config.json` and safetensors (one file, or several with an index),
+            one of those safetensors files, or the name of a repository on the Hugging Face hub.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder, and it is not a name on the hub.
+        ValueError: If a file is missing, damaged or not what its name says, or the hub cannot be
+            reached; the message names it.
+    """
+    folder, file = locate(source)
+    config = read_json(folder / CONFIG_NAME)
+    weights = dict(read_tensors(file) if file is not None else _all_tensors(folder))
+    tokenizer = folder / TOKENIZER_NAME
+    text = None
+    if tokenizer.is_file():
+        read_json(tokenizer)
+        text = tokenizer.read_text(encoding="utf-8")
+    return Source(str(source), config, weights, text)
+
+
+def locate(source: str | Path) -> tuple[Path, Path | None]:
+    """The local folder of a source, and its file of weights if the source is one.
+
+    Raises:
+        FileNotFoundError, ValueError: As `read_source`.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path, None
+    if path.is_file():
+        return path.parent, path
+    if not HUB_NAME.fullmatch(str(source)):
+        raise FileNotFoundError(f"there is no file or folder {source}")
+    return _download(str(source)), None
+
+
+def is_of_others(source: str | Path) -> bool:
+    """Whether a source has the settings of another implementation beside its weights (it is not a
+    run or a file of diffmm), or can only be a name on the hub."""
+    path = Path(source)
+    if not path.exists():
+        return HUB_NAME.fullmatch(str(source)) is not None
+    folder = path if path.is_dir() else path.parent
+    file = path / WEIGHTS_NAME if path.is_dir() else path
+    if file.is_file() and (file.suffix != ".safetensors" or DESCRIPTION_KEY in _metadata(file)):
+        return False
+    return (folder / CONFIG_NAME).is_file()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a file with a JSON object.
+
+    Raises:
+        ValueError: If it is missing, or not an object in JSON.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file.parent} has no {file.name}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must contain an object, got {type(values).__name__}")
+    return values
+
+
+def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """The names and tensors in a safetensors file.
+
+    Raises:
+        ValueError: If the file is damaged, truncated or of another format.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+
+
+def _all_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a folder: of one file, or of those that its index names."""
+    if (folder / WEIGHTS_NAME).is_file():
+        yield from read_tensors(folder / WEIGHTS_NAME)
+        return
+    if not (folder / INDEX_NAME).is_file():
+        pickles = [name for name in PICKLES if (folder / name).is_file()]
+        hint = f", only {pickles[0]}: save its weights as safetensors" if pickles else ""
+        raise ValueError(f"{folder} has no {WEIGHTS_NAME} and no {INDEX_NAME}{hint}")
+    places = read_json(folder / INDEX_NAME).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(each, str) for each in places.values()):
+        raise ValueError(f"{folder / INDEX_NAME} has no weight_map of tensors to files")
+    for name in sorted(set(places.values())):
+        # A file of weights must not make us read files elsewhere.
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{folder} has no file {name}, which its {INDEX_NAME} names")
+        expected = {tensor for tensor, file in places.items() if file == name}
+        found = dict(read_tensors(folder / name))
+        if found.keys() != expected:
+            differing = ", ".join(sorted(found.keys() ^ expected)[:4])
+            raise ValueError(f"{folder / name} and {INDEX_NAME} disagree about {differing}")
+        yield from found.items()
+
+
+def _download(name: str) -> Path:
+    """Download a repository of the hub, or find it in the cache, and return its folder."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"there is no file or folder {name}, and it cannot be fetched from the Hugging Face "
+            f"hub ({reason}): without a network, give a folder that has its {CONFIG_NAME} and "
+            f"safetensors"
+        ) from error
