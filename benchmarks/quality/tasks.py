@@ -175,7 +175,9 @@ TASKS: dict[str, TaskSpec] = {
     "sound_events": TaskSpec(
         "audio/sound_events_tiny", {"full": 800, "tiny": 12}, tiny=(*SHORT, *FEW_LAYERS)
     ),
-    "needles": TaskSpec("text/needles_tiny", {"full": 4000, "tiny": 12}, tiny=SHORT),
+    "needles": TaskSpec(
+        "text/needles_tiny", {"full": 2000, "tiny": 12}, tiny=SHORT, rates=(5e-4, 1e-3, 2e-3)
+    ),
     "recall": TaskSpec("text/recall_tiny", {"full": 4000, "tiny": 12}, tiny=SHORT),
     "many_shot": TaskSpec("text/many_shot_tiny", {"full": 4000, "tiny": 12}, tiny=SHORT),
 }
