@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
-from diffmm.analysis.comparison import COLORS, maps_of, run_styles, run_table, table
+from diffmm.analysis.comparison import COLORS, LIGHTER, maps_of, run_styles, run_table, table
 from diffmm.analysis.exhibits import Exhibit
 from diffmm.analysis.figures import svg
 from diffmm.analysis.sections import AnalysisSection
@@ -47,7 +47,7 @@ def render_analysis(page: AnalysisPage) -> str:
         links += '<a href="#maps">Maps</a>'
     colors, lighter = (
         "".join(f"--run-{number}: {form.format(color)}; " for number, color in enumerate(COLORS))
-        for form in ("{}", "color-mix(in srgb, {} 75%, white)")
+        for form in ("{}", LIGHTER)
     )
     return f"""<!DOCTYPE html>
 <html lang="en">

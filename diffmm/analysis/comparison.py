@@ -15,6 +15,9 @@ from diffmm.analysis.report import draw_exhibit
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#b5569b", "#8a6d00", "#3f7fae", "#7a52c7", "#6b6b6b")
 """Colors of the runs (after Okabe and Ito); further runs have dashed lines."""
 
+LIGHTER = "color-mix(in srgb, {} 75%, white)"
+"""A color of the dark theme."""
+
 DASHES = ("", "7 4", "2 4", "10 4 2 4")
 
 WIDEST = 40
@@ -111,7 +114,10 @@ def run_styles(num_runs: int) -> str:
         color = COLORS[number % len(COLORS)]
         dash = DASHES[number // len(COLORS) % len(DASHES)]
         # The groups of maps are named by the runs' numbers, from 1.
-        rules.append(f".run{number}, [class='group {number + 1}'] {{ --c: {color}; }}\n")
+        own = f".run{number}, [class='group {number + 1}']"
+        lighter = LIGHTER.format(color)
+        rules.append(f"{own} {{ --c: {color}; }}\n")
+        rules.append(f"@media (prefers-color-scheme: dark) {{ {own} {{ --c: {lighter}; }} }}\n")
         if dash:
             rules.append(f"svg .run{number} .line {{ stroke-dasharray: {dash}; }}\n")
     return "".join(rules)
