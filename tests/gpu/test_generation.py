@@ -5,6 +5,7 @@ import torch
 
 from diffmm.models import BackboneConfig, TextConfig, TextModel
 from diffmm.models.generation import generate, stream
+from diffmm.ops.kth_largest import kth_largest
 
 pytestmark = pytest.mark.gpu
 
@@ -60,3 +61,12 @@ def test_low_precision_runs_and_streams():
     without = generate(model, tokens, max_new_tokens=30, temperature=0, cuda_graph=False)
     # The two ways round differently: the first tokens agree.
     assert torch.equal(with_graph[:, :3], without[:, :3])
+
+
+@pytest.mark.parametrize("size", [300, 32000, 100288])
+def test_the_kth_largest(size):
+    logits = torch.randn(3, size, device="cuda")
+    logits[1] = logits[1].round(decimals=1)  # ties
+    for k in (1, 50, size):
+        expected = logits.topk(k).values[:, -1:]
+        assert torch.equal(kth_largest(logits, k), expected)

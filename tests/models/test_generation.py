@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffmm.models import BackboneConfig, TextConfig, TextModel
 from diffmm.models.generation import generate, stream
-from diffmm.models.sampling import Sampling, largest_of_chunks
+from diffmm.models.sampling import Sampling
 
 ATTENTIONS = ("softmax", "diff_v1", "diff_v2")
 
@@ -139,15 +139,6 @@ def test_the_same_generator_draws_the_same():
 def sample(logits, *settings, **options):
     sampling = Sampling(*settings, **options)
     return sampling.choose(logits, sampling.noise(logits, None))
-
-
-@pytest.mark.parametrize(("rows", "size", "count"), [(1, 4096, 50), (3, 5000, 128), (2, 777, 1)])
-def test_the_largest_of_chunks_are_the_largest(rows, size, count):
-    logits = torch.randn(rows, size)
-    logits[0, -1] = 9.0
-    expected, found = logits.topk(count), largest_of_chunks(logits, count)
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

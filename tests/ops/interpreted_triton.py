@@ -363,3 +363,18 @@ def test_ranges_of_looked_up_masks(name, num_queries):
             assert own[:, full_low:full_high].all()
             if name in ("documents", "padding", "both") and own.any(0).equal(own.all(0)):
                 assert max(full_high - full_low, 0) == int(own[0].sum())
+
+
+@pytest.mark.parametrize("most_at_once", [64, 1 << 15])
+@pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 50), (2, 128), (1, 200)])
+def test_kth_largest(rows, size, most_at_once, monkeypatch):
+    from diffmm.ops import kth_largest_kernel
+
+    monkeypatch.setattr(kth_largest_kernel, "MOST_AT_ONCE", most_at_once)
+    x = torch.randn(rows, size) * 10.0 ** torch.randint(-30, 30, (rows, size))
+    x[0, : size // 4] = x[0, 0]  # ties
+    x[-1, -(size // 5) :] = -torch.inf
+    x[-1, 0] = 0.0
+    for k in sorted({1, 2, size // 2, size - 1, size} & set(range(1, size + 1))):
+        found = kth_largest_kernel.launch(x, k)
+        assert torch.equal(found, x.topk(k).values[:, -1:])

@@ -102,3 +102,18 @@ def test_mask_kernels(capability, documents, padded):
         source = ASTSource(kernel, signature, given)
         done = triton.compile(source, target=GPUTarget("cuda", capability, 32))
         assert done.metadata.shared <= SHARED_BYTES
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_the_kernel_of_the_kth_largest(is_whole):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from diffmm.ops.kth_largest_kernel import MOST_AT_ONCE, _kernel
+
+    given = {"BLOCK": MOST_AT_ONCE, "IS_WHOLE": is_whole}
+    types = {"x": "*fp32", "out": "*fp32", "V": "i32", "k": "i32"}
+    signature = types | dict.fromkeys(given, "constexpr")
+    source = ASTSource(_kernel, signature, given)
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 16})
+    assert done.metadata.shared <= SHARED_BYTES
