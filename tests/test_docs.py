@@ -14,7 +14,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from diffmm.cli import main
+from diffmm.cli import main, sweep
 from diffmm.layers.attention import ATTENTIONS
 
 ROOT = Path(__file__).parent.parent
@@ -117,6 +117,7 @@ def test_guides_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "launch", main)  # A process for each run would only cost time.
     # A guide imports the module that registers its attentions, whatever ran before it.
     monkeypatch.delitem(sys.modules, "benchmarks.quality.alternatives", raising=False)
     if make_data is not None:
