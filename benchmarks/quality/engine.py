@@ -94,6 +94,7 @@ class Run:
         self.task, self.data, self.trainer = cli.model, cli.datamodule, cli.trainer
         self.num_steps: int = steps or self.trainer.max_steps
         if compile:
+            torch._dynamo.reset()  # the models of earlier runs count against its limit
             self.task.model.compile()
 
     @property
@@ -208,8 +209,9 @@ class Run:
         return Curve(losses.tolist(), timed, rate)
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")
     def evaluate(self, data: Data) -> dict[str, float]:
-        """Return the task's validation metrics."""
+        """Return the task's validation metrics, computed without compilation."""
         self.task.model.eval()
         metrics: dict[str, Any] = self.task.make_metrics()
         for metric in metrics.values():

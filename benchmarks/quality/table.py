@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scipy import stats
-
 from benchmarks.quality.engine import Row
 from benchmarks.quality.plan import Budget, Settings, results, tune, value_of
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.variants import ALL, SOFTMAX
+from diffmm.runs.seeds import half_width
 
 BUDGETS: tuple[Budget, ...] = ("tokens", "time")
 NUM_SHOWN = {"loss": 3, "accuracy": 2}
@@ -70,15 +69,6 @@ class Line:
         if abs(mean) <= half:
             return "no clear difference"
         return "better" if TASKS[self.task].sign * mean > 0 else "worse"
-
-
-def half_width(differences: Sequence[float]) -> float | None:
-    """Half the width of the 95 % interval of a mean: `t * s / sqrt(n)`; `None` for fewer than two
-    differences, or if a run diverged."""
-    if len(differences) < 2 or not all(map(math.isfinite, differences)):
-        return None
-    quantile = float(stats.t.ppf(0.975, len(differences) - 1))
-    return quantile * statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def lines(rows: Sequence[Row], settings: Settings) -> list[Line]:

@@ -10,7 +10,7 @@ SEPARATOR = "<|end of file|>"
 """What separates the documents of the text task."""
 
 SMALL_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
-TEXT_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+TEXT_RATES = (1e-3, 2e-3, 4e-3)
 
 Size = Literal["full", "tiny"]
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
-from diffmm.analysis.analysis_sections import AnalysisSection, Table
-from diffmm.analysis.comparison import COLORS, cell, maps_of, run_styles, run_table
+from diffmm.analysis.comparison import COLORS, maps_of, run_styles, run_table, table
 from diffmm.analysis.exhibits import Exhibit
 from diffmm.analysis.figures import svg
+from diffmm.analysis.sections import AnalysisSection
 
 
 @dataclass(frozen=True)
@@ -82,27 +82,19 @@ svg.figure {{ display: block; width: 100%; max-width: 34rem; height: auto; }}
 
 
 def _section(section: AnalysisSection) -> str:
-    summary = "" if section.summary is None else _table(section.summary)
+    summary = section.summary
+    printed = "" if summary is None else table(summary.head, summary.texts())
     figures = "".join(f'<figure class="card">{svg(figure)}</figure>' for figure in section.figures)
     charts = f'<div class="charts">{figures}</div>' if figures else ""
     return (
         f'<h2 id="{_anchor(section)}">{escape(section.title)}</h2>'
-        f'<p class="quiet">{escape(section.intro)}</p>{_note(section.problems)}{summary}{charts}'
+        f'<p class="quiet">{escape(section.intro)}</p>{_note(section.problems)}{printed}{charts}'
     )
 
 
 def _note(problems: Sequence[str]) -> str:
     lines = "".join(f"<p>{escape(problem)}</p>" for problem in problems)
     return f'<div class="note problem">{lines}</div>' if lines else ""
-
-
-def _table(table: Table) -> str:
-    heads = "".join(f"<th>{escape(name)}</th>" for name in table.head)
-    rows = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in table.texts())
-    return (
-        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
-        f"</div>"
-    )
 
 
 def _anchor(section: AnalysisSection) -> str:

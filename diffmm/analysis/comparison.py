@@ -46,6 +46,7 @@ class Page:
         tasks: Descriptions of the runs' recipes.
         head: Header of the table.
         rows: Rows of the table, one per run.
+        seed_tables: Headers and rows of tables of runs that differ only in their seeds.
         charts: Charts of the metrics.
         facts: Versions, for the last line.
     """
@@ -54,6 +55,7 @@ class Page:
     tasks: Sequence[str]
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    seed_tables: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]]
     charts: Sequence[Chart]
     facts: str
 
@@ -69,6 +71,7 @@ def render_comparison(page: Page, exhibits: Sequence[Exhibit], why_none: str) ->
     style = files("diffmm.analysis").joinpath("report.css").read_text(encoding="utf-8")
     tasks = "".join(f'<p class="lede">{escape(task)}</p>' for task in page.tasks)
     charts = "".join(f'<figure class="card">{_chart(chart)}</figure>' for chart in page.charts)
+    seeds = "".join(table(head, rows) for head, rows in page.seed_tables)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -85,6 +88,7 @@ def render_comparison(page: Page, exhibits: Sequence[Exhibit], why_none: str) ->
 <main>
 <h2 id="results">Settings and results</h2>
 {run_table(page.head, page.rows)}
+{seeds}
 <h2 id="curves">Curves</h2>
 <div class="charts">{charts}</div>
 <p class="quiet">The number at the end of each line is that of the run in the table. The first tenth
@@ -115,12 +119,21 @@ def run_styles(num_runs: int) -> str:
 
 def run_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table with a row per run, in the run's color."""
-    heads = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join(
         f'<tr><td class="name run{number}">{number + 1} {escape(row[0])}</td>'
         f"{''.join(map(cell, row[1:]))}</tr>"
         for number, row in enumerate(rows)
     )
+    return _scrolled(header, body)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of text."""
+    return _scrolled(header, "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows))
+
+
+def _scrolled(header: Sequence[str], body: str) -> str:
+    heads = "".join(f"<th>{escape(name)}</th>" for name in header)
     return (
         f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
         f"</div>"

@@ -142,11 +142,14 @@ class HeatMap(Figure):
         values: Rows of numbers; NaN leaves a cell empty.
         rows: Names of the rows.
         columns: Names of the columns.
+        limits: The values of the first and the last color, so that several heat maps have one
+            scale; the smallest and the largest value by default.
     """
 
     values: Sequence[Sequence[float]]
     rows: Sequence[str]
     columns: Sequence[str]
+    limits: tuple[float, float] | None = None
 
     def table(self) -> list[list[Cell]]:
         """The numbers as CSV rows, with a header."""
@@ -156,7 +159,8 @@ class HeatMap(Figure):
 
     def draw(self, axes: "Axes") -> None:
         """Draw the cells, with their values if there are few."""
-        image = axes.imshow(self.values, cmap="viridis", aspect="auto")
+        low, high = self.limits or (None, None)
+        image = axes.imshow(self.values, cmap="viridis", aspect="auto", vmin=low, vmax=high)
         axes.set_xticks(range(len(self.columns)), self.columns)
         axes.set_yticks(range(len(self.rows)), self.rows)
         axes.tick_params(length=0)

@@ -77,6 +77,13 @@ def lambda_curves(curves: Mapping[str, Points]) -> dict[int, Points]:
     return dict(sorted(found.items()))
 
 
+def mean_lambda_curve(curves: Mapping[str, Points]) -> list[tuple[float, float]]:
+    """The mean over layers of the curves of `lambda_curves`, at the steps that all of them have."""
+    layers = [dict(curve) for curve in lambda_curves(curves).values()]
+    shared = sorted(set.intersection(*map(set, layers))) if layers else []
+    return [(step, sum(layer[step] for layer in layers) / len(layers)) for step in shared]
+
+
 def _summary(lam: Tensor) -> tuple[int, float, float, float, int]:
     total = float(lam.cpu().double().sum())
     return lam.numel(), total, float(lam.min()), float(lam.max()), int((lam > 1.0).sum())

@@ -37,6 +37,7 @@ VERBS = {
     ),
     "compare": Verb("compare", "compare runs, as a table or a page"),
     "analyze": Verb("analyze", "measure a run's attention, outliers, quantization and lambda"),
+    "upcycle": Verb("upcycle", "turn a trained softmax model into a differential one"),
     "sweep": Verb("sweep", "train a recipe with all combinations of some settings"),
     "check": Verb("check", "report the size and memory of a recipe and every mistake in it"),
     "recipes": Verb("recipes", "list, show and copy the shipped recipes"),

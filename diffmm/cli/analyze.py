@@ -14,8 +14,8 @@ from diffmm.recipes.errors import InputError, refusing, warn
 from diffmm.recipes.trust import add_trust_option
 
 if TYPE_CHECKING:
-    from diffmm.analysis.analysis_sections import AnalysisSection
     from diffmm.analysis.exhibits import Exhibit
+    from diffmm.analysis.sections import AnalysisSection
     from diffmm.cli.analyze_subjects import Request, Subject
 
 DESCRIPTION = """Measure trained models on samples of their validation data, of other data (--data)
@@ -150,7 +150,7 @@ def analyze(
     Raises:
         InputError: If a path does not exist, or nothing could be measured.
     """
-    from diffmm.analysis.analysis_sections import sections_of
+    from diffmm.analysis.sections import sections_of
     from diffmm.cli.analyze_subjects import find_subjects
 
     subjects = find_subjects(paths, request)
@@ -197,7 +197,7 @@ def table_of(subjects: Sequence["Subject"]) -> tuple[list[str], list[list[str]]]
 
 def write_tables(sections: Sequence["AnalysisSection"], folder: Path) -> None:
     """Write all tables, and the numbers of all figures, as CSV."""
-    from diffmm.analysis.analysis_sections import tables_of
+    from diffmm.analysis.sections import tables_of
 
     tables = tables_of(sections)
     with refusing():
@@ -211,8 +211,8 @@ def write_tables(sections: Sequence["AnalysisSection"], folder: Path) -> None:
 
 def write_figures(sections: Sequence["AnalysisSection"], folder: Path) -> None:
     """Write all figures as PNG."""
-    from diffmm.analysis.analysis_sections import figures_of
     from diffmm.analysis.figures import png
+    from diffmm.analysis.sections import figures_of
 
     figures = figures_of(sections)
     with refusing():

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmm.analysis.analysis_sections import Analyzed
 from diffmm.analysis.attention_scores import Spans
 from diffmm.analysis.batches import Batch
 from diffmm.analysis.lambdas import lambda_curves
 from diffmm.analysis.measurements import Measurements, measure, spans_of
+from diffmm.analysis.sections import Analyzed
 from diffmm.analysis.text_spans import tokens_of_span
 from diffmm.batch import IGNORE_INDEX, samples_of, size_of
 from diffmm.checks import article

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """Print the settings in which runs differ, and for each run the best and the last
 value of every validation metric, the number of parameters and the speed. A resumed run is one run,
 with one curve. Of runs that differ only in their seeds, the mean and the standard deviation follow,
-and the differences to the first group, seed by seed."""
+and the differences to the first group, seed by seed, with the 95 % intervals of their means."""
 
 MOST_SETTINGS = 6
 """Maximum number of settings in a printed table; the CSV file has all of them."""
@@ -204,6 +204,7 @@ def page_of(runs: Sequence["Summary"]) -> Any:
     """Return the contents of the page except attention maps."""
     from diffmm import __version__
     from diffmm.analysis.comparison import Chart, Page
+    from diffmm.analysis.lambdas import mean_lambda_curve
     from diffmm.runs.summaries import description_of, metrics_of
 
     head, rows = rows_of(runs)
@@ -215,12 +216,17 @@ def page_of(runs: Sequence["Summary"]) -> Any:
         )
         for name in names
     ]
+    lambdas = {number: mean_lambda_curve(run.curves) for number, run in enumerate(runs)}
+    charts.append(
+        Chart("λ, mean of the layers", {n: curve for n, curve in lambdas.items() if curve})
+    )
     tasks = dict.fromkeys(filter(None, map(description_of, runs)))
     return Page(
         title=f"{len(runs)} runs of diffmm",
         tasks=list(tasks),
         head=head,
         rows=rows,
+        seed_tables=seed_tables(runs),
         charts=[chart for chart in charts if chart.curves],
         facts=f"diffmm {__version__}. Made by diffmm compare.",
     )

@@ -22,7 +22,7 @@ from diffmm.recipes.errors import InputError, RunFailedError, refusing, warn
 from diffmm.recipes.lengths import Longer, epoch_of, lengthened, outlook, step_of
 from diffmm.recipes.settings import load, override
 from diffmm.recipes.trust import add_trust_option
-from diffmm.runs.claims import claimed
+from diffmm.runs.claims import claimed, is_first_process
 from diffmm.runs.directories import (
     config_text,
     find_run,
@@ -86,7 +86,12 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         with refusing():
             # For a run, pin the checkpoint that is the newest now.
             weights = find_state(Path(options.weights), warn=warn)
+            from diffmm.recipes.architecture import with_architecture
+
+            changed = with_architecture(values, weights, overrides)
         override(values, "model.finetune.weights", str(weights))
+        if changed is not None and is_first_process():
+            print(changed, file=sys.stderr if options.print_config else sys.stdout, flush=True)
     comment = header(paths[-1].read_text(encoding="utf-8"))
     if options.print_config is not None:
         print(config_text(comment, printed(values, options.print_config)), end="")

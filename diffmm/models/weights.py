@@ -24,7 +24,15 @@ from diffmm.models.description import build, configured, describe, unwrap
 from diffmm.models.job import Job, text_reader
 from diffmm.renamed import weights_with_new_names, with_new_names
 
-__all__ = ["build", "describe", "load_job", "load_model", "load_weights", "save_model"]
+__all__ = [
+    "build",
+    "describe",
+    "load_description",
+    "load_job",
+    "load_model",
+    "load_weights",
+    "save_model",
+]
 
 DESCRIPTION_KEY = "model"
 """Key of the model's description in a checkpoint or in the safetensors metadata."""
@@ -130,6 +138,22 @@ def load_job(path: str | Path) -> Job | None:
     """
     file = _find(path)
     return _job(_read(file).job, None, file)
+
+
+def load_description(path: str | Path) -> dict[str, Any] | None:
+    """Read the description of the model in a file, with the current names of its settings; `None`
+    if the file has none.
+
+    Args:
+        path: As in `load_model`.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file cannot be read, or describes a model that cannot be built.
+    """
+    file = _find(path)
+    weights, description, _ = _read(file)
+    return None if description is None else describe(_outline(description, weights, file))
 
 
 def load_weights(model: nn.Module, path: str | Path, *, skip_head: bool = False) -> list[str]:

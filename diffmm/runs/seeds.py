@@ -1,9 +1,12 @@
 """Runs that differ only in their seeds: the mean and the spread of their metrics, and the paired
 differences between two groups with the same seeds."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
+
+from scipy import stats
 
 from diffmm.runs.summaries import Best, Summary, differing, metrics_of, short_settings, shown
 
@@ -73,7 +76,7 @@ def mean_rows(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
 
 def difference_rows(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     """The header and the rows of a table of the differences to the first group, seed by seed: their
-    mean and standard deviation over the seeds that both groups have, at least two."""
+    mean over the seeds that both groups have, at least two, and half of its 95 % interval."""
     metrics = _metrics(groups)
     base, *others = groups
     rows = []
@@ -86,9 +89,18 @@ def difference_rows(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]
             pairs = [(group.runs[s].best(metric), base.runs[s].best(metric)) for s in shared]
             for part in PARTS.values():
                 found = [part(ours) - part(theirs) for ours, theirs in pairs if ours and theirs]
-                row.append(_spread(found, "+.3g"))
+                row.append(_interval(found))
         rows.append(row)
-    return [f"minus {base.name}", "pairs", *_parts(metrics)], rows
+    return [f"minus {base.name} (± 95 %)", "pairs", *_parts(metrics)], rows
+
+
+def half_width(differences: Sequence[float]) -> float | None:
+    """Half the width of the 95 % interval of a mean by Student's t, `t * s / sqrt(n)`; `None` for
+    fewer than two differences, or if one is not finite."""
+    if len(differences) < 2 or not all(map(math.isfinite, differences)):
+        return None
+    quantile = float(stats.t.ppf(0.975, len(differences) - 1))
+    return quantile * stdev(differences) / math.sqrt(len(differences))
 
 
 def _metrics(groups: Sequence[Group]) -> list[str]:
@@ -105,3 +117,11 @@ def _spread(values: Sequence[float], form: str) -> str:
         return "-"
     text = format(mean(values), form)
     return f"{text} ± {stdev(values):.2g}" if len(values) > 1 else text
+
+
+def _interval(differences: Sequence[float]) -> str:
+    """The mean difference and half of its interval as text."""
+    if not differences:
+        return "-"
+    text, half = format(mean(differences), "+.3g"), half_width(differences)
+    return text if half is None else f"{text} ± {half:.2g}"

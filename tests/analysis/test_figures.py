@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from PIL import Image
 
 from diffmm.analysis.comparison import COLORS
@@ -36,6 +37,15 @@ def test_pictures(figure):
     for number in (0, 1):
         share = (picture == color_of(COLORS[number])).all(axis=-1).mean()
         assert (share > 1e-4) == (figure is CHART)
+
+
+@pytest.mark.parametrize("value", [0.25, 0.75])
+def test_limits_are_the_scale_of_a_heat_map(value):
+    figure = HeatMap("h", "", "", "", [[value]], ["a"], ["b"], limits=(0.0, 1.0))
+    pixels = np.asarray(Image.open(io.BytesIO(png(figure))).convert("RGB")).reshape(-1, 3)
+    colors, counts = np.unique(pixels[(pixels != 255).any(axis=1)], axis=0, return_counts=True)
+    expected = colormaps["viridis"](value, bytes=True)[:3]
+    assert tuple(colors[counts.argmax()]) == expected
 
 
 def test_svg_has_no_colors_of_its_own_nor_addresses():

@@ -8,11 +8,11 @@ from torch import nn
 
 import diffmm
 from diffmm.analysis.analysis_page import AnalysisPage, render_analysis
-from diffmm.analysis.analysis_sections import Analyzed, figures_of, sections_of, tables_of
 from diffmm.analysis.attention_scores import attention_scores
 from diffmm.analysis.batches import evaluate
 from diffmm.analysis.concentration import concentration
 from diffmm.analysis.measurements import Measurements, measure, spans_of
+from diffmm.analysis.sections import Analyzed, figures_of, sections_of, tables_of
 from diffmm.batch import IGNORE_INDEX
 from diffmm.ops import AttentionMask
 
@@ -99,6 +99,12 @@ def test_sections_of_several_runs():
     assert len(tables["scores_by_head"]) == 1 + 2 * 2 + 4 * 2  # heads of both layers
     assert tables["lambda_over_training"][1:3] == [["diff_v1", 0, 1, 0.2], ["diff_v1", 0, 5, 0.3]]
     assert {f"figure_{name}" for name in names} < tables.keys()
+    scales = {f.limits for f in figures_of(sections) if f.name.startswith("scores_of_run")}
+    answers = [row[3] for row in tables["scores_by_head"][1:]]
+    assert scales == {(min(answers), max(answers))}
+    nothing, at_8_bits = (effect.metrics["loss"] for effect in runs[0].measured.effects[:2])
+    label, _, change = min(tables["figure_quantization_loss"][1:], key=lambda row: -row[1])
+    assert (label, change) == ("diff_v1: attention logits", at_8_bits - nothing)
     assert not any(section.problems for section in sections)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from diffmm.analysis.lambdas import mean_lambda_curve
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError
 from diffmm.recipes.settings import load, override
@@ -148,15 +149,34 @@ def test_seeds_are_averaged_and_paired(run):
         ["attention=diff_v1", "3", "0.7 ± 0.17", "0.25 ± 0"],
         ["attention=diff_v2", "1", "0.3", "0.25"],
     ]
-    # Differences of 0.1, 0.2 and 0: their spread is smaller than that of either group's seeds.
+    # Differences of 0.1, 0.2 and 0 have a standard deviation of 0.1; t is 4.303 for three of them.
     assert table(differences.splitlines()) == [
-        ["minus attention=softmax", "pairs", "val/accuracy best", "val/accuracy last"],
-        ["attention=diff_v1", "3", "+0.1 ± 0.1", "+0 ± 0"],
+        ["minus attention=softmax (± 95 %)", "pairs", "val/accuracy best", "val/accuracy last"],
+        ["attention=diff_v1", "3", "+0.1 ± 0.25", "+0 ± 0"],
     ]
+    assert run("compare", *order, "--output", "page.html").code == 0
+    page = Path("page.html").read_text()
+    assert "<th>mean ± std of</th>" in page
+    assert "<td>attention=diff_v1</td><td>3</td><td>+0.1 ± 0.25</td>" in page
+    assert "λ, mean" not in page
     assert "mean" not in run("compare", "runs/softmax_0", "runs/diff_v1_0").out
     only = run("compare", *order[:3]).out.split("\n\n")
     assert len(only) == 2
     assert table(only[1].splitlines())[1][:2] == ["all runs", "3"]
+
+
+def test_the_page_has_lambda_over_training(run):
+    write_run(Path("a"), log=False)
+    rows = [{"step": 4, "lambda/layer_0": 0.2, "lambda/layer_1": 0.4}]
+    rows += [{"step": 9, "lambda/layer_0": 0.3, "lambda/layer_1": 0.7}]
+    write_log(Path("a"), 0, [*rows, {"step": 9, "val/loss": 1.0}])
+    curves = read_curves(Path("a"))
+    assert mean_lambda_curve(curves) == [(5, pytest.approx(0.3)), (10, 0.5)]
+    assert mean_lambda_curve({"val/loss": [(1, 2.0)]}) == []
+    write_run(Path("b"))
+    assert run("compare", "a", "b", "--output", "page.html").code == 0
+    title = "λ, mean of the layers"
+    assert f'aria-label="{title}: 1 ends at 0.500"' in Path("page.html").read_text()
 
 
 def test_runs_of_different_recipes_have_a_readable_table(run):
@@ -243,6 +263,7 @@ def test_the_page_has_table_curves_and_maps_of_all_runs(run, trained):
         "val/loss",
         "val/accuracy",
         "val/accuracy_top5",
+        "λ, mean of the layers",
     }
     for number in (1, 2):
         assert page.count(f'class="group {number}"') == 3  # one sample for each of three classes

@@ -18,6 +18,8 @@ import torch
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+    # Lightning's: the runs on one GPU are in this process, and have no validation data.
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
 ]
 
 SCRIPT = Path(__file__).parents[1] / "training" / "run_sharded.py"

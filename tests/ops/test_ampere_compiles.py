@@ -78,3 +78,27 @@ def test_small_cards_have_the_memory_to_decode(widths, rows):
     tile = Tile(rows, cut.block_m, cut.num_warps, cut.num_stages)
     done = compiled(_split_kernel, tile, *widths, BLOCK_R=rows)
     assert done.metadata.shared <= SHARED_BYTES
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+@pytest.mark.parametrize("documents", ["i32", "i64"])
+@pytest.mark.parametrize("capability", [86, 90])
+def test_mask_kernels(capability, documents, padded):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from diffmm.ops.diff_attention.triton import masking
+
+    types = {"documents": f"*{documents}", "labels": "*i32", "ranges": "*i32", "padding": "*i1"}
+    sizes = {"BLOCK": masking._BLOCK, "CHUNK": masking._CHUNK, "PART": masking._PART}
+    for kernel, constants in (
+        (masking._labels_kernel, {} if padded else {"padding": None}),
+        (masking._ranges_kernel, {"OF_KEYS": False, "labels" if padded else "padding": None}),
+        (masking._ranges_kernel, {"OF_KEYS": True, "labels" if padded else "padding": None}),
+    ):
+        names = kernel.arg_names
+        given = constants | {name: value for name, value in sizes.items() if name in names}
+        signature = {n: "constexpr" if n in given else types.get(n, "i32") for n in names}
+        source = ASTSource(kernel, signature, given)
+        done = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert done.metadata.shared <= SHARED_BYTES

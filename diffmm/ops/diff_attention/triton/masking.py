@@ -150,10 +150,10 @@ def _labels_kernel(
         hit = (query < N) & (theirs >= lowest) & (theirs <= highest)
         if tl.max(hit.to(tl.int32), 0) > 0:
             for part in range(start, tl.minimum(start + CHUNK, N), PART):
-                query = part + tl.arange(0, PART)
-                theirs = tl.load(documents + query + M - N, mask=query < N, other=0).to(tl.int64)
-                same = (own[:, None] == theirs[None, :]) & (query < N)[None, :]
-                label = tl.minimum(label, tl.min(tl.where(same, query[None, :], N), 1))
+                few = part + tl.arange(0, PART)
+                of_few = tl.load(documents + few + M - N, mask=few < N, other=0).to(tl.int64)
+                same = (own[:, None] == of_few[None, :]) & (few < N)[None, :]
+                label = tl.minimum(label, tl.min(tl.where(same, few[None, :], N), 1))
     labels += batch * (N + M)
     position = key - (M - N)
     tl.store(labels + position, label, mask=inside & (position >= 0))
