@@ -157,4 +157,7 @@ def _diffmm(arguments: list[str], is_read: bool, unbuffered: bool) -> None:
         raw = open(1, "wb", buffering=0, closefd=False)  # noqa: SIM115
         sys.stdout = io.TextIOWrapper(raw, write_through=True)
     sys.argv = ["diffmm", *arguments]
-    sys.exit(main(arguments))
+    try:
+        sys.exit(main(arguments))
+    finally:
+        sys.stdout.flush()  # as the interpreter does on exit; a fork does so without errors
