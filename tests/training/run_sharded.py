@@ -220,7 +220,7 @@ def run(
     fit(task, samples, max_steps=4, ckpt_path=folder / f"{case}_{source}.ckpt", **setting)
     results["resumed"] = weights_of(task)
     if accelerator == "cpu":
-        task, samples = task_and_data(case, **changes)
+        task, samples = task_and_data(case, **{**changes, "compile": False})
         path = folder / f"{name}.ckpt"
         results["validated"] = validated(task, samples, path, strategy, num_processes)
     if case == "diff_v1" and strategy == "fsdp2":
