@@ -7,6 +7,9 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Let Python keep the bytecode of what it imports, whatever the shell says: the tests start many
+# processes, and compiling Lightning and what it imports takes longer than importing it.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test lint tests docs setup clean
 

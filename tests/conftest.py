@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 
 
 def pytest_configure() -> None:
     """Make tests fail if Dynamo gives up on compiling a function after too many variants, instead
-    of running it uncompiled with a warning."""
+    of running it uncompiled with a warning; and compile machine code without vector instructions,
+    because torch tries those of the CPU in a process each, which takes longer than all tests of
+    machine code."""
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    inductor.cpp.vec_isa_ok = False
 
 
 GPU_WARNINGS = (

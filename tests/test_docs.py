@@ -15,7 +15,7 @@ import soundfile
 import tokenizers
 from PIL import Image
 
-from diffmm.cli import main
+from diffmm.cli import main, sweep
 from diffmm.interop import write_model
 from diffmm.layers.attention import ATTENTIONS
 from diffmm.models import BackboneConfig, TextConfig, TextModel
@@ -134,6 +134,7 @@ def test_guides_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "launch", main)  # A process for each run would only cost time.
     # A guide imports the module that registers its attentions, whatever ran before it.
     monkeypatch.delitem(sys.modules, "benchmarks.quality.alternatives", raising=False)
     if make_data is not None:

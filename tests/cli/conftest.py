@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,20 +86,28 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
     return call
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    """`recipe("image/digits_tiny", **{"data.batch_size": 3})` writes a quick variant of a shipped
-    recipe; `None` removes a key."""
+@pytest.fixture(scope="session")
+def recipe_in() -> Recipe:
+    """`recipe_in(folder, "image/digits_tiny", **{"data.batch_size": 3})` writes a quick variant of
+    a shipped recipe to a folder; `None` removes a key."""
 
-    def write(name: str = "image/digits_tiny", quick: bool = True, **changes: Any) -> Path:
+    def write(
+        folder: Path, name: str = "image/digits_tiny", quick: bool = True, **changes: Any
+    ) -> Path:
         values = load([find_recipe(name)])
         for key, value in {**(QUICK if quick else {}), **changes}.items():
             override(values, key, value)
-        path = tmp_path / "recipe.yaml"
+        path = folder / "recipe.yaml"
         path.write_text(yaml.safe_dump(values, sort_keys=False))
         return path
 
     return write
+
+
+@pytest.fixture
+def recipe(recipe_in: Recipe, tmp_path: Path) -> Recipe:
+    """`recipe_in` in the folder of the test."""
+    return partial(recipe_in, tmp_path)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_diffmm
 from PIL import Image
 
 from diffmm.cli import main
@@ -126,16 +127,28 @@ def two_runs(tmp_path_factory):
 @pytest.mark.parametrize(
     ("arguments", "unbuffered"),
     [
-        ("predict digits .", ""),
-        ("predict digits . --num-workers 1", "1"),
-        ("generate text Once", ""),
-        ("validate digits", ""),
-        ("compare digits text", "1"),
-        ("compare --help", ""),
-        ("fit --resume digits --trainer.max_steps 30", ""),
+        ("predict digits .", False),
+        ("predict digits . --num-workers 1", True),
+        ("generate text Once", False),
+        ("validate digits", False),
+        ("compare digits text", True),
+        ("fit --resume digits --trainer.max_steps 30", False),
     ],
 )
-def test_every_verb_ends_quietly_if_its_output_is_not_read(two_runs, arguments, unbuffered):
+def test_every_verb_ends_quietly_if_its_output_is_not_read(
+    two_runs, tmp_path, arguments, unbuffered
+):
+    (ended,) = run_diffmm(
+        arguments.split(), two_runs, tmp_path, is_read=False, unbuffered=unbuffered
+    )
+    assert ended.code == 141, ended.err
+    assert "rror" not in ended.err
+    assert "Broken pipe" not in ended.err
+
+
+@pytest.mark.parametrize("arguments", ["predict digits .", "compare --help"])
+def test_python_ends_quietly_too(two_runs, arguments):
+    """It flushes the output once more when it ends."""
     reader, writer = os.pipe()
     os.close(reader)
     result = subprocess.run(
@@ -144,7 +157,7 @@ def test_every_verb_ends_quietly_if_its_output_is_not_read(two_runs, arguments, 
             **os.environ,
             "PYTHONPATH": str(Path(__file__).parents[2]),
             "OMP_NUM_THREADS": "1",
-            "PYTHONUNBUFFERED": unbuffered,
+            "PYTHONUNBUFFERED": "",
         },
         cwd=two_runs, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=100,
     )  # fmt: skip

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,26 @@ from PIL import Image
 
 import diffmm
 from diffmm.checkpoint_folders import find_state
+from diffmm.cli import main
 from diffmm.cli.predictions import joined
 
 
+@pytest.fixture(scope="module")
+def first(recipe_in, tmp_path_factory):
+    """A folder with a recipe and one of its runs."""
+    folder = tmp_path_factory.mktemp("first")
+    path = recipe_in(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["fit", "--config", str(path), "--name", "first"]) == 0
+    return folder
+
+
 @pytest.fixture
-def trained(run, recipe):
-    """A recipe, and the weights of one of its runs."""
-    path = recipe()
-    assert run("fit", "--config", path, "--name", "first").code == 0
-    return path, Path("runs/recipe/first")
+def trained(run, first, tmp_path):
+    """A recipe, and the weights of one of its runs: copies of `first`."""
+    shutil.copytree(first / "runs", "runs")
+    return Path(shutil.copy(first / "recipe.yaml", tmp_path)), Path("runs/recipe/first")
 
 
 @pytest.mark.parametrize("verb", ["validate", "test"])

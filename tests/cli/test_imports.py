@@ -3,13 +3,13 @@
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from forked import run_diffmm
 from PIL import Image
 
 import diffmm
@@ -26,8 +26,8 @@ TRUST = (
 )
 
 
-def test_the_commands_of_the_guide_run_in_processes_of_their_own(tmp_path):
-    """`-P` keeps the working directory off the import path, as the `diffmm` script does."""
+def test_the_commands_of_the_guide_run_in_processes_of_their_own(tmp_path, tmp_path_factory):
+    """The working directory is not on the import path, as with the `diffmm` script."""
     shutil.copy(ROOT / "docs/examples/own_attention.py", tmp_path)
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "seven.png")
     (block,) = re.findall(r"```sh\n(.*?)```", (ROOT / "docs/extending.md").read_text(), re.DOTALL)
@@ -39,14 +39,9 @@ def test_the_commands_of_the_guide_run_in_processes_of_their_own(tmp_path):
         if arguments[0] == "fit" and "--resume" not in arguments:
             arguments += QUICK
         arguments = ["3" if argument == "500" else argument for argument in arguments]
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "diffmm.cli", *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("seven.png: ")
+        (ended,) = run_diffmm(arguments, tmp_path, tmp_path_factory.mktemp("logs"))
+        assert ended.code == 0, ended.err
+    assert ended.out.startswith("seven.png: ")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffmm.checkpoint_folders import checkpoints, find_state
+from diffmm.cli import main
 from diffmm.training.task import Task
 
 EVERY_STEP = {
@@ -23,15 +24,26 @@ def state_of(directory):
     return torch.load(find_state(directory), weights_only=True)
 
 
-@pytest.fixture
-def finished(run, recipe):
-    """A run that finished after four steps, at the end of its schedule."""
-    path = recipe(
+@pytest.fixture(scope="module")
+def ended(recipe_in, tmp_path_factory):
+    """A folder with a run that finished after four steps, at the end of its schedule."""
+    folder = tmp_path_factory.mktemp("ended")
+    path = recipe_in(
+        folder,
         **{**EVERY_STEP, "trainer.max_steps": "${vars.steps}", "vars.steps": 4},
         **{"model.schedule.warmup_steps": 1, "model.schedule.final_fraction": 0.01},
         **{"vars.learning_rate": 1e-3},
     )
-    assert run("fit", "--config", path, "--name", "first").code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["fit", "--config", str(path), "--name", "first"]) == 0
+    return folder
+
+
+@pytest.fixture
+def finished(run, ended):
+    """A copy of the run in the working directory."""
+    shutil.copytree(ended, ".", dirs_exist_ok=True)
     return Path("runs/recipe/first")
 
 

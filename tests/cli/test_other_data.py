@@ -12,23 +12,36 @@ from PIL import Image
 
 import diffmm
 from datamodules.image import Digits
+from diffmm.cli import main
 from diffmm.models.weights import save_model
 
 
-@pytest.fixture
-def digits_run(run, recipe):
-    """A run that reads digits, and its validation images of 3 and 7 in a folder of classes."""
-    path = recipe(
+@pytest.fixture(scope="module")
+def trained(recipe_in, tmp_path_factory):
+    """A folder with a run that reads digits, and its validation images of 3 and 7 in a folder of
+    classes."""
+    folder = tmp_path_factory.mktemp("trained")
+    path = recipe_in(
+        folder,
         **{"trainer.max_steps": 60, "trainer.val_check_interval": 60},
         **{"trainer.limit_val_batches": 1.0, "model.schedule.warmup_steps": 5, "vars.steps": 60},
     )
-    assert run("fit", "--config", path, "--name", "first").code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["fit", "--config", str(path), "--name", "first"]) == 0
     splits = Digits().splits()
     for number, (label,) in enumerate(splits.val.labels):
         if label in (3, 7):
-            folder = Path("photos", str(label))
-            folder.mkdir(parents=True, exist_ok=True)
-            splits.val.read(number).save(folder / f"{number}.png")
+            photos = folder / "photos" / str(label)
+            photos.mkdir(parents=True, exist_ok=True)
+            splits.val.read(number).save(photos / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def digits_run(run, trained):
+    """A copy of both in the working directory."""
+    shutil.copytree(trained, ".", dirs_exist_ok=True)
     return Path("runs/recipe/first")
 
 

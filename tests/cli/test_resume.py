@@ -10,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffmm.checkpoint_folders import MANIFEST_NAME, checkpoints, find_state, finish, start
+from diffmm.cli import main
 from diffmm.training.task import Task
 
 EVERY_STEP = {
@@ -37,14 +38,23 @@ def samples(monkeypatch):
     return seen
 
 
+@pytest.fixture(scope="module")
+def killed(recipe_in, tmp_path_factory):
+    """A folder with a recipe, and one of its runs of four steps that was killed after two."""
+    folder = tmp_path_factory.mktemp("killed")
+    path = recipe_in(folder, **EVERY_STEP)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["fit", "--config", str(path), "--name", "first"]) == 0
+    cut_back(folder / "runs/recipe/first", 2)
+    return folder
+
+
 @pytest.fixture
-def interrupted(run, recipe):
-    """A recipe, and one of its runs of four steps that was killed after two."""
-    path = recipe(**EVERY_STEP)
-    assert run("fit", "--config", path, "--name", "first").code == 0
-    directory = Path("runs/recipe/first")
-    cut_back(directory, 2)
-    return path, directory
+def interrupted(run, killed, tmp_path):
+    """Copies of the recipe and, in the working directory, of the run."""
+    shutil.copytree(killed / "runs", "runs")
+    return Path(shutil.copy(killed / "recipe.yaml", tmp_path)), Path("runs/recipe/first")
 
 
 def cut_back(directory, step):

@@ -1,13 +1,11 @@
 """Any Lightning module trains on a datamodule of this library with Lightning's defaults."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import run_as_torchrun
 
 SCRIPT = Path(__file__).with_name("run_any_module.py")
 FIELDS = ("images", "waveforms", "tokens")
@@ -27,15 +25,7 @@ def one_process(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_as_torchrun(SCRIPT, 2, [str(folder)], folder)
     return json.loads((folder / "results.json").read_text())
 
 

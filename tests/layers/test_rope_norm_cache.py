@@ -92,10 +92,9 @@ def test_compiled_graphs_compute_rotations_once(num_tokens, num_axes):
     assert targets.count("cos") == (num_tokens == 1)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compiled_rotations_of_any_positions():
     rope = RotaryEmbedding(8)
-    compiled = torch.compile(rope, fullgraph=True)
+    compiled = torch.compile(rope, fullgraph=True, backend="aot_eager")
     whole = torch.arange(10).view(5, 2)
     for positions in (
         whole.T,
@@ -115,10 +114,26 @@ def test_an_exported_rotation_has_torchs_operators_alone():
     torch.testing.assert_close(exported.module()(torch.arange(5)), rope(torch.arange(5)))
 
 
-@pytest.mark.parametrize("shape", [(5, 1), (2, 5, 1), (5, 2)])
-def test_the_operator_of_rotations_is_well_formed(shape):
-    args = (torch.rand(shape), torch.rand(4), 1.5)
-    torch.library.opcheck(torch.ops.diffmm.rotation_at.default, args)
+@pytest.mark.parametrize(
+    "positions",
+    [
+        torch.rand(5, 1),
+        torch.rand(2, 5, 1),
+        torch.rand(5, 2),
+        torch.rand(5, 2).mT.unsqueeze(-1),
+        torch.rand(1, 5, 1).expand(3, 5, 1),
+        torch.arange(5).view(5, 1),
+    ],
+    ids=["N1", "BN1", "N2", "transposed", "expanded", "integers"],
+)
+def test_the_operator_of_rotations_is_well_formed(positions):
+    """Its outputs have the strides on which machine code relies, whatever those of its input."""
+    operator, frequencies = torch.ops.diffmm.rotation_at.default, torch.rand(4)
+    torch.library.opcheck(operator, (positions, frequencies, 1.5))
+    found = operator(positions, frequencies, 1.5)
+    promised = operator(positions.to("meta"), frequencies.to("meta"), 1.5)
+    for ours, theirs in zip(found, promised, strict=True):
+        assert ours.stride() == theirs.stride()
 
 
 def test_odd_head_dims_are_refused():

@@ -80,10 +80,12 @@ def test_small_cards_have_the_memory_to_decode(widths, rows):
     assert done.metadata.shared <= SHARED_BYTES
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-@pytest.mark.parametrize("documents", ["i32", "i64"])
-@pytest.mark.parametrize("capability", [86, 90])
+@pytest.mark.parametrize(
+    ("capability", "documents", "padded"),
+    [(86, "i32", False), (86, "i64", True), (90, "i64", False), (90, "i32", True)],
+)
 def test_mask_kernels(capability, documents, padded):
+    """All pairs of the three parameters."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -97,11 +97,14 @@ def test_every_width(widths):
     check_here(1, 1, 2, 2, widths, AttentionMask(causal=True), **how)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("num_bytes", [1, 200_000])
-@pytest.mark.parametrize("widths", [WIDE, V1], ids=str)
+@pytest.mark.parametrize(
+    ("widths", "num_bytes", "causal"),
+    [(WIDE, 1, True), (WIDE, 200_000, False), (V1, 1, False), (V1, 200_000, True)],
+    ids=str,
+)
 def test_little_memory(monkeypatch, widths, num_bytes, causal):
-    """Heads are processed in turn, and bands of keys if one head is too large."""
+    """Heads are processed in turn, and bands of keys if one head is too large; all pairs of the
+    three parameters."""
     from diffmm.ops.diff_attention.triton.hopper import backward
 
     monkeypatch.setattr(backward, "SCRATCH_BYTES", num_bytes)

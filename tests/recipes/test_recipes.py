@@ -1,6 +1,7 @@
 """All shipped recipes: header, values and model; the tiny ones are trained for a step."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,12 @@ def values(name, *overrides):
     return {**load([recipe_root() / f"{name}.yaml"], overrides), "run_dir": "runs"}
 
 
+@cache
+def built(name):
+    """The recipe's parts, for tests that only read them."""
+    return find_mistakes(values(name))
+
+
 def text(name):
     return (recipe_root() / f"{name}.yaml").read_text()
 
@@ -98,7 +105,7 @@ def test_lines_are_short_and_nothing_is_left_open(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_there_are_no_mistakes_and_the_parser_agrees(name):
-    found = find_mistakes(values(name))
+    found = built(name)
     assert found.mistakes == []
     assert found.model is not None
     assert found.data is not None
@@ -123,14 +130,14 @@ def test_one_override_switches_the_attention_and_keeps_the_size(name):
 
 @pytest.mark.parametrize("name", PROMISED)
 def test_the_model_has_the_promised_size(name):
-    model = find_mistakes(values(name)).model.model
+    model = built(name).model.model
     assert count(model) == pytest.approx(1e6 * PROMISED[name], rel=0.015)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_what_belongs_together_agrees(name):
     recipe = values(name)
-    found = find_mistakes(recipe)
+    found = built(name)
     trainer, data = recipe["trainer"], found.data
     assert trainer["max_steps"] == "${vars.steps}"
     assert found.model.schedule_config.total_steps == recipe["vars"]["steps"]
@@ -156,7 +163,7 @@ def test_what_belongs_together_agrees(name):
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("text/paper")])
 def test_the_papers_batches(name):
     recipe = values(name)
-    found = find_mistakes(recipe)
+    found = built(name)
     trainer, _ = resolve(recipe)
     devices = num_devices(trainer["trainer"])
     samples = found.data.batch_size * devices * recipe["trainer"].get("accumulate_grad_batches", 1)

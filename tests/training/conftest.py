@@ -1,7 +1,5 @@
 """Tiny models and batches of every task, and a trainer for them."""
 
-import socket
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,27 +215,5 @@ def fit(trainer: Callable[..., Trainer]) -> Fit:
         val = None if val_batches is None else DataLoader(val_batches, batch_size=None)  # type: ignore[arg-type]
         run_trainer.fit(task, train, val, ckpt_path=ckpt_path, weights_only=True)
         return run_trainer
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def run_two_processes(start: Any) -> Callable[[Path, Path], None]:
-    """`run_two_processes(script, folder)` runs `python script folder` twice, as torchrun does."""
-
-    def run(script: Path, output: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {
-            **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2"},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"},
-            **{"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"},
-        }
-        command = [sys.executable, str(script), str(output)]
-        ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-        with start(command, ranks[0]) as first, start(command, ranks[1]) as second:
-            printed = start.finish_all([first, second], 150)
-        assert [first.returncode, second.returncode] == [0, 0], printed
 
     return run

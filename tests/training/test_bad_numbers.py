@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_as_torchrun
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
@@ -326,8 +327,9 @@ def test_refusals():
 
 
 @pytest.mark.slow
-def test_processes_skip_alike(run_two_processes, tmp_path):
-    run_two_processes(Path(__file__).with_name("run_bad_numbers.py"), tmp_path)
+def test_processes_skip_alike(tmp_path):
+    script = Path(__file__).with_name("run_bad_numbers.py")
+    run_as_torchrun(script, 2, [str(tmp_path)], tmp_path)
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     (many, poisoned), (_, poisoned_too) = one.pop("errors"), two.pop("errors")
     assert one == two

@@ -1,13 +1,11 @@
 """Runs of two processes resume exactly, also as runs of one process."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import run_as_torchrun
 
 from diffmm.checkpoint_folders import checkpoints
 
@@ -25,15 +23,7 @@ def one():
 def folder(tmp_path_factory, one):
     folder = tmp_path_factory.mktemp("processes")
     one(folder / "one", stop=5, dropout=0.0)
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_as_torchrun(SCRIPT, 2, [str(folder)], tmp_path_factory.mktemp("logs"))
     return folder
 
 

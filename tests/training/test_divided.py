@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_as_torchrun
 
 SCRIPT = Path(__file__).with_name("run_divided.py")
 NAMES = [
@@ -25,13 +26,13 @@ NAMES = [
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, run_two_processes):
+def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("divided")
     for number in range(40):
         text = f"Text number {number} of forty. " * (1 + number % 3)
         (folder / f"{number}.txt").write_text(text)
     one = runpy.run_path(str(SCRIPT))["run"](folder, 1)
-    run_two_processes(SCRIPT, folder)
+    run_as_torchrun(SCRIPT, 2, [str(folder)], tmp_path_factory.mktemp("logs"))
     return one, json.loads((folder / "results.json").read_text())
 
 

@@ -1,30 +1,20 @@
 """Two processes train like one."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import run_as_torchrun
 
 SCRIPT = Path(__file__).with_name("run_processes.py")
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    output = tmp_path_factory.mktemp("processes") / "two.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "2", str(output)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    folder = tmp_path_factory.mktemp("processes")
+    output = folder / "two.json"
+    run_as_torchrun(SCRIPT, 2, ["2", str(output)], folder)
     return json.loads(output.read_text())
 
 

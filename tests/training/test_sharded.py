@@ -4,14 +4,12 @@ Processes are slow to start: two of them run all cases, and four run one.
 """
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import run_as_torchrun
 
 from diffmm.layers import ATTENTIONS
 from diffmm.models.checkpoint_files import read_checkpoint
@@ -58,7 +56,6 @@ def runs(tmp_path_factory, script):
     folder = tmp_path_factory.mktemp("sharded")
     for case in CASES:
         script["run"](folder, case, "auto", 1)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for count in (2, 4):
         wanted = [
             {
@@ -70,15 +67,8 @@ def runs(tmp_path_factory, script):
             for run in RUNS
             if run[2] == count
         ]
-        done = subprocess.run(
-            [sys.executable, str(SCRIPT), str(folder), json.dumps(wanted)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-5000:]
+        logs = tmp_path_factory.mktemp("logs")
+        run_as_torchrun(SCRIPT, count, [str(folder), json.dumps(wanted)], logs, 300)
     return folder, {path.stem: torch.load(path) for path in folder.glob("*.pt")}
 
 

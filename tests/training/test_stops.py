@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_as_torchrun
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.utils.data import DataLoader
@@ -350,10 +351,10 @@ def test_a_requeue_that_fails_says_so(monkeypatch, scontrol):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory, run_two_processes):
+def two_processes(tmp_path_factory):
     """The results of both processes for each scenario of the script."""
     output = tmp_path_factory.mktemp("two")
-    run_two_processes(SCRIPT, output)
+    run_as_torchrun(SCRIPT, 2, [str(output)], output)
     return [json.loads((output / f"{rank}.json").read_text()) for rank in range(2)]
 
 
