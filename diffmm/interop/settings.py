@@ -56,6 +56,10 @@ class TheirSettings:
             raise ValueError(f"{self._origin}: {name} must be {NOUNS[kind]}, got {value!r:.100}")
         return value
 
+    def peek(self, name: str) -> Any:
+        """The value of a setting, None if it is absent, without marking it as read."""
+        return self._values.get(name)
+
     def nullable(self, name: str, kind: type, default: Any) -> Any:
         """Return a setting whose null means none; `default` if it is absent.
 

@@ -64,7 +64,8 @@ def freeze(model: nn.Module, config: FineTuneConfig) -> list[nn.Module]:
     if config.freeze == "all_but_head":
         trainable = [head]
     elif config.freeze <= len(blocks):
-        trainable = [head, backbone.norm, *blocks[config.freeze :]]  # type: ignore[list-item]
+        norms = [backbone.norm, getattr(model, "pool_norm", None)]
+        trainable = [head, *(m for m in norms if m is not None), *blocks[config.freeze :]]  # type: ignore[list-item]
     else:
         raise ValueError(
             f"freeze={config.freeze} blocks, but {type(model).__name__} has {len(blocks)}"
