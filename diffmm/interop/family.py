@@ -14,6 +14,7 @@ from diffmm.interop.source import CONFIG_NAME, Source
 from diffmm.layers.patch import as_size
 from diffmm.models import BackboneConfig, TextModel
 from diffmm.models.description import MODELS, build, describe
+from diffmm.models.encoder import EncoderConfig
 from diffmm.models.job import Job
 from diffmm.models.weights import Contents, own_weights
 
@@ -143,7 +144,24 @@ def _settled(config: Any) -> dict[str, Any]:
             found[name] = as_size(value)
         elif name not in TRAINING_ONLY:
             found[name] = value
+    if isinstance(config, EncoderConfig):
+        found |= _settled_pool(config)
     return found
+
+
+def _settled_pool(config: EncoderConfig) -> dict[str, Any]:
+    """The settings of special tokens and of the pool, None for those without an effect."""
+    is_map, has_prefix = config.pool == "map", config.num_prefix_tokens > 0
+    return {
+        "prefix_positions": config.prefix_positions
+        if has_prefix and config.learned_positions
+        else None,
+        "pool_prefix_tokens": config.pools_prefix_tokens
+        if has_prefix and config.pool in ("mean", "map")
+        else None,
+        "pool_heads": (config.pool_heads or config.backbone.num_heads) if is_map else None,
+        "pool_width": (config.pool_width or 4 * config.backbone.dim) if is_map else None,
+    }
 
 
 def explicit(config: BackboneConfig) -> BackboneConfig:

@@ -4,6 +4,7 @@ timm's `config.json` names an architecture, whose settings are in timm's code. T
 read from the model that timm itself builds, without weights.
 """
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -21,7 +22,7 @@ from diffmm.models.job import Job
 
 READER = "datamodules.image.ImageReader"
 
-SHAPING = ("input_size", "num_classes", "fixed_input_size", "global_pool")
+SHAPING = ("input_size", "num_classes", "fixed_input_size")
 """Entries of `pretrained_cfg` from which timm takes arguments of the model."""
 
 MODULES = (
@@ -88,16 +89,18 @@ def outline(settings: TheirSettings) -> nn.Module:
         ValueError: If timm does not know the architecture or one of its arguments.
     """
     import timm
+    from timm.models import PretrainedCfg
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
     name = settings.take("architecture", str)
     if "/" in name or ":" in name or not timm.is_model(name):
         settings.refuse("architecture", name, "only vision transformers that timm has")
-    settings.skip("num_features", "label_names", "label_descriptions", "labels", *LEGACY)
+    settings.skip("num_features", "label_names", "label_descriptions", "labels")
     pretrained = settings.take("pretrained_cfg", dict, None)
     if pretrained is None:  # timm's older files have its entries beside `architecture`
-        pretrained = {key: settings.peek(key) for key in LEGACY}
+        settings.skip(*(field.name for field in dataclasses.fields(PretrainedCfg)))
+        pretrained = {key: settings.peek(key) for key in SHAPING}
     shaping = {key: pretrained[key] for key in SHAPING if pretrained.get(key) is not None}
     num_classes = settings.take("num_classes", int, None)
     if num_classes is not None:
@@ -122,27 +125,6 @@ def outline(settings: TheirSettings) -> nn.Module:
         if hasattr(module, "dual_lambda"):
             module.dual_lambda = dual_lambda
     return model
-
-
-LEGACY = (
-    "input_size",
-    "fixed_input_size",
-    "mean",
-    "std",
-    "interpolation",
-    "crop_pct",
-    "crop_mode",
-    "pool_size",
-    "first_conv",
-    "classifier",
-    "url",
-    "file",
-    "hf_hub_id",
-    "license",
-    "tag",
-    "tags",
-)
-"""Entries of `pretrained_cfg`, which older files have outside it."""
 
 
 def see_lambda(source: Source) -> Source:

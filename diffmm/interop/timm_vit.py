@@ -96,8 +96,6 @@ def read_encoder(model: Any, settings: TheirSettings) -> dict[str, Any]:
     pool = pools[model.global_pool]
     cls_token = model.cls_token is not None
     num_reg = 0 if model.reg_token is None else model.reg_token.shape[1]
-    includes = bool(getattr(model, "pool_include_prefix", False))
-    has_prefix = cls_token or num_reg > 0
     patches = model.patch_embed
     fields: dict[str, Any] = {
         "image_size": patches.img_size,
@@ -114,12 +112,12 @@ def read_encoder(model: Any, settings: TheirSettings) -> dict[str, Any]:
         "learned_positions": model.pos_embed is not None,
         "pre_norm": not isinstance(model.norm_pre, nn.Identity),
     }
-    # A setting without an effect, or with that of the default, is left out.
-    if pool in ("mean", "map") and has_prefix and includes != (pool == "map"):
-        fields["pool_prefix_tokens"] = includes
-    if has_prefix and model.pos_embed is not None and model.no_embed_class:
-        fields["prefix_positions"] = False
-    if pool == "map" and model.attn_pool.mlp.fc1.out_features != 4 * model.embed_dim:
+    if pool in ("mean", "map"):
+        fields["pool_prefix_tokens"] = bool(getattr(model, "pool_include_prefix", False))
+    if model.pos_embed is not None:
+        fields["prefix_positions"] = not model.no_embed_class
+    if pool == "map":
+        fields["pool_heads"] = model.attn_pool.num_heads
         fields["pool_width"] = model.attn_pool.mlp.fc1.out_features
     return fields
 
@@ -311,7 +309,7 @@ def around_blocks(config: ImageConfig) -> list[Name]:
 
 def positions(theirs: str, config: EncoderConfig, grid: tuple[int, ...]) -> Name:
     """Learned positions, `[1, P + N, dim]` with those of `P` special tokens first."""
-    num_prefix = int(config.cls_token) + int(config.dist_token) + config.num_reg_tokens
+    num_prefix = config.num_prefix_tokens
     if not (num_prefix and config.prefix_positions):
         alone = Layout(lambda x: x[0].unflatten(0, grid), lambda x: x.flatten(0, -2).unsqueeze(0))
         return Name(theirs, "positions.grid", alone)

@@ -63,6 +63,7 @@ class EncoderConfig(Settings):
             or attention of a learned query over all tokens (`"map"`, Zhai et al. 2022).
         pool_prefix_tokens: Whether the pools `"mean"` and `"map"` include the special tokens; by
             default `"map"` does and `"mean"` does not.
+        pool_heads: Number of attention heads of the pool `"map"`; those of the backbone by default.
         pool_width: Hidden width of the feed-forward layer of the pool `"map"`; `4 * dim` by
             default.
         pool_norm: Whether the pooled features are normalized. timm's models with the pool `"avg"`
@@ -86,6 +87,7 @@ class EncoderConfig(Settings):
     num_reg_tokens: int = 0
     pool: Literal["cls", "token", "cls_dist", "mean", "avg", "map"] = "cls"
     pool_prefix_tokens: bool | None = None
+    pool_heads: int | None = None
     pool_width: int | None = None
     pool_norm: bool = False
     head: str = "linear"
@@ -115,10 +117,17 @@ class EncoderConfig(Settings):
                 f"pool_prefix_tokens={self.pool_prefix_tokens} is not used by pool={self.pool!r}: "
                 f"leave it out"
             )
-        if self.pool_width is not None and (self.pool != "map" or self.pool_width < 1):
+        for name in ("pool_heads", "pool_width"):
+            value = getattr(self, name)
+            if value is not None and (self.pool != "map" or value < 1):
+                raise ValueError(
+                    f"{name} must be at least 1 and is for pool='map' only, got {value} with "
+                    f"pool={self.pool!r}"
+                )
+        if self.pool_heads is not None and self.backbone.dim % self.pool_heads:
             raise ValueError(
-                f"pool_width must be at least 1 and is for pool='map' only, got {self.pool_width} "
-                f"with pool={self.pool!r}"
+                f"pool_heads must divide the backbone's dim {self.backbone.dim}, got "
+                f"{self.pool_heads}"
             )
         if not self.prefix_positions and not self.learned_positions:
             raise ValueError("prefix_positions=False is for learned_positions=True: leave it out")
@@ -144,6 +153,12 @@ class EncoderConfig(Settings):
     def pools_prefix_tokens(self) -> bool:
         """Whether the pools `"mean"` and `"map"` include the special tokens, given or derived."""
         return self.pool == "map" if self.pool_prefix_tokens is None else self.pool_prefix_tokens
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number of special tokens before the patches: class token, distillation token and
+        register tokens."""
+        return int(self.cls_token) + int(self.dist_token) + self.num_reg_tokens
 
     @property
     def num_axes(self) -> int:
@@ -241,10 +256,8 @@ class Encoder(TimmInterface):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Number of special tokens before the patches: class token, distillation token and
-        register tokens."""
-        config = self.config
-        return int(config.cls_token) + int(config.dist_token) + config.num_reg_tokens
+        """Number of special tokens before the patches, as in `EncoderConfig`."""
+        return self.config.num_prefix_tokens
 
     def encode(
         self, embedded: Embedded, indices: Sequence[int] = (), *, stop_early: bool = False
@@ -396,7 +409,7 @@ def _make_pooling(config: EncoderConfig) -> AttentionPool | None:
     backbone = config.backbone
     pooling = AttentionPool(
         backbone.dim,
-        backbone.num_heads,
+        config.pool_heads or backbone.num_heads,
         config.pool_width or 4 * backbone.dim,
         backbone.init_std,
         norm_eps=backbone.norm_eps,
