@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffmm.checks import check_choice, did_you_mean
+from diffmm.interop.ast import AST
 from diffmm.interop.diffllama import DIFFLLAMA
 from diffmm.interop.family import Family, contents_of, model_of
 from diffmm.interop.gemma2 import GEMMA2
@@ -19,11 +20,24 @@ from diffmm.interop.motif import MOTIF
 from diffmm.interop.qwen import QWEN2, QWEN3
 from diffmm.interop.source import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, Source, read_source
 from diffmm.interop.timm_models import TIMM
+from diffmm.interop.whisper import WHISPER
 from diffmm.models.weights import Contents
 from diffmm.tokenizers import HuggingFaceTokenizer
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, DIFFLLAMA, MOTIF, TIMM)
+    family.name: family
+    for family in (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        GEMMA2,
+        DIFFLLAMA,
+        MOTIF,
+        TIMM,
+        AST,
+        WHISPER,
+    )
 }
 """All families by name. A family of your own is added here."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffmm.interop.names import Table
 from diffmm.interop.settings import TheirSettings
-from diffmm.interop.source import CONFIG_NAME, Source
+from diffmm.interop.source import CONFIG_NAME, PREPROCESSOR_NAME, Source
 from diffmm.layers.patch import as_size
 from diffmm.models import BackboneConfig, TextModel
 from diffmm.models.description import MODELS, build, describe
@@ -20,6 +20,9 @@ from diffmm.models.weights import Contents, own_weights
 
 SIZES = ("image_size", "patch_size", "patch_stride")
 """Settings that a number or a pair of numbers can give."""
+
+PREPROCESSOR = "preprocessor_config"
+"""The setting that holds the file of this name, of families whose `prepare` puts it there."""
 
 TRAINING_ONLY = ("dropout", "drop_path", "init_std", "backend")
 """Settings of a backbone that change no output of a trained model."""
@@ -101,6 +104,8 @@ class Family:
         tensors = self.table(config).to_theirs(contents.weights)
         job = None if contents.job is None else Job.of(contents.job)
         files = self.write_job(job, config)
+        if PREPROCESSOR in settings:
+            files = {**files, PREPROCESSOR_NAME: settings.pop(PREPROCESSOR)}
         files = {**files, CONFIG_NAME: settings | files.get(CONFIG_NAME, {})}
         return files, {name: tensor.contiguous() for name, tensor in tensors.items()}
 

@@ -79,6 +79,14 @@ class TheirSettings:
         if given is not None and given != value:
             self.refuse(name, given, f"only {value!r}: {why}")
 
+    def section(self, name: str) -> "TheirSettings":
+        """The settings within a setting that is an object; they need a `finish` of their own.
+
+        Raises:
+            ValueError: If it is absent or not an object.
+        """
+        return self.inside(name, self.take(name, dict))
+
     def inside(self, name: str, values: Mapping[str, Any]) -> "TheirSettings":
         """The settings within one that is an object; they need a `finish` of their own."""
         return TheirSettings(values, f"{self._origin}: {name}")

@@ -13,10 +13,11 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 TOKENIZER_NAME = "tokenizer.json"
+PREPROCESSOR_NAME = "preprocessor_config.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = [CONFIG_NAME, TOKENIZER_NAME, "*.safetensors", INDEX_NAME]
+HUB_FILES = [CONFIG_NAME, TOKENIZER_NAME, PREPROCESSOR_NAME, "*.safetensors", INDEX_NAME]
 
 
 class Source(NamedTuple):
@@ -27,12 +28,14 @@ class Source(NamedTuple):
         config: The settings in `config.json`.
         tensors: The weights by their names, in their own dtypes.
         tokenizer: The text of `tokenizer.json`, or None.
+        preprocessor: The settings in `preprocessor_config.json`, or None.
     """
 
     origin: str
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     tokenizer: str | None
+    preprocessor: dict[str, Any] | None = None
 
 
 def read_source(source: str | Path) -> Source:
@@ -55,7 +58,9 @@ def read_source(source: str | Path) -> Source:
     if tokenizer.is_file():
         read_json(tokenizer)
         text = tokenizer.read_text(encoding="utf-8")
-    return Source(str(source), config, weights, text)
+    preprocessor = folder / PREPROCESSOR_NAME
+    prepared = read_json(preprocessor) if preprocessor.is_file() else None
+    return Source(str(source), config, weights, text, prepared)
 
 
 def locate(source: str | Path) -> tuple[Path, Path | None]:

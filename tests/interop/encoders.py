@@ -1,6 +1,6 @@
 """Comparison of encoders with those of other libraries, at random weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,18 @@ def randomize(model: nn.Module) -> nn.Module:
 
 
 def compare_gradients(
-    theirs: nn.Module, ours: nn.Module, run: Callable[[nn.Module, torch.dtype], Tensor], family: str
+    theirs: nn.Module,
+    ours: nn.Module,
+    run: Callable[[nn.Module, torch.dtype], Tensor],
+    family: str,
+    renamed: Mapping[str, str] | None = None,
 ) -> None:
     """Compare the output of both models, and the gradients of all parameters.
 
     The output is compared in float32, and the gradients in float64: those of a bias of keys are
     sums that cancel, as are those of lambda. Gradients that are 0 in exact arithmetic are compared
-    to 1e-9 of the largest of all.
+    to 1e-9 of the largest of all. `renamed` gives the names in files of parameters that have
+    another name in memory.
     """
     assert_same(run(ours, torch.float32), run(theirs, torch.float32), "output")
     outputs = [run(model.double(), torch.float64) for model in (theirs, ours)]
@@ -40,7 +45,8 @@ def compare_gradients(
         (output * weights).sum().backward()
     found = {name: p.grad for name, p in ours.named_parameters()}
     gradients = FAMILIES[family].table(ours.config).to_theirs(found)
-    parameters = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    names = renamed or {}
+    parameters = {names.get(name, name): p for name, p in theirs.named_parameters()}
     assert parameters.keys() == gradients.keys()
     largest = max(p.grad.abs().max() for p in parameters.values())
     for name, parameter in parameters.items():
