@@ -11,12 +11,14 @@ from torch import nn
 
 from diffmm.checks import check_choice, did_you_mean
 from diffmm.interop.ast import AST
+from diffmm.interop.diffclip import DIFFCLIP
 from diffmm.interop.diffllama import DIFFLLAMA
 from diffmm.interop.family import Family, contents_of, model_of
 from diffmm.interop.gemma2 import GEMMA2
 from diffmm.interop.llama import LLAMA
 from diffmm.interop.mistral import MISTRAL
 from diffmm.interop.motif import MOTIF
+from diffmm.interop.open_clip import OPEN_CLIP
 from diffmm.interop.qwen import QWEN2, QWEN3
 from diffmm.interop.source import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, Source, read_source
 from diffmm.interop.timm_models import TIMM
@@ -37,6 +39,8 @@ FAMILIES: dict[str, Family] = {
         TIMM,
         AST,
         WHISPER,
+        OPEN_CLIP,
+        DIFFCLIP,
     )
 }
 """All families by name. A family of your own is added here."""
@@ -77,6 +81,8 @@ def family_of(source: Source, name: str | None = None) -> Family:
     kind = kind.lower() if isinstance(kind, str) else kind
     if kind is None and "architecture" in source.config:
         kind = TIMM.name
+    if kind is None and "model_cfg" in source.config:
+        kind = OPEN_CLIP.name
     architectures = source.config.get("architectures") or []
     if kind not in FAMILIES:
         raise ValueError(

@@ -12,12 +12,21 @@ from torch import Tensor
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
 TOKENIZER_NAME = "tokenizer.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = [CONFIG_NAME, TOKENIZER_NAME, PREPROCESSOR_NAME, "*.safetensors", INDEX_NAME]
+HUB_FILES = [
+    CONFIG_NAME,
+    OPEN_CLIP_CONFIG_NAME,
+    TOKENIZER_NAME,
+    PREPROCESSOR_NAME,
+    "*.safetensors",
+    INDEX_NAME,
+]
 
 
 class Source(NamedTuple):
@@ -51,7 +60,10 @@ def read_source(source: str | Path) -> Source:
             reached; the message names it.
     """
     folder, file = locate(source)
-    config = read_json(folder / CONFIG_NAME)
+    is_clip = _is_open_clip(folder)
+    if is_clip and file is None and (folder / OPEN_CLIP_WEIGHTS_NAME).is_file():
+        file = folder / OPEN_CLIP_WEIGHTS_NAME
+    config = read_json(folder / (OPEN_CLIP_CONFIG_NAME if is_clip else CONFIG_NAME))
     weights = dict(read_tensors(file) if file is not None else _all_tensors(folder))
     tokenizer = folder / TOKENIZER_NAME
     text = None
@@ -88,7 +100,16 @@ def is_of_others(source: str | Path) -> bool:
     folder = path if path.is_dir() else path.parent
     if path.is_file() and (path.suffix != ".safetensors" or "model" in _metadata(path)):
         return False
-    return (folder / CONFIG_NAME).is_file()
+    return (folder / CONFIG_NAME).is_file() or _is_open_clip(folder)
+
+
+def _is_open_clip(folder: Path) -> bool:
+    """Whether a folder is to be read as one of open_clip: it has its settings, and no others except
+    perhaps those of the same model for transformers."""
+    if not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
+        return False
+    others = folder / CONFIG_NAME
+    return not others.is_file() or read_json(others).get("model_type") == "clip"
 
 
 def read_json(file: Path) -> dict[str, Any]:

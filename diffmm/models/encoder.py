@@ -71,6 +71,7 @@ class EncoderConfig(Settings):
         head: `"linear"`, which with the pool `"cls_dist"` reads the mean of the two tokens (AST);
             `"distilled"`, the mean of a linear layer for each of them (DeiT); or a head added by
             `register_head`.
+        head_bias: Whether the head `"linear"` has a bias; the projections of CLIP have none.
         learned_positions: Whether every position has a learned embedding, in addition to or
             instead of rotary positions.
         prefix_positions: Whether the special tokens have such embeddings too.
@@ -91,6 +92,7 @@ class EncoderConfig(Settings):
     pool_width: int | None = None
     pool_norm: bool = False
     head: str = "linear"
+    head_bias: bool = True
     learned_positions: bool = False
     prefix_positions: bool = True
     pre_norm: bool = False
@@ -112,6 +114,8 @@ class EncoderConfig(Settings):
             )
         if self.head == "distilled" and self.pool != "cls_dist":
             raise ValueError(f"head='distilled' needs pool='cls_dist', got pool={self.pool!r}")
+        if not self.head_bias and self.head != "linear":
+            raise ValueError(f"head_bias=False is for head='linear', got head={self.head!r}")
         if self.pool_prefix_tokens is not None and self.pool not in ("mean", "map"):
             raise ValueError(
                 f"pool_prefix_tokens={self.pool_prefix_tokens} is not used by pool={self.pool!r}: "
@@ -399,7 +403,8 @@ class Encoder(TimmInterface):
 def _make_head(config: EncoderConfig) -> nn.Module:
     if not config.num_classes:
         return nn.Identity()
-    head = HEADS[config.head](config.backbone.dim, config.num_classes)
+    arguments = {} if config.head_bias else {"bias": False}
+    head = HEADS[config.head](config.backbone.dim, config.num_classes, **arguments)
     return head.apply(partial(init_weights, std=config.backbone.init_std))
 
 
