@@ -79,7 +79,7 @@ def read_settings(settings: TheirSettings) -> ImageConfig:
         tower.take("pool_type", str, "tok"),
         tower.take("final_ln_after_pool", bool, False),
     )
-    pools = {"tok": "cls", "avg": "mean"}
+    pools: dict[str, Any] = {"tok": "cls", "avg": "mean"}
     if pool not in pools:
         tower.refuse("pool_type", pool, f"only {', '.join(pools)}")
     size = tower.peek("image_size")

@@ -186,9 +186,10 @@ class WhisperSpectrogram(FixedSpectrogram):
 
 def kaldi_filters(num_fft: int, sample_rate_hz: int, num_mels: int) -> Tensor:
     """Kaldi's mel filter bank, `[num_fft / 2 + 1, num_mels]` in float32 on the CPU."""
-    from torchaudio.compliance.kaldi import get_mel_banks  # not needed by text and image models
-
+    # A model may be built on the meta device, where torchaudio must not create its constants.
     with torch.device("cpu"):
+        from torchaudio.compliance.kaldi import get_mel_banks  # not needed by text and image models
+
         filters, _ = get_mel_banks(num_mels, num_fft, sample_rate_hz, LOWEST_HZ, 0.0, 100, -500, 1)
     # The highest bin is in no band.
     return pad(filters.float(), (0, 1)).T.contiguous()
