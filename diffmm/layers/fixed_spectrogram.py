@@ -22,6 +22,9 @@ LOWEST_HZ = 20.0
 
 PREEMPHASIS = 0.97
 
+HIGHEST_HZ = 8000
+"""Upper edge of Whisper's highest mel band."""
+
 
 class FixedSpectrogram(nn.Module):
     """Base class of spectrograms of clips that are all padded to one length.
@@ -163,11 +166,19 @@ class WhisperSpectrogram(FixedSpectrogram):
 
     Frame `t` is a Hann window centered on sample `t * hop`; beyond both ends the clip is reflected.
     The mel bands are Slaney's, between 0 Hz and 8000 Hz.
+
+    Raises:
+        ValueError: If `sample_rate_hz` is below 16000, or as in `FixedSpectrogram`.
     """
 
     def make_filters(self, sample_rate_hz: int, num_mels: int) -> Tensor:
+        if sample_rate_hz < 2 * HIGHEST_HZ:
+            raise ValueError(
+                f"spectrogram='whisper' has mel bands up to {HIGHEST_HZ} Hz, which needs "
+                f"sample_rate_hz of at least {2 * HIGHEST_HZ}, got {sample_rate_hz}"
+            )
         return mel_filters(
-            self.window_samples, sample_rate_hz, num_mels, highest_hz=8000.0, slaney=True
+            self.window_samples, sample_rate_hz, num_mels, highest_hz=HIGHEST_HZ, slaney=True
         )
 
     @property
