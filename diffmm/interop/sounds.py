@@ -18,6 +18,9 @@ ACTIVATIONS = {
 }
 """Activations by transformers' names; the last name of several is the one that is written."""
 
+MULTI_LABEL = "multi_label_classification"
+"""The `problem_type` of models whose classes do not exclude each other."""
+
 NOT_OF_SOUNDS = (
     "feature_extractor_type",
     "processor_class",
@@ -74,17 +77,22 @@ def read_job(source: Source, config: AudioConfig) -> Job:
             "crop": "start",
         },
     }
-    return Job(reader=reader, class_names=labels(source.config) if config.num_classes else None)
+    return Job(
+        reader=reader,
+        class_names=labels(source.config) if config.num_classes else None,
+        multi_label=source.config.get("problem_type") == MULTI_LABEL,
+    )
 
 
 def write_job(job: Job | None, config: AudioConfig) -> dict[str, dict[str, Any]]:
-    """The names of the classes."""
+    """The names of the classes, and whether they exclude each other."""
     names = None if job is None else job.class_names
     if names is None:
         names = tuple(f"LABEL_{index}" for index in range(config.num_classes))
-    return {
-        CONFIG_NAME: {
-            "id2label": {str(index): name for index, name in enumerate(names)},
-            "label2id": {name: index for index, name in enumerate(names)},
-        }
+    values: dict[str, Any] = {
+        "id2label": {str(index): name for index, name in enumerate(names)},
+        "label2id": {name: index for index, name in enumerate(names)},
     }
+    if job is not None and job.multi_label:
+        values["problem_type"] = MULTI_LABEL
+    return {CONFIG_NAME: values}

@@ -20,8 +20,10 @@ def read_model(model: Any, settings: TheirSettings) -> ImageConfig:
     from timm.models.eva import EvaAttention, EvaBlock
 
     block, rope = model.blocks[0], model.rope
-    if type(rope) is not RotaryEmbeddingDinoV3 or rope.grid_indexing != "ij":
-        settings.refuse("rope_type", getattr(rope, "grid_indexing", None), "only DINOv3's, 'ij'")
+    if type(rope) is not RotaryEmbeddingDinoV3:
+        settings.refuse("rope_type", None, "only 'dinov3' in models of timm's class Eva")
+    if rope.grid_indexing != "ij":
+        settings.refuse("rope_grid_indexing", rope.grid_indexing, "only 'ij', rows first")
     if type(block) is not EvaBlock or type(block.attn) is not EvaAttention:
         settings.refuse("attn_type", type(block.attn).__name__, "only EvaAttention with pre-norms")
     attention = block.attn

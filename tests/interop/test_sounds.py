@@ -198,6 +198,17 @@ def test_whispers_encoder_comes_back_bit_by_bit(whisper, tmp_path):
     assert read_model(back).config == ours.config
 
 
+def test_classes_that_do_not_exclude_each_other(tmp_path):
+    config = transformers.ASTConfig(**AST, problem_type="multi_label_classification")
+    theirs = transformers.ASTForAudioClassification(config)
+    extractor = transformers.ASTFeatureExtractor(num_mel_bins=20, max_length=43)
+    _, ours, _, _ = _saved(theirs, extractor, tmp_path / "theirs")
+    assert ours.job.multi_label
+    back = write_model(ours, tmp_path / "back", "audio-spectrogram-transformer")
+    assert read_model(back).job == ours.job
+    assert transformers.ASTConfig.from_pretrained(back).problem_type == config.problem_type
+
+
 def rewrite(folder, file, **changes):
     values = json.loads((folder / file).read_text()) | changes
     (folder / file).write_text(json.dumps({k: v for k, v in values.items() if v != "absent"}))

@@ -217,6 +217,10 @@ def settings_of(**changes):
             None,
         ),
         (
+            {"architecture": "eva_giant_patch14_224", "model_args": {"depth": 1}},
+            "rope_type=None, but diffmm can hold only 'dinov3'",
+        ),
+        (
             {"architecture": "vit_small_patch16_dinov3", "model_args": {"qkv_fused": False}},
             "qkv_fused=False, but diffmm can hold only True",
         ),
