@@ -12,6 +12,7 @@ from torch import nn
 from diffmm.checks import check_choice, did_you_mean
 from diffmm.interop.ast import AST
 from diffmm.interop.diffclip import DIFFCLIP
+from diffmm.interop.diffclip_text import DIFFCLIP_TEXT
 from diffmm.interop.diffllama import DIFFLLAMA
 from diffmm.interop.family import Family, contents_of, model_of
 from diffmm.interop.gemma2 import GEMMA2
@@ -19,6 +20,7 @@ from diffmm.interop.llama import LLAMA
 from diffmm.interop.mistral import MISTRAL
 from diffmm.interop.motif import MOTIF
 from diffmm.interop.open_clip import OPEN_CLIP
+from diffmm.interop.open_clip_text import OPEN_CLIP_TEXT
 from diffmm.interop.qwen import QWEN2, QWEN3
 from diffmm.interop.source import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, Source, read_source
 from diffmm.interop.timm_models import TIMM
@@ -40,7 +42,9 @@ FAMILIES: dict[str, Family] = {
         AST,
         WHISPER,
         OPEN_CLIP,
+        OPEN_CLIP_TEXT,
         DIFFCLIP,
+        DIFFCLIP_TEXT,
     )
 }
 """All families by name. A family of your own is added here."""

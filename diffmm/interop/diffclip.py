@@ -1,5 +1,6 @@
 """The image tower of DiffCLIP (Hammoud and Ghanem 2025), with its projection as a head without
-bias: the output is an embedding, not scores of classes. The tensors of the text tower are left out.
+bias: the output is an embedding, not scores of classes. The tensors of the text tower are left out
+(`diffmm.interop.diffclip_text` reads it).
 
 It is a ViT with differential attention, version 1, in diffmm's order of heads, whose initial lambda
 is 0.8 in all blocks. DiffCLIP publishes no settings beside its weights: they follow from the shapes
@@ -8,6 +9,8 @@ of the tensors, and `config.json` only needs `{"model_type": "diffclip"}`.
 
 import math
 from typing import Any
+
+from torch import Tensor
 
 from diffmm.interop.family import Family
 from diffmm.interop.names import Name, Table
@@ -37,20 +40,17 @@ def image_tower(source: Source) -> Source:
         for name, tensor in source.tensors.items()
         if name.removeprefix("module.").startswith((TOWER, PROJECTION))
     }
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, num_axes in (
-        (f"{TOWER}patch_embed.proj.weight", 4),
-        (f"{TOWER}pos_embed", 3),
-        (f"{TOWER}blocks.0.mlp.fc1.weight", 2),
-        (f"{TOWER}blocks.0.attn.lambda_q1", 1),
-        (PROJECTION, 2),
-    ):
-        shapes[name] = tuple(tensors[name].shape) if name in tensors else ()
-        if len(shapes[name]) != num_axes:
-            raise ValueError(
-                f"{source.origin} is not a DiffCLIP: {name} must have {num_axes} axes, got shape "
-                f"{shapes[name]}"
-            )
+    shapes = shapes_of(
+        tensors,
+        source.origin,
+        {
+            f"{TOWER}patch_embed.proj.weight": 4,
+            f"{TOWER}pos_embed": 3,
+            f"{TOWER}blocks.0.mlp.fc1.weight": 2,
+            f"{TOWER}blocks.0.attn.lambda_q1": 1,
+            PROJECTION: 2,
+        },
+    )
     dim, channels, *patch_size = shapes[f"{TOWER}patch_embed.proj.weight"]
     settings = {
         "dim": dim,
@@ -65,6 +65,25 @@ def image_tower(source: Source) -> Source:
         "num_outputs": shapes[PROJECTION][1],
     }
     return source._replace(tensors=tensors, config={**source.config, **settings})
+
+
+def shapes_of(
+    tensors: dict[str, Tensor], origin: str, num_axes: dict[str, int]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors, given their numbers of axes.
+
+    Raises:
+        ValueError: If one is missing or has another number of axes.
+    """
+    shapes = {}
+    for name, count in num_axes.items():
+        shapes[name] = tuple(tensors[name].shape) if name in tensors else ()
+        if len(shapes[name]) != count:
+            raise ValueError(
+                f"{origin} is not a DiffCLIP: {name} must have {count} axes, got shape "
+                f"{shapes[name]}"
+            )
+    return shapes
 
 
 def read_settings(settings: TheirSettings) -> ImageConfig:

@@ -1,8 +1,6 @@
 """The image tower of open_clip's `CLIP`, with its projection as a head without bias: the output is
-an embedding, not scores of classes. The tensors of the text tower are left out.
-
-A text tower needs learned positions and the features of one token, which `diffmm.TextModel` does
-not have; towers of timm's or transformers' models and ResNets are refused.
+an embedding, not scores of classes. The tensors of the text tower are left out
+(`diffmm.interop.open_clip_text` reads it). Towers of timm's models and ResNets are refused.
 """
 
 from typing import Any
@@ -56,24 +54,10 @@ def read_settings(settings: TheirSettings) -> ImageConfig:
     tower = model.section("vision_cfg")
     model.finish()
     tower.skip(*OF_TRAINING)
-    for name, value in (
-        ("timm_model_name", None),
-        ("attentional_pool", False),
-        ("act_kwargs", None),
-        ("qk_norm", False),
-        ("scaled_cosine_attn", False),
-        ("scale_heads", False),
-        ("scale_attn_inner", False),
-        ("scale_attn", False),
-        ("scale_fc", False),
-    ):
+    for name, value in (("timm_model_name", None), ("attentional_pool", False)):
         tower.only(name, value, "the tower is open_clip's plain vision transformer")
     tower.skip(*(f"timm_{name}" for name in ("model_pretrained", "pool", "proj", "proj_bias")))
     tower.skip("timm_drop", "timm_drop_path", "pos_embed_type")  # fixed positions are in the file
-    tower.only("block_type", "default", "'custom' has other names of tensors")
-    norm = tower.inside("norm_kwargs", tower.take("norm_kwargs", dict, {}))
-    eps = norm.take("eps", float, 1e-5)
-    norm.finish()
     width = tower.take("width", int, 768)
     pool, after = (
         tower.take("pool_type", str, "tok"),
@@ -84,20 +68,12 @@ def read_settings(settings: TheirSettings) -> ImageConfig:
         tower.refuse("pool_type", pool, f"only {', '.join(pools)}")
     size = tower.peek("image_size")
     tower.skip("image_size")
-    backbone = BackboneConfig(
-        dim=width,
-        depth=tower.take("layers", int, 12),
+    backbone = read_blocks(
+        tower,
+        width=width,
         num_heads=width // tower.take("head_width", int, 64),
-        attention="softmax",
-        norm="layernorm",
-        norm_eps=eps,
+        quick_gelu=quick,
         final_norm=not after,
-        feed_forward="quick_gelu" if quick else "gelu",
-        feed_forward_width=int(width * tower.take("mlp_ratio", float, 4.0)),
-        feed_forward_bias=True,
-        qkv_bias=True,
-        out_bias=True,
-        layer_scale=tower.take("ls_init_value", float, None),
     )
     config = ImageConfig(
         backbone=backbone,
@@ -113,6 +89,46 @@ def read_settings(settings: TheirSettings) -> ImageConfig:
     )
     tower.finish()
     return config
+
+
+def read_blocks(
+    tower: TheirSettings, *, width: int, num_heads: int, quick_gelu: bool, final_norm: bool = True
+) -> BackboneConfig:
+    """Read the settings that the blocks of both towers have."""
+    for name in (
+        "qk_norm",
+        "scaled_cosine_attn",
+        "scale_heads",
+        "scale_attn_inner",
+        "scale_attn",
+        "scale_fc",
+    ):
+        tower.only(name, False, "the blocks are open_clip's plain ones")
+    tower.only("block_type", "default", "'custom' has other names of tensors")
+    norm = tower.inside("norm_kwargs", tower.take("norm_kwargs", dict, {}))
+    eps = norm.take("eps", float, 1e-5)
+    norm.finish()
+    activation = tower.inside("act_kwargs", tower.take("act_kwargs", dict, {}))
+    approximate = activation.take("approximate", str, "none")
+    activation.finish()
+    kinds = {"none": "quick_gelu" if quick_gelu else "gelu", "tanh": "gelu_tanh"}
+    if approximate not in kinds or (quick_gelu and approximate != "none"):
+        tower.refuse("act_kwargs", {"approximate": approximate}, "only 'tanh', of plain GELU")
+    return BackboneConfig(
+        dim=width,
+        depth=tower.take("layers", int, 12),
+        num_heads=num_heads,
+        attention="softmax",
+        norm="layernorm",
+        norm_eps=eps,
+        final_norm=final_norm,
+        feed_forward=kinds[approximate],
+        feed_forward_width=int(width * tower.take("mlp_ratio", float, 4.0)),
+        feed_forward_bias=True,
+        qkv_bias=True,
+        out_bias=True,
+        layer_scale=tower.take("ls_init_value", float, None),
+    )
 
 
 def write_settings(config: ImageConfig) -> dict[str, Any]:
@@ -137,8 +153,6 @@ def positions(grid: tuple[int, int]) -> Layout:
 
 def table(config: ImageConfig) -> Table:
     """The tensors of an image tower."""
-    width = config.backbone.dim
-    attention, feed_forward = f"{OURS}.attention", f"{OURS}.feed_forward"
     names = [
         Name(f"{TOWER}conv1.weight", "patch_embedding.proj.weight"),
         Name(f"{TOWER}class_embedding", "cls_token", FIRST),
@@ -149,21 +163,30 @@ def table(config: ImageConfig) -> Table:
         ),
         *both(f"{TOWER}ln_post", "pool_norm" if config.pool_norm else "backbone.norm"),
         Name(f"{TOWER}proj", "head.weight", TURNED),
-        *both(f"{THEIRS}.ln_1", f"{OURS}.attention_norm"),
-        *both(f"{THEIRS}.ln_2", f"{OURS}.feed_forward_norm"),
-        *both(f"{THEIRS}.attn.out_proj", f"{attention}.out_proj"),
-        *both(f"{THEIRS}.mlp.c_fc", f"{feed_forward}.up_proj"),
-        *both(f"{THEIRS}.mlp.c_proj", f"{feed_forward}.down_proj"),
+        *blocks(THEIRS, config.backbone),
+    ]
+    if config.pre_norm:
+        names += both(f"{TOWER}ln_pre", "pre_norm")
+    return Table(tuple(names), depth=config.backbone.depth)
+
+
+def blocks(theirs: str, backbone: BackboneConfig) -> list[Name]:
+    """The tensors of the blocks, which both towers have."""
+    attention, feed_forward = f"{OURS}.attention", f"{OURS}.feed_forward"
+    names = [
+        *both(f"{theirs}.ln_1", f"{OURS}.attention_norm"),
+        *both(f"{theirs}.ln_2", f"{OURS}.feed_forward_norm"),
+        *both(f"{theirs}.attn.out_proj", f"{attention}.out_proj"),
+        *both(f"{theirs}.mlp.c_fc", f"{feed_forward}.up_proj"),
+        *both(f"{theirs}.mlp.c_proj", f"{feed_forward}.down_proj"),
     ]
     for kind in ("weight", "bias"):
         ours = tuple(f"{attention}.{part}_proj.{kind}" for part in "qkv")
-        names.append(Name(f"{THEIRS}.attn.in_proj_{kind}", ours, fused([width] * 3)))
-    if config.pre_norm:
-        names += both(f"{TOWER}ln_pre", "pre_norm")
-    if config.backbone.layer_scale is not None:
-        names.append(Name(f"{THEIRS}.ls_1.gamma", f"{OURS}.attention_branch.scale"))
-        names.append(Name(f"{THEIRS}.ls_2.gamma", f"{OURS}.feed_forward_branch.scale"))
-    return Table(tuple(names), depth=config.backbone.depth)
+        names.append(Name(f"{theirs}.attn.in_proj_{kind}", ours, fused([backbone.dim] * 3)))
+    if backbone.layer_scale is not None:
+        names.append(Name(f"{theirs}.ls_1.gamma", f"{OURS}.attention_branch.scale"))
+        names.append(Name(f"{theirs}.ls_2.gamma", f"{OURS}.feed_forward_branch.scale"))
+    return names
 
 
 def read_job(source: Source, config: ImageConfig) -> Job:

@@ -93,6 +93,41 @@ def test_what_cannot_be_read_is_named_and_nothing_is_written(run, vit, changes, 
     assert not Path("target").exists()
 
 
+def test_either_tower_of_a_clip_is_converted(run):
+    open_clip = pytest.importorskip("open_clip", reason="needs open_clip_torch")
+    torch.manual_seed(0)
+    settings = {
+        "embed_dim": 10,
+        "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 24, "head_width": 12},
+        "text_cfg": {"context_length": 6, "vocab_size": 30, "width": 16, "heads": 2},
+    }
+    for tower in ("vision_cfg", "text_cfg"):
+        settings[tower]["layers"] = 1
+    theirs = open_clip.model.CLIP(**settings).eval()
+    Path("clip").mkdir()
+    save_file(theirs.state_dict(), "clip/open_clip_model.safetensors")
+    Path("clip/open_clip_config.json").write_text(
+        json.dumps({"model_cfg": settings, "preprocess_cfg": {}})
+    )
+    assert run("convert", "clip", "images.safetensors").code == 0
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(
+        load_model("images.safetensors")(images), theirs.encode_image(images)
+    )
+    result = run("convert", "clip", "texts.safetensors", "--from", "open_clip_text")
+    assert result.code == 0, result.err
+    tokens = torch.randint(0, 30, (2, 6))
+    torch.testing.assert_close(load_model("texts.safetensors")(tokens), theirs.encode_text(tokens))
+    for arguments, message in (
+        (("clip", "x", "--from", "open_clip_txt"), "family must be one of "),
+        (("clip", "x", "--from", "timm"), "clip has no setting 'architecture'"),
+        (("images.safetensors", "x", "--from", "timm"), "--from timm is for models of others, but"),
+    ):
+        (mistake,) = run("convert", *arguments).mistakes
+        assert mistake.startswith(message)
+        assert not Path("x").exists()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_converted_ast_predicts_as_transformers_does(run):
     transformers = pytest.importorskip("transformers", reason="needs transformers")

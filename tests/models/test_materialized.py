@@ -19,6 +19,8 @@ from diffmm.models import (
     MaskedAutoencoderConfig,
     TextConfig,
     TextModel,
+    TextTower,
+    TextTowerConfig,
 )
 
 
@@ -115,7 +117,14 @@ def whisper():
     return padded("whisper")
 
 
-MODELS = (text, untied_text, image, audio, frames, masked, distilled, kaldi, whisper)
+def tower():
+    config = TextTowerConfig(
+        vocab_size=50, max_length=20, backbone=backbone("none"), num_outputs=6, head_bias=True
+    )
+    return TextTower(config), torch.randint(50, (2, 9))
+
+
+MODELS = (tower, text, untied_text, image, audio, frames, masked, distilled, kaldi, whisper)
 
 
 @pytest.fixture(autouse=True)
