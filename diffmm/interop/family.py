@@ -149,6 +149,7 @@ def _settled(config: Any) -> dict[str, Any]:
             found[name] = as_size(value)
         elif name not in TRAINING_ONLY:
             found[name] = value
+    found.pop("ignore_remainder", None)  # without an effect where there is no remainder
     if isinstance(config, EncoderConfig):
         found |= _settled_pool(config)
     return found

@@ -70,6 +70,8 @@ def read_settings(settings: TheirSettings) -> ImageConfig:
             settings.take("architecture", str),
             f"only vision transformers; this one has {', '.join(others)}",
         )
+    if not len(model.blocks):
+        settings.refuse("model_args.depth", 0, "at least 1")
     named = settings.take("global_pool", str, model.global_pool)
     if named != model.global_pool:
         settings.refuse(
@@ -106,7 +108,7 @@ def outline(settings: TheirSettings) -> nn.Module:
     if num_classes is not None:
         shaping["num_classes"] = num_classes
     arguments = dict(settings.take("model_args", dict, {}))
-    dual_lambda = arguments.pop("dual_lambda", False)
+    dual_lambda = arguments.pop("dual_lambda", False) is True
     known = set()
     for model_class in (VisionTransformer, Eva):
         known |= set(inspect.signature(model_class.__init__).parameters)
@@ -117,13 +119,13 @@ def outline(settings: TheirSettings) -> nn.Module:
         with torch.device("meta"):
             model = timm.create_model(name, pretrained_cfg=shaping or None, **arguments)
     except Exception as error:  # whatever timm raises for arguments of a wrong type
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"timm cannot build {name} with model_args={arguments}: {reason}"
         ) from error
-    for module in model.modules():
-        if hasattr(module, "dual_lambda"):
-            module.dual_lambda = dual_lambda
+    layers: list[Any] = [each for each in model.modules() if hasattr(each, "dual_lambda")]
+    for layer in layers:
+        layer.dual_lambda = dual_lambda
     return model
 
 
@@ -131,7 +133,8 @@ def see_lambda(source: Source) -> Source:
     """Add the setting `dual_lambda`, which only the names of tensors show."""
     if not any(name.endswith("lambda_a") for name in source.tensors):
         return source
-    arguments = {**(source.config.get("model_args") or {}), "dual_lambda": True}
+    given = source.config.get("model_args")
+    arguments = {**(given if isinstance(given, dict) else {}), "dual_lambda": True}
     return source._replace(config={**source.config, "model_args": arguments})
 
 
@@ -178,7 +181,11 @@ def class_names(
     settings: dict[str, Any], pretrained: dict[str, Any], num_classes: int
 ) -> tuple[str, ...] | None:
     """The names of the classes: their descriptions, where the file has them, or those of
-    ImageNet-1k, if the tag of the weights says that they were trained on it."""
+    ImageNet-1k, if the tag of the weights says that they were trained on it.
+
+    Raises:
+        ValueError: If the keys of `label_names` are not numbers.
+    """
     from timm.data import ImageNetInfo
 
     labels = settings.get("label_names") or settings.get("labels")
@@ -190,6 +197,8 @@ def class_names(
         known = ImageNetInfo()
         return tuple(str(known.index_to_description(index)) for index in range(num_classes))
     if isinstance(labels, dict):
+        if not all(str(key).isdecimal() for key in labels):
+            raise ValueError(f"label_names must have numbers as keys, got {sorted(labels)!r:.100}")
         labels = [labels[key] for key in sorted(labels, key=int)]
     if isinstance(descriptions, dict):
         labels = [descriptions.get(label, label) for label in labels]

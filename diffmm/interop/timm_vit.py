@@ -101,6 +101,9 @@ def read_encoder(model: Any, settings: TheirSettings) -> dict[str, Any]:
         "image_size": patches.img_size,
         "patch_size": patches.patch_size,
         "in_channels": patches.proj.in_channels,
+        "ignore_remainder": any(
+            side % step for side, step in zip(patches.img_size, patches.patch_size, strict=True)
+        ),
         "patch_bias": patches.proj.bias is not None,
         "num_classes": model.num_classes,
         "cls_token": cls_token,

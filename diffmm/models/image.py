@@ -24,9 +24,12 @@ class ImageConfig(EncoderConfig):
     """Configuration of an image model, in addition to the fields of `EncoderConfig`.
 
     Attributes:
-        image_size: Side of the images in pixels, or height and width; a multiple of `patch_size`.
+        image_size: Side of the images in pixels, or height and width; a multiple of `patch_size`,
+            unless `ignore_remainder`.
         patch_size: Side of a patch in pixels, or height and width.
         in_channels: Number of input channels `C`; 3 for color images.
+        ignore_remainder: Whether pixels at the bottom and the right that no whole patch covers are
+            ignored, as in timm; otherwise image sizes must be multiples of `patch_size`.
         patch_bias: Whether the patch embedding has a bias.
         rope_coordinates: Rotary coordinates are counted in `"patches"`, or `"normalized"` to the
             image, whatever its size (DINOv3; see `diffmm.layers.positions`).
@@ -43,6 +46,7 @@ class ImageConfig(EncoderConfig):
     image_size: int | tuple[int, int]
     patch_size: int | tuple[int, int] = 16
     in_channels: int = 3
+    ignore_remainder: bool = False
     patch_bias: bool = True
     rope_coordinates: Literal["patches", "normalized"] = "patches"
     rope_image_size: int | tuple[int, int] | None = None
@@ -92,10 +96,13 @@ class ImageConfig(EncoderConfig):
         """Number of rows and columns of patches for the image size in field `name`."""
         value = getattr(self, name) or self.image_size
         (height, width), (rows, columns) = as_size(value), as_size(self.patch_size)
-        if min(height, width) < 1 or height % rows or width % columns:
+        is_whole = height % rows == 0 and width % columns == 0
+        if min(height, width) < 1 or not (is_whole or self.ignore_remainder):
             raise ValueError(
                 f"{name} {height}x{width} is not a multiple of patch_size {rows}x{columns}"
             )
+        if height < rows or width < columns:
+            raise ValueError(f"{name} {height}x{width} is smaller than a patch {rows}x{columns}")
         return height // rows, width // columns
 
 
@@ -198,7 +205,10 @@ class ImageModel(Encoder):
     def patchify(self, images: Tensor) -> Tensor:
         """The pixels of each patch, `[B, N, h * w * C]`."""
         self._check(images)
-        return patchify(images, as_size(self.config.patch_size))
+        height, width = as_size(self.config.patch_size)
+        rows, columns = self.config.grid
+        whole = images[:, :, : rows * height, : columns * width]
+        return patchify(whole, (height, width))
 
     def num_patches(self, images: Tensor) -> int:
         """Number of patches `N`, the same for all images."""

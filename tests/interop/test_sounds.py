@@ -247,6 +247,10 @@ def test_what_diffmm_cannot_hold_of_a_whisper_is_refused(whisper):
     with pytest.raises(ValueError, match="chunk_length=30, but diffmm can hold only the 100 fram"):
         read_model(folder)
     rewrite(folder, PREPARED, chunk_length=1)
+    rewrite(folder, "config.json", architectures=["WhisperForAudioClassification"])
+    with pytest.raises(ValueError, match="contains a WhisperForAudioClassification, but of whisp"):
+        read_model(folder)
+    rewrite(folder, "config.json", architectures=["WhisperModel"])
     tensors = load_file(folder / "model.safetensors")
     tensors["model.encoder.extra"] = tensors.pop("model.encoder.conv1.bias")
     save_file(tensors, folder / "model.safetensors")

@@ -43,6 +43,7 @@ CASES = {
     ),
     "rmsnorm": (VIT, {"norm_layer": "rmsnorm", "qk_norm": True}),
     "no norm at the end": (VIT, {"final_norm": False}),
+    "pixels that no patch covers": (VIT, {"img_size": (35, 50)}),
     "deit": ("deit_small_patch16_224", {"patch_size": 16}),
     "deit, distilled": ("deit_small_distilled_patch16_224", {}),
     "deit3": ("deit3_small_patch16_224", {}),
@@ -158,6 +159,27 @@ def test_preprocessing_and_class_names_come_along(tmp_path):
         assert value == expected or tuple(value) == expected, name
 
 
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        ({"1": "b", "0": "a", "2": "c"}, ("a", "b", "c")),
+        (["x", "y", "z"], ("x", "y", "z")),
+        ({"one": "a"}, None),
+    ],
+)
+def test_names_of_classes_by_number(labels, found, tmp_path):
+    saved(VIT, SIZE | {"num_classes": 3}, tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"label_names": labels}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    if found is None:
+        with pytest.raises(
+            ValueError, match=r"label_names must have numbers as keys, got \['one'\]"
+        ):
+            read_model(tmp_path)
+    else:
+        assert read_model(tmp_path).job.class_names == found
+
+
 @pytest.mark.parametrize(("tag", "named"), [("augreg_in21k_ft_in1k", True), ("mine", False)])
 def test_models_of_imagenet_have_its_names(tag, named, tmp_path):
     model = randomize(timm.create_model(VIT, **SIZE | {"num_classes": 1000}))
@@ -202,7 +224,9 @@ def settings_of(**changes):
         ({"model_args": {"act_layer": "relu"}}, "only vision transformers; this one has ReLU"),
         ({"model_args": {"pos_embed": "none"}}, "tokens have no positions"),
         ({"model_args": {"depth": "two"}}, "timm cannot build .* model_args={'depth': 'two'}: "),
-        ({"model_args": {"img_size": 30}}, "image_size 30x30 is not a multiple of patch_size"),
+        ({"model_args": {"depth": 0}}, "model_args.depth=0, but diffmm can hold at least 1"),
+        ({"model_args": [1]}, r"model_args must be an object, got \[1\]"),
+        ({"model_args": {"img_size": 12}}, "image_size 12x12 is smaller than a patch 16x16"),
         ({"teacher": "x"}, "settings that diffmm does not know, .*: teacher='x'"),
         (
             {"architecture": "vit_base_patch16_rope_224", "model_args": {}},

@@ -40,7 +40,7 @@ def audio(**changes):
 
 def test_every_option_is_off_by_default_and_may_be_absent_in_old_descriptions():
     for model, own in (
-        (image(), ("patch_bias", "rope_coordinates")),
+        (image(), ("patch_bias", "rope_coordinates", "ignore_remainder")),
         (audio(), ("spectrogram", "partial_patches")),
     ):
         description = describe(model)
@@ -194,6 +194,19 @@ def test_positions_and_norm_before_the_blocks():
     model.set_input_size(patch_size=4)
     assert model.patch_embedding.proj.bias is None
     assert model(x).shape == (2, 3)
+
+
+def test_pixels_that_no_patch_covers_are_ignored():
+    with pytest.raises(ValueError, match="image_size 19x26 is not a multiple of patch_size 8x8"):
+        image(image_size=(19, 26))
+    model = image(image_size=(19, 26), ignore_remainder=True)
+    assert model.config.grid == (2, 3)
+    x = torch.randn(1, 3, 19, 26)
+    other = torch.cat([x[:, :, :16], torch.randn(1, 3, 3, 26)], dim=2)
+    other[..., 24:] = 7.0
+    assert torch.equal(model(x), model(other))
+    assert torch.equal(model.patchify(x), image().patchify(x[:, :, :16, :24]))
+    assert model.num_patches(x) == model.patchify(x).shape[1] == 6
 
 
 def test_normalized_coordinates_do_not_depend_on_the_size():
