@@ -18,6 +18,7 @@ from diffmm.hub.readers import make_reader
 from diffmm.interop import FAMILIES, read_model, write_model
 from diffmm.models import BackboneConfig, ImageConfig, ImageModel
 from diffmm.models.job import Job
+from diffmm.models.weights import own_weights
 
 SIZE = {
     "embed_dim": 24,
@@ -109,6 +110,42 @@ def test_weights_come_back_bit_by_bit_and_timm_reads_them(pair, tmp_path):
     x = images(theirs)
     assert torch.equal(again(x), theirs(x))
     assert read_model(back).config == ours.config
+
+
+@pytest.mark.parametrize("case", ["clip", "mean of the patches", "dinov3", "deit, distilled"])
+def test_features_of_blocks_and_of_the_pool_are_timms(case, tmp_path):
+    name, changes = CASES[case]
+    theirs = saved(name, SIZE | changes, tmp_path)
+    ours, x = read_model(tmp_path), images(theirs)
+    (last, taken), (truth, intermediates) = (
+        model.forward_intermediates(x, indices=[0], norm=True) for model in (ours, theirs)
+    )
+    assert_same(taken[0], intermediates[0], "block 0")
+    pooled = ours.forward_head(last, pre_logits=True)
+    assert_same(pooled, theirs.forward_head(truth, pre_logits=True), "pooled")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deit_base_distilled_patch16_224",
+        "vit_base_patch16_224",
+        "vit_so400m_patch14_siglip_384",
+        "vit_base_patch14_reg4_dinov2",
+        "vit_base_patch16_dinov3_qkvb",
+        "vit_dlittle_patch16_reg1_gap_256",
+        "vit_dpwee_patch16_reg1_gap_256",
+    ],
+)
+def test_published_architectures_have_all_tensors(name):
+    published = timm.get_pretrained_cfg(name).to_dict()
+    settings = {"architecture": name, "num_classes": 1000, "pretrained_cfg": published}
+    config = FAMILIES["timm"].config_of(settings, "a test")
+    with torch.device("meta"):
+        theirs, ours = timm.create_model(name, num_classes=1000), ImageModel(config)
+    found = FAMILIES["timm"].table(config).to_theirs(own_weights(ours))
+    shapes = {key: tensor.shape for key, tensor in theirs.state_dict().items()}
+    assert {key: tensor.shape for key, tensor in found.items()} == shapes
 
 
 class DualLambda(DiffAttention):
