@@ -227,7 +227,8 @@ def write_arguments(config: ImageConfig) -> dict[str, Any]:
     else:
         gated = backbone.feed_forward == "swiglu"
         eps = 1e-5 if backbone.norm == "layernorm" and backbone.norm_eps == 1e-5 else None
-        name = CARRIERS.get(("swiglu" if gated else "gelu", eps), "vit_base_patch16_224")
+        kind = "swiglu" if gated else "gelu"
+        name = CARRIERS.get((kind, eps), CARRIERS[kind, None])
         arguments["attn_layer"] = "diff" if differential else "attn"
         if gated:
             arguments["mlp_ratio"] *= 2

@@ -301,6 +301,7 @@ def test_what_diffmm_cannot_hold_is_refused(changes, message):
         ({}, {"rope": "2d"}, "timm cannot hold rope='2d'"),
         ({}, {"attention": "diff_v2"}, "timm cannot hold attention='diff_v2'"),
         ({}, {"norm_eps": 1e-4}, "timm cannot hold norm_eps=0.0001"),
+        ({}, {"norm_eps": 1e-5, "feed_forward": "swiglu"}, "timm cannot hold norm_eps=1e-05"),
         ({"pool": "map"}, {"attention": "diff_v1"}, "timm cannot hold pool_heads=2"),
         ({"patch_bias": False}, {}, "timm cannot hold patch_bias=False"),
         ({}, {"attention": "diff_v1", "lambda_init": 0.8}, "timm cannot hold lambda_init=0.8"),
@@ -322,28 +323,38 @@ def test_what_timm_cannot_hold_is_refused(encoder, backbone, message, tmp_path):
     assert not (tmp_path / "never").exists()
 
 
-@pytest.mark.parametrize("attention", ["softmax", "diff_v1"])
-def test_a_model_of_diffmm_goes_to_timm(attention, tmp_path):
-    backbone = BackboneConfig(
-        24,
-        2,
-        4,
-        attention=attention,
-        norm="layernorm",
-        feed_forward="gelu",
-        qkv_bias=True,
-        out_bias=True,
-        feed_forward_bias=True,
-    )
+OURS = {
+    "attention pool": ({"pool": "map", "pool_width": 40, "num_reg_tokens": 2}, {}),
+    "diff, attention pool": (
+        {"pool": "map", "pool_heads": 2, "pool_width": 40},
+        {"attention": "diff_v1"},
+    ),
+    "swiglu": ({}, {"feed_forward": "swiglu"}),
+    "diff, rmsnorm, swiglu": (
+        {"pool": "mean"},
+        {"attention": "diff_v1", "norm": "rmsnorm", "norm_eps": 1e-6, "feed_forward": "swiglu"},
+    ),
+    "no class token, eps": ({"cls_token": False, "pool": "mean"}, {"norm_eps": 1e-5}),
+    "distilled": ({"dist_token": True, "pool": "cls_dist", "head": "distilled"}, {}),
+    "quick gelu, layer scale": ({}, {"feed_forward": "quick_gelu", "layer_scale": 0.2}),
+    "normalized coordinates": (
+        {"learned_positions": False, "rope_coordinates": "normalized"},
+        {"rope": "2d", "rope_base": 50.0, "qkv_bias": "qv", "norm_eps": 1e-5, "layer_scale": 0.1,
+         "dim": 32},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_a_model_of_diffmm_goes_to_timm(case, tmp_path):
+    encoder, changes = OURS[case]
+    settings = {"dim": 24, "depth": 2, "num_heads": 4, "attention": "softmax"}
+    settings |= {"norm": "layernorm", "feed_forward": "gelu", "feed_forward_width": 40}
+    settings |= {"qkv_bias": True, "out_bias": True, "feed_forward_bias": True}
     config = ImageConfig(
-        backbone=backbone,
-        image_size=(16, 24),
-        patch_size=8,
-        num_classes=3,
-        learned_positions=True,
-        num_reg_tokens=2,
-        pool="map",
-        pool_heads=4 if attention == "softmax" else 2,
+        backbone=BackboneConfig(**settings | changes),
+        **{"image_size": (16, 24), "patch_size": 8, "num_classes": 3, "learned_positions": True}
+        | encoder,
     )
     ours = randomize(ImageModel(config))
     ours.job = Job(class_names=("a", "b", "c"))
