@@ -116,7 +116,10 @@ class Family:
             ValueError: If diffmm cannot hold a setting; the message names it.
         """
         theirs = TheirSettings(settings, origin)
-        config = self.read_settings(theirs)
+        try:
+            config = self.read_settings(theirs)
+        except (ArithmeticError, TypeError) as error:
+            raise ValueError(f"{origin} has settings out of range: {error}") from error
         theirs.finish()
         return config
 

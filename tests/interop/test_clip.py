@@ -159,6 +159,8 @@ def test_what_diffmm_cannot_hold_of_a_text_tower_is_refused(changes, message, tm
     ("changes", "message"),
     [
         ({"timm_model_name": "vit_base"}, "timm_model_name='vit_base', but diffmm can hold only"),
+        ({"head_width": 0}, "has settings out of range: integer division or modulo by zero"),
+        ({"image_size": 7.5}, "has settings out of range: cannot unpack non-iterable float"),
         ({"attentional_pool": True}, "attentional_pool=True, but diffmm can hold only False"),
         ({"block_type": "custom"}, "block_type='custom', but diffmm can hold only 'default'"),
         ({"layers": [3, 4, 6, 3]}, r"vision_cfg: layers must be an integer, got \[3, 4, 6, 3\]"),

@@ -225,6 +225,7 @@ PREPARED = "preprocessor_config.json"
         ("config.json", {"window": 3}, "settings that diffmm does not know, .*: window=3"),
         (PREPARED, {"max_length": 50}, "max_length=50, but diffmm can hold only 43: the number of"),
         (PREPARED, {"num_mel_bins": 7}, "num_mel_bins=7, but diffmm can hold only 20"),
+        (PREPARED, {"sampling_rate": 0}, "has settings out of range: division by zero"),
         (PREPARED, {"dither": 1.0}, "preprocessor_config has settings that .* dither=1.0"),
         ("config.json", {"num_hidden_layers": 3}, "16 missing"),
         ("config.json", {"id2label": {"0": "a"}}, "classifier.dense.weight .* needed"),
