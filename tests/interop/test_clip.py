@@ -299,6 +299,15 @@ def test_embeddings_and_all_gradients_of_diffclips_text_tower(diffclip, tmp_path
         write_model(ours, tmp_path / "never", "diffclip_text")
 
 
+def test_images_of_a_diffclip_are_square(diffclip):
+    _, folder = diffclip
+    tensors = load_file(folder / "model.safetensors")
+    tensors["module.visual.pos_embed"] = torch.ones(1, 7, 24)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="num_patches=6, but diffmm can hold only square images"):
+        read_model(folder)
+
+
 def test_another_model_is_not_taken_for_a_diffclip(diffclip):
     _, folder = diffclip
     tensors = load_file(folder / "model.safetensors")
