@@ -112,7 +112,7 @@ class FixedSpectrogram(nn.Module):
         check_waveforms(waveforms, num_samples)
         length = waveforms.shape[1]
         if num_samples is None:
-            num_samples = torch.full((len(waveforms),), length, device=waveforms.device)
+            num_samples = torch.full((waveforms.shape[0],), length, device=waveforms.device)
         num_samples = num_samples.clamp(1, length)
         with without_autocast(waveforms.device.type):
             wide = waveforms if waveforms.dtype == torch.float64 else waveforms.float()

@@ -56,7 +56,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor, key_padding: Tensor | None = None) -> Tensor:
         """Map `[B, N, dim]` to `[B, dim]`; `key_padding`, `[B, N]`, is true for real tokens."""
-        q = self.q(self.latent).expand(len(x), -1, -1).unflatten(-1, (self.num_heads, -1))
+        q = self.q(self.latent).expand(x.shape[0], -1, -1).unflatten(-1, (self.num_heads, -1))
         k, v = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         mask = AttentionMask(key_padding=key_padding)
         pooled = self.proj(softmax_attention(q, k, v, mask=mask).flatten(2)).squeeze(1)

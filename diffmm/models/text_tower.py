@@ -106,7 +106,9 @@ class TextTower(nn.Module):
             ValueError: As in `forward_features`.
         """
         features = self.forward_features(tokens)
-        return self.head(features[torch.arange(len(tokens), device=tokens.device), self.at(tokens)])
+        return self.head(
+            features[torch.arange(tokens.shape[0], device=tokens.device), self.at(tokens)]
+        )
 
     def forward_features(self, tokens: Tensor) -> Tensor:
         """Compute features `[B, N, dim]` after the final norm.
@@ -131,4 +133,4 @@ class TextTower(nn.Module):
             assert self.config.eos_id is not None
             return tokens.eq(self.config.eos_id).int().argmax(dim=1)
         last = tokens.shape[1] - 1 if self.config.pool == "last" else 0
-        return torch.full((len(tokens),), last, device=tokens.device)
+        return torch.full((tokens.shape[0],), last, device=tokens.device)
