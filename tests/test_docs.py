@@ -18,7 +18,15 @@ from PIL import Image
 from diffmm.cli import main, sweep
 from diffmm.interop import write_model
 from diffmm.layers.attention import ATTENTIONS
-from diffmm.models import BackboneConfig, TextConfig, TextModel
+from diffmm.models import (
+    AudioConfig,
+    AudioModel,
+    BackboneConfig,
+    ImageConfig,
+    ImageModel,
+    TextConfig,
+    TextModel,
+)
 from diffmm.models.job import Job, text_reader
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +106,26 @@ def llama(folder: Path) -> None:
     write_model(model, folder / "published", "llama")
 
 
+def published(folder: Path) -> None:
+    """A text, an image and an audio model of others, a photo and a sound."""
+    llama(folder)
+    usual = {"attention": "softmax", "norm": "layernorm", "norm_eps": 1e-6, "feed_forward": "gelu"}
+    usual |= {"qkv_bias": True, "out_bias": True, "feed_forward_bias": True}
+    backbone = BackboneConfig(dim=24, depth=1, num_heads=2, **usual)
+    shared = {"backbone": backbone, "num_classes": 2, "learned_positions": True}
+    settings = {"image_size": [16, 16], "channels": 3, "interpolation": "bicubic"}
+    settings |= {"crop_pct": 0.9, "crop_mode": "center", "mean": [0.5] * 3, "std": [0.5] * 3}
+    vit = ImageModel(ImageConfig(image_size=16, patch_size=8, **shared))
+    vit.job = Job({"class_path": "datamodules.image.ImageReader", "init_args": settings})
+    write_model(vit, folder / "vit", "timm")
+    Image.new("RGB", (50, 30), "red").save(folder / "photo.png")
+    more = {"dist_token": True, "pool": "cls_dist", "pool_norm": True, "spectrogram": "kaldi"}
+    more |= {"num_mels": 20, "patch_size": 8, "patch_stride": 5, "partial_patches": False}
+    ast = AudioModel(AudioConfig(sample_rate_hz=8000, clip_seconds=0.425, **shared, **more))
+    write_model(ast, folder / "ast", "audio-spectrogram-transformer")
+    soundfile.write(folder / "bark.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 6000), 8000)
+
+
 def run_command(line: str) -> None:
     """A line of a guide, with shortened training."""
     program, verb, *arguments = shlex.split(line)
@@ -119,7 +147,7 @@ def run_command(line: str) -> None:
         ("docs/sounds.md", sounds),
         ("docs/text.md", texts),
         ("docs/load.md", stereo),
-        ("docs/convert.md", llama),
+        ("docs/convert.md", published),
         ("docs/python.md", photos),
         ("docs/compare.md", None),
         ("docs/analyze.md", None),

@@ -15,7 +15,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     """Convert the weights, and print what was written."""
     options = make_parser().parse_args(arguments)
     with refusing():
-        print(convert(options.source, Path(options.target), options.to))
+        print(convert(options.source, Path(options.target), options.to, options.family))
     return 0
 
 
@@ -42,10 +42,17 @@ def make_parser() -> argparse.ArgumentParser:
         default=OURS,
         help="what to convert to: llama, mistral, ...; an unknown name lists all [diffmm]",
     )
+    parser.add_argument(
+        "--from",
+        dest="family",
+        metavar="FAMILY",
+        help="what to read the source as, of a model with several towers: open_clip_text, "
+        "diffclip_text; by default what its settings say",
+    )
     return parser
 
 
-def convert(source: str, target: Path, to: str) -> str:
+def convert(source: str, target: Path, to: str, family: str | None = None) -> str:
     """Convert weights and return a line that says what was written.
 
     Raises:
@@ -60,7 +67,9 @@ def convert(source: str, target: Path, to: str) -> str:
     check_choice("--to", to, (OURS, *conversion.FAMILIES))
     conversion.check_free(target)
     if is_of_others(source):
-        contents = conversion.read_contents(source)
+        contents = conversion.read_contents(source, family)
+    elif family is not None:
+        raise ValueError(f"--from {family} is for models of others, but {source} is of diffmm")
     else:
         contents = weights.read_contents(find_state(Path(source), warn=warn))
     if to == OURS:

@@ -10,21 +10,45 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffmm.checks import check_choice, did_you_mean
+from diffmm.interop.ast import AST
+from diffmm.interop.diffclip import DIFFCLIP
+from diffmm.interop.diffclip_text import DIFFCLIP_TEXT
 from diffmm.interop.diffllama import DIFFLLAMA
 from diffmm.interop.family import Family, contents_of, model_of
 from diffmm.interop.gemma2 import GEMMA2
 from diffmm.interop.llama import LLAMA
 from diffmm.interop.mistral import MISTRAL
 from diffmm.interop.motif import MOTIF
+from diffmm.interop.open_clip import OPEN_CLIP
+from diffmm.interop.open_clip_text import OPEN_CLIP_TEXT
 from diffmm.interop.qwen import QWEN2, QWEN3
-from diffmm.interop.source import CONFIG_NAME, TOKENIZER_NAME, Source, read_source
+from diffmm.interop.source import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, Source, read_source
+from diffmm.interop.timm_models import TIMM
 from diffmm.interop.unilm_decoders import UNILM_V1, UNILM_V2
-from diffmm.models.weights import WEIGHTS_NAME, Contents
+from diffmm.interop.whisper import WHISPER
+from diffmm.models.weights import Contents
 from diffmm.tokenizers import HuggingFaceTokenizer
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, DIFFLLAMA, MOTIF, UNILM_V1, UNILM_V2)
+    for family in (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        GEMMA2,
+        DIFFLLAMA,
+        MOTIF,
+        UNILM_V1,
+        UNILM_V2,
+        TIMM,
+        AST,
+        WHISPER,
+        OPEN_CLIP,
+        OPEN_CLIP_TEXT,
+        DIFFCLIP,
+        DIFFCLIP_TEXT,
+    )
 }
 """All families by name. A family of your own is added here."""
 
@@ -62,6 +86,10 @@ def family_of(source: Source, name: str | None = None) -> Family:
         return FAMILIES[name]
     kind = source.config.get("model_type")
     kind = kind.lower() if isinstance(kind, str) else kind
+    if kind is None and "architecture" in source.config:
+        kind = TIMM.name
+    if kind is None and "model_cfg" in source.config:
+        kind = OPEN_CLIP.name
     architectures = source.config.get("architectures") or []
     if kind not in FAMILIES:
         raise ValueError(
@@ -102,7 +130,8 @@ def write_contents(contents: Contents, folder: str | Path, family: str) -> Path:
     check_choice("family", family, FAMILIES)
     folder = Path(folder)
     check_free(folder)
-    settings, tensors = FAMILIES[family].to_theirs(contents)
+    files, tensors = FAMILIES[family].to_theirs(contents)
+    settings = files[CONFIG_NAME]
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     if len(dtypes) == 1:
         settings["torch_dtype"] = dtypes.pop()
@@ -115,7 +144,8 @@ def write_contents(contents: Contents, folder: str | Path, family: str) -> Path:
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
-        (unfinished / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+        for name, values in files.items():
+            (unfinished / name).write_text(json.dumps(values, indent=2) + "\n")
         save_file(tensors, unfinished / WEIGHTS_NAME, metadata={"format": "pt"})
         if definition is not None:
             (unfinished / TOKENIZER_NAME).write_text(definition, encoding="utf-8")

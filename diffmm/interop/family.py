@@ -10,11 +10,19 @@ from torch import Tensor, nn
 
 from diffmm.interop.names import Table
 from diffmm.interop.settings import TheirSettings
-from diffmm.interop.source import Source
+from diffmm.interop.source import CONFIG_NAME, PREPROCESSOR_NAME, Source
+from diffmm.layers.patch import as_size
 from diffmm.models import BackboneConfig, TextModel
 from diffmm.models.description import MODELS, build, describe
+from diffmm.models.encoder import EncoderConfig
 from diffmm.models.job import Job
 from diffmm.models.weights import Contents, own_weights
+
+SIZES = ("image_size", "patch_size", "patch_stride")
+"""Settings that a number or a pair of numbers can give."""
+
+PREPROCESSOR = "preprocessor_config"
+"""The setting that holds the file of this name, of families whose `prepare` puts it there."""
 
 TRAINING_ONLY = ("dropout", "drop_path", "init_std", "backend")
 """Settings of a backbone that change no output of a trained model."""
@@ -36,6 +44,9 @@ class Family:
         model: The model's class in `diffmm.models`.
         job: Takes the source and the model's config, and returns how inputs are prepared; None if
             the source does not say.
+        write_job: Takes a job, or None, and the model's config, and returns what the files of the
+            family say about it: values by name for each JSON file.
+        prepare: Takes the source and returns it with settings that only its tensors show.
     """
 
     name: str
@@ -45,6 +56,8 @@ class Family:
     table: Callable[[Any], Table]
     model: type[nn.Module] = TextModel
     job: Callable[[Source, Any], Job | None] = lambda source, config: None
+    write_job: Callable[[Job | None, Any], dict[str, dict[str, Any]]] = lambda job, config: {}
+    prepare: Callable[[Source], Source] = lambda source: source
 
     def to_ours(self, source: Source) -> Contents:
         """Convert weights to diffmm's, in their own dtypes.
@@ -53,6 +66,7 @@ class Family:
             ValueError: If diffmm cannot hold a setting, or tensors are missing, not expected or of
                 another shape; the message names all of them.
         """
+        source = self.prepare(source)
         config = self.config_of(source.config, source.origin)
         table = self.table(config)
         with torch.device("meta"):
@@ -62,8 +76,9 @@ class Family:
         plain = None if job is None else job.plain()
         return Contents(table.to_ours(source.tensors), describe(model), plain)
 
-    def to_theirs(self, contents: Contents) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Convert diffmm's weights: returns the settings and tensors of the other implementation.
+    def to_theirs(self, contents: Contents) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+        """Convert diffmm's weights: returns the tensors of the other implementation, and before
+        them its settings by JSON file.
 
         Raises:
             ValueError: If the model is of another kind, or the family cannot hold one of its
@@ -87,7 +102,12 @@ class Family:
         if differing:
             raise ValueError(f"{self.name} cannot hold {', '.join(differing)}")
         tensors = self.table(config).to_theirs(contents.weights)
-        return settings, {name: tensor.contiguous() for name, tensor in tensors.items()}
+        job = None if contents.job is None else Job.of(contents.job)
+        files = self.write_job(job, config)
+        if PREPROCESSOR in settings:
+            files = {**files, PREPROCESSOR_NAME: settings.pop(PREPROCESSOR)}
+        files = {**files, CONFIG_NAME: settings | files.get(CONFIG_NAME, {})}
+        return files, {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def config_of(self, settings: Mapping[str, Any], origin: str) -> Any:
         """The config of a model with these settings of the other implementation.
@@ -128,9 +148,29 @@ def _settled(config: Any) -> dict[str, Any]:
             found |= _settled(explicit(value))
         elif dataclasses.is_dataclass(value):
             found |= {f"{name}.{key}": each for key, each in _settled(value).items()}
+        elif name in SIZES and value is not None:
+            found[name] = as_size(value)
         elif name not in TRAINING_ONLY:
             found[name] = value
+    found.pop("ignore_remainder", None)  # without an effect where there is no remainder
+    if isinstance(config, EncoderConfig):
+        found |= _settled_pool(config)
     return found
+
+
+def _settled_pool(config: EncoderConfig) -> dict[str, Any]:
+    """The settings of special tokens and of the pool, None for those without an effect."""
+    is_map, has_prefix = config.pool == "map", config.num_prefix_tokens > 0
+    return {
+        "prefix_positions": config.prefix_positions
+        if has_prefix and config.learned_positions
+        else None,
+        "pool_prefix_tokens": config.pools_prefix_tokens
+        if has_prefix and config.pool in ("mean", "map")
+        else None,
+        "pool_heads": (config.pool_heads or config.backbone.num_heads) if is_map else None,
+        "pool_width": (config.pool_width or 4 * config.backbone.dim) if is_map else None,
+    }
 
 
 def explicit(config: BackboneConfig) -> BackboneConfig:

@@ -56,6 +56,10 @@ class TheirSettings:
             raise ValueError(f"{self._origin}: {name} must be {NOUNS[kind]}, got {value!r:.100}")
         return value
 
+    def peek(self, name: str) -> Any:
+        """The value of a setting, None if it is absent, without marking it as read."""
+        return self._values.get(name)
+
     def nullable(self, name: str, kind: type, default: Any) -> Any:
         """Return a setting whose null means none; `default` if it is absent.
 
@@ -74,6 +78,14 @@ class TheirSettings:
         given = self._values.get(name)
         if given is not None and given != value:
             self.refuse(name, given, f"only {value!r}: {why}")
+
+    def section(self, name: str) -> "TheirSettings":
+        """The settings within a setting that is an object; they need a `finish` of their own.
+
+        Raises:
+            ValueError: If it is absent or not an object.
+        """
+        return self.inside(name, self.take(name, dict))
 
     def inside(self, name: str, values: Mapping[str, Any]) -> "TheirSettings":
         """The settings within one that is an object; they need a `finish` of their own."""

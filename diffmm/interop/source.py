@@ -13,11 +13,21 @@ from diffmm.models.weights import DESCRIPTION_KEY, WEIGHTS_NAME
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
+OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
+OPEN_CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
 TOKENIZER_NAME = "tokenizer.json"
+PREPROCESSOR_NAME = "preprocessor_config.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = [CONFIG_NAME, TOKENIZER_NAME, "*.safetensors", INDEX_NAME]
+HUB_FILES = [
+    CONFIG_NAME,
+    OPEN_CLIP_CONFIG_NAME,
+    TOKENIZER_NAME,
+    PREPROCESSOR_NAME,
+    "*.safetensors",
+    INDEX_NAME,
+]
 
 
 class Source(NamedTuple):
@@ -28,12 +38,14 @@ class Source(NamedTuple):
         config: The settings in `config.json`.
         tensors: The weights by their names, in their own dtypes.
         tokenizer: The text of `tokenizer.json`, or None.
+        preprocessor: The settings in `preprocessor_config.json`, or None.
     """
 
     origin: str
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     tokenizer: str | None
+    preprocessor: dict[str, Any] | None = None
 
 
 def read_source(source: str | Path) -> Source:
@@ -49,14 +61,19 @@ def read_source(source: str | Path) -> Source:
             reached; the message names it.
     """
     folder, file = locate(source)
-    config = read_json(folder / CONFIG_NAME)
+    is_clip = _is_open_clip(folder)
+    if is_clip and file is None and (folder / OPEN_CLIP_WEIGHTS_NAME).is_file():
+        file = folder / OPEN_CLIP_WEIGHTS_NAME
+    config = read_json(folder / (OPEN_CLIP_CONFIG_NAME if is_clip else CONFIG_NAME))
     weights = dict(read_tensors(file) if file is not None else _all_tensors(folder))
     tokenizer = folder / TOKENIZER_NAME
     text = None
     if tokenizer.is_file():
         read_json(tokenizer)
         text = tokenizer.read_text(encoding="utf-8")
-    return Source(str(source), config, weights, text)
+    preprocessor = folder / PREPROCESSOR_NAME
+    prepared = read_json(preprocessor) if preprocessor.is_file() else None
+    return Source(str(source), config, weights, text, prepared)
 
 
 def locate(source: str | Path) -> tuple[Path, Path | None]:
@@ -85,7 +102,16 @@ def is_of_others(source: str | Path) -> bool:
     file = path / WEIGHTS_NAME if path.is_dir() else path
     if file.is_file() and (file.suffix != ".safetensors" or DESCRIPTION_KEY in _metadata(file)):
         return False
-    return (folder / CONFIG_NAME).is_file()
+    return (folder / CONFIG_NAME).is_file() or _is_open_clip(folder)
+
+
+def _is_open_clip(folder: Path) -> bool:
+    """Whether a folder is to be read as one of open_clip: it has its settings, and no others except
+    perhaps those of the same model for transformers."""
+    if not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
+        return False
+    others = folder / CONFIG_NAME
+    return not others.is_file() or read_json(others).get("model_type") == "clip"
 
 
 def read_json(file: Path) -> dict[str, Any]:

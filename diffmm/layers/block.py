@@ -19,10 +19,15 @@ class Block(nn.Module):
 
         x = x + post_norm(attention(norm(x)));  x = x + post_norm(feed_forward(norm(x)))
 
+    With one norm instead of two, both are in the same branch (ViT-22B, Dehghani et al. 2023):
+
+        x = x + (attention(norm(x)) + feed_forward(norm(x)))
+
     Args:
         attention: Any layer in `diffmm.layers.attention`.
         feed_forward: A module that maps `[B, N, dim]` to `[B, N, dim]`.
-        norms: The two norms, for attention and for feed-forward.
+        norms: The two norms, for attention and for feed-forward; the second is None if both are in
+            the same branch.
         dim: Width of the residual stream.
         dropout: Dropout rate on the output of each residual branch.
         drop_path: Rate at which a sample skips a residual branch (stochastic depth, Huang et al.
@@ -36,7 +41,7 @@ class Block(nn.Module):
         self,
         attention: Attention,
         feed_forward: nn.Module,
-        norms: tuple[nn.Module, nn.Module],
+        norms: tuple[nn.Module, nn.Module | None],
         *,
         dim: int,
         dropout: float = 0.0,
@@ -49,7 +54,10 @@ class Block(nn.Module):
         self.attention = attention
         self.feed_forward = feed_forward
         self.attention_branch, self.feed_forward_branch = (
-            ResidualBranch(dim, dropout, drop_path, layer_scale, norm) for norm in post_norms
+            ResidualBranch(dim, dropout, drop_path, layer_scale, post_norm)
+            if norm is not None
+            else None
+            for norm, post_norm in zip(norms, post_norms, strict=True)
         )
 
     def forward(
@@ -76,7 +84,11 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
     ) -> Tensor:
         """The computation of `forward`, which activation checkpointing runs twice."""
-        attended = self.attention(self.attention_norm(x), mask=mask, rope=rope, cache=cache)
+        assert self.attention_branch is not None
+        normed = self.attention_norm(x)
+        attended = self.attention(normed, mask=mask, rope=rope, cache=cache)
+        if self.feed_forward_norm is None or self.feed_forward_branch is None:
+            return x + self.attention_branch(attended + self.feed_forward(normed))
         x = x + self.attention_branch(attended)
         return x + self.feed_forward_branch(self.feed_forward(self.feed_forward_norm(x)))
 

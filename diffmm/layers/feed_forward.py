@@ -124,7 +124,8 @@ class GELU(FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activate(self.up_proj(x)))
 
-    def activate(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def activate(x: Tensor) -> Tensor:
         """The activation."""
         return gelu(x)
 
@@ -133,14 +134,25 @@ class TanhGELU(GELU):
     """`gelu(x W1) W2` with the tanh approximation of GELU (Hendrycks and Gimpel 2016), as in GPT-2.
     Arguments as in `SwiGLU`."""
 
-    def activate(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def activate(x: Tensor) -> Tensor:
         return gelu(x, approximate="tanh")
+
+
+class QuickGELU(GELU):
+    """`a(x W1) W2` with `a(x) = x sigmoid(1.702 x)`, an approximation of GELU (Hendrycks and Gimpel
+    2016), as in OpenAI's CLIP. Arguments as in `SwiGLU`."""
+
+    @staticmethod
+    def activate(x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
 
 
 FEED_FORWARDS: dict[str, type[FeedForward]] = {
     "swiglu": SwiGLU,
     "gelu": GELU,
     "gelu_tanh": TanhGELU,
+    "quick_gelu": QuickGELU,
     "geglu_tanh": TanhGEGLU,
     "polynorm_glu": PolyNormGLU,
 }

@@ -57,21 +57,30 @@ class PatchEmbedding(nn.Module):
         patch_size: Height and width of a patch.
         stride: Vertical and horizontal distance between two patches; the patch size by default.
             Pixels at the bottom and the right that no whole patch covers are ignored.
+        bias: Whether the map has a bias.
     """
 
     def __init__(
-        self, in_channels: int, dim: int, patch_size: Size, stride: Size | None = None
+        self,
+        in_channels: int,
+        dim: int,
+        patch_size: Size,
+        stride: Size | None = None,
+        *,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.stride = stride or patch_size
-        self.proj = Conv2d(in_channels, dim, patch_size, stride=self.stride)
+        self.proj = Conv2d(in_channels, dim, patch_size, stride=self.stride, bias=bias)
 
     def set_patch_size(self, patch_size: Size) -> None:
         """Change the patch size and the stride to `patch_size`, with resampled weights."""
         old = self.proj
         self.patch_size = self.stride = patch_size
-        self.proj = Conv2d(old.in_channels, old.out_channels, patch_size, stride=patch_size)
+        self.proj = Conv2d(
+            old.in_channels, old.out_channels, patch_size, stride=patch_size, bias=False
+        )
         self.proj.init_std = old.init_std
         weight = resample_patches(old.weight.detach(), patch_size)
         self.proj.weight = nn.Parameter(weight, requires_grad=old.weight.requires_grad)

@@ -1,5 +1,6 @@
 """Positions of tokens on a grid: learned embeddings and rotary coordinates."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,12 +12,13 @@ Grid = tuple[int, ...]
 
 
 class LearnedPositions(nn.Module):
-    """A learned vector per position of a grid and per special token before it.
+    """A learned vector per position of a grid and, if wanted, per special token before it.
 
     Args:
         grid: Size of the grid, with one or two axes.
         dim: Width of the tokens.
-        num_prefix: Number of tokens outside the grid (class token and register tokens).
+        num_prefix: Number of tokens outside the grid (class token, register tokens) that have a
+            vector; 0 if they have none.
         init_std: Standard deviation of the initial vectors.
     """
 
@@ -70,10 +72,34 @@ def coordinates(
     Returns:
         `[N, 2]` in float32, row by row, or `[N]` for a grid of one axis.
     """
-    axes = [
-        (torch.arange(size, device=device, dtype=torch.float32) + 0.5) * (full / size) + 0.5
-        for size, full in zip(grid, reference or grid, strict=True)
-    ]
+    return _on_grid(
+        [
+            (torch.arange(size, device=device, dtype=torch.float32) + 0.5) * (full / size) + 0.5
+            for size, full in zip(grid, reference or grid, strict=True)
+        ]
+    )
+
+
+def normalized_coordinates(grid: Grid, device: torch.device | str | None = None) -> Tensor:
+    """Rotary coordinates of a grid that do not depend on its size: `2π` times a coordinate between
+    -1 and 1, with 0 in the middle (DINOv3, Siméoni et al. 2025, section 3.2).
+
+        coordinate_i = 2π (2 (i + 1/2) / size - 1)
+
+    Returns:
+        `[N, 2]` in float32, row by row, or `[N]` for a grid of one axis.
+    """
+    return _on_grid(
+        [
+            ((torch.arange(size, device=device, dtype=torch.float32) + 0.5) / size * 2.0 - 1.0)
+            * (2.0 * math.pi)
+            for size in grid
+        ]
+    )
+
+
+def _on_grid(axes: list[Tensor]) -> Tensor:
+    """The coordinates of all positions of a grid, row by row, given those along each axis."""
     if len(axes) == 1:
         return axes[0]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)

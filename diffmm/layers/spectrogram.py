@@ -103,7 +103,7 @@ class LogMelSpectrogram(nn.Module):
             waveforms = zero_beyond(waveforms, num_samples)
         length = (self.num_frames(waveforms.shape[1]) - 1) * self.hop_samples + self.num_fft
         left = (self.num_fft - self.hop_samples) // 2
-        with _no_autocast(waveforms.device.type):
+        with without_autocast(waveforms.device.type):
             window, filters = self.window.value, self.filters.value
             waveforms = waveforms.to(window.dtype)
             waveforms = pad(waveforms, (left, length - left - waveforms.shape[1]))
@@ -143,6 +143,24 @@ def _(waveforms: Tensor, window: Tensor, num_fft: int, hop: int) -> Tensor:
     return waveforms.new_empty(batch, (num_samples - num_fft) // hop + 1, num_fft // 2 + 1)
 
 
+def power_spectrum_of(frames: Tensor, num_fft: int) -> Tensor:
+    """Squared magnitudes of the Fourier transform of frames `[B, T, window]`, padded with zeros to
+    `num_fft`: `[B, T, num_fft / 2 + 1]`. In a compiled graph it is one opaque operator."""
+    if torch.compiler.is_dynamo_compiling() and not frames.requires_grad:
+        return _frame_power_op(frames, num_fft)
+    return torch.fft.rfft(frames, num_fft).abs().square()
+
+
+@torch.library.custom_op("diffmm::frame_power", mutates_args=())
+def _frame_power_op(frames: Tensor, num_fft: int) -> Tensor:
+    return torch.fft.rfft(frames, num_fft).abs().square()
+
+
+@_frame_power_op.register_fake
+def _(frames: Tensor, num_fft: int) -> Tensor:
+    return frames.new_empty(*frames.shape[:2], num_fft // 2 + 1)
+
+
 def fft_size(window_samples: int, sample_rate_hz: int, num_mels: int) -> int:
     """The smallest power of two that holds the window and gives every mel band a frequency bin.
 
@@ -178,15 +196,30 @@ def check_waveforms(waveforms: Tensor, num_samples: Tensor | None) -> None:
         )
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Disable autocast; the meta device has none to disable."""
     if device_type == "meta":
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 
-def mel_filters(num_fft: int, sample_rate_hz: int, num_mels: int) -> Tensor:
-    """torchaudio's mel filter bank, `[num_fft / 2 + 1, num_mels]` in float32 on the CPU."""
+def mel_filters(
+    num_fft: int,
+    sample_rate_hz: int,
+    num_mels: int,
+    *,
+    highest_hz: float | None = None,
+    slaney: bool = False,
+) -> Tensor:
+    """torchaudio's mel filter bank, `[num_fft / 2 + 1, num_mels]` in float32 on the CPU.
+
+    Args:
+        num_fft: Size of the Fourier transform.
+        sample_rate_hz: Sample rate, in Hz.
+        num_mels: Number of mel bands.
+        highest_hz: Upper edge of the highest band; half the sample rate by default.
+        slaney: Whether the bands are Slaney's, with equal areas, instead of HTK's.
+    """
     from torchaudio.functional import melscale_fbanks  # not needed by text and image models
 
     # torchaudio uses the default dtype, which may be half, and the default device, which may be
@@ -196,7 +229,13 @@ def mel_filters(num_fft: int, sample_rate_hz: int, num_mels: int) -> Tensor:
     try:
         with torch.device("cpu"):
             return melscale_fbanks(
-                num_fft // 2 + 1, 0.0, sample_rate_hz / 2, num_mels, sample_rate_hz
+                num_fft // 2 + 1,
+                0.0,
+                highest_hz or sample_rate_hz / 2,
+                num_mels,
+                sample_rate_hz,
+                norm="slaney" if slaney else None,
+                mel_scale="slaney" if slaney else "htk",
             )
     finally:
         torch.set_default_dtype(default)

@@ -11,22 +11,29 @@ from diffmm.layers.spectrogram import Count, zero_beyond
 class PatchStem(nn.Module):
     """Two-dimensional patch embedding of spectrograms (AST, Gong et al. 2021).
 
-    Tokens are ordered by time, then by frequency, so that padding comes last. In time the last
-    patch is padded with zeros; in frequency, bands at the top that no whole patch covers are
-    ignored, as in AST.
+    Tokens are ordered by time, then by frequency, so that padding comes last. In frequency, bands
+    at the top that no whole patch covers are ignored, as in AST.
 
     Args:
         num_mels: Number of mel bands of the spectrogram.
         dim: Width of the tokens.
         patch_size: Size of a patch, in frames and mel bands.
         stride: Distance between two patches, in frames and mel bands; the patch size by default.
+        partial: Whether the last patch in time may end after the last frame, padded with zeros.
+            Otherwise frames at the end that no whole patch covers are ignored, as in AST.
 
     Raises:
         ValueError: If a patch has more than `num_mels` bands, or the stride leaves gaps.
     """
 
     def __init__(
-        self, num_mels: int, dim: int, patch_size: Size, stride: Size | None = None
+        self,
+        num_mels: int,
+        dim: int,
+        patch_size: Size,
+        stride: Size | None = None,
+        *,
+        partial: bool = True,
     ) -> None:
         super().__init__()
         stride = stride or patch_size
@@ -39,14 +46,14 @@ class PatchStem(nn.Module):
             raise ValueError(
                 f"patch_stride must be between 1 and patch_size, got {stride} and {patch_size}"
             )
-        self.patch_size, self.stride = patch_size, stride
+        self.patch_size, self.stride, self.partial = patch_size, stride, partial
         self.num_bands = (num_mels - patch_size[1]) // stride[1] + 1
         self.embedding = PatchEmbedding(1, dim, patch_size, stride)
 
     def num_steps(self, num_frames: Count) -> Count:
         """Number of patches in time for `num_frames` frames (0 counts as 1)."""
         patch, stride = self.patch_size[0], self.stride[0]
-        return (num_frames - patch + stride - 1) // stride + 1
+        return (num_frames - patch + (stride - 1 if self.partial else 0)) // stride + 1
 
     def grid(self, num_frames: int) -> tuple[int, ...]:
         """Number of tokens in time and in frequency."""

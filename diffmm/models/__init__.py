@@ -6,6 +6,7 @@ from diffmm.models.encoder import Embedded, Encoder, EncoderConfig, register_hea
 from diffmm.models.image import ImageConfig, ImageModel
 from diffmm.models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderConfig
 from diffmm.models.text import TextConfig, TextModel
+from diffmm.models.text_tower import TextTower, TextTowerConfig
 
 __all__ = [
     "AudioConfig",
@@ -21,5 +22,7 @@ __all__ = [
     "MaskedAutoencoderConfig",
     "TextConfig",
     "TextModel",
+    "TextTower",
+    "TextTowerConfig",
     "register_head",
 ]

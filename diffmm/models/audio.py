@@ -11,12 +11,24 @@ from torch import Tensor, nn
 
 from diffmm.batch import InputShapes
 from diffmm.checks import check_choice
+from diffmm.layers.fixed_spectrogram import (
+    FixedSpectrogram,
+    KaldiSpectrogram,
+    WhisperSpectrogram,
+)
 from diffmm.layers.linear import INIT_STD, init_weights
 from diffmm.layers.patch import as_size, patchify
 from diffmm.layers.positions import Grid, coordinates, resample
 from diffmm.layers.spectrogram import LogMelSpectrogram, check_waveforms, zero_beyond
 from diffmm.layers.stem import FrameStem, PatchStem
 from diffmm.models.encoder import Embedded, Encoder, EncoderConfig
+
+SPECTROGRAMS: dict[str, Any] = {
+    "log_mel": LogMelSpectrogram,
+    "kaldi": KaldiSpectrogram,
+    "whisper": WhisperSpectrogram,
+}
+"""Values of `AudioConfig.spectrogram`."""
 
 NO_PATCHES = "masking needs patches that do not overlap: use stem 'patch' without patch_stride"
 
@@ -30,6 +42,9 @@ class AudioConfig(EncoderConfig):
         num_mels: Number of mel bands of the spectrogram.
         window_seconds: Length of the spectrogram's window, in seconds.
         hop_seconds: Distance between two frames of the spectrogram, in seconds.
+        spectrogram: `"log_mel"` (see `LogMelSpectrogram`); or `"kaldi"`, that of AST, or
+            `"whisper"`, for models trained with it (see `diffmm.layers.fixed_spectrogram`). Those
+            two pad every clip to `clip_seconds`, and the padding is not masked.
         log_mel_mean: Mean of the log-mel values over the training set, for normalization. The
             default is that of AudioSet, as in AST.
         log_mel_std: Standard deviation of the log-mel values over the training set.
@@ -37,9 +52,11 @@ class AudioConfig(EncoderConfig):
             `"frame"` for one token per few frames as in Whisper, with 1-D rotary positions.
         patch_size: Side of a patch, or its frames and mel bands; 16 by default. Patch stem only.
         patch_stride: Distance between two patches; the patch size by default. Patch stem only.
+        partial_patches: Whether the last patch in time may end after the last frame; if not, frames
+            at the end that no whole patch covers are ignored, as in AST. Patch stem only.
         frame_strides: Strides of the two convolutions; `(1, 2)` by default. Frame stem only.
         clip_seconds: Maximum length of a clip, in seconds; longer clips raise an error. Required
-            by learned positions, optional with rotary positions.
+            by learned positions and spectrograms that pad, optional otherwise.
 
     Raises:
         ValueError: If a field is out of range; the message names the field and the value.
@@ -53,16 +70,19 @@ class AudioConfig(EncoderConfig):
     num_mels: int = 128
     window_seconds: float = 0.025
     hop_seconds: float = 0.010
+    spectrogram: Literal["log_mel", "kaldi", "whisper"] = "log_mel"
     log_mel_mean: float = -4.27
     log_mel_std: float = 4.57
     stem: Literal["patch", "frame"] = "patch"
     patch_size: int | tuple[int, int] | None = None
     patch_stride: int | tuple[int, int] | None = None
+    partial_patches: bool = True
     frame_strides: tuple[int, int] | None = None
     clip_seconds: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("stem", self.stem, ("patch", "frame"))
+        check_choice("spectrogram", self.spectrogram, SPECTROGRAMS)
         super().__post_init__()
         for name, served in (
             ("patch_size", "patch"),
@@ -71,14 +91,26 @@ class AudioConfig(EncoderConfig):
         ):
             if getattr(self, name) is not None and self.stem != served:
                 raise ValueError(f"{name} is not used by stem {self.stem!r}: leave it out")
+        if not self.partial_patches and self.stem != "patch":
+            raise ValueError(f"partial_patches is not used by stem {self.stem!r}: leave it out")
+        if self.spectrogram != "log_mel" and self.clip_seconds is None:
+            raise ValueError(
+                f"spectrogram={self.spectrogram!r} needs clip_seconds, to which it pads every clip"
+            )
         if self.clip_seconds is not None and self.clip_seconds <= 0.0:
             raise ValueError(f"clip_seconds must be positive, got {self.clip_seconds}")
         if self.learned_positions and self.clip_seconds is None:
             raise ValueError("learned_positions needs clip_seconds, the maximum length of a clip")
         # Building the layers on the meta device runs their own checks.
         with torch.device("meta"):
-            self.make_spectrogram()
-            self.make_stem()
+            spectrogram, stem = self.make_spectrogram(), self.make_stem()
+        if isinstance(stem, PatchStem) and isinstance(spectrogram, FixedSpectrogram):
+            frames = spectrogram.clip_frames
+            if not self.partial_patches and frames < stem.patch_size[0]:
+                raise ValueError(
+                    f"clip_seconds={self.clip_seconds} has {frames} frames, fewer than a patch of "
+                    f"{stem.patch_size[0]}"
+                )
 
     @property
     def num_axes(self) -> int:
@@ -109,16 +141,19 @@ class AudioConfig(EncoderConfig):
         """Convert seconds to a number of samples, at least one."""
         return max(1, round(seconds * self.sample_rate_hz))
 
-    def make_spectrogram(self) -> LogMelSpectrogram:
+    def make_spectrogram(self) -> LogMelSpectrogram | FixedSpectrogram:
         """Build the spectrogram layer."""
-        return LogMelSpectrogram(
-            self.sample_rate_hz,
-            num_mels=self.num_mels,
-            window_seconds=self.window_seconds,
-            hop_seconds=self.hop_seconds,
-            mean=self.log_mel_mean,
-            std=self.log_mel_std,
-        )
+        settings: dict[str, Any] = {
+            "num_mels": self.num_mels,
+            "window_seconds": self.window_seconds,
+            "hop_seconds": self.hop_seconds,
+            "mean": self.log_mel_mean,
+            "std": self.log_mel_std,
+        }
+        if self.spectrogram != "log_mel":
+            assert self.clip_seconds is not None
+            settings["clip_samples"] = self.samples_in(self.clip_seconds)
+        return SPECTROGRAMS[self.spectrogram](self.sample_rate_hz, **settings)
 
     def make_stem(self) -> PatchStem | FrameStem:
         """Build the layer that turns spectrograms into tokens."""
@@ -126,7 +161,9 @@ class AudioConfig(EncoderConfig):
             return FrameStem(self.num_mels, self.backbone.dim, self.frame_strides or (1, 2))
         patch_size = as_size(self.patch_size or 16)
         stride = as_size(self.patch_stride) if self.patch_stride is not None else patch_size
-        return PatchStem(self.num_mels, self.backbone.dim, patch_size, stride)
+        return PatchStem(
+            self.num_mels, self.backbone.dim, patch_size, stride, partial=self.partial_patches
+        )
 
 
 class AudioModel(Encoder):
@@ -253,6 +290,8 @@ class AudioModel(Encoder):
             ValueError: If the length is not positive.
         """
         self.config = replace(self.config, clip_seconds=clip_seconds)
+        if isinstance(self.spectrogram, FixedSpectrogram):
+            self.spectrogram.clip_samples = self.config.samples_in(clip_seconds)
         self._set_grid(self._grid(self.config.samples_in(clip_seconds)))
         self._describe_to_timm()
 

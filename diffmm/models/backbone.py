@@ -41,7 +41,7 @@ class Backbone(nn.Module):
         self.activation_checkpointing = False
         self.rope = config.make_rope() if config.rope != "none" else None
         self.blocks = nn.ModuleList(config.make_block(index) for index in range(config.depth))
-        self.norm = config.make_norm()
+        self.norm = config.make_final_norm()
         self.apply(partial(init_weights, std=config.init_std))
         # Each block adds two residual branches; scaled this way, their sum does not grow with
         # depth.

@@ -38,9 +38,13 @@ class BackboneConfig(Settings):
             `register_norm`.
         norm_eps: `eps` of all norms, those of queries and keys included (but see
             `headwise_norm_eps`); by default 1e-5 (rmsnorm) or 1e-6 (the others).
+        final_norm: Whether the output of the last block is normalized.
+        parallel: Whether attention and feed-forward of a block are parallel, with one norm and one
+            residual branch (see `diffmm.layers.Block`); excludes `post_norm`.
         post_norm: Whether the output of each residual branch is normalized, too.
         feed_forward: `"swiglu"`, `"gelu"`, `"geglu_tanh"` and `"gelu_tanh"` (with the tanh
-            approximation), `"polynorm_glu"`, or one added by `register_feed_forward`.
+            approximation), `"quick_gelu"`, `"polynorm_glu"`, or one added by
+            `register_feed_forward`.
         feed_forward_width: Hidden width of the feed-forward layers. By default 8/3 (gated) or 4
             (not gated) times `dim`, reduced by the parameters that the attention has beyond softmax
             attention (the extra queries of `diff_v2`, an output gate), so that all attentions
@@ -54,7 +58,8 @@ class BackboneConfig(Settings):
         full_attention_layers: Indices of the blocks without a window.
         attention_scale: Factor of the attention scores before the softmax; `head_dim ** -0.5` by
             default.
-        qkv_bias: Whether the query, key and value projections have a bias.
+        qkv_bias: Whether the query, key and value projections have a bias; `"qv"` for all but the
+            keys.
         out_bias: Whether the output projection of the attention has a bias.
         feed_forward_bias: Whether the projections of the feed-forward layer have a bias.
         qk_norm: Whether to apply RMSNorm to queries and keys; `"layernorm"` applies LayerNorm.
@@ -76,6 +81,8 @@ class BackboneConfig(Settings):
         share: Whether both components share one query (`"q"`) or one key (`"k"`); v1 only.
         lambda_init: Initial lambda of every layer, instead of the paper's schedule; v1 only.
         lambda_layer_offset: Added to the index of a block for its initial lambda; v1 only.
+        dual_lambda: Whether lambda has two learned numbers per layer instead of four vectors; v1
+            only.
         heads_per_noise: Number of differential heads that share a second query; v1 only.
         headwise_norm: Whether heads are normalized; v1 only.
         headwise_norm_eps: `eps` of that norm; v1 only.
@@ -99,6 +106,8 @@ class BackboneConfig(Settings):
     attention: str = "diff_v1"
     norm: str = "rmsnorm"
     norm_eps: float | None = None
+    final_norm: bool = True
+    parallel: bool = False
     post_norm: bool = False
     feed_forward: str = "swiglu"
     feed_forward_width: int | None = None
@@ -108,7 +117,7 @@ class BackboneConfig(Settings):
     window: int | None = None
     full_attention_layers: tuple[int, ...] = ()
     attention_scale: float | None = None
-    qkv_bias: bool = False
+    qkv_bias: bool | Literal["qv"] = False
     out_bias: bool = False
     feed_forward_bias: bool = False
     qk_norm: bool | Literal["layernorm"] = False
@@ -121,6 +130,7 @@ class BackboneConfig(Settings):
     share: Literal["q", "k"] | None = None
     lambda_init: float | None = None
     lambda_layer_offset: int = 0
+    dual_lambda: bool = False
     heads_per_noise: int = 1
     headwise_norm: bool = True
     headwise_norm_eps: float = 1e-5
@@ -147,6 +157,8 @@ class BackboneConfig(Settings):
         check_choice("norm", self.norm, NORMS)
         check_choice("feed_forward", self.feed_forward, FEED_FORWARDS)
         check_choice("rope", self.rope, ROPE_AXES)
+        if self.parallel and self.post_norm:
+            raise ValueError("parallel=True has one residual branch: post_norm=True is not used")
         if self.rope_scaling is not None and self.rope == "none":
             raise ValueError("rope_scaling needs rope='1d', got rope='none'")
         layers = self.full_attention_layers
@@ -242,6 +254,10 @@ class BackboneConfig(Settings):
         """Build a norm over `dim`: that of a residual branch, or the final one."""
         return make_norm(self.norm, self.dim, self.norm_eps)
 
+    def make_final_norm(self) -> nn.Module:
+        """Build the norm after the last block."""
+        return self.make_norm() if self.final_norm else nn.Identity()
+
     def make_rope(self) -> RotaryEmbedding:
         """Build the rotary embedding that all blocks share."""
         return RotaryEmbedding(
@@ -255,7 +271,7 @@ class BackboneConfig(Settings):
             FEED_FORWARDS[self.feed_forward](
                 self.dim, self.resolved_feed_forward_width, bias=self.feed_forward_bias
             ),
-            (self.make_norm(), self.make_norm()),
+            (self.make_norm(), None if self.parallel else self.make_norm()),
             dim=self.dim,
             dropout=self.dropout,
             drop_path=self.drop_path * layer_index / max(1, self.depth - 1),

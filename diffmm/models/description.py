@@ -11,13 +11,14 @@ from diffmm.models.audio import AudioModel
 from diffmm.models.image import ImageModel
 from diffmm.models.masked_autoencoder import MaskedAutoencoder
 from diffmm.models.text import TextModel
+from diffmm.models.text_tower import TextTower
 from diffmm.renamed import with_new_names
 
 Model = TypeVar("Model", bound=nn.Module)
 
 MODELS: dict[str, type[nn.Module]] = {
     f"diffmm.models.{model.__name__}": model
-    for model in (TextModel, ImageModel, AudioModel, MaskedAutoencoder)
+    for model in (TextModel, TextTower, ImageModel, AudioModel, MaskedAutoencoder)
 }
 """The classes that a description may name; a file cannot cause any other import."""
 

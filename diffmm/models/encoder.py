@@ -11,6 +11,8 @@ from torch.nn.functional import pad
 
 from diffmm.batch import InputShapes
 from diffmm.checks import Settings, check_choice
+from diffmm.layers.feed_forward import GELU, QuickGELU, TanhGELU
+from diffmm.layers.head import DistilledHead
 from diffmm.layers.linear import Linear, init_weights
 from diffmm.layers.norm import upcast
 from diffmm.layers.pool import AttentionPool
@@ -20,10 +22,20 @@ from diffmm.models.backbone import Backbone, BackboneConfig
 from diffmm.models.timm_interface import TimmInterface
 from diffmm.ops import AttentionMask
 
-POOLS = {"cls": "cls", "token": "cls", "mean": "mean", "avg": "mean", "map": "map"}
+POOLS = {
+    "cls": "cls",
+    "token": "cls",
+    "cls_dist": "cls_dist",
+    "mean": "mean",
+    "avg": "mean",
+    "map": "map",
+}
 """Pooling methods, by diffmm's names and by timm's."""
 
-HEADS: dict[str, type[nn.Module]] = {"linear": Linear}
+PLAIN_GELUS = {"gelu": GELU, "gelu_tanh": TanhGELU, "quick_gelu": QuickGELU}
+"""Feed-forward layers whose activation the pool `"map"` uses too; with others it uses GELU."""
+
+HEADS: dict[str, type[nn.Module]] = {"linear": Linear, "distilled": DistilledHead}
 """Values of `EncoderConfig.head`: classes constructed from a width and a number of classes."""
 
 
@@ -43,14 +55,27 @@ class EncoderConfig(Settings):
         num_classes: Number of output classes; 0 means no head, and the model returns pooled
             features.
         cls_token: Whether the sequence starts with a class token.
-        num_reg_tokens: Number of register tokens after the class token; the head does not read
-            them (Darcet et al. 2024).
-        pool: Input of the head: the class token (`"cls"`, timm's `"token"`), the mean over the
-            patches (`"mean"`, timm's `"avg"`), or attention of a learned query over all tokens
-            (`"map"`, Zhai et al. 2022).
-        head: `"linear"`, or a head added by `register_head`.
+        dist_token: Whether a distillation token follows the class token (DeiT, AST).
+        num_reg_tokens: Number of register tokens after those; the head does not read them (Darcet
+            et al. 2024).
+        pool: Input of the head: the class token (`"cls"`, timm's `"token"`), the class and the
+            distillation token (`"cls_dist"`), the mean over the patches (`"mean"`, timm's `"avg"`),
+            or attention of a learned query over all tokens (`"map"`, Zhai et al. 2022).
+        pool_prefix_tokens: Whether the pools `"mean"` and `"map"` include the special tokens; by
+            default `"map"` does and `"mean"` does not.
+        pool_heads: Number of attention heads of the pool `"map"`; those of the backbone by default.
+        pool_width: Hidden width of the feed-forward layer of the pool `"map"`; `4 * dim` by
+            default.
+        pool_norm: Whether the pooled features are normalized. timm's models with the pool `"avg"`
+            do this instead of the backbone's `final_norm`.
+        head: `"linear"`, which with the pool `"cls_dist"` reads the mean of the two tokens (AST);
+            `"distilled"`, the mean of a linear layer for each of them (DeiT); or a head added by
+            `register_head`.
+        head_bias: Whether the head `"linear"` has a bias; the projections of CLIP have none.
         learned_positions: Whether every position has a learned embedding, in addition to or
             instead of rotary positions.
+        prefix_positions: Whether the special tokens have such embeddings too.
+        pre_norm: Whether the tokens are normalized before the first block, as in CLIP.
 
     Raises:
         ValueError: If a field is out of range; the message names the field and the value.
@@ -59,10 +84,18 @@ class EncoderConfig(Settings):
     backbone: BackboneConfig
     num_classes: int = 0
     cls_token: bool = True
+    dist_token: bool = False
     num_reg_tokens: int = 0
-    pool: Literal["cls", "token", "mean", "avg", "map"] = "cls"
+    pool: Literal["cls", "token", "cls_dist", "mean", "avg", "map"] = "cls"
+    pool_prefix_tokens: bool | None = None
+    pool_heads: int | None = None
+    pool_width: int | None = None
+    pool_norm: bool = False
     head: str = "linear"
+    head_bias: bool = True
     learned_positions: bool = False
+    prefix_positions: bool = True
+    pre_norm: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +107,34 @@ class EncoderConfig(Settings):
         check_choice("head", self.head, HEADS)
         if self.pool == "cls" and not self.cls_token:
             raise ValueError("pool='cls' needs cls_token=True: set it, or use pool='mean'")
+        if self.pool == "cls_dist" and not (self.cls_token and self.dist_token):
+            raise ValueError(
+                "pool='cls_dist' needs cls_token=True and dist_token=True: set them, or use "
+                "pool='mean'"
+            )
+        if self.head == "distilled" and self.pool != "cls_dist":
+            raise ValueError(f"head='distilled' needs pool='cls_dist', got pool={self.pool!r}")
+        if not self.head_bias and self.head != "linear":
+            raise ValueError(f"head_bias=False is for head='linear', got head={self.head!r}")
+        if self.pool_prefix_tokens is not None and self.pool not in ("mean", "map"):
+            raise ValueError(
+                f"pool_prefix_tokens={self.pool_prefix_tokens} is not used by pool={self.pool!r}: "
+                f"leave it out"
+            )
+        for name in ("pool_heads", "pool_width"):
+            value = getattr(self, name)
+            if value is not None and (self.pool != "map" or value < 1):
+                raise ValueError(
+                    f"{name} must be at least 1 and is for pool='map' only, got {value} with "
+                    f"pool={self.pool!r}"
+                )
+        if self.pool_heads is not None and self.backbone.dim % self.pool_heads:
+            raise ValueError(
+                f"pool_heads must divide the backbone's dim {self.backbone.dim}, got "
+                f"{self.pool_heads}"
+            )
+        if not self.prefix_positions and not self.learned_positions:
+            raise ValueError("prefix_positions=False is for learned_positions=True: leave it out")
         if self.backbone.rope not in ("none", self.rope_kind):
             raise ValueError(
                 f"the tokens have {self.rope_kind} positions, but the backbone's rope is "
@@ -91,6 +152,17 @@ class EncoderConfig(Settings):
 
     exact_fields: ClassVar[tuple[str, ...]] = ()
     """The input fields that low precision (`bf16-true`, `16-true`) must not cast."""
+
+    @property
+    def pools_prefix_tokens(self) -> bool:
+        """Whether the pools `"mean"` and `"map"` include the special tokens, given or derived."""
+        return self.pool == "map" if self.pool_prefix_tokens is None else self.pool_prefix_tokens
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number of special tokens before the patches: class token, distillation token and
+        register tokens."""
+        return int(self.cls_token) + int(self.dist_token) + self.num_reg_tokens
 
     @property
     def num_axes(self) -> int:
@@ -159,21 +231,25 @@ class Encoder(TimmInterface):
         self.max_grid = max_grid
         dim, num_prefix = config.backbone.dim, self.num_prefix_tokens
         self.cls_token = nn.Parameter(torch.empty(1, dim)) if config.cls_token else None
+        self.dist_token = nn.Parameter(torch.empty(1, dim)) if config.dist_token else None
         self.reg_token = (
             nn.Parameter(torch.empty(config.num_reg_tokens, dim)) if config.num_reg_tokens else None
         )
         self.positions = None
         if config.learned_positions:
             assert max_grid is not None
-            self.positions = LearnedPositions(max_grid, dim, num_prefix, config.backbone.init_std)
+            num_placed = num_prefix if config.prefix_positions else 0
+            self.positions = LearnedPositions(max_grid, dim, num_placed, config.backbone.init_std)
+        self.pre_norm = config.backbone.make_norm() if config.pre_norm else None
         self.backbone = Backbone(config.backbone)
         self.pooling = _make_pooling(config)
+        self.pool_norm = config.backbone.make_norm() if config.pool_norm else None
         self.head = _make_head(config)
         self.reset_parameters()
         self._describe_to_timm()
 
     def reset_parameters(self) -> None:
-        """Initialize the class token and the register tokens."""
+        """Initialize the special tokens."""
         for parameter in self.parameters(recurse=False):
             nn.init.trunc_normal_(parameter, std=self.config.backbone.init_std)
 
@@ -184,8 +260,8 @@ class Encoder(TimmInterface):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Number of special tokens before the patches: class token and register tokens."""
-        return int(self.config.cls_token) + self.config.num_reg_tokens
+        """Number of special tokens before the patches, as in `EncoderConfig`."""
+        return self.config.num_prefix_tokens
 
     def encode(
         self, embedded: Embedded, indices: Sequence[int] = (), *, stop_early: bool = False
@@ -200,15 +276,16 @@ class Encoder(TimmInterface):
             of the outputs of the blocks in `indices`, of the same shape, before the final norm.
         """
         parts: list[Tensor] = [
-            part for part in (self.cls_token, self.reg_token) if part is not None
+            part for part in (self.cls_token, self.dist_token, self.reg_token) if part is not None
         ]
         if parts:
             prefix = torch.cat(parts)
-            if self.positions is not None:
-                assert self.positions.prefix is not None
+            if self.positions is not None and self.positions.prefix is not None:
                 prefix = prefix + self.positions.prefix
             embedded = self.with_prefix(embedded, prefix)
         tokens, positions, key_padding = embedded
+        if self.pre_norm is not None:
+            tokens = self.pre_norm(tokens)
         mask = AttentionMask(key_padding=key_padding)
         if not indices:
             return self.backbone(tokens, mask=mask, positions=positions), []
@@ -236,25 +313,35 @@ class Encoder(TimmInterface):
             features: `[B, P + N, dim]`, as returned by `forward_features`.
             pre_logits: Whether to return the pooled features.
             key_padding: `[B, N]` booleans, true where a patch is real; all by default. Unused when
-                the class token is pooled.
+                only special tokens are pooled.
 
         Returns:
             Logits `[B, num_classes]`, or `[B, dim]` without a head or with `pre_logits`.
         """
         if self.config.pool == "cls":
             pooled = features[:, 0]
-        elif self.pooling is not None:
-            if key_padding is not None:
-                key_padding = pad(key_padding, (self.num_prefix_tokens, 0), value=True)
-            pooled = self.pooling(features, key_padding)
+        elif self.config.pool == "cls_dist":
+            pooled = features[:, :2]
+            if pre_logits or not isinstance(self.head, DistilledHead):
+                pooled = pooled.mean(dim=1)
         else:
-            patches = features[:, self.num_prefix_tokens :]
-            if key_padding is None:
-                pooled = patches.mean(dim=1)
-            else:
-                real = upcast(patches).masked_fill(~key_padding[..., None], 0.0).sum(dim=1)
-                pooled = (real / key_padding.sum(dim=1, keepdim=True)).to(features.dtype)
+            pooled = self._pooled(features, key_padding)
+        if self.pool_norm is not None:
+            pooled = self.pool_norm(pooled)
         return pooled if pre_logits else self.head(pooled)
+
+    def _pooled(self, features: Tensor, key_padding: Tensor | None) -> Tensor:
+        """Pool the patches, and with `pools_prefix_tokens` also the special tokens."""
+        if not self.config.pools_prefix_tokens:
+            features = features[:, self.num_prefix_tokens :]
+        elif key_padding is not None:
+            key_padding = pad(key_padding, (self.num_prefix_tokens, 0), value=True)
+        if self.pooling is not None:
+            return self.pooling(features, key_padding)
+        if key_padding is None:
+            return features.mean(dim=1)
+        real = upcast(features).masked_fill(~key_padding[..., None], 0.0).sum(dim=1)
+        return (real / key_padding.sum(dim=1, keepdim=True)).to(features.dtype)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by one with newly initialized weights.
@@ -316,7 +403,8 @@ class Encoder(TimmInterface):
 def _make_head(config: EncoderConfig) -> nn.Module:
     if not config.num_classes:
         return nn.Identity()
-    head = HEADS[config.head](config.backbone.dim, config.num_classes)
+    arguments = {} if config.head_bias else {"bias": False}
+    head = HEADS[config.head](config.backbone.dim, config.num_classes, **arguments)
     return head.apply(partial(init_weights, std=config.backbone.init_std))
 
 
@@ -324,6 +412,12 @@ def _make_pooling(config: EncoderConfig) -> AttentionPool | None:
     if config.pool != "map":
         return None
     backbone = config.backbone
-    width = 4 * backbone.dim
-    pooling = AttentionPool(backbone.dim, backbone.num_heads, width, backbone.init_std)
+    pooling = AttentionPool(
+        backbone.dim,
+        config.pool_heads or backbone.num_heads,
+        config.pool_width or 4 * backbone.dim,
+        backbone.init_std,
+        norm_eps=backbone.norm_eps,
+        activation=PLAIN_GELUS.get(backbone.feed_forward, GELU).activate,
+    )
     return pooling.apply(partial(init_weights, std=backbone.init_std))

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from diffmm.batch import InputShapes
+from diffmm.checks import check_choice
 from diffmm.layers.linear import INIT_STD, init_weights
 from diffmm.layers.patch import PatchEmbedding, Size, as_size, patchify
-from diffmm.layers.positions import coordinates
+from diffmm.layers.positions import coordinates, normalized_coordinates
 from diffmm.models.encoder import Embedded, Encoder, EncoderConfig
 
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -23,9 +24,15 @@ class ImageConfig(EncoderConfig):
     """Configuration of an image model, in addition to the fields of `EncoderConfig`.
 
     Attributes:
-        image_size: Side of the images in pixels, or height and width; a multiple of `patch_size`.
+        image_size: Side of the images in pixels, or height and width; a multiple of `patch_size`,
+            unless `ignore_remainder`.
         patch_size: Side of a patch in pixels, or height and width.
         in_channels: Number of input channels `C`; 3 for color images.
+        ignore_remainder: Whether pixels at the bottom and the right that no whole patch covers are
+            ignored, as in timm; otherwise image sizes must be multiples of `patch_size`.
+        patch_bias: Whether the patch embedding has a bias.
+        rope_coordinates: Rotary coordinates are counted in `"patches"`, or `"normalized"` to the
+            image, whatever its size (DINOv3; see `diffmm.layers.positions`).
         rope_image_size: Image size that defines the rotary coordinates; the grid of other sizes is
             stretched over it. `image_size` by default. For a model used at another size than
             it was trained at, this is the training size; `ImageModel.set_input_size` keeps it.
@@ -39,6 +46,9 @@ class ImageConfig(EncoderConfig):
     image_size: int | tuple[int, int]
     patch_size: int | tuple[int, int] = 16
     in_channels: int = 3
+    ignore_remainder: bool = False
+    patch_bias: bool = True
+    rope_coordinates: Literal["patches", "normalized"] = "patches"
     rope_image_size: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -47,6 +57,17 @@ class ImageConfig(EncoderConfig):
             raise ValueError(f"in_channels must be at least 1, got {self.in_channels}")
         if min(as_size(self.patch_size)) < 1:
             raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
+        check_choice("rope_coordinates", self.rope_coordinates, ("patches", "normalized"))
+        if self.rope_coordinates == "normalized" and self.backbone.rope == "none":
+            raise ValueError(
+                "rope_coordinates='normalized' is not used by a backbone with rope 'none': leave "
+                "it out"
+            )
+        if self.rope_coordinates == "normalized" and self.rope_image_size is not None:
+            raise ValueError(
+                f"rope_image_size={self.rope_image_size} is not used by "
+                f"rope_coordinates='normalized': leave it out"
+            )
         if self.rope_image_size is not None and self.backbone.rope == "none":
             raise ValueError(
                 "rope_image_size is not used by a backbone with rope 'none': leave it out"
@@ -75,17 +96,20 @@ class ImageConfig(EncoderConfig):
         """Number of rows and columns of patches for the image size in field `name`."""
         value = getattr(self, name) or self.image_size
         (height, width), (rows, columns) = as_size(value), as_size(self.patch_size)
-        if min(height, width) < 1 or height % rows or width % columns:
+        is_whole = height % rows == 0 and width % columns == 0
+        if min(height, width) < 1 or not (is_whole or self.ignore_remainder):
             raise ValueError(
                 f"{name} {height}x{width} is not a multiple of patch_size {rows}x{columns}"
             )
+        if height < rows or width < columns:
+            raise ValueError(f"{name} {height}x{width} is smaller than a patch {rows}x{columns}")
         return height // rows, width // columns
 
 
 class ImageModel(Encoder):
     """Vision transformer (ViT, Dosovitskiy et al. 2021) with timm's interface.
 
-    Rotary coordinates are 2-D, rows then columns, in patches, starting at 1.
+    Rotary coordinates are 2-D, rows then columns; by default in patches, starting at 1.
 
     >>> model = diffmm.create_model("image/cifar10", depth=2, num_classes=5)
     >>> images = torch.randn(2, 3, 32, 32)
@@ -98,7 +122,10 @@ class ImageModel(Encoder):
     def __init__(self, config: ImageConfig) -> None:
         super().__init__(config, config.grid)
         self.patch_embedding = PatchEmbedding(
-            config.in_channels, config.backbone.dim, as_size(config.patch_size)
+            config.in_channels,
+            config.backbone.dim,
+            as_size(config.patch_size),
+            bias=config.patch_bias,
         )
         self.patch_embedding.apply(partial(init_weights, std=INIT_STD))
 
@@ -168,14 +195,20 @@ class ImageModel(Encoder):
         tokens = self.patch_embedding(images.to(self.patch_embedding.proj.weight.dtype))
         if self.positions is not None:
             tokens = tokens + self.positions(tokens.shape[1])
-        reference = self.config.grid_of("rope_image_size")
-        positions = coordinates(self.config.grid, reference, images.device)
+        if self.config.rope_coordinates == "normalized":
+            positions = normalized_coordinates(self.config.grid, images.device)
+        else:
+            reference = self.config.grid_of("rope_image_size")
+            positions = coordinates(self.config.grid, reference, images.device)
         return Embedded(tokens, positions, key_padding=None)
 
     def patchify(self, images: Tensor) -> Tensor:
         """The pixels of each patch, `[B, N, h * w * C]`."""
         self._check(images)
-        return patchify(images, as_size(self.config.patch_size))
+        height, width = as_size(self.config.patch_size)
+        rows, columns = self.config.grid
+        whole = images[:, :, : rows * height, : columns * width]
+        return patchify(whole, (height, width))
 
     def num_patches(self, images: Tensor) -> int:
         """Number of patches `N`, the same for all images."""
@@ -191,8 +224,9 @@ class ImageModel(Encoder):
         call this before creating an optimizer.
 
         Learned positions are resampled to the new grid, and the patch embedding to the new patch
-        size (FlexiViT, Beyer et al. 2023). Rotary coordinates are stretched over the training
-        grid, so that a place in the image keeps its coordinates.
+        size (FlexiViT, Beyer et al. 2023). Rotary coordinates in patches are stretched over the
+        training grid, so that a place in the image keeps its coordinates; normalized ones do not
+        depend on the size.
 
         Args:
             img_size: Side of the images in pixels, or height and width; unchanged by default.
@@ -206,7 +240,7 @@ class ImageModel(Encoder):
             changes["image_size"] = img_size
         if patch_size is not None:
             changes["patch_size"] = patch_size
-        if self.backbone.rope is not None:
+        if self.backbone.rope is not None and self.config.rope_coordinates == "patches":
             changes["rope_image_size"] = self._rope_image_size(patch_size)
         self.config = replace(self.config, **changes)
         if patch_size is not None:

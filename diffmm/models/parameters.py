@@ -41,5 +41,5 @@ def layer_of(name: str, num_blocks: int) -> int:
     return num_blocks + 1 if name.startswith(AFTER_BLOCKS) else 0
 
 
-AFTER_BLOCKS = ("backbone.norm.", "head.", "pooling.")
+AFTER_BLOCKS = ("backbone.norm.", "head.", "pooling.", "pool_norm.")
 """Name prefixes of the parameters after the blocks."""

@@ -74,7 +74,8 @@ class TimmInterface(nn.Module):
     @property
     def global_pool(self) -> str:
         """How features are pooled, by timm's name: `"token"`, `"avg"` or `"map"`."""
-        return {"cls": "token", "mean": "avg"}.get(self.config.pool, self.config.pool)
+        timms = {"cls": "token", "cls_dist": "token", "mean": "avg"}
+        return timms.get(self.config.pool, self.config.pool)
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:

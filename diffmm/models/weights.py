@@ -398,7 +398,8 @@ def _check_meaning(model: nn.Module, description: dict[str, Any] | None, file: P
     config: Any = getattr(model, "config", None)
     config = getattr(config, "encoder", config)
     source = (description or {}).get("config", {})
-    source = source.get("encoder", source).get("backbone")
+    encoder = source.get("encoder", source)
+    source = encoder.get("backbone")
     if source is None or not hasattr(config, "backbone"):
         return
     try:
@@ -410,6 +411,9 @@ def _check_meaning(model: nn.Module, description: dict[str, Any] | None, file: P
         for name in ours
         if theirs[name] != ours[name]
     ]
+    coordinates = getattr(config, "rope_coordinates", None)
+    if coordinates not in (None, given := encoder.get("rope_coordinates", "patches")):
+        differing.append(f"rope_coordinates {given!r}, needed {coordinates!r}")
     if differing:
         raise ValueError(f"{file} has another architecture: {'; '.join(differing)}")
 

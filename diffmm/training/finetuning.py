@@ -1,7 +1,7 @@
 """Fine-tuning: starting from pretrained weights, and freezing a part of the model."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -64,7 +64,9 @@ def freeze(model: nn.Module, config: FineTuneConfig) -> list[nn.Module]:
     if config.freeze == "all_but_head":
         trainable = [head]
     elif config.freeze <= len(blocks):
-        trainable = [head, backbone.norm, *blocks[config.freeze :]]  # type: ignore[list-item]
+        norms: list[Any] = [backbone.norm, getattr(model, "pool_norm", None)]
+        norms = [norm for norm in norms if norm is not None]
+        trainable = [head, *norms, *blocks[config.freeze :]]
     else:
         raise ValueError(
             f"freeze={config.freeze} blocks, but {type(model).__name__} has {len(blocks)}"

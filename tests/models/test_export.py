@@ -15,6 +15,8 @@ from diffmm.models import (
     ImageModel,
     TextConfig,
     TextModel,
+    TextTower,
+    TextTowerConfig,
 )
 from diffmm.ops import AttentionMask
 
@@ -123,6 +125,55 @@ def test_images(attention):
     program = export(model, (torch.randn(2, 3, 16, 16),), dynamic_shapes=(BATCH,)).module()
     images = torch.randn(5, 3, 16, 16)
     torch.testing.assert_close(program(images), model(images))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pool": "map", "pool_prefix_tokens": False, "pool_norm": True, "pre_norm": True},
+        {"dist_token": True, "pool": "cls_dist", "head": "distilled"},
+    ],
+)
+def test_images_with_options_of_other_models(options):
+    normalized = {"rope_coordinates": "normalized", "ignore_remainder": True}
+    config = ImageConfig(
+        backbone=backbone(), image_size=18, patch_size=4, num_classes=3, **normalized, **options
+    )
+    model = ImageModel(config).eval()
+    program = export(model, (torch.randn(2, 3, 18, 18),), dynamic_shapes=(BATCH,)).module()
+    images = torch.randn(5, 3, 18, 18)
+    torch.testing.assert_close(program(images), model(images))
+
+
+@pytest.mark.parametrize("spectrogram", ["kaldi", "whisper"])
+def test_sounds_that_are_padded_to_one_length(spectrogram):
+    config = AudioConfig(
+        backbone=backbone(),
+        sample_rate_hz=16000,
+        num_mels=32,
+        num_classes=3,
+        spectrogram=spectrogram,
+        clip_seconds=0.5,
+    )
+    model = AudioModel(config).eval()
+
+    def clips(batch, length):
+        return torch.randn(batch, length), torch.randint(1, length + 1, (batch,))
+
+    shapes = ({**BATCH, 1: Dim("length", min=2, max=8000)}, BATCH)
+    exported = export(model, clips(2, 4000), dynamic_shapes=shapes)
+    assert not any("diffmm" in str(node.target) for node in exported.graph.nodes)
+    inputs = clips(5, 6000)
+    torch.testing.assert_close(exported.module()(*inputs), model(*inputs))
+
+
+def test_text_towers():
+    config = TextTowerConfig(vocab_size=50, max_length=20, backbone=backbone("none"), num_outputs=4)
+    model = TextTower(config).eval()
+    shapes = ({**BATCH, 1: Dim("length", min=2, max=20)},)
+    program = export(model, (ids(2),), dynamic_shapes=shapes).module()
+    tokens = ids(5, 20)
+    torch.testing.assert_close(program(tokens), model(tokens))
 
 
 @pytest.mark.parametrize(("stem", "attention"), [("patch", "diff_v1"), ("frame", "diff_v2")])

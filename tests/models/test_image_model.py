@@ -254,7 +254,10 @@ def test_compiled() -> None:
         ({"patch_size": 0}, r"patch_size must be at least 1, got 0"),
         ({"in_channels": 0}, r"in_channels must be at least 1, got 0"),
         ({"num_classes": -1}, r"num_classes must be at least 0, got -1"),
-        ({"pool": "max"}, r"pool must be one of 'cls', 'token', 'mean', 'avg', 'map', got 'max'"),
+        (
+            {"pool": "max"},
+            r"pool must be one of 'cls', 'token', 'cls_dist', 'mean', 'avg', 'map', got 'max'",
+        ),
         ({"cls_token": False}, r"pool='cls' needs cls_token=True: set it, or use pool='mean'"),
         ({"backbone": {"rope": "1d"}}, r"tokens have 2d positions.*rope is '1d'"),
         ({"backbone": {"rope": "none"}}, r"tokens have no positions.*learned_positions=True"),

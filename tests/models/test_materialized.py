@@ -19,6 +19,8 @@ from diffmm.models import (
     MaskedAutoencoderConfig,
     TextConfig,
     TextModel,
+    TextTower,
+    TextTowerConfig,
 )
 
 
@@ -75,7 +77,54 @@ def masked():
     return MaskedAutoencoder(config), torch.randn(2, 3, 16, 16)
 
 
-MODELS = (text, untied_text, image, audio, frames, masked)
+def distilled():
+    vectors = backbone("none", attention="diff_v1", dual_lambda=True, parallel=True)
+    config = ImageConfig(
+        backbone=vectors,
+        image_size=16,
+        patch_size=4,
+        num_classes=5,
+        dist_token=True,
+        pool="cls_dist",
+        head="distilled",
+        learned_positions=True,
+        prefix_positions=False,
+        pre_norm=True,
+        pool_norm=True,
+        patch_bias=False,
+    )
+    return ImageModel(config), torch.randn(2, 3, 16, 16)
+
+
+def padded(spectrogram):
+    config = AudioConfig(
+        backbone=backbone("2d", qkv_bias="qv"),
+        sample_rate_hz=16000,
+        num_mels=32,
+        num_classes=5,
+        spectrogram=spectrogram,
+        clip_seconds=0.5,
+        partial_patches=False,
+    )
+    return AudioModel(config), torch.randn(2, 4000)
+
+
+def kaldi():
+    return padded("kaldi")
+
+
+def whisper():
+    return padded("whisper")
+
+
+def tower():
+    config = TextTowerConfig(
+        vocab_size=50, max_length=20, backbone=backbone("none"), num_outputs=6, head_bias=True
+    )
+    return TextTower(config), torch.randint(50, (2, 9))
+
+
+MODELS = (tower, text, untied_text, image, audio, frames, masked, distilled, kaldi, whisper)
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,9 @@ from diffmm.ops import AttentionMask
 QKNorm = bool | Literal["layernorm"]
 """Norm of queries and keys: none, RMSNorm (`True`) or LayerNorm."""
 
+QKVBias = bool | Literal["qv"]
+"""Projections with a bias: none, all three, or those of queries and values."""
+
 HeadShapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
@@ -32,7 +35,7 @@ class AttentionArgs(TypedDict):
     num_kv_heads: NotRequired[int | None]
     head_dim: NotRequired[int | None]
     layer_index: NotRequired[int]
-    qkv_bias: NotRequired[bool]
+    qkv_bias: NotRequired[QKVBias]
     out_bias: NotRequired[bool]
     qk_norm: NotRequired[QKNorm]
     norm_eps: NotRequired[float | None]
@@ -60,7 +63,8 @@ class Attention(nn.Module):
         head_dim: Head dimension `D`; `dim / num_heads` by default.
         layer_index: Index of the layer, counted from 0, which determines the initial lambda of
             `diff_v1`. It does not change if other layers are removed.
-        qkv_bias: Whether the query, key and value projections have a bias.
+        qkv_bias: Whether the query, key and value projections have a bias; `"qv"` for all but the
+            keys, as in Whisper.
         out_bias: Whether the output projection has a bias.
         qk_norm: Whether to apply RMSNorm over `D` to queries and keys; `"layernorm"` applies
             LayerNorm.
@@ -83,7 +87,7 @@ class Attention(nn.Module):
 
     Raises:
         ValueError: If head counts do not divide as required, `attention_scale` or `window` is not
-            positive, or `output_gate` or `qk_norm` is unknown.
+            positive, or `output_gate`, `qk_norm` or `qkv_bias` is unknown.
     """
 
     label: ClassVar[str]
@@ -117,7 +121,7 @@ class Attention(nn.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         layer_index: int = 0,
-        qkv_bias: bool = False,
+        qkv_bias: QKVBias = False,
         out_bias: bool = False,
         qk_norm: QKNorm = False,
         norm_eps: float | None = None,
@@ -130,6 +134,7 @@ class Attention(nn.Module):
         super().__init__()
         check_choice("output_gate", output_gate, (None, "head", "element"))
         check_choice("qk_norm", qk_norm, (False, True, "layernorm"))
+        check_choice("qkv_bias", qkv_bias, (False, True, "qv"))
         if attention_scale is not None and attention_scale <= 0.0:
             raise ValueError(f"attention_scale must be positive, got {attention_scale}")
         if window is not None and window < 1:
@@ -153,9 +158,9 @@ class Attention(nn.Module):
         self.exclusive = exclusive
         self.backend = backend
         self.q_shape, self.k_shape, self.v_shape = self.head_shapes()
-        self.q_proj = Linear(dim, math.prod(self.q_shape), bias=qkv_bias)
-        self.k_proj = Linear(dim, math.prod(self.k_shape), bias=qkv_bias)
-        self.v_proj = Linear(dim, math.prod(self.v_shape), bias=qkv_bias)
+        self.q_proj = Linear(dim, math.prod(self.q_shape), bias=bool(qkv_bias))
+        self.k_proj = Linear(dim, math.prod(self.k_shape), bias=qkv_bias is True)
+        self.v_proj = Linear(dim, math.prod(self.v_shape), bias=bool(qkv_bias))
         width = num_heads * self.head_dim
         self.out_proj = Linear(width, dim, bias=out_bias)
         norm = qk_norm if isinstance(qk_norm, str) else "rmsnorm"

@@ -42,6 +42,9 @@ class DiffAttentionV1(Attention):
         lambda_init: A constant that replaces `lambda_init_at(layer_index)`.
         lambda_layer_offset: Added to `layer_index` for the initial lambda; -1 in models that count
             layers from 0 in the paper's equation, which counts from 1 (Motif).
+        dual_lambda: Whether each exponent of lambda is one learned number instead of the product of
+            two vectors, `lambda = exp(lambda_a) - exp(lambda_b) + lambda_init`, as in timm. Both
+            start at 0.
         heads_per_noise: Number of differential heads that share a second query, which gives them
             the same second map (grouped differential attention, Lim et al. 2025). The raw query
             heads are then ordered by shared query: the first queries of its heads, and then it.
@@ -65,11 +68,14 @@ class DiffAttentionV1(Attention):
     split: ClassVar[dict[str, Split]] = {**Attention.split, "norm": "heads"}
 
     LAMBDA_NAMES = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+    DUAL_LAMBDA_NAMES = ("lambda_a", "lambda_b")
 
     lambda_q1: nn.Parameter
     lambda_k1: nn.Parameter
     lambda_q2: nn.Parameter
     lambda_k2: nn.Parameter
+    lambda_a: nn.Parameter
+    lambda_b: nn.Parameter
 
     def __init__(
         self,
@@ -78,6 +84,7 @@ class DiffAttentionV1(Attention):
         share: Literal["q", "k"] | None = None,
         lambda_init: float | None = None,
         lambda_layer_offset: int = 0,
+        dual_lambda: bool = False,
         heads_per_noise: int = 1,
         headwise_norm: bool = True,
         headwise_norm_eps: float = 1e-5,
@@ -103,17 +110,21 @@ class DiffAttentionV1(Attention):
         if lambda_init is None:
             lambda_init = lambda_init_at(self.layer_index + lambda_layer_offset)
         self.lambda_init = lambda_init
-        for name in self.LAMBDA_NAMES:
-            setattr(self, name, nn.Parameter(upcast(torch.empty(self.head_dim))))
+        # Of one element instead of none, because FSDP cannot shard scalars.
+        self.lambda_names = self.DUAL_LAMBDA_NAMES if dual_lambda else self.LAMBDA_NAMES
+        for name in self.lambda_names:
+            size = 1 if dual_lambda else self.head_dim
+            setattr(self, name, nn.Parameter(upcast(torch.empty(size))))
         self.reset_parameters()
         if headwise_norm_eps <= 0.0:
             raise ValueError(f"headwise_norm_eps must be positive, got {headwise_norm_eps}")
         self.norm = RMSNorm(2 * self.head_dim, headwise_norm_eps) if headwise_norm else None
 
     def reset_parameters(self) -> None:
-        """Initialize the lambda vectors from a normal distribution with standard deviation 0.1."""
-        for name in self.LAMBDA_NAMES:
-            nn.init.normal_(getattr(self, name), std=0.1)
+        """Initialize the lambda vectors from a normal distribution with standard deviation 0.1, and
+        the numbers of `dual_lambda` to 0."""
+        for name in self.lambda_names:
+            nn.init.normal_(getattr(self, name), std=0.1 if name in self.LAMBDA_NAMES else 0.0)
 
     def head_shapes(self) -> HeadShapes:
         for name, count in (("num_heads", self.num_heads), ("num_kv_heads", self.num_kv_heads)):
@@ -142,9 +153,13 @@ class DiffAttentionV1(Attention):
 
     def lam(self, x: Tensor) -> Tensor:
         """The layer's lambda, a float32 scalar that does not depend on `x`."""
-        q1, k1, q2, k2 = (shared_by_heads(getattr(self, name)) for name in self.LAMBDA_NAMES)
+        vectors = [shared_by_heads(getattr(self, name)) for name in self.lambda_names]
         # Keep an axis: in torch 2.11 a scalar plus a Python number has a float64 tangent.
-        first, second = ((q * k).sum(0, keepdim=True).exp() for q, k in ((q1, k1), (q2, k2)))
+        if len(vectors) == 2:
+            first, second = (exponent.exp() for exponent in vectors)
+        else:
+            q1, k1, q2, k2 = vectors
+            first, second = ((q * k).sum(0, keepdim=True).exp() for q, k in ((q1, k1), (q2, k2)))
         return (self.sign * (first - second + self.lambda_init)).squeeze(0)
 
     def attend(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
@@ -166,7 +181,7 @@ class DiffAttentionV1(Attention):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DiffAttentionV1":
         """Cast and move the module, but keep the lambda vectors in float32: in bfloat16 lambda
         would have an error of 1e-3."""
-        lambdas = [getattr(self, name) for name in self.LAMBDA_NAMES]
+        lambdas = [getattr(self, name) for name in self.lambda_names]
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
