@@ -1,9 +1,11 @@
 """The k-th largest number of each row, for top-k sampling."""
 
-from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def kth_largest(x: Tensor, k: int) -> Tensor:
@@ -16,18 +18,9 @@ def kth_largest(x: Tensor, k: int) -> Tensor:
         x: Numbers, `[B, V]`, in float32.
         k: From 1 to `V`.
     """
-    if x.is_cuda and _has_triton():
+    if x.is_cuda and _HAS_TRITON:
         return _kernel(x.contiguous(), k)
     return x.topk(k, dim=-1).values[:, -1:]
-
-
-@cache
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 @torch.library.custom_op("diffmm::kth_largest", mutates_args=())

@@ -111,9 +111,9 @@ def test_the_kernel_of_the_kth_largest(is_whole):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from diffmm.ops.kth_largest_kernel import MOST_AT_ONCE, _kernel
+    from diffmm.ops.kth_largest_kernel import COLUMNS, MOST_AT_ONCE, _kernel
 
-    given = {"BLOCK": MOST_AT_ONCE, "IS_WHOLE": is_whole}
+    given = {"BLOCK": MOST_AT_ONCE, "COLUMNS": COLUMNS, "IS_WHOLE": is_whole}
     types = {"x": "*fp32", "out": "*fp32", "V": "i32", "k": "i32"}
     signature = types | dict.fromkeys(given, "constexpr")
     source = ASTSource(_kernel, signature, given)
