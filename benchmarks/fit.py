@@ -14,7 +14,7 @@ its own, on the same model, batches, precision, optimizer and clipping:
 * trainer: Hugging Face's `Trainer`, if `transformers` and `accelerate` are installed (text only).
 
 Cases: text42m (64 packed sequences of 1,024 tokens), text350m (8 of 2,048), vocab100k (a vocabulary
-of 100,288 at 16,384 tokens; look at its memory), vit (ViT-B/16, 128 images), ast (AudioSet's AST,
+of 100,288 at 16,384 tokens; look at its memory), vit (ViT-B/16, 256 images), ast (AudioSet's AST,
 12 clips), and loop, a decoder so small that its rate shows what the loop itself takes of the host.
 
 Rates are over `--steps` steps after 20 unmeasured ones; the ratio is to `graph` in the same round,
@@ -258,7 +258,7 @@ CASES = {
     "vit": sample_case(
         "image/imagenet_vit_b",
         "images",
-        {"shape": [3, 224, 224], "num_classes": 1000, "batch_size": 128},
+        {"shape": [3, 224, 224], "num_classes": 1000, "batch_size": 256},
         {"shape": [3, 32, 32]},
     ),
     "ast": sample_case(

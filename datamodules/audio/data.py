@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch.utils.data import DataLoader
@@ -21,6 +21,7 @@ from datamodules.shared.fingerprints import Fingerprint
 from datamodules.shared.labelled import LabelledData, LabelledDataset
 from datamodules.shared.other_data import table_settings, to_evaluate
 from datamodules.shared.own_data import OwnData, locate
+from datamodules.shared.reader import Reader
 from datamodules.shared.sampling import sample_rng
 from datamodules.shared.sources import Splits
 from diffmm.batch import AudioBatch
@@ -188,6 +189,25 @@ class AudioData(LabelledData[AudioClips]):
     def evaluate_on(self, path: str, class_names: Sequence[str], *, split: str) -> str:
         self.reader = self.evaluation_reader
         return super().evaluate_on(path, class_names, split=split)
+
+    @classmethod
+    def prepared_by(
+        cls, reader: Reader, path: str, *, batch_size: int = 64, num_workers: int = 0
+    ) -> Self:
+        assert isinstance(reader, AudioReader)
+        located = locate(path, "sounds", EXTENSIONS, {})
+        arguments: dict[str, Any] = located.arguments
+        samples, rate_hz = reader.clip_samples, reader.sample_rate_hz
+        return cls(
+            SoundTable(**arguments) if located.is_table else SoundFolder(**arguments),
+            sample_rate_hz=rate_hz,
+            resample=True,
+            clip_seconds=None if samples is None else samples / rate_hz,
+            eval_crop=reader.crop,
+            batching="fixed" if reader.pad else "padded",
+            batch_size=batch_size,
+            num_workers=num_workers,
+        )
 
     def other_source(self, path: str, split: str) -> SoundFolder | SoundTable:
         located = locate(path, "sounds", EXTENSIONS, {})

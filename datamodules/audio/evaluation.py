@@ -41,6 +41,7 @@ class AudioReader(Settings, Reader):
     class_path: ClassVar[str] = "datamodules.audio.AudioReader"
     extensions: ClassVar[tuple[str, ...]] = EXTENSIONS
     kind: ClassVar[str] = "sound"
+    data_class: ClassVar[str] = "datamodules.audio.AudioData"
 
     sample_rate_hz: int
     resample: bool = True

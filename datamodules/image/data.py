@@ -1,7 +1,7 @@
 """The datamodule of labeled images."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from datamodules.image.files import EXTENSIONS
 from datamodules.image.own_data import own_images
@@ -19,6 +19,7 @@ from datamodules.shared.fingerprints import Fingerprint
 from datamodules.shared.labelled import LabelledData, LabelledDataset
 from datamodules.shared.other_data import table_settings, to_evaluate
 from datamodules.shared.own_data import OwnData, locate
+from datamodules.shared.reader import Reader
 from datamodules.shared.sampling import seeded
 from datamodules.shared.sources import Splits
 from diffmm.checks import check_choice
@@ -153,6 +154,24 @@ class ImageData(LabelledData[LabelledImages]):
             "channels": self.channels,
             "transform": self._transform,
         }
+
+    @classmethod
+    def prepared_by(
+        cls, reader: Reader, path: str, *, batch_size: int = 64, num_workers: int = 0
+    ) -> Self:
+        assert isinstance(reader, ImageReader)
+        located = locate(path, "images", EXTENSIONS, {})
+        make = ImageTable if located.is_table else ImageFolder
+        arguments: dict[str, Any] = {**located.arguments, "max_pixels": reader.max_pixels}
+        names = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
+        return cls(
+            make(**arguments),
+            image_size=reader.image_size,
+            channels=reader.channels,
+            transform=ImageTransform(**{name: getattr(reader, name) for name in names}),
+            batch_size=batch_size,
+            num_workers=num_workers,
+        )
 
     def other_source(self, path: str, split: str) -> ImageFolder | ImageTable:
         located = locate(path, "images", EXTENSIONS, {})

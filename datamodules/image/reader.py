@@ -43,6 +43,7 @@ class ImageReader(Settings, Reader):
     class_path: ClassVar[str] = "datamodules.image.ImageReader"
     extensions: ClassVar[tuple[str, ...]] = EXTENSIONS
     kind: ClassVar[str] = "image"
+    data_class: ClassVar[str] = "datamodules.image.ImageData"
 
     image_size: tuple[int, int]
     channels: int

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, Literal, Self
 
 from torch.utils.data import DataLoader, default_collate
 
@@ -12,6 +12,7 @@ from datamodules.shared.examination import Examined, examine_labelled
 from datamodules.shared.fingerprints import Fingerprint
 from datamodules.shared.folders import FolderSource
 from datamodules.shared.loading import SeededDataModule
+from datamodules.shared.reader import Reader
 from datamodules.shared.sampling import SeededDataset
 from datamodules.shared.sources import Labelled, Samples, Source, Splits
 from datamodules.shared.tables import TableSource
@@ -141,6 +142,25 @@ class LabelledData(SeededDataModule, Generic[Samples]):
             f"{len(class_names)} classes"
         )
 
+    @classmethod
+    def prepared_by(
+        cls, reader: Reader, path: str, *, batch_size: int = 64, num_workers: int = 0
+    ) -> Self:
+        """The labeled data at a path, with the preprocessing of a reader.
+
+        Args:
+            reader: The reader, such as that of a trained model.
+            path: A folder with one folder per class (or such folders in `train`, `val` and
+                `test`), or a CSV file of files and labels.
+            batch_size: Number of samples per batch.
+            num_workers: Number of data loader workers.
+
+        Raises:
+            FileNotFoundError: If the path does not exist.
+            ValueError: If its structure is not supported.
+        """
+        raise ValueError(f"--data {path}: {cls.__name__} cannot read labeled data by a path")
+
     def other_source(self, path: str, split: str) -> FolderSource[Samples] | TableSource[Samples]:
         """The source of other labeled data, whose `train` is the folder or table to evaluate."""
         raise ValueError(f"--data {path}: {type(self).__name__} cannot evaluate other data")
@@ -166,6 +186,10 @@ class LabelledData(SeededDataModule, Generic[Samples]):
 
         tolerates = self.bad_samples.policy != "raise"
         return examine_labelled(self.splits, read, limit=limit, tolerates=tolerates)
+
+    def as_evaluated(self, split: Literal["train", "val", "test"]) -> DataLoader[Any]:
+        """The samples of a split in order, prepared as in evaluation."""
+        return self._evaluation(getattr(self.splits, split))
 
     def train_dataloader(self) -> DataLoader[Any]:
         dataset = self.dataset(self.splits.train, training=True)

@@ -21,11 +21,14 @@ class Reader(ABC):
         extensions: Extensions of the files to find in a folder, in lower case. A single file may
             have any name.
         kind: The name of an input in messages, such as `"image"`.
+        data_class: Import path of the datamodule for labeled files that it can prepare
+            (`LabelledData.prepared_by`); None if there is none.
     """
 
     class_path: ClassVar[str]
     extensions: ClassVar[tuple[str, ...]]
     kind: ClassVar[str]
+    data_class: ClassVar[str | None] = None
 
     @abstractmethod
     def read(self, item: Any) -> dict[str, Any]:

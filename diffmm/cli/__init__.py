@@ -38,6 +38,7 @@ VERBS = {
     ),
     "compare": Verb("compare", "compare runs, as a table or a page"),
     "analyze": Verb("analyze", "measure a run's attention, outliers, quantization and lambda"),
+    "probe": Verb("probe", "measure the frozen features of an image or audio encoder"),
     "upcycle": Verb("upcycle", "turn a trained softmax model into a differential one"),
     "sweep": Verb("sweep", "train a recipe with all combinations of some settings"),
     "check": Verb("check", "report the size and memory of a recipe and every mistake in it"),

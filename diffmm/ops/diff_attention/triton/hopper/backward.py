@@ -31,7 +31,7 @@ from diffmm.ops.diff_attention.triton.masking import (
 from diffmm.ops.diff_attention.triton.tiles import UNSPECIALIZED, cdiv, describe, pad
 
 SCRATCH_BYTES = 9 << 28  # a causal head of 32,768 tokens
-ENOUGH_PROGRAMS = 2048
+ENOUGH_PROGRAMS = 512
 """Programs of the key kernel up to which the heads of a group are divided among several: with few
 long programs, most multiprocessors of the GPU wait for the last ones."""
 
