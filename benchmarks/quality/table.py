@@ -180,16 +180,17 @@ def write_csv(found: Sequence[Line], path: Path) -> None:
 
 def draw(found: Sequence[Line], path: Path) -> None:
     """Draw the differences to softmax with their intervals, one panel per task; better is right.
+    Those of a single seed have no interval and are not drawn.
 
     Raises:
         SystemExit: If there is no difference to draw.
     """
     from matplotlib.figure import Figure
 
-    shown = [line for line in found if line.mean_difference is not None]
+    shown = [line for line in found if line.half_width is not None]
     tasks = list(dict.fromkeys(line.task for line in shown))
     if not tasks:
-        raise SystemExit("there is no pair of results to draw: run cells of softmax and of another")
+        raise SystemExit("nothing to draw: run two seeds of softmax and of another variant")
     columns = min(3, len(tasks))
     num_rows = -(-len(tasks) // columns)
     height = 1.2 + 0.28 * len({line.variant for line in shown})

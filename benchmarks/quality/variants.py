@@ -27,14 +27,18 @@ VARIANTS: dict[str, dict[str, str]] = {
 }
 """Settings of the backbone, by variant; without `attention`, it is the variant's name."""
 
+HALF_HEADS = "softmax_half_heads"
+
 ABLATIONS: dict[str, dict[str, str]] = {
     "v1_shared_q": {"attention": "diff_v1", "share": "q"},
     "v1_shared_k": {"attention": "diff_v1", "share": "k"},
     "v1_constant_lambda": {"attention": "diff_v1", "lambda_init": "0.8"},
     "v1_no_norm": {"attention": "diff_v1", "headwise_norm": "false"},
     "v1_add": {"attention": "diff_v1", "combine": "add"},
+    HALF_HEADS: {"attention": "softmax"},
 }
-"""Ablations of v1 (differential transformer, table 6, and its reviews)."""
+"""Ablations of v1 (differential transformer, table 6, and its reviews), and softmax with half as
+many heads of twice the size, the values of a head of v1."""
 
 ALTERNATIVES: dict[str, dict[str, str]] = {
     "clipped_softmax": {},
@@ -62,6 +66,8 @@ def overrides(variant: str, recipe: str, given: Sequence[str]) -> list[str]:
         alternatives.register()
     settings = dict(ALL[variant])
     attention = settings.pop("attention", variant)
+    if variant == HALF_HEADS:
+        settings["num_heads"] = str(max(1, softmax_backbone(recipe, given).num_heads // 2))
     if attention == "diff_grouped":
         settings |= _grouped(softmax_backbone(recipe, given), settings)
     return [

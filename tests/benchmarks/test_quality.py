@@ -183,7 +183,7 @@ def test_the_table_shows_every_seed(tmp_path):
     draw(found, tmp_path / "quality.png")
     with Image.open(tmp_path / "quality.png") as image:
         assert image.size[0] > 400
-    with pytest.raises(SystemExit, match="no pair of results to draw"):
+    with pytest.raises(SystemExit, match="nothing to draw"):
         draw(found[:1], tmp_path / "quality.png")
 
 
