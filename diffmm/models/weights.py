@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffmm.checkpoint_folders import STATE_NAME, find_state
+from diffmm.models.adapters import SCALE_KEY, merged, plain_names, scale_of
 from diffmm.models.backbone import BackboneConfig
 from diffmm.models.checkpoint_files import read_checkpoint
 from diffmm.models.description import build, configured, describe, unwrap
@@ -63,17 +64,20 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
     safetensors, to be read by `load_model`. The file is written atomically.
 
     Args:
-        model: A model of `diffmm.models`.
+        model: A model of `diffmm.models`, also with LoRA adapters or in a `PeftModel` of PEFT: the
+            merged weights are saved.
         path: A file ending in `.safetensors`, or a folder, which is created if it does not exist.
 
     Returns:
         The path of the file.
 
     Raises:
-        ValueError: If the model's class is not in `diffmm.models`, the job does not match it, or
-            the path ends like a file of another format.
+        ValueError: If the model's class is not in `diffmm.models`, the job does not match it, its
+            adapters cannot be merged, or the path ends like a file of another format.
     """
     model = unwrap(model)
+    base: Any = getattr(model, "get_base_model", None)  # of PEFT
+    model = model if base is None else base()
     job: Any = getattr(model, "job", None)
     if job is not None:
         job.check_fit(model)
@@ -82,9 +86,16 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
 
 
 def own_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a model by name, without the further names of tied weights."""
+    """The weights of a model by name, without the further names of tied weights; those of low-rank
+    adapters are merged (see `diffmm.models.adapters`).
+
+    Raises:
+        ValueError: If the model has adapters of another kind.
+    """
     aliases = _aliases(model)
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in aliases}
+    scale = scale_of(model)
+    weights = model.state_dict() if scale is None else merged(model.state_dict(), scale)
+    return {name: tensor for name, tensor in weights.items() if name not in aliases}
 
 
 def save_contents(contents: "Contents", path: str | Path) -> Path:
@@ -218,7 +229,7 @@ def load_weights(model: nn.Module, path: str | Path, *, skip_head: bool = False)
     model = unwrap(model)
     file = _find(path)
     weights, description, _ = _read(file)
-    expected = model.state_dict()
+    expected = plain_names(model.state_dict())
     if not any(name.startswith(ENCODER_PREFIX) for name in expected):
         encoder = _under(weights, ENCODER_PREFIX)
         weights = encoder or weights
@@ -291,6 +302,8 @@ def _read(file: Path) -> Contents:
     for name, value in weights.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{file} contains a {type(value).__name__} as {name}, not a tensor")
+    if (scale := checkpoint.get(SCALE_KEY)) is not None:
+        weights = merged(weights, scale)
     if not weights:
         raise ValueError(f"{file} contains no weights under {CHECKPOINT_PREFIX!r}")
     return Contents(weights, checkpoint.get(DESCRIPTION_KEY), _job_values(checkpoint))
@@ -350,7 +363,8 @@ def _depths(description: Any) -> Iterator[int]:
 def _fill(model: nn.Module, weights: dict[str, Tensor], skipped: set[str], file: Path) -> None:
     """Load `weights` into the model except `skipped`, or raise an error and leave it unchanged."""
     weights = _check_fit(model, weights, skipped, file)
-    model.load_state_dict(weights, strict=False)
+    names = plain_names(model.state_dict())
+    model.load_state_dict({names[n]: tensor for n, tensor in weights.items()}, strict=False)
 
 
 def _check_fit(
@@ -369,7 +383,8 @@ def _check_fit(
             continue
         if not torch.equal(weights.setdefault(alias, weights[name]), weights[name]):
             raise ValueError(f"{file} has different {alias} and {name}, but the model ties the two")
-    expected = {n: tensor for n, tensor in model.state_dict().items() if n not in skipped}
+    state = model.state_dict()
+    expected = {n: state[name] for n, name in plain_names(state).items() if n not in skipped}
     faults = {
         "missing": [name for name in expected if name not in weights],
         "unexpected": [name for name in weights if name not in expected],
@@ -435,8 +450,9 @@ def _meaning(config: BackboneConfig) -> dict[str, object]:
 def _aliases(model: nn.Module) -> dict[str, str]:
     """The further names of tied weights, each with its first name."""
     first: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
     names = {
-        name: first.setdefault(id(tensor), name)
-        for name, tensor in model.state_dict(keep_vars=True).items()
+        plain: first.setdefault(id(tensors[name]), plain)
+        for plain, name in plain_names(tensors).items()
     }
     return {name: original for name, original in names.items() if name != original}

@@ -2,7 +2,7 @@
 
 from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
 from diffmm.training.classification import Classification
-from diffmm.training.finetuning import FineTuneConfig
+from diffmm.training.finetuning import FineTuneConfig, LoRAConfig
 from diffmm.training.language import CausalLM, MaskedLM
 from diffmm.training.last_validation import LastValidation
 from diffmm.training.masked_autoencoding import MaskedAutoencoding
@@ -25,6 +25,7 @@ __all__ = [
     "GracefulShutdown",
     "LambdaMonitor",
     "LastValidation",
+    "LoRAConfig",
     "LoggersMayFail",
     "MaskedAutoencoding",
     "MaskedLM",

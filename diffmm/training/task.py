@@ -27,6 +27,7 @@ from torchmetrics import Metric
 
 from diffmm.batch import InputShapes
 from diffmm.layers.block import Block
+from diffmm.models.adapters import SCALE_KEY, scale_of
 from diffmm.models.backbone import Backbone
 from diffmm.models.description import MODELS, describe, unwrap
 from diffmm.models.job import Job
@@ -36,7 +37,7 @@ from diffmm.training.accumulation import AccumulatedLoss, LossSum
 from diffmm.training.batches import AnyBatches
 from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
 from diffmm.training.evaluation import counted
-from diffmm.training.finetuning import FineTuneConfig, freeze
+from diffmm.training.finetuning import FineTuneConfig, add_adapters, freeze
 from diffmm.training.float8 import use_float8
 from diffmm.training.optimizer import OptimizerConfig, check_kind, make_optimizer
 from diffmm.training.parallel import read_any_checkpoint
@@ -59,7 +60,7 @@ class Task(AnyBatches):
         model: Model to train.
         optimizer: Settings of the optimizer, AdamW or Muon.
         schedule: Learning-rate schedule.
-        finetune: Weights to start from, and layers to freeze.
+        finetune: Weights to start from, layers to freeze, and low-rank adapters.
         compile: Whether to run the model under `torch.compile`, block by block if it is sharded.
             The names of the weights do not change.
         activation_checkpointing: Whether to recompute each block in the backward pass to save
@@ -110,6 +111,7 @@ class Task(AnyBatches):
         self.job: Job | None = None
         self.recipe: str | None = None
         self.frozen = freeze(model, self.finetune)
+        add_adapters(model, self.finetune)
         self.accumulated = AccumulatedLoss()
         self.step_log = StepLog()
         self.unmeasured: set[str] = set()
@@ -182,6 +184,11 @@ class Task(AnyBatches):
             raise ValueError(
                 "weight averaging keeps a second model, which is not sharded: train with strategy "
                 "ddp, or without EMAWeightAveraging"
+            )
+        if self.finetune.lora is not None:
+            raise ValueError(
+                "lora is not supported with sharded weights: train with strategy ddp, which needs "
+                "little memory for adapters"
             )
         if self.fp8:
             raise ValueError(
@@ -320,6 +327,8 @@ class Task(AnyBatches):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the descriptions of the task, of the model and of the model's purpose."""
         checkpoint[TASK_KEY] = describe_task(self)
+        if (scale := scale_of(self.model)) is not None:
+            checkpoint[SCALE_KEY] = scale
         # Determined in `setup`, because sharding changes the class of the model.
         if self.description is not None:
             checkpoint[DESCRIPTION_KEY] = self.description

@@ -21,7 +21,7 @@ from diffmm.models import (
     TextModel,
 )
 from diffmm.models.weights import save_model
-from diffmm.training import FineTuneConfig, OptimizerConfig
+from diffmm.training import FineTuneConfig, LoRAConfig, OptimizerConfig
 from diffmm.training.sharding import gradient_norm, is_sharded, shard
 
 
@@ -139,6 +139,13 @@ def test_weights_to_start_from_are_loaded_before_they_are_shared_out(task, make,
 def test_weight_averaging_is_refused(task):
     with pytest.raises(ValueError, match="weight averaging keeps a second model"):
         task(callbacks=[EMAWeightAveraging()]).configure_model()
+
+
+def test_adapters_are_refused(task):
+    sharded = task()
+    sharded.finetune = FineTuneConfig(lora=LoRAConfig())
+    with pytest.raises(ValueError, match="^lora is not supported with sharded weights"):
+        sharded.configure_model()
 
 
 def test_float8_is_refused(task):
