@@ -2,7 +2,8 @@
 
 `TextData`, `ImageData` and `AudioData` are LightningDataModules. Each has an embedded default
 source that needs no network, and sources for real data sets. `RetrievalData` generates sequences
-whose answers must be found in the context. They are imported on first access.
+whose answers must be found in the context, and `ConversationData` reads messages for instruction
+tuning. They are imported on first access.
 """
 
 from importlib import import_module
@@ -11,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datamodules.audio import AudioData
     from datamodules.image import ImageData
-    from datamodules.text import RetrievalData, TextData
+    from datamodules.text import ConversationData, RetrievalData, TextData
 
-__all__ = ["AudioData", "ImageData", "RetrievalData", "TextData"]
+__all__ = ["AudioData", "ConversationData", "ImageData", "RetrievalData", "TextData"]
 
 _HOMES = {
     "AudioData": "datamodules.audio",
+    "ConversationData": "datamodules.text",
     "ImageData": "datamodules.image",
     "RetrievalData": "datamodules.text",
     "TextData": "datamodules.text",

@@ -90,6 +90,25 @@ class Tokenizer(ABC):
         text.
         """
 
+    @property
+    @abstractmethod
+    def eos_name(self) -> str:
+        """The text that stands for the end-of-text token in `encode_marked`."""
+
+    @property
+    def bos_name(self) -> str:
+        """The text that stands for the beginning-of-text token; empty if there is none."""
+        return ""
+
+    @abstractmethod
+    def encode_marked(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encode a text in which the names of special tokens stand for these, as in the templates
+        of conversations.
+
+        Returns:
+            The ids, and the first character of each in `text` and the one after its last.
+        """
+
     def encode(self, text: str) -> list[int]:
         """Encode `text` as ids."""
         return self.encode_batch([text])[0].tolist()
@@ -110,6 +129,24 @@ class ByteTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
         return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    eos_name = "<|endoftext|>"
+
+    def encode_marked(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        ids: list[int] = []
+        places: list[tuple[int, int]] = []
+        start = 0
+        for number, part in enumerate(text.split(self.eos_name)):
+            if number:
+                ids.append(self.eos_id)
+                places.append((start, start + len(self.eos_name)))
+                start += len(self.eos_name)
+            for place, character in enumerate(part, start):
+                coded = character.encode()
+                ids += coded
+                places += [(place, place + 1)] * len(coded)
+            start += len(part)
+        return ids, places
 
     def decode(self, ids: Iterable[int]) -> str:
         return bytes(id for id in ids if id < 256).decode(errors="replace")
@@ -196,6 +233,25 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
         encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int64) for encoding in encodings]
+
+    @property
+    def eos_name(self) -> str:
+        return next(name for name in EOS_NAMES if self._ids.get(name) == self.eos_id)
+
+    @property
+    def bos_name(self) -> str:
+        return self.special_names.get("bos_token", "")
+
+    @cached_property
+    def _marking(self) -> "tokenizers.Tokenizer":
+        """The same tokenizer, which recognizes special tokens."""
+        from tokenizers import Tokenizer as Inner
+
+        return Inner.from_str(self.definition)
+
+    def encode_marked(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self._marking.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._inner.decode([id for id in ids if id < self.vocab_size])

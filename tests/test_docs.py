@@ -28,6 +28,7 @@ from diffmm.models import (
     TextModel,
 )
 from diffmm.models.job import Job, text_reader
+from diffmm.models.weights import save_model
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"```(sh|python)\n(.*?)```", flags=re.DOTALL)
@@ -45,6 +46,9 @@ QUICK = {
 
 SMALLER = {
     "image/finetune": "--vars.image_size 32 --model.model.config.backbone.depth 1",
+    "image/finetune_layer_decay": "--vars.image_size 32",
+    "image/finetune_lora": "--vars.image_size 32",
+    "text/instruct": "--vars.sequence_length 64 --vars.vocab_size 259",
     "audio/finetune": "--vars.clip_seconds 0.5 --model.model.config.backbone.depth 1",
     "text/finetune": "--vars.sequence_length 64 --model.model.config.backbone.depth 1",
 }
@@ -126,6 +130,27 @@ def published(folder: Path) -> None:
     soundfile.write(folder / "bark.wav", np.random.default_rng(0).uniform(-0.5, 0.5, 6000), 8000)
 
 
+def pretrained(folder: Path) -> None:
+    """A pretrained image model, photos, a decoder and conversations."""
+    photos(folder)
+    backbone = BackboneConfig(dim=32, depth=1, num_heads=2, attention="diff_v2")
+    settings = {"image_size": [32, 32], "channels": 3, "interpolation": "bicubic"}
+    settings |= {"crop_pct": 0.9, "crop_mode": "center", "mean": [0.5] * 3, "std": [0.5] * 3}
+    size = {"image_size": 32, "patch_size": 16, "num_classes": 7, "learned_positions": True}
+    config = ImageConfig(**size, backbone=backbone)
+    vit = ImageModel(config)
+    vit.job = Job({"class_path": "datamodules.image.ImageReader", "init_args": settings})
+    save_model(vit, folder / "pretrained")
+    backbone = BackboneConfig(dim=32, depth=1, num_heads=2, rope="1d", attention="diff_v2")
+    decoder = TextModel(TextConfig(vocab_size=259, max_length=64, backbone=backbone))
+    decoder.job = Job(text_reader("bytes"))
+    save_model(decoder, folder / "decoder")
+    chat = (
+        '{"messages": [{"role": "user", "content": "%d"}, {"role": "assistant", "content": "2"}]}'
+    )
+    (folder / "chats.jsonl").write_text("\n".join(chat % number for number in range(80)))
+
+
 def run_command(line: str) -> None:
     """A line of a guide, with shortened training."""
     program, verb, *arguments = shlex.split(line)
@@ -148,6 +173,7 @@ def run_command(line: str) -> None:
         ("docs/text.md", texts),
         ("docs/load.md", stereo),
         ("docs/convert.md", published),
+        ("docs/finetuning.md", pretrained),
         ("docs/python.md", photos),
         ("docs/compare.md", None),
         ("docs/analyze.md", None),

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datamodules.text.conversations import ConversationData, Conversations
     from datamodules.text.data import TextData
     from datamodules.text.datasets import HuggingFaceText
     from datamodules.text.reader import TextReader
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AssociativeRecall",
+    "ConversationData",
+    "Conversations",
     "Corpus",
     "HuggingFaceText",
     "ManyShot",
@@ -30,6 +33,8 @@ __all__ = [
 
 _HOMES = {
     "AssociativeRecall": "datamodules.text.retrieval.sources",
+    "ConversationData": "datamodules.text.conversations",
+    "Conversations": "datamodules.text.conversations",
     "Corpus": "datamodules.text.sources",
     "HuggingFaceText": "datamodules.text.datasets",
     "ManyShot": "datamodules.text.retrieval.sources",

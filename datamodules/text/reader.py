@@ -12,6 +12,7 @@ from torch import Tensor
 from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.files import read_text
 from datamodules.shared.reader import Reader
+from datamodules.text.chat import ChatTemplate
 from diffmm.checks import DataError
 from diffmm.tokenizers import Tokenizer, load_tokenizer
 
@@ -26,6 +27,8 @@ class TextReader(Reader):
             the weights, because the file or the hub may not be available when they are used.
         start_ids: Ids placed before every text, such as the beginning-of-text token that many
             models of other implementations were trained with.
+        chat_template: The template of conversations that the model was trained with, if it was (see
+            `datamodules.text.chat`).
 
     Raises:
         ValueError, FileNotFoundError: On first use, as `load_tokenizer`.
@@ -38,9 +41,10 @@ class TextReader(Reader):
     tokenizer: str
     definition: str | None = None
     start_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tokenizer", "definition"):
+        for name in ("tokenizer", "definition", "chat_template"):
             value = getattr(self, name)
             if not isinstance(value, str) and (name == "tokenizer" or value is not None):
                 raise ValueError(f"{name} must be a string, got {value!r:.100}")
@@ -52,6 +56,20 @@ class TextReader(Reader):
     def encoder(self) -> Tokenizer:
         """The tokenizer."""
         return load_tokenizer(self.tokenizer, self.definition)
+
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """The template of conversations.
+
+        Raises:
+            ValueError: If there is none, or it is not valid.
+        """
+        if self.chat_template is None:
+            raise ValueError(
+                "the model was not trained on conversations: continue a prompt instead, or "
+                "instruction-tune it (recipe text/instruct)"
+            )
+        return ChatTemplate(self.chat_template, self.encoder)
 
     def read(self, item: Any) -> dict[str, Any]:
         """Encode a text as `{"tokens": [N]}`.

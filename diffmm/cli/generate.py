@@ -32,6 +32,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("prompt", help="the text to continue; '-' reads it from stdin")
     parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="answer the prompt, with a model that was trained on conversations",
+    )
+    parser.add_argument(
         "--max-new-tokens",
         type=int,
         metavar="N",
@@ -77,6 +82,7 @@ def generate(options: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     pieces = trained.write(
         prompt,
+        chat=options.chat,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,

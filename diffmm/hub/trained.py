@@ -1,20 +1,22 @@
 """Trained models with their task: prediction and text generation."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diffmm.batch import inputs_of
 from diffmm.checkpoint_folders import find_state
-from diffmm.checks import article, check_choice
-from diffmm.hub.predictions import OnError, Prediction, Predictor
+from diffmm.checks import DataError, article, check_choice
+from diffmm.hub.predictions import OnError, Prediction, Predictor, expanded
 from diffmm.hub.readers import check_inputs, make_reader
+from diffmm.models.encoder import Encoder
 from diffmm.models.generation import stream
 from diffmm.models.job import Job, text_reader
 from diffmm.models.text import TextModel
@@ -245,6 +247,50 @@ class TrainedModel:
         predictions = list(self.stream(items, top_k=top_k, batch_size=batch_size))
         return predictions if is_many else predictions[0]
 
+    @torch.inference_mode()
+    def features(self, inputs: Any, *, batch_size: int = 32) -> Tensor:
+        """Compute the features of images or sounds that the model's head reads, for a classifier,
+        a search or a cluster analysis of one's own.
+
+        Args:
+            inputs: As in `predict`, also a list or a folder.
+            batch_size: Number of inputs per forward pass.
+
+        Returns:
+            Pooled features, `[N, dim]` float32 on the CPU.
+
+        Raises:
+            ValueError: If the model is not an image or audio encoder, or an input cannot be read;
+                the message names it.
+
+        >>> trained = diffmm.load("runs/image/digits_tiny/first")
+        >>> trained.features(["seven.png", "seven.png"]).shape
+        torch.Size([2, 64])
+        """
+        encoder: Any = getattr(self.model, "encoder", self.model)
+        if not isinstance(encoder, Encoder):
+            raise ValueError(
+                f"{self.origin} contains {article(type(self.model).__name__)}: only image and "
+                f"audio encoders have features to return"
+            )
+        read = []
+
+        def keep(head: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            pooled = arguments[0].float()
+            read.append((pooled.mean(dim=1) if pooled.ndim == 3 else pooled).cpu())
+
+        device = next(encoder.parameters()).device
+        items = expanded(inputs if isinstance(inputs, list) else [inputs], self.reader)
+        handle = encoder.head.register_forward_pre_hook(keep)
+        try:
+            while batch := [self.reader.read(item) for item in islice(items, batch_size)]:
+                fields = self.reader.collate(batch)
+                moved: Any = {name: tensor.to(device) for name, tensor in fields.items()}
+                encoder(*inputs_of(encoder, moved))
+        finally:
+            handle.remove()
+        return torch.cat(read)
+
     def stream(
         self,
         inputs: Iterable[Any],
@@ -313,10 +359,25 @@ class TrainedModel:
         """Generate text after a prompt. Arguments and errors as in `write`."""
         return "".join(self.write(prompt, **settings))
 
+    def chat(self, messages: str | Sequence[Mapping[str, str]], **settings: Any) -> str:
+        """Answer a question or a conversation, with a model that was trained on conversations.
+
+        Args:
+            messages: The question, or messages such as `{"role": "user", "content": "..."}`, of
+                which the last one is to be answered.
+            settings: As in `write`.
+
+        Raises:
+            ValueError: As `write`; or if the model was not trained on conversations, or the
+                messages do not fit its template.
+        """
+        return "".join(self.write(messages, chat=True, **settings))
+
     def write(
         self,
-        prompt: str | Path,
+        prompt: str | Path | Sequence[Mapping[str, str]],
         *,
+        chat: bool = False,
         max_new_tokens: int | None = None,
         temperature: float = 0.8,
         top_k: int | None = None,
@@ -326,7 +387,9 @@ class TrainedModel:
         """Generate text after a prompt and yield it piece by piece.
 
         Args:
-            prompt: The text to continue, or the `pathlib.Path` of a text file.
+            prompt: The text to continue, or the `pathlib.Path` of a text file; or the messages of a
+                conversation.
+            chat: Whether `prompt` is a question to answer instead of a text to continue.
             max_new_tokens: Maximum number of generated tokens; by default 200, or less if the
                 model's `max_length` leaves less.
             temperature: As in `diffmm.models.generation.stream`.
@@ -335,14 +398,19 @@ class TrainedModel:
             seed: Seed of the random numbers; the same seed generates the same text.
 
         Raises:
-            ValueError: If the model does not generate text, the prompt is empty, or a number is out
-                of range.
+            ValueError: If the model does not generate text, or was not trained on conversations but
+                is given one; the prompt is empty or not a conversation; or a number is out of
+                range.
         """
         from diffmm.tokenizers import StreamDecoder
 
         tokenizer = self.tokenizer
         assert isinstance(self.model, TextModel)
-        ids = self.reader.read(prompt)["tokens"]
+        stop_ids: Sequence[int] = [tokenizer.eos_id]
+        if chat or not isinstance(prompt, str | Path):
+            ids, stop_ids = self._conversation(prompt), self.reader.chat.stop_ids
+        else:
+            ids = self.reader.read(prompt)["tokens"]
         if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed must be a 64-bit integer, got {seed}")
         if max_new_tokens is None:
@@ -355,13 +423,22 @@ class TrainedModel:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            stop_ids=[tokenizer.eos_id],
+            stop_ids=stop_ids,
             generator=torch.Generator(device).manual_seed(seed),
         )
         decoder = StreamDecoder(tokenizer)
         for new in steps:
             yield decoder.feed(new.tolist())
         yield decoder.flush()
+
+    def _conversation(self, messages: Any) -> Sequence[int]:
+        """The tokens of messages that an answer follows."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        try:
+            return self.reader.chat.prompt(messages)
+        except DataError as error:
+            raise DataError(f"the conversation {error}") from error
 
     def attention_maps(self, item: Any, layers: Sequence[int] | None = None) -> "list[LayerMaps]":
         """Compute the attention maps for one input (see `diffmm.analysis.attention_maps`).

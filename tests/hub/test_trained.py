@@ -318,6 +318,21 @@ def test_a_broken_job_is_told_with_its_file(job, message, there, tmp_path):
     )
 
 
+def test_features_are_what_the_head_reads(there, trained):
+    features = trained.features("digits/7", batch_size=5)
+    assert features.shape == (len(files_of("digits/7")), 64)
+    assert features.dtype == torch.float32
+    with torch.inference_mode():
+        scores = trained.model.head(features).softmax(1)
+    predicted = trained.predict("digits/7")
+    assert [trained.class_names[i] for i in scores.argmax(1)] == [each.label for each in predicted]
+    one = trained.features(Image.open("seven.png"))
+    assert torch.allclose(one, trained.features(["seven.png"]), atol=1e-6)
+    Path("nothing").mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match="folder .* contains no image files"):
+        trained.features("nothing")
+
+
 def test_attention_maps_of_a_file(there, trained):
     maps = trained.attention_maps("seven.png", layers=[-1])
     assert [part.combined.shape for part in maps] == [(1, 4, 16, 16)]

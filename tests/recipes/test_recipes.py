@@ -49,12 +49,18 @@ PROMISED = {
     "audio/speech_commands": 21.4,
     "audio/audioset_ast": 86.6,
     "image/finetune": 21.7,
+    "image/finetune_layer_decay": 21.7,
+    "image/finetune_lora": 22.0,
     "audio/finetune": 21.4,
     "text/finetune": 10.76,
+    "text/instruct": 10.76,
 }
 
 OWN_DATA = ("audio/finetune", "image/finetune", "text/finetune")
 """Recipes for a user's own data, on any machine."""
+
+FROM_WEIGHTS = ("image/finetune_layer_decay", "image/finetune_lora", "text/instruct")
+"""Recipes for a user's own data that start from trained weights."""
 
 RECIPES = sorted((*TINY, *PROMISED))
 
@@ -88,8 +94,10 @@ def test_the_header_says_what_a_user_wants_to_know(name):
     assert len(description(text(name))) > 20
     assert list(fields(text(name))) == list(FIELDS)
     said = fields(text(name))
-    command = f"diffmm fit --config {name}"
-    assert said["Command"] == (f"{command} --data PATH" if name in OWN_DATA else command)
+    verb = "finetune" if name in FROM_WEIGHTS else "fit"
+    command = f"diffmm {verb} --config {name}"
+    command += " --data PATH" if name in (*OWN_DATA, *FROM_WEIGHTS) else ""
+    assert said["Command"] == command + (" --weights RUN" if name in FROM_WEIGHTS else "")
     assert all(len(value) > 8 for value in said.values())
     # Figures that were not measured are marked as such.
     if name not in TINY:

@@ -1,0 +1,205 @@
+"""Conversations as tokens: templates of messages, and which tokens are answers."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from diffmm.checks import DataError
+from diffmm.tokenizers import Tokenizer
+
+ROLES = ("system", "user", "assistant", "tool")
+ANSWER_ROLE = "assistant"
+
+DEFAULT = "default"
+"""Name of `DEFAULT_TEMPLATE`."""
+
+DEFAULT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ "\\n\\n" if not loop.first }}### {{ message.role | capitalize }}:
+{{ message.content }}{{ eos_token if message.role == "assistant" }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ "\\n\\n" if messages }}### Assistant:{{ "\\n" }}
+{%- endif -%}
+"""
+"""Messages under their roles, in plain text for any tokenizer; answers end with its end-of-text
+token."""
+
+TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
+"""Files beside a `tokenizer.json` that may contain a template."""
+
+Message = Mapping[str, Any]
+
+
+class EncodedChat(NamedTuple):
+    """A conversation as tokens.
+
+    Attributes:
+        ids: Token ids.
+        is_answer: Whether each of them belongs to an answer, and is to be learned.
+    """
+
+    ids: list[int]
+    is_answer: list[bool]
+
+
+class ChatTemplate:
+    """A template of Hugging Face's tokenizers (Jinja) that turns messages into text.
+
+    Args:
+        text: The template. It runs in Jinja's sandbox, so that a template in a file of weights
+            cannot call anything else.
+        tokenizer: The tokenizer of the text; the names of its special tokens in the text stand for
+            these tokens.
+
+    Raises:
+        ValueError: If the template is not valid.
+    """
+
+    def __init__(self, text: str, tokenizer: Tokenizer) -> None:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        self.text = text
+        self.tokenizer = tokenizer
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        environment.filters["tojson"] = _as_json
+        try:
+            self._template = environment.from_string(text)
+        except TemplateError as error:
+            raise ValueError(f"the chat template is not valid: {error}") from error
+
+    def render(self, messages: Sequence[Message], *, opens_answer: bool = False) -> str:
+        """The text of messages.
+
+        Args:
+            messages: Dicts with `role` and `content`.
+            opens_answer: Whether to append what precedes an answer.
+
+        Raises:
+            DataError: If the template does not accept the messages; the message continues a
+                sentence about the conversation.
+        """
+        from jinja2 import TemplateError
+
+        if messages or not opens_answer:
+            check_messages(messages)
+        try:
+            return self._template.render(
+                messages=messages,
+                add_generation_prompt=opens_answer,
+                eos_token=self.tokenizer.eos_name,
+                bos_token=self.tokenizer.bos_name,
+            )
+        except (TemplateError, TypeError) as error:
+            raise DataError(f"does not fit the chat template: {error}") from error
+
+    def encode(self, messages: Sequence[Message]) -> EncodedChat:
+        """The tokens of a conversation. Answers are what the assistant's messages add to the text
+        that precedes them.
+
+        Raises:
+            DataError: As `render`; or if the template changes earlier messages when others follow,
+                so that it is unknown which tokens are answers.
+        """
+        text = self.render(messages)
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != ANSWER_ROLE:
+                continue
+            before = self.render(messages[:number], opens_answer=True)
+            after = self.render(messages[: number + 1])
+            if not (text.startswith(after) and after.startswith(before)):
+                raise DataError(
+                    "is changed by the chat template when messages follow, so that it is unknown "
+                    "which tokens are answers: use another template"
+                )
+            spans.append((len(before), len(after)))
+        ids, places = self.tokenizer.encode_marked(text)
+        starts = [start for start, _ in places]
+        is_answer = [any(low <= start < high for low, high in spans) for start in starts]
+        return EncodedChat(ids, is_answer)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The tokens of messages that an answer follows.
+
+        Raises:
+            DataError: As `render`.
+        """
+        return self.tokenizer.encode_marked(self.render(messages, opens_answer=True))[0]
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: end of text, and the special token with which the template
+        ends a message."""
+        mark = "answered"
+        messages = [{"role": "user", "content": "a"}, {"role": ANSWER_ROLE, "content": mark}]
+        rest = self.render(messages).rpartition(mark)[2]
+        ids = self.tokenizer.encode_marked(rest)[0][:1]
+        found = [id for id in ids if id in self.tokenizer.special_ids]
+        return tuple(dict.fromkeys([*found, self.tokenizer.eos_id]))
+
+
+def check_messages(messages: Any) -> None:
+    """Check that messages are dicts with a role and a text.
+
+    Raises:
+        DataError: If they are not; the message continues a sentence about the conversation.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise DataError(f"must be a list of messages, got {messages!r:.60}")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+            raise DataError(
+                f"has the message {number} {message!r:.80}, which needs a role: one of "
+                f"{', '.join(ROLES)}"
+            )
+        if not isinstance(message.get("content"), str):
+            raise DataError(f"has the message {number} {message!r:.80}, whose content is no text")
+
+
+def find_template(given: str | None, tokenizer: str) -> str:
+    """The text of a template.
+
+    Args:
+        given: The template itself, the path of a file, or `"default"`; None means the template in
+            the tokenizer's folder.
+        tokenizer: Name of the tokenizer, which may be the path of a `tokenizer.json`.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If no template is given, and there is none in the tokenizer's folder.
+    """
+    if given == DEFAULT:
+        return DEFAULT_TEMPLATE
+    if given is not None and "{" in given:
+        return given
+    if given is not None:
+        return Path(given).read_text(encoding="utf-8")
+    folder = Path(tokenizer)
+    folder = folder.parent if folder.suffix == ".json" else folder
+    for name in TEMPLATE_FILES:
+        file = folder / name
+        if not file.is_file():
+            continue
+        text = file.read_text(encoding="utf-8")
+        found = text if file.suffix != ".json" else json.loads(text).get("chat_template")
+        if isinstance(found, str):
+            return found
+    raise ValueError(
+        f"tokenizer {tokenizer!r} has no chat template ({' or '.join(TEMPLATE_FILES)} in its "
+        f"folder): give one as chat_template, or {DEFAULT!r}"
+    )
+
+
+def _refuse(message: str) -> NoReturn:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
+
+
+def _as_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -1,0 +1,279 @@
+"""Conversations: templates, which tokens are answers, and packing."""
+
+import json
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from datamodules.shared.bad_samples import BadSampleError, BadSamples
+from datamodules.text import ConversationData, Conversations
+from datamodules.text.chat import DEFAULT_TEMPLATE, ChatTemplate, find_template
+from datamodules.text.conversations import packed
+from diffmm.batch import IGNORE_INDEX
+from diffmm.checks import DataError
+from diffmm.tokenizers import HuggingFaceTokenizer, load_tokenizer
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] | trim + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + eos_token }}"
+    "{% else %}{{ raise_exception('no ' + message['role']) }}{% endif %}{% endfor %}"
+)
+CHAT = [
+    {"role": "user", "content": "What is 1 + 1?"},
+    {"role": "assistant", "content": "2 <|im_end|> é"},
+    {"role": "user", "content": "And 2 + 2?"},
+    {"role": "assistant", "content": "4"},
+]
+
+
+def bpe():
+    """A byte-level tokenizer with merges and special tokens."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(["What is 1 + 1? user assistant " * 9], trainer)
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    return inner
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, DEFAULT_TEMPLATE])
+def test_tokens_are_those_of_transformers(template):
+    inner = bpe()
+    ours = ChatTemplate(template, HuggingFaceTokenizer("t", bpe()))
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", chat_template=template
+    )
+    for messages, opens in ((CHAT, False), (CHAT[:3], True)):
+        wanted = theirs.apply_chat_template(
+            messages, add_generation_prompt=opens, tokenize=True, return_dict=False
+        )
+        found = ours.prompt(messages) if opens else ours.encode(messages).ids
+        assert found == list(wanted)
+
+
+@pytest.mark.parametrize(
+    ("template", "answers"),
+    [
+        (CHATML, "2 <|im_end|> é<|im_end|>\n4<|im_end|>\n"),
+        (LLAMA2, " 2 <|im_end|> é</s> 4</s>"),
+        (DEFAULT_TEMPLATE, "2 <|im_end|> é</s>4</s>"),
+    ],
+)
+def test_answers_and_what_ends_them_are_learned(template, answers):
+    tokenizer = HuggingFaceTokenizer("t", bpe())
+    ids, is_answer = ChatTemplate(template, tokenizer).encode(CHAT)
+    learned = [id for id, own in zip(ids, is_answer, strict=True) if own]
+    assert tokenizer._inner.decode(learned, skip_special_tokens=False) == answers
+
+
+def test_an_answer_ends_with_the_template_s_token():
+    tokenizer = HuggingFaceTokenizer("t", bpe())
+    assert ChatTemplate(CHATML, tokenizer).stop_ids == (3, 1)
+    assert ChatTemplate(LLAMA2, tokenizer).stop_ids == (1,)
+    assert ChatTemplate(DEFAULT_TEMPLATE, load_tokenizer("bytes")).stop_ids == (256,)
+
+
+def test_the_default_template_on_bytes():
+    template = ChatTemplate(DEFAULT_TEMPLATE, load_tokenizer("bytes"))
+    assert template.render(CHAT[:2]) == (
+        "### User:\nWhat is 1 + 1?\n\n### Assistant:\n2 <|im_end|> é<|endoftext|>"
+    )
+    ids, is_answer = template.encode(CHAT)
+    assert ids.count(256) == 2
+    assert len(ids) == len(is_answer)
+    text = template.render(CHAT).replace("<|endoftext|>", "")
+    assert bytes(id for id in ids if id < 256).decode() == text
+    learned = [id for id, own in zip(ids, is_answer, strict=True) if own]
+    assert learned == [*"2 <|im_end|> é".encode(), 256, *b"4", 256]
+    assert bytes(template.prompt([])).decode() == "### Assistant:\n"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "must be a list of messages"),
+        ("hello", "must be a list of messages"),
+        ([{"role": "bot", "content": "a"}], "needs a role: one of system, user, assistant, tool"),
+        ([{"role": "user"}], "whose content is no text"),
+        ([{"role": "system", "content": "a"}], "does not fit the chat template: no system"),
+    ],
+)
+def test_messages_that_are_none(messages, message):
+    template = ChatTemplate(LLAMA2, HuggingFaceTokenizer("t", bpe()))
+    with pytest.raises(DataError, match=message):
+        template.encode(messages)
+
+
+def test_a_template_that_changes_earlier_messages_is_refused():
+    last_only = "{{ messages[-1].content }}{{ eos_token }}"
+    with pytest.raises(DataError, match="is changed by the chat template when messages follow"):
+        ChatTemplate(last_only, load_tokenizer("bytes")).encode(CHAT)
+
+
+def test_templates_run_in_a_sandbox():
+    tokenizer = load_tokenizer("bytes")
+    with pytest.raises(ValueError, match="the chat template is not valid"):
+        ChatTemplate("{% for %}", tokenizer)
+    attack = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    with pytest.raises(DataError, match="is unsafe"):
+        ChatTemplate(attack, tokenizer).render(CHAT)
+
+
+def test_the_template_in_the_tokenizer_s_folder(tmp_path):
+    with pytest.raises(ValueError, match="has no chat template .* or 'default'"):
+        find_template(None, str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ 1 }}"}))
+    assert find_template(None, str(tmp_path / "tokenizer.json")) == "{{ 1 }}"
+    (tmp_path / "chat_template.jinja").write_text("{{ 2 }}")
+    assert find_template(None, str(tmp_path)) == "{{ 2 }}"
+    assert find_template(str(tmp_path / "chat_template.jinja"), "bytes") == "{{ 2 }}"
+    assert find_template("{{ 3 }}", "bytes") == "{{ 3 }}"
+    assert find_template("default", "bytes") == DEFAULT_TEMPLATE
+    with pytest.raises(FileNotFoundError):
+        find_template("missing.jinja", "bytes")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 20), max_size=40), st.integers(20, 50))
+def test_packing_keeps_every_item_whole(lengths, capacity):
+    groups = packed(lengths, capacity)
+    assert sorted(item for group in groups for item in group) == list(range(len(lengths)))
+    sums = [sum(lengths[item] for item in group) for group in groups]
+    assert all(0 < each <= capacity for each in sums)
+    # No two groups would fit into one.
+    assert all(a + b > capacity for n, a in enumerate(sums) for b in sums[:n])
+
+
+def write_rows(path, count=40):
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Question {n}" + "?" * (n % 7)},
+                {"role": "assistant", "content": f"Answer {n}"},
+            ]
+        }
+        for n in range(count)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return rows
+
+
+def data_of(path, **changes):
+    source = Conversations(data_files=[str(path)])
+    given = {"chat_template": "default", "sequence_length": 128, "batch_size": 2, **changes}
+    return ConversationData(source, **given)
+
+
+def test_samples_are_whole_conversations(tmp_path):
+    rows = write_rows(tmp_path / "chats.jsonl")
+    data = data_of(tmp_path / "chats.jsonl", validation_fraction=0.0)
+    data.setup("fit")
+    assert data.val_dataloader() == []
+    decode, seen = load_tokenizer("bytes").decode, []
+    windows = data.windows("training")
+    for sample in (windows.sample(0, index) for index in range(len(windows))):
+        tokens, targets, documents = (sample[k] for k in ("tokens", "targets", "document_ids"))
+        assert tokens.shape == targets.shape == documents.shape == (128,)
+        learned = targets != IGNORE_INDEX
+        num_bytes = 0
+        for number in documents.unique().tolist():
+            own = documents == number
+            text = decode(tokens[own].tolist())
+            if not learned[own].any():
+                assert set(tokens[own].tolist()) == {256}  # the padding
+                continue
+            answer = decode(targets[own & learned].tolist())
+            assert targets[own & learned][-1] == 256
+            assert text.endswith(f"### Assistant:\n{answer}")
+            seen.append(answer)
+            num_bytes += len(answer)
+        assert int(sample["num_bytes"]) == num_bytes
+    assert sorted(seen) == sorted(row["messages"][1]["content"] for row in rows)
+
+
+def test_splits_do_not_depend_on_the_order(tmp_path):
+    rows = write_rows(tmp_path / "chats.jsonl", 60)
+    data = data_of(tmp_path / "chats.jsonl", validation_fraction=0.3)
+    data.setup("fit")
+    val = {bytes(turn.ids[turn.ids < 256].tolist()) for turn in data._turns["validation"]}
+    (tmp_path / "again.jsonl").write_text("\n".join(map(json.dumps, reversed(rows))))
+    again = data_of(tmp_path / "again.jsonl", validation_fraction=0.3)
+    again.setup("fit")
+    assert {bytes(turn.ids[turn.ids < 256].tolist()) for turn in again._turns["validation"]} == val
+    assert 5 < len(val) < 30
+    assert data.fingerprint() != again.fingerprint()
+    batch = next(iter(data.train_dataloader()))
+    assert batch["tokens"].shape == (2, 128)
+
+
+def test_long_conversations_are_cut_and_counted(tmp_path, caplog):
+    rows = [
+        [("user", "a" * 10), ("assistant", "b" * 500)],
+        [("user", "a" * 500), ("assistant", "b")],
+        [("user", "a"), ("assistant", "b")],
+    ]
+    lines = [
+        json.dumps({"messages": [{"role": role, "content": text} for role, text in row]})
+        for row in rows
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    data = data_of(tmp_path / "chats.jsonl", validation_fraction=0.0)
+    data.setup("fit")
+    assert [len(turn.ids) for turn in data._turns["training"]] == [129, 30]
+    assert "2 of 3 conversations are longer than sequence_length=128" in caplog.text
+    assert "1 without an answer before that are left out" in caplog.text
+
+
+def test_bad_rows_are_named_or_skipped(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    rows = write_rows(path, 30)
+    rows[3]["messages"][0]["role"] = "bot"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(BadSampleError, match="conversation 3 of Conversations.* needs a role"):
+        data_of(path).setup("fit")
+    data = data_of(path, validation_fraction=0.0, bad_samples=BadSamples("substitute"))
+    data.setup("fit")
+    assert len(data._turns["training"]) == 29
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "message"),
+    [
+        ('{"text": "a"}', {}, "has no column 'messages', its columns are text"),
+        ("{", {}, "the datasets library cannot load Conversations"),
+        (None, {"sequence_length": 8}, "the training split has no conversation with an answer"),
+        (None, {"vocab_size": 100}, "has 259 tokens, which exceeds the model's vocab_size of 100"),
+        (None, {"chat_template": None}, "tokenizer 'bytes' has no chat template"),
+    ],
+)
+def test_data_that_cannot_be_used(text, changes, message, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    write_rows(path)
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        data_of(path, **changes).setup("fit")
+
+
+@pytest.mark.parametrize("settings", [{"sequence_length": 0}, {"validation_fraction": 1.0}])
+def test_settings_out_of_range(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        ConversationData(**settings)
