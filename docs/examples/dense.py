@@ -1,20 +1,19 @@
 """Features of a ViT in heads for segmentation and detection.
 
-`features_only=True` of timm returns maps of features `[B, dim, H, W]` of chosen blocks. Here the last
-two are joined; one head classifies every pixel, the other predicts at every patch whether an object
-is there, and its box (as distances from the patch's center, Tian et al. 2019, FCOS). The images
-have one square or ring on a noisy background.
+`features_only=True` of timm returns maps of features `[B, dim, H, W]` of chosen blocks. Here the
+last two are joined; one head classifies every pixel, the other predicts at every patch whether an
+object is there, and its box (as distances from the patch's center, Tian et al. 2019, FCOS). The
+images have one square or ring on a noisy background.
 
     python docs/examples/dense.py       # trains for a minute, prints both overlaps
 """
 
+import diffmm.hub.timm_models  # noqa: F401 (registers the models)
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, softplus
 from torchvision.ops import box_iou, generalized_box_iou_loss
-
-import diffmm.hub.timm_models  # noqa: F401 (registers the models)
 
 SIZE, PATCH = 32, 4
 CLASSES = ("background", "square", "ring")
