@@ -148,6 +148,7 @@ def run_command(line: str) -> None:
         ("docs/text.md", texts),
         ("docs/load.md", stereo),
         ("docs/convert.md", published),
+        ("docs/huggingface.md", None),
         ("docs/python.md", photos),
         ("docs/compare.md", None),
         ("docs/analyze.md", None),
