@@ -115,8 +115,18 @@ def attention(
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         attention_mask = AttentionMask(causal=causal, window=sliding_window)
-    q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    q, k, v = (tensor.transpose(1, 2) for tensor in cast(query, key, value))
     return softmax_attention(q, k, v, mask=attention_mask, scale=scaling, softcap=softcap), None
+
+
+def cast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to autocast's precision where it is enabled, as torch's own attention does."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(
+        x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in tensors
+    )
 
 
 def mask(
@@ -254,7 +264,7 @@ def diffllama_forward(
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, self.layer_idx)
     # [B, 2 * h, N, D] to [B, N, h, 2, D].
-    q, k, v = (x.unflatten(1, (2, -1)).permute(0, 3, 2, 1, 4) for x in (q, k, v))
+    q, k, v = (x.unflatten(1, (2, -1)).permute(0, 3, 2, 1, 4) for x in cast(q, k, v))
     exponents = (self.lambda_q1 * self.lambda_k1, self.lambda_q2 * self.lambda_k2)
     first, second = (x.sum(-1, dtype=torch.float32).exp() for x in exponents)
     heads = diff_attention(

@@ -122,6 +122,29 @@ def test_the_error_in_bfloat16_is_at_most_twice_that_of_eager_attention(family):
         assert found < 2 * allowed
 
 
+@pytest.mark.parametrize("family", ["Llama", "DiffLlama"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_under_autocast_attention_is_in_its_precision(family, use_cache, monkeypatch):
+    dtypes = []
+    for name in ("softmax_attention", "diff_attention"):
+        op = getattr(transformers_attention, name)
+        monkeypatch.setattr(
+            transformers_attention,
+            name,
+            lambda *qkv, _op=op, **options: (
+                dtypes.extend(x.dtype for x in qkv[:3]),
+                _op(*qkv, **options),
+            )[1],
+        )
+    eager, ours = models(family)
+    tokens = prompts()
+    truth = eager(tokens).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        found, other = (m(tokens, use_cache=use_cache).logits for m in (ours, eager))
+    assert set(dtypes) == {torch.bfloat16}
+    assert (found - truth).norm() < 2 * (other - truth).norm()
+
+
 @pytest.mark.parametrize("family", MODELS)
 def test_generated_tokens_are_those_of_eager_attention(family):
     eager, ours = models(family)
