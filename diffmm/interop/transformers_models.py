@@ -14,7 +14,9 @@ writes is read by `diffmm.load`, and the reverse. For LoRA, `q_proj`, `k_proj`, 
 and `lambda_proj` that of the lambdas of `diff_v2` and `diff_grouped`.
 """
 
+import functools
 import inspect
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -33,8 +35,8 @@ from transformers.utils import can_return_tuple, logging
 
 from diffmm.interop.transformers_cache import TransformersCache, real_tokens
 from diffmm.layers import DiffAttentionV1
-from diffmm.models import Backbone, TextModel
-from diffmm.models.description import build
+from diffmm.models import Backbone, BackboneConfig, TextModel
+from diffmm.models.description import build, configured
 from diffmm.models.weights import MODEL_TYPE
 from diffmm.ops import AttentionMask
 from diffmm.ops.softmax_attention.reference import capped
@@ -42,11 +44,26 @@ from diffmm.ops.softmax_attention.reference import capped
 logger = logging.get_logger(__name__)
 
 
+TEXT_MODEL = f"diffmm.models.{TextModel.__name__}"
+"""The `class_path` of decoders in descriptions."""
+
+READ_ONLY = (
+    "max_position_embeddings",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+"""The names of settings that only the description determines."""
+
+
 class DiffmmConfig(PreTrainedConfig):
     """The settings of a decoder: those in the `config.json` of its folder.
 
     The names that transformers' tools read, such as `hidden_size`, are properties of the
-    description.
+    description. `num_key_value_heads` and `head_dim` are those of a cache: the key groups, and the
+    width of their keys, both components together.
 
     Attributes:
         description: The description of the model (see `diffmm.models.description.describe`).
@@ -112,6 +129,29 @@ class DiffmmConfig(PreTrainedConfig):
     @property
     def num_attention_heads(self) -> int:
         return self.text["backbone"]["num_heads"]
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self._key_shape()[0]
+
+    @property
+    def head_dim(self) -> int:
+        return math.prod(self._key_shape()[1:])
+
+    def _key_shape(self) -> tuple[int, ...]:
+        with torch.device("meta"):
+            return configured(BackboneConfig, self.text["backbone"]).make_attention(0).k_shape
+
+    def __post_init__(self, **others: Any) -> None:
+        super().__post_init__(**{k: v for k, v in others.items() if k not in READ_ONLY})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, with the names that transformers' tools read."""
+        values = super().to_dict()
+        if (self.description or {}).get("class_path") == TEXT_MODEL:
+            names = (*READ_ONLY, "vocab_size", "tie_word_embeddings")
+            values |= {name: getattr(self, name) for name in names}
+        return values
 
 
 class DiffmmForCausalLM(PreTrainedModel, GenerationMixin):
@@ -269,7 +309,10 @@ class DiffmmForCausalLM(PreTrainedModel, GenerationMixin):
         real = real_tokens(attention_mask, num_tokens)
         return AttentionMask(causal=True, document_ids=documents, key_padding=real)
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         """The arguments of `forward` for a step of `generate`, without those for other parts of
         it, such as the tokenizer that looks for `stop_strings`."""
         whole: Any = super()

@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     CompileConfig,
@@ -110,6 +111,18 @@ def test_beams_are_the_same_with_every_cache(saved):
     first, *others = (continued(theirs, tokens, num_beams=3, **each) for each in options)
     assert all(torch.equal(first, other) for other in others)
     assert not torch.equal(first, continued(theirs, tokens))
+
+
+@pytest.mark.parametrize("attention", ["diff_v1", "diff_grouped"])
+def test_prompts_in_chunks_and_as_embeddings(attention, saved):
+    theirs, tokens = saved(decoder(attention)), prompts()
+    expected = continued(theirs, tokens)
+    for options in ({}, {"cache_implementation": "static"}):
+        assert torch.equal(continued(theirs, tokens, prefill_chunk_size=4, **options), expected)
+    embedded = theirs.get_input_embeddings()(tokens)
+    mask = torch.ones_like(tokens)
+    found = theirs.generate(inputs_embeds=embedded, attention_mask=mask, **GREEDY)
+    assert torch.equal(found, expected)
 
 
 def test_sampling_draws_from_the_logits(saved):
@@ -253,6 +266,50 @@ def test_lora_is_trained_saved_loaded_and_merged(saved, tmp_path):
     assert not torch.allclose(logits, ours(tokens), atol=0.1)
     expected = generate(merged, tokens, max_new_tokens=10, temperature=0)
     assert torch.equal(generated[:, tokens.shape[1] :], expected)
+
+
+def test_embeddings_that_peft_trains_separately_are_no_longer_tied(saved, tmp_path):
+    config = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["embedding", "head"]
+    )
+    adapted, tokens = get_peft_model(saved(decoder()), config), prompts()
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=1.0)
+    adapted(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    logits = adapted.eval()(input_ids=tokens).logits
+    with pytest.warns(UserWarning, match="no longer tied after merging"):
+        merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    ours = diffmm.load(tmp_path / "merged").model
+    assert not ours.config.tie_embeddings
+    torch.testing.assert_close(ours(tokens), logits, atol=1e-4, rtol=1e-4)
+
+
+def test_prompt_tuning_finds_the_sizes(saved):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    tuned, tokens = get_peft_model(saved(decoder()), config), prompts()
+    logits = tuned(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    assert logits.shape == (2, 12, 260)
+
+
+def test_the_settings_have_the_names_of_transformers(saved, tmp_path):
+    config = saved(decoder()).config
+    config.save_pretrained(tmp_path / "settings")
+    again = AutoConfig.from_pretrained(tmp_path / "settings")
+    assert again.description == config.description
+    assert again.job == config.job
+    written = json.loads((tmp_path / "settings/config.json").read_text())
+    for name, value in {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,  # one pair of keys
+        "head_dim": 16,  # both components
+        "max_position_embeddings": 48,
+        "vocab_size": 260,
+        "tie_word_embeddings": True,
+    }.items():
+        assert written[name] == getattr(again, name) == value
 
 
 def test_two_steps_of_the_trainer(saved, tmp_path):
