@@ -34,7 +34,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
 from diffmm.interop.transformers_cache import TransformersCache, real_tokens
-from diffmm.layers import DiffAttentionV1
 from diffmm.models import Backbone, BackboneConfig, TextModel
 from diffmm.models.description import build, configured
 from diffmm.models.weights import MODEL_TYPE
@@ -176,10 +175,6 @@ class DiffmmForCausalLM(PreTrainedModel, GenerationMixin):
     _can_compile_fullgraph = True
     _no_split_modules = ["Block"]  # noqa: RUF012
     _tied_weights_keys = {"head.weight": "embedding.weight"}  # noqa: RUF012
-    _keep_in_fp32_modules_strict = [  # noqa: RUF012
-        *DiffAttentionV1.LAMBDA_NAMES,
-        *DiffAttentionV1.DUAL_LAMBDA_NAMES,
-    ]
 
     embedding: nn.Module
     head: nn.Module

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import diffmm
 from diffmm.cli import main
+from diffmm.hub.metrics import metrics_at
 from diffmm.interop import write_model
 from diffmm.models import (
     AudioConfig,
@@ -27,6 +28,7 @@ from diffmm.models import (
 )
 from diffmm.models.job import Job, text_reader
 from diffmm.models.tokenizer_files import byte_definition, starting_with, tokenizer_files
+from diffmm.runs.directories import CONFIG_NAME
 from diffmm.tokenizers import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
 
 RUN = "runs/image/digits_tiny/first"
@@ -172,6 +174,18 @@ def test_a_run_is_published_with_its_metrics_and_preprocessing(there, tmp_path):
     prepared = json.loads((folder / "preprocessor_config.json").read_text())
     assert prepared == trained.job.reader
     assert "## Metrics" not in (again.save_pretrained(tmp_path / "copy") / "README.md").read_text()
+
+
+def test_metrics_are_those_at_the_checkpoint(tmp_path):
+    (tmp_path / "csv").mkdir()
+    (tmp_path / CONFIG_NAME).write_text("model: {}\n")
+    rows = ["step,train/loss,val/loss,val/accuracy", "9,1,3,0.5", "19,1,2,0.25", "29,1,1,0.75"]
+    (tmp_path / "csv/metrics.csv").write_text("\n".join(rows) + "\n")
+    states = {step: tmp_path / f"checkpoints/step_{step:08d}/state.ckpt" for step in (5, 20, 30)}
+    assert metrics_at(str(states[5])) == {}
+    assert metrics_at(str(states[20])) == {"val/accuracy": 0.25, "val/loss": 2.0}
+    assert metrics_at(str(states[30])) == {"val/accuracy": 0.75, "val/loss": 1.0}
+    assert metrics_at(str(tmp_path / "model.safetensors")) == {}
 
 
 def test_names_on_the_hub(hub, tmp_path, capsys):

@@ -85,9 +85,9 @@ def test_logits_and_generated_tokens_are_ours(case, saved):
         assert torch.equal(continued(theirs, tokens, **options), expected), options
 
 
-@pytest.mark.parametrize("attention", ["diff_v1", "diff_v2"])
-def test_in_bfloat16_lambda_stays_in_float32(attention, saved):
-    ours = decoder(attention)
+@pytest.mark.parametrize("settings", [{}, {"dual_lambda": True}, {"attention": "diff_v2"}])
+def test_in_bfloat16_lambda_stays_in_float32(settings, saved):
+    ours = decoder(**settings)
     theirs = saved(ours, dtype=torch.bfloat16)
     ours = ours.to(torch.bfloat16)
     dtypes = {name: parameter.dtype for name, parameter in theirs.named_parameters()}
@@ -200,9 +200,10 @@ def test_gradient_checkpointing_changes_no_gradient(saved):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
-            loss = theirs(tokens, labels=tokens).loss
+            outputs = theirs(tokens, labels=tokens)
+        assert (outputs.past_key_values is None) == enabled
         theirs.zero_grad()
-        loss.backward()
+        outputs.loss.backward()
         gradients.append([parameter.grad.clone() for parameter in theirs.parameters()])
     assert theirs.is_gradient_checkpointing
     assert num_stored[1] < num_stored[0] / 2
