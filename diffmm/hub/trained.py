@@ -68,15 +68,18 @@ def load(
     '7'
     """
     check_choice("checkpoint", checkpoint, ("newest", "best"))
+    folder = Path(path)
     if is_hub_name(path):
-        path = fetch(str(path), revision=revision)
+        folder = fetch(str(path), revision=revision)
     elif revision is not None:
         raise ValueError(f"revision={revision!r} is for names on the hub, but got {path}")
-    file = find_state(Path(path)) if checkpoint == "newest" else _best_state(Path(path))
+    file = find_state(folder) if checkpoint == "newest" else _best_state(folder)
     try:
         model = load_model(file)
     except ValueError as error:
-        raise ValueError(f"{error}{_missing_imports(file)}{_of_others(path)}") from error
+        raise ValueError(f"{error}{_missing_imports(file)}{_of_others(path, folder)}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{_of_others(path, folder)}") from error
     job: Job = model.job or Job()  # type: ignore[assignment]
     if tokenizer is not None:
         if reader is not None:
@@ -125,11 +128,11 @@ def _missing_imports(file: Path) -> str:
     )
 
 
-def _of_others(path: str | Path) -> str:
-    """A sentence on weights of another implementation; empty for others."""
+def _of_others(name: str | Path, folder: Path) -> str:
+    """A sentence on the folder of a model of another implementation; empty for other files."""
     from diffmm.interop.source import is_of_others
 
-    return f". To use it, convert it first: diffmm convert {path} TARGET" * is_of_others(path)
+    return f". To use it, convert it first: diffmm convert {name} TARGET" * is_of_others(folder)
 
 
 def find_device(name: str | torch.device) -> torch.device:

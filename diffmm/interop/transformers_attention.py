@@ -13,9 +13,10 @@ Softmax attention of all models that use transformers' attention interface is th
 replaced by a function that calls the original one if another attention is chosen.
 
 Masks of causality, windows, padding and packed sequences, and their combinations, reach the kernels
-as an `AttentionMask`. For others, those of static caches, and in compiled models those of windows
-and packed sequences, torch's fused attention is called with a tensor, as with
-`attn_implementation="sdpa"`.
+as an `AttentionMask`. For others, and those of static caches, torch's fused attention is called
+with a tensor, as with `attn_implementation="sdpa"`. In compiled models, masks of windows and packed
+sequences (transformers looks for these if there is no `attention_mask`) are made outside of the
+graph, before the layers; `fullgraph=True` does not allow that.
 """
 
 from collections.abc import Callable, Iterator
@@ -156,20 +157,16 @@ def mask(
     """
     if isinstance(attention_mask, LayerMask):
         return attention_mask
+    place = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
     parts = None
     if isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length:
+        is_plain = mask_function in (causal_mask_function, bidirectional_mask_function)
+        if torch.compiler.is_compiling() and not is_plain:
+            return _outside_of_graph(*place, **others)
         parts = settings_of(mask_function)
     if parts is None or (attention_mask is not None and attention_mask.ndim != 2):
-        return sdpa_mask(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            mask_function,
-            attention_mask,
-            **{**others, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
-        )
+        tensor_only = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        return sdpa_mask(*place, **{**others, **tensor_only})
     padding = None
     if attention_mask is not None:
         padding = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
@@ -179,9 +176,17 @@ def mask(
     return LayerMask(**parts, key_padding=padding)
 
 
+@torch.compiler.disable(
+    reason="the masks of windows and packed sequences are made outside of the graph: compile "
+    "without fullgraph=True, or give an attention_mask to a model without windows"
+)
+def _outside_of_graph(*place: Any, **others: Any) -> LayerMask | Tensor | None:
+    return mask(*place, **others)
+
+
 def settings_of(mask_function: MaskFunction) -> dict[str, Any] | None:
     """The fields of the `AttentionMask` that a mask function of transformers describes; None if it
-    describes another mask, or torch compiles the model and cannot see what it is made of."""
+    describes another mask."""
     found: dict[str, Any] = {"causal": False}
     one_sided = False  # a window that does not hide the keys after a query
     for part in conjunction(mask_function):
@@ -194,7 +199,10 @@ def settings_of(mask_function: MaskFunction) -> dict[str, Any] | None:
         elif is_made_by(sliding_window_bidirectional_overlay, part):
             new = {"window": variables(part)["sliding_window"] + 1}
         elif is_made_by(packed_sequence_mask_function, part):
-            new = {"document_ids": variables(part)["packed_sequence_mask"]}
+            documents = variables(part)["packed_sequence_mask"]
+            # In a compiled model, also if there is one document per row.
+            is_one = bool((documents == documents[:, :1]).all())
+            new = {} if is_one else {"document_ids": documents}
         else:
             return None
         if new.keys() & (found.keys() - {"causal"}):
@@ -206,8 +214,7 @@ def settings_of(mask_function: MaskFunction) -> dict[str, Any] | None:
 def conjunction(mask_function: MaskFunction) -> Iterator[MaskFunction]:
     """The functions of which a mask function made by `transformers.masking_utils.and_masks` is the
     conjunction; any other function itself."""
-    is_conjunction = getattr(mask_function, "__qualname__", "") == "and_masks.<locals>.and_mask"
-    if not is_conjunction or torch.compiler.is_compiling():
+    if getattr(mask_function, "__qualname__", "") != "and_masks.<locals>.and_mask":
         yield mask_function
         return
     for part in variables(mask_function)["mask_functions"]:
@@ -216,8 +223,7 @@ def conjunction(mask_function: MaskFunction) -> Iterator[MaskFunction]:
 
 def is_made_by(maker: Callable[..., Any], function: MaskFunction) -> bool:
     """Whether a function is the one that `maker` returns."""
-    qualname = f"{maker.__name__}.<locals>.inner_mask"
-    return getattr(function, "__qualname__", "") == qualname and not torch.compiler.is_compiling()
+    return getattr(function, "__qualname__", "") == f"{maker.__name__}.<locals>.inner_mask"
 
 
 def variables(function: Any) -> dict[str, Any]:

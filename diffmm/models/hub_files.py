@@ -6,8 +6,16 @@ from pathlib import Path
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 """A repository of the hub, `user/name`."""
 
-HUB_FILES = ("*.json", "*.safetensors")
-"""The files of a repository that are fetched: weights and settings, no pickles and no code."""
+HUB_FILES = (
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "open_clip_config.json",
+    "tokenizer.json",
+    "preprocessor_config.json",
+)
+"""The files of a repository that are fetched: weights and what describes them, of diffmm's models
+and of others; no pickles and no code."""
 
 
 CARD_NAME = "README.md"

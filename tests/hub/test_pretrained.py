@@ -224,11 +224,15 @@ def test_without_a_network_errors_say_how_to_go_on(monkeypatch, tmp_path):
         text_model().push_to_hub("someone/model")
 
 
-def test_weights_of_others_are_named_as_such(tmp_path):
+def test_weights_of_others_are_named_as_such(hub, tmp_path):
     config = TextConfig(vocab_size=9, max_length=8, backbone=backbone(attention="softmax"))
-    folder = write_model(TextModel(config), tmp_path / "llama", "llama")
-    with pytest.raises(ValueError, match="convert it first: diffmm convert .*llama TARGET"):
-        diffmm.load(folder)
+    folder = write_model(TextModel(config), tmp_path / "hub/someone/llama", "llama")
+    advice = "convert it first: diffmm convert someone/llama TARGET"
+    with pytest.raises(ValueError, match=advice):
+        diffmm.load("someone/llama")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    with pytest.raises(FileNotFoundError, match=advice):
+        diffmm.load("someone/llama")
 
 
 TEXTS = ["def main():\n\treturn 'é ü ß 中文 🎉'", "  two  spaces\r\n", "\x00\x7f\u200b"]

@@ -156,17 +156,33 @@ def test_generated_tokens_are_those_of_eager_attention(family):
         assert torch.equal(ours.generate(tokens, **settings), eager.generate(tokens, **settings))
 
 
+# torch raises this about itself when it compiles a function in parts.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("family", ["Mistral", "DiffLlama"])
-def test_compiled_models(family):
+def test_compiled_models_use_the_same_masks(family, calls):
     eager, ours = models(family)
-    compiled = torch.compile(ours, fullgraph=True, backend="eager")
-    tokens = prompts()
-    for given in ({}, {"attention_mask": left_padding()}):
-        real = given.get("attention_mask", torch.ones_like(tokens)).bool()
-        found, expected = (
-            model(tokens, use_cache=False, **given).logits[real] for model in (compiled, eager)
-        )
-        assert_same(found, expected)
+    compiled, tokens = torch.compile(ours, backend="eager"), prompts()
+    window = 4 if family == "Mistral" else None
+    for given, documents in (({}, False), (inputs("packed"), True)):
+        calls.clear()
+        found = compiled(tokens, **{**given, "use_cache": False}).logits
+        assert_same(found, eager(tokens, **{**given, "use_cache": False}).logits)
+        ((_, first), (_, second)) = calls
+        assert (first.causal, first.window, first.key_padding) == (True, window, None)
+        assert (first.document_ids is not None) == documents
+        assert first.document_ids is second.document_ids
+
+
+def test_compiled_as_one_graph():
+    eager, ours = models("DiffLlama")
+    tokens, padding = prompts(), left_padding()
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    options = {"attention_mask": padding, "use_cache": False}
+    real = padding.bool()
+    assert_same(compiled(tokens, **options).logits[real], eager(tokens, **options).logits[real])
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile without fullgraph=True"):
+        compiled(tokens, use_cache=False)
 
 
 def test_other_implementations_call_transformers_own_function(calls):
