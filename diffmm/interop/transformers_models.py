@@ -215,12 +215,13 @@ class DiffmmForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: `[B, M]`, 0 where a token is padding; for all tokens, those in the cache
                 included.
             position_ids: `[B, N]`; by default 0, 1, 2, ..., continuing after the cached tokens.
-                Without a cache and an `attention_mask`, positions that start again separate the
-                documents of a packed row.
+                Without an `attention_mask` and earlier tokens, positions that start again separate
+                the documents of a packed row.
             past_key_values: A cache of transformers, dynamic or static.
             inputs_embeds: Embedded tokens, `[B, N, dim]`, instead of `input_ids`.
             labels: `[B, N]` ids, -100 where there is none; they are shifted here.
-            use_cache: Whether to return a cache; by default as in the config.
+            use_cache: Whether to return a cache; by default as in the config, but not in training
+                mode and not of rows of several documents.
             output_hidden_states: Whether to return the input of every block and the final features.
             output_attentions: Must not be true.
             logits_to_keep: Number of last tokens to compute logits of, or their indices; 0 for all.
@@ -229,7 +230,8 @@ class DiffmmForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: If the sequence is longer than the model's `max_length`, an argument has
-                another shape, or `output_attentions` is true.
+                another shape, `output_attentions` is true, or a cache is asked for with gradient
+                checkpointing or rows of several documents.
         """
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise ValueError(
@@ -240,12 +242,19 @@ class DiffmmForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embedding(input_ids)
+        documents = None
+        if attention_mask is None and position_ids is not None and past_key_values is None:
+            documents = documents_of(position_ids)
+        recomputes = self.training and self.gradient_checkpointing
+        if (use_cache or past_key_values is not None) and (recomputes or documents is not None):
+            reason = (
+                "gradient checkpointing excludes"
+                if recomputes
+                else "rows of several documents exclude"
+            )
+            raise ValueError(f"{reason} a cache: set use_cache=False")
         if use_cache is None:
-            use_cache = self.config.use_cache
-        if self.training and self.gradient_checkpointing:
-            if past_key_values is not None:
-                raise ValueError("gradient checkpointing excludes past_key_values: leave them out")
-            use_cache = False
+            use_cache = self.config.use_cache and not self.training and documents is None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         scale = self.text_config.embedding_scale
@@ -253,7 +262,8 @@ class DiffmmForCausalLM(PreTrainedModel, GenerationMixin):
         num_tokens = x.shape[1]
         cache = None
         if past_key_values is None:
-            mask = self._plain_mask(attention_mask, position_ids, num_tokens)
+            real = real_tokens(attention_mask, num_tokens)
+            mask = AttentionMask(causal=True, document_ids=documents, key_padding=real)
         else:
             cache = TransformersCache(past_key_values, num_tokens)
             mask = cache.mask(attention_mask)
@@ -290,19 +300,6 @@ class DiffmmForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values if use_cache else None,
             hidden_states=hidden_states,
         )
-
-    def _plain_mask(
-        self, attention_mask: Tensor | None, position_ids: Tensor | None, num_tokens: int
-    ) -> AttentionMask:
-        """The mask without a cache."""
-        documents = None
-        if attention_mask is None and position_ids is not None:
-            starts = position_ids.diff(dim=-1) != 1
-            documents = nn.functional.pad(starts.cumsum(dim=-1), (1, 0))
-            if not torch.compiler.is_compiling() and not bool(starts.any()):
-                documents = None
-        real = real_tokens(attention_mask, num_tokens)
-        return AttentionMask(causal=True, document_ids=documents, key_padding=real)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(  # type: ignore[override]
@@ -363,6 +360,15 @@ class DiffmmForCausalLM(PreTrainedModel, GenerationMixin):
         reset: Any = getattr(module, "reset_parameters", None)
         if reset is not None:
             reset()
+
+
+def documents_of(position_ids: Tensor) -> Tensor | None:
+    """The number of the document of each token in a packed row, `[B, N]`: a new one starts where
+    the position is not the next one. None if no row has several, except while torch compiles."""
+    starts = position_ids.diff(dim=-1) != 1
+    if not torch.compiler.is_compiling() and not bool(starts.any()):
+        return None
+    return nn.functional.pad(starts.cumsum(dim=-1), (1, 0))
 
 
 FORWARD = frozenset(inspect.signature(DiffmmForCausalLM.forward).parameters)

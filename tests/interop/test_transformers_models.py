@@ -154,11 +154,18 @@ def test_rows_of_several_documents(saved):
     ours = decoder()
     theirs, tokens = saved(ours), prompts()
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]] * 2)
-    packed = theirs(tokens, position_ids=positions, use_cache=False).logits
+    outputs = theirs(tokens, position_ids=positions)
+    packed = outputs.logits
+    assert outputs.past_key_values is None
     documents = torch.tensor([[0] * 4 + [1] * 5] * 2)
     mask = AttentionMask(causal=True, document_ids=documents)
     assert torch.equal(packed, ours(tokens, mask=mask, positions=positions))
     assert not torch.allclose(packed[:, 4:], theirs(tokens).logits[:, 4:])
+    with pytest.raises(ValueError, match="rows of several documents exclude a cache: set"):
+        theirs(tokens, position_ids=positions, use_cache=True)
+    plain = theirs(tokens, position_ids=torch.arange(9)[None], use_cache=True)
+    assert torch.equal(plain.logits, ours(tokens))
+    assert plain.past_key_values.get_seq_length() == 9
 
 
 def test_hidden_states_are_the_inputs_of_the_blocks_and_the_features(saved):
@@ -201,7 +208,7 @@ def test_gradient_checkpointing_changes_no_gradient(saved):
 
         with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
             outputs = theirs(tokens, labels=tokens)
-        assert (outputs.past_key_values is None) == enabled
+        assert outputs.past_key_values is None
         theirs.zero_grad()
         outputs.loss.backward()
         gradients.append([parameter.grad.clone() for parameter in theirs.parameters()])
@@ -209,8 +216,9 @@ def test_gradient_checkpointing_changes_no_gradient(saved):
     assert num_stored[1] < num_stored[0] / 2
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
     cache = StaticCache(theirs.config, max_cache_len=16)
-    with pytest.raises(ValueError, match="gradient checkpointing excludes past_key_values"):
-        theirs(tokens, past_key_values=cache)
+    for given in ({"past_key_values": cache}, {"use_cache": True}):
+        with pytest.raises(ValueError, match="gradient checkpointing excludes a cache"):
+            theirs(tokens, **given)
     theirs.gradient_checkpointing_disable()
     assert not theirs.backbone.activation_checkpointing
     with pytest.raises(ValueError, match=r"must be \{'use_reentrant': False\}, got .*True"):
