@@ -2,6 +2,8 @@
 
 import functools
 import json
+import runpy
+import sys
 
 import pytest
 import torch
@@ -123,6 +125,13 @@ def test_prompts_in_chunks_and_as_embeddings(attention, saved):
     mask = torch.ones_like(tokens)
     found = theirs.generate(inputs_embeds=embedded, attention_mask=mask, **GREEDY)
     assert torch.equal(found, expected)
+
+
+def test_tokens_are_guessed_from_the_prompt_and_verified(saved):
+    theirs, tokens = saved(decoder()), prompts(1)
+    assert torch.equal(
+        continued(theirs, tokens, prompt_lookup_num_tokens=2), continued(theirs, tokens)
+    )
 
 
 def test_sampling_draws_from_the_logits(saved):
@@ -393,6 +402,19 @@ def test_the_server_of_transformers_answers_a_chat(saved, tmp_path, monkeypatch)
     chunks = [json.loads(line[5:]) for line in lines.splitlines() if line.startswith("data: {")]
     pieces = [chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks]
     assert "".join(pieces) == expected
+
+
+def test_the_command_line_of_transformers_knows_the_models(monkeypatch):
+    from transformers.cli import transformers as cli
+
+    called = []
+
+    def main():
+        called.append(sys.modules["transformers"].DiffmmForCausalLM)
+
+    monkeypatch.setattr(cli, "main", main)
+    runpy.run_module("diffmm.interop.transformers_cli", run_name="__main__")
+    assert called == [DiffmmForCausalLM]
 
 
 def test_what_is_not_supported_is_refused(saved):
