@@ -17,7 +17,6 @@ and `lambda_proj` that of the lambdas of `diff_v2` and `diff_grouped`.
 import functools
 import inspect
 import math
-import sys
 from typing import Any, ClassVar
 
 import torch
@@ -376,5 +375,3 @@ FORWARD = frozenset(inspect.signature(DiffmmForCausalLM.forward).parameters)
 
 AutoConfig.register(MODEL_TYPE, DiffmmConfig)
 AutoModelForCausalLM.register(DiffmmConfig, DiffmmForCausalLM)
-# `transformers serve` looks for the class there. The package replaces itself while it is imported.
-sys.modules["transformers"].DiffmmForCausalLM = DiffmmForCausalLM  # type: ignore[attr-defined]

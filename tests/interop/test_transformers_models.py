@@ -376,6 +376,8 @@ def test_the_server_of_transformers_answers_a_chat(saved, tmp_path, monkeypatch)
     from transformers.cli.serving.server import build_server
     from transformers.cli.serving.utils import GenerationState
 
+    import diffmm.interop.transformers_cli
+
     ours = decoder()
     saved(ours)
     folder = tmp_path / "saved"
@@ -406,13 +408,16 @@ def test_the_server_of_transformers_answers_a_chat(saved, tmp_path, monkeypatch)
 
 def test_the_command_line_of_transformers_knows_the_models(monkeypatch):
     from transformers.cli import transformers as cli
+    from transformers.cli.serving import model_manager
 
     called = []
 
     def main():
-        called.append(sys.modules["transformers"].DiffmmForCausalLM)
+        called.append(model_manager.transformers.DiffmmForCausalLM)
 
     monkeypatch.setattr(cli, "main", main)
+    monkeypatch.delattr(model_manager.transformers, "DiffmmForCausalLM", raising=False)
+    monkeypatch.delitem(sys.modules, "diffmm.interop.transformers_cli", raising=False)
     runpy.run_module("diffmm.interop.transformers_cli", run_name="__main__")
     assert called == [DiffmmForCausalLM]
 
