@@ -63,7 +63,9 @@ class TextSize:
         backbone = replace(backbone, feed_forward_width=width)
         return TextModel(TextConfig(self.vocab_size, length, backbone, tie_embeddings=False))
 
-    def hugging_face(self, kind: str, length: int) -> nn.Module:
+    def hugging_face(
+        self, kind: str, length: int, implementation: str = "sdpa_without_mask"
+    ) -> nn.Module:
         """Build `LlamaForCausalLM` for softmax, or `DiffLlamaForCausalLM` for v1.
 
         With its own `sdpa`, HF passes a mask tensor to torch, which rules out the flash and cuDNN
@@ -85,7 +87,7 @@ class TextSize:
             rms_norm_eps=1e-5,
             tie_word_embeddings=False,
             use_cache=False,
-            attn_implementation="sdpa_without_mask",
+            attn_implementation=implementation,
         )
         return model_class(config)
 

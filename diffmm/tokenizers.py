@@ -217,14 +217,22 @@ class HuggingFaceTokenizer(Tokenizer):
     def definition(self) -> str:
         return self._inner.to_str()
 
-    @cached_property
+    @property
     def start_ids(self) -> tuple[int, ...]:
         """The ids that the tokenizer's own post-processor places before a text, such as a
         beginning-of-text token; `encode` leaves them out."""
+        return self.added_ids[0]
+
+    @cached_property
+    def added_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that the tokenizer's own post-processor places before and after a text."""
         plain = self._inner.encode("a", add_special_tokens=False).ids
         whole = self._inner.encode("a").ids
-        ends = [n for n in range(len(whole)) if whole[n : n + len(plain)] == plain]
-        return tuple(whole[: ends[0]]) if ends else ()
+        length = len(plain)
+        starts = [n for n in range(len(whole)) if whole[n : n + length] == plain]
+        if not starts:
+            return (), ()
+        return tuple(whole[: starts[0]]), tuple(whole[starts[0] + length :])
 
     @cached_property
     def fingerprint(self) -> str:

@@ -174,6 +174,7 @@ def run_command(line: str) -> None:
         ("docs/load.md", stereo),
         ("docs/convert.md", published),
         ("docs/finetuning.md", pretrained),
+        ("docs/huggingface.md", None),
         ("docs/python.md", photos),
         ("docs/compare.md", None),
         ("docs/analyze.md", None),

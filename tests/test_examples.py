@@ -48,6 +48,18 @@ def test_video_learns_which_way_squares_move(example):
     assert video.train(steps=100) > 0.9  # 0.25 by chance
 
 
+def test_dense_learns_shapes_and_boxes(example):
+    shapes, boxes = example("dense").train(steps=60)
+    assert shapes > 0.25
+    assert boxes > 0.4
+
+
+def test_transcription_learns_syllables(example):
+    transcription = example("transcription")
+    assert transcription.train(steps=90) < 0.3
+    assert transcription.train(steps=0) > 0.8
+
+
 @pytest.mark.parametrize("attention", ["softmax", "diff_v1", "diff_v2"])
 def test_video_has_what_every_encoder_has(example, attention):
     video = example("video")

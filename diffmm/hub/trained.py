@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from diffmm.batch import inputs_of
 from diffmm.checkpoint_folders import find_state
 from diffmm.checks import DataError, article, check_choice
+from diffmm.hub.metrics import metrics_at
 from diffmm.hub.predictions import OnError, Prediction, Predictor, expanded
 from diffmm.hub.readers import check_inputs, make_reader
 from diffmm.models.encoder import Encoder
+from diffmm.models.folders import write_folder
 from diffmm.models.generation import stream
+from diffmm.models.hub_files import fetch, is_hub_name
 from diffmm.models.job import Job, text_reader
 from diffmm.models.text import TextModel
 from diffmm.models.weights import load_model, save_model
@@ -38,12 +41,14 @@ def load(
     multi_label: bool | None = None,
     tokenizer: str | None = None,
     checkpoint: Literal["newest", "best"] = "newest",
+    revision: str | None = None,
 ) -> "TrainedModel":
     """Load a trained model with its task: `load(run).predict("cat.jpg")`.
 
     Args:
-        path: A run, a checkpoint folder, a Lightning checkpoint, or a `.safetensors` file or its
-            folder as written by `TrainedModel.save`.
+        path: A run, a checkpoint folder, a Lightning checkpoint, a `.safetensors` file or its
+            folder as written by `TrainedModel.save`, or the name of a repository on the Hugging
+            Face hub, `user/name` (if there is no folder `user`).
         device: Device of the model; `"auto"` is the accelerator, if there is one.
         reader: The preprocessing of inputs, such as a `datamodules.image.ImageReader`; by default
             that of the file.
@@ -52,23 +57,31 @@ def load(
         tokenizer: Name of a text model's tokenizer; by default that of the file.
         checkpoint: Which checkpoint of a run to load: `"newest"`, that of its last save, or
             `"best"`, that with the best value of the metric that its recipe monitors.
+        revision: A branch, a tag or a commit on the hub.
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If the file cannot be read or does not describe its model, the device does
-            not exist, or `checkpoint` is `"best"` for a path that is not a run with a monitored
-            metric.
+        ValueError: If the file cannot be read or does not describe its model, the hub cannot be
+            reached, the device does not exist, or `checkpoint` is `"best"` for a path that is not a
+            run with a monitored metric.
 
     >>> trained = diffmm.load("runs/image/digits_tiny/first")
     >>> trained.predict("seven.png").label
     '7'
     """
     check_choice("checkpoint", checkpoint, ("newest", "best"))
-    file = find_state(Path(path)) if checkpoint == "newest" else _best_state(Path(path))
+    folder = Path(path)
+    if is_hub_name(path):
+        folder = fetch(str(path), revision=revision)
+    elif revision is not None:
+        raise ValueError(f"revision={revision!r} is for names on the hub, but got {path}")
+    file = find_state(folder) if checkpoint == "newest" else _best_state(folder)
     try:
         model = load_model(file)
     except ValueError as error:
-        raise ValueError(f"{error}{_missing_imports(file)}") from error
+        raise ValueError(f"{error}{_missing_imports(file)}{_of_others(path, folder)}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{_of_others(path, folder)}") from error
     job: Job = model.job or Job()  # type: ignore[assignment]
     if tokenizer is not None:
         if reader is not None:
@@ -115,6 +128,13 @@ def _missing_imports(file: Path) -> str:
         f". The run's recipe imports {', '.join(missing)}: do so before (on the command line: "
         f"--trust)"
     )
+
+
+def _of_others(name: str | Path, folder: Path) -> str:
+    """A sentence on the folder of a model of another implementation; empty for other files."""
+    from diffmm.interop.source import is_of_others
+
+    return f". To use it, convert it first: diffmm convert {name} TARGET" * is_of_others(folder)
 
 
 def find_device(name: str | torch.device) -> torch.device:
@@ -218,6 +238,27 @@ class TrainedModel:
             ValueError: If the path ends like a file of another format, such as `.pt`.
         """
         return save_model(self.model, path)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write a folder for the Hugging Face hub: weights, settings, tokenizer or preprocessing,
+        and a model card with the metrics of the run that the model is from, if it is from one.
+
+        See `diffmm.models.pretrained.Pretrained.save_pretrained`.
+        """
+        return write_folder(self.model, folder, metrics=metrics_at(self.origin))
+
+    def push_to_hub(self, name: str, **options: Any) -> str:
+        """Upload the folder of `save_pretrained` to the Hugging Face hub, and return its address.
+
+        Args:
+            name: Name of the repository, `user/name`.
+            options: As in `diffmm.models.pretrained.Pretrained.push_to_hub`.
+
+        Raises:
+            ValueError: If the hub cannot be reached or refuses the upload; the message says why.
+        """
+        model: Any = self.model
+        return model.push_to_hub(name, metrics=metrics_at(self.origin), **options)
 
     def predict(self, inputs: Any, *, top_k: int = 5, batch_size: int = 32) -> Any:
         """Predict the most likely classes of an input, or generate text after a prompt.

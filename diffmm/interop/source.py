@@ -1,7 +1,6 @@
 """Weights of other implementations on disk or on the Hugging Face hub."""
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,25 +8,15 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from diffmm.models.weights import DESCRIPTION_KEY, WEIGHTS_NAME
+from diffmm.models.hub_files import fetch, is_hub_name
+from diffmm.models.tokenizer_files import TOKENIZER_NAME
+from diffmm.models.weights import CONFIG_NAME, WEIGHTS_NAME, describes_model
 
-CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
-TOKENIZER_NAME = "tokenizer.json"
 PREPROCESSOR_NAME = "preprocessor_config.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "consolidated.00.pth")
-
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = [
-    CONFIG_NAME,
-    OPEN_CLIP_CONFIG_NAME,
-    TOKENIZER_NAME,
-    PREPROCESSOR_NAME,
-    "*.safetensors",
-    INDEX_NAME,
-]
 
 
 class Source(NamedTuple):
@@ -87,20 +76,24 @@ def locate(source: str | Path) -> tuple[Path, Path | None]:
         return path, None
     if path.is_file():
         return path.parent, path
-    if not HUB_NAME.fullmatch(str(source)):
+    if not is_hub_name(source):
         raise FileNotFoundError(f"there is no file or folder {source}")
-    return _download(str(source)), None
+    return fetch(str(source)), None
 
 
 def is_of_others(source: str | Path) -> bool:
     """Whether a source has the settings of another implementation beside its weights (it is not a
-    run or a file of diffmm), or can only be a name on the hub."""
-    path = Path(source)
+    run or a file of diffmm). A repository of the hub is fetched.
+
+    Raises:
+        ValueError: If the hub cannot be reached, or a file is damaged.
+    """
+    path = fetch(str(source)) if is_hub_name(source) else Path(source)
     if not path.exists():
-        return HUB_NAME.fullmatch(str(source)) is not None
+        return False
     folder = path if path.is_dir() else path.parent
     file = path / WEIGHTS_NAME if path.is_dir() else path
-    if file.is_file() and (file.suffix != ".safetensors" or DESCRIPTION_KEY in _metadata(file)):
+    if file.is_file() and (file.suffix != ".safetensors" or describes_model(file)):
         return False
     return (folder / CONFIG_NAME).is_file() or _is_open_clip(folder)
 
@@ -145,14 +138,6 @@ def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
         raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
 
 
-def _metadata(file: Path) -> dict[str, str]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return opened.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
-
-
 def _all_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a folder: of one file, or of those that its index names."""
     if (folder / WEIGHTS_NAME).is_file():
@@ -175,19 +160,3 @@ def _all_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             differing = ", ".join(sorted(found.keys() ^ expected)[:4])
             raise ValueError(f"{folder / name} and {INDEX_NAME} disagree about {differing}")
         yield from found.items()
-
-
-def _download(name: str) -> Path:
-    """Download a repository of the hub, or find it in the cache, and return its folder."""
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"there is no file or folder {name}, and it cannot be fetched from the Hugging Face "
-            f"hub ({reason}): without a network, give a folder that has its {CONFIG_NAME} and "
-            f"safetensors"
-        ) from error

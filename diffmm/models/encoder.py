@@ -19,6 +19,7 @@ from diffmm.layers.pool import AttentionPool
 from diffmm.layers.positions import Grid, LearnedPositions, resample
 from diffmm.layers.registry import Layer, registration
 from diffmm.models.backbone import Backbone, BackboneConfig
+from diffmm.models.pretrained import Pretrained
 from diffmm.models.timm_interface import TimmInterface
 from diffmm.ops import AttentionMask
 
@@ -205,7 +206,7 @@ class Embedded(NamedTuple):
     """`[B, N]` booleans, true where a patch is real; None if all are real."""
 
 
-class Encoder(TimmInterface):
+class Encoder(Pretrained, TimmInterface):
     """Transformer encoder and classifier over patches, with timm's interface.
 
     The model of a modality adds `embed`, `patchify` and `num_patches`, which take its inputs.

@@ -14,6 +14,7 @@ from diffmm.models.audio import NO_PATCHES, AudioConfig
 from diffmm.models.backbone import Backbone, BackboneConfig
 from diffmm.models.encoder import Embedded, Encoder
 from diffmm.models.image import ImageConfig
+from diffmm.models.pretrained import Pretrained
 from diffmm.ops import AttentionMask
 
 ROUNDING = 1e-3
@@ -86,7 +87,7 @@ class MaskedPrediction(NamedTuple):
     """`[B, N]` booleans, true where a patch was masked and so is part of the loss."""
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(Pretrained, nn.Module):
     """Mask most patches, encode the rest, predict the masked ones (MAE, He et al. 2022;
     Audio-MAE, Huang et al. 2022).
 

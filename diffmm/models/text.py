@@ -15,6 +15,7 @@ from diffmm.checks import Settings
 from diffmm.layers.cache import KVCache
 from diffmm.layers.linear import Embedding, Linear, init_weights
 from diffmm.models.backbone import Backbone, BackboneConfig
+from diffmm.models.pretrained import Pretrained
 from diffmm.ops import AttentionMask, Losses, linear_cross_entropy
 from diffmm.ops.linear_cross_entropy import MAX_LOGITS
 from diffmm.ops.softmax_attention.reference import capped
@@ -68,7 +69,7 @@ class TextConfig(Settings):
         return {"tokens": ((batch_size, length or self.max_length), torch.int64)}
 
 
-class TextModel(nn.Module):
+class TextModel(Pretrained, nn.Module):
     """Language model: maps token ids to logits over the vocabulary.
 
     >>> model = diffmm.create_model("text/stdlib_tiny")

@@ -12,6 +12,7 @@ from diffmm.checks import Settings, check_choice
 from diffmm.layers.linear import Embedding, Linear, init_weights
 from diffmm.layers.positions import LearnedPositions
 from diffmm.models.backbone import Backbone, BackboneConfig
+from diffmm.models.pretrained import Pretrained
 from diffmm.ops import AttentionMask
 
 POOLS = ("argmax", "eos", "first", "last")
@@ -69,7 +70,7 @@ class TextTowerConfig(Settings):
         return {"tokens": ((batch_size, length or self.max_length), torch.int64)}
 
 
-class TextTower(nn.Module):
+class TextTower(Pretrained, nn.Module):
     """Maps token ids `[B, N]` to one embedding per text, `[B, num_outputs]` (CLIP, Radford et al.
     2021, section 2.4).
 

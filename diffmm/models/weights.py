@@ -22,6 +22,7 @@ from diffmm.models.adapters import SCALE_KEY, merged, plain_names, scale_of
 from diffmm.models.backbone import BackboneConfig
 from diffmm.models.checkpoint_files import read_checkpoint
 from diffmm.models.description import build, configured, describe, unwrap
+from diffmm.models.hub_files import fetch, is_hub_name
 from diffmm.models.job import Job, text_reader
 from diffmm.renamed import weights_with_new_names, with_new_names
 
@@ -47,6 +48,13 @@ JOB_KEY = "job"
 
 WEIGHTS_NAME = "model.safetensors"
 """Name of the file in a folder written by `save_model`."""
+
+CONFIG_NAME = "config.json"
+"""Name of the file of settings beside the weights in a folder for the hub, and in folders of other
+implementations."""
+
+MODEL_TYPE = "diffmm"
+"""The `model_type` in the settings of a folder of diffmm."""
 
 OTHER_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".onnx", ".h5", ".npz", ".zip", ".json")
 """Endings of files of other formats, which a folder is not called."""
@@ -140,7 +148,8 @@ def load_model(path: str | Path) -> nn.Module:
 
     Args:
         path: A run, a checkpoint folder, a Lightning checkpoint, a `.safetensors` file or a
-            folder with a `model.safetensors`, the latter two as written by `save_model`.
+            folder with a `model.safetensors`, the latter two as written by `save_model`, or the
+            name of a repository on the Hugging Face hub, `user/name`.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -267,7 +276,7 @@ def _described(file: Path) -> Contents:
 
 
 def _find(path: str | Path) -> Path:
-    path = find_state(Path(path))
+    path = fetch(str(path)) if is_hub_name(path) else find_state(Path(path))
     if path.suffix == Path(STATE_NAME).suffix and path.is_dir():
         return path  # a sharded checkpoint
     file = path / WEIGHTS_NAME if path.is_dir() else path
@@ -284,10 +293,14 @@ def _read(file: Path) -> Contents:
                 metadata = opened.metadata() or {}
                 weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             weights = weights_with_new_names(weights)
-            parsed = [
-                json.loads(metadata[key]) if key in metadata else None
-                for key in (DESCRIPTION_KEY, JOB_KEY)
-            ]
+            if DESCRIPTION_KEY in metadata:
+                parsed = [
+                    json.loads(metadata[key]) if key in metadata else None
+                    for key in (DESCRIPTION_KEY, JOB_KEY)
+                ]
+            else:  # other libraries leave out what they do not know
+                settings = _settings_beside(file)
+                parsed = [settings.get(key) for key in ("description", JOB_KEY)]
             return Contents(weights, *parsed)
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
@@ -307,6 +320,30 @@ def _read(file: Path) -> Contents:
     if not weights:
         raise ValueError(f"{file} contains no weights under {CHECKPOINT_PREFIX!r}")
     return Contents(weights, checkpoint.get(DESCRIPTION_KEY), _job_values(checkpoint))
+
+
+def describes_model(file: Path) -> bool:
+    """Whether a safetensors file, or the settings beside it, describe a model of diffmm.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+    return DESCRIPTION_KEY in metadata or bool(_settings_beside(file))
+
+
+def _settings_beside(file: Path) -> dict[str, Any]:
+    """The settings of diffmm beside a file of weights; empty if there are none."""
+    try:
+        settings = json.loads((file.parent / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return {}
+    is_ours = isinstance(settings, dict) and settings.get("model_type") == MODEL_TYPE
+    return settings if is_ours else {}
 
 
 def _job_values(checkpoint: dict[str, Any]) -> dict[str, Any] | None:

@@ -8,12 +8,13 @@ images have one square or ring on a noisy background.
     python docs/examples/dense.py       # trains for a minute, prints both overlaps
 """
 
-import diffmm.hub.timm_models  # noqa: F401 (registers the models)
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, softplus
 from torchvision.ops import box_iou, generalized_box_iou_loss
+
+import diffmm.hub.timm_models  # noqa: F401 (registers the models)
 
 SIZE, PATCH = 32, 4
 CLASSES = ("background", "square", "ring")

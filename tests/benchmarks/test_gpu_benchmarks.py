@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import decode, train_step
+from benchmarks import decode, hf_diffllama, train_step
 from diffmm.ops import AttentionMask, diff_attention, softmax_attention
 
 pytestmark = pytest.mark.filterwarnings(
@@ -139,3 +139,17 @@ def test_generation(tmp_path):
         "step", "generate", "replay", "uncompiled", "prompt", "forward",
     ]  # fmt: skip
     assert all(row["ms"] > 0 for row in rows)
+
+
+def test_diffllama_with_all_attentions_has_the_same_loss(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    hf_diffllama.main(
+        ["--smoke", "--only", "text2048", "--rounds", "1", "--steps", "1", "--out", str(tmp_path)]
+    )
+    rows = json.loads((tmp_path / "hf_diffllama.json").read_text())
+    assert [row["model"] for row in rows] == ["ours", "diffmm", "sdpa", "eager"]
+    assert len({row["parameters"] for row in rows[1:]}) == 1
+    losses = [row["loss"] for row in rows]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-3)
+    assert rows[0]["ratio"] == 1.0
+    assert "medians" in capsys.readouterr().out

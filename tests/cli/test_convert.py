@@ -288,7 +288,7 @@ def test_mistakes_of_arguments(run, llama, monkeypatch):
 def test_a_hub_name_without_a_network_says_so(run, monkeypatch):
     import huggingface_hub
 
-    def unreachable(name, allow_patterns):
+    def unreachable(name, **options):
         raise OSError(f"cannot reach the host of {name}\nand more")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
@@ -305,7 +305,7 @@ def test_a_hub_name_is_downloaded(run, llama, monkeypatch):
 
     asked = []
 
-    def download(name, allow_patterns):
+    def download(name, *, allow_patterns, **options):
         asked.append((name, allow_patterns))
         return str(llama.resolve())
 
