@@ -4,6 +4,7 @@ model.safetensors         the weights, with the description of the model and its
 config.json               the same description and job, as other libraries read them
 preprocessor_config.json  of an image or audio model: how its inputs are prepared
 tokenizer.json, tokenizer_config.json, generation_config.json    of a text model
+chat_template.jinja       of a text model that was trained on conversations
 README.md                 the model card
 """
 

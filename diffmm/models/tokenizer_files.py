@@ -7,6 +7,7 @@ from diffmm.tokenizers import EOS_NAMES, MASK_NAMES, PAD_NAMES, HuggingFaceToken
 
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
 
 
 class TokenizerFiles(NamedTuple):
@@ -52,10 +53,12 @@ def tokenizer_files(job: dict[str, Any] | None, max_length: int) -> TokenizerFil
         **names,
     }
     ids = {"eos_token": "eos_id", "pad_token": "pad_id"}
+    template = reader.get("chat_template")
     return TokenizerFiles(
         {
             TOKENIZER_NAME: definition,
             TOKENIZER_CONFIG_NAME: json.dumps(settings, indent=2) + "\n",
+            **({} if template is None else {CHAT_TEMPLATE_NAME: template}),
         },
         {f"{name}_id": getattr(tokenizer, own) for name, own in ids.items() if name in names},
     )

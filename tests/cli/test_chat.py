@@ -84,3 +84,13 @@ def test_instruction_tuning_on_the_command_line(run, recipe):
     refused = run("fit", "--config", path, "--data", "texts", "--run_dir", "refused")
     assert refused.code == 2
     assert "must be a file of conversations (.jsonl, .json, .parquet)" in refused.mistakes[0]
+
+
+def test_transformers_has_the_same_prompt(tmp_path):
+    from transformers import AutoTokenizer
+
+    trained = diffmm.load(save_model(text_model(DEFAULT_TEMPLATE), tmp_path / "chat"))
+    tokenizer = AutoTokenizer.from_pretrained(trained.save_pretrained(tmp_path / "folder"))
+    messages = [{"role": "user", "content": "Who?"}]
+    found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert found == trained.reader.chat.prompt(messages)
