@@ -59,7 +59,7 @@ def check(op, *inputs, mask, backends=("sdpa", "triton")):
 
 
 window, packed = masks
-inputs = [torch.randn(1, 17, 2, 2, 16), k, v, lam]
+inputs = [torch.randn(1, 17, 1, 2, 16), k, v, lam[..., :1]]
 check(diff_attention, *(x.detach().clone().requires_grad_() for x in inputs), mask=packed)
 check(softmax_attention, torch.randn(1, 1, 2, 16), k[..., 0, :], v, mask=window)
 signals = torch.randn(1, 17, 1, 3, 16)
