@@ -1,0 +1,182 @@
+"""The formats that a trained model is exported to, and their files."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from diffmm.checks import article
+from diffmm.export.metadata import metadata_of
+from diffmm.export.onnx_file import write_onnx
+from diffmm.export.program import TOLERANCE, Call, largest_difference, write_aoti, write_pt2
+from diffmm.export.signature import Signature, signature_of
+from diffmm.interop.conversion import FAMILIES, check_free, write_model
+from diffmm.models.description import unwrap
+from diffmm.models.job import Job
+from diffmm.models.weights import WEIGHTS_NAME, save_model
+
+HUGGING_FACE = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "diffllama",
+    "audio-spectrogram-transformer",
+    "whisper",
+)
+"""Families of `diffmm.interop` that `transformers` loads, in the order in which they are tried."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of exported models.
+
+    Attributes:
+        help: What it is for.
+        file_name: Name of the file in a folder; None if the export is a folder.
+        write: Takes a model, the new file (or folder) and whether decoders have a cache; writes it
+            and returns a line about it.
+        has_cache: Whether `cache` makes a difference.
+    """
+
+    help: str
+    file_name: str | None
+    write: Callable[[nn.Module, Path, bool], str]
+    has_cache: bool = True
+
+
+def export(
+    model: nn.Module, target: str | Path, to: str, *, cache: bool = True
+) -> tuple[Path, str]:
+    """Export a model, whole or not at all.
+
+    Args:
+        model: A model of `diffmm.models`, in evaluation mode, on the CPU.
+        target: A file with the ending of the format, or a folder for it, which is created. Nothing
+            is overwritten.
+        to: A name in `FORMATS`.
+        cache: Whether the program of a decoder takes and returns its keys and values.
+
+    Returns:
+        The file (or, for `"hf"`, the folder), and a line that says what it is.
+
+    Raises:
+        ValueError: If the target exists, has the ending of another format, a package is missing, or
+            the format cannot hold the model.
+    """
+    form = FORMATS[to]
+    path = path_of(Path(target), to)
+    if not cache and not form.has_cache:
+        raise ValueError(f"--no-cache is for programs, and {to} has weights only: leave it out")
+    with appearing(path) as unfinished:
+        line = form.write(unwrap(model), unfinished, cache)
+    return path, line
+
+
+def path_of(target: Path, to: str) -> Path:
+    """The file (or, for `"hf"`, the folder) that an export to `target` writes.
+
+    Raises:
+        ValueError: If it exists, or the target has the ending of another format.
+    """
+    name = FORMATS[to].file_name
+    endings = {Path(form.file_name).suffix for form in FORMATS.values() if form.file_name}
+    own = None if name is None else Path(name).suffix
+    if target.suffix in endings and target.suffix != own:
+        wanted = "a folder" if own is None else f"a name that ends in {own}, or a folder"
+        raise ValueError(f"{target} ends in {target.suffix}, but --to {to} writes {wanted}")
+    path = target if name is None or target.suffix == own else target / name
+    if path.suffix == own and path.exists():
+        raise ValueError(f"{path} exists already: give another target, or remove it")
+    check_free(path)
+    return path
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Yield a path of the same name in a new folder beside `path`; at the end of the `with`
+    statement everything in that folder is moved to the place of `path`, unless there is an
+    error."""
+    is_new = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield folder / path.name
+        # The file itself comes last: where it is, everything is.
+        for each in sorted(folder.iterdir(), key=lambda found: found.name == path.name):
+            each.replace(path.with_name(each.name))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if is_new:
+            with suppress(OSError):  # not empty
+                path.parent.rmdir()
+
+
+def writer_of_programs(
+    write: Callable[[Signature, Path, Mapping[str, Any]], Call],
+) -> Callable[[nn.Module, Path, bool], str]:
+    """Write a program with `write`, and compare its results with the model's."""
+
+    def written(model: nn.Module, file: Path, cache: bool) -> str:
+        signature = signature_of(model, cache=cache)
+        job: Any = getattr(model, "job", None) or Job()
+        program = write(signature, file, metadata_of(model, signature, job))
+        difference = largest_difference(signature, program)
+        if not difference <= TOLERANCE:  # also for NaN
+            raise ValueError(
+                f"the outputs of the program differ from the model's by {difference:.1e} of the "
+                f"largest one, more than {TOLERANCE:.0e}: nothing was written"
+            )
+        names = ", ".join(port.name for port in signature.inputs[:3])
+        more = f" and {len(signature.inputs) - 3} more" if len(signature.inputs) > 3 else ""
+        return (
+            f"inputs {names}{more}; largest difference of the outputs on random inputs: "
+            f"{difference:.1e} of the largest"
+        )
+
+    return written
+
+
+def _write_safetensors(model: nn.Module, file: Path, cache: bool) -> str:
+    save_model(model, file)
+    return f"{sum(p.numel() for p in model.parameters()):,} parameters, read by diffmm.load"
+
+
+def _write_hugging_face(model: nn.Module, folder: Path, cache: bool) -> str:
+    reasons = []
+    for name in HUGGING_FACE:
+        if FAMILIES[name].model is not type(model):
+            continue
+        try:
+            write_model(model, folder, name)
+            return f"a model of type {name}, read by transformers"
+        except ValueError as error:
+            reasons.append(str(error))
+    if not reasons:
+        kind = article(type(model).__name__)
+        reasons = [f"transformers has no class for {kind}: see diffmm convert for other libraries"]
+    raise ValueError("; ".join(reasons))
+
+
+FORMATS = {
+    "onnx": Format("ONNX, run by ONNX Runtime", "model.onnx", writer_of_programs(write_onnx)),
+    "pt2": Format("a program of torch.export", "model.pt2", writer_of_programs(write_pt2)),
+    "aoti": Format(
+        "machine code (AOTInductor), for this kind of CPU",
+        "model.pt2",
+        writer_of_programs(write_aoti),
+    ),
+    "safetensors": Format(
+        "weights for diffmm.load", WEIGHTS_NAME, _write_safetensors, has_cache=False
+    ),
+    "hf": Format(
+        "a folder for Hugging Face transformers", None, _write_hugging_face, has_cache=False
+    ),
+}
+"""All formats by name."""
