@@ -14,6 +14,7 @@ from diffmm.checks import article
 from diffmm.export.metadata import metadata_of
 from diffmm.export.onnx_file import write_onnx
 from diffmm.export.program import TOLERANCE, Call, largest_difference, write_aoti, write_pt2
+from diffmm.export.quantized import is_quantized, save_quantized
 from diffmm.export.signature import Signature, signature_of
 from diffmm.interop.conversion import FAMILIES, check_free, write_model
 from diffmm.models.description import unwrap
@@ -43,12 +44,14 @@ class Format:
         write: Takes a model, the new file (or folder) and whether decoders have a cache; writes it
             and returns a line about it.
         has_cache: Whether `cache` makes a difference.
+        can_quantize: Whether it can hold the models of `diffmm.export.quantized.quantize`.
     """
 
     help: str
     file_name: str | None
     write: Callable[[nn.Module, Path, bool], str]
     has_cache: bool = True
+    can_quantize: bool = False
 
 
 def export(
@@ -57,7 +60,8 @@ def export(
     """Export a model, whole or not at all.
 
     Args:
-        model: A model of `diffmm.models`, in evaluation mode, on the CPU.
+        model: A model of `diffmm.models`, in evaluation mode, on the CPU; or one that
+            `diffmm.export.quantized.quantize` returned, on any device.
         target: A file with the ending of the format, or a folder for it, which is created. Nothing
             is overwritten.
         to: A name in `FORMATS`.
@@ -72,8 +76,7 @@ def export(
     """
     form = FORMATS[to]
     path = path_of(Path(target), to)
-    if not cache and not form.has_cache:
-        raise ValueError(f"--no-cache is for programs, and {to} has weights only: leave it out")
+    check_options(to, cache=cache, quantized=is_quantized(model))
     with appearing(path) as unfinished:
         line = form.write(unwrap(model), unfinished, cache)
     return path, line
@@ -96,6 +99,19 @@ def path_of(target: Path, to: str) -> Path:
         raise ValueError(f"{path} exists already: give another target, or remove it")
     check_free(path)
     return path
+
+
+def check_options(to: str, *, cache: bool, quantized: bool) -> None:
+    """Check that a format has some options.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if not cache and not FORMATS[to].has_cache:
+        raise ValueError(f"--no-cache is for programs, and {to} has weights only: leave it out")
+    if quantized and not FORMATS[to].can_quantize:
+        able = ", ".join(name for name, form in FORMATS.items() if form.can_quantize)
+        raise ValueError(f"--to {to} cannot hold quantized weights: use --to {able}")
 
 
 @contextmanager
@@ -144,8 +160,9 @@ def writer_of_programs(
 
 
 def _write_safetensors(model: nn.Module, file: Path, cache: bool) -> str:
-    save_model(model, file)
-    return f"{sum(p.numel() for p in model.parameters()):,} parameters, read by diffmm.load"
+    (save_quantized if is_quantized(model) else save_model)(model, file)
+    count = sum(p.numel() for p in model.parameters())
+    return f"{count:,} parameters, {file.stat().st_size:,} bytes, read by diffmm.load"
 
 
 def _write_hugging_face(model: nn.Module, folder: Path, cache: bool) -> str:
@@ -173,7 +190,11 @@ FORMATS = {
         writer_of_programs(write_aoti),
     ),
     "safetensors": Format(
-        "weights for diffmm.load", WEIGHTS_NAME, _write_safetensors, has_cache=False
+        "weights for diffmm.load",
+        WEIGHTS_NAME,
+        _write_safetensors,
+        has_cache=False,
+        can_quantize=True,
     ),
     "hf": Format(
         "a folder for Hugging Face transformers", None, _write_hugging_face, has_cache=False
