@@ -55,25 +55,24 @@ def write_aoti(signature: Signature, file: Path, metadata: Mapping[str, Any]) ->
     kind of device and CPU on which it was compiled.
 
     Raises:
-        ValueError: If the program cannot be compiled, such as without a C++ compiler.
+        ValueError: If there is no C++ compiler.
     """
     from torch._inductor import aoti_compile_and_package, aoti_load_package
-    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+    from torch._inductor.cpp_builder import get_cpp_compiler
 
+    try:
+        get_cpp_compiler()
+    except RuntimeError as error:
+        raise ValueError(
+            f"machine code needs a C++ compiler, which torch does not find "
+            f"({str(error).splitlines()[0]}): install one, or use --to pt2"
+        ) from error
     # Values of this setting are strings.
     settings = {"aot_inductor.metadata": {METADATA_KEY: json.dumps(metadata)}}
-    try:
-        with quiet():
-            aoti_compile_and_package(
-                trace(signature), package_path=str(file), inductor_configs=settings
-            )
-    except (InductorError, InvalidCxxCompiler, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"the program cannot be compiled, which needs a C++ compiler ({reason}): use --to pt2, "
-            f"which needs none"
-        ) from error
-    return aoti_load_package(str(file))
+    program = trace(signature)
+    with quiet():
+        aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)
+        return aoti_load_package(str(file))
 
 
 @torch.no_grad()

@@ -37,11 +37,13 @@ class Port(NamedTuple):
 
 
 class Range(NamedTuple):
-    """The sizes of a dynamic axis, both ends included, and one to trace the program with."""
+    """The sizes of a dynamic axis, both ends included; one to trace the program with (at least 2,
+    because axes of size 1 are broadcast), and another one to check it with."""
 
     least: int
     most: int
     example: int
+    other: int
 
 
 @dataclass(frozen=True)
@@ -84,19 +86,8 @@ class Signature:
         return tuple(shapes)
 
     def other_sizes(self) -> dict[str, int]:
-        """Sizes of all axes that differ from the examples where their ranges allow it."""
-        return {
-            name: next(
-                (size for size in (axis.example + 3, 1, axis.least) if fits(axis, size)),
-                axis.example,
-            )
-            for name, axis in self.axes.items()
-        }
-
-
-def fits(axis: Range, size: int) -> bool:
-    """Whether an axis can have a size."""
-    return axis.least <= size <= axis.most
+        """Sizes of all axes that the program was not traced with, where their ranges allow it."""
+        return {name: axis.other for name, axis in self.axes.items()}
 
 
 def signature_of(model: nn.Module, *, cache: bool = True) -> Signature:
@@ -137,7 +128,7 @@ def signature_of(model: nn.Module, *, cache: bool = True) -> Signature:
     )
 
 
-BATCH = {"batch": Range(1, MOST_AXIS, 2)}
+BATCH = {"batch": Range(1, MOST_AXIS, 2, 3)}
 
 
 def _encoder(model: Encoder) -> Signature:
@@ -151,7 +142,7 @@ def _audio(model: AudioModel) -> Signature:
     config = model.config
     most = MOST_AXIS if config.clip_seconds is None else config.samples_in(config.clip_seconds)
     least = min(most, least_samples(model))
-    samples = Range(1, most, min(most, 2 * least))
+    samples = Range(1, most, min(most, 2 * least), max(1, least - 1))
     inputs = (
         Port("waveforms", torch.float32, ("batch", "samples")),
         Port("num_samples", torch.int64, ("batch",), least=1, most="samples"),
@@ -224,10 +215,11 @@ def _decoder(model: TextModel) -> Signature:
             outputs.append(
                 Port(f"present_{part}_{index}", torch.float32, ("batch", together, *shape))
             )
+    most = config.max_length
     axes = {
         **BATCH,
-        "tokens": _length(config.max_length),
-        "past": Range(0, max(1, config.max_length - 1), min(5, max(1, config.max_length // 2))),
+        "tokens": _length(most)._replace(other=1),
+        "past": Range(0, max(2, most - 1), max(2, min(5, most - 2)), min(8, most - 1)),
     }
     module = CachedDecoder(model).eval()
     return Signature(module, tuple(inputs), tuple(outputs), axes, _facts(config))
@@ -242,7 +234,7 @@ def _logits(config: TextConfig) -> Port:
 
 
 def _length(max_length: int) -> Range:
-    return Range(1, max_length, min(max_length, max(2, min(7, max_length // 2))))
+    return Range(1, max_length, max(2, min(7, max_length - 1)), min(10, max_length))
 
 
 def _facts(config: TextConfig) -> dict[str, Any]:

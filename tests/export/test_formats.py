@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import aoti_load_package
+from torch._inductor import config as inductor
 
 import diffmm
 from diffmm.export import formats
@@ -146,4 +148,26 @@ def test_a_program_with_other_results_is_not_written(here, monkeypatch):
     )
     with pytest.raises(ValueError, match="differ from the model's by 1.0e-03 of the largest one"):
         export(image_model(), "new/a.pt2", "pt2")
+    assert names(here) == []
+
+
+def test_machine_code(here):
+    model = image_model()
+    with inductor.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # to compile it sooner
+        path, line = export(model, "cats.pt2", "aoti")
+    assert line.startswith("inputs images; largest difference")
+    program = aoti_load_package(str(path))
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(program(images), model(images))
+    assert json.loads(program.get_metadata()["diffmm"])["class_names"] == ["cat", "dog"]
+
+
+def test_machine_code_without_a_compiler(here):
+    with (
+        inductor.patch({"cpp.cxx": ("no-such-compiler",)}),
+        pytest.raises(ValueError, match="needs a C\\+\\+ compiler, .*no-such-c.* use --to pt2"),
+    ):
+        export(image_model(), "new/cats.pt2", "aoti")
     assert names(here) == []

@@ -84,8 +84,7 @@ CACHES = (
 @pytest.mark.parametrize(
     ("attention", "options"),
     [
-        ("softmax", {"num_kv_heads": 2, "window": 4}),
-        ("diff_v1", {"num_kv_heads": 2}),
+        ("diff_v1", {"num_kv_heads": 2, "window": 4}),
         ("diff_grouped", {"num_kv_heads": 1}),
     ],
 )

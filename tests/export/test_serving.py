@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ import diffmm
 from datamodules.audio import AudioReader
 from datamodules.image import ImageReader
 from diffmm.cli import main
+from diffmm.cli.export import make_parser
+from diffmm.export.formats import FORMATS
 from diffmm.models import (
     AudioConfig,
     AudioModel,
@@ -162,3 +166,19 @@ def test_text(folder):
     wanted = trained.generate("To be", max_new_tokens=24, temperature=0.0)
     assert len(set(wanted)) > 3  # a text in which a wrong token would show
     assert example("serve_text").complete(file, "To be", 24) == wanted
+
+
+def test_the_rest_of_the_guide(capsys):
+    text = (DOCS / "serving.md").read_text()
+    commands = "".join(re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)).splitlines()
+    assert len(commands) == 4
+    for line in commands:
+        program, verb, *arguments = shlex.split(line)
+        assert (program, verb) == ("diffmm", "export")
+        assert make_parser().parse_args(arguments).to in FORMATS
+    assert all(f"| `{name}` |" in text for name in FORMATS)
+    exec(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[-1], {})
+    assert capsys.readouterr().out.splitlines() == [
+        "torch.Size([8, 16, 64]) torch.Size([8, 16, 64])",
+        "torch.Size([1, 5, 2, 32])",
+    ]
