@@ -63,7 +63,9 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"number of validation batches for --quantize; 0 measures nothing [{NUM_BATCHES}]",
     )
     parser.add_argument(
-        "--device", default="auto", help="device for --quantize: cpu, cuda, cuda:1, mps [auto]"
+        "--device",
+        help="the device that a program runs on (--to pt2 and aoti) [cpu], or that --quantize "
+        "measures on [auto]: cpu, cuda, cuda:1, mps",
     )
     add_trust_option(parser)
     return parser
@@ -82,7 +84,7 @@ def export(options: argparse.Namespace) -> None:
     to, cache, kind = options.to, not options.no_cache, options.quantize
     check_choice("--to", to, formats.FORMATS)
     formats.path_of(Path(options.target), to)
-    formats.check_options(to, cache=cache, quantized=kind is not None)
+    formats.check_options(to, cache=cache, quantized=kind is not None, device=options.device)
     if kind is not None:
         check_choice("--quantize", kind, quantized.BITS)
     elif options.limit is not None:
@@ -93,7 +95,7 @@ def export(options: argparse.Namespace) -> None:
     state = find_state(Path(options.run), warn=warn)
     if options.trust:
         import_modules_of_run(state)
-    trained = load(state, device="cpu" if kind is None else options.device)
+    trained = load(state, device=options.device or ("cpu" if kind is None else "auto"))
     model = trained.model
     if kind is not None:
         model = quantized.quantize(model, kind)

@@ -44,6 +44,7 @@ class Format:
         write: Takes a model, the new file (or folder) and whether decoders have a cache; writes it
             and returns a line about it.
         has_cache: Whether `cache` makes a difference.
+        has_device: Whether it is for the kind of device that the model is on.
         can_quantize: Whether it can hold the models of `diffmm.export.quantized.quantize`.
     """
 
@@ -51,6 +52,7 @@ class Format:
     file_name: str | None
     write: Callable[[nn.Module, Path, bool], str]
     has_cache: bool = True
+    has_device: bool = False
     can_quantize: bool = False
 
 
@@ -60,8 +62,9 @@ def export(
     """Export a model, whole or not at all.
 
     Args:
-        model: A model of `diffmm.models`, in evaluation mode, on the CPU; or one that
-            `diffmm.export.quantized.quantize` returned, on any device.
+        model: A model of `diffmm.models`, in evaluation mode, on the CPU, or for `"pt2"` and
+            `"aoti"` on the device on which the program is to run; or one that
+            `diffmm.export.quantized.quantize` returned.
         target: A file with the ending of the format, or a folder for it, which is created. Nothing
             is overwritten.
         to: A name in `FORMATS`.
@@ -101,7 +104,7 @@ def path_of(target: Path, to: str) -> Path:
     return path
 
 
-def check_options(to: str, *, cache: bool, quantized: bool) -> None:
+def check_options(to: str, *, cache: bool, quantized: bool, device: str | None = None) -> None:
     """Check that a format has some options.
 
     Raises:
@@ -112,6 +115,9 @@ def check_options(to: str, *, cache: bool, quantized: bool) -> None:
     if quantized and not FORMATS[to].can_quantize:
         able = ", ".join(name for name, form in FORMATS.items() if form.can_quantize)
         raise ValueError(f"--to {to} cannot hold quantized weights: use --to {able}")
+    if device is not None and not quantized and not FORMATS[to].has_device:
+        able = ", ".join(f"--to {name}" for name, form in FORMATS.items() if form.has_device)
+        raise ValueError(f"--device {device} is for {able} and --quantize: leave it out")
 
 
 @contextmanager
@@ -125,7 +131,10 @@ def appearing(path: Path) -> Iterator[Path]:
     try:
         yield folder / path.name
         # The file itself comes last: where it is, everything is.
-        for each in sorted(folder.iterdir(), key=lambda found: found.name == path.name):
+        found = sorted(folder.iterdir(), key=lambda each: each.name == path.name)
+        for each in found:
+            check_free(path.with_name(each.name))
+        for each in found:
             each.replace(path.with_name(each.name))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -183,11 +192,11 @@ def _write_hugging_face(model: nn.Module, folder: Path, cache: bool) -> str:
 
 FORMATS = {
     "onnx": Format("ONNX, run by ONNX Runtime", "model.onnx", writer_of_programs(write_onnx)),
-    "pt2": Format("a program of torch.export", "model.pt2", writer_of_programs(write_pt2)),
+    "pt2": Format(
+        "a program of torch.export", "model.pt2", writer_of_programs(write_pt2), has_device=True
+    ),
     "aoti": Format(
-        "machine code (AOTInductor), for this kind of CPU",
-        "model.pt2",
-        writer_of_programs(write_aoti),
+        "machine code of AOTInductor", "model.pt2", writer_of_programs(write_aoti), has_device=True
     ),
     "safetensors": Format(
         "weights for diffmm.load",

@@ -65,10 +65,12 @@ class Signature:
     facts: Mapping[str, Any]
 
     def example(self, **sizes: int) -> tuple[Tensor, ...]:
-        """Random inputs of the given sizes of axes; the others have their example size."""
+        """Random inputs of the given sizes of axes, on the module's device; the other axes have
+        their example size."""
         axes = {name: axis.example for name, axis in self.axes.items()} | sizes
         random = torch.Generator().manual_seed(0)
-        return tuple(_random(port, axes, random) for port in self.inputs)
+        device = next(self.module.parameters()).device
+        return tuple(_random(port, axes, random).to(device) for port in self.inputs)
 
     def dynamic_shapes(self) -> tuple[Any, ...]:
         """The dynamic axes of all inputs, as `torch.export.export` takes them."""

@@ -151,6 +151,23 @@ def test_a_program_with_other_results_is_not_written(here, monkeypatch):
     assert names(here) == []
 
 
+def test_no_file_beside_it_is_overwritten(here, monkeypatch):
+    def write(signature, file, metadata):
+        file.write_text("whole")
+        file.with_name(f"{file.name}.data").write_text("weights")
+        return signature.module
+
+    form = formats.Format("", "model.pt2", formats.writer_of_programs(write))
+    monkeypatch.setitem(FORMATS, "pt2", form)
+    (here / "a.pt2.data").write_text("mine")
+    with pytest.raises(ValueError, match="a.pt2.data exists already"):
+        export(image_model(), "a.pt2", "pt2")
+    assert names(here) == ["a.pt2.data"]
+    assert (here / "a.pt2.data").read_text() == "mine"
+    export(image_model(), "b.pt2", "pt2")
+    assert names(here) == ["a.pt2.data", "b.pt2", "b.pt2.data"]
+
+
 def test_machine_code(here):
     model = image_model()
     with inductor.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # to compile it sooner

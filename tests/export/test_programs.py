@@ -126,3 +126,9 @@ def test_whole_texts(causal):
 def test_text_towers():
     config = TextTowerConfig(vocab_size=50, max_length=20, backbone=backbone("none"), num_outputs=4)
     check(TextTower(config).eval(), {"batch": 1, "tokens": 1})
+
+
+@pytest.mark.gpu
+def test_programs_for_a_gpu():
+    check(text_model("diff_v1").cuda(), *CACHES)
+    check(audio_model("2d").cuda(), *SHORT_AND_LONG)

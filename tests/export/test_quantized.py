@@ -144,6 +144,7 @@ def test_the_command_prints_the_loss_before_and_after(tmp_path, monkeypatch, cap
         (("--to", "onnx", "--quantize", "int8"), "--to onnx cannot hold quantized weights"),
         (("--to", "safetensors", "--quantize", "int3"), "--quantize must be one of"),
         (("--to", "safetensors", "--limit", "3"), "--limit 3 is for --quantize: leave it out"),
+        (("--to", "onnx", "--device", "cuda"), "--device cuda is for --to pt2, --to aoti and --q"),
         (("--to", "safetensors", "--quantize", "int8", "--limit", "-1"), "at least 0, got -1"),
         (("--to", "safetensors", "--quantize", "int8"), "give the run, or --limit 0"),
     ],

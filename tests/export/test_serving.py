@@ -18,6 +18,7 @@ from datamodules.audio import AudioReader
 from datamodules.image import ImageReader
 from diffmm.cli import main
 from diffmm.cli.export import make_parser
+from diffmm.export import onnx_file
 from diffmm.export.formats import FORMATS
 from diffmm.models import (
     AudioConfig,
@@ -127,8 +128,10 @@ def test_images(folder, capsys):
     assert list(found.values()) == pytest.approx(wanted.scores, abs=1e-5)
 
 
-def test_sounds(folder):
+def test_sounds(folder, monkeypatch):
+    monkeypatch.setattr(onnx_file, "EXTERNAL_BYTES", 1)  # as weights of gigabytes are written
     file, trained = exported(folder, audio_model, "animals")
+    assert (folder / "animals.onnx.data").stat().st_size > (folder / "animals.onnx").stat().st_size
     session = onnxruntime.InferenceSession(file)
     for samples in (1, 700, 9001):
         inputs = (torch.randn(2, samples), torch.tensor([samples, 1 + samples // 2]))
