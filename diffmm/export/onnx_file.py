@@ -47,7 +47,7 @@ def write_onnx(signature: Signature, file: Path, metadata: Mapping[str, Any]) ->
         for value, port in zip(values, ports, strict=True):
             value.shape = Shape(port.shape)  # with the names of axes
     for node in graph.all_nodes():
-        node.metadata_props.clear()
+        node.metadata_props.clear()  # torch's notes for its developers, larger than the graph
     program.model.metadata_props[METADATA_KEY] = json.dumps(metadata)
     size = sum(p.numel() * p.element_size() for p in signature.module.parameters())
     program.save(file, external_data=size > EXTERNAL_BYTES)

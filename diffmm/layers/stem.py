@@ -104,7 +104,7 @@ class FrameStem(nn.Module):
     def num_steps(self, num_frames: Count) -> Count:
         """Number of tokens for `num_frames` frames."""
         for stride in self.strides:
-            num_frames = (num_frames - 1) // stride + 1
+            num_frames = (num_frames + stride - 1) // stride
         return num_frames
 
     def grid(self, num_frames: int) -> tuple[int, ...]:
@@ -121,6 +121,6 @@ class FrameStem(nn.Module):
         for conv, stride in zip(self.convs, self.strides, strict=True):
             x = gelu(conv(x))
             if num_frames is not None:
-                num_frames = (num_frames - 1) // stride + 1
+                num_frames = (num_frames + stride - 1) // stride
                 x = zero_beyond(x, num_frames)
         return x.transpose(1, 2)
