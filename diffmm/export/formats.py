@@ -101,6 +101,8 @@ def path_of(target: Path, to: str) -> Path:
     if path.suffix == own and path.exists():
         raise ValueError(f"{path} exists already: give another target, or remove it")
     check_free(path)
+    if path.parent.is_file():
+        raise ValueError(f"{path.parent} is a file, not a folder: give another target")
     return path
 
 

@@ -107,11 +107,13 @@ def test_what_no_class_of_transformers_holds(here):
         ("a.onnx", "hf", "a.onnx ends in .onnx, but --to hf writes a folder"),
         ("there.onnx", "onnx", "there.onnx exists already: give another target, or remove it"),
         ("full", "hf", "full exists already"),
+        ("file", "pt2", "file is a file, not a folder: give another target"),
         ("full", "safetensors", "full/model.safetensors exists already"),
     ],
 )
 def test_targets_that_are_refused(here, target, to, message):
     (here / "there.onnx").write_text("mine")
+    (here / "file").write_text("mine")
     (here / "full").mkdir()
     (here / "full/model.safetensors").write_text("mine")
     before = names(here)
