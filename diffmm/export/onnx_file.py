@@ -12,7 +12,8 @@ from diffmm.export.program import METADATA_KEY, Call, quiet, trace
 from diffmm.export.signature import Signature
 
 OPSET = 20
-"""Version of ONNX's operators in the files; ONNX Runtime reads it from version 1.17 on."""
+"""Version of ONNX's operators in the files; ONNX Runtime reads the files from version 1.18
+on."""
 
 EXTERNAL_BYTES = 1_500_000_000
 """Weights of more bytes are written to a file beside the model (`model.onnx.data`), because an ONNX

@@ -97,13 +97,15 @@ def signature_of(model: nn.Module, *, cache: bool = True) -> Signature:
 
     | model | inputs | outputs |
     |---|---|---|
-    | `ImageModel` | `images` `[B, C, H, W]` | `logits` `[B, num_classes]` |
+    | an image model | `images` `[B, C, H, W]` | `logits` `[B, num_classes]` |
     | `AudioModel` | `waveforms` `[B, S]`, `num_samples` `[B]` | `logits` `[B, num_classes]` |
     | `TextTower` | `tokens` `[B, N]` | `features` `[B, num_outputs]` |
-    | `TextModel` | `tokens` `[B, N]`, `key_padding` `[B, N]` | `logits` `[B, N, vocab_size]` |
-    | decoder with cache | `tokens` `[B, N]`, `num_padding` `[B]`, and for each layer
-      `past_key_i`, `past_value_i` `[B, P, ...]` | `logits`, `present_key_i`, `present_value_i`
-      `[B, P + N, ...]` |
+    | `TextModel` | `tokens`, `key_padding` `[B, N]` | `logits` `[B, N, vocab_size]` |
+    | a decoder with cache | `tokens`, `num_padding` `[B]`, `past_*` | `logits`, `present_*` |
+
+    `past_*` are `past_key_0`, `past_value_0`, `past_key_1`, ..., each `[B, P, ...]`, and
+    `present_*` likewise `[B, P + N, ...]` (see `diffmm.export.decoder.CachedDecoder`). Any other
+    encoder has the inputs of its config, for samples of the size in it.
 
     A model without classes has the output `features` `[B, dim]` instead of `logits`.
 

@@ -24,5 +24,6 @@ def classify(file: str, image: Image.Image) -> dict[str, float]:
     pixels = (pixels - np.float32(how["mean"])) / np.float32(how["std"])
     (logits,) = session.run(None, {"images": pixels.transpose(2, 0, 1)[None]})
     odds = np.exp(logits[0] - logits.max())
-    ranked = sorted(zip(odds / odds.sum(), about["class_names"], strict=True), reverse=True)
+    scores = 1 / (1 + np.exp(-logits[0])) if about["multi_label"] else odds / odds.sum()
+    ranked = sorted(zip(scores, about["class_names"], strict=True), reverse=True)
     return {name: float(score) for score, name in ranked}

@@ -26,5 +26,6 @@ def classify(file: str, sound: str) -> dict[str, float]:
     batch = {"waveforms": samples[None], "num_samples": np.array([len(samples)])}
     (logits,) = session.run(None, batch)
     odds = np.exp(logits[0] - logits.max())
-    ranked = sorted(zip(odds / odds.sum(), about["class_names"], strict=True), reverse=True)
+    scores = 1 / (1 + np.exp(-logits[0])) if about["multi_label"] else odds / odds.sum()
+    ranked = sorted(zip(scores, about["class_names"], strict=True), reverse=True)
     return {name: float(score) for score, name in ranked}

@@ -69,7 +69,7 @@ def audio_model():
         stem="frame",
     )
     model = AudioModel(config)
-    model.job = Job(reader.describe(), ("bark", "meow"))
+    model.job = Job(reader.describe(), ("bark", "meow"), multi_label=True)
     return model
 
 
