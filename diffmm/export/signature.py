@@ -15,9 +15,6 @@ from diffmm.models import AudioModel, TextModel, TextTower
 from diffmm.models.encoder import Encoder
 from diffmm.models.text import TextConfig
 
-PLUS = " + "
-"""Joins the two axes in the name of an axis that is as long as both."""
-
 MOST_AXIS = 2**31 - 1
 """Largest size of an axis without a limit of its own."""
 
@@ -28,7 +25,7 @@ class Port(NamedTuple):
     name: str
     dtype: torch.dtype
     shape: tuple[int | str, ...]
-    """Sizes; an axis of any size has a name. An axis `"a + b"` is as long as `a` and `b`."""
+    """Sizes; an axis of any size has a name."""
     least: int = 0
     """Of an input of integers: the smallest value."""
     most: int | str = 0
@@ -76,11 +73,7 @@ class Signature:
         """The dynamic axes of all inputs, as `torch.export.export` takes them."""
         dims = {name: Dim(name, min=axis.least, max=axis.most) for name, axis in self.axes.items()}
         shapes = [
-            {
-                place: dims.get(axis, Dim.DYNAMIC)
-                for place, axis in enumerate(port.shape)
-                if isinstance(axis, str)
-            }
+            {place: dims[axis] for place, axis in enumerate(port.shape) if isinstance(axis, str)}
             for port in self.inputs
         ]
         if isinstance(self.module, CachedDecoder):  # `*past` is one argument
@@ -207,7 +200,7 @@ def _text(model: TextModel) -> Signature:
 
 def _decoder(model: TextModel) -> Signature:
     config = model.config
-    together = PLUS.join(("past", "tokens"))
+    together = "past + tokens"
     inputs = [
         _tokens(config.vocab_size),
         Port("num_padding", torch.int64, ("batch",), most=1),
@@ -246,10 +239,7 @@ def _facts(config: TextConfig) -> dict[str, Any]:
 
 
 def _random(port: Port, axes: Mapping[str, int], random: torch.Generator) -> Tensor:
-    shape = [
-        size if isinstance(size, int) else sum(axes[name] for name in size.split(PLUS))
-        for size in port.shape
-    ]
+    shape = [axes[size] if isinstance(size, str) else size for size in port.shape]
     if port.dtype == torch.bool:  # texts of several lengths, padded on the left
         starts = torch.arange(shape[0])[:, None] % 2
         return torch.arange(shape[1]) >= starts
