@@ -39,7 +39,6 @@ class Format:
     """A format of exported models.
 
     Attributes:
-        help: What it is for.
         file_name: Name of the file in a folder; None if the export is a folder.
         write: Takes a model, the new file (or folder) and whether decoders have a cache; writes it
             and returns a line about it.
@@ -48,7 +47,6 @@ class Format:
         can_quantize: Whether it can hold the models of `diffmm.export.quantized.quantize`.
     """
 
-    help: str
     file_name: str | None
     write: Callable[[nn.Module, Path, bool], str]
     has_cache: bool = True
@@ -74,9 +72,11 @@ def export(
         The file (or, for `"hf"`, the folder), and a line that says what it is.
 
     Raises:
-        ValueError: If the target exists, has the ending of another format, a package is missing, or
-            the format cannot hold the model.
+        ValueError: If the model is in training mode, the target exists or has the ending of another
+            format, a package is missing, or the format cannot hold the model.
     """
+    if model.training:
+        raise ValueError("the model is in training mode: call model.eval() before exporting it")
     form = FORMATS[to]
     path = path_of(Path(target), to)
     check_options(to, cache=cache, quantized=is_quantized(model))
@@ -127,7 +127,7 @@ def appearing(path: Path) -> Iterator[Path]:
     """Yield a path of the same name in a new folder beside `path`; at the end of the `with`
     statement everything in that folder is moved to the place of `path`, unless there is an
     error."""
-    is_new = not path.parent.exists()
+    new_folders = [each for each in path.parents if not each.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -140,9 +140,9 @@ def appearing(path: Path) -> Iterator[Path]:
             each.replace(path.with_name(each.name))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if is_new:
-            with suppress(OSError):  # not empty
-                path.parent.rmdir()
+        with suppress(OSError):  # not empty
+            for each in new_folders:
+                each.rmdir()
 
 
 def writer_of_programs(
@@ -193,22 +193,11 @@ def _write_hugging_face(model: nn.Module, folder: Path, cache: bool) -> str:
 
 
 FORMATS = {
-    "onnx": Format("ONNX, run by ONNX Runtime", "model.onnx", writer_of_programs(write_onnx)),
-    "pt2": Format(
-        "a program of torch.export", "model.pt2", writer_of_programs(write_pt2), has_device=True
-    ),
-    "aoti": Format(
-        "machine code of AOTInductor", "model.pt2", writer_of_programs(write_aoti), has_device=True
-    ),
-    "safetensors": Format(
-        "weights for diffmm.load",
-        WEIGHTS_NAME,
-        _write_safetensors,
-        has_cache=False,
-        can_quantize=True,
-    ),
-    "hf": Format(
-        "a folder for Hugging Face transformers", None, _write_hugging_face, has_cache=False
-    ),
+    "onnx": Format("model.onnx", writer_of_programs(write_onnx)),
+    "pt2": Format("model.pt2", writer_of_programs(write_pt2), has_device=True),
+    "aoti": Format("model.pt2", writer_of_programs(write_aoti), has_device=True),
+    "safetensors": Format(WEIGHTS_NAME, _write_safetensors, has_cache=False, can_quantize=True),
+    "hf": Format(None, _write_hugging_face, has_cache=False),
 }
-"""All formats by name."""
+"""All formats by name: ONNX, a program of `torch.export`, machine code of AOTInductor, weights for
+`diffmm.load`, and a folder for Hugging Face `transformers`."""

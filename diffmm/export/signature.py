@@ -104,11 +104,17 @@ def signature_of(model: nn.Module, *, cache: bool = True) -> Signature:
 
     Args:
         model: The model, in evaluation mode.
-        cache: Whether a decoder takes and returns its keys and values.
+        cache: Whether a decoder takes and returns its keys and values; false for decoders only.
 
     Raises:
-        ValueError: If there is no program of models of this class.
+        ValueError: If there is no program of models of this class, or `cache` is false for a model
+            that has none.
     """
+    is_decoder = isinstance(model, TextModel) and model.config.causal
+    if not cache and not is_decoder:
+        raise ValueError(
+            "--no-cache (cache=False) is for text decoders, and the model is another: leave it out"
+        )
     match model:
         case AudioModel():
             return _audio(model)
@@ -117,7 +123,7 @@ def signature_of(model: nn.Module, *, cache: bool = True) -> Signature:
         case TextTower():
             return _tower(model)
         case TextModel():
-            return _decoder(model) if cache and model.config.causal else _text(model)
+            return _decoder(model) if cache and is_decoder else _text(model)
     name = type(model).__name__
     raise ValueError(
         f"{article(name)} cannot be exported as a program: of {name}, train a classifier "

@@ -130,13 +130,19 @@ def test_models_and_options_that_are_refused(here):
         export(MaskedAutoencoder(config).eval(), "a.pt2", "pt2")
     with pytest.raises(ValueError, match="--no-cache is for programs, and safetensors has weights"):
         export(text_model(), "a", "safetensors", cache=False)
+    encoder = TextModel(replace(text_model().config, causal=False)).eval()
+    for model in (image_model(), encoder):
+        with pytest.raises(ValueError, match="is for text decoders, and the model is another"):
+            export(model, "a.pt2", "pt2", cache=False)
+    with pytest.raises(ValueError, match="is in training mode: call model.eval"):
+        export(image_model().train(), "a.pt2", "pt2")
     assert names(here) == []
 
 
 def test_a_missing_package(here, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ValueError, match=r"need more packages .*onnxscript.*install diffmm\[onnx"):
-        export(image_model(), "new/a.onnx", "onnx")
+        export(image_model(), "new/folder/a.onnx", "onnx")
     assert names(here) == []
 
 
@@ -146,7 +152,7 @@ def test_a_program_with_other_results_is_not_written(here, monkeypatch):
         return lambda *inputs: signature.module(*inputs) * 1.001
 
     monkeypatch.setitem(
-        FORMATS, "pt2", formats.Format("", "model.pt2", formats.writer_of_programs(write))
+        FORMATS, "pt2", formats.Format("model.pt2", formats.writer_of_programs(write))
     )
     with pytest.raises(ValueError, match="differ from the model's by 1.0e-03 of the largest one"):
         export(image_model(), "new/a.pt2", "pt2")
@@ -159,7 +165,7 @@ def test_no_file_beside_it_is_overwritten(here, monkeypatch):
         file.with_name(f"{file.name}.data").write_text("weights")
         return signature.module
 
-    form = formats.Format("", "model.pt2", formats.writer_of_programs(write))
+    form = formats.Format("model.pt2", formats.writer_of_programs(write))
     monkeypatch.setitem(FORMATS, "pt2", form)
     (here / "a.pt2.data").write_text("mine")
     with pytest.raises(ValueError, match="a.pt2.data exists already"):
