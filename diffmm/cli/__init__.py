@@ -33,6 +33,7 @@ VERBS = {
     "predict": Verb("predict", "predict the classes of files and folders, or of a run's test data"),
     "generate": Verb("generate", "continue a prompt with a trained text model"),
     "convert": Verb("convert", "convert weights from and to other implementations"),
+    "export": Verb("export", "write a model for other programs: ONNX, torch.export, quantized"),
     "replay": Verb(
         "replay", "repeat the step at which a run stopped because of non-finite numbers"
     ),

@@ -24,6 +24,7 @@ from diffmm.models.checkpoint_files import read_checkpoint
 from diffmm.models.description import build, configured, describe, unwrap
 from diffmm.models.hub_files import fetch, is_hub_name
 from diffmm.models.job import Job, text_reader
+from diffmm.models.quantized_file import QUANTIZATION_KEY, dequantized
 from diffmm.renamed import weights_with_new_names, with_new_names
 
 __all__ = [
@@ -106,12 +107,16 @@ def own_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in weights.items() if name not in aliases}
 
 
-def save_contents(contents: "Contents", path: str | Path) -> Path:
+def save_contents(
+    contents: "Contents", path: str | Path, *, quantization: dict[str, Any] | None = None
+) -> Path:
     """Save weights in their own dtypes with their description and job, as `save_model` does.
 
     Args:
         contents: The weights, without the further names of tied weights, and what they are.
         path: As in `save_model`.
+        quantization: The settings of weights that are packed integers, with which they are read
+            in floating point (see `diffmm.models.quantized_file`).
 
     Returns:
         The path of the file.
@@ -128,6 +133,8 @@ def save_contents(contents: "Contents", path: str | Path) -> Path:
     metadata = {"format": "pt", DESCRIPTION_KEY: json.dumps(contents.description)}
     if contents.job is not None:
         metadata[JOB_KEY] = json.dumps(contents.job)
+    if quantization is not None:
+        metadata[QUANTIZATION_KEY] = json.dumps(quantization)
     file = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
     file.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in contents.weights.items()}
@@ -292,17 +299,19 @@ def _read(file: Path) -> Contents:
             with safe_open(file, framework="pt") as opened:
                 metadata = opened.metadata() or {}
                 weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            weights = weights_with_new_names(weights)
             if DESCRIPTION_KEY in metadata:
-                parsed = [
+                description, job, quantization = (
                     json.loads(metadata[key]) if key in metadata else None
-                    for key in (DESCRIPTION_KEY, JOB_KEY)
-                ]
+                    for key in (DESCRIPTION_KEY, JOB_KEY, QUANTIZATION_KEY)
+                )
             else:  # other libraries leave out what they do not know
                 settings = _settings_beside(file)
-                parsed = [settings.get(key) for key in ("description", JOB_KEY)]
-            return Contents(weights, *parsed)
-        except (SafetensorError, json.JSONDecodeError) as error:
+                description, job = (settings.get(key) for key in ("description", JOB_KEY))
+                quantization = None
+            if quantization is not None:
+                weights = dequantized(weights, quantization)
+            return Contents(weights_with_new_names(weights), description, job)
+        except (SafetensorError, ValueError) as error:
             raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
     checkpoint = read_checkpoint(file)
     # With Lightning's weight averaging the state_dict contains the average, but before its first

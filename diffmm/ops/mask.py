@@ -138,7 +138,7 @@ class AttentionMask:
         if rows is not None:
             query = query[rows]
 
-        visible = torch.ones(len(query), num_keys, dtype=torch.bool, device=device)[None, None]
+        visible = torch.ones(query.shape[0], num_keys, dtype=torch.bool, device=device)[None, None]
         if self.causal:
             past = (key <= query)[None, None]
             if self.prefix_lengths is not None:

@@ -1,0 +1,141 @@
+"""`diffmm export`: a trained model as a file for other programs."""
+
+import argparse
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffmm.checkpoint_folders import find_state
+from diffmm.recipes.errors import InputError, refusing, warn
+from diffmm.recipes.trust import add_trust_option
+from diffmm.runs.directories import import_modules_of_run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from diffmm.hub.trained import TrainedModel
+
+NUM_BATCHES = 20
+
+
+def run(verb: str, arguments: Sequence[str]) -> int:
+    """Export a model."""
+    options = make_parser().parse_args(arguments)
+    with refusing():
+        export(options)
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
+    parser = argparse.ArgumentParser(
+        prog="diffmm export",
+        allow_abbrev=False,
+        description="Write a trained model as a file for other programs. A program's outputs are "
+        "compared with the model's before the file appears.",
+    )
+    parser.add_argument("run", help="a run, a checkpoint, or model.safetensors (or its folder)")
+    parser.add_argument(
+        "target", help="a file with the ending of the format, or a folder; it must not exist"
+    )
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        help="onnx, pt2 (torch.export), aoti (machine code), safetensors, or hf (transformers)",
+    )
+    parser.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="a decoder's program takes whole texts, without keys and values of earlier tokens",
+    )
+    parser.add_argument(
+        "--quantize",
+        metavar="KIND",
+        help="integer weights of linear layers: int8 or int4; the loss and accuracy before and "
+        "after on the run's validation data are printed (--to safetensors)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help=f"number of validation batches for --quantize; 0 measures nothing [{NUM_BATCHES}]",
+    )
+    parser.add_argument(
+        "--device",
+        help="the device that a program runs on (--to pt2 and aoti) [cpu], or that --quantize "
+        "measures on [auto]: cpu, cuda, cuda:1, mps",
+    )
+    add_trust_option(parser)
+    return parser
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write the file, and print what it is.
+
+    Raises:
+        ValueError, OSError: If the run cannot be read, or the format cannot hold the model.
+    """
+    from diffmm.checks import check_choice
+    from diffmm.export import formats, quantized
+    from diffmm.hub.trained import load
+
+    to, cache, kind = options.to, not options.no_cache, options.quantize
+    check_choice("--to", to, formats.FORMATS)
+    formats.path_of(Path(options.target), to)
+    formats.check_options(to, cache=cache, quantized=kind is not None, device=options.device)
+    if kind is not None:
+        check_choice("--quantize", kind, quantized.BITS)
+    elif options.limit is not None:
+        raise InputError(f"--limit {options.limit} is for --quantize: leave it out")
+    limit = NUM_BATCHES if options.limit is None else options.limit
+    if limit < 0:
+        raise InputError(f"--limit must be at least 0, got {limit}")
+    state = find_state(Path(options.run), warn=warn)
+    if options.trust:
+        import_modules_of_run(state)
+    trained = load(state, device=options.device or ("cpu" if kind is None else "auto"))
+    model = trained.model
+    if kind is not None:
+        model = quantized.quantize(model, kind)
+        if limit:
+            print(effect_of(trained, model, state, limit, trust=options.trust))
+    path, line = formats.export(model, options.target, to, cache=cache)
+    print(f"{path}: {to}, {line}")
+
+
+def effect_of(
+    trained: "TrainedModel", quantized: "nn.Module", state: Path, limit: int, *, trust: bool
+) -> str:
+    """A line with the metrics of a model and of its quantized copy, on batches of the validation
+    data of its run or of the shipped recipe that trained it.
+
+    Raises:
+        InputError, ValueError, OSError: If there are no such data.
+    """
+    from torch import Tensor
+
+    from diffmm.analysis.batches import evaluate
+    from diffmm.cli.compare_maps import validation_data
+    from diffmm.recipes.catalog import find_recipe
+    from diffmm.recipes.settings import load_file
+    from diffmm.runs.directories import config_around
+
+    config = config_around(state)
+    if config is None and trained.job.recipe is not None:
+        config = find_recipe(trained.job.recipe)
+    if config is None:
+        raise InputError(
+            f"{state} is not in a run and does not name the recipe that trained it, so that there "
+            f"are no data to measure the quantized model on: give the run, or --limit 0"
+        )
+    data = validation_data(load_file(config), config.parent, trust=trust)
+    device = next(trained.model.parameters()).device
+    batches: list[Any] = [
+        {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+        for batch in islice(data.val_dataloader(), limit)
+    ]
+    before, after = (evaluate(each, batches) for each in (trained.model, quantized))
+    changes = ", ".join(f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in before)
+    return f"on {len(batches)} batches of the validation data: {changes}"

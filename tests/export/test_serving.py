@@ -1,0 +1,187 @@
+"""`diffmm export` writes ONNX files that the code of docs/serving.md serves as diffmm does."""
+
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+import diffmm
+from datamodules.audio import AudioReader
+from datamodules.image import ImageReader
+from diffmm.cli import main
+from diffmm.cli.export import make_parser
+from diffmm.export import onnx_file
+from diffmm.export.formats import FORMATS
+from diffmm.models import (
+    AudioConfig,
+    AudioModel,
+    BackboneConfig,
+    ImageConfig,
+    ImageModel,
+    TextConfig,
+    TextModel,
+)
+from diffmm.models.job import Job, text_reader
+from diffmm.models.weights import save_model
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def backbone(rope, attention, **options):
+    return BackboneConfig(
+        dim=32, depth=1, num_heads=4, rope=rope, attention=attention, init_std=0.3, **options
+    )
+
+
+def image_model():
+    reader = ImageReader(
+        image_size=(16, 16),
+        channels=3,
+        interpolation="bilinear",
+        crop_pct=0.8,
+        crop_mode="center",
+        mean=(0.4, 0.5, 0.6),
+        std=(0.2, 0.2, 0.2),
+    )
+    config = ImageConfig(
+        backbone=backbone("2d", "diff_v1"), image_size=16, patch_size=8, num_classes=3
+    )
+    model = ImageModel(config)
+    model.job = Job(reader.describe(), ("cat", "dog", "bird"))
+    return model
+
+
+def audio_model():
+    reader = AudioReader(sample_rate_hz=8000, clip_samples=3000)
+    config = AudioConfig(
+        backbone=backbone("1d", "softmax", feed_forward="gelu"),  # the fewest operators
+        sample_rate_hz=8000,
+        num_mels=16,
+        num_classes=2,
+        stem="frame",
+    )
+    model = AudioModel(config)
+    model.job = Job(reader.describe(), ("bark", "meow"), multi_label=True)
+    return model
+
+
+def text_model():
+    config = TextConfig(vocab_size=259, max_length=64, backbone=backbone("1d", "diff_v2"))
+    model = TextModel(config)
+    model.job = Job(text_reader("bytes"))
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("served")
+
+
+def exported(folder, model, name):
+    """The ONNX file that `diffmm export` writes of a model, and the model as `diffmm.load` reads
+    it."""
+    torch.manual_seed(0)
+    weights = save_model(model().eval(), folder / f"{name}.safetensors")
+    file = folder / f"{name}.onnx"
+    assert main(["export", str(weights), str(file), "--to", "onnx"]) == 0
+    assert str(Path(diffmm.__file__).parent).encode() not in file.read_bytes()
+    return str(file), diffmm.load(weights)
+
+
+def example(name):
+    """The module `docs/examples/NAME.py`, which docs/serving.md shows as it is."""
+    path = DOCS / f"examples/{name}.py"
+    assert f"```python\n{path.read_text()}```" in (DOCS / "serving.md").read_text()
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_images(folder, capsys):
+    file, trained = exported(folder, image_model, "pets")
+    assert "pets.onnx: onnx, inputs images; largest difference" in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(file)
+    assert [(port.name, port.shape) for port in session.get_inputs()] == [
+        ("images", ["batch", 3, 16, 16])
+    ]
+    assert [(port.name, port.shape) for port in session.get_outputs()] == [("logits", ["batch", 3])]
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 16, 16)
+        (logits,) = session.run(None, {"images": images.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.tensor(logits), trained.model(images))
+
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    found = example("serve_images").classify(file, image)
+    wanted = trained.predict(image)
+    assert tuple(found) == wanted.labels
+    assert list(found.values()) == pytest.approx(wanted.scores, abs=1e-5)
+
+
+def test_sounds(folder, monkeypatch):
+    monkeypatch.setattr(onnx_file, "EXTERNAL_BYTES", 1)  # as weights of gigabytes are written
+    file, trained = exported(folder, audio_model, "animals")
+    assert (folder / "animals.onnx.data").stat().st_size > (folder / "animals.onnx").stat().st_size
+    session = onnxruntime.InferenceSession(file)
+    for samples in (1, 700, 9001):
+        inputs = (torch.randn(2, samples), torch.tensor([samples, 1 + samples // 2]))
+        names = ("waveforms", "num_samples")
+        (logits,) = session.run(None, {n: x.numpy() for n, x in zip(names, inputs, strict=True)})
+        with torch.no_grad():
+            torch.testing.assert_close(
+                torch.tensor(logits), trained.model(*inputs), atol=1e-4, rtol=1e-4
+            )
+
+    sound = str(folder / "bark.wav")
+    soundfile.write(sound, np.random.default_rng(0).uniform(-0.5, 0.5, (9000, 2)), 16000)
+    found = example("serve_sounds").classify(file, sound)
+    wanted = trained.predict(sound)
+    assert tuple(found) == wanted.labels
+    assert list(found.values()) == pytest.approx(wanted.scores, abs=1e-4)
+
+
+def test_text(folder):
+    file, trained = exported(folder, text_model, "writer")
+    session = onnxruntime.InferenceSession(file)
+    about = json.loads(session.get_modelmeta().custom_metadata_map["diffmm"])
+    assert (about["max_length"], about["eos_id"]) == (64, 256)
+    assert [port.name for port in session.get_inputs()] == [
+        "tokens",
+        "num_padding",
+        "past_key_0",
+        "past_value_0",
+    ]
+    assert [(port.name, port.shape) for port in session.get_outputs()] == [
+        ("logits", ["batch", "tokens", 259]),
+        ("present_key_0", ["batch", "past + tokens", 4, 1, 8]),
+        ("present_value_0", ["batch", "past + tokens", 4, 8]),
+    ]
+    wanted = trained.generate("To be", max_new_tokens=24, temperature=0.0)
+    assert len(set(wanted)) > 3  # a text in which a wrong token would show
+    assert example("serve_text").complete(file, "To be", 24) == wanted
+
+
+def test_the_rest_of_the_guide(capsys):
+    text = (DOCS / "serving.md").read_text()
+    commands = "".join(re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)).splitlines()
+    assert len(commands) == 4
+    for line in commands:
+        program, verb, *arguments = shlex.split(line)
+        assert (program, verb) == ("diffmm", "export")
+        assert make_parser().parse_args(arguments).to in FORMATS
+    assert all(f"| `{name}` |" in text for name in FORMATS)
+    exec(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[-1], {})
+    assert capsys.readouterr().out.splitlines() == [
+        "torch.Size([8, 16, 64]) torch.Size([8, 16, 64])",
+        "torch.Size([1, 5, 2, 32])",
+    ]
