@@ -81,6 +81,11 @@ def inputs_of(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
     return (batch[first], *(batch[field] for field in others if field in batch))
 
 
+def to_device(batch: Mapping[str, Any], device: Any) -> Any:
+    """The tensors of a batch on another device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
 def input_fields(model: Any, batch: Mapping[str, Any]) -> Sequence[str]:
     """The names of the batch fields that a model takes, starting with the samples."""
     declared: Sequence[str] | None = getattr(model, "input_fields", None)

@@ -1,7 +1,9 @@
 """Conversations as tokens: templates of messages, and which tokens are answers."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -26,6 +28,9 @@ DEFAULT_TEMPLATE = """\
 """
 """Messages under their roles, in plain text for any tokenizer; answers end with its end-of-text
 token."""
+
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+"""Marks of answers in a template, which are found without them."""
 
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
 """Files beside a `tokenizer.json` that may contain a template."""
@@ -60,13 +65,19 @@ class ChatTemplate:
 
     def __init__(self, text: str, tokenizer: Tokenizer) -> None:
         from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         self.text = text
         self.tokenizer = tokenizer
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        # What Hugging Face's templates may use.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
         environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         environment.filters["tojson"] = _as_json
+        text = _GENERATION.sub("", text)
         try:
             self._template = environment.from_string(text)
         except TemplateError as error:
@@ -83,8 +94,6 @@ class ChatTemplate:
             DataError: If the template does not accept the messages; the message continues a
                 sentence about the conversation.
         """
-        from jinja2 import TemplateError
-
         if messages or not opens_answer:
             check_messages(messages)
         try:
@@ -94,8 +103,9 @@ class ChatTemplate:
                 eos_token=self.tokenizer.eos_name,
                 bos_token=self.tokenizer.bos_name,
             )
-        except (TemplateError, TypeError) as error:
-            raise DataError(f"does not fit the chat template: {error}") from error
+        except Exception as error:  # a template may raise any
+            reason = str(error) or type(error).__name__
+            raise DataError(f"does not fit the chat template: {reason}") from error
 
     def encode(self, messages: Sequence[Message]) -> EncodedChat:
         """The tokens of a conversation. Answers are what the assistant's messages add to the text
@@ -171,13 +181,18 @@ def find_template(given: str | None, tokenizer: str) -> str:
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If no template is given, and there is none in the tokenizer's folder.
+        ValueError: If no template is given, and there is none in the tokenizer's folder, or several
+            without a `default`.
     """
     if given == DEFAULT:
         return DEFAULT_TEMPLATE
     if given is not None and "{" in given:
         return given
     if given is not None:
+        if not Path(given).is_file():
+            raise FileNotFoundError(
+                f"chat_template {given!r} is neither {DEFAULT!r}, nor a template, nor a file"
+            )
         return Path(given).read_text(encoding="utf-8")
     folder = Path(tokenizer)
     folder = folder.parent if folder.suffix == ".json" else folder
@@ -186,13 +201,35 @@ def find_template(given: str | None, tokenizer: str) -> str:
         if not file.is_file():
             continue
         text = file.read_text(encoding="utf-8")
-        found = text if file.suffix != ".json" else json.loads(text).get("chat_template")
-        if isinstance(found, str):
+        found = text if file.suffix != ".json" else _template_in(text, file)
+        if found is not None:
             return found
     raise ValueError(
         f"tokenizer {tokenizer!r} has no chat template ({' or '.join(TEMPLATE_FILES)} in its "
         f"folder): give one as chat_template, or {DEFAULT!r}"
     )
+
+
+def _template_in(text: str, file: Path) -> str | None:
+    """The template in a `tokenizer_config.json`; of several, the one named `default`.
+
+    Raises:
+        ValueError: If the file is damaged, or has several templates without that name.
+    """
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not a JSON file: {error}") from error
+    found = settings.get("chat_template") if isinstance(settings, dict) else None
+    if not isinstance(found, list):
+        return found if isinstance(found, str) else None
+    named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+    if not isinstance(named.get("default"), str):
+        raise ValueError(
+            f"{file} has the chat templates {', '.join(map(str, named))}, but none called default: "
+            f"give one as chat_template"
+        )
+    return named["default"]
 
 
 def _refuse(message: str) -> NoReturn:
@@ -201,5 +238,13 @@ def _refuse(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _as_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _as_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

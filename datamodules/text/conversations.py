@@ -42,7 +42,10 @@ class Conversations:
         config: Configuration of the dataset, if it has several.
         split: Split of the dataset, in the library's notation (`train`, `train[:1%]`).
         messages_column: Name of the column of messages.
-        data_files: One local file, several files, or a pattern.
+        data_files: One local file, several files, or a pattern; required for `json` and `parquet`.
+
+    Raises:
+        ValueError: If `json` or `parquet` has no `data_files`.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class Conversations:
         messages_column: str = "messages",
         data_files: str | list[str] | None = None,
     ) -> None:
+        if name in ENDINGS.values() and not data_files:
+            raise ValueError(f"name={name!r} needs data_files, the files to read")
         self.name = name
         self.config = config
         self.split = split
@@ -207,7 +212,7 @@ class ConversationData(SeededDataModule):
 
     def __init__(
         self,
-        source: Conversations | None = None,
+        source: Conversations,
         *,
         validation_source: Conversations | None = None,
         tokenizer: str = "bytes",
@@ -227,7 +232,7 @@ class ConversationData(SeededDataModule):
             raise ValueError(f"sequence_length must be at least 1, got {sequence_length}")
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
-        self.source = source or Conversations()
+        self.source = source
         self.validation_source = validation_source
         self.tokenizer_name = tokenizer
         self.chat_template = chat_template
@@ -300,8 +305,9 @@ class ConversationData(SeededDataModule):
             turns = [turn for turn, held_out in zip(turns, is_val, strict=True) if not held_out]
         else:
             val = self._encoded(self.validation_source, triage)[1]
+        holds_out = self.validation_fraction > 0 or self.validation_source is not None
         for name, found in (("training", turns), ("validation", val)):
-            if not found and (name == "training" or self.validation_fraction):
+            if not found and (name == "training" or holds_out):
                 raise ValueError(
                     f"the {name} split has no conversation with an answer in its first "
                     f"{self.sequence_length} tokens: use more conversations, a longer "
@@ -313,7 +319,8 @@ class ConversationData(SeededDataModule):
         """The conversations of a source that have an answer, with the hashes of their text."""
         keys, turns = [], []
         num_cut = num_empty = 0
-        for number, messages in enumerate(source.load()):
+        conversations = source.load()
+        for number, messages in enumerate(conversations):
             triage.num_read += 1
             try:
                 ids, is_answer = self.template.encode(messages)
@@ -328,12 +335,12 @@ class ConversationData(SeededDataModule):
                 continue
             keys.append(key_number(json.dumps(messages, sort_keys=True)))
             turns.append(Turn(np.array(ids[:stop], np.int64), np.array(is_answer[:stop])))
-        if num_cut:
+        if num_cut or num_empty:
             _logger.warning(
-                "%d of %d conversations are longer than sequence_length=%d and are cut; %d without "
-                "an answer before that are left out",
+                "of %d conversations, %d are longer than sequence_length=%d and are cut, and %d "
+                "are left out, because they have no answer in the rest",
+                len(conversations),
                 num_cut,
-                triage.num_read,
                 self.sequence_length,
                 num_empty,
             )

@@ -1,6 +1,7 @@
 """`diffmm probe`: what the features of an encoder know about classes, without training it."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -106,22 +107,22 @@ def probe(options: argparse.Namespace) -> None:
     """
     from diffmm.analysis.probing import fit_probes, neighbor_scores
     from diffmm.hub.trained import load
-    from diffmm.models.weights import WEIGHTS_NAME
+    from diffmm.models.weights import weights_file
 
-    if options.weight_decay is not None and not options.weight_decay >= 0:
-        raise InputError(f"--weight-decay must be at least 0, got {options.weight_decay}")
+    if options.weight_decay is not None and not 0 <= options.weight_decay < math.inf:
+        raise InputError(
+            f"--weight-decay must be finite and at least 0, got {options.weight_decay}"
+        )
     if options.neighbors < 1:
         raise InputError(f"--neighbors must be at least 1, got {options.neighbors}")
     target = None if options.output is None else Path(options.output)
-    if target is not None:
-        file = target if target.suffix == ".safetensors" else target / WEIGHTS_NAME
-        if file.exists():
-            raise InputError(f"{file} exists: give another target, or remove it")
+    if target is not None and (file := weights_file(target)).exists():
+        raise InputError(f"{file} exists: give another target, or remove it")
     state = find_state(Path(options.run), warn=warn)
     if options.trust:
         import_modules_of_run(state)
     trained = load(state, device=options.device)
-    encoder = encoder_of(trained, options.pool)
+    encoder = encoder_of(trained, options.pool, saved=target is not None)
     data = data_of(trained, options)
     train, val = (features_of(encoder, data, split) for split in SPLITS)
     num_classes = len(data.class_names)
@@ -139,16 +140,23 @@ def probe(options: argparse.Namespace) -> None:
     described = described_scores(best.logits(val.features), val.labels)
     print(f"linear probe: {described} (weight decay {best.weight_decay:.1e}, {choice})")
     scores = neighbor_scores(*train, num_classes, val.features, options.neighbors)
-    print(f"{options.neighbors} nearest neighbors: {described_scores(scores, val.labels)}")
+    num_neighbors = min(options.neighbors, len(train.labels))
+    print(f"{num_neighbors} nearest neighbors: {described_scores(scores, val.labels)}")
     if target is not None:
         print(saved_with_head(trained, encoder, best, data, target))
 
 
-def encoder_of(trained: "TrainedModel", pool: str | None) -> "nn.Module":
+def encoder_of(trained: "TrainedModel", pool: str | None, *, saved: bool) -> "nn.Module":
     """The encoder, without its head.
 
+    Args:
+        trained: The model.
+        pool: How features are pooled; as the model's head does by default.
+        saved: Whether the probe is to become the model's head.
+
     Raises:
-        InputError: If the model is not an encoder with a head, or cannot pool like this.
+        InputError: If the model is not an encoder with a head, cannot pool like this, or has
+            another head than one linear layer with a bias, into which a probe is saved.
     """
     encoder: Any = getattr(trained.model, "encoder", trained.model)
     if not hasattr(encoder, "reset_classifier"):
@@ -156,6 +164,13 @@ def encoder_of(trained: "TrainedModel", pool: str | None) -> "nn.Module":
             f"{trained.origin} contains a {type(encoder).__name__}: only the features of image and "
             f"audio models are measured"
         )
+    if saved:
+        encoder.reset_classifier(1)
+        if {name for name, _ in encoder.head.named_parameters()} != {"weight", "bias"}:
+            raise InputError(
+                f"--output: the head {encoder.config.head!r} of {trained.origin} is not a linear "
+                f"layer with a bias, into which the probe could be written"
+            )
     encoder.reset_classifier(0, pool)
     return encoder.eval()
 
@@ -196,13 +211,13 @@ def features_of(encoder: "nn.Module", data: Any, split: str) -> Features:
     """The features of a split, on the device of the encoder."""
     import torch
 
-    from diffmm.batch import inputs_of
+    from diffmm.batch import inputs_of, to_device
 
     device = next(encoder.parameters()).device
     features, labels = [], []
     with torch.inference_mode():
         for batch in data.as_evaluated(split):
-            moved = {name: tensor.to(device) for name, tensor in batch.items()}
+            moved = to_device(batch, device)
             features.append(encoder(*inputs_of(encoder, moved)).float())
             labels.append(moved["labels"])
     # Outside of inference mode, because L-BFGS needs tensors that can be saved for gradients.
@@ -221,8 +236,8 @@ def chosen_probe(train: Features, num_classes: int) -> "LinearProbe":
     held_out = is_held_out(train.labels)
     if not held_out.any():
         raise InputError(
-            "no class has two training samples, with which a weight decay could be chosen: give "
-            "one (--weight-decay)"
+            f"none of {len(train.labels)} training samples can be held out to choose a weight "
+            f"decay: give one (--weight-decay)"
         )
     kept = Features(train.features[~held_out], train.labels[~held_out])
     losses = {
@@ -252,11 +267,7 @@ def described_scores(scores: "Tensor", labels: "Tensor") -> str:
 def saved_with_head(
     trained: "TrainedModel", encoder: Any, best: "LinearProbe", data: Any, target: Path
 ) -> Path:
-    """Write the encoder with the probe as its head.
-
-    Raises:
-        InputError: If the head of the model is not one linear layer with a bias.
-    """
+    """Write the encoder with the probe as its head."""
     from dataclasses import replace
 
     import torch
@@ -264,12 +275,6 @@ def saved_with_head(
     from diffmm.models.weights import save_model
 
     encoder.reset_classifier(len(best.bias))
-    names = {name for name, _ in encoder.head.named_parameters()}
-    if names != {"weight", "bias"} or encoder.head.weight.shape != best.weight.shape:
-        raise InputError(
-            f"--output: the head {encoder.config.head!r} of {trained.origin} is not a linear layer "
-            f"with a bias, into which the probe could be written"
-        )
     with torch.no_grad():
         encoder.head.weight.copy_(best.weight)
         encoder.head.bias.copy_(best.bias)

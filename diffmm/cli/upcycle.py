@@ -70,10 +70,10 @@ def upcycle(options: argparse.Namespace) -> None:
     """
     from diffmm.hub.trained import load
     from diffmm.interop import upcycle as interop
-    from diffmm.models.weights import WEIGHTS_NAME, save_model
+    from diffmm.models.weights import save_model, weights_file
 
     target = Path(options.target)
-    file = target if target.suffix == ".safetensors" else target / WEIGHTS_NAME
+    file = weights_file(target)
     if file.exists():
         raise InputError(f"{file} exists: give another target, or remove it")
     state = find_state(Path(options.source), warn=warn)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, get_worker_info
 
-from diffmm.batch import inputs_of
+from diffmm.batch import inputs_of, to_device
 from diffmm.workers import WorkerLoader, ignore_stop_signals
 
 OnError = Callable[[Any, Exception], None]
@@ -141,9 +141,8 @@ class Predictor:
     def scores(self, samples: list[dict[str, Any]]) -> Tensor:
         """Compute probabilities `[B, num_classes]` on the CPU."""
         device = next(self.model.parameters()).device
-        batch = self.reader.collate(samples)
-        moved: Any = {name: tensor.to(device) for name, tensor in batch.items()}
-        logits = self.model(*inputs_of(self.model, moved)).float()
+        batch = to_device(self.reader.collate(samples), device)
+        logits = self.model(*inputs_of(self.model, batch)).float()
         return (logits.sigmoid() if self.multi_label else logits.softmax(dim=1)).cpu()
 
 

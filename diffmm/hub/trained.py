@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffmm.batch import inputs_of
+from diffmm.batch import inputs_of, to_device
 from diffmm.checkpoint_folders import find_state
 from diffmm.checks import DataError, article, check_choice
 from diffmm.hub.metrics import metrics_at
@@ -298,7 +298,7 @@ class TrainedModel:
             batch_size: Number of inputs per forward pass.
 
         Returns:
-            Pooled features, `[N, dim]` float32 on the CPU.
+            Pooled features, `[N, dim]` float32 on the CPU; of no inputs, `[0, dim]`.
 
         Raises:
             ValueError: If the model is not an image or audio encoder, or an input cannot be read;
@@ -308,13 +308,15 @@ class TrainedModel:
         >>> trained.features(["seven.png", "seven.png"]).shape
         torch.Size([2, 64])
         """
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
         encoder: Any = getattr(self.model, "encoder", self.model)
         if not isinstance(encoder, Encoder):
             raise ValueError(
                 f"{self.origin} contains {article(type(self.model).__name__)}: only image and "
                 f"audio encoders have features to return"
             )
-        read = []
+        read: list[Tensor] = []
 
         def keep(head: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             pooled = arguments[0].float()
@@ -325,12 +327,10 @@ class TrainedModel:
         handle = encoder.head.register_forward_pre_hook(keep)
         try:
             while batch := [self.reader.read(item) for item in islice(items, batch_size)]:
-                fields = self.reader.collate(batch)
-                moved: Any = {name: tensor.to(device) for name, tensor in fields.items()}
-                encoder(*inputs_of(encoder, moved))
+                encoder(*inputs_of(encoder, to_device(self.reader.collate(batch), device)))
         finally:
             handle.remove()
-        return torch.cat(read)
+        return torch.cat(read) if read else torch.empty(0, encoder.embed_dim)
 
     def stream(
         self,
@@ -491,7 +491,6 @@ class TrainedModel:
         from diffmm.analysis.attention_maps import attention_maps
 
         device = next(self.model.parameters()).device
-        batch = self.reader.collate([self.reader.read(item)])
-        moved: Any = {name: tensor.to(device) for name, tensor in batch.items()}
-        inputs = inputs_of(self.model, moved)
+        batch = to_device(self.reader.collate([self.reader.read(item)]), device)
+        inputs = inputs_of(self.model, batch)
         return attention_maps(self.model, *inputs, layers=layers)

@@ -1,8 +1,9 @@
 """Low-rank adapters that PEFT has put into a model: the weights without them, and merged weights.
 
 PEFT replaces a linear layer `x` by one whose weights are `x.base_layer.weight`,
-`x.lora_A.default.weight` and `x.lora_B.default.weight`. Everything else in this library, and every
-file that it writes, has the plain names and the merged weights
+`x.lora_A.default.weight` and `x.lora_B.default.weight`, and a layer `y` that is trained as a whole
+(`modules_to_save`) by `y.original_module` and `y.modules_to_save.default`. Everything else in this
+library, and every file that it writes, has the plain names and the merged weights
 
     W + scale * B A
 
@@ -18,6 +19,7 @@ SCALE_KEY = "adapter_scale"
 """Key of the factor of `B A` in a checkpoint."""
 
 _BASE = ".base_layer."
+_SAVED, _ORIGINAL = ".modules_to_save.default.", ".original_module."
 _DOWN, _UP = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
@@ -28,8 +30,12 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
     """The names of a model's weights by the names without adapters, whose own weights are left
-    out."""
-    return {name.replace(_BASE, "."): name for name in names if ".lora_" not in name}
+    out, as are those of layers that others replace."""
+    return {
+        name.replace(_BASE, ".").replace(_SAVED, "."): name
+        for name in names
+        if ".lora_" not in name and _ORIGINAL not in name
+    }
 
 
 def merged(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
@@ -40,19 +46,27 @@ def merged(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
         scale: Factor of `B A`.
 
     Raises:
-        ValueError: If an adapter is not one of these.
+        ValueError: If an adapter is not one of these, or its weights do not fit together.
     """
+    known = (_DOWN, _UP)
+    if others := [name for name in weights if ".lora_" in name and not name.endswith(known)]:
+        raise ValueError(f"{others[0]} is not a weight of LoRA's default adapter for linear layers")
     found = {}
     for plain, name in plain_names(weights).items():
         layer, _, last = plain.rpartition(".")
         weight = weights[name]
-        if last == "weight" and layer + _UP in weights:
-            down, up = weights[layer + _DOWN].float(), weights[layer + _UP].float()
-            weight = (weight.float() + scale * (up @ down)).to(weight.dtype)
+        if last == "weight" and _BASE in name:
+            down, up = (weights.get(layer + each) for each in known)
+            if down is None or up is None:
+                raise ValueError(f"{layer} has no lora_A or no lora_B")
+            if (*up.shape[:1], *down.shape[1:]) != weight.shape or up.shape[1:] != down.shape[:1]:
+                shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
+                raise ValueError(
+                    f"the adapter of {layer} has the shapes {shapes}, its weight "
+                    f"{tuple(weight.shape)}"
+                )
+            weight = (weight.float() + scale * (up.float() @ down.float())).to(weight.dtype)
         found[plain] = weight
-    known = (_DOWN, _UP)
-    if others := [name for name in weights if ".lora_" in name and not name.endswith(known)]:
-        raise ValueError(f"{others[0]} is not a weight of LoRA's default adapter for linear layers")
     return found
 
 
@@ -60,7 +74,8 @@ def scale_of(model: nn.Module) -> float | None:
     """The factor of `B A` of a model's adapters; None if it has none.
 
     Raises:
-        ValueError: If its adapters have several, or are not plain LoRA under the name `"default"`.
+        ValueError: If its adapters have several, are not plain LoRA under the name `"default"`, or
+            are disabled or merged.
     """
     layers = adapted_layers(model)
     if not layers:
@@ -72,6 +87,10 @@ def scale_of(model: nn.Module) -> float | None:
             raise ValueError(
                 f"{name} has adapters other than LoRA under the name 'default': merge them "
                 f"(PEFT's merge_and_unload) before its weights are used"
+            )
+        if layer.disable_adapters:
+            raise ValueError(
+                f"the adapter of {name} is disabled: enable it, or unload it (PEFT's unload)"
             )
         if layer.merged:
             raise ValueError(

@@ -124,18 +124,12 @@ def save_contents(
     Raises:
         ValueError: If the path ends like a file of another format.
     """
-    path = Path(path)
-    if path.suffix.lower() in OTHER_ENDINGS:
-        raise ValueError(
-            f"{path} ends in {path.suffix}, but weights are saved as safetensors: give a name that "
-            f"ends in .safetensors, or a folder, in which {WEIGHTS_NAME} is written"
-        )
+    file = weights_file(path)
     metadata = {"format": "pt", DESCRIPTION_KEY: json.dumps(contents.description)}
     if contents.job is not None:
         metadata[JOB_KEY] = json.dumps(contents.job)
     if quantization is not None:
         metadata[QUANTIZATION_KEY] = json.dumps(quantization)
-    file = path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
     file.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in contents.weights.items()}
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
@@ -145,6 +139,21 @@ def save_contents(
     finally:
         unfinished.unlink(missing_ok=True)
     return file
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file that `save_model` writes for a path.
+
+    Raises:
+        ValueError: If the path ends like a file of another format.
+    """
+    path = Path(path)
+    if path.suffix.lower() in OTHER_ENDINGS:
+        raise ValueError(
+            f"{path} ends in {path.suffix}, but weights are saved as safetensors: give a name that "
+            f"ends in .safetensors, or a folder, in which {WEIGHTS_NAME} is written"
+        )
+    return path if path.suffix == ".safetensors" else path / WEIGHTS_NAME
 
 
 def load_model(path: str | Path) -> nn.Module:
@@ -308,11 +317,14 @@ def _read(file: Path) -> Contents:
                 settings = _settings_beside(file)
                 description, job = (settings.get(key) for key in ("description", JOB_KEY))
                 quantization = None
-            if quantization is not None:
-                weights = dequantized(weights, quantization)
-            return Contents(weights_with_new_names(weights), description, job)
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+        if quantization is not None:
+            try:
+                weights = dequantized(weights, quantization)
+            except (ValueError, ArithmeticError, RuntimeError) as error:
+                raise ValueError(f"{file} has damaged integer weights: {error}") from error
+        return Contents(weights_with_new_names(weights), description, job)
     checkpoint = read_checkpoint(file)
     # With Lightning's weight averaging the state_dict contains the average, but before its first
     # update that is still the initial model.
@@ -325,7 +337,10 @@ def _read(file: Path) -> Contents:
         if not isinstance(value, Tensor):
             raise ValueError(f"{file} contains a {type(value).__name__} as {name}, not a tensor")
     if (scale := checkpoint.get(SCALE_KEY)) is not None:
-        weights = merged(weights, scale)
+        try:
+            weights = merged(weights, scale)
+        except ValueError as error:
+            raise ValueError(f"{file} has damaged adapters: {error}") from error
     if not weights:
         raise ValueError(f"{file} contains no weights under {CHECKPOINT_PREFIX!r}")
     return Contents(weights, checkpoint.get(DESCRIPTION_KEY), _job_values(checkpoint))

@@ -159,6 +159,13 @@ def add_adapters(model: nn.Module, config: FineTuneConfig) -> None:
                 f"lora.targets has {target!r}, but the linear layers in the blocks of "
                 f"{type(model).__name__} are {', '.join(layers) or 'none'}"
             )
+    head = getattr(model, "head", None)
+    is_new = config.new_head and isinstance(head, nn.Module)
+    if is_new and getattr(getattr(model, "config", None), "tie_embeddings", False):
+        raise ValueError(
+            f"lora with new_head=True would train the embedding, to which {type(model).__name__} "
+            f"ties its head: set new_head=False, or build it with tie_embeddings=False"
+        )
     model.requires_grad_(False)
     adapters = LoraConfig(
         r=config.lora.rank,
@@ -167,6 +174,5 @@ def add_adapters(model: nn.Module, config: FineTuneConfig) -> None:
         target_modules=[name for target in config.lora.targets for name in layers[target]],
     )
     inject_adapter_in_model(adapters, model)
-    head = getattr(model, "head", None)
-    if config.new_head and isinstance(head, nn.Module):
-        head.requires_grad_(True)
+    if is_new:
+        head.requires_grad_(True)  # type: ignore[union-attr]

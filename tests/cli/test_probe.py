@@ -69,9 +69,11 @@ def test_features_of_weights_on_own_images(run, digits):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"head.weight", "head.bias"}
 
+    token = run("probe", "encoder", "--data", digits, "--pool", "cls", "--device", "cpu")
+    assert token.code == 0, token.err
+    assert token.out.splitlines()[1:] != [linear, neighbors]
     mean = run("probe", "encoder", "--data", digits, "--pool", "mean", "--device", "cpu")
-    assert mean.code == 0, mean.err
-    assert mean.out.splitlines()[1:] != [linear, neighbors]
+    assert mean.out.splitlines()[1:] == [linear, neighbors]  # as the model's head pools
 
 
 def test_a_run_is_probed_on_its_own_data(run, recipe):
@@ -105,7 +107,9 @@ def test_clips_with_several_labels(run, recipe):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--weight-decay", "-1"), "--weight-decay must be at least 0, got -1.0"),
+        (("--weight-decay", "-1"), "--weight-decay must be finite and at least 0, got -1.0"),
+        (("--weight-decay", "inf"), "--weight-decay must be finite and at least 0, got inf"),
+        (("--data", "digits", "--output", "x.pt"), "x.pt ends in .pt, but weights are saved as"),
         (("--neighbors", "0"), "--neighbors must be at least 1, got 0"),
         ((), "encoder is not in a run"),
         (("--data", "nothing"), "--data nothing: no such file or folder"),
@@ -137,8 +141,9 @@ def test_a_class_without_a_second_sample_needs_a_weight_decay(run):
     encoder_weights()
     result = run("probe", "encoder", "--data", "few", "--device", "cpu")
     assert result.code == 2
-    assert "no class has two training samples" in result.mistakes[0]
+    assert "none of 2 training samples can be held out" in result.mistakes[0]
     given = run("probe", "encoder", "--data", "few", "--weight-decay", "1", "--device", "cpu")
+    assert "\n2 nearest neighbors" in given.out
     assert accuracies(given.out) == [1.0, 1.0]
 
 

@@ -147,8 +147,41 @@ def test_the_template_in_the_tokenizer_s_folder(tmp_path):
     assert find_template(str(tmp_path / "chat_template.jinja"), "bytes") == "{{ 2 }}"
     assert find_template("{{ 3 }}", "bytes") == "{{ 3 }}"
     assert find_template("default", "bytes") == DEFAULT_TEMPLATE
-    with pytest.raises(FileNotFoundError):
-        find_template("missing.jinja", "bytes")
+    with pytest.raises(FileNotFoundError, match="'Default' is neither 'default', nor a template"):
+        find_template("Default", "bytes")
+
+
+def test_several_templates_and_damaged_files(tmp_path):
+    config = tmp_path / "tokenizer_config.json"
+    named = [{"name": "tools", "template": "{{ 1 }}"}, {"name": "default", "template": "{{ 2 }}"}]
+    config.write_text(json.dumps({"chat_template": named}))
+    assert find_template(None, str(tmp_path)) == "{{ 2 }}"
+    config.write_text(json.dumps({"chat_template": named[:1]}))
+    with pytest.raises(ValueError, match="has the chat templates tools, but none called default"):
+        find_template(None, str(tmp_path))
+    config.write_text("{")
+    with pytest.raises(ValueError, match="tokenizer_config.json is not a JSON file"):
+        find_template(None, str(tmp_path))
+    config.write_text("[]")
+    with pytest.raises(ValueError, match="has no chat template"):
+        find_template(None, str(tmp_path))
+
+
+def test_what_templates_of_hugging_face_use():
+    text = (
+        "{% for message in messages %}{% if loop.index > 2 %}{% break %}{% endif %}"
+        "{% generation %}{{ message | tojson(ensure_ascii=false, sort_keys=true) }}"
+        "{% endgeneration %}{% endfor %}{{ strftime_now('%Y') | length }}"
+    )
+    found = ChatTemplate(text, load_tokenizer("bytes")).render(CHAT)
+    first, second = (json.dumps(m, ensure_ascii=False, sort_keys=True) for m in CHAT[:2])
+    assert found == f"{first}{second}4"
+
+
+@pytest.mark.parametrize("text", ["{{ 1 / 0 }}", "{{ 'abc'.index('z') }}", "{{ range(200000) }}"])
+def test_errors_of_templates_are_told(text):
+    with pytest.raises(DataError, match="does not fit the chat template: "):
+        ChatTemplate(text, load_tokenizer("bytes")).render(CHAT)
 
 
 @settings(max_examples=60, deadline=None)
@@ -238,8 +271,27 @@ def test_long_conversations_are_cut_and_counted(tmp_path, caplog):
     data = data_of(tmp_path / "chats.jsonl", validation_fraction=0.0)
     data.setup("fit")
     assert [len(turn.ids) for turn in data._turns["training"]] == [129, 30]
-    assert "2 of 3 conversations are longer than sequence_length=128" in caplog.text
-    assert "1 without an answer before that are left out" in caplog.text
+    message = (
+        "of 3 conversations, 2 are longer than sequence_length=128 and are cut, and 1 are left"
+    )
+    assert message in caplog.text
+
+
+def test_conversations_without_an_answer_are_counted(tmp_path, caplog):
+    rows = write_rows(tmp_path / "chats.jsonl", 20)
+    rows += [{"messages": row["messages"][:1]} for row in rows[:5]]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = data_of(tmp_path / "chats.jsonl", validation_fraction=0.0)
+    data.setup("fit")
+    assert len(data._turns["training"]) == 20
+    assert "of 25 conversations, 0 are longer" in caplog.text
+    assert "and 5 are left out" in caplog.text
+    (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, rows[20:])))
+    source = Conversations(data_files=[str(tmp_path / "val.jsonl")])
+    with pytest.raises(ValueError, match="the validation split has no conversation with an answer"):
+        data_of(tmp_path / "chats.jsonl", validation_source=source, validation_fraction=0.0).setup(
+            "fit"
+        )
 
 
 def test_bad_rows_are_named_or_skipped(tmp_path):
@@ -276,4 +328,9 @@ def test_data_that_cannot_be_used(text, changes, message, tmp_path):
 @pytest.mark.parametrize("settings", [{"sequence_length": 0}, {"validation_fraction": 1.0}])
 def test_settings_out_of_range(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
-        ConversationData(**settings)
+        ConversationData(Conversations(data_files="chats.jsonl"), **settings)
+
+
+def test_files_must_be_named():
+    with pytest.raises(ValueError, match="name='json' needs data_files"):
+        Conversations()

@@ -328,6 +328,9 @@ def test_features_are_what_the_head_reads(there, trained):
     assert [trained.class_names[i] for i in scores.argmax(1)] == [each.label for each in predicted]
     one = trained.features(Image.open("seven.png"))
     assert torch.allclose(one, trained.features(["seven.png"]), atol=1e-6)
+    assert trained.features([]).shape == (0, 64)
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
+        trained.features("seven.png", batch_size=0)
     Path("nothing").mkdir(exist_ok=True)
     with pytest.raises(ValueError, match="folder .* contains no image files"):
         trained.features("nothing")

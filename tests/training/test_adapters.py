@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 import diffmm
+from diffmm.models.adapters import merged
 from diffmm.models.weights import load_model, load_weights, save_model
 from diffmm.training import (
     Classification,
@@ -13,6 +14,7 @@ from diffmm.training import (
     OptimizerConfig,
     ScheduleConfig,
 )
+from diffmm.training.finetuning import add_adapters
 
 
 def digits_model(**settings):
@@ -99,6 +101,33 @@ def _injected(model, adapters):
     return inject_adapter_in_model(adapters, model)
 
 
+def test_layers_that_peft_trains_as_a_whole_are_saved(tmp_path):
+    adapters = LoraConfig(r=2, lora_alpha=8, target_modules=["v_proj"], modules_to_save=["head"])
+    whole = randomized(get_peft_model(digits_model(), adapters).eval())
+    for name, parameter in whole.named_parameters():
+        if "modules_to_save" in name:
+            torch.nn.init.normal_(parameter)
+    wanted = whole(IMAGES)
+    saved = load_model(save_model(whole, tmp_path / "merged"))
+    assert torch.allclose(saved(IMAGES), wanted, atol=1e-4)
+
+
+def test_damaged_adapters_are_told():
+    weights = {
+        "a.base_layer.weight": torch.zeros(4, 6),
+        "a.lora_A.default.weight": torch.zeros(2, 6),
+        "a.lora_B.default.weight": torch.zeros(4, 2),
+    }
+    assert set(merged(weights, 1.0)) == {"a.weight"}
+    with pytest.raises(ValueError, match="a has no lora_A or no lora_B"):
+        merged({n: w for n, w in weights.items() if "lora_A" not in n}, 1.0)
+    weights["a.lora_A.default.weight"] = torch.zeros(3, 6)
+    with pytest.raises(ValueError, match=r"has the shapes \(3, 6\) and \(4, 2\), its weight"):
+        merged(weights, 1.0)
+    with pytest.raises(ValueError, match="is not a weight of LoRA's default adapter"):
+        merged({"a.lora_A.mine.weight": torch.zeros(2, 6)}, 1.0)
+
+
 def test_adapters_that_cannot_be_merged_are_refused(tmp_path):
     with_dora = LoraConfig(r=2, target_modules=["v_proj"], use_dora=True)
     named = LoraConfig(r=2, target_modules=["v_proj"])
@@ -116,6 +145,12 @@ def test_adapters_that_cannot_be_merged_are_refused(tmp_path):
         if hasattr(layer, "base_layer"):
             layer.merge()
     with pytest.raises(ValueError, match="already merged"):
+        save_model(model, tmp_path / "merged")
+    model = inject_adapter_in_model(named, digits_model())
+    for layer in model.modules():
+        if hasattr(layer, "base_layer"):
+            layer.enable_adapters(False)
+    with pytest.raises(ValueError, match="is disabled: enable it"):
         save_model(model, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -137,5 +172,9 @@ def test_settings_out_of_range(settings, message):
 def test_settings_that_do_not_fit():
     with pytest.raises(ValueError, match="drop one of them"):
         FineTuneConfig(lora=LoRAConfig(), freeze=1)
+    tied = diffmm.create_model("text/stdlib_tiny", tie_embeddings=True)
+    with pytest.raises(ValueError, match="would train the embedding, to which TextModel ties"):
+        add_adapters(tied, FineTuneConfig(lora=LoRAConfig()))
+    add_adapters(tied, FineTuneConfig(lora=LoRAConfig(), new_head=False))
     with pytest.raises(ValueError, match=r"'qkv', but the linear layers .* are q_proj, k_proj"):
         task_of(digits_model(), lora=LoRAConfig(targets=("qkv",)))
