@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from diffmm.checks import DataError
+from diffmm.checks import DataError, article
 from diffmm.tokenizers import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -20,7 +20,7 @@ DEFAULT = "default"
 DEFAULT_TEMPLATE = """\
 {%- for message in messages -%}
 {{ "\\n\\n" if not loop.first }}### {{ message.role | capitalize }}:
-{{ message.content }}{{ eos_token if message.role == "assistant" }}
+{{ message.content or "" }}{{ eos_token if message.role == "assistant" }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{ "\\n\\n" if messages }}### Assistant:{{ "\\n" }}
@@ -94,7 +94,7 @@ class ChatTemplate:
             DataError: If the template does not accept the messages; the message continues a
                 sentence about the conversation.
         """
-        if messages or not opens_answer:
+        if messages or not opens_answer:  # none precede an answer that comes first
             check_messages(messages)
         try:
             return self._template.render(
@@ -139,6 +139,7 @@ class ChatTemplate:
         Raises:
             DataError: As `render`.
         """
+        check_messages(messages)
         return self.tokenizer.encode_marked(self.render(messages, opens_answer=True))[0]
 
     @cached_property
@@ -160,15 +161,18 @@ def check_messages(messages: Any) -> None:
         DataError: If they are not; the message continues a sentence about the conversation.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise DataError(f"must be a list of messages, got {messages!r:.60}")
+        raise DataError(f"must be a list of messages with at least one, got {messages!r:.60}")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+            role = message.get("role") if isinstance(message, Mapping) else message
             raise DataError(
-                f"has the message {number} {message!r:.80}, which needs a role: one of "
+                f"has message {number} with the role {role!r:.40}, which must be one of "
                 f"{', '.join(ROLES)}"
             )
-        if not isinstance(message.get("content"), str):
-            raise DataError(f"has the message {number} {message!r:.80}, whose content is no text")
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            kind = "missing" if content is None else f"{article(type(content).__name__)}, not text"
+            raise DataError(f"has message {number} ({message['role']}) whose content is {kind}")
 
 
 def find_template(given: str | None, tokenizer: str) -> str:

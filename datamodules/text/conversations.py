@@ -3,8 +3,9 @@
 import json
 import logging
 from bisect import bisect_left, insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from glob import glob
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,11 +35,12 @@ ENDINGS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 class Conversations:
-    """Conversations of the datasets library, from the Hugging Face hub or from local files: rows
-    with a list of messages, `{"role": "user", "content": "..."}`.
+    """Conversations in local files or, by the datasets library, on the Hugging Face hub: rows with
+    a list of messages, `{"role": "user", "content": "..."}`.
 
     Args:
-        name: Name of a dataset on the hub, or `json` or `parquet` with `data_files`.
+        name: Name of a dataset on the hub; or `json`, for files with a row per line or a list of
+            rows; or `parquet`.
         config: Configuration of the dataset, if it has several.
         split: Split of the dataset, in the library's notation (`train`, `train[:1%]`).
         messages_column: Name of the column of messages.
@@ -68,15 +70,22 @@ class Conversations:
         arguments = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
         return f"{type(self).__name__}({arguments})"
 
-    def load(self) -> list[list[dict[str, Any]]]:
-        """Read all conversations.
+    def load(self) -> list[tuple[str, Any]]:
+        """Read all conversations, which are not checked yet.
+
+        Returns:
+            The place of each in its file or dataset, for messages, and its list of messages.
 
         Raises:
-            BadSampleError: If the library cannot load the dataset.
-            ValueError: If it has no such column.
+            FileNotFoundError: If a file does not exist.
+            BadSampleError: If a file or the dataset cannot be read; the message names it.
+            ValueError: If a row has no such column.
         """
+        if self.name == "json":
+            return [row for file in self._files() for row in self._rows(file)]
         import datasets
 
+        where = f"dataset {self.name!r}" if self.data_files is None else str(self.data_files)
         try:
             rows = datasets.load_dataset(
                 self.name, self.config, split=self.split, data_files=self.data_files
@@ -84,14 +93,60 @@ class Conversations:
         except Exception as error:  # of the hub, the network or a parser
             cause = error.__cause__ or error  # the library wraps errors of parsers
             raise BadSampleError(
-                f"the datasets library cannot load {self!r}: {type(cause).__name__}: {cause}"
+                f"the datasets library cannot read {where}: {type(cause).__name__}: {cause}"
             ) from error
         if self.messages_column not in rows.column_names:
-            raise ValueError(
-                f"{self!r} has no column {self.messages_column!r}, its columns are "
-                f"{', '.join(rows.column_names)}: set --data.source.messages_column"
-            )
-        return [_without_missing(row) for row in rows[self.messages_column]]
+            raise ValueError(self._without_column(where, rows.column_names))
+        column = rows[self.messages_column]
+        return [
+            (f"row {number} of {where}", _without_missing(row)) for number, row in enumerate(column)
+        ]
+
+    def _files(self) -> list[Path]:
+        """The local files of rows in JSON."""
+        given = [self.data_files] if isinstance(self.data_files, str) else self.data_files or []
+        found = []
+        for name in given:
+            files = [Path(name)] if Path(name).is_file() else sorted(map(Path, glob(name)))
+            if not files:
+                raise FileNotFoundError(f"there is no file of conversations at {name}")
+            found += files
+        return found
+
+    def _rows(self, file: Path) -> Iterator[tuple[str, Any]]:
+        """The rows of a file: one per line, or a list of them."""
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BadSampleError(f"{file} is not UTF-8: {error}", file) from error
+        if text.lstrip().startswith("["):
+            rows = [(f"row {n} of {file}", row) for n, row in enumerate(_parsed(text, str(file)))]
+        else:
+            rows = [
+                (f"line {number} of {file}", _parsed(line, f"line {number} of {file}"))
+                for number, line in enumerate(text.splitlines(), 1)
+                if line.strip()
+            ]
+        if not rows:
+            raise BadSampleError(f"{file} is empty", file)
+        for where, row in rows:
+            if not isinstance(row, dict) or self.messages_column not in row:
+                columns = list(row) if isinstance(row, dict) else [type(row).__name__]
+                raise ValueError(self._without_column(where, columns))
+            yield where, row[self.messages_column]
+
+    def _without_column(self, where: str, columns: Sequence[str]) -> str:
+        return (
+            f"{where} has no column {self.messages_column!r}, its columns are "
+            f"{', '.join(columns)}: set --data.source.messages_column"
+        )
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BadSampleError(f"{where} is not JSON: {error}") from error
 
 
 def _without_missing(messages: Any) -> Any:
@@ -320,12 +375,12 @@ class ConversationData(SeededDataModule):
         keys, turns = [], []
         num_cut = num_empty = 0
         conversations = source.load()
-        for number, messages in enumerate(conversations):
+        for where, messages in conversations:
             triage.num_read += 1
             try:
                 ids, is_answer = self.template.encode(messages)
             except DataError as error:
-                bad = BadSampleError(f"conversation {number} of {source!r} {error}")
+                bad = BadSampleError(f"the conversation in {where} {error}")
                 triage.note(bad, instead="skipping it")
                 continue
             stop = self.sequence_length + 1

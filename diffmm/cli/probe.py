@@ -3,15 +3,16 @@
 import argparse
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffmm.checkpoint_folders import find_state
-from diffmm.cli.evaluate import recipe_values
 from diffmm.recipes.errors import InputError, refusing, warn
+from diffmm.recipes.settings import load_file
 from diffmm.recipes.trust import add_trust_option
-from diffmm.runs.directories import import_modules_of_run
+from diffmm.runs.directories import config_around, import_modules_of_run
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,6 +25,7 @@ probe and of nearest neighbors on validation data. The weight decay of the probe
 fifth training sample of each class, never on validation data."""
 
 SPLITS = ("train", "val")
+SUBSTITUTE = "set --data.bad_samples.policy substitute (or quarantine)"
 
 
 class Features(NamedTuple):
@@ -36,8 +38,14 @@ class Features(NamedTuple):
 def run(verb: str, arguments: Sequence[str]) -> int:
     """Measure, and print or save the result."""
     options = make_parser().parse_args(arguments)
-    with refusing():
-        probe(options)
+    try:
+        with refusing():
+            probe(options)
+    except InputError as error:
+        # The advice of datamodules is about the settings of a recipe.
+        raise InputError(
+            *(line.replace(SUBSTITUTE, "use --skip-bad") for line in error.lines)
+        ) from error
     return 0
 
 
@@ -93,6 +101,11 @@ def make_parser() -> argparse.ArgumentParser:
         default=0,
         metavar="N",
         help="number of worker processes that read files [0]",
+    )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="report files that cannot be read, and take others in their place",
     )
     add_trust_option(parser)
     return parser
@@ -195,13 +208,17 @@ def data_of(trained: "TrainedModel", options: argparse.Namespace) -> Any:
             reader, options.data, batch_size=options.batch_size, num_workers=options.num_workers
         )
     else:
-        values = {**recipe_values("probe", None, options.run, []), "run_dir": "runs"}
+        if (config := config_around(Path(options.run))) is None:
+            raise InputError(f"{options.run} is not in a run: give labeled data (--data)")
+        values = {**load_file(config), "run_dir": str(config.parent)}
         if mistakes := find_mistakes(values, trust=options.trust).mistakes:
             raise InputError(*mistakes)
         data = make_data(values, trust=options.trust)
         if not hasattr(data, "as_evaluated"):
             raise InputError(f"{type(data).__name__} has no labels: give labeled data (--data)")
         data.batch_size, data.num_workers = options.batch_size, options.num_workers
+    if options.skip_bad:
+        data.bad_samples = replace(data.bad_samples, policy="substitute")
     data.prepare_data()
     data.setup("fit")
     return data
@@ -268,8 +285,6 @@ def saved_with_head(
     trained: "TrainedModel", encoder: Any, best: "LinearProbe", data: Any, target: Path
 ) -> Path:
     """Write the encoder with the probe as its head."""
-    from dataclasses import replace
-
     import torch
 
     from diffmm.models.weights import save_model

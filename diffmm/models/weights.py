@@ -145,9 +145,11 @@ def weights_file(path: str | Path) -> Path:
     """The file that `save_model` writes for a path.
 
     Raises:
-        ValueError: If the path ends like a file of another format.
+        ValueError: If the path ends like a file of another format, or is such a file.
     """
     path = Path(path)
+    if path.suffix != ".safetensors" and path.is_file():
+        raise ValueError(f"{path} is a file: give a folder, or a name that ends in .safetensors")
     if path.suffix.lower() in OTHER_ENDINGS:
         raise ValueError(
             f"{path} ends in {path.suffix}, but weights are saved as safetensors: give a name that "

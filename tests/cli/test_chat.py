@@ -49,8 +49,11 @@ def test_what_is_no_conversation(tmp_path):
     with pytest.raises(ValueError, match="the model was not trained on conversations"):
         plain.chat("Who?")
     trained = diffmm.load(save_model(text_model(DEFAULT_TEMPLATE), tmp_path / "chat"))
-    with pytest.raises(ValueError, match="the conversation has the message 0 .* needs a role"):
+    with pytest.raises(ValueError, match="the conversation has message 0 with the role None"):
         trained.chat([{"content": "Who?"}])
+    for nothing in ([], None):
+        with pytest.raises(ValueError, match="the conversation must be a list of messages with at"):
+            trained.chat(nothing)
     bad = diffmm.load(save_model(text_model(3), tmp_path / "bad"))
     with pytest.raises(ValueError, match="chat_template must be a string, got 3"):
         bad.chat("Who?")

@@ -111,7 +111,8 @@ def test_clips_with_several_labels(run, recipe):
         (("--weight-decay", "inf"), "--weight-decay must be finite and at least 0, got inf"),
         (("--data", "digits", "--output", "x.pt"), "x.pt ends in .pt, but weights are saved as"),
         (("--neighbors", "0"), "--neighbors must be at least 1, got 0"),
-        ((), "encoder is not in a run"),
+        ((), "encoder is not in a run: give labeled data (--data)"),
+        (("--data", "digits", "--output", "notes.py"), "notes.py is a file: give a folder, or"),
         (("--data", "nothing"), "--data nothing: no such file or folder"),
         (("--data", "digits", "--output", "encoder"), "encoder/model.safetensors exists"),
         (("--data", "digits", "--device", "tpu"), "device 'tpu' is not available"),
@@ -119,10 +120,24 @@ def test_clips_with_several_labels(run, recipe):
 )
 def test_bad_input(run, digits, options, message):
     encoder_weights()
+    Path("notes.py").write_text("")
     result = run("probe", "encoder", *options)
     assert result.code == 2
     (mistake,) = result.mistakes
     assert message in mistake
+
+
+def test_bad_files_are_named_or_skipped(run, digits):
+    encoder_weights()
+    bad = Path("digits/train/digit 0/3.png")
+    bad.write_bytes(b"not an image")
+    result = run("probe", "encoder", "--data", digits, "--device", "cpu")
+    assert result.code == 2
+    assert str(bad) in result.mistakes[0]
+    assert result.mistakes[0].endswith("to continue without it, use --skip-bad")
+    skipped = run("probe", "encoder", "--data", digits, "--device", "cpu", "--skip-bad")
+    assert skipped.code == 0, skipped.err
+    assert "80 training" in skipped.out
 
 
 def test_a_text_model_has_no_features_to_measure(run):

@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -103,7 +104,10 @@ def test_the_default_template_on_bytes():
     assert bytes(id for id in ids if id < 256).decode() == text
     learned = [id for id, own in zip(ids, is_answer, strict=True) if own]
     assert learned == [*"2 <|im_end|> é".encode(), 256, *b"4", 256]
-    assert bytes(template.prompt([])).decode() == "### Assistant:\n"
+    first = [{"role": "assistant", "content": "Hello"}, *CHAT]
+    assert bytes(id for id in template.encode(first).ids if id < 256).startswith(b"### Assistant:")
+    with pytest.raises(DataError, match="must be a list of messages with at least one, got"):
+        template.prompt([])
 
 
 @pytest.mark.parametrize(
@@ -111,8 +115,13 @@ def test_the_default_template_on_bytes():
     [
         ([], "must be a list of messages"),
         ("hello", "must be a list of messages"),
-        ([{"role": "bot", "content": "a"}], "needs a role: one of system, user, assistant, tool"),
-        ([{"role": "user"}], "whose content is no text"),
+        (
+            [{"role": "bot", "content": "a"}],
+            "message 0 with the role 'bot', which must be one of system, user, assistant, tool",
+        ),
+        (["a"], "message 0 with the role 'a', which must be"),
+        ([{"role": "user"}], r"message 0 \(user\) whose content is missing"),
+        ([{"role": "user", "content": [1]}], "whose content is a list, not text"),
         ([{"role": "system", "content": "a"}], "does not fit the chat template: no system"),
     ],
 )
@@ -299,7 +308,10 @@ def test_bad_rows_are_named_or_skipped(tmp_path):
     rows = write_rows(path, 30)
     rows[3]["messages"][0]["role"] = "bot"
     path.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(BadSampleError, match="conversation 3 of Conversations.* needs a role"):
+    with pytest.raises(
+        BadSampleError,
+        match=r"the conversation in line 4 of .*chats.jsonl has message 0 with the role 'bot'",
+    ):
         data_of(path).setup("fit")
     data = data_of(path, validation_fraction=0.0, bad_samples=BadSamples("substitute"))
     data.setup("fit")
@@ -309,8 +321,10 @@ def test_bad_rows_are_named_or_skipped(tmp_path):
 @pytest.mark.parametrize(
     ("text", "changes", "message"),
     [
-        ('{"text": "a"}', {}, "has no column 'messages', its columns are text"),
-        ("{", {}, "the datasets library cannot load Conversations"),
+        ('{"text": "a"}', {}, "line 1 of .* has no column 'messages', its columns are text"),
+        ('{"messages": []}\n{', {}, "line 2 of .* is not JSON"),
+        ("[[]]", {}, "row 0 of .* has no column 'messages', its columns are list"),
+        ("\n", {}, "chats.jsonl is empty"),
         (None, {"sequence_length": 8}, "the training split has no conversation with an answer"),
         (None, {"vocab_size": 100}, "has 259 tokens, which exceeds the model's vocab_size of 100"),
         (None, {"chat_template": None}, "tokenizer 'bytes' has no chat template"),
@@ -329,6 +343,38 @@ def test_data_that_cannot_be_used(text, changes, message, tmp_path):
 def test_settings_out_of_range(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         ConversationData(Conversations(data_files="chats.jsonl"), **settings)
+
+
+def test_content_is_taken_as_it_is(tmp_path):
+    """Rows are independent of each other, and text that looks like JSON stays text."""
+    lines = ['{"messages": [{"role": "user", "content": "\\"1\\""}]}', '{"messages": 3}']
+    (tmp_path / "1.jsonl").write_text("\n\n".join(lines), encoding="utf-8-sig")
+    (tmp_path / "2.json").write_text(f"[{','.join(lines)}]")
+    loaded = Conversations(data_files=str(tmp_path / "*.json*")).load()
+    assert [messages for _, messages in loaded] == 2 * [[{"role": "user", "content": '"1"'}], 3]
+    assert [where.split(" of ")[0] for where, _ in loaded] == ["line 1", "line 3", "row 0", "row 1"]
+    (tmp_path / "3.jsonl").write_bytes(b'{"messages": "\xfc"}')
+    with pytest.raises(BadSampleError, match="3.jsonl is not UTF-8"):
+        Conversations(data_files=str(tmp_path / "3.jsonl")).load()
+    with pytest.raises(FileNotFoundError, match="there is no file of conversations at .*4.jsonl"):
+        Conversations(data_files=str(tmp_path / "4.jsonl")).load()
+
+
+def test_rows_of_parquet(tmp_path):
+    rows = write_rows(tmp_path / "chats.jsonl", 3)
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "chats.parquet")
+    source = Conversations("parquet", data_files=str(tmp_path / "chats.parquet"))
+    assert [messages for _, messages in source.load()] == [row["messages"] for row in rows]
+    (tmp_path / "chats.parquet").write_text("PAR1")
+    with pytest.raises(BadSampleError, match="the datasets library cannot read .*chats.parquet"):
+        source.load()
+
+
+def test_an_answer_may_be_a_call_of_a_tool():
+    template = ChatTemplate(DEFAULT_TEMPLATE, load_tokenizer("bytes"))
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    messages = [*CHAT[:1], call, {"role": "tool", "content": "3"}, CHAT[1]]
+    assert "### Assistant:\n<|endoftext|>\n\n### Tool:\n3" in template.render(messages)
 
 
 def test_files_must_be_named():
