@@ -55,7 +55,8 @@ class Pretrained:
         """Write a folder for the hub: weights, settings, tokenizer or preprocessing, model card.
 
         See `diffmm.models.folders` for the files. A new folder appears whole or not at all; in an
-        existing one, files are replaced, except a model card.
+        existing one, files are replaced, except a model card, and files of an earlier model that
+        this one does not have, such as its tokenizer, are removed.
 
         Args:
             folder: The folder.
@@ -65,7 +66,8 @@ class Pretrained:
             The folder.
 
         Raises:
-            ValueError: If the model cannot be described, or `folder` is a file.
+            ValueError: If the model cannot be described, `folder` is a file, or a metric is not a
+                number.
         """
         from diffmm.models.folders import write_folder
 
@@ -84,7 +86,8 @@ class Pretrained:
     ) -> str:
         """Upload the folder of `save_pretrained` to the hub, and return its address.
 
-        The repository is created if it does not exist. A model card that it has already is kept.
+        The repository is created if it does not exist. A model card that it has already is kept;
+        files of an earlier model that this one does not have are removed.
 
         Args:
             name: Name of the repository, `user/name`.
@@ -99,7 +102,7 @@ class Pretrained:
         """
         from huggingface_hub import HfApi
 
-        from diffmm.models.folders import write_folder
+        from diffmm.models.folders import OWN_FILES, write_folder
 
         model: Any = self
         api = HfApi(token=token)
@@ -114,6 +117,7 @@ class Pretrained:
                     revision=revision,
                     commit_message=commit_message,
                     ignore_patterns=[CARD_NAME] if has_card else None,
+                    delete_patterns=list(OWN_FILES),  # except those that are uploaded
                 )
             except Exception as error:  # of the network, the hub or the library
                 reason = str(error).strip().splitlines()[0]

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -25,6 +27,7 @@ from diffmm.models import (
     TextModel,
     TextTower,
     TextTowerConfig,
+    folders,
 )
 from diffmm.models.job import Job, text_reader
 from diffmm.models.tokenizer_files import byte_definition, starting_with, tokenizer_files
@@ -87,7 +90,19 @@ def hub(monkeypatch, tmp_path):
         def file_exists(self, name, file, *, revision):
             return (tmp_path / "hub" / name / file).exists()
 
-        def upload_folder(self, *, repo_id, folder_path, revision, commit_message, ignore_patterns):
+        def upload_folder(
+            self,
+            *,
+            repo_id,
+            folder_path,
+            revision,
+            commit_message,
+            ignore_patterns,
+            delete_patterns,
+        ):
+            for pattern in delete_patterns:
+                for file in (tmp_path / "hub" / repo_id).glob(pattern):
+                    file.unlink()
             for file in folder_path.iterdir():
                 if file.name not in (ignore_patterns or []):
                     shutil.copy(file, tmp_path / "hub" / repo_id)
@@ -142,11 +157,58 @@ def test_files_are_replaced_but_the_card_is_kept(tmp_path):
         model.save_pretrained(folder / "notes.txt")
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+STALE = (
+    "chat_template.jinja",
+    "model-00001-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "special_tokens_map.json",
+)
+
+
+def test_files_of_an_earlier_model_are_removed(hub, tmp_path, monkeypatch):
+    folder = text_model().save_pretrained(tmp_path / "text")
+    repository = tmp_path / "hub/someone/model"
+    shutil.copytree(folder, repository)
+    plain = text_model().eval()
+    plain.job = None
+    expected = {"README.md", "config.json", "model.safetensors"}
+    for place in (folder, repository):
+        for name in STALE:
+            (place / name).write_text("{}")
+        (place / "notes.txt").write_text("notes")
+    monkeypatch.chdir(folder)  # which stays the folder that it is
+    plain.save_pretrained(".")
+    plain.push_to_hub("someone/model")
+    for place in (Path(), repository):
+        assert {file.name for file in place.iterdir()} == {*expected, "notes.txt"}
+    again = plain.save_pretrained(tmp_path / "new")
+    assert {file.name for file in again.iterdir()} == expected
+    assert "# new" in (again / "README.md").read_text().splitlines()
+    assert 'diffmm.load("new")' in (again / "README.md").read_text()
+    assert again.stat().st_mode == (tmp_path / "hub").stat().st_mode
+
+
+def test_threads_save_to_the_same_folder(tmp_path):
+    model = ImageModel(image_config(num_classes=3)).eval()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(model.save_pretrained, [tmp_path / "new" / "same"] * 12))
+    assert {file.name for file in (tmp_path / "new").iterdir()} == {"same"}
+    names = {file.name for file in (tmp_path / "new/same").iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors"}
+    ImageModel.from_pretrained(tmp_path / "new/same")
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     model = ImageModel(image_config(num_classes=3))
     model.job = Job(class_names=("a", "b"))
     with pytest.raises(ValueError, match="the model has 3 classes, but its job names 2"):
         model.save_pretrained(tmp_path / "bad")
+    model.job = None
+    with pytest.raises(ValueError, match="the metric 'val/loss' must be a number, got None"):
+        model.save_pretrained(tmp_path / "bad", metrics={"val/loss": None})
+    monkeypatch.setattr(folders, "save_model", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.save_pretrained(tmp_path / "bad/worse")
     assert not list(tmp_path.iterdir())
 
 
@@ -224,12 +286,16 @@ def test_without_a_network_errors_say_how_to_go_on(monkeypatch, tmp_path):
         text_model().push_to_hub("someone/model")
 
 
-def test_weights_of_others_are_named_as_such(hub, tmp_path):
+def test_weights_of_others_are_named_as_such(hub, tmp_path, monkeypatch):
     config = TextConfig(vocab_size=9, max_length=8, backbone=backbone(attention="softmax"))
     folder = write_model(TextModel(config), tmp_path / "hub/someone/llama", "llama")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
     advice = "convert it first: diffmm convert someone/llama TARGET"
     with pytest.raises(ValueError, match=advice):
         diffmm.load("someone/llama")
+    write_model(TextModel(config), ".", "llama")  # which stays the folder that it is
+    assert json.loads(Path("config.json").read_text())["model_type"] == "llama"
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     with pytest.raises(FileNotFoundError, match=advice):
         diffmm.load("someone/llama")
