@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from diffmm.models.hub_files import CARD_NAME, fetch, is_hub_name
+from diffmm.checks import reason_of
+from diffmm.models.hub_files import CARD_NAME, hub_errors, resolve
+
+COMMIT_MESSAGE = "Upload a model of diffmm"
 
 
 class Pretrained:
@@ -37,11 +40,7 @@ class Pretrained:
         # Imported here, because a model's weights are described by all classes of models.
         from diffmm.models.weights import load_model
 
-        is_remote = is_hub_name(source)
-        if revision is not None and not is_remote:
-            raise ValueError(f"revision={revision!r} is for names on the hub, but got {source}")
-        file = fetch(str(source), revision=revision, token=token) if is_remote else source
-        model = load_model(file)
+        model = load_model(resolve(source, revision=revision, token=token))
         if not isinstance(model, cls):
             raise ValueError(
                 f"{source} contains a model of class {type(model).__name__}, not {cls.__name__}: "
@@ -82,7 +81,7 @@ class Pretrained:
         private: bool = False,
         token: str | bool | None = None,
         revision: str | None = None,
-        commit_message: str = "Upload a model of diffmm",
+        commit_message: str = COMMIT_MESSAGE,
     ) -> str:
         """Upload the folder of `save_pretrained` to the hub, and return its address.
 
@@ -119,10 +118,9 @@ class Pretrained:
                     ignore_patterns=[CARD_NAME] if has_card else None,
                     delete_patterns=list(OWN_FILES),  # except those that are uploaded
                 )
-            except Exception as error:  # of the network, the hub or the library
-                reason = str(error).strip().splitlines()[0]
+            except hub_errors() as error:
                 raise ValueError(
-                    f"{name} cannot be uploaded to the Hugging Face hub ({reason}): "
+                    f"{name} cannot be uploaded to the Hugging Face hub ({reason_of(error)}): "
                     f"save_pretrained writes the same folder"
                 ) from error
         return f"{api.endpoint}/{name}"

@@ -9,12 +9,13 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 
 import diffmm
 from diffmm.cli import main
 from diffmm.hub.metrics import metrics_at
-from diffmm.interop import write_model
+from diffmm.interop import read_model, write_model
 from diffmm.models import (
     AudioConfig,
     AudioModel,
@@ -29,6 +30,7 @@ from diffmm.models import (
     TextTowerConfig,
     folders,
 )
+from diffmm.models.hub_files import is_hub_name
 from diffmm.models.job import Job, text_reader
 from diffmm.models.tokenizer_files import byte_definition, starting_with, tokenizer_files
 from diffmm.runs.directories import CONFIG_NAME
@@ -74,7 +76,7 @@ def hub(monkeypatch, tmp_path):
     requests = []
 
     def download(name, **options):
-        requests.append((name, options["revision"]))
+        requests.append((name, options["revision"], options["token"]))
         return str(tmp_path / "hub" / name)
 
     class Api:
@@ -248,6 +250,12 @@ def test_metrics_are_those_at_the_checkpoint(tmp_path):
     assert metrics_at(str(states[20])) == {"val/accuracy": 0.25, "val/loss": 2.0}
     assert metrics_at(str(states[30])) == {"val/accuracy": 0.75, "val/loss": 1.0}
     assert metrics_at(str(tmp_path / "model.safetensors")) == {}
+    (tmp_path / "csv/metrics.csv").write_bytes(b"step,val/loss\n\xff,1\n")
+    trained = diffmm.TrainedModel(text_model(), Job(), origin=str(states[20]))
+    with pytest.raises(ValueError, match=r"metrics.csv is not a CSV .*, or give the metrics"):
+        trained.save_pretrained(tmp_path / "saved")
+    card = trained.save_pretrained(tmp_path / "saved", metrics={"val/loss": 2.5}) / "README.md"
+    assert "| val/loss | 2.5 |" in card.read_text()
 
 
 def test_names_on_the_hub(hub, tmp_path, capsys):
@@ -256,14 +264,19 @@ def test_names_on_the_hub(hub, tmp_path, capsys):
     assert hub == [("create", "someone/model", True)]
     card = tmp_path / "hub/someone/model/README.md"
     assert 'diffmm.load("someone/model")' in card.read_text()
-    assert diffmm.load("someone/model", revision="v1").job == model.job
-    assert hub[-1] == ("someone/model", "v1")
+    assert diffmm.load("someone/model", revision="v1", token="t").job == model.job
+    assert hub[-1] == ("someone/model", "v1", "t")
     assert TextModel.from_pretrained("someone/model").config == model.config
     assert main(["generate", "someone/model", "a", "--max-new-tokens", "2"]) == 0
     assert main(["convert", "someone/model", "again.safetensors"]) == 0
     assert diffmm.load("again.safetensors").job == model.job
+    trained = diffmm.load("someone/model")
+    card.unlink()
+    trained.push_to_hub("someone/model", metrics={"val/loss": 0.5}, private=True)
+    assert hub[-1] == ("create", "someone/model", True)
+    assert "| val/loss | 0.5 |" in card.read_text()
     card.write_text("mine")
-    diffmm.load("someone/model").push_to_hub("someone/model")
+    trained.push_to_hub("someone/model")
     assert card.read_text() == "mine"
 
 
@@ -271,7 +284,12 @@ def test_a_folder_of_this_name_is_no_name_on_the_hub(hub, tmp_path):
     (tmp_path / "runs").mkdir()
     with pytest.raises(FileNotFoundError, match="no file of weights at runs/typo"):
         diffmm.load("runs/typo")
+    for name in ("weights/model.safetensors", "weights/last.CKPT"):
+        for read in (diffmm.load, TextModel.from_pretrained, read_model):
+            with pytest.raises(FileNotFoundError, match=f"no file .*{name}"):
+                read(name)
     assert not hub
+    assert is_hub_name("someone/model-2.5")
 
 
 def test_without_a_network_errors_say_how_to_go_on(monkeypatch, tmp_path):
@@ -283,6 +301,25 @@ def test_without_a_network_errors_say_how_to_go_on(monkeypatch, tmp_path):
     assert "\n" not in str(caught.value)
     upload = "someone/model cannot be uploaded .* save_pretrained writes the same folder"
     with pytest.raises(ValueError, match=upload):
+        text_model().push_to_hub("someone/model")
+
+
+def test_only_errors_of_the_hub_are_named_so(hub, monkeypatch):
+    def failing(error):
+        def fail(*_, **__):
+            raise error
+
+        return fail
+
+    for error, reason in ((TimeoutError(), "TimeoutError"), (HTTPError("\nno\nroute"), "no")):
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", failing(error))
+        monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", failing(error))
+        with pytest.raises(ValueError, match=rf"cannot be fetched .* hub \({reason}\): without"):
+            diffmm.load("someone/model")
+        with pytest.raises(ValueError, match=rf"cannot be uploaded .* hub \({reason}\): save_"):
+            text_model().push_to_hub("someone/model")
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", failing(AttributeError("a bug")))
+    with pytest.raises(AttributeError, match="a bug"):
         text_model().push_to_hub("someone/model")
 
 
