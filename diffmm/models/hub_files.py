@@ -81,13 +81,14 @@ def fetch(name: str, *, revision: str | None = None, token: str | bool | None = 
     """
     import huggingface_hub
 
+    expected: tuple[type[Exception], ...] = (*hub_errors(), ValueError)
     try:
         return Path(
             huggingface_hub.snapshot_download(
                 name, revision=revision, token=token, allow_patterns=list(HUB_FILES)
             )
         )
-    except (*hub_errors(), ValueError) as error:
+    except expected as error:
         raise ValueError(
             f"there is no file or folder {name}, and it cannot be fetched from the Hugging Face "
             f"hub ({reason_of(error)}): without a network, give a folder that has its "
