@@ -24,6 +24,12 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     raise ValueError(f"{name} must be one of {listed}, got {value!r}{did_you_mean(value, choices)}")
 
 
+def reason_of(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class if there is no message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def article(noun: str) -> str:
     """A noun with its indefinite article."""
     return f"{'an' if noun[:1] in 'AEIOU' else 'a'} {noun}"

@@ -16,10 +16,10 @@ several versions of it in the same process; its operators are registered under a
 import argparse
 import ast
 import hashlib
-import os
 import re
-import shutil
 from pathlib import Path
+
+from diffmm.new_folders import appearing
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "diffmm" / "ops"
@@ -122,7 +122,10 @@ def modules() -> dict[str, Path]:
                 if module.startswith("diffmm.ops."):
                     wanted.append(module.removeprefix("diffmm.ops."))
                 elif module.split(".")[0] == "diffmm":
-                    raise ValueError(f"{file.relative_to(ROOT)} imports {module}, not diffmm.ops")
+                    raise ValueError(
+                        f"{file.relative_to(ROOT)} imports {module}: the package can hold only "
+                        f"modules of diffmm.ops, imported by their own names"
+                    )
     return found
 
 
@@ -151,7 +154,6 @@ def packaged(file: Path) -> str:
         line = f"from {dots}_ops import add_op_namespace_prefix"
         text = f"{text[: last.start()]}{line}\n{text[last.start() :]}"
     text = re.sub(r"\bfrom diffmm\.ops\.", f"from {dots}", text)
-    text = re.sub(r"\bfrom diffmm\.ops import", f"from {dots} import", text)
     return re.sub(r"\bdiffmm\.(ops\.)?(?=[A-Za-z_])", f"{PACKAGE}.", text)
 
 
@@ -181,20 +183,16 @@ def write(target: Path, repo_id: str | None = None) -> Path:
     """
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"{target} exists already: give another target, or remove it")
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
     hub = "" if repo_id is None else f'\n[general.hub]\nrepo-id = "{repo_id}"\n'
     files = {f"torch-ext/{PACKAGE}/{name}": text for name, text in package().items()}
     files["build.toml"] = BUILD.format(hub=hub)
     files["README.md"] = README.format(repo=repo_id or "user/diffmm-attention")
     files["LICENSE"] = (ROOT / "LICENSE").read_text(encoding="utf-8")
-    try:
+    with appearing(target) as unfinished:
         for name, text in files.items():
             file = unfinished / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
-        unfinished.replace(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return target
 
 

@@ -16,7 +16,7 @@ from datamodules.image.reader import ImageReader
 from datamodules.image.transform import ImageTransform
 from datamodules.shared.bad_samples import BadSamples
 from datamodules.text.retrieval.sources import AssociativeRecall, ManyShot, Needles
-from diffmm.checks import Settings, number_fault
+from diffmm.checks import Settings, number_fault, reason_of
 from diffmm.layers.rope_scaling import RopeScaling
 from diffmm.models import (
     AudioConfig,
@@ -98,3 +98,9 @@ def test_counts_too():
 @pytest.mark.parametrize("value", [0, -1, 10**15, 0.0, -0.0, 1e-45, -1e30, True, None, "nan", []])
 def test_other_values_are_no_fault(value):
     assert number_fault(value) is None
+
+
+def test_the_reason_of_an_error_is_one_line():
+    assert reason_of(ValueError("\n first\nsecond")) == "first"
+    assert reason_of(TimeoutError()) == "TimeoutError"
+    assert reason_of(OSError(" \n")) == "OSError"

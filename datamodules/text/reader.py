@@ -29,6 +29,8 @@ class TextReader(Reader):
             models of other implementations were trained with.
         chat_template: The template of conversations that the model was trained with, if it was (see
             `datamodules.text.chat`).
+        stop_ids: Ids that end an answer, for programs that read them with the weights; `describe`
+            finds them by the template. Empty without one.
 
     Raises:
         ValueError, FileNotFoundError: On first use, as `load_tokenizer`.
@@ -42,15 +44,17 @@ class TextReader(Reader):
     definition: str | None = None
     start_ids: tuple[int, ...] = ()
     chat_template: str | None = None
+    stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("tokenizer", "definition", "chat_template"):
             value = getattr(self, name)
             if not isinstance(value, str) and (name == "tokenizer" or value is not None):
                 raise ValueError(f"{name} must be a string, got {value!r:.100}")
-        starts = self.start_ids
-        if not isinstance(starts, list | tuple) or not all(type(id) is int for id in starts):
-            raise ValueError(f"start_ids must be a list of integers, got {starts!r:.100}")
+        for name in ("start_ids", "stop_ids"):
+            ids = getattr(self, name)
+            if not isinstance(ids, list | tuple) or not all(type(id) is int for id in ids):
+                raise ValueError(f"{name} must be a list of integers, got {ids!r:.100}")
 
     @cached_property
     def encoder(self) -> Tokenizer:
@@ -104,4 +108,18 @@ class TextReader(Reader):
         return {"tokens": torch.from_numpy(tokens), "key_padding": is_real}
 
     def describe(self) -> dict[str, Any]:
-        return Reader.describe(replace(self, definition=self.encoder.definition))
+        """As `Reader.describe`, with the tokenizer's definition and `stop_ids`.
+
+        Raises:
+            ValueError: If the template is not valid, or does not accept a question and its answer.
+        """
+        stop_ids: tuple[int, ...] = ()
+        if self.chat_template is not None:
+            try:
+                stop_ids = self.chat.stop_ids
+            except DataError as error:
+                raise ValueError(
+                    f"it is unknown what ends an answer: a question with its answer {error}"
+                ) from error
+        definition = self.encoder.definition
+        return Reader.describe(replace(self, definition=definition, stop_ids=stop_ids))

@@ -27,6 +27,15 @@ RECIPES = {
 }
 """The recipes whose models timm can create, by the names of the models."""
 
+PREPARATIONS: dict[str, dict[str, Any]] = {
+    "image/cifar10": {
+        "mean": (0.4914, 0.4822, 0.4465),
+        "std": (0.2470, 0.2435, 0.2616),
+        "crop_pct": 1.0,
+    },
+}
+"""The preprocessing of the recipes' data where it is not timm's default."""
+
 NAMES = {
     "in_chans": "in_channels",
     "img_size": "image_size",
@@ -60,11 +69,11 @@ def make_model(recipe: str, *, drop_rate: float = 0.0, **settings: Any) -> nn.Mo
 
 
 def default_cfg(recipe: str) -> dict[str, Any]:
-    """What timm knows about a model before it is created: the recipe's sizes. timm's own defaults
-    of the preprocessing are those of the recipes for ImageNet."""
+    """What timm knows about a model before it is created: the recipe's sizes and preprocessing.
+    timm's own defaults of the latter are those of the recipes for ImageNet."""
     with torch.device("meta"):
         model: Any = create_model(recipe)
-    return {**model.pretrained_cfg, "license": "apache-2.0"}
+    return {**model.pretrained_cfg, **PREPARATIONS.get(recipe, {}), "license": "apache-2.0"}
 
 
 def _register(name: str, recipe: str) -> None:

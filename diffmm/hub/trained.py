@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from diffmm.batch import inputs_of, to_device
 from diffmm.checkpoint_folders import find_state
-from diffmm.checks import DataError, article, check_choice
+from diffmm.checks import DataError, article, check_choice, reason_of
 from diffmm.hub.metrics import metrics_at
 from diffmm.hub.predictions import OnError, Prediction, Predictor, expanded
 from diffmm.hub.readers import check_inputs, make_reader
 from diffmm.models.encoder import Encoder
 from diffmm.models.folders import write_folder
 from diffmm.models.generation import stream
-from diffmm.models.hub_files import fetch, is_hub_name
+from diffmm.models.hub_files import resolve
 from diffmm.models.job import Job, text_reader
+from diffmm.models.pretrained import COMMIT_MESSAGE
 from diffmm.models.text import TextModel
 from diffmm.models.weights import load_model, save_model
 
@@ -42,6 +43,7 @@ def load(
     tokenizer: str | None = None,
     checkpoint: Literal["newest", "best"] = "newest",
     revision: str | None = None,
+    token: str | bool | None = None,
 ) -> "TrainedModel":
     """Load a trained model with its task: `load(run).predict("cat.jpg")`.
 
@@ -58,6 +60,7 @@ def load(
         checkpoint: Which checkpoint of a run to load: `"newest"`, that of its last save, or
             `"best"`, that with the best value of the metric that its recipe monitors.
         revision: A branch, a tag or a commit on the hub.
+        token: Token of a login to the hub; by default the stored one, if there is one.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -70,11 +73,7 @@ def load(
     '7'
     """
     check_choice("checkpoint", checkpoint, ("newest", "best"))
-    folder = Path(path)
-    if is_hub_name(path):
-        folder = fetch(str(path), revision=revision)
-    elif revision is not None:
-        raise ValueError(f"revision={revision!r} is for names on the hub, but got {path}")
+    folder = resolve(path, revision=revision, token=token)
     file = find_state(folder) if checkpoint == "newest" else _best_state(folder)
     try:
         model = load_model(file)
@@ -148,8 +147,7 @@ def find_device(name: str | torch.device) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {str(name)!r} is not available: {reason}") from error
+        raise ValueError(f"device {str(name)!r} is not available: {reason_of(error)}") from error
     return torch.device(name)
 
 
@@ -239,26 +237,60 @@ class TrainedModel:
         """
         return save_model(self.model, path)
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(
+        self, folder: str | Path, *, metrics: Mapping[str, float] | None = None
+    ) -> Path:
         """Write a folder for the Hugging Face hub: weights, settings, tokenizer or preprocessing,
-        and a model card with the metrics of the run that the model is from, if it is from one.
+        and a model card.
 
-        See `diffmm.models.pretrained.Pretrained.save_pretrained`.
+        Args:
+            folder: The folder; see `diffmm.models.pretrained.Pretrained.save_pretrained`.
+            metrics: Values for the model card by the names of metrics; by default those of the run
+                that the model is from, if it is from one.
+
+        Raises:
+            ValueError: As `diffmm.models.pretrained.Pretrained.save_pretrained`, or if the metrics
+                of the run cannot be read; the message names the file.
         """
-        return write_folder(self.model, folder, metrics=metrics_at(self.origin))
+        return write_folder(self.model, folder, metrics=self._metrics(metrics))
 
-    def push_to_hub(self, name: str, **options: Any) -> str:
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        private: bool = False,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = COMMIT_MESSAGE,
+    ) -> str:
         """Upload the folder of `save_pretrained` to the Hugging Face hub, and return its address.
 
         Args:
             name: Name of the repository, `user/name`.
-            options: As in `diffmm.models.pretrained.Pretrained.push_to_hub`.
+            metrics: As in `save_pretrained`.
+            private: As in `diffmm.models.pretrained.Pretrained.push_to_hub`.
+            token: As there.
+            revision: As there.
+            commit_message: As there.
 
         Raises:
-            ValueError: If the hub cannot be reached or refuses the upload; the message says why.
+            ValueError: As `save_pretrained`, or if the hub cannot be reached or refuses the upload;
+                the message says why.
         """
         model: Any = self.model
-        return model.push_to_hub(name, metrics=metrics_at(self.origin), **options)
+        return model.push_to_hub(
+            name,
+            metrics=self._metrics(metrics),
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+        )
+
+    def _metrics(self, given: Mapping[str, float] | None) -> Mapping[str, float]:
+        """The metrics for the model card."""
+        return metrics_at(self.origin) if given is None else given
 
     def predict(self, inputs: Any, *, top_k: int = 5, batch_size: int = 32) -> Any:
         """Predict the most likely classes of an input, or generate text after a prompt.

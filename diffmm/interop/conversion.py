@@ -1,8 +1,6 @@
 """Reading and writing of models of all families."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from diffmm.interop.timm_models import TIMM
 from diffmm.interop.unilm_decoders import UNILM_V1, UNILM_V2
 from diffmm.interop.whisper import WHISPER
 from diffmm.models.weights import Contents
+from diffmm.new_folders import appearing
 from diffmm.tokenizers import HuggingFaceTokenizer
 
 FAMILIES: dict[str, Family] = {
@@ -141,18 +140,14 @@ def write_contents(contents: Contents, folder: str | Path, family: str) -> Path:
         about = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_names}
         if "eos_token" in about:
             settings["eos_token_id"] = tokenizer.eos_id
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
-        unfinished.mkdir(parents=True)
+    with appearing(folder) as unfinished:
         for name, values in files.items():
             (unfinished / name).write_text(json.dumps(values, indent=2) + "\n")
         save_file(tensors, unfinished / WEIGHTS_NAME, metadata={"format": "pt"})
         if definition is not None:
             (unfinished / TOKENIZER_NAME).write_text(definition, encoding="utf-8")
             (unfinished / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
-        unfinished.replace(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        check_free(folder)
     return folder
 
 

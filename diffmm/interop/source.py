@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from diffmm.models.hub_files import fetch, is_hub_name
+from diffmm.models.hub_files import resolve
 from diffmm.models.tokenizer_files import TOKENIZER_NAME
 from diffmm.models.weights import CONFIG_NAME, WEIGHTS_NAME, describes_model
 
@@ -71,14 +71,12 @@ def locate(source: str | Path) -> tuple[Path, Path | None]:
     Raises:
         FileNotFoundError, ValueError: As `read_source`.
     """
-    path = Path(source)
+    path = resolve(source)
     if path.is_dir():
         return path, None
     if path.is_file():
         return path.parent, path
-    if not is_hub_name(source):
-        raise FileNotFoundError(f"there is no file or folder {source}")
-    return fetch(str(source)), None
+    raise FileNotFoundError(f"there is no file or folder {source}")
 
 
 def is_of_others(source: str | Path) -> bool:
@@ -88,7 +86,7 @@ def is_of_others(source: str | Path) -> bool:
     Raises:
         ValueError: If the hub cannot be reached, or a file is damaged.
     """
-    path = fetch(str(source)) if is_hub_name(source) else Path(source)
+    path = resolve(source)
     if not path.exists():
         return False
     folder = path if path.is_dir() else path.parent

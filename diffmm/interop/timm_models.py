@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffmm.checks import reason_of
 from diffmm.interop import timm_eva, timm_vit
 from diffmm.interop.family import Family
 from diffmm.interop.names import Table
@@ -119,9 +120,8 @@ def outline(settings: TheirSettings) -> nn.Module:
         with torch.device("meta"):
             model = timm.create_model(name, pretrained_cfg=shaping or None, **arguments)
     except Exception as error:  # whatever timm raises for arguments of a wrong type
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"timm cannot build {name} with model_args={arguments}: {reason}"
+            f"timm cannot build {name} with model_args={arguments}: {reason_of(error)}"
         ) from error
     layers: list[Any] = [each for each in model.modules() if hasattr(each, "dual_lambda")]
     for layer in layers:

@@ -19,8 +19,8 @@ sequences (transformers looks for these if there is no `attention_mask`) are mad
 graph, before the layers; `fullgraph=True` does not allow that.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,22 @@ NAME = "diffmm"
 MaskFunction = Callable[..., Any]
 """Whether a query attends to a key, given the indices of batch, head, query and key."""
 
-REFUSED = ("position_bias", "s_aux", "sinks", "cu_seq_lens_q", "block_table")
-"""Arguments of attention functions that change what is computed."""
+HARMLESS = frozenset(
+    {
+        "cache_position",
+        "deterministic",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "use_cache",
+    }
+)
+"""Arguments that models pass on to attention functions and that change nothing there. Positions are
+in the queries, and the documents that they tell apart in the mask."""
 
 
 class LayerMask(AttentionMask):
@@ -60,6 +74,15 @@ class LayerMask(AttentionMask):
     """
 
     ndim: ClassVar[int] = 4
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{_NO_TENSOR} has no {name}: use 'eager'")
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        raise ValueError(f"{_NO_TENSOR} has no parts: use 'eager'")
+
+
+_NO_TENSOR = f"the mask of attn_implementation={NAME!r} is not a tensor and"
 
 
 def attention(
@@ -88,7 +111,7 @@ def attention(
         is_causal: Whether attention is causal if there is no mask.
         softcap: Smooth bound of the scores.
         sliding_window: Window if there is no mask.
-        others: Arguments for other implementations.
+        others: Arguments for other implementations, which must be `HARMLESS` or None.
 
     Returns:
         `[B, N, H, E]`, and None in place of attention maps.
@@ -97,13 +120,7 @@ def attention(
         ValueError: If an argument asks for what this attention does not have; the message names
             it.
     """
-    wanted = [name for name in REFUSED if others.get(name) is not None]
-    wanted += ["output_attentions"] if others.get("output_attentions") else []
-    wanted += [f"dropout={dropout}"] if dropout else []
-    if wanted:
-        raise ValueError(
-            f"attn_implementation={NAME!r} does not support {', '.join(wanted)}: use 'eager'"
-        )
+    check_supported(others, dropout)
     if isinstance(attention_mask, Tensor):
         if softcap is not None:
             raise ValueError(
@@ -118,6 +135,25 @@ def attention(
         attention_mask = AttentionMask(causal=causal, window=sliding_window)
     q, k, v = (tensor.transpose(1, 2) for tensor in cast(query, key, value))
     return softmax_attention(q, k, v, mask=attention_mask, scale=scaling, softcap=softcap), None
+
+
+def check_supported(arguments: Mapping[str, Any], dropout: float = 0.0) -> None:
+    """Check that arguments for an attention function change nothing, and that there is no dropout.
+
+    Raises:
+        ValueError: If one may; the message names it.
+    """
+    wanted = [
+        name
+        for name, value in arguments.items()
+        if name not in HARMLESS and value is not None and value is not False
+    ]
+    wanted += [f"dropout={dropout}"] if dropout else []
+    if wanted:
+        raise ValueError(
+            f"attn_implementation={NAME!r} does not support {', '.join(sorted(wanted))}: use "
+            f"'eager'"
+        )
 
 
 def cast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -244,6 +280,7 @@ def diffllama_forward(
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: AttentionMask | Tensor | None = None,
     past_key_values: Any = None,
+    is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`DiffLlamaAttention.forward` with one call of `diffmm.ops.diff_attention`.
@@ -254,13 +291,13 @@ def diffllama_forward(
     """
     ours = self.config._attn_implementation == NAME
     if not ours or isinstance(attention_mask, Tensor):
+        others |= {} if is_causal is None else {"is_causal": is_causal}
         return _separate_calls(
             self, hidden_states, position_embeddings, attention_mask, past_key_values, **others
         )
-    if others.get("output_attentions"):
-        raise ValueError(
-            f"attn_implementation={NAME!r} does not support output_attentions: use 'eager'"
-        )
+    check_supported(others)
+    if attention_mask is None:
+        attention_mask = AttentionMask(causal=is_causal is not False)
     batch, length = hidden_states.shape[:2]
     q, k, v = (
         project(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
@@ -278,7 +315,7 @@ def diffllama_forward(
         k,
         v.flatten(3),
         first - second + self.lambda_init,
-        mask=AttentionMask(causal=True) if attention_mask is None else attention_mask,
+        mask=attention_mask,
         scale=self.scaling,
     )
     heads = (1.0 - self.lambda_init) * self.groupnorm(heads)

@@ -14,6 +14,7 @@ writes is read by `diffmm.load`, and the reverse. For LoRA, `q_proj`, `k_proj`, 
 and `lambda_proj` that of the lambdas of `diff_v2` and `diff_grouped`.
 """
 
+import copy
 import functools
 import inspect
 import math
@@ -30,7 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import can_return_tuple
 
 from diffmm.interop.transformers_cache import TransformersCache, real_tokens
 from diffmm.models import Backbone, BackboneConfig, TextModel
@@ -39,13 +40,10 @@ from diffmm.models.weights import MODEL_TYPE
 from diffmm.ops import AttentionMask
 from diffmm.ops.softmax_attention.reference import capped
 
-logger = logging.get_logger(__name__)
-
-
 TEXT_MODEL = f"diffmm.models.{TextModel.__name__}"
 """The `class_path` of decoders in descriptions."""
 
-READ_ONLY = (
+SIZES = (
     "max_position_embeddings",
     "hidden_size",
     "num_hidden_layers",
@@ -54,6 +52,10 @@ READ_ONLY = (
     "head_dim",
 )
 """The names of settings that only the description determines."""
+
+CHANGEABLE = ("vocab_size", "tie_word_embeddings")
+"""The names of settings that are changed in the description by assignment, as transformers does
+when it resizes or unties embeddings."""
 
 
 class DiffmmConfig(PreTrainedConfig):
@@ -64,9 +66,13 @@ class DiffmmConfig(PreTrainedConfig):
     width of their keys, both components together.
 
     Attributes:
-        description: The description of the model (see `diffmm.models.description.describe`).
+        description: The description of the model (see `diffmm.models.description.describe`), which
+            is copied.
         job: The plain values of its job, or None.
         use_cache: Whether a call returns a key-value cache by default.
+
+    Raises:
+        ValueError: If a setting that the description determines is given with another value.
     """
 
     model_type = MODEL_TYPE
@@ -141,14 +147,33 @@ class DiffmmConfig(PreTrainedConfig):
             return configured(BackboneConfig, self.text["backbone"]).make_attention(0).k_shape
 
     def __post_init__(self, **others: Any) -> None:
-        super().__post_init__(**{k: v for k, v in others.items() if k not in READ_ONLY})
+        self.description = copy.deepcopy(self.description)
+        for name in (*SIZES, *CHANGEABLE):
+            if name in others:
+                self._refuse_other(name, others.pop(name))
+        super().__post_init__(**others)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in SIZES:
+            self._refuse_other(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _refuse_other(self, name: str, value: Any) -> None:
+        """Raise if a setting that the description determines is to have another value."""
+        self.checked_description  # noqa: B018
+        own = getattr(self, name)
+        if value != own:
+            raise ValueError(
+                f"{name}={value!r} is not that of the model's description, {own!r}: leave it out, "
+                f"or create another model with diffmm.create_model"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values, with the names that transformers' tools read."""
         values = super().to_dict()
         if (self.description or {}).get("class_path") == TEXT_MODEL:
-            names = (*READ_ONLY, "vocab_size", "tie_word_embeddings")
-            values |= {name: getattr(self, name) for name in names}
+            values |= {name: getattr(self, name) for name in (*SIZES, *CHANGEABLE)}
         return values
 
 
@@ -220,7 +245,8 @@ class DiffmmForCausalLM(PreTrainedModel, GenerationMixin):
             inputs_embeds: Embedded tokens, `[B, N, dim]`, instead of `input_ids`.
             labels: `[B, N]` ids, -100 where there is none; they are shifted here.
             use_cache: Whether to return a cache; by default as in the config, but not in training
-                mode and not of rows of several documents.
+                mode, not of rows of several documents and, while torch compiles, not with
+                `position_ids` alone, which may be such rows.
             output_hidden_states: Whether to return the input of every block and the final features.
             output_attentions: Must not be true.
             logits_to_keep: Number of last tokens to compute logits of, or their indices; 0 for all.
@@ -243,7 +269,8 @@ class DiffmmForCausalLM(PreTrainedModel, GenerationMixin):
             inputs_embeds = self.embedding(input_ids)
         documents = None
         if attention_mask is None and position_ids is not None and past_key_values is None:
-            documents = documents_of(position_ids)
+            position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
+            documents = documents_of(position_ids, must_know=bool(use_cache))
         recomputes = self.training and self.gradient_checkpointing
         if (use_cache or past_key_values is not None) and (recomputes or documents is not None):
             reason = (
@@ -361,11 +388,12 @@ class DiffmmForCausalLM(PreTrainedModel, GenerationMixin):
             reset()
 
 
-def documents_of(position_ids: Tensor) -> Tensor | None:
+def documents_of(position_ids: Tensor, *, must_know: bool = False) -> Tensor | None:
     """The number of the document of each token in a packed row, `[B, N]`: a new one starts where
-    the position is not the next one. None if no row has several, except while torch compiles."""
+    the position is not the next one. None if no row has several, except while torch compiles,
+    unless `must_know`: the graph is then divided here."""
     starts = position_ids.diff(dim=-1) != 1
-    if not torch.compiler.is_compiling() and not bool(starts.any()):
+    if (must_know or not torch.compiler.is_compiling()) and not bool(starts.any()):
         return None
     return nn.functional.pad(starts.cumsum(dim=-1), (1, 0))
 

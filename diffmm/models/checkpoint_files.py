@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from diffmm.checks import reason_of
+
 
 def read_checkpoint(file: Path, *, weights: bool = True, optimizer: bool = False) -> dict[str, Any]:
     """Read a checkpoint, with its tensors on the CPU and memory-mapped, so that only the tensors in
@@ -36,8 +38,7 @@ def read_checkpoint(file: Path, *, weights: bool = True, optimizer: bool = False
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{file} is not a complete checkpoint of tensors and plain values: "
-            f"{(str(error) or type(error).__name__).splitlines()[0]}"
+            f"{file} is not a complete checkpoint of tensors and plain values: {reason_of(error)}"
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{file} is not a Lightning checkpoint: it has no state_dict")

@@ -9,8 +9,6 @@ README.md                 the model card
 """
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,33 @@ from diffmm.models.description import describe, unwrap
 from diffmm.models.hub_files import CARD_NAME
 from diffmm.models.model_card import model_card
 from diffmm.models.text import TextModel
-from diffmm.models.tokenizer_files import tokenizer_files
+from diffmm.models.tokenizer_files import (
+    CHAT_TEMPLATE_NAME,
+    TOKENIZER_CONFIG_NAME,
+    TOKENIZER_NAME,
+    tokenizer_files,
+)
 from diffmm.models.weights import CONFIG_NAME, JOB_KEY, MODEL_TYPE, WEIGHTS_NAME, save_model
+from diffmm.new_folders import appearing
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
 GENERATION_NAME = "generation_config.json"
+
+OWN_FILES = (
+    WEIGHTS_NAME,
+    f"{WEIGHTS_NAME}.index.json",
+    "model-*-of-*.safetensors",
+    CONFIG_NAME,
+    PREPROCESSOR_NAME,
+    TOKENIZER_NAME,
+    TOKENIZER_CONFIG_NAME,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    CHAT_TEMPLATE_NAME,
+    GENERATION_NAME,
+)
+"""The files of a model, also those that other libraries write; those of an earlier one are removed
+from a folder."""
 
 CAUSAL_LM = "DiffmmForCausalLM"
 """The class of `diffmm.interop.transformers_models` that holds a decoder."""
@@ -42,41 +62,33 @@ def write_folder(
     """Write a model's folder for the hub.
 
     A new folder appears whole or not at all. In an existing one, the files named above are
-    replaced one by one, but a card that is already there is kept.
+    replaced one by one, and those of an earlier model that this one does not have are removed, but
+    a card that is already there is kept.
 
     Args:
         model: A model of `diffmm.models`.
         folder: The folder.
-        name: The model's name in its card; the folder by default.
+        name: The model's name in its card; that of the folder by default.
         metrics: Metrics for its card.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: As `diffmm.models.weights.save_model`, or if the folder is a file.
+        ValueError: As `diffmm.models.weights.save_model`, or if the folder is a file or a metric is
+            not a number.
     """
     model, folder = unwrap(model), Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give the name of a folder")
     texts = {
         **settings_files(model),
-        CARD_NAME: model_card(model, name or str(folder), metrics or {}),
+        CARD_NAME: model_card(model, name or folder.resolve().name, metrics or {}),
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
-    try:
+    with appearing(folder, kept=[CARD_NAME], removed=OWN_FILES) as unfinished:
         save_model(model, unfinished / WEIGHTS_NAME)
         for file, text in texts.items():
             (unfinished / file).write_text(text, encoding="utf-8")
-        if not folder.exists():
-            unfinished.rename(folder)
-        else:
-            for written in sorted(unfinished.iterdir()):
-                if written.name != CARD_NAME or not (folder / CARD_NAME).exists():
-                    written.replace(folder / written.name)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 

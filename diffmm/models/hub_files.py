@@ -3,8 +3,24 @@
 import re
 from pathlib import Path
 
+from diffmm.checks import reason_of
+
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 """A repository of the hub, `user/name`."""
+
+FILE_ENDINGS = (
+    ".safetensors",
+    ".ckpt",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".onnx",
+    ".pt2",
+    ".json",
+    ".yaml",
+    ".yml",
+)
+"""Endings of files, with which no name of a repository ends."""
 
 HUB_FILES = (
     "*.safetensors",
@@ -23,11 +39,32 @@ CARD_NAME = "README.md"
 
 
 def is_hub_name(source: str | Path) -> bool:
-    """Whether a source can only be a repository of the hub: it has the form `user/name`, and there
-    is no file of this name and no folder `user`."""
+    """Whether a source can only be a repository of the hub: it has the form `user/name` without
+    the ending of a file, and there is no file of this name and no folder `user`."""
     name = str(source)
     path = Path(name)
-    return HUB_NAME.fullmatch(name) is not None and not path.exists() and not path.parent.is_dir()
+    has_form = HUB_NAME.fullmatch(name) is not None and path.suffix.lower() not in FILE_ENDINGS
+    return has_form and not path.exists() and not path.parent.is_dir()
+
+
+def resolve(
+    source: str | Path, *, revision: str | None = None, token: str | bool | None = None
+) -> Path:
+    """The path of a source: itself, or the folder of a repository of the hub, which is fetched.
+
+    Args:
+        source: A path, which need not exist, or the name of a repository, `user/name`.
+        revision: As in `fetch`.
+        token: As in `fetch`; not used for paths.
+
+    Raises:
+        ValueError: As `fetch`, or if there is a revision of a path.
+    """
+    if is_hub_name(source):
+        return fetch(str(source), revision=revision, token=token)
+    if revision is not None:
+        raise ValueError(f"revision={revision!r} is for names on the hub, but got {source}")
+    return Path(source)
 
 
 def fetch(name: str, *, revision: str | None = None, token: str | bool | None = None) -> Path:
@@ -43,18 +80,26 @@ def fetch(name: str, *, revision: str | None = None, token: str | bool | None = 
             network.
     """
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    expected: tuple[type[Exception], ...] = (*hub_errors(), ValueError)
     try:
         return Path(
             huggingface_hub.snapshot_download(
                 name, revision=revision, token=token, allow_patterns=list(HUB_FILES)
             )
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except expected as error:
         raise ValueError(
             f"there is no file or folder {name}, and it cannot be fetched from the Hugging Face "
-            f"hub ({reason}): without a network, give a folder that has its config.json and "
-            f"safetensors"
+            f"hub ({reason_of(error)}): without a network, give a folder that has its "
+            f"config.json and safetensors"
         ) from error
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """The errors of the network, of the hub and of the transfer of files."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # The base class of the errors of its HTTP library, which some of its versions do not wrap.
+    http_errors = tuple(each for each in HfHubHTTPError.__mro__ if each.__name__ == "HTTPError")
+    return (*http_errors, OSError, RuntimeError, HFValidationError)

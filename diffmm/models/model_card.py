@@ -33,8 +33,11 @@ def model_card(model: nn.Module, name: str, metrics: Mapping[str, float]) -> str
 
     Args:
         model: A model of `diffmm.models`.
-        name: What `diffmm.load` takes: a name on the hub, or a path.
+        name: What `diffmm.load` takes: a name on the hub, or that of a folder.
         metrics: Values by the names of metrics, such as `{"val/accuracy": 0.9}`; may be empty.
+
+    Raises:
+        ValueError: If one of them is not a number; the message names it.
     """
     config: Any = model.config
     backbone: BackboneConfig = getattr(config, "encoder", config).backbone
@@ -60,7 +63,7 @@ def model_card(model: nn.Module, name: str, metrics: Mapping[str, float]) -> str
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
     if metrics:
         lines += ["", "## Metrics", "", "| metric | value |", "|---|---|"]
-        lines += [f"| {metric} | {value:.4g} |" for metric, value in metrics.items()]
+        lines += [f"| {metric} | {_number(metric, value)} |" for metric, value in metrics.items()]
     lines += ["", "## Use", "", "```python", "import diffmm", ""]
     lines += [f'trained = diffmm.load("{name}")', _call(model, job), "```"]
     text = "\n".join(lines) + "\n"
@@ -76,6 +79,15 @@ def pipeline_of(model: nn.Module) -> str | None:
     if isinstance(model, Encoder) and model.num_classes:
         return next((name for kind, name in PIPELINES.items() if isinstance(model, kind)), None)
     return None
+
+
+def _number(metric: str, value: Any) -> str:
+    try:
+        return f"{value:.4g}"
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the metric {metric!r} must be a number, got {value!r}: leave it out, or give one"
+        ) from error
 
 
 def _inputs(config: Any) -> dict[str, Any]:

@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from diffmm.models.hub_files import CARD_NAME, fetch, is_hub_name
+from diffmm.checks import reason_of
+from diffmm.models.hub_files import CARD_NAME, hub_errors, resolve
+
+COMMIT_MESSAGE = "Upload a model of diffmm"
 
 
 class Pretrained:
@@ -37,11 +40,7 @@ class Pretrained:
         # Imported here, because a model's weights are described by all classes of models.
         from diffmm.models.weights import load_model
 
-        is_remote = is_hub_name(source)
-        if revision is not None and not is_remote:
-            raise ValueError(f"revision={revision!r} is for names on the hub, but got {source}")
-        file = fetch(str(source), revision=revision, token=token) if is_remote else source
-        model = load_model(file)
+        model = load_model(resolve(source, revision=revision, token=token))
         if not isinstance(model, cls):
             raise ValueError(
                 f"{source} contains a model of class {type(model).__name__}, not {cls.__name__}: "
@@ -55,7 +54,8 @@ class Pretrained:
         """Write a folder for the hub: weights, settings, tokenizer or preprocessing, model card.
 
         See `diffmm.models.folders` for the files. A new folder appears whole or not at all; in an
-        existing one, files are replaced, except a model card.
+        existing one, files are replaced, except a model card, and files of an earlier model that
+        this one does not have, such as its tokenizer, are removed.
 
         Args:
             folder: The folder.
@@ -65,7 +65,8 @@ class Pretrained:
             The folder.
 
         Raises:
-            ValueError: If the model cannot be described, or `folder` is a file.
+            ValueError: If the model cannot be described, `folder` is a file, or a metric is not a
+                number.
         """
         from diffmm.models.folders import write_folder
 
@@ -80,11 +81,12 @@ class Pretrained:
         private: bool = False,
         token: str | bool | None = None,
         revision: str | None = None,
-        commit_message: str = "Upload a model of diffmm",
+        commit_message: str = COMMIT_MESSAGE,
     ) -> str:
         """Upload the folder of `save_pretrained` to the hub, and return its address.
 
-        The repository is created if it does not exist. A model card that it has already is kept.
+        The repository is created if it does not exist. A model card that it has already is kept;
+        files of an earlier model that this one does not have are removed.
 
         Args:
             name: Name of the repository, `user/name`.
@@ -99,7 +101,7 @@ class Pretrained:
         """
         from huggingface_hub import HfApi
 
-        from diffmm.models.folders import write_folder
+        from diffmm.models.folders import OWN_FILES, write_folder
 
         model: Any = self
         api = HfApi(token=token)
@@ -114,11 +116,11 @@ class Pretrained:
                     revision=revision,
                     commit_message=commit_message,
                     ignore_patterns=[CARD_NAME] if has_card else None,
+                    delete_patterns=list(OWN_FILES),  # except those that are uploaded
                 )
-            except Exception as error:  # of the network, the hub or the library
-                reason = str(error).strip().splitlines()[0]
+            except hub_errors() as error:
                 raise ValueError(
-                    f"{name} cannot be uploaded to the Hugging Face hub ({reason}): "
+                    f"{name} cannot be uploaded to the Hugging Face hub ({reason_of(error)}): "
                     f"save_pretrained writes the same folder"
                 ) from error
         return f"{api.endpoint}/{name}"

@@ -23,6 +23,8 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, fil
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from diffmm.checks import reason_of
+
 PLAIN_NAME = "meta.pt"
 METADATA_NAME = ".metadata"
 WEIGHTS, OPTIMIZERS = "state_dict", "optimizer_states"
@@ -114,8 +116,7 @@ def read_plain(path: Path) -> dict[str, Any]:
         plain = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
-            f"{file} is not a complete file of plain values: "
-            f"{(str(error) or type(error).__name__).splitlines()[0]}"
+            f"{file} is not a complete file of plain values: {reason_of(error)}"
         ) from error
     if not isinstance(plain, dict):
         raise ValueError(f"{file} does not hold a dict")
@@ -183,8 +184,7 @@ def read_metadata(path: Path) -> Metadata:
         raise ValueError(f"{path / METADATA_NAME} cannot be used: {error}") from error
     except Exception as error:
         # A damaged pickle can raise any error.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path / METADATA_NAME} cannot be read: {reason}") from error
+        raise ValueError(f"{path / METADATA_NAME} cannot be read: {reason_of(error)}") from error
     return content
 
 
@@ -260,4 +260,4 @@ class _Reader(FileSystemReader):
 def _cause(error: CheckpointException) -> str:
     """The first failure, in one line."""
     first = next((each[0] for each in error.failures.values()), error)
-    return (str(first) or type(first).__name__).splitlines()[0]
+    return reason_of(first)

@@ -17,11 +17,12 @@ class TokenizerFiles(NamedTuple):
         files: The text of each file by its name; none if the model's job has no tokenizer, or only
             the name of one on the hub.
         ids: The ids that end and pad a text, `eos_token_id` and `pad_token_id`, as far as the
-            tokenizer has them.
+            tokenizer has them. Of a model that was trained on conversations, `eos_token_id` is the
+            list of all that end an answer.
     """
 
     files: dict[str, str]
-    ids: dict[str, int]
+    ids: dict[str, int | list[int]]
 
 
 def tokenizer_files(job: dict[str, Any] | None, max_length: int) -> TokenizerFiles:
@@ -52,7 +53,12 @@ def tokenizer_files(job: dict[str, Any] | None, max_length: int) -> TokenizerFil
         "model_max_length": max_length,
         **names,
     }
-    ids = {"eos_token": "eos_id", "pad_token": "pad_id"}
+    own_names = {"eos_token": "eos_id", "pad_token": "pad_id"}
+    ids: dict[str, int | list[int]] = {
+        f"{name}_id": getattr(tokenizer, own) for name, own in own_names.items() if name in names
+    }
+    if reader.get("stop_ids"):
+        ids["eos_token_id"] = list(reader["stop_ids"])
     template = reader.get("chat_template")
     return TokenizerFiles(
         {
@@ -60,7 +66,7 @@ def tokenizer_files(job: dict[str, Any] | None, max_length: int) -> TokenizerFil
             TOKENIZER_CONFIG_NAME: json.dumps(settings, indent=2) + "\n",
             **({} if template is None else {CHAT_TEMPLATE_NAME: template}),
         },
-        {f"{name}_id": getattr(tokenizer, own) for name, own in ids.items() if name in names},
+        ids,
     )
 
 

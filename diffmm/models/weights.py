@@ -22,7 +22,7 @@ from diffmm.models.adapters import SCALE_KEY, merged, plain_names, scale_of
 from diffmm.models.backbone import BackboneConfig
 from diffmm.models.checkpoint_files import read_checkpoint
 from diffmm.models.description import build, configured, describe, unwrap
-from diffmm.models.hub_files import fetch, is_hub_name
+from diffmm.models.hub_files import resolve
 from diffmm.models.job import Job, text_reader
 from diffmm.models.quantized_file import QUANTIZATION_KEY, dequantized
 from diffmm.renamed import weights_with_new_names, with_new_names
@@ -294,7 +294,7 @@ def _described(file: Path) -> Contents:
 
 
 def _find(path: str | Path) -> Path:
-    path = fetch(str(path)) if is_hub_name(path) else find_state(Path(path))
+    path = find_state(resolve(path))
     if path.suffix == Path(STATE_NAME).suffix and path.is_dir():
         return path  # a sharded checkpoint
     file = path / WEIGHTS_NAME if path.is_dir() else path

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffmm.checks import did_you_mean
+from diffmm.checks import did_you_mean, reason_of
 
 REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.\[\]]*)\}")
 
@@ -127,7 +127,7 @@ def _unreadable(value: Any) -> str | None:
     try:
         OmegaConf.create({"value": value})
     except OmegaConfBaseException as error:
-        return f"{value} cannot be read: {str(error).splitlines()[0]}"
+        return f"{value} cannot be read: {reason_of(error)}"
     return None
 
 
@@ -138,4 +138,4 @@ def _reference_fault(
     for name in REFERENCE.findall(value):
         if name not in names:
             return f"{place} refers to {name}, which does not exist{did_you_mean(name, names)}"
-    return f"{place}: {value} cannot be resolved: {str(error).splitlines()[0]}"
+    return f"{place}: {value} cannot be resolved: {reason_of(error)}"

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from diffmm.checks import reason_of
 from diffmm.recipes.errors import InputError
 from diffmm.recipes.memory import Memory, estimate_memory, fake_shapes
 from diffmm.recipes.references import resolve
@@ -40,7 +41,7 @@ def report(task: Any, data: Any, values: dict[str, Any]) -> dict[str, str]:
             raise
         raise InputError(
             f"a step of data.init_args.batch_size={data.batch_size} samples has tensors larger "
-            f"than any memory: {str(error).splitlines()[0]}"
+            f"than any memory: {reason_of(error)}"
         ) from error
     return lines
 

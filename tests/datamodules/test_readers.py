@@ -20,6 +20,7 @@ from datamodules.shared import files
 from datamodules.shared.files import list_files, walk_files
 from datamodules.text import TextReader
 from diffmm.checks import DataError
+from diffmm.models.tokenizer_files import byte_definition, tokenizer_files
 
 RATE_HZ = 8000
 
@@ -211,6 +212,25 @@ def test_a_tokenizer_travels_whole(tokenizer_file):
         _ = TextReader(tokenizer=str(tokenizer_file)).encoder
 
 
+def test_the_tokens_that_end_an_answer_travel(tmp_path):
+    inner = Tokenizer.from_str(byte_definition())
+    inner.add_special_tokens(["<|im_end|>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    name, end = str(tmp_path / "tokenizer.json"), inner.token_to_id("<|im_end|>")
+    template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    described = TextReader(tokenizer=name, chat_template=template).describe()
+    assert described["init_args"]["stop_ids"] == [end, 256]
+    assert TextReader(**described["init_args"]).describe() == described
+    _, ids = tokenizer_files({"reader": described}, max_length=8)
+    assert ids == {"eos_token_id": [end, 256], "pad_token_id": 258}
+    plain = TextReader(tokenizer=name).describe()
+    assert plain["init_args"]["stop_ids"] == []
+    assert tokenizer_files({"reader": plain}, max_length=8).ids["eos_token_id"] == 256
+    refusing = "{{ raise_exception('no system message') }}"
+    with pytest.raises(ValueError, match="unknown what ends an answer: .* no system message"):
+        TextReader(tokenizer=name, chat_template=refusing).describe()
+
+
 def test_prompts_are_text_or_files_of_it(tmp_path):
     reader = TextReader(tokenizer="bytes")
     (tmp_path / "prompt.txt").write_text("ab")
@@ -227,6 +247,8 @@ def test_prompts_are_text_or_files_of_it(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             reader.read(item)
+    with pytest.raises(ValueError, match=r"stop_ids must be a list of integers, got \['a'\]"):
+        TextReader(tokenizer="bytes", stop_ids=["a"])
     for settings in ({"tokenizer": 3}, {"tokenizer": "bytes", "definition": 3}):
         with pytest.raises(ValueError, match="must be a string, got 3"):
             TextReader(**settings)

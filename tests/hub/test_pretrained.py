@@ -2,17 +2,20 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HTTPError
 from safetensors.torch import load_file, save_file
 
 import diffmm
 from diffmm.cli import main
 from diffmm.hub.metrics import metrics_at
-from diffmm.interop import write_model
+from diffmm.interop import read_model, write_model
 from diffmm.models import (
     AudioConfig,
     AudioModel,
@@ -25,7 +28,9 @@ from diffmm.models import (
     TextModel,
     TextTower,
     TextTowerConfig,
+    folders,
 )
+from diffmm.models.hub_files import is_hub_name
 from diffmm.models.job import Job, text_reader
 from diffmm.models.tokenizer_files import byte_definition, starting_with, tokenizer_files
 from diffmm.runs.directories import CONFIG_NAME
@@ -71,7 +76,7 @@ def hub(monkeypatch, tmp_path):
     requests = []
 
     def download(name, **options):
-        requests.append((name, options["revision"]))
+        requests.append((name, options["revision"], options["token"]))
         return str(tmp_path / "hub" / name)
 
     class Api:
@@ -87,7 +92,19 @@ def hub(monkeypatch, tmp_path):
         def file_exists(self, name, file, *, revision):
             return (tmp_path / "hub" / name / file).exists()
 
-        def upload_folder(self, *, repo_id, folder_path, revision, commit_message, ignore_patterns):
+        def upload_folder(
+            self,
+            *,
+            repo_id,
+            folder_path,
+            revision,
+            commit_message,
+            ignore_patterns,
+            delete_patterns,
+        ):
+            for pattern in delete_patterns:
+                for file in (tmp_path / "hub" / repo_id).glob(pattern):
+                    file.unlink()
             for file in folder_path.iterdir():
                 if file.name not in (ignore_patterns or []):
                     shutil.copy(file, tmp_path / "hub" / repo_id)
@@ -142,11 +159,58 @@ def test_files_are_replaced_but_the_card_is_kept(tmp_path):
         model.save_pretrained(folder / "notes.txt")
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+STALE = (
+    "chat_template.jinja",
+    "model-00001-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "special_tokens_map.json",
+)
+
+
+def test_files_of_an_earlier_model_are_removed(hub, tmp_path, monkeypatch):
+    folder = text_model().save_pretrained(tmp_path / "text")
+    repository = tmp_path / "hub/someone/model"
+    shutil.copytree(folder, repository)
+    plain = text_model().eval()
+    plain.job = None
+    expected = {"README.md", "config.json", "model.safetensors"}
+    for place in (folder, repository):
+        for name in STALE:
+            (place / name).write_text("{}")
+        (place / "notes.txt").write_text("notes")
+    monkeypatch.chdir(folder)  # which stays the folder that it is
+    plain.save_pretrained(".")
+    plain.push_to_hub("someone/model")
+    for place in (Path(), repository):
+        assert {file.name for file in place.iterdir()} == {*expected, "notes.txt"}
+    again = plain.save_pretrained(tmp_path / "new")
+    assert {file.name for file in again.iterdir()} == expected
+    assert "# new" in (again / "README.md").read_text().splitlines()
+    assert 'diffmm.load("new")' in (again / "README.md").read_text()
+    assert again.stat().st_mode == (tmp_path / "hub").stat().st_mode
+
+
+def test_threads_save_to_the_same_folder(tmp_path):
+    model = ImageModel(image_config(num_classes=3)).eval()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(model.save_pretrained, [tmp_path / "new" / "same"] * 12))
+    assert {file.name for file in (tmp_path / "new").iterdir()} == {"same"}
+    names = {file.name for file in (tmp_path / "new/same").iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors"}
+    ImageModel.from_pretrained(tmp_path / "new/same")
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     model = ImageModel(image_config(num_classes=3))
     model.job = Job(class_names=("a", "b"))
     with pytest.raises(ValueError, match="the model has 3 classes, but its job names 2"):
         model.save_pretrained(tmp_path / "bad")
+    model.job = None
+    with pytest.raises(ValueError, match="the metric 'val/loss' must be a number, got None"):
+        model.save_pretrained(tmp_path / "bad", metrics={"val/loss": None})
+    monkeypatch.setattr(folders, "save_model", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.save_pretrained(tmp_path / "bad/worse")
     assert not list(tmp_path.iterdir())
 
 
@@ -186,6 +250,12 @@ def test_metrics_are_those_at_the_checkpoint(tmp_path):
     assert metrics_at(str(states[20])) == {"val/accuracy": 0.25, "val/loss": 2.0}
     assert metrics_at(str(states[30])) == {"val/accuracy": 0.75, "val/loss": 1.0}
     assert metrics_at(str(tmp_path / "model.safetensors")) == {}
+    (tmp_path / "csv/metrics.csv").write_bytes(b"step,val/loss\n\xff,1\n")
+    trained = diffmm.TrainedModel(text_model(), Job(), origin=str(states[20]))
+    with pytest.raises(ValueError, match=r"metrics.csv is not a CSV .*, or give the metrics"):
+        trained.save_pretrained(tmp_path / "saved")
+    card = trained.save_pretrained(tmp_path / "saved", metrics={"val/loss": 2.5}) / "README.md"
+    assert "| val/loss | 2.5 |" in card.read_text()
 
 
 def test_names_on_the_hub(hub, tmp_path, capsys):
@@ -194,14 +264,19 @@ def test_names_on_the_hub(hub, tmp_path, capsys):
     assert hub == [("create", "someone/model", True)]
     card = tmp_path / "hub/someone/model/README.md"
     assert 'diffmm.load("someone/model")' in card.read_text()
-    assert diffmm.load("someone/model", revision="v1").job == model.job
-    assert hub[-1] == ("someone/model", "v1")
+    assert diffmm.load("someone/model", revision="v1", token="t").job == model.job
+    assert hub[-1] == ("someone/model", "v1", "t")
     assert TextModel.from_pretrained("someone/model").config == model.config
     assert main(["generate", "someone/model", "a", "--max-new-tokens", "2"]) == 0
     assert main(["convert", "someone/model", "again.safetensors"]) == 0
     assert diffmm.load("again.safetensors").job == model.job
+    trained = diffmm.load("someone/model")
+    card.unlink()
+    trained.push_to_hub("someone/model", metrics={"val/loss": 0.5}, private=True)
+    assert hub[-1] == ("create", "someone/model", True)
+    assert "| val/loss | 0.5 |" in card.read_text()
     card.write_text("mine")
-    diffmm.load("someone/model").push_to_hub("someone/model")
+    trained.push_to_hub("someone/model")
     assert card.read_text() == "mine"
 
 
@@ -209,7 +284,12 @@ def test_a_folder_of_this_name_is_no_name_on_the_hub(hub, tmp_path):
     (tmp_path / "runs").mkdir()
     with pytest.raises(FileNotFoundError, match="no file of weights at runs/typo"):
         diffmm.load("runs/typo")
+    for name in ("weights/model.safetensors", "weights/last.CKPT"):
+        for read in (diffmm.load, TextModel.from_pretrained, read_model):
+            with pytest.raises(FileNotFoundError, match=f"no file .*{name}"):
+                read(name)
     assert not hub
+    assert is_hub_name("someone/model-2.5")
 
 
 def test_without_a_network_errors_say_how_to_go_on(monkeypatch, tmp_path):
@@ -224,12 +304,35 @@ def test_without_a_network_errors_say_how_to_go_on(monkeypatch, tmp_path):
         text_model().push_to_hub("someone/model")
 
 
-def test_weights_of_others_are_named_as_such(hub, tmp_path):
+def test_only_errors_of_the_hub_are_named_so(hub, monkeypatch):
+    def failing(error):
+        def fail(*_, **__):
+            raise error
+
+        return fail
+
+    for error, reason in ((TimeoutError(), "TimeoutError"), (HTTPError("\nno\nroute"), "no")):
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", failing(error))
+        monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", failing(error))
+        with pytest.raises(ValueError, match=rf"cannot be fetched .* hub \({reason}\): without"):
+            diffmm.load("someone/model")
+        with pytest.raises(ValueError, match=rf"cannot be uploaded .* hub \({reason}\): save_"):
+            text_model().push_to_hub("someone/model")
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", failing(AttributeError("a bug")))
+    with pytest.raises(AttributeError, match="a bug"):
+        text_model().push_to_hub("someone/model")
+
+
+def test_weights_of_others_are_named_as_such(hub, tmp_path, monkeypatch):
     config = TextConfig(vocab_size=9, max_length=8, backbone=backbone(attention="softmax"))
     folder = write_model(TextModel(config), tmp_path / "hub/someone/llama", "llama")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
     advice = "convert it first: diffmm convert someone/llama TARGET"
     with pytest.raises(ValueError, match=advice):
         diffmm.load("someone/llama")
+    write_model(TextModel(config), ".", "llama")  # which stays the folder that it is
+    assert json.loads(Path("config.json").read_text())["model_type"] == "llama"
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     with pytest.raises(FileNotFoundError, match=advice):
         diffmm.load("someone/llama")

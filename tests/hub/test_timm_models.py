@@ -10,8 +10,13 @@ from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2
 
 import diffmm
+from datamodules import ImageData
+from datamodules.image import CIFAR10, ImageFolder, ImageTransform
 from diffmm.hub.timm_models import RECIPES
 from diffmm.models import ImageModel
+from diffmm.recipes.catalog import find_recipe
+from diffmm.recipes.references import resolve
+from diffmm.recipes.settings import load_file
 
 SMALL = "diffmm_vit_small_patch16_224"
 
@@ -33,6 +38,15 @@ def test_a_model_of_timm_is_that_of_its_recipe(name):
     assert cfg.num_classes == ours.num_classes
     assert name.endswith(f"_patch{ours.config.patch_size}_{size}")
     assert cfg.input_size == (3, size, size)
+    data = resolve(load_file(find_recipe(RECIPES[name])))[0]["data"]["init_args"]
+    source = {"CIFAR10": CIFAR10, "ImageFolder": ImageFolder}[
+        data["source"]["class_path"].rpartition(".")[2]
+    ]
+    transform = ImageTransform(**data["transform"])
+    reader = ImageData(source("images"), image_size=size, transform=transform).reader
+    found = resolve_model_data_config(theirs)
+    for setting in ("mean", "std", "crop_pct", "crop_mode", "interpolation"):
+        assert getattr(cfg, setting) == found[setting] == getattr(reader, setting), setting
 
 
 @pytest.mark.parametrize("attention", ["softmax", "diff_v1", "diff_v2"])

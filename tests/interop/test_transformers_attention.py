@@ -270,6 +270,7 @@ def test_what_is_not_supported_is_refused():
         ({"dropout": 0.1}, "dropout=0.1"),
         ({"output_attentions": True}, "output_attentions"),
         ({"s_aux": q, "position_bias": q}, "position_bias, s_aux"),
+        ({"block_indices": k, "position_ids": k, "future": None}, "block_indices"),
     ):
         with pytest.raises(ValueError, match=f"does not support {named}: use 'eager'"):
             transformers_attention.attention(layer, q, k, k, None, **given)
@@ -279,3 +280,32 @@ def test_what_is_not_supported_is_refused():
     _, ours = models("DiffLlama")
     with pytest.raises(ValueError, match="does not support output_attentions: use 'eager'"):
         ours(prompts(), output_attentions=True)
+    with pytest.raises(ValueError, match="does not support block_indices: use 'eager'"):
+        ours(prompts(), block_indices=q)
+    layer_mask = mask(1, 3, 3)
+    with pytest.raises(ValueError, match="is not a tensor and has no parts: use 'eager'"):
+        layer_mask[:, :2]
+    with pytest.raises(AttributeError, match="is not a tensor and has no dtype: use 'eager'"):
+        _ = layer_mask.dtype
+
+
+@pytest.mark.parametrize("family", ["Llama", "DiffLlama"])
+def test_arguments_that_change_nothing_are_passed_on(family):
+    eager, ours = models(family)
+    tokens = prompts(5)
+    given = {"labels": tokens, "output_hidden_states": True, "max_length_q": 5, "use_cache": True}
+    found, expected = (model(tokens, **given) for model in (ours, eager))
+    assert_same(found.logits, expected.logits)
+    assert len(found.hidden_states) == 3
+
+
+def test_without_a_mask_is_causal_decides():
+    _, ours = models("DiffLlama")
+    layer, x = ours.model.layers[0].self_attn, torch.randn(1, 5, 32)
+    rotary = ours.model.rotary_emb(x, torch.arange(5)[None])
+    causal, again, full = (layer(x, rotary, is_causal=each)[0] for each in (None, True, False))
+    assert torch.equal(causal, again)
+    layer.config._attn_implementation = "eager"
+    hidden = torch.full((5, 5), float("-inf")).triu(1)[None, None]
+    assert_same(causal, layer(x, rotary, hidden)[0])
+    assert_same(full, layer(x, rotary, torch.zeros(1, 1, 5, 5))[0])

@@ -175,6 +175,15 @@ def test_rows_of_several_documents(saved):
     plain = theirs(tokens, position_ids=torch.arange(9)[None], use_cache=True)
     assert torch.equal(plain.logits, ours(tokens))
     assert plain.past_key_values.get_seq_length() == 9
+    shared = theirs(tokens, position_ids=positions[:1])
+    assert torch.equal(shared.logits, packed)
+    compiled = torch.compile(theirs, backend="eager")
+    with torch.no_grad():
+        again = compiled(tokens, position_ids=torch.arange(9)[None], use_cache=True)
+        assert torch.equal(again.logits, plain.logits)
+        assert again.past_key_values.get_seq_length() == 9
+        with pytest.raises(ValueError, match="rows of several documents exclude a cache: set"):
+            compiled(tokens, position_ids=positions, use_cache=True)
 
 
 def test_hidden_states_are_the_inputs_of_the_blocks_and_the_features(saved):
@@ -328,6 +337,21 @@ def test_the_settings_have_the_names_of_transformers(saved, tmp_path):
         "tie_word_embeddings": True,
     }.items():
         assert written[name] == getattr(again, name) == value
+
+
+def test_settings_that_the_description_determines_are_not_given_another_value(saved, tmp_path):
+    description = saved(decoder()).config.description
+    config = DiffmmConfig(description=description, vocab_size=260, hidden_size=32)
+    config.vocab_size = 99
+    assert (config.vocab_size, description["config"]["vocab_size"]) == (99, 260)
+    wrong = {"vocab_size": 99, "hidden_size": 999, "tie_word_embeddings": False}
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"{name}={value} is not that of the model's desc"):
+            DiffmmConfig(description=description, **{name: value})
+    with pytest.raises(ValueError, match="num_hidden_layers=1 is not that of .* description, 2: l"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved", num_hidden_layers=1)
+    with pytest.raises(ValueError, match="a DiffmmConfig needs the description of its model"):
+        DiffmmConfig(hidden_size=32)
 
 
 def test_two_steps_of_the_trainer(saved, tmp_path):

@@ -82,3 +82,20 @@ def test_what_exists_is_not_overwritten(script, target):
     with pytest.raises(SystemExit, match="file exists already"):
         script.main([str(target.parent / "file")])
     assert {path.name for path in target.parent.iterdir()} == {"kernels", "file"}
+
+
+def test_the_current_folder_is_a_target(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script.main(["."])
+    names = {"build.toml", "torch-ext", "README.md", "LICENSE"}
+    assert {path.name for path in Path().iterdir()} == names
+
+
+@pytest.mark.parametrize("module", ["diffmm.ops", "diffmm.layers"])
+def test_imports_that_cannot_be_packaged(module, script, tmp_path, monkeypatch):
+    (tmp_path / "mask.py").write_text(f"from {module} import something\n")
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "SOURCE", tmp_path)
+    monkeypatch.setattr(script, "PUBLIC", {"AttentionMask": "mask"})
+    with pytest.raises(ValueError, match=f"^mask.py imports {module}: .* by their own names"):
+        script.modules()

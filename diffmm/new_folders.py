@@ -1,0 +1,58 @@
+"""Folders that appear whole or not at all. This module needs only the standard library."""
+
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def appearing(
+    folder: Path, *, kept: Collection[str] = (), removed: Collection[str] = ()
+) -> Iterator[Path]:
+    """Yield a new, empty folder for the files of `folder`; at the end of the `with` statement it
+    takes the place of `folder`, unless there is an error.
+
+    The new folder is beside `folder` and has a name of its own, so that several threads or
+    processes can write at the same time. If `folder` exists, it stays the same folder, and the new
+    files are moved into it one by one.
+
+    Args:
+        folder: The folder. Folders above it are created, and removed again if there is an error.
+        kept: Names of files that are not replaced where they exist.
+        removed: Patterns of names of files that are removed from `folder` unless there is a new
+            one of the same name.
+    """
+    folder = folder.resolve()  # "." has no name
+    new_parents = [each for each in folder.parents if not each.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    unfinished = beside / "new"  # with the permissions of other new folders
+    try:
+        unfinished.mkdir()
+        yield unfinished
+        if not folder.exists():
+            try:
+                unfinished.rename(folder)
+                return
+            except OSError:
+                if not folder.is_dir():  # another process was faster
+                    raise
+        _move(unfinished, folder, kept, removed)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        with suppress(OSError):  # not empty
+            for each in new_parents:
+                each.rmdir()
+
+
+def _move(source: Path, folder: Path, kept: Collection[str], removed: Collection[str]) -> None:
+    """Move all files into an existing folder."""
+    written = {file.name for file in source.iterdir()}
+    for file in [file for pattern in removed for file in folder.glob(pattern)]:
+        if file.name not in written:
+            file.unlink(missing_ok=True)
+    for name in sorted(written):
+        if name not in kept or not (folder / name).exists():
+            (source / name).replace(folder / name)
