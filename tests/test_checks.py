@@ -25,7 +25,7 @@ from diffmm.models import (
     MaskedAutoencoderConfig,
     TextConfig,
 )
-from diffmm.training import MixingConfig, OptimizerConfig, ScheduleConfig
+from diffmm.training import LoRAConfig, MixingConfig, OptimizerConfig, ScheduleConfig
 
 BACKBONE = BackboneConfig(16, 1, 2, attention="diff_v1", rope="2d")
 IMAGE = ImageConfig(backbone=BACKBONE, image_size=8, patch_size=4)
@@ -38,6 +38,7 @@ VALID: tuple[Settings, ...] = (
     OptimizerConfig(1e-3),
     ScheduleConfig(10),
     MixingConfig(mixup_alpha=0.5),
+    LoRAConfig(),
     AudioAugment(),
     BadSamples(),
     Needles(depth=0.5),
