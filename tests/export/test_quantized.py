@@ -166,7 +166,7 @@ def test_other_quantized_models_are_refused(tmp_path):
 
 def test_what_is_refused(tmp_path, monkeypatch):
     quantized = quantize(text_model(), "int8")
-    with pytest.raises(ValueError, match="--to onnx cannot hold quantized weights: use --to safe"):
+    with pytest.raises(ValueError, match="the format onnx cannot hold quantized weights: use safe"):
         export(quantized, tmp_path / "a.onnx", "onnx")
     with pytest.raises(ValueError, match="kind must be one of 'int8', 'int4', got 'int2'"):
         quantize(text_model(), "int2")
@@ -203,6 +203,7 @@ def test_the_command_prints_the_loss_before_and_after(tmp_path, monkeypatch, cap
         (("--to", "onyx"), "--to must be one of .*, got 'onyx'; did you mean 'onnx'?"),
         (("--to", "onnx", "--quantize", "int8"), "--to onnx cannot hold quantized weights"),
         (("--to", "safetensors", "--quantize", "int3"), "--quantize must be one of"),
+        (("--to", "hf", "--no-cache"), "--no-cache is for programs, and --to hf has weights only"),
         (("--to", "safetensors", "--limit", "3"), "--limit 3 is for --quantize: leave it out"),
         (("--to", "onnx", "--device", "cuda"), "--device cuda is for --to pt2, --to aoti and --q"),
         (("--to", "safetensors", "--quantize", "int8", "--limit", "-1"), "at least 0, got -1"),
@@ -215,3 +216,18 @@ def test_options_that_are_refused(options, message, tmp_path, monkeypatch, capsy
     assert main(["export", "plain.safetensors", "new", *options]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["plain.safetensors"]
+
+
+@pytest.mark.parametrize("recipe", ["my/own", "mine.yaml"])
+def test_recipes_that_are_not_shipped_are_not_opened(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(find_recipe("image/digits_tiny").read_text())
+    model = diffmm.create_model("image/digits_tiny", depth=1).eval()
+    model.job = Job(recipe=recipe)
+    save_model(model, "plain")
+    assert main(["export", "plain", "new", "--to", "safetensors", "--quantize", "int8"]) == 2
+    assert re.search("does not name the shipped .* or --limit 0", capsys.readouterr().err)
+    # Only a decoder has a cache to do without.
+    assert main(["export", "plain", "new", "--to", "onnx", "--no-cache"]) == 2
+    assert re.search("--no-cache is for text decoders", capsys.readouterr().err)
+    assert not (tmp_path / "new").exists()
