@@ -77,32 +77,57 @@ def export(options: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: If the run cannot be read, or the format cannot hold the model.
     """
-    from diffmm.checks import check_choice
     from diffmm.export import formats, quantized
+    from diffmm.export.signature import is_decoder
     from diffmm.hub.trained import load
 
-    to, cache, kind = options.to, not options.no_cache, options.quantize
-    check_choice("--to", to, formats.FORMATS)
-    formats.path_of(Path(options.target), to)
-    formats.check_options(to, cache=cache, quantized=kind is not None, device=options.device)
-    if kind is not None:
-        check_choice("--quantize", kind, quantized.BITS)
-    elif options.limit is not None:
-        raise InputError(f"--limit {options.limit} is for --quantize: leave it out")
+    check_options(options)
+    formats.path_of(Path(options.target), options.to)
+    kind = options.quantize
     limit = NUM_BATCHES if options.limit is None else options.limit
-    if limit < 0:
-        raise InputError(f"--limit must be at least 0, got {limit}")
     state = find_state(Path(options.run), warn=warn)
     if options.trust:
         import_modules_of_run(state)
     trained = load(state, device=options.device or ("cpu" if kind is None else "auto"))
     model = trained.model
+    if options.no_cache and not is_decoder(model):
+        raise InputError("--no-cache is for text decoders, and the model is another: leave it out")
     if kind is not None:
         model = quantized.quantize(model, kind)
         if limit:
             print(effect_of(trained, model, state, limit, trust=options.trust))
-    path, line = formats.export(model, options.target, to, cache=cache)
-    print(f"{path}: {to}, {line}")
+    path, line = formats.export(model, options.target, options.to, cache=not options.no_cache)
+    print(f"{path}: {options.to}, {line}")
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Check that the options fit together.
+
+    Raises:
+        ValueError, InputError: If they do not.
+    """
+    from diffmm.checks import check_choice
+    from diffmm.export.formats import FORMATS
+    from diffmm.export.quantized import BITS
+
+    to, kind, limit = options.to, options.quantize, options.limit
+    check_choice("--to", to, FORMATS)
+    if options.no_cache and not FORMATS[to].has_cache:
+        raise InputError(
+            f"--no-cache is for programs, and --to {to} has weights only: leave it out"
+        )
+    if kind is not None and not FORMATS[to].can_quantize:
+        able = ", ".join(f"--to {name}" for name, form in FORMATS.items() if form.can_quantize)
+        raise InputError(f"--to {to} cannot hold quantized weights: use {able}")
+    if options.device is not None and kind is None and not FORMATS[to].has_device:
+        able = ", ".join(f"--to {name}" for name, form in FORMATS.items() if form.has_device)
+        raise InputError(f"--device {options.device} is for {able} and --quantize: leave it out")
+    if kind is not None:
+        check_choice("--quantize", kind, BITS)
+    elif limit is not None:
+        raise InputError(f"--limit {limit} is for --quantize: leave it out")
+    if limit is not None and limit < 0:
+        raise InputError(f"--limit must be at least 0, got {limit}")
 
 
 def effect_of(
@@ -118,17 +143,18 @@ def effect_of(
 
     from diffmm.analysis.batches import evaluate
     from diffmm.cli.compare_maps import validation_data
-    from diffmm.recipes.catalog import find_recipe
+    from diffmm.recipes.catalog import find_recipe, recipe_names
     from diffmm.recipes.settings import load_file
     from diffmm.runs.directories import config_around
 
     config = config_around(state)
-    if config is None and trained.job.recipe is not None:
+    # The name comes with the weights, which may be a stranger's: it is never taken as a path.
+    if config is None and trained.job.recipe in recipe_names():
         config = find_recipe(trained.job.recipe)
     if config is None:
         raise InputError(
-            f"{state} is not in a run and does not name the recipe that trained it, so that there "
-            f"are no data to measure the quantized model on: give the run, or --limit 0"
+            f"{state} is not in a run and does not name the shipped recipe that trained it, so "
+            f"that there are no data to measure the quantized model on: give the run, or --limit 0"
         )
     data = validation_data(load_file(config), config.parent, trust=trust)
     device = next(trained.model.parameters()).device

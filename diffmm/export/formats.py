@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from diffmm.checks import article
+from diffmm.checks import article, check_choice
 from diffmm.export.metadata import metadata_of
 from diffmm.export.onnx_file import write_onnx
 from diffmm.export.program import TOLERANCE, Call, largest_difference, write_aoti, write_pt2
@@ -72,14 +72,20 @@ def export(
         The file (or, for `"hf"`, the folder), and a line that says what it is.
 
     Raises:
-        ValueError: If the model is in training mode, the target exists or has the ending of another
-            format, a package is missing, or the format cannot hold the model.
+        ValueError: If the format is unknown, the model is in training mode, the target exists or
+            has the ending of another format, a package is missing, or the format cannot hold the
+            model.
     """
+    check_choice("to", to, FORMATS)
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() before exporting it")
     form = FORMATS[to]
     path = path_of(Path(target), to)
-    check_options(to, cache=cache, quantized=is_quantized(model))
+    if not cache and not form.has_cache:
+        raise ValueError(f"cache=False is for programs, and {to} has weights only: leave it out")
+    if is_quantized(model) and not form.can_quantize:
+        able = ", ".join(name for name, each in FORMATS.items() if each.can_quantize)
+        raise ValueError(f"the format {to} cannot hold quantized weights: use {able}")
     with appearing(path) as unfinished:
         line = form.write(unwrap(model), unfinished, cache)
     return path, line
@@ -96,7 +102,7 @@ def path_of(target: Path, to: str) -> Path:
     own = None if name is None else Path(name).suffix
     if target.suffix in endings and target.suffix != own:
         wanted = "a folder" if own is None else f"a name that ends in {own}, or a folder"
-        raise ValueError(f"{target} ends in {target.suffix}, but --to {to} writes {wanted}")
+        raise ValueError(f"{target} ends in {target.suffix}, but the format {to} writes {wanted}")
     path = target if name is None or target.suffix == own else target / name
     if path.suffix == own and path.exists():
         raise ValueError(f"{path} exists already: give another target, or remove it")
@@ -104,22 +110,6 @@ def path_of(target: Path, to: str) -> Path:
     if path.parent.is_file():
         raise ValueError(f"{path.parent} is a file, not a folder: give another target")
     return path
-
-
-def check_options(to: str, *, cache: bool, quantized: bool, device: str | None = None) -> None:
-    """Check that a format has some options.
-
-    Raises:
-        ValueError: If it does not.
-    """
-    if not cache and not FORMATS[to].has_cache:
-        raise ValueError(f"--no-cache is for programs, and {to} has weights only: leave it out")
-    if quantized and not FORMATS[to].can_quantize:
-        able = ", ".join(name for name, form in FORMATS.items() if form.can_quantize)
-        raise ValueError(f"--to {to} cannot hold quantized weights: use --to {able}")
-    if device is not None and not quantized and not FORMATS[to].has_device:
-        able = ", ".join(f"--to {name}" for name, form in FORMATS.items() if form.has_device)
-        raise ValueError(f"--device {device} is for {able} and --quantize: leave it out")
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def write_aoti(signature: Signature, file: Path, metadata: Mapping[str, Any]) ->
     except RuntimeError as error:
         raise ValueError(
             f"machine code needs a C++ compiler, which torch does not find "
-            f"({str(error).splitlines()[0]}): install one, or use --to pt2"
+            f"({str(error).splitlines()[0]}): install one, or use the format pt2"
         ) from error
     # Values of this setting are strings.
     settings = {"aot_inductor.metadata": {METADATA_KEY: json.dumps(metadata)}}
@@ -78,13 +78,24 @@ def write_aoti(signature: Signature, file: Path, metadata: Mapping[str, Any]) ->
 @torch.no_grad()
 def largest_difference(signature: Signature, program: Call) -> float:
     """The largest difference between the outputs of a program and of its model, on random inputs of
-    other sizes than the program was traced with, relative to the largest output."""
+    other sizes than the program was traced with, relative to the largest output; NaN if any output
+    has a NaN.
+
+    Raises:
+        ValueError: If outputs have other shapes than the model's; the message names the output.
+    """
     inputs = signature.example(**signature.other_sizes())
     ours, theirs = (_as_tuple(each(*inputs)) for each in (program, signature.module))
-    return max(
-        float((one.float() - other.float()).abs().max() / other.abs().max().clamp(min=1e-30))
-        for one, other in zip(ours, theirs, strict=True)
-    )
+    differences = []
+    for port, one, other in zip(signature.outputs, ours, theirs, strict=True):
+        if one.shape != other.shape:
+            raise ValueError(
+                f"the output {port.name} of the program has shape {tuple(one.shape)}, and the "
+                f"model's {tuple(other.shape)}: nothing was written"
+            )
+        size = other.abs().max().clamp(min=1e-30)
+        differences.append((one.float() - other.float()).abs().max() / size)
+    return float(torch.stack(differences).max())  # which keeps NaN, unlike Python's max
 
 
 def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:

@@ -15,7 +15,8 @@ from diffmm.checks import check_choice
 from diffmm.interop.family import contents_of
 from diffmm.models.parameters import LAMBDA
 from diffmm.models.quantized_file import QUANTIZATION_KEY, SCALE, integers, pack
-from diffmm.models.weights import WEIGHTS_NAME, load_model, save_contents
+from diffmm.models.weights import _find, load_model, save_contents
+from diffmm.renamed import weights_with_new_names
 
 BITS = {"int8": 8, "int4": 4}
 """Number of bits of each kind of weights."""
@@ -46,7 +47,7 @@ def quantize(model: nn.Module, kind: str) -> nn.Module:
     Raises:
         ValueError: If torchao is not installed, or the kind is unknown.
     """
-    check_choice("quantize", kind, BITS)
+    check_choice("kind", kind, BITS)
     tools = _torchao()
     widths = {
         name: model.get_parameter(f"{name}.weight").shape[1] for name in quantized_layers(model)
@@ -80,8 +81,8 @@ def group_size(width: int, bits: int) -> int:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether weights of a model are integers."""
-    return any(hasattr(parameter.data, "qdata") for parameter in model.parameters())
+    """Whether weights of a model are tensors of another class than torch's own, as integers are."""
+    return any(type(parameter.data) is not Tensor for parameter in model.parameters())
 
 
 def save_quantized(model: nn.Module, path: str | Path) -> Path:
@@ -94,21 +95,49 @@ def save_quantized(model: nn.Module, path: str | Path) -> Path:
 
     Returns:
         The path of the file.
+
+    Raises:
+        ValueError: If the model was quantized in another way, which the file cannot hold; or as
+            `save_model`.
     """
     contents = contents_of(model)
-    weights: dict[str, Tensor] = {}
-    widths, bits = {}, 8
-    for name, weight in contents.weights.items():
-        quantized: Any = weight.data
-        if not hasattr(quantized, "qdata"):
-            weights[name] = weight
-            continue
-        bits = 8 if quantized.target_dtype == torch.int8 else 4
-        weights[name] = pack(quantized.qdata, bits)
-        weights[name + SCALE] = quantized.scale
-        widths[name] = weight.shape[1]
+    found: dict[str, Any] = {
+        name: weight.data
+        for name, weight in contents.weights.items()
+        if type(weight.data) is not Tensor
+    }
+    for name, weight in found.items():
+        if fault := _fault(weight):
+            raise ValueError(
+                f"{name} {fault}: only models that diffmm.export.quantized.quantize returned can "
+                f"be saved with integer weights"
+            )
+    dtypes = {weight.target_dtype for weight in found.values()}
+    if len(dtypes) != 1:
+        kinds = " and ".join(sorted(map(str, dtypes))) or "none"
+        raise ValueError(f"all integer weights must have the same number of bits, got {kinds}")
+    (bits,) = (bits for bits, dtype in DTYPES.items() if dtype in dtypes)
+    weights = dict(contents.weights)
+    for name, weight in found.items():
+        weights |= {name: pack(weight.qdata, bits), name + SCALE: weight.scale}
+    widths = {name: weight.shape[1] for name, weight in found.items()}
     quantization = {"bits": bits, "widths": widths}
     return save_contents(contents._replace(weights=weights), path, quantization=quantization)
+
+
+def _fault(weight: Any) -> str | None:
+    """What a weight has that `quantize` never gives; None if there is nothing."""
+    if not isinstance(weight, _torchao().IntxUnpackedToInt8Tensor):
+        return f"is a tensor of class {type(weight).__name__}"
+    if weight.target_dtype not in DTYPES.values():
+        return f"has integers of type {weight.target_dtype}"
+    if weight.zero_point.any():
+        return "has a zero point other than 0"
+    if weight.activation_quantization is not None:
+        return f"has quantized inputs ({weight.activation_quantization})"
+    if weight.ndim != 2 or weight.block_size[0] != 1:
+        return f"has a scale per block of {tuple(weight.block_size)} weights"
+    return None
 
 
 def load_quantized(path: str | Path) -> nn.Module:
@@ -119,19 +148,19 @@ def load_quantized(path: str | Path) -> nn.Module:
             has no quantized weights.
     """
     tensor_class = _torchao().IntxUnpackedToInt8Tensor
-    model = load_model(path)
-    path = Path(path)
-    file = path / WEIGHTS_NAME if path.is_dir() else path
+    file = _find(path)
+    model = load_model(file)  # with all checks
     if file.suffix != ".safetensors":
         raise ValueError(f"{path} has no quantized weights: use diffmm.load")
     with safe_open(file, framework="pt") as opened:
         settings = json.loads((opened.metadata() or {}).get(QUANTIZATION_KEY, "null"))
         if settings is None:
             raise ValueError(f"{path} has no quantized weights: use diffmm.load")
-        weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        names = [name + end for name in settings["widths"] for end in ("", SCALE)]
+        weights = {name: opened.get_tensor(name) for name in names}
     dtype = DTYPES[settings["bits"]]
     layers = {}
-    for name, (values, scale) in integers(weights, settings).items():
+    for name, (values, scale) in weights_with_new_names(integers(weights, settings)).items():
         layer = name.removesuffix(".weight")
         block = (1, values.shape[1] // scale.shape[1])
         zero = torch.zeros_like(scale, dtype=torch.int8)

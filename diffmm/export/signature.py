@@ -51,7 +51,8 @@ class Signature:
         module: Takes the inputs in order and returns the outputs, as a tuple if there are several.
         inputs: The inputs.
         outputs: The outputs.
-        axes: The dynamic axes, by name.
+        axes: The dynamic axes, by name; an axis of an output alone may be a sum, such as
+            `past + tokens`.
         facts: What a user of the program needs to know, in plain values, for its metadata.
     """
 
@@ -71,7 +72,12 @@ class Signature:
 
     def dynamic_shapes(self) -> tuple[Any, ...]:
         """The dynamic axes of all inputs, as `torch.export.export` takes them."""
-        dims = {name: Dim(name, min=axis.least, max=axis.most) for name, axis in self.axes.items()}
+        names = {axis for port in self.inputs for axis in port.shape if isinstance(axis, str)}
+        dims = {
+            name: Dim(name, min=axis.least, max=axis.most)
+            for name, axis in self.axes.items()
+            if name in names
+        }
         shapes = [
             {place: dims[axis] for place, axis in enumerate(port.shape) if isinstance(axis, str)}
             for port in self.inputs
@@ -107,14 +113,11 @@ def signature_of(model: nn.Module, *, cache: bool = True) -> Signature:
         cache: Whether a decoder takes and returns its keys and values; false for decoders only.
 
     Raises:
-        ValueError: If there is no program of models of this class, or `cache` is false for a model
-            that has none.
+        ValueError: If there is no program of models of this class, `cache` is false for a model
+            that has none, or the model's texts are too short for a program.
     """
-    is_decoder = isinstance(model, TextModel) and model.config.causal
-    if not cache and not is_decoder:
-        raise ValueError(
-            "--no-cache (cache=False) is for text decoders, and the model is another: leave it out"
-        )
+    if not cache and not is_decoder(model):
+        raise ValueError("cache=False is for text decoders, and the model is another: leave it out")
     match model:
         case AudioModel():
             return _audio(model)
@@ -123,12 +126,17 @@ def signature_of(model: nn.Module, *, cache: bool = True) -> Signature:
         case TextTower():
             return _tower(model)
         case TextModel():
-            return _decoder(model) if cache and is_decoder else _text(model)
+            return _decoder(model) if cache and is_decoder(model) else _text(model)
     name = type(model).__name__
     raise ValueError(
         f"{article(name)} cannot be exported as a program: of {name}, train a classifier "
         f"(diffmm finetune) and export that"
     )
+
+
+def is_decoder(model: nn.Module) -> bool:
+    """Whether the program of a model can have a cache."""
+    return isinstance(model, TextModel) and model.config.causal
 
 
 BATCH = {"batch": Range(1, MOST_AXIS, 2, 3)}
@@ -219,11 +227,15 @@ def _decoder(model: TextModel) -> Signature:
                 Port(f"present_{part}_{index}", torch.float32, ("batch", together, *shape))
             )
     most = config.max_length
-    axes = {
-        **BATCH,
-        "tokens": _length(most)._replace(other=1),
-        "past": Range(0, max(2, most - 1), max(2, min(5, most - 2)), min(8, most - 1)),
-    }
+    if most < 4:
+        raise ValueError(
+            f"a program with a cache needs a max_length of at least 4, and the model's is {most}: "
+            f"export it without the cache"
+        )
+    tokens = Range(1, most, min(7, most - 2), 1)
+    past = Range(0, most - 1, min(5, most - tokens.example), min(8, most - 1))
+    both = Range(1, most, past.example + tokens.example, past.other + tokens.other)
+    axes = {**BATCH, "tokens": tokens, "past": past, together: both}
     module = CachedDecoder(model).eval()
     return Signature(module, tuple(inputs), tuple(outputs), axes, _facts(config))
 
@@ -237,6 +249,8 @@ def _logits(config: TextConfig) -> Port:
 
 
 def _length(max_length: int) -> Range:
+    if max_length < 2:
+        raise ValueError(f"a program needs a max_length of at least 2, got {max_length}")
     return Range(1, max_length, max(2, min(7, max_length - 1)), min(10, max_length))
 
 

@@ -61,7 +61,9 @@ def integers(weights: Mapping[str, Tensor], settings: Any) -> dict[str, tuple[Te
         found = {}
         for name, width in widths.items():
             values, scale = unpack(weights[name], bits, width), weights[name + SCALE]
-            if values.shape[1] != width or width % scale.shape[1]:
+            groups = scale.shape[1]
+            fits = values.shape[1] == width and groups > 0 and width % groups == 0
+            if not fits or scale.shape[0] != values.shape[0]:
                 raise ValueError(
                     f"{name} of width {width} does not fit its tensor "
                     f"{tuple(weights[name].shape)} and scales {tuple(scale.shape)}"

@@ -14,8 +14,8 @@ def classify(file: str, image: Image.Image) -> dict[str, float]:
     how = about["reader"]["init_args"]
     height, width = how["image_size"]
     assert (how["crop_mode"], height) == ("center", width), "other crops: see timm's transforms"
-    scale = int(height / how["crop_pct"]) / min(image.size)
-    size = [int(scale * side) for side in image.size]
+    short = int(height / how["crop_pct"])
+    size = [int(short * side / min(image.size)) for side in image.size]
     image = image.convert("L" if how["channels"] == 1 else "RGB")
     image = image.resize(size, Image.Resampling[how["interpolation"].upper()])
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)

@@ -15,8 +15,9 @@ def classify(file: str, sound: str) -> dict[str, float]:
     how = about["reader"]["init_args"]
     samples, rate_hz = soundfile.read(sound, dtype="float32", always_2d=True)
     samples = samples.mean(axis=1)
-    wanted_hz, longest = about["sample_rate_hz"], how["clip_samples"]
-    if longest and how["crop"] != "full":
+    wanted_hz = about["sample_rate_hz"]
+    longest = None if how["crop"] == "full" else how["clip_samples"]
+    if longest:
         length = -(-longest * rate_hz // wanted_hz)
         start = round(max(0, len(samples) - length) / 2) if how["crop"] == "center" else 0
         samples = samples[start : start + length]

@@ -14,6 +14,9 @@ from torch._inductor import config as inductor
 import diffmm
 from diffmm.export import formats
 from diffmm.export.formats import FORMATS, export
+from diffmm.export.metadata import metadata_of
+from diffmm.export.signature import signature_of
+from diffmm.interop.conversion import read_model
 from diffmm.models import (
     BackboneConfig,
     ImageConfig,
@@ -24,6 +27,7 @@ from diffmm.models import (
     TextModel,
 )
 from diffmm.models.job import Job
+from diffmm.models.tokenizer_files import byte_definition
 
 
 def backbone(rope="2d", **options):
@@ -83,13 +87,14 @@ def test_weights_that_diffmm_loads(here):
 
 
 def test_a_folder_for_transformers(here):
-    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    """tests/interop loads such folders with transformers."""
     model = text_model(attention="softmax", num_kv_heads=1)
     path, line = export(model, "theirs", "hf")
     assert line == "a model of type llama, read by transformers"
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
+    about = json.loads((path / "config.json").read_text())
+    assert (about["model_type"], about["architectures"]) == ("llama", ["LlamaForCausalLM"])
     tokens = torch.randint(20, (2, 5))
-    torch.testing.assert_close(theirs(tokens).logits, model(tokens))
+    torch.testing.assert_close(read_model(path)(tokens), model(tokens))
 
 
 def test_what_no_class_of_transformers_holds(here):
@@ -103,8 +108,12 @@ def test_what_no_class_of_transformers_holds(here):
 @pytest.mark.parametrize(
     ("target", "to", "message"),
     [
-        ("a.pt2", "onnx", "a.pt2 ends in .pt2, but --to onnx writes a name that ends in .onnx"),
-        ("a.onnx", "hf", "a.onnx ends in .onnx, but --to hf writes a folder"),
+        (
+            "a.pt2",
+            "onnx",
+            "a.pt2 ends in .pt2, but the format onnx writes a name that ends in .on",
+        ),
+        ("a.onnx", "hf", "a.onnx ends in .onnx, but the format hf writes a folder"),
         ("there.onnx", "onnx", "there.onnx exists already: give another target, or remove it"),
         ("full", "hf", "full exists already"),
         ("file", "pt2", "file is a file, not a folder: give another target"),
@@ -128,14 +137,16 @@ def test_models_and_options_that_are_refused(here):
     config = MaskedAutoencoderConfig(encoder=encoder, decoder=backbone())
     with pytest.raises(ValueError, match="a MaskedAutoencoder cannot be exported as a program"):
         export(MaskedAutoencoder(config).eval(), "a.pt2", "pt2")
-    with pytest.raises(ValueError, match="--no-cache is for programs, and safetensors has weights"):
+    with pytest.raises(ValueError, match="cache=False is for programs, and safetensors has weight"):
         export(text_model(), "a", "safetensors", cache=False)
     encoder = TextModel(replace(text_model().config, causal=False)).eval()
     for model in (image_model(), encoder):
-        with pytest.raises(ValueError, match="is for text decoders, and the model is another"):
+        with pytest.raises(ValueError, match="cache=False is for text decoders, and the model is"):
             export(model, "a.pt2", "pt2", cache=False)
     with pytest.raises(ValueError, match="is in training mode: call model.eval"):
         export(image_model().train(), "a.pt2", "pt2")
+    with pytest.raises(ValueError, match="to must be one of 'onnx', .*, got 'tflite'"):
+        export(image_model(), "a", "tflite")
     assert names(here) == []
 
 
@@ -146,16 +157,33 @@ def test_a_missing_package(here, monkeypatch):
     assert names(here) == []
 
 
-def test_a_program_with_other_results_is_not_written(here, monkeypatch):
+def nan_in_keys(logits, keys, values):
+    keys[0, 0, 0] = torch.nan
+    return logits, keys, values
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        (image_model, lambda logits: logits * 1.001, "by 1.0e-03 of the largest one"),
+        (text_model, nan_in_keys, "by nan of the largest one"),
+        (image_model, lambda logits: logits[:1], r"output logits .* has shape \(1, 2\), .* \(3, 2"),
+    ],
+)
+def test_a_program_with_other_results_is_not_written(here, monkeypatch, model, change, message):
     def write(signature, file, metadata):
+        def program(*inputs):
+            results = signature.module(*inputs)
+            return change(*results) if isinstance(results, tuple) else change(results)
+
         file.write_text("half")
-        return lambda *inputs: signature.module(*inputs) * 1.001
+        return program
 
     monkeypatch.setitem(
         FORMATS, "pt2", formats.Format("model.pt2", formats.writer_of_programs(write))
     )
-    with pytest.raises(ValueError, match="differ from the model's by 1.0e-03 of the largest one"):
-        export(image_model(), "new/a.pt2", "pt2")
+    with pytest.raises(ValueError, match=message):
+        export(model(), "new/a.pt2", "pt2")
     assert names(here) == []
 
 
@@ -176,10 +204,49 @@ def test_no_file_beside_it_is_overwritten(here, monkeypatch):
     assert names(here) == ["a.pt2.data", "b.pt2", "b.pt2.data"]
 
 
+def text_metadata(**arguments):
+    """The metadata of a text model with these arguments of its reader."""
+    model = text_model()
+    reader = {"class_path": "datamodules.text.TextReader", "init_args": arguments}
+    return metadata_of(model, signature_of(model), Job(reader))
+
+
+def test_metadata_of_texts(here):
+    about = text_metadata(tokenizer="bytes", definition=None)
+    assert (about["eos_id"], about["stop_ids"]) == (256, [256])
+    about = text_metadata(tokenizer="bytes", stop_ids=(260, 256))
+    assert (about["eos_id"], about["stop_ids"]) == (256, [260, 256])
+    assert about["axes"]["past + tokens"] == [1, 8]
+    axes = {axis for port in about["outputs"] for axis in port["shape"] if isinstance(axis, str)}
+    assert axes == {"batch", "tokens", "past + tokens"} < set(about["axes"])
+
+    # The file contains the tokenizer, although the job has only its name.
+    (here / "tokenizer.json").write_text(byte_definition())
+    about = text_metadata(tokenizer="tokenizer.json")
+    assert (about["eos_id"], about["stop_ids"]) == (256, [256])
+    definition = about["reader"]["init_args"]["definition"]
+    assert json.loads(definition) == json.loads(byte_definition())
+    about = text_metadata(
+        tokenizer="its own", definition=byte_definition().replace("<|endoftext|>", "<|other|>")
+    )
+    assert (about["eos_id"], about["stop_ids"]) == (None, [])
+    with pytest.raises(ValueError, match=r"tokenizer 'gone.json', which cannot be loaded .*gone.j"):
+        text_metadata(tokenizer="gone.json")
+    model = text_model()
+    about = metadata_of(model, signature_of(model), Job())
+    assert (about["eos_id"], about["stop_ids"]) == (None, [])
+
+
 def test_machine_code(here):
-    # Little code, little optimized, compiles sooner.
+    # Little code compiles sooner, and so does code that is not optimized.
     model = image_model(attention="softmax")
-    with inductor.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):
+    settings = {
+        "aot_inductor.compile_wrapper_opt_level": "O0",
+        "cpp.vec_isa_ok": False,
+        "cpp_cache_precompile_headers": False,
+        "pattern_matcher": False,
+    }
+    with inductor.patch(settings):
         path, line = export(model, "cats.pt2", "aoti")
     assert line.startswith("inputs images; largest difference")
     program = aoti_load_package(str(path))
@@ -193,7 +260,7 @@ def test_machine_code(here):
 def test_machine_code_without_a_compiler(here):
     with (
         inductor.patch({"cpp.cxx": ("no-such-compiler",)}),
-        pytest.raises(ValueError, match="needs a C\\+\\+ compiler, .*no-such-c.* use --to pt2"),
+        pytest.raises(ValueError, match="needs a C\\+\\+ compiler, .*no-such.* use the format pt2"),
     ):
         export(image_model(), "new/cats.pt2", "aoti")
     assert names(here) == []

@@ -30,12 +30,16 @@ def backbone(rope="2d", attention="diff_v1", **options):
 
 def audio_model(rope, **options):
     shape = {"sample_rate_hz": 8000, "num_mels": 16, "num_classes": 3, "patch_size": None}
-    return AudioModel(AudioConfig(backbone=backbone(rope), **shape | options)).eval()
+    attention = backbone(rope, "softmax", feed_forward="gelu")  # the fewest operators
+    return AudioModel(AudioConfig(backbone=attention, **shape | options)).eval()
 
 
-def text_model(attention="diff_v2", causal=True, **options):
+def text_model(attention="diff_v2", causal=True, max_length=20, **options):
     config = TextConfig(
-        vocab_size=50, max_length=20, causal=causal, backbone=backbone("1d", attention, **options)
+        vocab_size=50,
+        max_length=max_length,
+        causal=causal,
+        backbone=backbone("1d", attention, **options),
     )
     return TextModel(config).eval()
 
@@ -50,16 +54,15 @@ def check(model, *sizes, **options):
             "the batch has another size"
         )
         torch.testing.assert_close(program(*inputs), signature.module(*inputs))
+    return program
 
 
 SHORT_AND_LONG = ({"batch": 1, "samples": 1}, {"batch": 3, "samples": 81})
 
 
-def test_frames_of_clips_of_any_length():
+def test_silence_after_short_clips_is_not_part_of_them():
     model = audio_model("1d", stem="frame")
     signature = signature_of(model)
-    check(model, *SHORT_AND_LONG, {"batch": 1, "samples": 20001})
-    # The silence that is appended to short clips is not part of them.
     waveforms = torch.randn(2, 30)
     lengths = torch.tensor([30, 17])
     torch.testing.assert_close(signature.module(waveforms, lengths), model(waveforms, lengths))
@@ -67,8 +70,7 @@ def test_frames_of_clips_of_any_length():
 
 def test_patches_of_clips_up_to_a_limit():
     model = audio_model("2d", patch_size=8, clip_seconds=0.5, learned_positions=True)
-    check(model, *SHORT_AND_LONG, {"batch": 2, "samples": 4000})
-    program = trace(signature_of(model)).module()
+    program = check(model, *SHORT_AND_LONG, {"batch": 2, "samples": 4000})
     with pytest.raises((AssertionError, RuntimeError), match="4000"):
         program(torch.randn(2, 4001), torch.tensor([4001, 10]))
 
@@ -81,15 +83,25 @@ CACHES = (
 )
 
 
-@pytest.mark.parametrize(
-    ("attention", "options"),
-    [
-        ("diff_v1", {"num_kv_heads": 2, "window": 4}),
-        ("diff_grouped", {"num_kv_heads": 1}),
-    ],
-)
-def test_decoders_with_a_cache(attention, options):
-    check(text_model(attention, **options), *CACHES)
+def test_decoders_with_a_cache():
+    check(text_model("diff_v1", num_kv_heads=2, window=4), *CACHES)
+
+
+def test_texts_of_few_tokens():
+    for most in range(4, 14):
+        signature = signature_of(text_model(max_length=most))
+        for sizes in ({}, signature.other_sizes()):
+            tokens, _, past_keys, *_ = inputs = signature.example(**sizes)
+            assert 2 <= tokens.shape[1] + past_keys.shape[1] <= most
+            signature.module(*inputs)
+        assert signature.axes["past + tokens"][:2] == (1, most)
+    check(text_model("diff_grouped", num_kv_heads=1, max_length=10), *CACHES)
+    with pytest.raises(ValueError, match=r"max_length of at least 4, and the model's is 3: export"):
+        signature_of(text_model(max_length=3))
+    short = signature_of(text_model(max_length=2), cache=False)
+    assert short.module(*short.example()).shape == (2, 2, 50)
+    with pytest.raises(ValueError, match="max_length of at least 2, got 1"):
+        signature_of(text_model(max_length=1), cache=False)
 
 
 def test_the_cache_of_a_program_continues_a_text():
@@ -112,16 +124,15 @@ def test_the_cache_of_a_program_continues_a_text():
     torch.testing.assert_close(logits[1, 3:], model(tokens[1:, 3:])[0])
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_whole_texts(causal):
-    model = text_model(causal=causal)
-    options = {"cache": False} if causal else {}
-    check(model, {"batch": 1, "tokens": 1}, **options)
+def test_whole_texts():
+    decoder, encoder = text_model(), text_model(causal=False)
+    check(decoder, {"batch": 1, "tokens": 1}, cache=False)
     # Padding changes no logits.
-    program = signature_of(model, **options).module
     tokens = torch.randint(50, (1, 6))
     real = torch.tensor([[False, False, True, True, True, True]])
-    torch.testing.assert_close(program(tokens, real)[:, 2:], model(tokens[:, 2:]))
+    for model, options in ((decoder, {"cache": False}), (encoder, {})):
+        program = signature_of(model, **options).module
+        torch.testing.assert_close(program(tokens, real)[:, 2:], model(tokens[:, 2:]))
 
 
 def test_text_towers():

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
@@ -30,6 +31,7 @@ from diffmm.models import (
     TextModel,
 )
 from diffmm.models.job import Job, text_reader
+from diffmm.models.tokenizer_files import byte_definition
 from diffmm.models.weights import save_model
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -62,7 +64,10 @@ def image_model():
 def audio_model():
     reader = AudioReader(sample_rate_hz=8000, clip_samples=3000)
     config = AudioConfig(
-        backbone=backbone("1d", "softmax", feed_forward="gelu"),  # the fewest operators
+        # The fewest operators: the exporter takes long for each.
+        backbone=backbone("none", "softmax", norm="layernorm", feed_forward="gelu"),
+        learned_positions=True,
+        clip_seconds=1.5,
         sample_rate_hz=8000,
         num_mels=16,
         num_classes=2,
@@ -74,7 +79,7 @@ def audio_model():
 
 
 def text_model():
-    config = TextConfig(vocab_size=259, max_length=64, backbone=backbone("1d", "diff_v2"))
+    config = TextConfig(vocab_size=259, max_length=64, backbone=backbone("1d", "softmax"))
     model = TextModel(config)
     model.job = Job(text_reader("bytes"))
     return model
@@ -106,6 +111,84 @@ def example(name):
     return module
 
 
+class Session:
+    """Stands for a session of ONNX Runtime with a program that has the given metadata and gives the
+    given logits; keeps the inputs of the last call."""
+
+    def __init__(self, about, logits):
+        self.about, self.logits = about, np.float32(logits)
+        self.inputs = None
+
+    def get_modelmeta(self):
+        return SimpleNamespace(custom_metadata_map={"diffmm": json.dumps(self.about)})
+
+    def get_inputs(self):
+        return []
+
+    def run(self, _, inputs):
+        self.inputs = inputs
+        return [self.logits]
+
+
+@pytest.fixture
+def session(monkeypatch):
+    def start(about, logits):
+        new = Session({"multi_label": False, "class_names": ["a", "b"]} | about, logits)
+        monkeypatch.setattr(onnxruntime, "InferenceSession", lambda file: new)
+        return new
+
+    return start
+
+
+@pytest.mark.parametrize("size", [(277, 301), (299, 284), (350, 224), (448, 448)])
+def test_images_of_all_sizes(size, session):
+    reader = ImageReader(
+        image_size=(224, 224),
+        channels=1,
+        interpolation="bicubic",
+        crop_pct=1.0,
+        crop_mode="center",
+        mean=(0.5,),
+        std=(0.5,),
+    )
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8))
+    program = session({"reader": reader.describe()}, [[0, 1]])
+    example("serve_images").classify("", image)
+    wanted = reader.read(image)["images"]
+    torch.testing.assert_close(torch.tensor(program.inputs["images"][0]), wanted)
+
+
+@pytest.mark.parametrize("crop", ["full", "start", "center"])
+def test_crops_of_sounds(crop, session, tmp_path):
+    sound = str(tmp_path / "a.wav")
+    soundfile.write(sound, np.random.default_rng(0).uniform(-0.5, 0.5, 5000), 16000)
+    reader = AudioReader(sample_rate_hz=8000, clip_samples=1000, crop=crop)
+    program = session({"reader": reader.describe(), "sample_rate_hz": 8000}, [[0, 1]])
+    example("serve_sounds").classify("", sound)
+    wanted = reader.read(sound)["waveforms"]
+    assert len(wanted) == (2500 if crop == "full" else 1000)
+    np.testing.assert_allclose(program.inputs["waveforms"][0], wanted, atol=1e-6)
+
+
+def test_where_texts_end(session):
+    complete = example("serve_text").complete
+    mark = "<|endoftext|>"
+    for arguments in ({"tokenizer": "bytes"}, {"tokenizer": "x", "definition": byte_definition()}):
+        about = {"max_length": 16, "stop_ids": [100, 256], "reader": {"init_args": arguments}}
+        program = session(about, [[np.arange(300) == 97]])
+        assert complete("", "To be", 4) == "aaaa"
+        assert complete("", "To be") == "a" * 11
+        with pytest.raises(ValueError, match="has 16 tokens: it must have fewer than 16"):
+            complete("", "b" * 16)
+        for id in (257, 258, 270):  # special tokens, and one that the tokenizer does not have
+            program.logits = np.float32([[np.arange(300) == id]])
+            assert complete("", "To be", 4) == ""
+        for id in (100, 256):
+            program.logits = np.float32([[np.arange(300) == id]])
+            assert complete("", mark) == ""
+            assert program.inputs["tokens"].tolist() == [list(mark.encode())]  # the first step
+
+
 def test_images(folder, capsys):
     file, trained = exported(folder, image_model, "pets")
     assert "pets.onnx: onnx, inputs images; largest difference" in capsys.readouterr().out
@@ -133,8 +216,9 @@ def test_sounds(folder, monkeypatch):
     file, trained = exported(folder, audio_model, "animals")
     assert (folder / "animals.onnx.data").stat().st_size > (folder / "animals.onnx").stat().st_size
     session = onnxruntime.InferenceSession(file)
-    for samples in (1, 700, 9001):
-        inputs = (torch.randn(2, samples), torch.tensor([samples, 1 + samples // 2]))
+    for batch, samples in ((1, 1), (2, 81), (3, 9001)):
+        lengths = torch.tensor([samples, 1 + samples // 2, 1])[:batch]
+        inputs = (torch.randn(batch, samples), lengths)
         names = ("waveforms", "num_samples")
         (logits,) = session.run(None, {n: x.numpy() for n, x in zip(names, inputs, strict=True)})
         with torch.no_grad():
@@ -154,7 +238,7 @@ def test_text(folder):
     file, trained = exported(folder, text_model, "writer")
     session = onnxruntime.InferenceSession(file)
     about = json.loads(session.get_modelmeta().custom_metadata_map["diffmm"])
-    assert (about["max_length"], about["eos_id"]) == (64, 256)
+    assert (about["max_length"], about["eos_id"], about["stop_ids"]) == (64, 256, [256])
     assert [port.name for port in session.get_inputs()] == [
         "tokens",
         "num_padding",
@@ -163,7 +247,7 @@ def test_text(folder):
     ]
     assert [(port.name, port.shape) for port in session.get_outputs()] == [
         ("logits", ["batch", "tokens", 259]),
-        ("present_key_0", ["batch", "past + tokens", 4, 1, 8]),
+        ("present_key_0", ["batch", "past + tokens", 4, 8]),
         ("present_value_0", ["batch", "past + tokens", 4, 8]),
     ]
     wanted = trained.generate("To be", max_new_tokens=24, temperature=0.0)
