@@ -15,7 +15,7 @@ from diffmm.checks import check_choice
 from diffmm.interop.family import contents_of
 from diffmm.models.parameters import LAMBDA
 from diffmm.models.quantized_file import QUANTIZATION_KEY, SCALE, integers, pack
-from diffmm.models.weights import _find, load_model, save_contents
+from diffmm.models.weights import find_weights, load_model, save_contents
 from diffmm.renamed import weights_with_new_names
 
 BITS = {"int8": 8, "int4": 4}
@@ -148,7 +148,7 @@ def load_quantized(path: str | Path) -> nn.Module:
             has no quantized weights.
     """
     tensor_class = _torchao().IntxUnpackedToInt8Tensor
-    file = _find(path)
+    file = find_weights(path)
     model = load_model(file)  # with all checks
     if file.suffix != ".safetensors":
         raise ValueError(f"{path} has no quantized weights: use diffmm.load")

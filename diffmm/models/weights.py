@@ -174,7 +174,7 @@ def load_model(path: str | Path) -> nn.Module:
         ValueError: If the file cannot be read or has no description of its model, or no
             checkpoint is complete.
     """
-    file = _find(path)
+    file = find_weights(path)
     weights, description, job = _described(file)
     assert description is not None
     model = build(description)
@@ -193,7 +193,7 @@ def read_contents(path: str | Path) -> "Contents":
     Raises:
         FileNotFoundError, ValueError: As `load_model`.
     """
-    file = _find(path)
+    file = find_weights(path)
     weights, description, job = _described(file)
     _job(job, None, file)
     aliases = _aliases(_outline(description, weights, file))
@@ -212,7 +212,7 @@ def load_job(path: str | Path) -> Job | None:
         FileNotFoundError: If the file does not exist.
         ValueError: If the file cannot be read, or its job is invalid.
     """
-    file = _find(path)
+    file = find_weights(path)
     return _job(_read(file).job, None, file)
 
 
@@ -227,7 +227,7 @@ def load_description(path: str | Path) -> dict[str, Any] | None:
         FileNotFoundError: If the file does not exist.
         ValueError: If the file cannot be read, or describes a model that cannot be built.
     """
-    file = _find(path)
+    file = find_weights(path)
     weights, description, _ = _read(file)
     return None if description is None else describe(_outline(description, weights, file))
 
@@ -254,7 +254,7 @@ def load_weights(model: nn.Module, path: str | Path, *, skip_head: bool = False)
             meaning of weights; the message names the file and the differences.
     """
     model = unwrap(model)
-    file = _find(path)
+    file = find_weights(path)
     weights, description, _ = _read(file)
     expected = plain_names(model.state_dict())
     if not any(name.startswith(ENCODER_PREFIX) for name in expected):
@@ -293,7 +293,13 @@ def _described(file: Path) -> Contents:
     return contents
 
 
-def _find(path: str | Path) -> Path:
+def find_weights(path: str | Path) -> Path:
+    """The file of weights for a path as in `load_model`, or a name of the hub.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If a name of the hub cannot be fetched, or no checkpoint is complete.
+    """
     path = find_state(resolve(path))
     if path.suffix == Path(STATE_NAME).suffix and path.is_dir():
         return path  # a sharded checkpoint

@@ -16,8 +16,7 @@ from diffmm.cli import main
 from diffmm.cli.compare_maps import validation_data
 from diffmm.export.formats import export
 from diffmm.export.quantized import BITS, group_size, load_quantized, quantize, save_quantized
-from diffmm.models import BackboneConfig, TextConfig, TextModel
-from diffmm.models import weights as stored
+from diffmm.models import BackboneConfig, TextConfig, TextModel, hub_files
 from diffmm.models.job import Job
 from diffmm.models.quantized_file import pack, unpack
 from diffmm.models.weights import save_model
@@ -123,7 +122,7 @@ def test_names_of_the_hub_and_old_names_of_weights(tmp_path, monkeypatch):
         renamed, "weight_name", lambda name: name.replace("to_q", "q_proj"), raising=True
     )
     fetched = []
-    monkeypatch.setattr(stored, "fetch", lambda name: fetched.append(name) or tmp_path)
+    monkeypatch.setattr(hub_files, "fetch", lambda name, **_: fetched.append(name) or tmp_path)
     found = load_quantized("user/name")
     assert fetched == ["user/name"]
     torch.testing.assert_close(logits(found), logits(quantized), atol=1e-6, rtol=1e-6)
