@@ -480,7 +480,7 @@ class TrainedModel:
         tokenizer = self.tokenizer
         assert isinstance(self.model, TextModel)
         stop_ids: Sequence[int] = [tokenizer.eos_id]
-        if chat or not isinstance(prompt, str | Path):
+        if chat or isinstance(prompt, list | tuple):
             ids, stop_ids = self._conversation(prompt), self.reader.chat.stop_ids
         else:
             ids = self.reader.read(prompt)["tokens"]

@@ -40,11 +40,11 @@ CARD_NAME = "README.md"
 
 def is_hub_name(source: str | Path) -> bool:
     """Whether a source can only be a repository of the hub: it has the form `user/name` without
-    the ending of a file, and there is no file of this name and no folder `user`."""
+    the ending of a file, and neither this path nor `user` exists."""
     name = str(source)
     path = Path(name)
     has_form = HUB_NAME.fullmatch(name) is not None and path.suffix.lower() not in FILE_ENDINGS
-    return has_form and not path.exists() and not path.parent.is_dir()
+    return has_form and not path.exists() and not path.parent.exists()
 
 
 def resolve(

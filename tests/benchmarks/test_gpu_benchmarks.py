@@ -116,11 +116,16 @@ def test_advice_names_the_lengths_where_auto_is_slower():
 
 
 @pytest.mark.slow
-def test_fit_beside_the_bare_step(tmp_path, capsys):
+def test_fit_beside_the_bare_step(tmp_path, capsys, monkeypatch):
     from benchmarks import fit
 
+    def run_here(name, attention, way, options):
+        return fit.run_one(fit.CASES[name], attention, way, options)
+
     arguments = ["--smoke", "--attentions", "diff_v2", "--steps", "3", "--out", str(tmp_path)]
-    fit.main([*arguments, "--only", "text42m", "--ways", "fit,graph"])
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "run_apart", run_here)
+        fit.main([*arguments, "--only", "text42m", "--ways", "fit,graph"])
     rows = json.loads((tmp_path / "fit.json").read_text())
     assert [row["way"] for row in rows] == ["fit", "graph"]
     fit.main([*arguments, "--only", "vit", "--ways", "outside"])

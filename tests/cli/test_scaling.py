@@ -100,8 +100,9 @@ def test_a_node_without_arguments_is_told_what_it_takes():
     assert "torchrun_node.sh NODE_RANK NUM_NODES FIRST_NODE PROCESSES VERB" in done.stderr
 
 
-@pytest.mark.parametrize("script", sorted(SCRIPTS.iterdir()), ids=lambda path: path.name)
-def test_scripts_are_whole_and_can_be_run(script):
+@pytest.mark.parametrize("name", ["slurm.sbatch", "torchrun_node.sh"])
+def test_scripts_are_whole_and_can_be_run(name):
+    script = SCRIPTS / name
     subprocess.run(["bash", "-n", script], check=True)
     assert os.access(script, os.X_OK)
 
