@@ -22,7 +22,7 @@ from datamodules.shared.loading import SeededDataModule
 from datamodules.shared.own_data import OwnData, absolute, looked_at_numbers, named_splits
 from datamodules.shared.sampling import SeededDataset
 from datamodules.text.chat import ChatTemplate, find_template
-from datamodules.text.reader import TextReader
+from datamodules.text.reader import TextReader, within
 from datamodules.text.token_documents import in_split, key_number
 from diffmm.batch import IGNORE_INDEX
 from diffmm.checks import DataError
@@ -328,7 +328,7 @@ class ConversationData(SeededDataModule):
     def template(self) -> ChatTemplate:
         """The template of the messages."""
         text = find_template(self.chat_template, self.tokenizer_name)
-        return ChatTemplate(text, self.tokenizer)
+        return ChatTemplate(text, self.tokenizer)  # which must not exceed the vocabulary
 
     @cached_property
     def evaluation_reader(self) -> TextReader:
@@ -340,13 +340,7 @@ class ConversationData(SeededDataModule):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the text."""
-        tokenizer = self.evaluation_reader.encoder
-        if self.vocab_size is not None and tokenizer.vocab_size > self.vocab_size:
-            raise ValueError(
-                f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, which exceeds "
-                f"the model's vocab_size of {self.vocab_size}"
-            )
-        return tokenizer
+        return within(self.evaluation_reader.encoder, self.vocab_size)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and encode the conversations."""

@@ -16,7 +16,7 @@ from datamodules.shared.loading import SeededDataModule
 from datamodules.shared.own_data import OwnData, looked_at_numbers
 from datamodules.text.datasets import HuggingFaceText
 from datamodules.text.own_data import own_texts
-from datamodules.text.reader import TextReader
+from datamodules.text.reader import TextReader, within
 from datamodules.text.shards import Shards
 from datamodules.text.sources import (
     Corpus,
@@ -195,13 +195,7 @@ class TextData(SeededDataModule):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the text."""
-        tokenizer = self.evaluation_reader.encoder
-        if self.vocab_size is not None and tokenizer.vocab_size > self.vocab_size:
-            raise ValueError(
-                f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, which exceeds "
-                f"the model's vocab_size of {self.vocab_size}"
-            )
-        return tokenizer
+        return within(self.evaluation_reader.encoder, self.vocab_size)
 
     @cached_property
     def _task(self) -> WindowTask:

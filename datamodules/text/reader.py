@@ -123,3 +123,17 @@ class TextReader(Reader):
                 ) from error
         definition = self.encoder.definition
         return Reader.describe(replace(self, definition=definition, stop_ids=stop_ids))
+
+
+def within(tokenizer: Tokenizer, vocab_size: int | None) -> Tokenizer:
+    """The tokenizer, if a model with this vocabulary can represent its tokens.
+
+    Raises:
+        ValueError: If the tokenizer exceeds `vocab_size`.
+    """
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, which exceeds the "
+            f"model's vocab_size of {vocab_size}"
+        )
+    return tokenizer
