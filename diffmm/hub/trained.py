@@ -323,7 +323,7 @@ class TrainedModel:
     @torch.inference_mode()
     def features(self, inputs: Any, *, batch_size: int = 32) -> Tensor:
         """Compute the features of images or sounds that the model's head reads, for a classifier,
-        a search or a cluster analysis of one's own.
+        a search or a cluster analysis.
 
         Args:
             inputs: As in `predict`, also a list or a folder.
