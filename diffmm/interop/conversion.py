@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
 from diffmm.checks import check_choice, did_you_mean
@@ -24,7 +23,7 @@ from diffmm.interop.source import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, Sou
 from diffmm.interop.timm_models import TIMM
 from diffmm.interop.unilm_decoders import UNILM_V1, UNILM_V2
 from diffmm.interop.whisper import WHISPER
-from diffmm.models.weights import Contents
+from diffmm.models.weights import Contents, write_tensors
 from diffmm.new_folders import appearing
 from diffmm.tokenizers import HuggingFaceTokenizer
 
@@ -143,7 +142,7 @@ def write_contents(contents: Contents, folder: str | Path, family: str) -> Path:
     with appearing(folder) as unfinished:
         for name, values in files.items():
             (unfinished / name).write_text(json.dumps(values, indent=2) + "\n")
-        save_file(tensors, unfinished / WEIGHTS_NAME, metadata={"format": "pt"})
+        write_tensors(tensors, unfinished / WEIGHTS_NAME, {"format": "pt"})
         if definition is not None:
             (unfinished / TOKENIZER_NAME).write_text(definition, encoding="utf-8")
             (unfinished / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")

@@ -1,7 +1,9 @@
 """`diffmm convert`."""
 
 import json
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -232,6 +234,32 @@ def test_what_cannot_be_read_is_named_and_nothing_is_written(run, llama, break_i
     assert result.code == 2
     assert len(result.mistakes) == 1
     assert result.mistakes[0].startswith(message), result.mistakes
+    assert sorted(path.name for path in Path().iterdir()) == ["llama"]
+
+
+def test_without_its_settings_a_file_of_weights_names_them(run, llama):
+    (llama / "config.json").unlink()
+    mistake = run("convert", llama, "target").mistakes[0]
+    assert "there is no config.json beside it" in mistake
+
+
+@pytest.fixture
+def full_disk():
+    """Files of at most 16 KiB: enough for settings, not for weights."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("target", ["new/folder", "new/file.safetensors"])
+@pytest.mark.parametrize("to", ["diffmm", "llama"])
+def test_a_full_disk_leaves_nothing_behind(run, llama, full_disk, target, to):
+    result = run("convert", llama, target, "--to", to)
+    assert result.code == 2
+    assert "cannot be written: " in result.mistakes[0]
     assert sorted(path.name for path in Path().iterdir()) == ["llama"]
 
 
