@@ -479,9 +479,10 @@ class TrainedModel:
 
         tokenizer = self.tokenizer
         assert isinstance(self.model, TextModel)
-        stop_ids: Sequence[int] = [tokenizer.eos_id]
+        stop_ids: Sequence[int] = self.reader.end_ids
         if chat or isinstance(prompt, list | tuple):
-            ids, stop_ids = self._conversation(prompt), self.reader.chat.stop_ids
+            ids = self._conversation(prompt)
+            stop_ids = [*self.reader.chat.stop_ids, *self.reader.stop_ids]
         else:
             ids = self.reader.read(prompt)["tokens"]
         if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
