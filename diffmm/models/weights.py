@@ -480,9 +480,13 @@ def _listed(kind: str, names: list[str]) -> str:
 def _check_meaning(model: nn.Module, description: dict[str, Any] | None, file: Path) -> None:
     """Raise an error for weights whose shapes fit but whose meaning differs."""
     config: Any = getattr(model, "config", None)
-    config = getattr(config, "encoder", config)
     source = (description or {}).get("config", {})
-    encoder = source.get("encoder", source)
+    towers = getattr(config, "towers", {"encoder": getattr(config, "encoder", config)})
+    for name, tower in towers.items():
+        _check_meaning_of(tower, source.get(name) or source, file)
+
+
+def _check_meaning_of(config: Any, encoder: dict[str, Any], file: Path) -> None:
     source = encoder.get("backbone")
     if source is None or not hasattr(config, "backbone"):
         return
