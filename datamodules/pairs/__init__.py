@@ -1,0 +1,43 @@
+"""Pairs of images or sounds and texts: datamodules, sources and readers, imported on first
+access."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datamodules.pairs.data import PairData
+    from datamodules.pairs.folders import PairFolder
+    from datamodules.pairs.image_text import ImageTextData, ImageTextReader
+    from datamodules.pairs.shapes import RenderedShapes
+    from datamodules.pairs.sources import PairSource
+    from datamodules.pairs.tables import PairTable
+
+__all__ = [
+    "ImageTextData",
+    "ImageTextReader",
+    "PairData",
+    "PairFolder",
+    "PairSource",
+    "PairTable",
+    "RenderedShapes",
+]
+
+_HOMES = {
+    "ImageTextData": "datamodules.pairs.image_text",
+    "ImageTextReader": "datamodules.pairs.image_text",
+    "PairData": "datamodules.pairs.data",
+    "PairFolder": "datamodules.pairs.folders",
+    "PairSource": "datamodules.pairs.sources",
+    "PairTable": "datamodules.pairs.tables",
+    "RenderedShapes": "datamodules.pairs.shapes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,358 @@
+"""Images with texts: batches, choice among several texts, splits, bad samples."""
+
+import csv
+import json
+import logging
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules import ImageTextData
+from datamodules.image import ImageReader
+from datamodules.pairs import ImageTextReader, PairFolder, PairTable, RenderedShapes
+from datamodules.pairs.folders import text_of_name
+from datamodules.pairs.image_text import Images
+from datamodules.pairs.shapes import COLORS, SHAPES
+from datamodules.pairs.sources import hold_out_groups
+from datamodules.shared.bad_samples import BadSampleError, BadSamples
+from diffmm.hub.readers import make_reader
+from diffmm.models.job import Job
+
+EOS = 256
+
+
+def pair_data(source, **arguments):
+    settings = {"image_size": 8, "batch_size": 4, "max_tokens": 16, **arguments}
+    data = ImageTextData(source, **settings)
+    data.setup()
+    return data
+
+
+def train_batches(data, epoch=0):
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)
+    return list(loader)
+
+
+def texts_of(data, batch):
+    return [
+        data.reader.encoder.decode(tokens[:length].tolist())
+        for tokens, length in zip(batch["tokens"], batch["num_tokens"], strict=True)
+    ]
+
+
+def picture(path, level=100):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (12, 10), (level, level, level)).save(path)
+
+
+def table(path, *rows, header=("file", "text")):
+    with path.open("w", newline="") as file:
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        csv.writer(file, delimiter=delimiter).writerows([header, *rows])
+    return str(path)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Eight images; image i has i % 3 + 1 texts."""
+    rows = []
+    for number in range(8):
+        picture(tmp_path / f"{number}.png", 30 * number)
+        rows += [(f"{number}.png", f"text {number}{letter}") for letter in "abc"[: number % 3 + 1]]
+    table(tmp_path / "all.csv", *rows)
+    return tmp_path
+
+
+def test_a_batch_has_the_texts_of_its_images():
+    data = ImageTextData(RenderedShapes(40, 10), batch_size=8)
+    data.setup()
+    for loader, pairs in (
+        (data.train_dataloader(), data.splits.train),
+        (data.val_dataloader(), data.splits.val),
+    ):
+        batch = next(iter(loader))
+        assert list(batch) == ["images", "tokens", "num_tokens", "media_index", "index"]
+        assert batch["images"].shape == (8, 3, 32, 32)
+        assert all(batch[name].dtype == torch.int64 for name in list(batch)[1:])
+        longest = int(batch["num_tokens"].max())
+        assert batch["tokens"].shape == (8, longest)
+        is_real = torch.arange(longest) < batch["num_tokens"][:, None] - 1
+        assert torch.equal(batch["tokens"] == EOS, ~is_real)
+        captions = [pairs.texts[index][0] for index in batch["media_index"].tolist()]
+        assert texts_of(data, batch) == captions
+    assert data.fingerprint()["samples"] == 40
+
+
+def test_shapes_of_held_out_combinations_are_new():
+    source = RenderedShapes(400, 60)
+    splits = source.splits(Images())
+    held_out = set(source.held_out)
+    kinds = {
+        name: [
+            {thing[1:] for thing in scene.things} for scene in getattr(splits, name).media.scenes
+        ]
+        for name in ("train", "val", "test")
+    }
+    assert not any(each & held_out for each in kinds["train"])
+    for name in ("val", "test"):
+        assert all(each & held_out for each in kinds[name])
+        captions = [texts[0] for texts in getattr(splits, name).texts]
+        assert len(set(captions)) == 60
+    assert splits.val.texts != splits.test.texts
+    known = set.union(*kinds["train"])
+    assert {color for color, _ in known} == set(COLORS)
+    assert {shape for _, shape in known} == set(SHAPES)
+    with pytest.raises(ValueError, match="num_val_images is 500, but only about .* reduce it"):
+        RenderedShapes(9, 500, num_shapes=(1, 1)).splits(Images())
+
+
+def test_shapes_are_where_the_caption_says():
+    images = RenderedShapes(60, 4).splits(Images()).train.media
+    num_checked = 0
+    for index, scene in enumerate(images.scenes):
+        pixels = np.asarray(images.read(index)).astype(float)
+        centers, areas = [], []
+        for _, color, _ in scene.things:
+            rows, columns = np.nonzero(np.abs(pixels - COLORS[color]).max(-1) <= 13)
+            assert len(rows) >= 15
+            centers.append((columns.mean(), rows.mean()))
+            areas.append(len(rows))
+        colors = [color for _, color, _ in scene.things]
+        if len(set(colors)) < len(colors):
+            continue
+        num_checked += 1
+        along = [center[scene.relation == "above"] for center in centers]
+        assert along == sorted(along)
+        for (size, _, shape), area in zip(scene.things, areas, strict=True):
+            if shape in ("circle", "square"):
+                assert (area > 150) == (size == "large")
+    assert num_checked > 20
+
+
+def test_a_table_has_rows_and_columns_of_texts(photos):
+    splits = PairTable(str(photos / "all.csv"), val_fraction=0.25).splits(Images())
+    texts = {
+        pairs.media.paths[i].name: list(pairs.texts[i])
+        for pairs in (splits.train, splits.val)
+        for i in range(len(pairs))
+    }
+    assert len(splits.val) == 2
+    assert splits.test is splits.val
+    assert texts == {
+        f"{n}.png": [f"text {n}{letter}" for letter in "abc"[: n % 3 + 1]] for n in range(8)
+    }
+    wide = table(
+        photos / "wide.tsv",
+        ("0.png", "one", "two", "train"),
+        ("1.png", "three", "", "dev"),
+        ("1.png", "three", "four", "valid"),
+        header=("image", "a", "b", "set"),
+    )
+    source = PairTable(wide, file_column="image", text_column=["a", "b"], split_column="set")
+    splits = source.splits(Images())
+    assert splits.train.texts == [["one", "two"]]
+    assert splits.val.texts == [["three", "four"]]
+
+
+def test_groups_of_a_table_are_held_out_together(photos):
+    rows = [(f"{n}.png", f"t{n}", f"speaker {n // 2}") for n in range(8)]
+    path = table(photos / "groups.csv", *rows, header=("file", "text", "speaker"))
+    source = PairTable(path, group_column="speaker", val_fraction=0.5)
+    splits = source.splits(Images())
+    numbers = [
+        sorted(int(t[0][1:]) // 2 for t in pairs.texts) for pairs in (splits.train, splits.val)
+    ]
+    assert set(numbers[0]).isdisjoint(numbers[1])
+    assert sorted(numbers[0] + numbers[1]) == [0, 0, 1, 1, 2, 2, 3, 3]
+    rows.append(("0.png", "again", "speaker 3"))
+    table(photos / "groups.csv", *rows, header=("file", "text", "speaker"))
+    with pytest.raises(ValueError, match="0.png is in the groups 'speaker 0' and 'speaker 3'"):
+        source.splits(Images())
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        ([], {}, "bad.csv has no rows"),
+        ([("0.png", "")], {}, "bad.csv, line 2: the file or the text is missing"),
+        ([("0.png", "a")], {"text_column": "caption"}, "no column 'caption', only file, text"),
+        ([("0.png", "a"), ("0.png", "b")], {}, r"2 pairs are in 1 group\(s\), but at least two"),
+        ([("0.png", "a"), ("1.png", "val")], {"split_column": "text"}, "line 2: text must be one"),
+        ([("0.png", "a")], {"val": "bad.csv"}, "1 files are in both the train and the val split"),
+        ([("0.png", "a")], {"val": "x", "split_column": "text"}, "already defines the splits"),
+        ([("0.png", "a")], {"val": "x", "group_column": "text"}, "'text' holds out validation"),
+    ],
+)
+def test_bad_tables_are_named(photos, rows, changes, message, monkeypatch):
+    monkeypatch.chdir(photos)
+    table(photos / "bad.csv", *rows)
+    with pytest.raises(ValueError, match=message):
+        PairTable("bad.csv", **changes).splits(Images())
+
+
+def test_every_text_is_evaluated_and_one_is_drawn_in_training(photos):
+    picture(photos / "val/9.png")
+    rows = [("9.png", "nine"), ("9.png", "neuf")]
+    val = table(photos / "val/val.csv", *rows)
+    data = pair_data(PairTable(str(photos / "all.csv"), val))
+    (batch,) = data.val_dataloader()
+    assert texts_of(data, batch) == ["nine", "neuf"]
+    assert batch["media_index"].tolist() == [0, 0]
+    assert batch["index"].tolist() == [0, 1]
+    assert torch.equal(batch["images"][0], batch["images"][1])
+    evaluated = list(data.as_evaluated("train"))
+    assert torch.cat([b["index"] for b in evaluated]).tolist() == list(range(15))
+    media = torch.cat([b["media_index"] for b in evaluated]).tolist()
+    assert Counter(media) == {n: n % 3 + 1 for n in range(8)}
+
+    def drawn(data, epoch):
+        return {
+            int(i): text
+            for batch in train_batches(data, epoch)
+            for i, text in zip(batch["index"], texts_of(data, batch), strict=True)
+        }
+
+    epochs = [drawn(data, epoch) for epoch in range(12)]
+    assert all(each.keys() == set(range(8)) for each in epochs)
+    for index in range(8):
+        expected = {f"text {index}{letter}" for letter in "abc"[: index % 3 + 1]}
+        assert {each[index] for each in epochs} == expected
+    assert drawn(pair_data(data.source, num_workers=2), 5) == epochs[5]
+    assert any(drawn(pair_data(data.source, seed=1), n) != epochs[n] for n in range(3))
+
+
+def test_a_folder_has_text_files_or_speaking_names(tmp_path):
+    for name in ("dog", "cat", "birds/goose"):
+        picture(tmp_path / "train" / f"{name}.png")
+        (tmp_path / "train" / f"{name}.txt").write_text(f"a {name}\n\n  the {name} \n")
+    source = PairFolder(str(tmp_path / "train"), val_fraction=0.4)
+    splits = source.splits(Images())
+    assert (len(splits.train), len(splits.val)) == (2, 1)
+    assert list(splits.val.texts) + list(splits.train.texts) == [
+        [f"a {name}", f"the {name}"]
+        for name in (
+            f.relative_to(tmp_path / "train").with_suffix("").as_posix()
+            for f in [*splits.val.media.paths, *splits.train.media.paths]
+        )
+    ]
+    for name in ("flying_goose-01", "flying_goose-02", "Red__car", "007"):
+        picture(tmp_path / "clips" / f"{name}.png")
+    with pytest.raises(ValueError, match="4 of the 4 images in .*clips have no text file, such as"):
+        PairFolder(str(tmp_path / "clips")).splits(Images())
+    splits = PairFolder(str(tmp_path / "clips"), texts="names", val_fraction=0.5).splits(Images())
+    found = [sorted(t[0] for t in pairs.texts) for pairs in (splits.train, splits.val)]
+    assert sorted(found[0] + found[1]) == ["007", "Red car", "flying goose", "flying goose"]
+    assert any(each.count("flying goose") == 2 for each in found)
+    assert text_of_name(tmp_path / "3 little pigs.png") == "3 little pigs"
+    with pytest.raises(FileNotFoundError, match="folder .*nowhere does not exist"):
+        PairFolder(str(tmp_path / "nowhere")).splits(Images())
+    (tmp_path / "clips/birds").mkdir()
+    with pytest.raises(ValueError, match="birds has no images"):
+        PairFolder(str(tmp_path / "clips/birds")).splits(Images())
+
+
+def test_bad_images_and_texts_are_handled_as_the_run_says(tmp_path, caplog):
+    for number in range(12):
+        picture(tmp_path / "train" / f"{number:02d}.png")
+        (tmp_path / "train" / f"{number:02d}.txt").write_text(f"text {number}")
+    picture(tmp_path / "val" / "0.png")
+    (tmp_path / "val" / "0.txt").write_text("text")
+    source = PairFolder(str(tmp_path / "train"), str(tmp_path / "val"))
+    (tmp_path / "train/03.png").write_bytes(b"no image")
+    (tmp_path / "train/05.txt").write_text("  \n")
+    (tmp_path / "train/07.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(BadSampleError, match="set --data.bad_samples.policy substitute"):
+        train_batches(pair_data(source))
+    found = pair_data(source).examine(12)
+    assert len(found.faults) == 3
+    assert found.lines["train"] == "12 images with 1 text each"
+    lenient = BadSamples("substitute", max_bad_fraction=0.5)
+    data = pair_data(source, bad_samples=lenient)
+    for loader in (data.train_dataloader(), data.as_evaluated("train")):
+        caplog.clear()
+        indices = torch.cat([batch["index"] for batch in loader]).tolist()
+        assert len(indices) == 12
+        assert not {3, 5, 7} & set(indices)
+        for name in ("image 3 (", "05.txt is empty", "07.txt is not UTF-8"):
+            assert name in caplog.text
+    assert pair_data(source, bad_samples=lenient).examine(12).faults == []
+
+
+def test_texts_are_cut_and_this_is_told_once(photos, caplog):
+    data = pair_data(PairTable(str(photos / "all.csv"), val_fraction=0.25), max_tokens=5)
+    with caplog.at_level(logging.WARNING):
+        batch = train_batches(data)[0]
+        train_batches(data)
+    (message,) = caplog.messages
+    count = sum(map(len, data.splits.train.texts))
+    assert message.startswith(
+        f"{count} of {count} texts are longer than max_tokens (5) and are cut"
+    )
+    assert set(texts_of(data, batch)) == {"text"}
+    assert (batch["tokens"][:, 4] == EOS).all()
+    assert "max_tokens (5)" in data.examine(3).doubts[0]
+
+
+def test_padding_to_a_fixed_length_gives_static_shapes():
+    data = pair_data(RenderedShapes(8, 4), max_tokens=100, pad_texts=True)
+    assert {batch["tokens"].shape for batch in train_batches(data)} == {(4, 100)}
+
+
+def test_the_reader_prepares_new_inputs_as_evaluation_does(photos, tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    inner = Tokenizer(WordLevel({"[UNK]": 0, "text": 1, "0a": 2, "</s>": 3}, unk_token="[UNK]"))
+    inner.pre_tokenizer = Whitespace()
+    inner.save(str(tmp_path / "words.json"))
+    data = pair_data(
+        PairTable(str(photos / "all.csv"), val_fraction=0.25),
+        tokenizer=str(tmp_path / "words.json"),
+    )
+    batch = next(iter(data.as_evaluated("train")))
+    described = json.loads(json.dumps(data.describe_inputs()))
+    (tmp_path / "words.json").unlink()
+    reader = make_reader(Job(**described), "a test")
+    assert isinstance(reader, ImageTextReader)
+    assert isinstance(reader, ImageReader)
+    indices = batch["media_index"].tolist()
+    paths = [data.splits.train.media.paths[index] for index in indices]
+    texts = ["text 0a" if index == 0 else "text other" for index in indices]
+    images = reader.collate([reader.read(path) for path in paths])
+    assert images.keys() == {"images"}
+    assert torch.equal(images["images"], batch["images"])
+    tokens = reader.collate([reader.read_text(text) for text in texts])
+    assert tokens.keys() == {"tokens", "num_tokens"}
+    assert torch.equal(tokens["tokens"], batch["tokens"])
+    both = [{**reader.read(p), **reader.read_text(t)} for p, t in zip(paths, texts, strict=True)]
+    assert reader.collate(both).keys() == {"images", "tokens", "num_tokens"}
+    with pytest.raises(ValueError, match="at least one token, got ''"):
+        reader.read_text("")
+    with pytest.raises(ValueError, match="a text must be a string, got int"):
+        reader.read_text(3)
+
+
+def test_bad_arguments_are_named(tmp_path):
+    with pytest.raises(ValueError, match="max_tokens must be an integer of at least 2, got 1"):
+        ImageTextData(max_tokens=1)
+    with pytest.raises(ValueError, match=r"num_shapes must be .* in \[1, 3\], got \(0, 2\)"):
+        RenderedShapes(num_shapes=(0, 2))
+    with pytest.raises(ValueError, match="texts must be one of 'files', 'names', got 'name'"):
+        PairFolder("train", texts="name")
+    with pytest.raises(RuntimeError, match=r"after setup\(\)"):
+        _ = ImageTextData().splits
+
+
+def test_groups_are_held_out_whole_and_always_the_same():
+    groups = [number // 3 for number in range(30)]
+    kept, held_out = hold_out_groups(groups, 0.2)
+    assert sorted(kept + held_out) == list(range(30))
+    assert len(held_out) == 6
+    assert {groups[i] for i in kept}.isdisjoint(groups[i] for i in held_out)
+    assert hold_out_groups(groups, 0.2) == (kept, held_out)
+    assert len(hold_out_groups(["a", "b"], 0.01)[1]) == 1
