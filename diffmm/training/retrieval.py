@@ -79,12 +79,12 @@ class Retrieval(ExactMetric):
         return {"loss": self._loss(pairs), **dict(zip(names, recalls, strict=True))}
 
     def _pairs(self) -> Pairs:
-        """All pairs, in the order of their index."""
+        """All pairs, in the order of their index; of pairs with the same index, the first."""
         dim = self.embed_dim
         rows = dim_zero_cat(self.rows).view(-1, 2 * dim + 3 * PIECES)
         media, texts, *pieces = rows.split([dim, dim, PIECES, PIECES, PIECES], dim=1)
         media_ids, text_ids, index = map(as_integers, pieces)
-        order = index.argsort()
+        _, order = first_places(index)
         return Pairs(media[order], texts[order], media_ids[order], text_ids[order])
 
     def _loss(self, pairs: Pairs) -> Tensor:
@@ -111,10 +111,17 @@ class Items:
     def of(cls, embeddings: Tensor, ids: Tensor) -> "Items":
         """Find the different items of pairs, given the embedding and the id of each pair's item.
         Of several embeddings of one item, the first is used."""
-        different, of_pairs = ids.unique(return_inverse=True)
-        places = torch.arange(len(ids), device=ids.device)
-        first = torch.full_like(different, len(ids)).scatter_reduce(0, of_pairs, places, "amin")
+        of_pairs, first = first_places(ids)
         return cls(embeddings[first], of_pairs)
+
+
+def first_places(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The number of each id among the different ones in ascending order, `[B]`, and the first place
+    of each of these, `[K]`."""
+    different, numbers = ids.unique(return_inverse=True)
+    places = torch.arange(len(ids), device=ids.device)
+    first = torch.full_like(different, len(ids)).scatter_reduce(0, numbers, places, "amin")
+    return numbers, first
 
 
 def best_ranks(queries: Items, keys: Items) -> Tensor:
