@@ -198,10 +198,16 @@ class ContrastiveModel(Pretrained, nn.Module):
         self.logit_scale = nn.Parameter(torch.empty(1))
         self.logit_bias = None if config.init_bias is None else nn.Parameter(torch.empty(1))
         self.reset_parameters()
-        first, *others = self.towers.values()
-        for tower in others if config.shared_blocks else ():
+        blocks = {name: tower.backbone.blocks for name, tower in self.towers.items()}
+        (first, own), *others = blocks.items()
+        self._shared: dict[str, str] = {}
+        for name, theirs in others:
             for index in range(-config.shared_blocks, 0):
-                tower.backbone.blocks[index] = first.backbone.blocks[index]
+                theirs[index] = own[index]
+                alias = f"{name}.backbone.blocks.{len(theirs) + index}."
+                self._shared[alias] = f"{first}.backbone.blocks.{len(own) + index}."
+        self.register_state_dict_post_hook(_without_aliases)
+        self.register_load_state_dict_pre_hook(_with_aliases)
 
     def reset_parameters(self) -> None:
         """Initialize the scale and the bias."""
@@ -326,6 +332,25 @@ class ZeroShotClassifier(nn.Module):
         found = self.model.encode_media(media, num_samples) @ cast(Tensor, self.classes).T
         logits = self.model.scale * found
         return logits if self.model.bias is None else logits + self.model.bias
+
+
+# Shared blocks have several names. A state has the first of them, so that they are saved once and
+# torch's distributed checkpoint, which visits every module once, can load it.
+
+
+def _without_aliases(
+    model: ContrastiveModel, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
+    aliases = tuple(prefix + alias for alias in model._shared)
+    for name in [name for name in state if aliases and name.startswith(aliases)]:
+        del state[name]
+
+
+def _with_aliases(model: ContrastiveModel, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for alias, original in model._shared.items():
+        begin = prefix + original
+        for name in [name for name in state if name.startswith(begin)]:
+            state[prefix + alias + name.removeprefix(begin)] = state[name]
 
 
 def _unit(embeddings: Tensor) -> Tensor:

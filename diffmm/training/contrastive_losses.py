@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 from torch.nn.functional import cross_entropy, logsigmoid
 
 MULTIPLIER = 6364136223846793005
@@ -130,18 +129,24 @@ def gathered(pairs: Pairs, group: Any) -> tuple[Pairs, int]:
     if group is None:
         return pairs, 0
 
-    def with_gradients(tensor: Tensor) -> Tensor:
-        return torch.cat(all_gather(tensor.contiguous(), group=group))
+    parts: Any = (None if part is None else _Gather.apply(part, group) for part in pairs)
+    every = Pairs(*parts)
+    return every, group.rank() * len(pairs.media)
 
-    def plain(tensor: Tensor) -> Tensor:
+
+class _Gather(torch.autograd.Function):
+    """Concatenates the tensors of all processes. The gradient of each is the sum of those of all
+    processes. (`torch.distributed.nn.functional.all_gather` fails for gloo's subgroups.)"""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group, ctx.count = group, len(tensor)
         parts = [torch.empty_like(tensor) for _ in range(group.size())]
         torch.distributed.all_gather(parts, tensor.contiguous(), group=group)
         return torch.cat(parts)
 
-    every = Pairs(
-        with_gradients(pairs.media),
-        with_gradients(pairs.texts),
-        None if pairs.media_ids is None else plain(pairs.media_ids),
-        plain(pairs.text_ids),
-    )
-    return every, group.rank() * len(pairs.media)
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total.narrow(0, ctx.group.rank() * ctx.count, ctx.count), None
