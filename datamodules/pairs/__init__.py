@@ -5,14 +5,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datamodules.pairs.audio_text import AudioTextData, AudioTextReader
     from datamodules.pairs.data import PairData
     from datamodules.pairs.folders import PairFolder
     from datamodules.pairs.image_text import ImageTextData, ImageTextReader
     from datamodules.pairs.shapes import RenderedShapes
     from datamodules.pairs.sources import PairSource
+    from datamodules.pairs.synthesized import SynthesizedSounds
     from datamodules.pairs.tables import PairTable
 
 __all__ = [
+    "AudioTextData",
+    "AudioTextReader",
     "ImageTextData",
     "ImageTextReader",
     "PairData",
@@ -20,9 +24,12 @@ __all__ = [
     "PairSource",
     "PairTable",
     "RenderedShapes",
+    "SynthesizedSounds",
 ]
 
 _HOMES = {
+    "AudioTextData": "datamodules.pairs.audio_text",
+    "AudioTextReader": "datamodules.pairs.audio_text",
     "ImageTextData": "datamodules.pairs.image_text",
     "ImageTextReader": "datamodules.pairs.image_text",
     "PairData": "datamodules.pairs.data",
@@ -30,6 +37,7 @@ _HOMES = {
     "PairSource": "datamodules.pairs.sources",
     "PairTable": "datamodules.pairs.tables",
     "RenderedShapes": "datamodules.pairs.shapes",
+    "SynthesizedSounds": "datamodules.pairs.synthesized",
 }
 
 

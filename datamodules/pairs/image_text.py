@@ -79,6 +79,8 @@ class ImageTextData(PairData[LabelledImages]):
         ValueError: If an argument is out of range or the source has sounds; the message names it.
     """
 
+    reader: ImageTextReader
+
     def __init__(
         self,
         source: PairSource | None = None,
@@ -113,7 +115,6 @@ class ImageTextData(PairData[LabelledImages]):
             seed=seed,
             bad_samples=bad_samples,
         )
-        self.reader: ImageTextReader = reader
         self._transform = prepared.settings
         self.transforms = {True: prepared.training, False: reader.transform}
 
