@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datamodules.pairs.audio_text import AudioTextData, AudioTextReader
     from datamodules.pairs.data import PairData
+    from datamodules.pairs.emoji import Emoji
     from datamodules.pairs.folders import PairFolder
     from datamodules.pairs.image_text import ImageTextData, ImageTextReader
+    from datamodules.pairs.prompts import SpokenPrompts
     from datamodules.pairs.shapes import RenderedShapes
     from datamodules.pairs.sources import PairSource
     from datamodules.pairs.synthesized import SynthesizedSounds
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AudioTextData",
     "AudioTextReader",
+    "Emoji",
     "ImageTextData",
     "ImageTextReader",
     "PairData",
@@ -24,12 +27,14 @@ __all__ = [
     "PairSource",
     "PairTable",
     "RenderedShapes",
+    "SpokenPrompts",
     "SynthesizedSounds",
 ]
 
 _HOMES = {
     "AudioTextData": "datamodules.pairs.audio_text",
     "AudioTextReader": "datamodules.pairs.audio_text",
+    "Emoji": "datamodules.pairs.emoji",
     "ImageTextData": "datamodules.pairs.image_text",
     "ImageTextReader": "datamodules.pairs.image_text",
     "PairData": "datamodules.pairs.data",
@@ -37,6 +42,7 @@ _HOMES = {
     "PairSource": "datamodules.pairs.sources",
     "PairTable": "datamodules.pairs.tables",
     "RenderedShapes": "datamodules.pairs.shapes",
+    "SpokenPrompts": "datamodules.pairs.prompts",
     "SynthesizedSounds": "datamodules.pairs.synthesized",
 }
 
