@@ -1,6 +1,6 @@
 """The datamodule of sounds with texts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,12 +12,15 @@ from datamodules.audio.augment import AudioAugment
 from datamodules.audio.clips import EXTENSIONS, AudioClips, FileClips
 from datamodules.audio.evaluation import AudioReader
 from datamodules.audio.inputs import AudioInputs, bucket_sampler, prepare_sounds
+from datamodules.audio.own_data import inspect_sounds, rate_to_adopt
 from datamodules.pairs.data import PairData, PairDataset
+from datamodules.pairs.own_data import own_pairs
 from datamodules.pairs.reader import ReadsTexts
 from datamodules.pairs.sources import SOUNDS, Medium, PairSource
 from datamodules.pairs.synthesized import SynthesizedSounds
 from datamodules.shared.bad_samples import BadSamples
 from datamodules.shared.fingerprints import Fingerprint
+from datamodules.shared.own_data import OwnData
 
 
 class Sounds(Medium[AudioClips]):
@@ -124,6 +127,26 @@ class AudioTextData(PairData[AudioClips]):
     def evaluation_reader(self) -> AudioTextReader:
         # An error for another sample rate protects training data; new inputs are resampled.
         return replace(self.reader, resample=True)
+
+    @classmethod
+    def own_data(cls, path: str, given: Mapping[str, Any], *, inputs_may_change: bool) -> OwnData:
+        """Settings for a folder of sounds with text files, or a table of sounds and texts.
+
+        Args:
+            path: Path of the folder or table.
+            given: Arguments of the recipe for this class.
+            inputs_may_change: As in `AudioData.own_data`.
+
+        Raises:
+            FileNotFoundError: If the path does not exist.
+            ValueError: If it has no sounds with texts.
+        """
+        found = own_pairs(path, given, Sounds(), 32)
+        rates, lengths = inspect_sounds(found.splits.train.media)
+        rate_hz = rate_to_adopt(rates, given, inputs_may_change=inputs_may_change)
+        settings = {**found.settings, **({"resample": True} if rate_hz is None else {})}
+        facts = {"sample_rate_hz": rate_hz} if rate_hz else {}
+        return OwnData(settings, facts, found.summary + lengths)
 
     def inputs(self, media: AudioClips, *, training: bool) -> AudioInputs:
         return AudioInputs(

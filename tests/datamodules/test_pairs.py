@@ -452,3 +452,91 @@ def test_sound_files_have_texts(tmp_path, batching):
         AudioTextData(RenderedShapes())
     with pytest.raises(ValueError, match="SynthesizedSounds has sounds, but ImageTextData reads"):
         ImageTextData(SynthesizedSounds())
+
+
+def own(data_class, path, source=None, inputs_may_change=True, **given):
+    given["source"] = {"class_path": "x", "init_args": source or {}}
+    return data_class.own_data(str(path), given, inputs_may_change=inputs_may_change)
+
+
+def test_own_pairs_are_found_in_folders_and_tables(photos, tmp_path):
+    found = own(ImageTextData, photos, batch_size=64)
+    assert found.settings == {
+        "source": {
+            "class_path": "datamodules.pairs.PairTable",
+            "init_args": {
+                "train": str(photos / "all.csv"),
+                "file_column": "file",
+                "text_column": "text",
+            },
+        },
+        "batch_size": 4,
+    }
+    assert found.facts == {"channels": 3}
+    assert found.summary == (
+        f"{photos} has 8 images with 1 to 3 texts each: 7 for training, 1 held out for validation; "
+        f"color, 12 x 10 pixels"
+    )
+    wide = table(
+        photos / "w.tsv",
+        ("0.png", "a", "train"),
+        ("1.png", "b", "val"),
+        header=("Path", "CAPTION", "Set"),
+    )
+    settings = own(ImageTextData, wide, {"text_column": "gone"}).settings["source"]["init_args"]
+    assert settings == {
+        "train": wide,
+        "file_column": "Path",
+        "text_column": "CAPTION",
+        "split_column": "Set",
+    }
+    folder = tmp_path / "files"
+    for split, count in (("train", 6), ("valid", 2)):
+        for number in range(count):
+            path = folder / split / f"{number}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, np.zeros(4000) + 0.1, 8000)
+            path.with_suffix(".txt").write_text("hello")
+    found = own(AudioTextData, folder, {"val_fraction": 0.3, "num_clips": 3})
+    assert found.settings["source"] == {
+        "class_path": "datamodules.pairs.PairFolder",
+        "init_args": {
+            "train": str(folder / "train"),
+            "val": str(folder / "valid"),
+            "val_fraction": 0.3,
+        },
+    }
+    assert found.facts == {"sample_rate_hz": 8000}
+    assert found.summary.endswith("6 for training, 2 for validation; 8,000 Hz, 0.5 to 0.5 s")
+    kept = own(AudioTextData, folder, inputs_may_change=False)
+    assert kept.settings["resample"]
+    assert kept.facts == {}
+
+
+def test_own_data_without_texts_say_what_they_are(tmp_path):
+    for name in ("cat/1", "cat/2", "dog/1", "dog/2"):
+        picture(tmp_path / "classes" / f"{name}.png")
+        picture(tmp_path / "flat" / f"{name.replace('/', ' ')}.png")
+    with pytest.raises(
+        ValueError, match=r"has 4 images of 2 classes \(cat, dog\) but no texts: use a"
+    ):
+        own(ImageTextData, tmp_path / "classes")
+    with pytest.raises(ValueError, match=r"has 4 images but no texts: write .*\(cat 1.txt\)"):
+        own(ImageTextData, tmp_path / "flat")
+    found = own(ImageTextData, tmp_path / "flat", {"texts": "names"})
+    assert found.settings["source"]["init_args"]["texts"] == "names"
+    with pytest.raises(ValueError, match="has no sounds .extensions of sounds: .wav"):
+        own(AudioTextData, tmp_path / "flat")
+    labels = table(tmp_path / "labels.csv", ("flat/cat 1.png", "cat"), header=("file", "label"))
+    with pytest.raises(
+        ValueError, match=r"has labels \(column 'label'\) but no texts: .* label if"
+    ):
+        own(ImageTextData, labels)
+    other = table(tmp_path / "other.csv", ("flat/cat 1.png", "cat"), header=("file", "words"))
+    with pytest.raises(ValueError, match="needs a column 'text' .* set --data.source.text_column"):
+        own(ImageTextData, other)
+    single = tmp_path / "flat/cat 1.png"
+    with pytest.raises(
+        ValueError, match="cat 1.png is a single file: use a folder of files with a"
+    ):
+        own(ImageTextData, single)
