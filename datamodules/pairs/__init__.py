@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datamodules.pairs.audio_text import AudioTextData, AudioTextReader
+    from datamodules.pairs.clotho import Clotho
+    from datamodules.pairs.coco import CocoCaptions
     from datamodules.pairs.data import PairData
     from datamodules.pairs.emoji import Emoji
     from datamodules.pairs.folders import PairFolder
     from datamodules.pairs.image_text import ImageTextData, ImageTextReader
+    from datamodules.pairs.librispeech import LibriSpeech
     from datamodules.pairs.prompts import SpokenPrompts
     from datamodules.pairs.shapes import RenderedShapes
     from datamodules.pairs.sources import PairSource
@@ -19,9 +22,12 @@ if TYPE_CHECKING:
 __all__ = [
     "AudioTextData",
     "AudioTextReader",
+    "Clotho",
+    "CocoCaptions",
     "Emoji",
     "ImageTextData",
     "ImageTextReader",
+    "LibriSpeech",
     "PairData",
     "PairFolder",
     "PairSource",
@@ -34,9 +40,12 @@ __all__ = [
 _HOMES = {
     "AudioTextData": "datamodules.pairs.audio_text",
     "AudioTextReader": "datamodules.pairs.audio_text",
+    "Clotho": "datamodules.pairs.clotho",
+    "CocoCaptions": "datamodules.pairs.coco",
     "Emoji": "datamodules.pairs.emoji",
     "ImageTextData": "datamodules.pairs.image_text",
     "ImageTextReader": "datamodules.pairs.image_text",
+    "LibriSpeech": "datamodules.pairs.librispeech",
     "PairData": "datamodules.pairs.data",
     "PairFolder": "datamodules.pairs.folders",
     "PairSource": "datamodules.pairs.sources",

@@ -128,6 +128,9 @@ class PairData(SeededDataModule, Generic[Media]):
     def evaluation_reader(self) -> ReadsTexts:
         return self.reader
 
+    def prepare_data(self) -> None:
+        self.source.prepare()
+
     def setup(self, stage: str | None = None) -> None:
         if self._splits is None:
             _ = self.reader.encoder.eos_id  # an error before anything is read

@@ -27,7 +27,15 @@ TEXT_COLUMNS = ("text", "caption", "captions", "sentence", "transcript", "descri
 
 TABLES = (".csv", ".tsv")
 
-KEPT_OF_TABLES = ("val", "test", "file_column", "text_column", "split_column", "group_column")
+KEPT_OF_TABLES = (
+    "val",
+    "test",
+    "file_column",
+    "text_column",
+    "split_column",
+    "group_column",
+    "folder",
+)
 KEPT_OF_FOLDERS = ("val", "test", "texts")
 """Arguments of the recipe's source or the command line that also apply to the user's data."""
 
