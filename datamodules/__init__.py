@@ -3,7 +3,8 @@
 `TextData`, `ImageData` and `AudioData` are LightningDataModules. Each has an embedded default
 source that needs no network, and sources for real data sets. `RetrievalData` generates sequences
 whose answers must be found in the context, and `ConversationData` reads messages for instruction
-tuning. `ImageTextData` reads images with texts. They are imported on first access.
+tuning. `ImageTextData` and `AudioTextData` read images
+and sounds with texts. They are imported on first access.
 """
 
 from importlib import import_module
@@ -12,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datamodules.audio import AudioData
     from datamodules.image import ImageData
-    from datamodules.pairs import ImageTextData
+    from datamodules.pairs import AudioTextData, ImageTextData
     from datamodules.text import ConversationData, RetrievalData, TextData
 
 __all__ = [
     "AudioData",
+    "AudioTextData",
     "ConversationData",
     "ImageData",
     "ImageTextData",
@@ -26,6 +28,7 @@ __all__ = [
 
 _HOMES = {
     "AudioData": "datamodules.audio",
+    "AudioTextData": "datamodules.pairs",
     "ConversationData": "datamodules.text",
     "ImageData": "datamodules.image",
     "ImageTextData": "datamodules.pairs",

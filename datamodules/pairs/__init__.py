@@ -5,31 +5,54 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datamodules.pairs.audio_text import AudioTextData, AudioTextReader
+    from datamodules.pairs.clotho import Clotho
+    from datamodules.pairs.coco import CocoCaptions
     from datamodules.pairs.data import PairData
+    from datamodules.pairs.emoji import Emoji
     from datamodules.pairs.folders import PairFolder
     from datamodules.pairs.image_text import ImageTextData, ImageTextReader
+    from datamodules.pairs.librispeech import LibriSpeech
+    from datamodules.pairs.prompts import SpokenPrompts
     from datamodules.pairs.shapes import RenderedShapes
     from datamodules.pairs.sources import PairSource
+    from datamodules.pairs.synthesized import SynthesizedSounds
     from datamodules.pairs.tables import PairTable
 
 __all__ = [
+    "AudioTextData",
+    "AudioTextReader",
+    "Clotho",
+    "CocoCaptions",
+    "Emoji",
     "ImageTextData",
     "ImageTextReader",
+    "LibriSpeech",
     "PairData",
     "PairFolder",
     "PairSource",
     "PairTable",
     "RenderedShapes",
+    "SpokenPrompts",
+    "SynthesizedSounds",
 ]
 
 _HOMES = {
+    "AudioTextData": "datamodules.pairs.audio_text",
+    "AudioTextReader": "datamodules.pairs.audio_text",
+    "Clotho": "datamodules.pairs.clotho",
+    "CocoCaptions": "datamodules.pairs.coco",
+    "Emoji": "datamodules.pairs.emoji",
     "ImageTextData": "datamodules.pairs.image_text",
     "ImageTextReader": "datamodules.pairs.image_text",
+    "LibriSpeech": "datamodules.pairs.librispeech",
     "PairData": "datamodules.pairs.data",
     "PairFolder": "datamodules.pairs.folders",
     "PairSource": "datamodules.pairs.sources",
     "PairTable": "datamodules.pairs.tables",
     "RenderedShapes": "datamodules.pairs.shapes",
+    "SpokenPrompts": "datamodules.pairs.prompts",
+    "SynthesizedSounds": "datamodules.pairs.synthesized",
 }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from datamodules.pairs.own_data import text_counts
 from datamodules.pairs.reader import ReadsTexts
 from datamodules.pairs.sources import NUM_LOOKED_AT, Media, Medium, Pairs, PairSource, PairSplits
 from datamodules.shared.bad_samples import BadSamples
@@ -127,6 +128,9 @@ class PairData(SeededDataModule, Generic[Media]):
     def evaluation_reader(self) -> ReadsTexts:
         return self.reader
 
+    def prepare_data(self) -> None:
+        self.source.prepare()
+
     def setup(self, stage: str | None = None) -> None:
         if self._splits is None:
             _ = self.reader.encoder.eos_id  # an error before anything is read
@@ -172,10 +176,7 @@ class PairData(SeededDataModule, Generic[Media]):
         doubts: list[str] = []
         num_read = 0
         for split, pairs in parts.items():
-            counts = [pairs.num_texts(i) for i in spread(range(len(pairs)), limit)]
-            each = f"{min(counts)}" if min(counts) == max(counts) else f"1 to {max(counts)}"
-            plural = "" if max(counts) == 1 else "s"
-            lines[split] = f"{len(pairs):,} {self.medium.noun} with {each} text{plural} each"
+            lines[split] = f"{len(pairs):,} {self.medium.noun} with {text_counts(pairs)} each"
             inputs = self.inputs(pairs.media, training=False)
 
             def read(media: Any, index: int, pairs: Any = pairs, inputs: Inputs = inputs) -> None:

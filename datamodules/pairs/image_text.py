@@ -1,6 +1,6 @@
 """The datamodule of images with texts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,16 +9,19 @@ from torch import Tensor
 
 from datamodules.image.files import EXTENSIONS, MAX_PIXELS
 from datamodules.image.inputs import ImageInputs, prepare_images
+from datamodules.image.own_data import IN_WORDS, inspect_images
 from datamodules.image.reader import ImageReader
 from datamodules.image.sources import FileImages, LabelledImages, checked_max_pixels
 from datamodules.image.transform import ImageTransform
 from datamodules.pairs.data import PairData
 from datamodules.pairs.image_sources import ImagePairSource
+from datamodules.pairs.own_data import own_pairs
 from datamodules.pairs.reader import ReadsTexts
 from datamodules.pairs.shapes import RenderedShapes
 from datamodules.pairs.sources import IMAGES, Medium, PairSource
 from datamodules.shared.bad_samples import BadSamples
 from datamodules.shared.fingerprints import Fingerprint
+from datamodules.shared.own_data import OwnData
 
 
 class Images(Medium[LabelledImages]):
@@ -79,6 +82,8 @@ class ImageTextData(PairData[LabelledImages]):
         ValueError: If an argument is out of range or the source has sounds; the message names it.
     """
 
+    reader: ImageTextReader
+
     def __init__(
         self,
         source: PairSource | None = None,
@@ -113,9 +118,28 @@ class ImageTextData(PairData[LabelledImages]):
             seed=seed,
             bad_samples=bad_samples,
         )
-        self.reader: ImageTextReader = reader
         self._transform = prepared.settings
         self.transforms = {True: prepared.training, False: reader.transform}
+
+    @classmethod
+    def own_data(cls, path: str, given: Mapping[str, Any], *, inputs_may_change: bool) -> OwnData:
+        """Settings for a folder of images with text files, or a table of images and texts.
+
+        Args:
+            path: Path of the folder or table.
+            given: Arguments of the recipe for this class.
+            inputs_may_change: Whether the model's number of channels may change to that of the
+                images.
+
+        Raises:
+            FileNotFoundError: If the path does not exist.
+            ValueError: If it has no images with texts.
+        """
+        found = own_pairs(path, given, Images(given.get("max_pixels", MAX_PIXELS)), 64)
+        channels, sizes = inspect_images(found.splits.train.media)
+        facts = {"channels": channels} if inputs_may_change else {}
+        summary = f"{found.summary}; {IN_WORDS[channels]}, {sizes} pixels"
+        return OwnData(found.settings, facts, summary)
 
     def inputs(self, media: LabelledImages, *, training: bool) -> ImageInputs:
         transform = self.transforms[True] if training else None

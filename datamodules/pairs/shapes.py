@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from datamodules.image.sources import LabelledImages
 from datamodules.image.transform import ImageTransform
+from datamodules.pairs.captions import Kind, diagonal, draw_distinct, draw_kinds
 from datamodules.pairs.image_sources import ImagePairSource
 from datamodules.pairs.sources import Medium, Pairs, PairSplits
 from datamodules.shared.fingerprints import Fingerprint, digest
@@ -68,9 +69,6 @@ SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
     ),
 }
 """Corners of each shape in [-1, 1]; a circle has none."""
-
-Kind = tuple[str, str]
-"""A color and a shape."""
 
 
 @dataclass(frozen=True)
@@ -150,29 +148,18 @@ class RenderedShapes(ImagePairSource):
             raise ValueError(
                 f"num_shapes must be two increasing numbers in [1, 3], got {tuple(num_shapes)}"
             )
-        if not 0.0 < held_out_fraction <= 0.5:
-            raise ValueError(f"held_out_fraction must be in (0, 0.5], got {held_out_fraction}")
         self.num_images = num_images
         self.num_val_images = num_val_images
         self.num_shapes = num_shapes
         self.picture_size = picture_size
         self.held_out_fraction = held_out_fraction
         self.seed = seed
+        _ = self.held_out  # checks the fraction
 
     @property
     def held_out(self) -> list[Kind]:
-        """The combinations of color and shape that no training picture has.
-
-        Every color and every shape is also in combinations that are not held out: combinations are
-        taken along diagonals of the table of colors and shapes.
-        """
-        colors, shapes = list(COLORS), list(SHAPES)
-        diagonal = sorted(
-            product(range(len(colors)), range(len(shapes))),
-            key=lambda place: ((place[1] - place[0]) % len(shapes), place),
-        )
-        count = max(1, round(self.held_out_fraction * len(diagonal)))
-        return [(colors[row], shapes[column]) for row, column in diagonal[:count]]
+        """The combinations of color and shape that no training picture has."""
+        return diagonal(list(COLORS), list(SHAPES), self.held_out_fraction)
 
     def splits(self, medium: Medium[LabelledImages]) -> PairSplits[LabelledImages]:
         train, val, test = (
@@ -184,38 +171,23 @@ class RenderedShapes(ImagePairSource):
         return PairSplits(train, val, test)
 
     def _pairs(self, split: int, count: int) -> Pairs[LabelledImages]:
-        scenes = self._scenes(split, count)
+        rng, held_out = sample_rng(self.seed, split, 0), self.held_out
+        known = [kind for kind in product(COLORS, SHAPES) if split or kind not in held_out]
+
+        def draw() -> Scene:
+            number = int(rng.integers(*self.num_shapes, endpoint=True))
+            kinds = draw_kinds(rng, number, known, held_out if split else ())
+            sizes = [list(SIZES)[i] for i in rng.integers(len(SIZES), size=number)]
+            things = tuple((size, *kind) for size, kind in zip(sizes, kinds, strict=True))
+            return Scene(things, RELATIONS[int(rng.integers(2))])
+
+        if split:
+            advice = f"reduce num_val_images ({count}), or increase num_shapes"
+            scenes = draw_distinct(count, draw, lambda scene: scene.caption, advice)
+        else:
+            scenes = [draw() for _ in range(count)]
         images = RenderedScenes(scenes, self.picture_size, (self.seed, split))
         return Pairs(images, [[scene.caption] for scene in scenes])
-
-    def _scenes(self, split: int, count: int) -> list[Scene]:
-        held_out = self.held_out
-        kinds = [kind for kind in product(COLORS, SHAPES) if split or kind not in held_out]
-        rng = sample_rng(self.seed, split, 0)
-        scenes: list[Scene] = []
-        known: set[str] = set()
-        num_failed = 0
-        while len(scenes) < count:
-            number = int(rng.integers(*self.num_shapes, endpoint=True))
-            chosen = [kinds[i] for i in rng.integers(len(kinds), size=number)]
-            if split:
-                chosen[int(rng.integers(number))] = held_out[int(rng.integers(len(held_out)))]
-            sizes = [list(SIZES)[i] for i in rng.integers(len(SIZES), size=number)]
-            relation = RELATIONS[int(rng.integers(2))]
-            things = tuple((size, *kind) for size, kind in zip(sizes, chosen, strict=True))
-            scene = Scene(things, relation)
-            if split and scene.caption in known:
-                num_failed += 1
-                if num_failed > 20 * count:
-                    raise ValueError(
-                        f"num_val_images is {count}, but only about {len(known)} different "
-                        f"captions have up to {self.num_shapes[1]} shapes: reduce it, or increase "
-                        f"num_shapes"
-                    )
-                continue
-            known.add(scene.caption)
-            scenes.append(scene)
-        return scenes
 
 
 class RenderedScenes(LabelledImages):

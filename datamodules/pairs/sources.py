@@ -133,6 +133,9 @@ class PairSource(ABC):
 
     kinds: ClassVar[tuple[str, ...]] = (IMAGES, SOUNDS)
 
+    def prepare(self) -> None:  # noqa: B027
+        """Create or download missing files. Called in one process, before any calls `splits`."""
+
     @abstractmethod
     def splits(self, medium: Medium[Any]) -> PairSplits[Any]:
         """List the pairs, reading as little as possible.

@@ -35,7 +35,7 @@ class PairTable(PairSource):
     file are several texts of it.
 
     Args:
-        train: Table of the training pairs, in UTF-8. Paths in it are relative to its folder.
+        train: Table of the training pairs, in UTF-8.
         val: Table of the validation pairs.
         test: Table of the test pairs; the validation pairs by default.
         file_column: Name of the column of file paths.
@@ -45,6 +45,7 @@ class PairTable(PairSource):
             `training`, `validation`, `valid`, `dev`, `testing`), instead of separate files.
         group_column: Without validation pairs, the name of a column of which every value is held
             out as a whole, such as a speaker or a sentence. By default every file is.
+        folder: The folder that paths in the tables are relative to; by default that of the table.
         val_fraction: Without validation pairs, the fraction of groups to hold out, the same in
             every run.
 
@@ -62,6 +63,7 @@ class PairTable(PairSource):
         text_column: str | Sequence[str] = "text",
         split_column: str | None = None,
         group_column: str | None = None,
+        folder: str | None = None,
         val_fraction: float = 0.1,
     ) -> None:
         if split_column is not None and (val is not None or test is not None):
@@ -81,6 +83,7 @@ class PairTable(PairSource):
         self.text_columns = [text_column] if isinstance(text_column, str) else list(text_column)
         self.split_column = split_column
         self.group_column = group_column
+        self.folder = folder
         self.val_fraction = val_fraction
 
     def splits(self, medium: Medium[Media]) -> PairSplits[Media]:
@@ -104,6 +107,14 @@ class PairTable(PairSource):
         for name in ("val", "test"):
             check_apart([r.file for r in rows["train"]], [r.file for r in rows[name]], name)
         return PairSplits(train, val, test)
+
+    def all_pairs(self, medium: Medium[Media]) -> Pairs[Media]:
+        """All pairs of `train`, without splitting them.
+
+        Raises:
+            FileNotFoundError, ValueError: As `splits`.
+        """
+        return paired(medium, list(self._rows(self.train)))
 
     def _rows(self, table: str) -> Iterator[PairRow]:
         """Read the rows of a table.
@@ -154,7 +165,9 @@ class PairTable(PairSource):
                         f"{', '.join(splits)}, got {written!r}"
                     )
             group = row[self.group_column] or "" if self.group_column is not None else ""
-            yield PairRow(path.parent / row[self.file_column], texts, split, group)
+            yield PairRow(
+                Path(self.folder or path.parent) / row[self.file_column], texts, split, group
+            )
 
 
 def paired(medium: Medium[Media], rows: Sequence[PairRow]) -> Pairs[Media]:

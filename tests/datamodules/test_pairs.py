@@ -1,4 +1,4 @@
-"""Images with texts: batches, choice among several texts, splits, bad samples."""
+"""Images and sounds with texts: batches, choice among several texts, splits, bad samples."""
 
 import csv
 import json
@@ -7,16 +7,28 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 
-from datamodules import ImageTextData
+from datamodules import AudioTextData, ImageTextData
+from datamodules.audio import AudioReader
+from datamodules.audio.sound_events import EVENTS
 from datamodules.image import ImageReader
-from datamodules.pairs import ImageTextReader, PairFolder, PairTable, RenderedShapes
+from datamodules.pairs import (
+    AudioTextReader,
+    ImageTextReader,
+    PairFolder,
+    PairTable,
+    RenderedShapes,
+    SynthesizedSounds,
+)
+from datamodules.pairs.audio_text import Sounds
 from datamodules.pairs.folders import text_of_name
 from datamodules.pairs.image_text import Images
 from datamodules.pairs.shapes import COLORS, SHAPES
 from datamodules.pairs.sources import hold_out_groups
+from datamodules.pairs.synthesized import NAMES, PITCHES_HZ
 from datamodules.shared.bad_samples import BadSampleError, BadSamples
 from diffmm.hub.readers import make_reader
 from diffmm.models.job import Job
@@ -106,7 +118,9 @@ def test_shapes_of_held_out_combinations_are_new():
     known = set.union(*kinds["train"])
     assert {color for color, _ in known} == set(COLORS)
     assert {shape for _, shape in known} == set(SHAPES)
-    with pytest.raises(ValueError, match="num_val_images is 500, but only about .* reduce it"):
+    with pytest.raises(
+        ValueError, match=r"only about \d+ different .* reduce num_val_images \(500\)"
+    ):
         RenderedShapes(9, 500, num_shapes=(1, 1)).splits(Images())
 
 
@@ -356,3 +370,173 @@ def test_groups_are_held_out_whole_and_always_the_same():
     assert {groups[i] for i in kept}.isdisjoint(groups[i] for i in held_out)
     assert hold_out_groups(groups, 0.2) == (kept, held_out)
     assert len(hold_out_groups(["a", "b"], 0.01)[1]) == 1
+
+
+def test_sounds_come_with_captions_of_their_events():
+    source = SynthesizedSounds(60, 30, sample_rate_hz=8000)
+    data = AudioTextData(source, sample_rate_hz=8000, batch_size=6)
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    assert list(batch) == [
+        "waveforms",
+        "num_samples",
+        "tokens",
+        "num_tokens",
+        "media_index",
+        "index",
+    ]
+    assert batch["waveforms"].shape == (6, int(batch["num_samples"].max()))
+    splits = data.splits
+    assert texts_of(data, batch) == [
+        splits.train.texts[index][0] for index in batch["media_index"].tolist()
+    ]
+    held_out = {f"a {pitch} {NAMES[event]}" for pitch, event in source.held_out}
+    for name, pairs in (("train", splits.train), ("val", splits.val), ("test", splits.test)):
+        parts = [set(texts[0].split(", then ")) for texts in pairs.texts]
+        assert all(bool(each & held_out) == (name != "train") for each in parts)
+    assert len({texts[0] for texts in splits.val.texts}) == 30
+    assert set(NAMES) == set(EVENTS)
+    assert len(set(NAMES.values())) == len(NAMES)
+
+
+def test_events_sound_in_the_order_of_the_caption():
+    source = SynthesizedSounds(80, 4, sample_rate_hz=8000, snr_db=(40.0, 40.0))
+    clips = source.splits(Sounds()).train.media
+    num_checked = 0
+    for index, scene in enumerate(clips.scenes):
+        if any(event not in ("tone", "vibrato", "tremolo") for _, event in scene):
+            continue
+        num_checked += 1
+        for (pitch, _), part in zip(
+            scene, np.array_split(clips.read(index), len(scene)), strict=True
+        ):
+            peak_hz = np.abs(np.fft.rfft(part)).argmax() * 8000 / len(part)
+            low, high = PITCHES_HZ[pitch]
+            assert 0.8 * low < peak_hz < 1.25 * high
+    assert num_checked > 3
+
+
+@pytest.mark.parametrize("batching", ["bucketed", "fixed"])
+def test_sound_files_have_texts(tmp_path, batching):
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        path = tmp_path / f"{number}.flac"
+        soundfile.write(path, rng.uniform(-0.5, 0.5, 1000 + 300 * number), 8000)
+        path.with_suffix(".txt").write_text(f"sound {number}")
+    data = AudioTextData(
+        PairFolder(str(tmp_path), val_fraction=0.2),
+        sample_rate_hz=4000,
+        resample=True,
+        clip_seconds=0.5,
+        batching=batching,
+        batch_size=2,
+    )
+    data.setup()
+    batches = train_batches(data)
+    lengths = torch.cat([b["num_samples"] for b in batches]).view(-1, 2)
+    if batching == "fixed":
+        assert {b["waveforms"].shape[1] for b in batches} == {2000}
+    else:
+        assert (lengths[:, 0] - lengths[:, 1]).abs().max() <= 600
+    reader = make_reader(Job(**json.loads(json.dumps(data.describe_inputs()))), "a test")
+    assert isinstance(reader, AudioTextReader)
+    assert isinstance(reader, AudioReader)
+    (batch,) = data.val_dataloader()
+    paths = data.splits.val.media.paths
+    again = reader.collate([reader.read(path) for path in paths])
+    assert torch.equal(again["waveforms"], batch["waveforms"])
+    assert texts_of(data, batch) == [f"sound {path.stem}" for path in paths]
+    with pytest.raises(
+        ValueError, match="RenderedShapes has images, but AudioTextData reads sounds"
+    ):
+        AudioTextData(RenderedShapes())
+    with pytest.raises(ValueError, match="SynthesizedSounds has sounds, but ImageTextData reads"):
+        ImageTextData(SynthesizedSounds())
+
+
+def own(data_class, path, source=None, inputs_may_change=True, **given):
+    given["source"] = {"class_path": "x", "init_args": source or {}}
+    return data_class.own_data(str(path), given, inputs_may_change=inputs_may_change)
+
+
+def test_own_pairs_are_found_in_folders_and_tables(photos, tmp_path):
+    found = own(ImageTextData, photos, batch_size=64)
+    assert found.settings == {
+        "source": {
+            "class_path": "datamodules.pairs.PairTable",
+            "init_args": {
+                "train": str(photos / "all.csv"),
+                "file_column": "file",
+                "text_column": "text",
+            },
+        },
+        "batch_size": 4,
+    }
+    assert found.facts == {"channels": 3}
+    assert found.summary == (
+        f"{photos} has 8 images with 1 to 3 texts each: 7 for training, 1 held out for validation; "
+        f"color, 12 x 10 pixels"
+    )
+    wide = table(
+        photos / "w.tsv",
+        ("0.png", "a", "train"),
+        ("1.png", "b", "val"),
+        header=("Path", "CAPTION", "Set"),
+    )
+    settings = own(ImageTextData, wide, {"text_column": "gone"}).settings["source"]["init_args"]
+    assert settings == {
+        "train": wide,
+        "file_column": "Path",
+        "text_column": "CAPTION",
+        "split_column": "Set",
+    }
+    folder = tmp_path / "files"
+    for split, count in (("train", 6), ("valid", 2)):
+        for number in range(count):
+            path = folder / split / f"{number}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, np.zeros(4000) + 0.1, 8000)
+            path.with_suffix(".txt").write_text("hello")
+    found = own(AudioTextData, folder, {"val_fraction": 0.3, "num_clips": 3})
+    assert found.settings["source"] == {
+        "class_path": "datamodules.pairs.PairFolder",
+        "init_args": {
+            "train": str(folder / "train"),
+            "val": str(folder / "valid"),
+            "val_fraction": 0.3,
+        },
+    }
+    assert found.facts == {"sample_rate_hz": 8000}
+    assert found.summary.endswith("6 for training, 2 for validation; 8,000 Hz, 0.5 to 0.5 s")
+    kept = own(AudioTextData, folder, inputs_may_change=False)
+    assert kept.settings["resample"]
+    assert kept.facts == {}
+
+
+def test_own_data_without_texts_say_what_they_are(tmp_path):
+    for name in ("cat/1", "cat/2", "dog/1", "dog/2"):
+        picture(tmp_path / "classes" / f"{name}.png")
+        picture(tmp_path / "flat" / f"{name.replace('/', ' ')}.png")
+    with pytest.raises(
+        ValueError, match=r"has 4 images of 2 classes \(cat, dog\) but no texts: use a"
+    ):
+        own(ImageTextData, tmp_path / "classes")
+    with pytest.raises(ValueError, match=r"has 4 images but no texts: write .*\(cat 1.txt\)"):
+        own(ImageTextData, tmp_path / "flat")
+    found = own(ImageTextData, tmp_path / "flat", {"texts": "names"})
+    assert found.settings["source"]["init_args"]["texts"] == "names"
+    with pytest.raises(ValueError, match="has no sounds .extensions of sounds: .wav"):
+        own(AudioTextData, tmp_path / "flat")
+    labels = table(tmp_path / "labels.csv", ("flat/cat 1.png", "cat"), header=("file", "label"))
+    with pytest.raises(
+        ValueError, match=r"has labels \(column 'label'\) but no texts: .* label if"
+    ):
+        own(ImageTextData, labels)
+    other = table(tmp_path / "other.csv", ("flat/cat 1.png", "cat"), header=("file", "words"))
+    with pytest.raises(ValueError, match="needs a column 'text' .* set --data.source.text_column"):
+        own(ImageTextData, other)
+    single = tmp_path / "flat/cat 1.png"
+    with pytest.raises(
+        ValueError, match="cat 1.png is a single file: use a folder of files with a"
+    ):
+        own(ImageTextData, single)

@@ -1,0 +1,197 @@
+"""Settings of the datamodules of pairs for a user's own files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datamodules.pairs.folders import TEXT_EXTENSION, PairFolder
+from datamodules.pairs.sources import Media, Medium, Pairs, PairSplits
+from datamodules.pairs.tables import PairTable
+from datamodules.shared.files import list_files
+from datamodules.shared.fingerprints import spread
+from datamodules.shared.folders import shown
+from datamodules.shared.own_data import (
+    FILE_COLUMNS,
+    LABEL_COLUMNS,
+    SPLIT_COLUMNS,
+    absolute,
+    check_folder,
+    find_columns,
+    fitting_batch_size,
+    header_of,
+    named_splits,
+)
+
+TEXT_COLUMNS = ("text", "caption", "captions", "sentence", "transcript", "description", "title")
+"""Column names of texts that are recognized in a table, in order of preference."""
+
+TABLES = (".csv", ".tsv")
+
+KEPT_OF_TABLES = (
+    "val",
+    "test",
+    "file_column",
+    "text_column",
+    "split_column",
+    "group_column",
+    "folder",
+)
+KEPT_OF_FOLDERS = ("val", "test", "texts")
+"""Arguments of the recipe's source or the command line that also apply to the user's data."""
+
+NUM_COUNTED = 100
+"""Number of images or sounds whose texts are counted."""
+
+
+class FoundPairs(NamedTuple):
+    """The pairs at a path.
+
+    Attributes:
+        settings: Arguments of the datamodule, by name.
+        splits: The pairs.
+        summary: A one-line summary.
+    """
+
+    settings: dict[str, Any]
+    splits: PairSplits[Any]
+    summary: str
+
+
+def own_pairs(
+    path: str, given: Mapping[str, Any], medium: Medium[Media], default_batch_size: int
+) -> FoundPairs:
+    """Find the pairs in a table, or in a folder with text files beside the images or sounds.
+
+    Args:
+        path: Path of the folder or table.
+        given: Arguments of the recipe for the datamodule.
+        medium: The images or sounds that the datamodule reads.
+        default_batch_size: The datamodule's batch size if the recipe has none.
+
+    Raises:
+        FileNotFoundError: If the path does not exist.
+        ValueError: If it has no texts; the message says what it has instead.
+    """
+    arguments = (given.get("source") or {}).get("init_args") or {}
+    whole = absolute(path)
+    tables = _tables(path, whole)
+    if tables:
+        kept = {name: arguments[name] for name in KEPT_OF_TABLES if name in arguments}
+        settings = {**kept, **_fractions(arguments), **tables}
+        settings |= _columns(Path(tables["train"]), arguments, has_splits="val" in settings)
+        splits = PairTable(**settings).splits(medium)
+        class_name = "PairTable"
+    else:
+        kept = {name: arguments[name] for name in KEPT_OF_FOLDERS if name in arguments}
+        settings = {**kept, **_fractions(arguments), **_folders(path, whole)}
+        if settings.get("texts") != "names":
+            _check_texts(path, Path(settings["train"]), medium)
+        splits = PairFolder(**settings).splits(medium)
+        class_name = "PairFolder"
+    found: dict[str, Any] = {
+        "source": {"class_path": f"datamodules.pairs.{class_name}", "init_args": settings},
+        **fitting_batch_size(given, default_batch_size, len(splits.train)),
+    }
+    return FoundPairs(found, splits, _summary(path, medium.noun, settings, splits))
+
+
+def _fractions(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    name = "val_fraction"
+    return {name: arguments[name]} if name in arguments else {}
+
+
+def _tables(path: str, whole: Path) -> dict[str, str]:
+    """The tables of the splits at a path; a folder may also have one table (`metadata.csv`)."""
+    if whole.is_file():
+        if whole.suffix.lower() not in TABLES:
+            raise ValueError(
+                f"--data {path} is a single file: use a folder of files with a text file beside "
+                f"each, or a table (.csv or .tsv) of files and texts"
+            )
+        return {"train": str(whole)}
+    check_folder(whole)
+    tables = [entry for entry in whole.iterdir() if entry.suffix.lower() in TABLES]
+    named = named_splits(path, tables)
+    if "train" in named:
+        return named
+    return {"train": str(tables[0])} if len(tables) == 1 else {}
+
+
+def _folders(path: str, whole: Path) -> dict[str, str]:
+    folders = [entry for entry in whole.iterdir() if entry.is_dir() and entry.name[0] != "."]
+    splits = named_splits(path, folders)
+    return splits if "train" in splits else {"train": str(whole)}
+
+
+def _columns(table: Path, arguments: Mapping[str, Any], *, has_splits: bool) -> dict[str, Any]:
+    """The columns of a table: the given ones if they exist, otherwise those with common names."""
+    header = header_of(table)
+    given = arguments.get("text_column")
+    is_given = given is not None and set([given] if isinstance(given, str) else given) <= {*header}
+    wanted = {"file_column": FILE_COLUMNS, "text_column": TEXT_COLUMNS}
+    if is_given:
+        del wanted["text_column"]
+    elif not has_any(header, TEXT_COLUMNS) and (label := has_any(header, LABEL_COLUMNS)):
+        raise ValueError(
+            f"table {table} has labels (column {label!r}) but no texts: use a recipe of a "
+            f"classifier (diffmm recipes), or set --data.source.text_column {label} if they are "
+            f"texts"
+        )
+    if not has_splits and "group_column" not in arguments:
+        wanted["split_column"] = SPLIT_COLUMNS
+    return {
+        **find_columns(header, arguments, table, **wanted),
+        **({"text_column": given} if is_given else {}),
+    }
+
+
+def has_any(header: list[str], names: tuple[str, ...]) -> str | None:
+    """The first column of a table with one of these names, in any case."""
+    return next((column for column in header if column.strip().lower() in names), None)
+
+
+def _check_texts(path: str, folder: Path, medium: Medium[Any]) -> None:
+    """Check that there are text files.
+
+    Raises:
+        ValueError: If there are none; the message says what there is instead.
+    """
+    if list_files(folder, (TEXT_EXTENSION,)):
+        return
+    media = list_files(folder, medium.extensions)
+    noun = medium.noun
+    if not media:
+        raise ValueError(
+            f"--data {path} has no {noun} (extensions of {noun}: {', '.join(medium.extensions)})"
+        )
+    inside = sorted({file.parent.name for file in media if file.parent != folder})
+    if inside and all(file.parent != folder for file in media):
+        raise ValueError(
+            f"--data {path} has {len(media):,} {noun} of {len(inside)} classes "
+            f"({shown(inside, 5)}) but no texts: use a recipe of a classifier (diffmm recipes), "
+            f"write a text file beside each file ({media[0].with_suffix(TEXT_EXTENSION).name}), or "
+            f"set --data.source.texts names if the names of files are the texts"
+        )
+    raise ValueError(
+        f"--data {path} has {len(media):,} {noun} but no texts: write a text file beside each file "
+        f"({media[0].with_suffix(TEXT_EXTENSION).name}), use a table with the columns file and "
+        f"text, or set --data.source.texts names if the names of files are the texts"
+    )
+
+
+def _summary(path: str, noun: str, settings: Mapping[str, Any], splits: PairSplits[Any]) -> str:
+    train, val, test = splits.train, splits.val, splits.test
+    total = len(train) + len(val) + (len(test) if test is not val else 0)
+    is_held_out = not {"val", "split_column"} & settings.keys()
+    text = (
+        f"{path} has {total:,} {noun} with {text_counts(train)} each: {len(train):,} for training, "
+        f"{len(val):,} {'held out ' if is_held_out else ''}for validation"
+    )
+    return text if test is val else f"{text}, {len(test):,} for testing"
+
+
+def text_counts(pairs: Pairs[Any]) -> str:
+    """How many texts images or sounds have, in words, according to some of them."""
+    counts = [pairs.num_texts(index) for index in spread(range(len(pairs)), NUM_COUNTED)]
+    low, high = min(counts), max(counts)
+    return f"{low if low == high else f'{low} to {high}'} text{'' if high == 1 else 's'}"
