@@ -199,8 +199,12 @@ def _tower(model: TextTower) -> Signature:
     config = model.config
     tokens = _tokens(config.vocab_size)
     features = Port("features", torch.float32, ("batch", config.num_outputs))
+    inputs: tuple[Port, ...] = (tokens,)
+    if config.pool == "mean":
+        # The pooled token of other towers says where the text ends.
+        inputs += (Port("num_tokens", torch.int64, ("batch",), least=1, most="tokens"),)
     axes = {**BATCH, "tokens": _length(config.max_length)}
-    return Signature(model, (tokens,), (features,), axes, {"max_length": config.max_length})
+    return Signature(model, inputs, (features,), axes, {"max_length": config.max_length})
 
 
 def _text(model: TextModel) -> Signature:
