@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from datamodules.pairs.data import PairData
     from datamodules.pairs.emoji import Emoji
     from datamodules.pairs.folders import PairFolder
+    from datamodules.pairs.hub import HubPairs
     from datamodules.pairs.image_text import ImageTextData, ImageTextReader
     from datamodules.pairs.librispeech import LibriSpeech
     from datamodules.pairs.prompts import SpokenPrompts
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from datamodules.pairs.sources import PairSource
     from datamodules.pairs.synthesized import SynthesizedSounds
     from datamodules.pairs.tables import PairTable
+    from datamodules.pairs.webdataset import WebDatasetPairs
 
 __all__ = [
     "AudioTextData",
@@ -25,6 +27,7 @@ __all__ = [
     "Clotho",
     "CocoCaptions",
     "Emoji",
+    "HubPairs",
     "ImageTextData",
     "ImageTextReader",
     "LibriSpeech",
@@ -35,6 +38,7 @@ __all__ = [
     "RenderedShapes",
     "SpokenPrompts",
     "SynthesizedSounds",
+    "WebDatasetPairs",
 ]
 
 _HOMES = {
@@ -43,6 +47,7 @@ _HOMES = {
     "Clotho": "datamodules.pairs.clotho",
     "CocoCaptions": "datamodules.pairs.coco",
     "Emoji": "datamodules.pairs.emoji",
+    "HubPairs": "datamodules.pairs.hub",
     "ImageTextData": "datamodules.pairs.image_text",
     "ImageTextReader": "datamodules.pairs.image_text",
     "LibriSpeech": "datamodules.pairs.librispeech",
@@ -53,6 +58,7 @@ _HOMES = {
     "RenderedShapes": "datamodules.pairs.shapes",
     "SpokenPrompts": "datamodules.pairs.prompts",
     "SynthesizedSounds": "datamodules.pairs.synthesized",
+    "WebDatasetPairs": "datamodules.pairs.webdataset",
 }
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -21,6 +20,7 @@ from datamodules.pairs.synthesized import SynthesizedSounds
 from datamodules.shared.bad_samples import BadSamples
 from datamodules.shared.fingerprints import Fingerprint
 from datamodules.shared.own_data import OwnData
+from datamodules.shared.stored import AnyFile
 
 
 class Sounds(Medium[AudioClips]):
@@ -28,8 +28,9 @@ class Sounds(Medium[AudioClips]):
 
     noun = SOUNDS
     extensions = EXTENSIONS
+    other_extensions = (".mp3",)
 
-    def of_files(self, files: Sequence[Path]) -> FileClips:
+    def of_files(self, files: Sequence[AnyFile]) -> FileClips:
         return FileClips(files, [()] * len(files))
 
 

@@ -62,10 +62,13 @@ class PairDataset(SeededDataset[dict[str, Any]]):
 
     def sample(self, epoch: int, index: int) -> dict[str, Any]:
         medium = int(self._media[index])
-        number = index - int(self._firsts[medium])
-        if self.training and (count := self.pairs.num_texts(medium)) > 1:
-            number = int(sample_rng(self.seed, epoch, index, _TEXT).integers(count))
-        text = self.pairs.text(medium, number)
+
+        def choose(count: int) -> int:
+            if self.training:
+                return int(sample_rng(self.seed, epoch, index, _TEXT).integers(count))
+            return index - int(self._firsts[medium])
+
+        text = self.pairs.text(medium, choose)
         return {
             **self.inputs(epoch, medium),
             **self.reader.read_text(text),
@@ -182,7 +185,7 @@ class PairData(SeededDataModule, Generic[Media]):
             def read(media: Any, index: int, pairs: Any = pairs, inputs: Inputs = inputs) -> None:
                 inputs(0, index)
                 for number in range(pairs.num_texts(index)):
-                    self.reader.read_text(pairs.text(index, number))
+                    self.reader.read_text(pairs.text(index, lambda _, chosen=number: chosen))
 
             bad, count = read_some(pairs.media, read, limit)
             num_read += count

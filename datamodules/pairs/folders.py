@@ -120,10 +120,10 @@ class TextFiles(Sequence[list[str]]):
         try:
             lines = [line.strip() for line in read_lines(path, "text file")]
         except (DataError, FileNotFoundError) as error:
-            raise BadSampleError(str(error), self.files[index]) from error
+            raise BadSampleError(str(error)) from error
         if texts := [line for line in lines if line]:
             return texts
-        raise BadSampleError(f"text file {path} is empty", self.files[index])
+        raise BadSampleError(f"text file {path} is empty")
 
 
 def text_file_of(file: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -22,6 +21,7 @@ from datamodules.pairs.sources import IMAGES, Medium, PairSource
 from datamodules.shared.bad_samples import BadSamples
 from datamodules.shared.fingerprints import Fingerprint
 from datamodules.shared.own_data import OwnData
+from datamodules.shared.stored import AnyFile
 
 
 class Images(Medium[LabelledImages]):
@@ -37,7 +37,7 @@ class Images(Medium[LabelledImages]):
     def __init__(self, max_pixels: int = MAX_PIXELS) -> None:
         self.max_pixels = max_pixels
 
-    def of_files(self, files: Sequence[Path]) -> FileImages:
+    def of_files(self, files: Sequence[AnyFile]) -> FileImages:
         return FileImages(files, [()] * len(files), self.max_pixels)
 
 

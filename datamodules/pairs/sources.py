@@ -1,7 +1,7 @@
 """Sources of pairs: images or sounds, and the texts that describe them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -11,6 +11,7 @@ import numpy as np
 from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.fingerprints import Fingerprint, digest, spread
 from datamodules.shared.sources import Labelled
+from datamodules.shared.stored import AnyFile
 
 Media = TypeVar("Media", bound=Labelled)
 """Images (`LabelledImages`) or sounds (`AudioClips`); their labels are empty."""
@@ -27,13 +28,15 @@ class Medium(ABC, Generic[Media]):
     Attributes:
         noun: `IMAGES` or `SOUNDS`.
         extensions: Extensions of the files to find in a folder, in lower case.
+        other_extensions: Further extensions of members of archives.
     """
 
     noun: ClassVar[str]
     extensions: ClassVar[tuple[str, ...]]
+    other_extensions: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def of_files(self, files: Sequence[Path]) -> Media:
+    def of_files(self, files: Sequence[AnyFile]) -> Media:
         """The images or sounds in these files, without labels."""
 
 
@@ -45,6 +48,7 @@ class Pairs(Generic[Media]):
         media: The images or sounds, which have not been read yet.
         texts: At least one text for each of them. It may read them on access, and then raises
             `BadSampleError` if it cannot.
+        files: The fingerprint of the files, if there is a quicker one than that of every file.
 
     Raises:
         ValueError: If the numbers of media and texts differ.
@@ -52,6 +56,7 @@ class Pairs(Generic[Media]):
 
     media: Media
     texts: Sequence[Sequence[str]]
+    files: Fingerprint | None = None
 
     def __post_init__(self) -> None:
         if len(self.media.labels) != len(self.texts):
@@ -70,26 +75,33 @@ class Pairs(Generic[Media]):
         except BadSampleError:
             return 1
 
-    def text(self, index: int, number: int) -> str:
-        """Read text `number` of an image or sound, without surrounding spaces.
+    def text(self, index: int, choose: Callable[[int], int]) -> str:
+        """Read a text of an image or sound, without surrounding spaces.
+
+        Args:
+            index: Index of the image or sound.
+            choose: The index of the text, as a function of the number of texts.
 
         Raises:
             BadSampleError: If it cannot be read or is empty.
         """
-        texts = self.texts[index]
-        text = texts[number].strip() if texts else ""
+        file = self.media.file(index)
+        try:
+            texts = self.texts[index]
+        except BadSampleError as error:
+            raise BadSampleError(str(error), file) from error
+        text = texts[choose(len(texts))].strip() if texts else ""
         if not text:
-            raise BadSampleError(
-                f"{self.media.describe(index)} has an empty text", self.media.file(index)
-            )
+            raise BadSampleError(f"{self.media.describe(index)} has an empty text", file)
         return text
 
     def fingerprint(self) -> Fingerprint:
         """The fingerprint of the media, and of the texts of some of them."""
         looked_at = spread(range(len(self)), NUM_LOOKED_AT)
         texts = digest(text for index in looked_at for text in self.known_texts(index))
-        media = {name: v for name, v in self.media.fingerprint().items() if name != "labels"}
-        return {**media, "contents of texts": texts}
+        media = self.media.fingerprint() if self.files is None else self.files
+        media = {name: value for name, value in media.items() if name != "labels"}
+        return {"samples": len(self), **media, "contents of texts": texts}
 
     def known_texts(self, index: int) -> Sequence[str]:
         """The texts of an image or sound; none if they cannot be read."""
@@ -147,6 +159,18 @@ class PairSource(ABC):
             FileNotFoundError: If a path does not exist.
             ValueError: If a split is empty or a file is malformed.
         """
+
+
+def checked_texts(value: Any, name: str) -> list[str]:
+    """The texts of a field that has one text or a list of texts.
+
+    Raises:
+        BadSampleError: If it has something else; the message begins with `name`.
+    """
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise BadSampleError(f"{name} must be a text or a list of texts, got {value!r:.60}")
+    return texts
 
 
 def hold_out_groups(groups: Sequence[Hashable], fraction: float) -> tuple[list[int], list[int]]:

@@ -40,7 +40,7 @@ def test_coco_has_five_captions_per_image(tmp_path):
     assert [path.name for path in data.splits.train.media.paths] == [
         f"{number:012d}.jpg" for number in range(1, 7)
     ]
-    assert data.splits.train.text(2, 4) == "Picture 3, said 4."
+    assert data.splits.train.text(2, lambda count: count - 1) == "Picture 3, said 4."
     batches = list(data.val_dataloader())
     assert sum(len(batch["index"]) for batch in batches) == 10
     assert next(iter(data.train_dataloader()))["images"].shape == (3, 3, 16, 16)
