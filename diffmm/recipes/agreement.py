@@ -46,18 +46,22 @@ def disagreements(model: Any, data: Any, precision: object) -> list[str]:
 def _of_media(config: Any, data: Any) -> list[str]:
     """The disagreements of data with the config of a model of images or sounds, or of the texts
     that describe them."""
-    found = []
+    found, reader = [], getattr(data, "reader", None)
+
+    def of_data(name: str) -> Any:
+        return getattr(data, name, getattr(reader, name, None))
+
     for name in ("sample_rate_hz", "image_size"):
-        theirs, ours = getattr(data, name, None), getattr(config, name, None)
+        theirs, ours = of_data(name), getattr(config, name, None)
         if theirs is not None and ours is not None and _pair(theirs) != _pair(ours):
             found.append(f"data.init_args.{name}={theirs}, but the model's {name} is {ours}")
-    seconds, samples = getattr(config, "clip_seconds", None), getattr(data, "clip_samples", None)
+    seconds, samples = getattr(config, "clip_seconds", None), of_data("clip_samples")
     if seconds and samples and samples > config.samples_in(seconds):
         found.append(
-            f"data.init_args.clip_seconds={samples / data.sample_rate_hz:g} is longer than the "
-            f"model's clip_seconds={seconds:g}"
+            f"data.init_args.clip_seconds={samples / of_data('sample_rate_hz'):g} is longer than "
+            f"the model's clip_seconds={seconds:g}"
         )
-    length = getattr(getattr(data, "reader", None), "max_tokens", None)
+    length = of_data("max_tokens")
     longest = getattr(config, "max_length", None)
     if length and longest and length > longest:
         found.append(

@@ -63,6 +63,7 @@ PROMISED = {
     "image/finetune_lora": 22.0,
     "audio/finetune": 21.4,
     "audio_text/clotho": 32.4,
+    "image_text/cc3m_clip_b16": 149.8,
     "image_text/emoji": 9.7,
     "text/finetune": 10.76,
     "text/instruct": 10.76,
