@@ -1,6 +1,7 @@
 """Trained contrastive models: similarity, zero-shot classification, features, and their errors."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,27 @@ def test_predict_with_labels(trained, capsys):
 def test_mistakes_on_the_command_line(arguments, message, trained, capsys):
     assert main(["predict", "run", FILES[0], *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_validation_on_a_folder_of_classes(trained, capsys):
+    """Classes are the names of the folders; two of the three pictures are of what is predicted."""
+    names = ["cat", "dog"]
+    labels = [each.label for each in trained.zero_shot(FILES, names, templates=["a {}"])]
+    others = {"cat": "dog", "dog": "cat"}
+    for file, label in zip(FILES, [labels[0], labels[1], others[labels[2]]], strict=True):
+        Path("classes", label).mkdir(parents=True, exist_ok=True)
+        Path(file).rename(Path("classes", label, Path(file).name))
+    for name in names:  # both are classes of the folder
+        Path("classes", name).mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20)).save(Path("classes", name, "black.png"))
+    command = ["validate", "run", "--data", "classes", "--template", "a {}", "--output", "out.json"]
+    assert main(command) == 0
+    assert "zero-shot accuracy on classes: 0.6 (5 files)" in capsys.readouterr().out
+    found = json.loads(Path("out.json").read_text())
+    assert found["metrics"] == {"zero_shot/accuracy": 0.6}
+    assert sum(map(sum, found["confusion_matrix"])) == 5
+    assert main(["validate", "run", "--data", "run", "--template", "a {}"]) == 2
+    assert "--template is for a model that compares images or sounds" in capsys.readouterr().err
 
 
 def test_labels_are_for_files(trained, capsys):
