@@ -74,6 +74,14 @@ class PairFolder(PairSource):
         check_apart(train, test, "test")
         return PairSplits(kept_pairs, held_out_pairs, self._pairs(test, medium))
 
+    def all_pairs(self, medium: Medium[Media]) -> Pairs[Media]:
+        """All pairs of `train`, without splitting them.
+
+        Raises:
+            FileNotFoundError, ValueError: As `splits`.
+        """
+        return self._pairs(self._files(self.train, medium), medium)
+
     def _pairs(self, files: list[Path], medium: Medium[Media]) -> Pairs[Media]:
         if self.texts == "names":
             return Pairs(medium.of_files(files), [[text_of_name(file)] for file in files])

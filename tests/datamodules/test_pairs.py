@@ -540,3 +540,50 @@ def test_own_data_without_texts_say_what_they_are(tmp_path):
         ValueError, match="cat 1.png is a single file: use a folder of files with a"
     ):
         own(ImageTextData, single)
+
+
+def test_other_pairs_are_evaluated_whole_or_by_split(photos, tmp_path):
+    data = ImageTextData(RenderedShapes(8, 4), image_size=8)
+    assert data.evaluate_on_pairs(str(photos), split="val") == (
+        f"{photos} has 8 images with 1 to 3 texts each"
+    )
+    data.setup()
+    (batch,) = data.val_dataloader()
+    assert batch["index"].tolist() == list(range(15))
+    assert texts_of(data, batch)[:3] == ["text 0a", "text 1a", "text 1b"]
+    rows = [(f"{n}.png", f"t{n}", ("train", "val", "test", "test")[n]) for n in range(4)]
+    path = table(photos / "splits.csv", *rows, header=("file", "text", "split"))
+    data.evaluate_on_pairs(path, split="test")
+    assert [texts_of(data, batch) for batch in data.test_dataloader()] == [["t2", "t3"]]
+    folder = tmp_path / "folder"
+    for split in ("train", "val"):
+        picture(folder / split / "1.png")
+        (folder / split / "1.txt").write_text(split)
+    data.evaluate_on_pairs(str(folder), split="val")
+    assert [texts_of(data, batch) for batch in data.val_dataloader()] == [["val"]]
+    with pytest.raises(ValueError, match="has other splits, but no test: give the folder"):
+        data.evaluate_on_pairs(str(folder), split="test")
+    data.evaluate_on_pairs(str(folder / "train"), split="test")
+    assert len(data.splits.test) == 1
+    sounds = tmp_path / "sounds"
+    sounds.mkdir()
+    soundfile.write(sounds / "1.wav", np.full(800, 0.1), 8000)
+    (sounds / "1.txt").write_text("hum")
+    audio = AudioTextData(sample_rate_hz=16000)
+    audio.evaluate_on_pairs(str(sounds), split="val")
+    assert next(iter(audio.val_dataloader()))["num_samples"].tolist() == [1600]
+
+
+def test_texts_may_have_a_token_at_their_beginning(photos):
+    source = PairTable(str(photos / "all.csv"), val_fraction=0.25)
+    data = pair_data(source, start_ids=[7], max_tokens=6)
+    batch = next(iter(data.as_evaluated("train")))
+    assert (batch["tokens"][:, 0] == 7).all()
+    assert batch["tokens"][0].tolist() == [7, *b"text", EOS]
+    described = json.loads(json.dumps(data.describe_inputs()))
+    reader = make_reader(Job(**described), "a test")
+    assert reader.read_text("a")["tokens"].tolist() == [7, *b"a", EOS]
+    with pytest.raises(ValueError, match="max_tokens must be an integer of at least 3, got 2"):
+        ImageTextData(start_ids=[7], max_tokens=2)
+    with pytest.raises(ValueError, match="start_ids must be a list of integers"):
+        ImageTextReader(**{**reader.describe()["init_args"], "start_ids": ["a"]})
