@@ -151,7 +151,9 @@ class PairData(SeededDataModule, Generic[Media]):
         prepared as for the source's own validation data.
 
         Args:
-            path: A folder of images or sounds with text files, or a table of files and texts.
+            path: A folder of images or sounds with text files, or a table of files and texts. Of a
+                folder with one folder per class, the names of these are the texts: the recall at 1
+                of texts by media is then the accuracy of zero-shot classification.
             split: The split to evaluate if there are several, `"val"` or `"test"`; without splits,
                 all pairs are evaluated.
 
@@ -162,9 +164,9 @@ class PairData(SeededDataModule, Generic[Media]):
             FileNotFoundError: If the path does not exist.
             ValueError: If it has no texts.
         """
-        pairs = pairs_to_evaluate(path, self.medium, split)
+        pairs, summary = pairs_to_evaluate(path, self.medium, split)
         self._splits = PairSplits(pairs, pairs, pairs)
-        return f"{path} has {counted(pairs, self.medium.noun)}"
+        return summary
 
     @abstractmethod
     def inputs(self, media: Media, *, training: bool) -> Inputs:

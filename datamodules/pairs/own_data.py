@@ -37,7 +37,7 @@ KEPT_OF_TABLES = (
     "folder",
     "val_fraction",
 )
-KEPT_OF_FOLDERS = ("val", "test", "texts", "val_fraction")
+KEPT_OF_FOLDERS = ("val", "test", "texts", "template", "val_fraction")
 """Arguments of the recipe's source or the command line that also apply to the user's data."""
 
 NUM_COUNTED = 100
@@ -96,8 +96,9 @@ def own_pairs(
     return FoundPairs(found, splits, _summary(path, medium.noun, settings, splits))
 
 
-def pairs_to_evaluate(path: str, medium: Medium[Media], split: str) -> Pairs[Media]:
-    """The pairs of a split at a path or, if there are no splits, all of them.
+def pairs_to_evaluate(path: str, medium: Medium[Media], split: str) -> tuple[Pairs[Media], str]:
+    """The pairs of a split at a path or, if there are no splits, all of them, and a summary. If a
+    folder has classes instead of texts, their names are the texts.
 
     Args:
         path: Path of the folder or table.
@@ -107,25 +108,38 @@ def pairs_to_evaluate(path: str, medium: Medium[Media], split: str) -> Pairs[Med
     Raises:
         FileNotFoundError, ValueError: As `own_pairs`, and if there are splits, but not this one.
     """
-    source, settings = locate_pairs(path, {}, medium)
-    has_splits = bool({"val", "test", "split_column"} & settings.keys())
-    if not has_splits:
-        return source.all_pairs(medium)
-    if "split_column" not in settings and split not in settings:
+    source, settings = locate_pairs(path, {}, medium, with_classes=True)
+    if not {"val", "test", "split_column"} & settings.keys():
+        pairs = source.all_pairs(medium)
+    elif "split_column" in settings or split in settings:
+        pairs = getattr(source.splits(medium), split)
+    else:
         raise ValueError(
             f"--data {path} has other splits, but no {split}: give the folder or table to evaluate"
         )
-    pairs: Pairs[Media] = getattr(source.splits(medium), split)
-    return pairs
+    if settings.get("texts") != "folders":
+        return pairs, f"{path} has {counted(pairs, medium.noun)}"
+    num_classes = len({texts[0] for texts in pairs.texts})
+    return pairs, (
+        f"{path} has {len(pairs):,} {medium.noun} of {num_classes} classes, whose names are the "
+        f"texts"
+    )
 
 
-def locate_pairs(path: str, arguments: Mapping[str, Any], medium: Medium[Media]) -> LocatedPairs:
+def locate_pairs(
+    path: str,
+    arguments: Mapping[str, Any],
+    medium: Medium[Media],
+    *,
+    with_classes: bool = False,
+) -> LocatedPairs:
     """Find the source of the pairs at a path.
 
     Args:
         path: Path of the folder or table.
         arguments: Arguments of the recipe's source, some of which apply to these pairs.
         medium: The images or sounds that the datamodule reads.
+        with_classes: Whether the names of folders by class are texts, if there are no others.
 
     Raises:
         FileNotFoundError, ValueError: As `own_pairs`.
@@ -139,8 +153,17 @@ def locate_pairs(path: str, arguments: Mapping[str, Any], medium: Medium[Media])
         settings |= _columns(Path(tables["train"]), arguments, has_splits="val" in settings)
         return LocatedPairs(PairTable(**settings), settings)
     settings = {**kept, **_folders(path, whole)}
-    if settings.get("texts") != "names":
-        _check_texts(path, Path(settings["train"]), medium)
+    if settings.get("texts", "files") == "files":
+        classes = _classes_without_texts(path, Path(settings["train"]), medium)
+        if classes and not with_classes:
+            raise ValueError(
+                f"--data {path} has {medium.noun} of {len(classes)} classes ({shown(classes, 5)}) "
+                f"but no texts: use a recipe of a classifier (diffmm recipes), write a text file "
+                f"beside each file, or set --data.source.texts to names or folders, if the texts "
+                f"are their names"
+            )
+        if classes:
+            settings["texts"] = "folders"
     return LocatedPairs(PairFolder(**settings), settings)
 
 
@@ -194,33 +217,26 @@ def has_any(header: list[str], names: tuple[str, ...]) -> str | None:
     return next((column for column in header if column.strip().lower() in names), None)
 
 
-def _check_texts(path: str, folder: Path, medium: Medium[Any]) -> None:
-    """Check that there are text files.
+def _classes_without_texts(path: str, folder: Path, medium: Medium[Any]) -> list[str]:
+    """The names of the folders of images or sounds if there are no text files; empty if there are.
 
     Raises:
-        ValueError: If there are none; the message says what there is instead.
+        ValueError: If there are neither text files nor such folders.
     """
     if list_files(folder, (TEXT_EXTENSION,)):
-        return
-    media = list_files(folder, medium.extensions)
-    noun = medium.noun
+        return []
+    media, noun = list_files(folder, medium.extensions), medium.noun
     if not media:
         raise ValueError(
             f"--data {path} has no {noun} (extensions of {noun}: {', '.join(medium.extensions)})"
         )
-    inside = sorted({file.parent.name for file in media if file.parent != folder})
-    if inside and all(file.parent != folder for file in media):
+    if any(file.parent == folder for file in media):
         raise ValueError(
-            f"--data {path} has {len(media):,} {noun} of {len(inside)} classes "
-            f"({shown(inside, 5)}) but no texts: use a recipe of a classifier (diffmm recipes), "
-            f"write a text file beside each file ({media[0].with_suffix(TEXT_EXTENSION).name}), or "
-            f"set --data.source.texts names if the names of files are the texts"
+            f"--data {path} has {len(media):,} {noun} but no texts: write a text file beside each "
+            f"file ({media[0].with_suffix(TEXT_EXTENSION).name}), use a table with the columns "
+            f"file and text, or set --data.source.texts names if the names of files are the texts"
         )
-    raise ValueError(
-        f"--data {path} has {len(media):,} {noun} but no texts: write a text file beside each file "
-        f"({media[0].with_suffix(TEXT_EXTENSION).name}), use a table with the columns file and "
-        f"text, or set --data.source.texts names if the names of files are the texts"
-    )
+    return sorted({file.parent.name for file in media})
 
 
 def _summary(path: str, noun: str, settings: Mapping[str, Any], splits: PairSplits[Any]) -> str:
