@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from datamodules.pairs.folders import TEXT_EXTENSION, PairFolder
 from datamodules.pairs.sources import Media, Medium, Pairs, PairSplits
 from datamodules.pairs.tables import PairTable
-from datamodules.shared.files import list_files
+from datamodules.pairs.webdataset import WebDatasetPairs
+from datamodules.shared.files import glob_files, list_files
 from datamodules.shared.fingerprints import spread
 from datamodules.shared.folders import shown
 from datamodules.shared.own_data import (
@@ -30,13 +31,10 @@ TABLES = (".csv", ".tsv")
 KEPT_OF_TABLES = (
     "val",
     "test",
-    "file_column",
-    "text_column",
-    "split_column",
-    "group_column",
-    "folder",
+    "media_folder",
     "val_fraction",
 )
+KEPT_OF_SHARDS = ("val", "test", "text_field", "cache_dir", "val_fraction")
 KEPT_OF_FOLDERS = ("val", "test", "texts", "template", "val_fraction")
 """Arguments of the recipe's source or the command line that also apply to the user's data."""
 
@@ -52,7 +50,7 @@ class LocatedPairs(NamedTuple):
         settings: Its arguments.
     """
 
-    source: PairTable | PairFolder
+    source: PairTable | PairFolder | WebDatasetPairs
     settings: dict[str, Any]
 
 
@@ -73,7 +71,8 @@ class FoundPairs(NamedTuple):
 def own_pairs(
     path: str, given: Mapping[str, Any], medium: Medium[Media], default_batch_size: int
 ) -> FoundPairs:
-    """Find the pairs in a table, or in a folder with text files beside the images or sounds.
+    """Find the pairs in a table, in WebDataset shards, or in a folder with text files beside the
+    images or sounds.
 
     Args:
         path: Path of the folder or table.
@@ -145,14 +144,19 @@ def locate_pairs(
         FileNotFoundError, ValueError: As `own_pairs`.
     """
     whole = absolute(path)
-    tables = _tables(path, whole)
-    kept_names = KEPT_OF_TABLES if tables else KEPT_OF_FOLDERS
-    kept = {name: arguments[name] for name in kept_names if name in arguments}
-    if tables:
-        settings = {**kept, **tables}
+
+    def kept(names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: arguments[name] for name in names if name in arguments}
+
+    if tables := _tables(path, whole):
+        settings = {**kept(KEPT_OF_TABLES), **tables}
         settings |= _columns(Path(tables["train"]), arguments, has_splits="val" in settings)
         return LocatedPairs(PairTable(**settings), settings)
-    settings = {**kept, **_folders(path, whole)}
+    folders = _folders(path, whole)
+    if glob_files(folders["train"], "*.tar"):
+        settings = {**kept(KEPT_OF_SHARDS), **folders}
+        return LocatedPairs(WebDatasetPairs(**settings), settings)
+    settings = {**kept(KEPT_OF_FOLDERS), **folders}
     if settings.get("texts", "files") == "files":
         classes = _classes_without_texts(path, Path(settings["train"]), medium)
         if classes and not with_classes:
@@ -204,12 +208,13 @@ def _columns(table: Path, arguments: Mapping[str, Any], *, has_splits: bool) -> 
             f"classifier (diffmm recipes), or set --data.source.text_column {label} if they are "
             f"texts"
         )
-    if not has_splits and "group_column" not in arguments:
+    columns: dict[str, Any] = {"text_column": given} if is_given else {}
+    group = arguments.get("group_column")
+    if group in header and not has_splits:
+        columns["group_column"] = group
+    elif not has_splits:
         wanted["split_column"] = SPLIT_COLUMNS
-    return {
-        **find_columns(header, arguments, table, **wanted),
-        **({"text_column": given} if is_given else {}),
-    }
+    return {**find_columns(header, arguments, table, **wanted), **columns}
 
 
 def has_any(header: list[str], names: tuple[str, ...]) -> str | None:
