@@ -601,11 +601,6 @@ def test_names_of_folders_are_texts_of_classes(tmp_path):
         *["a photo of a golden retriever."] * 2,
         *["a photo of a tabby cat."] * 2,
     ]
-    data = ImageTextData(RenderedShapes(8, 4), image_size=8)
-    summary = data.evaluate_on_pairs(str(tmp_path / "classes"), split="val")
-    assert summary.endswith("classes has 4 images of 2 classes, whose names are the texts")
-    (batch,) = data.val_dataloader()
-    assert texts_of(data, batch) == ["golden retriever"] * 2 + ["tabby cat"] * 2
     picture(tmp_path / "classes/loose.png")
     with pytest.raises(ValueError, match="1 images in .* are in no folder .* such as loose.png"):
         source.splits(Images())
