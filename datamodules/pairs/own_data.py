@@ -221,8 +221,8 @@ def _check_texts(path: str, folder: Path, medium: Medium[Any]) -> None:
     classes = sorted({file.parent.name for file in media})
     raise ValueError(
         f"--data {path} has {noun} of {len(classes)} classes ({shown(classes, 5)}) but no texts: "
-        f"use a recipe of a classifier (diffmm recipes), write a text file beside each file, or set "
-        f"--data.source.texts to names or folders, if the texts are their names"
+        f"use a recipe of a classifier (diffmm recipes), write a text file beside each file, or "
+        f"set --data.source.texts to names or folders, if the texts are their names"
     )
 
 
