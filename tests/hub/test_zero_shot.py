@@ -119,6 +119,11 @@ def test_features_are_what_the_projection_reads(trained):
     torch.testing.assert_close(projected, embedded(trained)[0])
 
 
+def test_attention_maps_are_those_of_the_image_tower(trained):
+    found = trained.attention_maps(FILES[0])
+    assert [layer.name for layer in found] == [f"backbone.blocks.{i}.attention" for i in range(2)]
+
+
 def test_predict_with_labels(trained, capsys):
     labels = ["--labels", "cat, dog,bird", "--template", "a {}", "--template", "the {}"]
     assert main(["predict", "run", "pictures", *labels, "--output", "found.csv"]) == 0
