@@ -14,57 +14,26 @@ not of knowing languages.
 """
 
 import argparse
-import gzip
 import hashlib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import soundfile
 
-LANGUAGES = ("en", "es", "fr", "it", "ru")
-SOUNDS = Path("/usr/share/asterisk/sounds")
-TRANSCRIPTS = Path("/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")
-NOT_SPEECH = ("silence/", "dictate/silence")
+from datamodules.pairs import prompts
+from datamodules.pairs.prompts import LANGUAGES, read_transcripts, recordings, sentence_of
+from diffmm.checks import DataError
+
+SOUNDS = Path(prompts.FOLDER)
+TRANSCRIPTS = Path(prompts.TRANSCRIPTS.format(language="en"))
 MIN_SECONDS = 0.4
 """Shorter recordings are left out."""
-
-
-def read_transcripts(path: Path) -> dict[str, str]:
-    """The transcript of each prompt; sounds that are not speech (`[a beep]`) are left out."""
-    content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        content = gzip.decompress(content)
-    found = {}
-    for line in content.decode().splitlines():
-        name, colon, words = line.partition(":")
-        if colon and not line.startswith(";") and not words.strip().startswith("["):
-            found[name.strip()] = words.strip()
-    if not found:
-        raise SystemExit(f"{path} has no transcripts: its lines must be NAME: TEXT")
-    return found
-
-
-def sentence_of(transcript: str) -> str:
-    """A transcript without case, punctuation and extra spaces."""
-    return " ".join(re.findall(r"\w+", transcript.lower()))
 
 
 def is_held_out(sentence: str, fraction: float) -> bool:
     """Whether a sentence is for validation, by its hash."""
     number = int.from_bytes(hashlib.sha256(sentence.encode()).digest()[:8], "big")
     return number < fraction * 2**64
-
-
-def recordings(sounds: Path, language: str, names: Sequence[str]) -> dict[str, Path]:
-    """The files of those prompts that a language has, by name."""
-    folder = sounds / language
-    if not folder.is_dir():
-        raise SystemExit(
-            f"{folder} does not exist: install asterisk-core-sounds-{language}-wav, or set --sounds"
-        )
-    paths = {name: folder / f"{name}.wav" for name in names if not name.startswith(NOT_SPEECH)}
-    return {name: path for name, path in paths.items() if path.is_file()}
 
 
 def make_speech(
@@ -84,9 +53,11 @@ def make_speech(
         raise SystemExit(
             f"{transcripts} does not exist: install asterisk-core-sounds-en, or set --transcripts"
         )
-    texts = read_transcripts(transcripts)
-    # Before anything is written.
-    found = {language: recordings(sounds, language, list(texts)) for language in LANGUAGES}
+    try:  # before anything is written
+        texts = read_transcripts(transcripts)
+        found = {language: recordings(sounds, language, texts) for language in LANGUAGES}
+    except (DataError, FileNotFoundError) as error:
+        raise SystemExit(str(error)) from error
     counts = {"train": 0, "val": 0}
     for language, paths in found.items():
         for name, path in paths.items():

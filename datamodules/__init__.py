@@ -3,7 +3,8 @@
 `TextData`, `ImageData` and `AudioData` are LightningDataModules. Each has an embedded default
 source that needs no network, and sources for real data sets. `RetrievalData` generates sequences
 whose answers must be found in the context, and `ConversationData` reads messages for instruction
-tuning. They are imported on first access.
+tuning. `ImageTextData` and `AudioTextData` read images
+and sounds with texts. They are imported on first access.
 """
 
 from importlib import import_module
@@ -12,14 +13,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datamodules.audio import AudioData
     from datamodules.image import ImageData
+    from datamodules.pairs import AudioTextData, ImageTextData
     from datamodules.text import ConversationData, RetrievalData, TextData
 
-__all__ = ["AudioData", "ConversationData", "ImageData", "RetrievalData", "TextData"]
+__all__ = [
+    "AudioData",
+    "AudioTextData",
+    "ConversationData",
+    "ImageData",
+    "ImageTextData",
+    "RetrievalData",
+    "TextData",
+]
 
 _HOMES = {
     "AudioData": "datamodules.audio",
+    "AudioTextData": "datamodules.pairs",
     "ConversationData": "datamodules.text",
     "ImageData": "datamodules.image",
+    "ImageTextData": "datamodules.pairs",
     "RetrievalData": "datamodules.text",
     "TextData": "datamodules.text",
 }

@@ -73,6 +73,32 @@ class AudioBatch(TypedDict):
     predictions. The datamodules of this library always give it."""
 
 
+@final
+class PairBatch(TypedDict):
+    """Images or sounds, each with a text that describes it.
+
+    Training samples are images or sounds, each with one of its texts. Evaluation samples are pairs:
+    an image with five texts is in five samples with the same `media_index`.
+    """
+
+    images: NotRequired[Tensor]
+    """`[B, C, H, W]` float32, as in `ImageBatch`."""
+    waveforms: NotRequired[Tensor]
+    """`[B, S]` float32, as in `AudioBatch`. A batch has either images or waveforms."""
+    num_samples: NotRequired[Tensor]
+    """`[B]` int64, the number of real samples of each waveform."""
+    tokens: Tensor
+    """`[B, N]` int64, the ids of each text, followed by the tokenizer's `eos_id` and padded with
+    it at the end."""
+    num_tokens: Tensor
+    """`[B]` int64, the number of real tokens of each text, including its `eos_id`."""
+    media_index: Tensor
+    """`[B]` int64, the index of the image or sound in its split."""
+    index: Tensor
+    """`[B]` int64, the index of each sample in its dataset, for messages and the order of
+    predictions."""
+
+
 def inputs_of(model: Any, batch: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """The positional arguments of a model's `forward` for a batch: the fields in the model's
     `input_fields`, or the first field of the batch if the model has no such attribute (as timm's

@@ -16,6 +16,7 @@ import tokenizers
 from PIL import Image
 
 from diffmm.cli import main, sweep
+from diffmm.hub.registry import create_model
 from diffmm.interop import write_model
 from diffmm.layers.attention import ATTENTIONS
 from diffmm.models import (
@@ -50,6 +51,7 @@ SMALLER = {
     "image/finetune_lora": "--vars.image_size 32",
     "text/instruct": "--vars.sequence_length 64 --vars.vocab_size 259",
     "audio/finetune": "--vars.clip_seconds 0.5 --model.model.config.backbone.depth 1",
+    "image_text/shapes_tiny": "--data.batch_size 8",
     "text/finetune": "--vars.sequence_length 64 --model.model.config.backbone.depth 1",
 }
 
@@ -85,6 +87,19 @@ def sounds(folder: Path) -> None:
             file.setsampwidth(2)
             file.setframerate(8000)
             file.writeframes(random.integers(-3000, 3000, 4000, dtype=np.int16).tobytes())
+
+
+def described(folder: Path) -> None:
+    """Pictures with texts, and a classifier with the image tower of a recipe."""
+    (folder / "described").mkdir()
+    for number, color in enumerate(("red", "blue", "green") * 8):
+        picture = Image.new("RGB", (40, 30 + number), color)
+        picture.save(folder / f"described/{number:03d}.png")
+        picture.save(folder / f"{color}.png")
+        (folder / f"described/{number:03d}.txt").write_text(f"a {color} picture\n{number}\n")
+    model = create_model("image_text/shapes_tiny").image
+    model.reset_classifier(3)
+    save_model(model, folder / "classifier")
 
 
 def stereo(folder: Path) -> None:
@@ -170,6 +185,7 @@ def run_command(line: str) -> None:
     [
         ("docs/images.md", photos),
         ("docs/sounds.md", sounds),
+        ("docs/pairs.md", described),
         ("docs/text.md", texts),
         ("docs/load.md", stereo),
         ("docs/convert.md", published),

@@ -3,8 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
@@ -14,6 +13,7 @@ from datamodules.audio.truncation import what_is_missing
 from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.files import why_no_file
 from datamodules.shared.sources import Labelled, Labels
+from datamodules.shared.stored import AnyFile, StoredFile
 
 EXTENSIONS = (".wav", ".flac", ".ogg")
 FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3")
@@ -84,7 +84,7 @@ class FileClips(AudioClips):
     `MAX_SAMPLES` would be decoded at once, or if samples exceed `LOUDEST`.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: Sequence[Labels]) -> None:
+    def __init__(self, paths: Sequence[AnyFile], labels: Sequence[Labels]) -> None:
         self.paths = paths
         self.labels = labels
 
@@ -95,7 +95,7 @@ class FileClips(AudioClips):
     def describe(self, index: int) -> str:
         return f"clip {index} ({self.paths[index]})"
 
-    def file(self, index: int) -> Path:
+    def file(self, index: int) -> AnyFile:
         return self.paths[index]
 
     def info(self, index: int) -> ClipInfo:
@@ -154,7 +154,7 @@ class FileClips(AudioClips):
         if fault := why_no_file(path):
             raise self._bad(index, fault)
         try:
-            file = soundfile.SoundFile(path)
+            file = soundfile.SoundFile(_openable(path))
         except soundfile.SoundFileError as error:
             raise self._bad(index, f"is not a readable sound file: {error}") from error
         with file:
@@ -168,13 +168,17 @@ class FileClips(AudioClips):
                 raise self._bad(index, fault)
             unmeasured = file.frames == _UNKNOWN
             try:
-                with _ForwardFile(path) if unmeasured else nullcontext(file) as opened:
+                with _ForwardFile(_openable(path)) if unmeasured else nullcontext(file) as opened:
                     yield opened
             except soundfile.SoundFileError as error:
                 raise self._bad(index, f"cannot be decoded: {error}") from error
 
     def _bad(self, index: int, what: str) -> BadSampleError:
         return BadSampleError(f"{self.describe(index)} {what}", self.paths[index])
+
+
+def _openable(path: AnyFile) -> Any:
+    return path.open() if isinstance(path, StoredFile) else path
 
 
 def _blocks(file: soundfile.SoundFile, num_samples: int) -> Iterator[NDArray[np.float32]]:

@@ -1,6 +1,5 @@
 """The datamodule of labeled audio clips."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Self
@@ -8,26 +7,21 @@ from typing import Any, Literal, Self
 import torch
 from torch.utils.data import DataLoader
 
-from datamodules.audio.augment import AudioAugment, Augmenter
-from datamodules.audio.buckets import BucketSampler
+from datamodules.audio.augment import AudioAugment
 from datamodules.audio.clips import EXTENSIONS, AudioClips
-from datamodules.audio.evaluation import POSITIONS, AudioReader, bounded
+from datamodules.audio.evaluation import AudioReader
+from datamodules.audio.inputs import AudioInputs, bucket_sampler, prepare_sounds
 from datamodules.audio.own_data import own_sounds
-from datamodules.audio.reader import ClipReader, Waveform
 from datamodules.audio.sound_events import SoundEvents
 from datamodules.audio.sources import AudioSource, SoundFolder, SoundTable
-from datamodules.shared.bad_samples import BadSampleError, BadSamples
+from datamodules.shared.bad_samples import BadSamples
 from datamodules.shared.fingerprints import Fingerprint
 from datamodules.shared.labelled import LabelledData, LabelledDataset
 from datamodules.shared.other_data import table_settings, to_evaluate
 from datamodules.shared.own_data import OwnData, locate
 from datamodules.shared.reader import Reader
-from datamodules.shared.sampling import sample_rng
 from datamodules.shared.sources import Splits
 from diffmm.batch import AudioBatch
-from diffmm.checks import check_choice
-
-BATCHINGS = ("padded", "bucketed", "fixed")
 
 
 class AudioDataset(LabelledDataset):
@@ -37,9 +31,7 @@ class AudioDataset(LabelledDataset):
         splits: The splits of the source, with its classes.
         clips: The clips of this split.
         reader: The evaluation preprocessing.
-        training: Whether crops are random, drawn from `(seed, epoch, index)`.
-        augmenter: The augmentation, drawn from the same; `None` for no augmentation.
-        seed: Seed of the random numbers.
+        training, augment, seed: As in `AudioInputs`.
     """
 
     def __init__(
@@ -49,25 +41,20 @@ class AudioDataset(LabelledDataset):
         *,
         reader: AudioReader,
         training: bool,
-        augmenter: Augmenter | None,
+        augment: AudioAugment | None,
         seed: int,
     ) -> None:
         super().__init__(clips, seed=seed)
         self.splits = splits
-        self.clips = clips
         self.reader = reader
-        self.training = training
-        self.augmenter = augmenter
+        self.inputs = AudioInputs(
+            clips, reader=reader, training=training, augment=augment, seed=seed
+        )
 
     def sample(self, epoch: int, index: int) -> dict[str, Any]:
-        if self.training:
-            waveform = self._varied(epoch, index)
-        else:
-            waveform = self.reader.waveform(self.clips, index)
         return {
-            "waveforms": waveform,
-            "num_samples": len(waveform),
-            "labels": self.splits.target(self.clips.labels[index]),
+            **self.inputs(epoch, index),
+            "labels": self.splits.target(self.samples.labels[index]),
             "index": index,
         }
 
@@ -80,16 +67,6 @@ class AudioDataset(LabelledDataset):
             labels=torch.stack([sample["labels"] for sample in samples]),
             index=torch.tensor([sample["index"] for sample in samples]),
         )
-
-    def _varied(self, epoch: int, index: int) -> Waveform:
-        rng = sample_rng(self.seed, epoch, index)
-        longest = self.reader.clip_samples
-        waveform = self.reader.of(self.clips).read(
-            index, max_samples=longest, position=rng.random()
-        )
-        if self.augmenter is not None:
-            waveform = self.augmenter(waveform, rng)
-        return bounded(waveform)
 
 
 class AudioData(LabelledData[AudioClips]):
@@ -139,30 +116,18 @@ class AudioData(LabelledData[AudioClips]):
             seed=seed,
             bad_samples=bad_samples,
         )
-        check_choice("eval_crop", eval_crop, POSITIONS)
-        check_choice("batching", batching, BATCHINGS)
-        if sample_rate_hz < 1:
-            raise ValueError(f"sample_rate_hz must be at least 1, got {sample_rate_hz}")
-        if clip_seconds is not None and clip_seconds * sample_rate_hz < 1:
-            raise ValueError(f"clip_seconds must be at least one sample long, got {clip_seconds}")
-        if batching == "fixed" and (clip_seconds is None or eval_crop == "full"):
-            raise ValueError(
-                f"batching='fixed' needs clip_seconds and eval_crop 'center' or 'start', got "
-                f"{clip_seconds} and {eval_crop!r}"
-            )
-        self.sample_rate_hz = sample_rate_hz
-        self.resample = resample
-        self.clip_samples = None if clip_seconds is None else round(clip_seconds * sample_rate_hz)
-        self.eval_crop = eval_crop
-        self.batching = batching
-        self.augment = augment
-        self.reader = AudioReader(
+        self.reader = prepare_sounds(
             sample_rate_hz=sample_rate_hz,
             resample=resample,
-            clip_samples=self.clip_samples,
-            crop=eval_crop,
-            pad=batching == "fixed",
+            clip_seconds=clip_seconds,
+            eval_crop=eval_crop,
+            batching=batching,
         )
+        self.sample_rate_hz = sample_rate_hz
+        self.resample = resample
+        self.clip_samples = self.reader.clip_samples
+        self.batching = batching
+        self.augment = augment
 
     @property
     def evaluation_reader(self) -> AudioReader:
@@ -228,17 +193,12 @@ class AudioData(LabelledData[AudioClips]):
         }
 
     def dataset(self, samples: AudioClips, *, training: bool) -> AudioDataset:
-        augmenter = None
-        if training and self.augment is not None:
-            augmenter = Augmenter(
-                self.augment, sample_rate_hz=self.sample_rate_hz, resample=self.resample
-            )
         return AudioDataset(
             self.splits,
             samples,
             reader=self.reader,
             training=training,
-            augmenter=augmenter,
+            augment=self.augment,
             seed=self.seed,
         )
 
@@ -246,22 +206,13 @@ class AudioData(LabelledData[AudioClips]):
         if self.batching != "bucketed":
             return super().train_dataloader()
         dataset = self.dataset(self.splits.train, training=True)
-        reader = self.reader.of(self.splits.train)
-        longest = self.clip_samples or sys.maxsize
-        sampler = BucketSampler(
-            [min(self._length(reader, index), longest) for index in range(len(dataset))],
+        sampler = bucket_sampler(
+            self.splits.train,
+            self.reader,
+            tolerates=self.bad_samples.policy != "raise",
             batch_size=self.batch_size,
             seed=self.seed,
             rank=self.rank,
             world_size=self.world_size,
         )
         return self._sampled_loader(dataset, dataset.collate, sampler)
-
-    def _length(self, reader: ClipReader, index: int) -> int:
-        """The length to sort by; 0 for a clip that cannot be read, which is handled later."""
-        try:
-            return reader.num_samples(index)
-        except BadSampleError:
-            if self.bad_samples.policy == "raise":
-                raise
-            return 0

@@ -34,24 +34,34 @@ def own_sounds(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) 
     settings = {**kept, **located.arguments}
     source = make(**settings)
     splits = splits_of(source, lambda file: FileClips([file], [()]).info(0))
-    rates, lengths = _inspect(splits.train)
+    rates, lengths = inspect_sounds(splits.train)
     summary = describe_splits(path, "sounds", settings, splits) + lengths
     found: dict[str, Any] = {
         "source": {"class_path": f"datamodules.audio.{make.__name__}", "init_args": settings},
         **fitting_batch_size(given, 32, len(splits.train.labels)),
     }
     facts = {"num_classes": len(splits.class_names)}
-    rate_hz = given.get("sample_rate_hz", 16000)
-    if rates != {rate_hz}:
-        is_lower = len(rates) == 1 and LOWEST_RATE_HZ <= min(rates) < rate_hz
-        if is_lower and inputs_may_change:
-            facts["sample_rate_hz"] = min(rates)
-        else:
-            found["resample"] = True
+    rate_hz = rate_to_adopt(rates, given, inputs_may_change=inputs_may_change)
+    if rate_hz is None:
+        found["resample"] = True
+    elif rate_hz:
+        facts["sample_rate_hz"] = rate_hz
     return OwnData(found, facts, summary)
 
 
-def _inspect(clips: AudioClips) -> tuple[set[int], str]:
+def rate_to_adopt(
+    rates: set[int], given: Mapping[str, Any], *, inputs_may_change: bool
+) -> int | None:
+    """The sample rate of a user's clips that a model should adopt, in Hz; 0 if the recipe already
+    has it, and `None` if the clips must be resampled."""
+    rate_hz = given.get("sample_rate_hz", 16000)
+    if rates == {rate_hz}:
+        return 0
+    is_lower = len(rates) == 1 and LOWEST_RATE_HZ <= min(rates) < rate_hz
+    return min(rates) if is_lower and inputs_may_change else None
+
+
+def inspect_sounds(clips: AudioClips) -> tuple[set[int], str]:
     """The sample rates of some clips, and a summary of rates and lengths.
 
     Raises:

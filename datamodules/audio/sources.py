@@ -81,15 +81,16 @@ class SpeechCommands(AudioSource):
         for word, paths in words.items():
             if not paths:
                 raise ValueError(f"{self.folder / word} has no .wav files")
+        files = [path for paths in words.values() for path in paths]
         clips = FileClips(
-            [path for paths in words.values() for path in paths],
+            files,
             [(number,) for number, paths in enumerate(words.values()) for _ in paths],
         )
         val_names, test_names = self._names("validation_list.txt"), self._names("testing_list.txt")
         train: list[int] = []
         val: list[int] = []
         test: list[int] = []
-        for index, path in enumerate(clips.paths):
+        for index, path in enumerate(files):
             name = f"{path.parent.name}/{path.name}"
             split = val if name in val_names else test if name in test_names else train
             split.append(index)

@@ -2,8 +2,9 @@
 
 import os
 import struct
-from pathlib import Path
 from typing import BinaryIO
+
+from datamodules.shared.stored import AnyFile
 
 _PIPED = (0x7FFFEFFF, 0x80000000), (0xFFFFEFFF, 0xFFFFFFFF)
 """Placeholder lengths of WAV files that were written into a pipe: FFmpeg uses the largest number,
@@ -13,7 +14,7 @@ _MOST_CHUNKS = 1000
 _MOST_PAGE = 27 + 255 + 255 * 255  # maximum size of an Ogg page, in bytes
 
 
-def what_is_missing(path: Path, format: str) -> str | None:
+def what_is_missing(path: AnyFile, format: str) -> str | None:
     """Describe what is missing at the end of a sound file, as the end of a sentence; `None` if it
     is complete.
 
@@ -23,7 +24,8 @@ def what_is_missing(path: Path, format: str) -> str | None:
             files of other formats fail to decode.
     """
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         if format in ("WAV", "WAVEX", "RF64"):
             return _of_wav(file, size)
         return _of_ogg(file, size) if format == "OGG" else None

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from datamodules.image.files import EXTENSIONS
+from datamodules.image.inputs import ImageInputs, prepare_images
 from datamodules.image.own_data import own_images
-from datamodules.image.reader import MODES, ImageReader
+from datamodules.image.reader import ImageReader
 from datamodules.image.sources import (
     Digits,
     ImageFolder,
@@ -20,9 +21,7 @@ from datamodules.shared.labelled import LabelledData, LabelledDataset
 from datamodules.shared.other_data import table_settings, to_evaluate
 from datamodules.shared.own_data import OwnData, locate
 from datamodules.shared.reader import Reader
-from datamodules.shared.sampling import seeded
 from datamodules.shared.sources import Splits
-from diffmm.checks import check_choice
 
 
 class ImageDataset(LabelledDataset):
@@ -48,20 +47,12 @@ class ImageDataset(LabelledDataset):
     ) -> None:
         super().__init__(images, seed=seed)
         self.splits = splits
-        self.images = images
-        self.reader = reader
-        self.transform = transform
+        self.inputs = ImageInputs(images, reader=reader, transform=transform, seed=seed)
 
     def sample(self, epoch: int, index: int) -> dict[str, Any]:
-        image = self.images.read(index)
-        if self.transform is None:
-            pixels = self.reader.pixels(image)
-        else:
-            with seeded(self.seed, epoch, index):
-                pixels = self.transform(self.reader.convert(image))
         return {
-            "images": pixels,
-            "labels": self.splits.target(self.images.labels[index]),
+            **self.inputs(epoch, index),
+            "labels": self.splits.target(self.samples.labels[index]),
             "index": index,
         }
 
@@ -106,26 +97,11 @@ class ImageData(LabelledData[LabelledImages]):
             seed=seed,
             bad_samples=bad_samples,
         )
-        size = source.image_size if image_size is None else image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        if height < 1 or width < 1:
-            raise ValueError(f"image_size must be at least 1, got {image_size}")
-        self.channels = source.channels if channels is None else channels
-        check_choice("channels", self.channels, MODES)
-        self.image_size = (height, width)
-        transform = transform or ImageTransform()
-        self._transform = f"{transform} over {source.transform}"
-        settings = transform.settings(source.transform, self.image_size, self.channels)
-        interpolation = settings["interpolation"]
-        self.reader = ImageReader(
-            image_size=self.image_size,
-            channels=self.channels,
-            interpolation="bicubic" if interpolation == "random" else interpolation,
-            max_pixels=source.max_pixels,
-            **{name: settings[name] for name in ("crop_pct", "crop_mode", "mean", "std")},
-        )
-        training = transform.build(source.transform, self.image_size, self.channels, training=True)
-        self.transforms = {True: training, False: self.reader.transform}
+        prepared = prepare_images(source, image_size, channels, transform, source.max_pixels)
+        self.reader = prepared.reader
+        self.image_size, self.channels = self.reader.image_size, self.reader.channels
+        self._transform = prepared.settings
+        self.transforms = {True: prepared.training, False: self.reader.transform}
 
     @property
     def evaluation_reader(self) -> ImageReader:

@@ -3,13 +3,13 @@
 import struct
 import warnings
 import zlib
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image, ImageFile
 
 from datamodules.image.values import eight_bits, scale_transparency
 from datamodules.shared.files import why_no_file
+from datamodules.shared.stored import AnyFile
 from diffmm.checks import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp", ".gif")
@@ -36,7 +36,7 @@ _UPRIGHT = {
 }
 
 
-def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(path: AnyFile, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read an image file in mode L or RGB; `eight_bits` documents how values are converted.
 
     The image is rotated according to its EXIF orientation. Of several frames or pages the first one
@@ -77,7 +77,7 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise DataError(
             f"has {width} x {height} pixels, which exceeds max_pixels ({max_pixels:,}): "
-            f"resize it, or increase --data.source.max_pixels"
+            f"resize it, or increase max_pixels"
         )
 
 

@@ -48,7 +48,7 @@ def own_images(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) 
     settings = {**kept, **located.arguments}
     source = make(**settings)
     splits = splits_of(source, lambda file: read_named(file, str(file), source.max_pixels))
-    channels, sizes = _inspect(splits.train)
+    channels, sizes = inspect_images(splits.train)
     summary = describe_splits(path, "images", settings, splits)
     summary += f"; {IN_WORDS[channels]}, {sizes} pixels"
     node = {"class_path": f"datamodules.image.{make.__name__}", "init_args": settings}
@@ -68,7 +68,7 @@ def own_images(path: str, given: Mapping[str, Any], *, inputs_may_change: bool) 
     return OwnData(found, facts, summary)
 
 
-def _inspect(images: LabelledImages) -> tuple[int, str]:
+def inspect_images(images: LabelledImages) -> tuple[int, str]:
     """The number of channels of some images, and a summary of their sizes.
 
     Raises:

@@ -16,6 +16,7 @@ from datamodules.image.transform import ImageTransform, Transform
 from datamodules.image.values import array_bytes
 from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.reader import Reader
+from datamodules.shared.stored import AnyFile
 from diffmm.checks import DataError, Settings, check_choice
 
 MODES = {1: "L", 3: "RGB"}
@@ -115,7 +116,7 @@ class ImageReader(Settings, Reader):
         return read_named(path, str(path), self.max_pixels)
 
 
-def read_named(path: Path, name: str, max_pixels: int) -> Image.Image:
+def read_named(path: AnyFile, name: str, max_pixels: int) -> Image.Image:
     """Read an image file (see `read_image`); error messages start with `name`.
 
     Raises:

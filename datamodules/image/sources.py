@@ -16,6 +16,7 @@ from datamodules.image.transform import ImageTransform
 from datamodules.shared.fingerprints import Fingerprint, digest
 from datamodules.shared.folders import FolderSource
 from datamodules.shared.sources import Labelled, Labels, Source, Splits, hold_out
+from datamodules.shared.stored import AnyFile
 from datamodules.shared.tables import TableSource
 
 
@@ -78,7 +79,7 @@ class FileImages(LabelledImages):
     """Image files, read by `read_image`."""
 
     def __init__(
-        self, paths: Sequence[Path], labels: Sequence[Labels], max_pixels: int = MAX_PIXELS
+        self, paths: Sequence[AnyFile], labels: Sequence[Labels], max_pixels: int = MAX_PIXELS
     ) -> None:
         self.paths = paths
         self.labels = labels
@@ -87,7 +88,7 @@ class FileImages(LabelledImages):
     def describe(self, index: int) -> str:
         return f"image {index} ({self.paths[index]})"
 
-    def file(self, index: int) -> Path:
+    def file(self, index: int) -> AnyFile:
         return self.paths[index]
 
     def read(self, index: int) -> Image.Image:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from datamodules.shared.files import check_file
+from datamodules.shared.stored import AnyFile
 from diffmm.checks import DataError, Settings, check_choice
 
 QUARANTINE_NAME = "quarantine.txt"
@@ -34,7 +35,7 @@ class BadSampleError(DataError):
         file: The file, if the sample has one.
     """
 
-    def __init__(self, message: str, file: str | Path | None = None) -> None:
+    def __init__(self, message: str, file: str | AnyFile | None = None) -> None:
         super().__init__(message)
         self.file = None if file is None else _absolute(file)
 
@@ -118,7 +119,7 @@ class Triage:
         """Whether the run continues after a bad sample."""
         return self.settings.policy != "raise"
 
-    def is_quarantined(self, file: str | Path | None) -> bool:
+    def is_quarantined(self, file: str | AnyFile | None) -> bool:
         """Whether the quarantine list of earlier runs contains `file`."""
         return bool(self.quarantined) and file is not None and _absolute(file) in self.quarantined
 
@@ -165,7 +166,7 @@ class Triage:
         return f"; put in quarantine: {', '.join(files[:MOST_LISTED])}{more}"
 
 
-def _absolute(file: str | Path) -> str:
+def _absolute(file: str | AnyFile) -> str:
     return str(file) if "://" in str(file) else os.path.abspath(file)
 
 

@@ -63,14 +63,14 @@ def examine_labelled(
         if missing := [name for number, name in enumerate(names) if not counts[number]]:
             message = f"the {split} split has no samples of {_listed(missing)}"
             (faults if split == "train" else doubts).append(message)
-        bad, count = _read_some(samples, read, limit)
+        bad, count = read_some(samples, read, limit)
         num_read += count
         (doubts if tolerates else faults).extend(f"{split}: {message}" for message in bad)
     lines["read"] = f"{num_read:,} samples, including the first and the last of each split"
     return Examined(lines, faults, doubts, len(names), splits.multi_label)
 
 
-def _read_some(
+def read_some(
     samples: Labelled, read: Callable[[Labelled, int], Any], limit: int
 ) -> tuple[list[str], int]:
     """Faults of missing files and of the samples that were read, and the number of the latter."""

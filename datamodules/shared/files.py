@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from datamodules.shared.stored import AnyFile, StoredFile
 from diffmm.checks import DataError
 
 _KINDS = {
@@ -24,11 +25,15 @@ _KINDS = {
 _AT_ONCE = 50_000
 
 
-def why_no_file(path: str | Path) -> str | None:
+def why_no_file(path: str | AnyFile) -> str | None:
     """Why `path` cannot be used, as the end of a sentence; `None` for a regular file.
 
-    Symbolic links are followed.
+    Symbolic links are followed. Of a stored file, its container is checked.
     """
+    if isinstance(path, StoredFile):
+        container = path.container
+        fault = None if container is None else why_no_file(container)
+        return fault and f"cannot be read: {container} {fault}"
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):

@@ -8,12 +8,12 @@ modification times, so data may be moved or copied.
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from datamodules.shared.files import composed, why_no_file
+from datamodules.shared.stored import AnyFile
 
 Fingerprint = dict[str, Any]
 """Plain values by name, equal if the data are equal."""
@@ -42,7 +42,7 @@ def spread(items: Sequence[Item], count: int) -> Iterator[Item]:
         yield items[place]
 
 
-def of_files(paths: Sequence[str | Path]) -> Fingerprint:
+def of_files(paths: Sequence[str | AnyFile]) -> Fingerprint:
     """The fingerprint of some files; their names are relative to their common folder."""
     names = [os.path.abspath(path) for path in paths]
     shared = os.path.commonpath([os.path.dirname(name) for name in names])

@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Generic, Literal, Self
 
 from torch.utils.data import DataLoader, default_collate
@@ -15,6 +14,7 @@ from datamodules.shared.loading import SeededDataModule
 from datamodules.shared.reader import Reader
 from datamodules.shared.sampling import SeededDataset
 from datamodules.shared.sources import Labelled, Samples, Source, Splits
+from datamodules.shared.stored import AnyFile
 from datamodules.shared.tables import TableSource
 
 
@@ -33,7 +33,7 @@ class LabelledDataset(SeededDataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.samples.labels)
 
-    def file(self, index: int) -> Path | None:
+    def file(self, index: int) -> AnyFile | None:
         return self.samples.file(index)
 
     def collate(self, samples: list[dict[str, Any]]) -> Any:

@@ -166,19 +166,48 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _columns(table: Path, given: Mapping[str, Any]) -> dict[str, str]:
-    """The columns of a table: the given ones if they exist, otherwise those with common names."""
+    """The columns of a table of labels."""
+    return find_columns(
+        header_of(table),
+        given,
+        table,
+        file_column=FILE_COLUMNS,
+        label_column=LABEL_COLUMNS,
+        split_column=SPLIT_COLUMNS,
+    )
+
+
+def header_of(table: Path) -> list[str]:
+    """The first line of a table, separated by commas (or tabs in a `.tsv` file).
+
+    Raises:
+        ValueError: If it is not a table in UTF-8.
+    """
     check_file(table, "table")
+    delimiter = "\t" if table.suffix.lower() == ".tsv" else ","
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            header = next(csv.reader(file), [])
+            return next(csv.reader(file, delimiter=delimiter), [])
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"table {table} is not a UTF-8 CSV file: {error}") from error
+
+
+def find_columns(
+    header: Sequence[str], given: Mapping[str, Any], table: Path, **names_of: Sequence[str]
+) -> dict[str, str]:
+    """The columns of a table: the given ones if they exist, otherwise those with common names.
+
+    Args:
+        header: The names of the table's columns.
+        given: Arguments of the recipe's source.
+        table: The table, for the message.
+        names_of: The common names of each column, by argument. `split_column` may be missing.
+
+    Raises:
+        ValueError: If another column is missing.
+    """
     columns = {}
-    for argument, names in (
-        ("file_column", FILE_COLUMNS),
-        ("label_column", LABEL_COLUMNS),
-        ("split_column", SPLIT_COLUMNS),
-    ):
+    for argument, names in names_of.items():
         by_name = {column.strip().lower(): column for column in reversed(header)}
         column = next((by_name[name] for name in names if name in by_name), None)
         if given.get(argument) in header:

@@ -10,7 +10,6 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
 from datamodules.shared.bad_samples import BadSampleError, BadSamples, Triage
+from datamodules.shared.stored import AnyFile
 
 Sample = TypeVar("Sample", covariant=True)
 
@@ -116,7 +116,7 @@ class SeededDataset(Dataset[Sample], ABC):
             BadSampleError: If the sample cannot be read.
         """
 
-    def file(self, index: int) -> str | Path | None:
+    def file(self, index: int) -> str | AnyFile | None:
         """The file of sample `index`, if it has its own."""
         return None
 

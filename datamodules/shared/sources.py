@@ -14,6 +14,7 @@ from torch import Tensor
 
 from datamodules.shared.files import composed, is_hidden, list_files, loose_files
 from datamodules.shared.fingerprints import Fingerprint, digest, of_files
+from datamodules.shared.stored import AnyFile
 
 _logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Labelled(ABC):
     def describe(self, index: int) -> str:
         """A description of a sample for messages: its index, and its file if it has one."""
 
-    def file(self, index: int) -> Path | None:
+    def file(self, index: int) -> AnyFile | None:
         """The file of a sample, if it has its own."""
         return None
 

@@ -140,8 +140,10 @@ def twin_of(model: nn.Module) -> Callable[[str], nn.Module]:
 def _with_attention(config: Any, attention: str) -> Any:
     """The config with another attention in all of its backbones, except a decoder's."""
     if not isinstance(config, BackboneConfig):
-        name = "backbone" if hasattr(config, "backbone") else "encoder"
-        return replace(config, **{name: _with_attention(getattr(config, name), attention)})
+        parts = getattr(config, "towers", ())
+        parts = parts or ["backbone" if hasattr(config, "backbone") else "encoder"]
+        new = {name: _with_attention(getattr(config, name), attention) for name in parts}
+        return replace(config, **new)
     own = {name for layer in ATTENTIONS.values() for name in layer.config_fields()}
     own -= AttentionArgs.__annotations__.keys()
     defaults: dict[str, Any] = {

@@ -11,6 +11,7 @@ from typing import Any
 from diffmm.checkpoint_folders import write_text
 from diffmm.cli.options import add_help_options, print_help, wants_help
 from diffmm.cli.prediction_files import check_output
+from diffmm.cli.zero_shot import is_zero_shot, validate_zero_shot
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError, refusing
 from diffmm.recipes.settings import load, merge
@@ -35,6 +36,13 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     output = None if options.output is None else Path(options.output)
     if output is not None:
         check_output(output, (".json", ".csv"))
+    if options.data is not None and not overrides and is_zero_shot(weights, options.data):
+        return validate_zero_shot(weights, options.data, options.template, output)
+    if options.template is not None:
+        raise InputError(
+            "--template is for a model that compares images or sounds with texts, and --data with "
+            "one folder per class"
+        )
     values = recipe_values(verb, options.config, weights, overrides)
     return evaluate(verb, values, weights, output, trust=options.trust, other_data=options.data)
 
@@ -63,7 +71,14 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
         "--data",
         metavar="PATH",
         help="evaluate on this instead of the run's own data: a folder with one folder per class, "
-        "or a CSV file of files and labels; labels are matched with the run's classes by name",
+        "or a CSV file of files and labels; labels are matched with the run's classes by name. A "
+        "model of images or sounds with texts classifies by the names of the folders",
+    )
+    parser.add_argument(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help="for such a model: a text with {} in place of a class, as in `diffmm predict`",
     )
     parser.add_argument(
         "--output",
@@ -176,7 +191,10 @@ def evaluate(
 
 
 def use_other_data(data: Any, path: str, weights: str, verb: str) -> str:
-    """Let the datamodule of a run evaluate on the labeled data at `path`; return a summary.
+    """Let the datamodule of a run evaluate on the labeled data or pairs at `path`.
+
+    Returns:
+        A one-line summary.
 
     Raises:
         InputError: If the data class does not support it, the weights do not say what the classes
@@ -184,6 +202,10 @@ def use_other_data(data: Any, path: str, weights: str, verb: str) -> str:
     """
     from diffmm.models.weights import load_job
 
+    split = "val" if verb == "validate" else "test"
+    if hasattr(data, "evaluate_on_pairs"):
+        with refusing():
+            return str(data.evaluate_on_pairs(path, split=split))
     if not hasattr(data, "evaluate_on"):
         raise InputError(
             f"--data {path}: {type(data).__name__} cannot evaluate other data by a path; give its "
@@ -196,7 +218,6 @@ def use_other_data(data: Any, path: str, weights: str, verb: str) -> str:
                 f"--data {path}: {weights} does not name the classes of its model, with which the "
                 f"labels of other data are matched"
             )
-        split = "val" if verb == "validate" else "test"
         return str(data.evaluate_on(path, job.class_names, split=split))
 
 

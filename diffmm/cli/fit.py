@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -318,8 +317,8 @@ def ending(trainer: Any, run_dir: Path, *, is_resumed: bool, since: int) -> str:
 def forget_first_weights(cli: "RecipeCLI") -> None:
     """Drop the weights that a resumed run was started from, because they may no longer exist."""
     task: Any = cli.model
-    if getattr(task, "finetune", None) is not None:
-        task.finetune = replace(task.finetune, weights=None)
+    if hasattr(task, "forget_first_weights"):
+        task.forget_first_weights()
 
 
 def check_weights(cli: "RecipeCLI", checkpoint: Path | None) -> None:
@@ -330,15 +329,12 @@ def check_weights(cli: "RecipeCLI", checkpoint: Path | None) -> None:
     """
     from diffmm.models.weights import load_weights
 
-    weights = checkpoint
     task: Any = cli.model
-    finetune = getattr(task, "finetune", None)
-    skip_head = False
-    if weights is None and finetune is not None and finetune.weights is not None:
-        weights, skip_head = Path(finetune.weights), finetune.new_head
-    if weights is not None and hasattr(task, "model"):
-        with refusing():
-            load_weights(task.model, weights, skip_head=skip_head)
+    with refusing():
+        if checkpoint is not None and hasattr(task, "model"):
+            load_weights(task.model, checkpoint)
+        elif checkpoint is None and hasattr(task, "load_first_weights"):
+            task.load_first_weights()
 
 
 @contextmanager

@@ -27,6 +27,8 @@ FILE_OPTIONS = {
     "num_workers": 0,
     "device": "auto",
     "skip_bad": False,
+    "labels": None,
+    "template": None,
 }
 """Options that apply only to files, with their defaults."""
 
@@ -79,6 +81,18 @@ def make_parser() -> argparse.ArgumentParser:
         help="columns file, label, score, label_2, ... as .csv, .jsonl or .parquet; files are "
         "printed without it. Of test data also a dict of tensors [predictions.pt]",
     )
+    parser.add_argument(
+        "--labels",
+        metavar="A,B,C",
+        help="names of classes, for a model that compares images or sounds with texts",
+    )
+    parser.add_argument(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help="a text with {} in place of a label; given several times, their embeddings are "
+        "averaged ['a photo of a {}.']",
+    )
     parser.add_argument("--top-k", type=int, metavar="K", help="number of classes per file [5]")
     parser.add_argument(
         "--skip-bad",
@@ -130,8 +144,14 @@ def predict_files(
         if settings[name] < least:
             option = f"--{name.replace('_', '-')}"
             raise InputError(f"{option} must be at least {least}, got {settings[name]}")
+    if settings["template"] is not None and settings["labels"] is None:
+        raise InputError("--template is for the labels of --labels a,b,c: give them, too")
     with refusing():
         trained = loaded(options, overrides, weights, settings["device"])
+        if settings["labels"] is not None:
+            names = [name.strip() for name in settings["labels"].split(",")]
+            given = {} if settings["template"] is None else {"templates": settings["template"]}
+            trained = trained.zero_shot_classifier(names, **given)
         unreadable = Unreadable(skip=settings["skip_bad"])
         predictions = trained.stream(
             paths,

@@ -12,6 +12,7 @@ from torch.export import Dim
 from diffmm.checks import article
 from diffmm.export.decoder import CachedDecoder, PaddedText
 from diffmm.models import AudioModel, TextModel, TextTower
+from diffmm.models.contrastive import ContrastiveModel
 from diffmm.models.encoder import Encoder
 from diffmm.models.text import TextConfig
 
@@ -128,10 +129,10 @@ def signature_of(model: nn.Module, *, cache: bool = True) -> Signature:
         case TextModel():
             return _decoder(model) if cache and is_decoder(model) else _text(model)
     name = type(model).__name__
-    raise ValueError(
-        f"{article(name)} cannot be exported as a program: of {name}, train a classifier "
-        f"(diffmm finetune) and export that"
-    )
+    advice = f"of {name}, train a classifier (diffmm finetune) and export that"
+    if isinstance(model, ContrastiveModel):
+        advice = "export its towers (model.image, model.audio and model.text) from Python"
+    raise ValueError(f"{article(name)} cannot be exported as a program: {advice}")
 
 
 def is_decoder(model: nn.Module) -> bool:
@@ -198,8 +199,12 @@ def _tower(model: TextTower) -> Signature:
     config = model.config
     tokens = _tokens(config.vocab_size)
     features = Port("features", torch.float32, ("batch", config.num_outputs))
+    inputs: tuple[Port, ...] = (tokens,)
+    if config.pool == "mean":
+        # The pooled token of other towers says where the text ends.
+        inputs += (Port("num_tokens", torch.int64, ("batch",), least=1, most="tokens"),)
     axes = {**BATCH, "tokens": _length(config.max_length)}
-    return Signature(model, (tokens,), (features,), axes, {"max_length": config.max_length})
+    return Signature(model, inputs, (features,), axes, {"max_length": config.max_length})
 
 
 def _text(model: TextModel) -> Signature:

@@ -58,17 +58,24 @@ def check_inputs(reader: Any, model: Any, origin: str) -> None:
     Raises:
         ValueError: If it does not; the message names the difference.
     """
-    config = getattr(model, "config", None)
-    for ours, theirs in (
-        ("image_size", "image_size"),
-        ("channels", "in_channels"),
-        ("sample_rate_hz", "sample_rate_hz"),
-    ):
-        prepared, wanted = getattr(reader, ours, None), getattr(config, theirs, None)
-        if prepared is not None and wanted is not None and _pair(prepared) != _pair(wanted):
+    config: Any = getattr(model, "config", None)
+    for tower in getattr(config, "towers", {"": config}).values():
+        for ours, theirs in (
+            ("image_size", "image_size"),
+            ("channels", "in_channels"),
+            ("sample_rate_hz", "sample_rate_hz"),
+        ):
+            prepared, wanted = getattr(reader, ours, None), getattr(tower, theirs, None)
+            if prepared is not None and wanted is not None and _pair(prepared) != _pair(wanted):
+                raise ValueError(
+                    f"the reader of {origin} has {ours}={prepared}, but its model has "
+                    f"{theirs}={wanted}: use another reader"
+                )
+        max_tokens, longest = getattr(reader, "max_tokens", None), getattr(tower, "max_length", 0)
+        if max_tokens and longest and max_tokens > longest:
             raise ValueError(
-                f"the reader of {origin} has {ours}={prepared}, but its model has "
-                f"{theirs}={wanted}: use another reader"
+                f"the reader of {origin} has max_tokens={max_tokens}, but the texts of its model "
+                f"have at most max_length={longest}: use another reader"
             )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from diffmm.checks import did_you_mean
+from diffmm.models.contrastive import TOWERS
 from diffmm.models.description import build, config_class, nested_config
 from diffmm.models.weights import load_weights
 from diffmm.recipes.catalog import find_recipe, recipe_names
@@ -86,7 +87,9 @@ def describe_model(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
         class_path, config = node["class_path"], node["init_args"]["config"]
     except (KeyError, TypeError):
         raise ValueError(f"{name} has no model with a class_path and a config") from None
-    places: dict[str, dict[str, Any]] = dict(_places(config_class(class_path), config))
+    places: dict[str, list[dict[str, Any]]] = {}
+    for key, node in _places(config_class(class_path), config):
+        places.setdefault(key, []).append(node)
     for key, value in overrides.items():
         value = list(value) if isinstance(value, tuple) else value
         if not isinstance(value, str | int | float | list | None):
@@ -96,9 +99,14 @@ def describe_model(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"{model_name} of {name} has no setting {key!r}{did_you_mean(key, places)}"
             )
-        settings = places[key]
+        settings, *others = places[key]
         written = settings.get(key)
         reference = REFERENCE.fullmatch(written) if isinstance(written, str) else None
+        if others and (reference is None or any(other.get(key) != written for other in others)):
+            raise ValueError(
+                f"{key} is a setting of {len(places[key])} towers of {name}, which does not set "
+                f"them by one variable: change the recipe (diffmm recipes copy)"
+            )
         if reference is not None and reference[1].removeprefix("vars.") in values["vars"]:
             values["vars"][reference[1].removeprefix("vars.")] = value
         else:
@@ -112,10 +120,11 @@ def describe_model(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
 
 def _places(config: type, node: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every plain field of a model's config and the node of the recipe that sets it, including the
-    fields of the backbone and of a masked autoencoder's encoder, but not of its decoder."""
+    fields of the backbone, of a masked autoencoder's encoder, but not of its decoder, and of the
+    towers of a contrastive model."""
     names = {field.name for field in dataclasses.fields(config)}
-    inner = [name for name in ("encoder", "backbone") if isinstance(node.get(name), dict)]
+    inner = [name for name in ("encoder", "backbone", *TOWERS) if isinstance(node.get(name), dict)]
     for name in inner:
         yield from _places(nested_config(config, name, node[name]), node[name])
-    for name in names - {"encoder", "decoder", "backbone"}:
+    for name in names - {"encoder", "decoder", "backbone", *TOWERS}:
         yield name, node

@@ -17,6 +17,8 @@ from diffmm.checks import DataError, article, check_choice, reason_of
 from diffmm.hub.metrics import metrics_at
 from diffmm.hub.predictions import OnError, Prediction, Predictor, expanded
 from diffmm.hub.readers import check_inputs, make_reader
+from diffmm.hub.zero_shot import TEMPLATES, embed_classes, embed_media, embed_texts, tower_of
+from diffmm.models.contrastive import ContrastiveModel, ZeroShotClassifier
 from diffmm.models.encoder import Encoder
 from diffmm.models.folders import write_folder
 from diffmm.models.generation import stream
@@ -149,6 +151,11 @@ def find_device(name: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(name)!r} is not available: {reason_of(error)}") from error
     return torch.device(name)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
 
 
 class TrainedModel:
@@ -340,9 +347,10 @@ class TrainedModel:
         >>> trained.features(["seven.png", "seven.png"]).shape
         torch.Size([2, 64])
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+        _check_batch_size(batch_size)
         encoder: Any = getattr(self.model, "encoder", self.model)
+        if isinstance(self.model, ContrastiveModel):
+            encoder = self.model.towers[tower_of(self.model, self.reader)]
         if not isinstance(encoder, Encoder):
             raise ValueError(
                 f"{self.origin} contains {article(type(self.model).__name__)}: only image and "
@@ -363,6 +371,86 @@ class TrainedModel:
         finally:
             handle.remove()
         return torch.cat(read) if read else torch.empty(0, encoder.embed_dim)
+
+    def similarity(
+        self, inputs: Any, texts: str | Sequence[str], *, batch_size: int = 32
+    ) -> Tensor:
+        """Compute the similarity of images or sounds with texts, by a contrastive model.
+
+        Args:
+            inputs: As in `predict`, also a list or a folder.
+            texts: A text, or a list of texts.
+            batch_size: Number of inputs per forward pass.
+
+        Returns:
+            The cosine of the angle between the embeddings, in [-1, 1]: `[I, T]` float32 on the CPU,
+            for `I` inputs and `T` texts.
+
+        Raises:
+            ValueError: If the model is not a contrastive one, or an input cannot be read; the
+                message names it.
+        """
+        _check_batch_size(batch_size)
+        model, texts = self._contrastive, [texts] if isinstance(texts, str) else list(texts)
+        items = inputs if isinstance(inputs, list) else [inputs]
+        media = embed_media(model, self.reader, items, batch_size)
+        return media @ embed_texts(model, self.reader, texts, batch_size).T
+
+    def zero_shot(
+        self,
+        inputs: Any,
+        class_names: Sequence[str],
+        *,
+        templates: Sequence[str] = TEMPLATES,
+        top_k: int = 5,
+        batch_size: int = 32,
+    ) -> Any:
+        """Classify images or sounds by the names of classes, with a contrastive model that was not
+        trained on them.
+
+        The embedding of a class is the normalized mean of those of its templates. Scores are the
+        softmax over the classes of the scaled similarities (CLIP) or, if the model has a bias
+        (SigLIP), their sigmoids, which do not sum to 1.
+
+        Args:
+            inputs: As in `predict`.
+            class_names: Names of the classes.
+            templates: Texts with `{}` in place of a class's name.
+            top_k: As in `predict`.
+            batch_size: As in `predict`.
+
+        Returns:
+            As in `predict`.
+
+        Raises:
+            ValueError: If the model is not a contrastive one, names or templates are invalid, or an
+                input cannot be read; the message names it.
+        """
+        classifier = self.zero_shot_classifier(class_names, templates=templates)
+        return classifier.predict(inputs, top_k=top_k, batch_size=batch_size)
+
+    def zero_shot_classifier(
+        self, class_names: Sequence[str], *, templates: Sequence[str] = TEMPLATES
+    ) -> "TrainedModel":
+        """The classifier of `zero_shot`, which embeds the classes once. Arguments and errors as
+        there."""
+        model = self._contrastive
+        classes = embed_classes(model, self.reader, class_names, templates)
+        classifier = ZeroShotClassifier(model, classes, tower_of(model, self.reader))
+        job = replace(
+            self.job, class_names=tuple(class_names), multi_label=model.logit_bias is not None
+        )
+        return TrainedModel(classifier.to(model.logit_scale.device), job, origin=self.origin)
+
+    @property
+    def _contrastive(self) -> ContrastiveModel:
+        """The model, if it is a contrastive one."""
+        if not isinstance(self.model, ContrastiveModel):
+            raise ValueError(
+                f"{self.origin} contains {article(type(self.model).__name__)}: only contrastive "
+                f"models compare images or sounds with texts"
+            )
+        return self.model
 
     def stream(
         self,
@@ -396,6 +484,8 @@ class TrainedModel:
             raise ValueError(f"num_workers={num_workers} needs a list of inputs, not an iterator")
         if getattr(self.model, "num_classes", 0) < 1:
             hint = "; it generates text (generate)" if isinstance(self.model, TextModel) else ""
+            if isinstance(self.model, ContrastiveModel):
+                hint = ": name them (zero_shot; on the command line: --labels a,b,c)"
             name = article(type(self.model).__name__)
             raise ValueError(f"{self.origin} contains {name}, which has no classes{hint}")
         predictor = Predictor(
@@ -515,7 +605,8 @@ class TrainedModel:
             raise DataError(f"the conversation {error}") from error
 
     def attention_maps(self, item: Any, layers: Sequence[int] | None = None) -> "list[LayerMaps]":
-        """Compute the attention maps for one input (see `diffmm.analysis.attention_maps`).
+        """Compute the attention maps for one input (see `diffmm.analysis.attention_maps`); of a
+        contrastive model, those of the tower of the images or sounds.
 
         Args:
             item: A single input, as in `predict`.
@@ -525,5 +616,7 @@ class TrainedModel:
 
         device = next(self.model.parameters()).device
         batch = to_device(self.reader.collate([self.reader.read(item)]), device)
-        inputs = inputs_of(self.model, batch)
-        return attention_maps(self.model, *inputs, layers=layers)
+        model = self.model
+        if isinstance(model, ContrastiveModel):
+            model = model.towers[tower_of(model, self.reader)]
+        return attention_maps(model, *inputs_of(model, batch), layers=layers)

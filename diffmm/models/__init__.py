@@ -2,6 +2,7 @@
 
 from diffmm.models.audio import AudioConfig, AudioModel
 from diffmm.models.backbone import Backbone, BackboneConfig
+from diffmm.models.contrastive import ContrastiveConfig, ContrastiveModel
 from diffmm.models.encoder import Embedded, Encoder, EncoderConfig, register_head
 from diffmm.models.image import ImageConfig, ImageModel
 from diffmm.models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderConfig
@@ -13,6 +14,8 @@ __all__ = [
     "AudioModel",
     "Backbone",
     "BackboneConfig",
+    "ContrastiveConfig",
+    "ContrastiveModel",
     "Embedded",
     "Encoder",
     "EncoderConfig",

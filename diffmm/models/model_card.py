@@ -8,6 +8,7 @@ from torch import nn
 from diffmm.layers.attention import ATTENTIONS
 from diffmm.models.audio import AudioModel
 from diffmm.models.backbone_config import BackboneConfig
+from diffmm.models.contrastive import ContrastiveModel
 from diffmm.models.encoder import Encoder
 from diffmm.models.image import ImageModel
 from diffmm.models.job import Job
@@ -40,7 +41,7 @@ def model_card(model: nn.Module, name: str, metrics: Mapping[str, float]) -> str
         ValueError: If one of them is not a number; the message names it.
     """
     config: Any = model.config
-    backbone: BackboneConfig = getattr(config, "encoder", config).backbone
+    backbone: BackboneConfig = _first_tower(config).backbone
     attention = ATTENTIONS[backbone.attention]
     job: Any = getattr(model, "job", None)
     pipeline = pipeline_of(model)
@@ -90,8 +91,20 @@ def _number(metric: str, value: Any) -> str:
         ) from error
 
 
+def _first_tower(config: Any) -> Any:
+    """The config of the model's encoder, or of the first one of several towers."""
+    towers = getattr(config, "towers", None)
+    return next(iter(towers.values())) if towers else getattr(config, "encoder", config)
+
+
 def _inputs(config: Any) -> dict[str, Any]:
-    config = getattr(config, "encoder", config)
+    found: dict[str, Any] = {}
+    for tower in getattr(config, "towers", {"": getattr(config, "encoder", config)}).values():
+        found |= _inputs_of(tower)
+    return found
+
+
+def _inputs_of(config: Any) -> dict[str, Any]:
     names = {
         "vocab_size": "vocabulary",
         "max_length": "maximum length in tokens",
@@ -118,4 +131,6 @@ def _call(model: nn.Module, job: Job | None) -> str:
             return 'print(trained.generate("Once upon a time"))'
         if getattr(model, "num_classes", 0):
             return 'print(trained.predict("a_file"))'
+        if isinstance(model, ContrastiveModel):
+            return 'print(trained.similarity("a_file", ["a text", "another text"]))'
     return "model = trained.model  # a torch.nn.Module"

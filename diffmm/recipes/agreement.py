@@ -15,16 +15,8 @@ def disagreements(model: Any, data: Any, precision: object) -> list[str]:
             f"data.init_args.sequence_length={length} is longer than the model's positions allow: "
             f"max_length={longest}"
         )
-    for name in ("sample_rate_hz", "image_size"):
-        theirs, ours = getattr(data, name, None), getattr(config, name, None)
-        if theirs is not None and ours is not None and _pair(theirs) != _pair(ours):
-            found.append(f"data.init_args.{name}={theirs}, but the model's {name} is {ours}")
-    seconds, samples = getattr(config, "clip_seconds", None), getattr(data, "clip_samples", None)
-    if seconds and samples and samples > config.samples_in(seconds):
-        found.append(
-            f"data.init_args.clip_seconds={samples / data.sample_rate_hz:g} is longer than the "
-            f"model's clip_seconds={seconds:g}"
-        )
+    for tower in getattr(config, "towers", {"": config}).values():
+        found += _of_media(tower, data)
     names = getattr(model, "tokenizer", None), getattr(data, "tokenizer_name", None)
     if None not in names and names[0] != names[1]:
         found.append(f"the model's tokenizer is {names[0]!r}, but the data's is {names[1]!r}")
@@ -48,6 +40,34 @@ def disagreements(model: Any, data: Any, precision: object) -> list[str]:
             check_eps(optimizer.eps, torch.float16)
         except ValueError as error:
             found.append(f"model.init_args.optimizer.eps: {error}")
+    return found
+
+
+def _of_media(config: Any, data: Any) -> list[str]:
+    """The disagreements of data with the config of a model of images or sounds, or of the texts
+    that describe them."""
+    found, reader = [], getattr(data, "reader", None)
+
+    def of_data(name: str) -> Any:
+        return getattr(data, name, getattr(reader, name, None))
+
+    for name in ("sample_rate_hz", "image_size"):
+        theirs, ours = of_data(name), getattr(config, name, None)
+        if theirs is not None and ours is not None and _pair(theirs) != _pair(ours):
+            found.append(f"data.init_args.{name}={theirs}, but the model's {name} is {ours}")
+    seconds, samples = getattr(config, "clip_seconds", None), of_data("clip_samples")
+    if seconds and samples and samples > config.samples_in(seconds):
+        found.append(
+            f"data.init_args.clip_seconds={samples / of_data('sample_rate_hz'):g} is longer than "
+            f"the model's clip_seconds={seconds:g}"
+        )
+    length = of_data("max_tokens")
+    longest = getattr(config, "max_length", None)
+    if length and longest and length > longest:
+        found.append(
+            f"data.init_args.max_tokens={length} is longer than the positions of the model's text "
+            f"tower allow: max_length={longest}"
+        )
     return found
 
 

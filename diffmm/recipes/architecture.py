@@ -70,7 +70,7 @@ def with_architecture(
     changed = []
     for path, value in _leaves(theirs):
         name = path[-1]
-        if name in left_out or (path[0] == "backbone" and name in OF_TRAINING):
+        if name in left_out or ("backbone" in path and name in OF_TRAINING):
             continue
         if _at(ours, path, missing=value) == value:
             continue

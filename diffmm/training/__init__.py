@@ -2,6 +2,7 @@
 
 from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
 from diffmm.training.classification import Classification
+from diffmm.training.contrastive import Contrastive
 from diffmm.training.finetuning import FineTuneConfig, LoRAConfig
 from diffmm.training.language import CausalLM, MaskedLM
 from diffmm.training.last_validation import LastValidation
@@ -20,6 +21,7 @@ __all__ = [
     "CausalLM",
     "Checkpoints",
     "Classification",
+    "Contrastive",
     "FSDP2Strategy",
     "FineTuneConfig",
     "GracefulShutdown",

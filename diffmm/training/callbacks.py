@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffmm.batch import samples_of, size_of
 from diffmm.layers.attention import Attention
+from diffmm.models.backbone import Backbone
 from diffmm.models.modes import evaluating
 from diffmm.training.lightning_internals import is_logging_step
 from diffmm.training.parallel import data_share
@@ -24,7 +25,8 @@ class LambdaMonitor(Callback):
     hooks (which compiled and recomputed blocks do not support), draws the same random numbers with
     and without this callback, and is not slowed down.
 
-    The layers of a second backbone (the decoder of a masked autoencoder) are not logged.
+    The layers of a second backbone (the decoder of a masked autoencoder, the text tower of a
+    contrastive model) are not logged.
     """
 
     def on_train_batch_end(
@@ -50,7 +52,8 @@ class LambdaMonitor(Callback):
 def differential_layers(module: nn.Module) -> dict[int, Attention]:
     """Return the differential attention layers of a module's first backbone, by layer index."""
     layers: dict[int, Attention] = {}
-    for layer in module.modules():
+    backbones = (part for part in module.modules() if isinstance(part, Backbone))
+    for layer in next(backbones, module).modules():
         if isinstance(layer, Attention) and layer.is_differential:
             layers.setdefault(layer.layer_index, layer)
     return layers
@@ -66,7 +69,7 @@ def mean_lambdas(
         def hook(layer: Attention, args: tuple[Tensor, ...]) -> None:
             lam = layer.lam(args[0])
             assert lam is not None
-            means[index] = lam.mean()
+            means.setdefault(index, lam.mean())  # a shared layer is used by a second tower, too
 
         return hook
 

@@ -15,6 +15,7 @@ from diffmm.checks import did_you_mean
 from diffmm.models.checkpoint_files import read_checkpoint
 from diffmm.models.description import configured
 from diffmm.models.weights import DESCRIPTION_KEY, load_model, load_weights
+from diffmm.training.finetuning import FineTuneConfig
 
 TASK_KEY = "task"
 """Checkpoint key of the task's description."""
@@ -154,9 +155,10 @@ def _arguments(task_class: type, values: dict[str, Any], path: Path) -> dict[str
         except ValueError as error:
             raise ValueError(f"{path} has an invalid {name}: {error}") from error
         arguments[name] = typed
-    if arguments.get("finetune") is not None:
-        # The checkpoint supersedes these weights: fitting the restored task must not load them.
-        arguments["finetune"] = dataclasses.replace(arguments["finetune"], weights=None)
+    for name, value in arguments.items():
+        if isinstance(value, FineTuneConfig):
+            # The checkpoint supersedes these weights: fitting the restored task must not load them.
+            arguments[name] = dataclasses.replace(value, weights=None)
     return arguments
 
 

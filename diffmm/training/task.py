@@ -134,7 +134,8 @@ class Task(AnyBatches):
         return {}
 
     def make_metrics(self) -> dict[str, Metric]:
-        """Return new metrics for one evaluation, by name."""
+        """Return new metrics for one evaluation, by name. One that computes a dict of scalars is
+        logged by the names in it."""
         raise NotImplementedError
 
     def update_metrics(self, batch: Any, metrics: dict[str, Metric]) -> None:
@@ -199,7 +200,7 @@ class Task(AnyBatches):
         if self.trainer.state.fn == TrainerFn.FITTING:
             # Before sharding, because the weights in the file are not sharded. A resumed run
             # overwrites them.
-            self._load_finetune_weights()
+            self.load_first_weights()
         shard(self.model, self.device_mesh)
         blocks: list[nn.Module] = [m for m in self.model.modules() if isinstance(m, Block)]
         self._compile(blocks or [self.model])
@@ -212,11 +213,22 @@ class Task(AnyBatches):
     def on_fit_start(self) -> None:
         # Not earlier: only here is it known whether the trainer resumes a run.
         if self.trainer.ckpt_path is None and not is_sharded(self.model):
-            self._load_finetune_weights()
+            self.load_first_weights()
 
-    def _load_finetune_weights(self) -> None:
+    def load_first_weights(self) -> None:
+        """Load the weights to start from, if there are any.
+
+        Raises:
+            FileNotFoundError, ValueError: As `diffmm.models.weights.load_weights`.
+        """
         if self.finetune.weights is not None:
             load_weights(self.model, self.finetune.weights, skip_head=self.finetune.new_head)
+
+    def forget_first_weights(self) -> None:
+        """Drop the files of weights to start from, which a restored run does not need."""
+        for name, value in vars(self).items():
+            if isinstance(value, FineTuneConfig):
+                setattr(self, name, dataclasses.replace(value, weights=None))
 
     def on_train_start(self) -> None:
         # Not earlier: until here, Lightning warns about modules in evaluation mode.
@@ -398,12 +410,13 @@ class Task(AnyBatches):
         for name, metric in self.metrics[stage].items():  # type: ignore[operator]
             if name in self.unmeasured:
                 continue
-            value = metric.compute()
+            found = metric.compute()
             metric.reset()
-            if value.ndim:
-                self.details[name] = value.cpu()
-            else:
-                self.log(f"{stage}/{name}", value, prog_bar=True, sync_dist=True)
+            for key, value in (found if isinstance(found, dict) else {name: found}).items():
+                if value.ndim:
+                    self.details[key] = value.cpu()
+                else:
+                    self.log(f"{stage}/{key}", value, prog_bar=True, sync_dist=True)
 
 
 def mean_over_processes(task: LightningModule, value: Tensor) -> Tensor:

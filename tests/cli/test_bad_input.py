@@ -231,6 +231,19 @@ def test_a_sequence_longer_than_the_positions(run, recipe, text_changes):
     assert refused(run, "check", path) == [message]
 
 
+def test_pairs_that_a_contrastive_model_cannot_take(run, recipe):
+    changes = {"data.max_tokens": 80, "data.image_size": 16, "trainer.accumulate_grad_batches": 2}
+    path = recipe("image_text/shapes_tiny", **changes)
+    assert refused(run, "check", path) == [
+        "data.init_args.image_size=(16, 16), but the model's image_size is 32",
+        "data.init_args.max_tokens=80 is longer than the positions of the model's text tower "
+        "allow: max_length=64",
+    ]
+    path = recipe("image_text/shapes_tiny", **{"trainer.accumulate_grad_batches": 2})
+    (message,) = refused(run, "fit", "--config", path)
+    assert message.startswith("accumulate_grad_batches=2 is not supported by contrastive training")
+
+
 def test_a_model_and_data_that_disagree(run, recipe):
     path = recipe("audio/sound_events_tiny", **{"data.sample_rate_hz": 16000})
     assert "data.init_args.sample_rate_hz=16000, but the model's sample_rate_hz is 8000" in refused(

@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from datamodules import AudioData, ImageData, TextData
+from datamodules import AudioData, ImageData, ImageTextData, TextData
 from datamodules.audio import SoundEvents
+from datamodules.pairs import RenderedShapes
 from datamodules.shared.loading import SeededDataModule
 from datamodules.text import TextFolder
 
@@ -61,6 +62,7 @@ def data(folder: Path) -> dict[str, SeededDataModule]:
     return {
         "images": ImageData(batch_size=32),
         "waveforms": AudioData(sounds, sample_rate_hz=8000, clip_seconds=0.25, batch_size=4),
+        "num_tokens": ImageTextData(RenderedShapes(16, 6), batch_size=4),
         "tokens": TextData(TextFolder(str(folder)), batch_size=4, **texts),
     }
 

@@ -8,7 +8,7 @@ import pytest
 from forked import run_as_torchrun
 
 SCRIPT = Path(__file__).with_name("run_any_module.py")
-FIELDS = ("images", "waveforms", "tokens")
+FIELDS = ("images", "waveforms", "num_tokens", "tokens")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -135,8 +135,9 @@ def test_whole_texts():
         torch.testing.assert_close(program(tokens, real)[:, 2:], model(tokens[:, 2:]))
 
 
-def test_text_towers():
-    config = TextTowerConfig(vocab_size=50, max_length=20, backbone=backbone("none"), num_outputs=4)
+@pytest.mark.parametrize("pooling", [{}, {"pool": "mean", "causal": False}])
+def test_text_towers(pooling):
+    config = TextTowerConfig(50, 20, backbone("none"), num_outputs=4, **pooling)
     check(TextTower(config).eval(), {"batch": 1, "tokens": 1})
 
 

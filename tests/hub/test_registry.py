@@ -7,12 +7,18 @@ import pytest
 import torch
 
 from diffmm.hub.registry import create_model, describe_model, list_models
-from diffmm.models import AudioModel, ImageModel, MaskedAutoencoder, TextModel
+from diffmm.models import AudioModel, ContrastiveModel, ImageModel, MaskedAutoencoder, TextModel
 from diffmm.models.description import build, config_class
 from diffmm.models.weights import save_model
 from diffmm.recipes.catalog import recipe_names
 
-KINDS = {"text": TextModel, "image": ImageModel, "audio": AudioModel}
+KINDS = {
+    "text": TextModel,
+    "image": ImageModel,
+    "audio": AudioModel,
+    "image_text": ContrastiveModel,
+    "audio_text": ContrastiveModel,
+}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -21,8 +27,8 @@ def test_every_recipe_is_a_model_with_any_attention(name):
         model = create_model(name, attention="softmax")
     kind = MaskedAutoencoder if "mae" in name else KINDS[name.partition("/")[0]]
     assert type(model) is kind
-    config = getattr(model.config, "encoder", model.config)
-    assert config.backbone.attention == "softmax"
+    towers = getattr(model.config, "towers", {"": getattr(model.config, "encoder", model.config)})
+    assert {tower.backbone.attention for tower in towers.values()} == {"softmax"}
 
 
 def test_names_are_filtered_by_a_part_or_a_pattern():
@@ -67,6 +73,7 @@ def test_an_override_reaches_all_that_refers_to_the_same_variable():
         ("image/digts_tiny", {}, "there is no recipe 'image/digts_tiny'; did you mean"),
         ("nowhere.yaml", {}, "there is no recipe file nowhere.yaml"),
         ("image/digits_tiny", {"skip_head": True}, "skip_head=True needs weights"),
+        ("image_text/shapes_tiny", {"depth": 3}, "depth is a setting of 2 towers of image_text/s"),
     ],
 )
 def test_what_is_refused(name, overrides, message):

@@ -13,7 +13,9 @@ from torch import nn
 
 from diffmm.hub.readers import make_reader
 from diffmm.interop import FAMILIES, read_model, write_model
-from diffmm.models.weights import own_weights
+from diffmm.models import ContrastiveConfig, ContrastiveModel
+from diffmm.models.weights import load_model, own_weights, save_model
+from diffmm.training import Contrastive, FineTuneConfig, OptimizerConfig, ScheduleConfig
 
 open_clip = pytest.importorskip("open_clip", reason="needs open_clip_torch")
 
@@ -73,6 +75,26 @@ def test_preprocessing_of_open_clip(tmp_path):
     pixels = (torch.rand(40, 30, 3) * 255).byte().numpy()
     transform = open_clip.transform.image_transform(24, is_train=False, **PREPROCESSING)
     assert torch.equal(reader.read(pixels)["images"], transform(Image.fromarray(pixels)))
+
+
+def test_a_whole_clip_of_two_converted_towers(tmp_path):
+    """Both towers load into a contrastive model, which then has open_clip's similarities."""
+    theirs, folder = saved(tmp_path / "clip", {}), tmp_path / "clip"
+    for name in ("image", "text"):
+        tower = read_model(folder, "open_clip" if name == "image" else "open_clip_text")
+        save_model(tower, tmp_path / name)
+    configs = {name: load_model(tmp_path / name).config for name in ("image", "text")}
+    model = ContrastiveModel(ContrastiveConfig(**configs, embed_dim=10))
+    start = {name: FineTuneConfig(str(tmp_path / name), new_head=False) for name in configs}
+    task = Contrastive(model, OptimizerConfig(1e-3), ScheduleConfig(10), **start)
+    task.load_first_weights()
+    images, tokens = torch.randn(3, 3, 24, 36), torch.randint(0, 29, (2, 7))
+    tokens[:, 4] = 29
+    ours = model.eval()(tokens.repeat(2, 1)[:3], None, images)
+    with torch.no_grad():
+        x, y, _ = theirs.eval()(images, tokens.repeat(2, 1)[:3])
+    torch.testing.assert_close(ours.media, x)
+    torch.testing.assert_close(ours.texts, y)
 
 
 TEXT_CASES = {

@@ -13,6 +13,8 @@ from diffmm.models import (
     AudioConfig,
     AudioModel,
     BackboneConfig,
+    ContrastiveConfig,
+    ContrastiveModel,
     ImageConfig,
     ImageModel,
     MaskedAutoencoder,
@@ -124,7 +126,27 @@ def tower():
     return TextTower(config), torch.randint(50, (2, 9))
 
 
-MODELS = (tower, text, untied_text, image, audio, frames, masked, distilled, kaldi, whisper)
+class OfImages(ContrastiveModel):
+    """A contrastive model whose texts are always the same."""
+
+    def forward(self, images):
+        tokens = torch.arange(6, device=images.device).view(2, 3)
+        found = super().forward(tokens, None, images)
+        return found.media @ found.texts.T * found.scale + found.bias
+
+
+def contrastive():
+    text = TextTowerConfig(50, 20, backbone("none", layer_scale=0.1), pool="last")
+    config = ContrastiveConfig(
+        image=image_config(0), text=text, embed_dim=6, shared_blocks=1, init_bias=-1.0
+    )
+    return OfImages(config), torch.randn(2, 3, 16, 16)
+
+
+MODELS = (
+    *(tower, text, untied_text, image, audio, frames, masked, distilled, kaldi, whisper),
+    contrastive,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -32,6 +32,37 @@ def test_the_features_of_one_token_are_projected(changes, at):
     assert tower(num_outputs=0, **changes)(TOKENS).shape == (2, 24)
 
 
+PADDED = (
+    {"pool": "eos", "eos_id": 2},
+    {"pool": "last"},
+    {"causal": False, "pool": "mean"},
+    {"causal": False, "pool": "mean", "learned_positions": False, "rope": "1d"},
+    {"pool": "mean"},
+)
+
+
+@pytest.mark.parametrize("changes", PADDED)
+def test_padding_does_not_change_a_text(changes):
+    """Alone, and in a batch with a longer text, whatever the padding."""
+    model, text = tower(**changes), torch.tensor([[4, 9, 2]])
+    alone = model(text, torch.tensor([3]))
+    torch.testing.assert_close(alone, model(text))
+    for filler in (2, 7):
+        batch = torch.tensor([[4, 9, 2, filler, filler, filler], [1, 3, 8, 9, 4, 2]])
+        together = model(batch, torch.tensor([3, 6]))
+        torch.testing.assert_close(together[:1], alone)
+        assert not torch.allclose(together[1:], alone, atol=1e-3)
+
+
+def test_the_mean_is_over_real_tokens():
+    model, num_tokens = tower(pool="mean", causal=False), torch.tensor([2, 6])
+    features = model.forward_features(TOKENS, num_tokens)
+    mean = torch.stack([features[0, :2].mean(0), features[1].mean(0)])
+    torch.testing.assert_close(model(TOKENS, num_tokens), mean @ model.head.weight.T)
+    unpadded = model.forward_features(TOKENS).mean(1)
+    torch.testing.assert_close(model(TOKENS), unpadded @ model.head.weight.T)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_future_has_a_gradient_only_without_causality(causal):
     model = tower(causal=causal)
@@ -62,10 +93,17 @@ def test_a_saved_tower_is_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope": "1d"}, "the backbone's rope must be 'none', got '1d'"),
+        (
+            {"rope": "1d"},
+            "learned_positions=True the backbone's rope must be 'none', got '1d'",
+        ),
+        ({"learned_positions": False}, "learned_positions=False the backbone's rope must be '1d'"),
         ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
         ({"num_outputs": -1}, "num_outputs must be at least 0, got -1"),
-        ({"pool": "mean"}, "pool must be one of 'argmax', 'eos', 'first', 'last', got 'mean'"),
+        (
+            {"pool": "max"},
+            "pool must be one of 'argmax', .*'last', 'mean', got 'max'",
+        ),
         ({"pool": "eos"}, "eos_id is for pool='eos', got None with 'eos'"),
         ({"eos_id": 2}, "eos_id is for pool='eos', got 2 with 'argmax'"),
     ],

@@ -14,12 +14,15 @@ from diffmm.models import (
     AudioModel,
     Backbone,
     BackboneConfig,
+    ContrastiveConfig,
+    ContrastiveModel,
     ImageConfig,
     ImageModel,
     MaskedAutoencoder,
     MaskedAutoencoderConfig,
     TextConfig,
     TextModel,
+    TextTowerConfig,
 )
 from diffmm.models.weights import build, describe, load_model, load_weights, save_model
 
@@ -64,6 +67,12 @@ def masked_autoencoder(encoder):
     return MaskedAutoencoder(MaskedAutoencoderConfig(encoder=encoder, decoder=decoder))
 
 
+def contrastive_config(**changes):
+    backbone = BackboneConfig(dim=32, depth=2, num_heads=4, rope="none")
+    text = TextTowerConfig(vocab_size=50, max_length=8, backbone=backbone)
+    return ContrastiveConfig(image=image_config(num_classes=6), text=text, embed_dim=6, **changes)
+
+
 MAKERS = {
     "text": text_model,
     "untied": lambda: text_model(tie_embeddings=False),
@@ -73,6 +82,8 @@ MAKERS = {
     "audio": lambda: AudioModel(audio_config()),
     "masked image": lambda: masked_autoencoder(image_config()),
     "masked audio": lambda: masked_autoencoder(audio_config()),
+    "image and text": lambda: ContrastiveModel(contrastive_config()),
+    "all shared": lambda: ContrastiveModel(contrastive_config(shared_blocks=2)),
 }
 
 

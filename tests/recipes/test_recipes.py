@@ -17,6 +17,8 @@ from diffmm.recipes.trainer import RecipeCLI, silence_noise
 ATTENTIONS = ("softmax", "diff_v1", "diff_v2")
 
 TINY = (
+    "audio_text/sounds_tiny",
+    "image_text/shapes_tiny",
     "audio/sound_events_mae_tiny",
     "audio/sound_events_multilabel_tiny",
     "audio/sound_events_tiny",
@@ -29,7 +31,12 @@ TINY = (
     "text/stdlib_tiny",
 )
 
-ONE_OF_EACH = ("audio/sound_events_tiny", "image/digits_mae_tiny", "text/stdlib_mlm_tiny")
+ONE_OF_EACH = (
+    "audio/sound_events_tiny",
+    "image/digits_mae_tiny",
+    "text/stdlib_mlm_tiny",
+    "image_text/shapes_tiny",
+)
 """A recipe of each modality, to be trained with every attention."""
 
 # Name, and the number of parameters (in millions) in its description.
@@ -55,6 +62,9 @@ PROMISED = {
     "image/finetune_layer_decay": 21.7,
     "image/finetune_lora": 22.0,
     "audio/finetune": 21.4,
+    "audio_text/clotho": 32.4,
+    "image_text/cc3m_clip_b16": 149.8,
+    "image_text/emoji": 9.7,
     "text/finetune": 10.76,
     "text/instruct": 10.76,
 }
@@ -132,7 +142,8 @@ def test_one_override_switches_the_attention_and_keeps_the_size(name):
     for attention in ATTENTIONS:
         model = find_mistakes(values(name, "--vars.attention", attention, *fewer)).model.model
         config = model.config
-        backbones = [getattr(config, "encoder", config).backbone]
+        towers = getattr(config, "towers", {"": getattr(config, "encoder", config)})
+        backbones = [tower.backbone for tower in towers.values()]
         backbones += [config.decoder] if hasattr(config, "decoder") else []
         assert {backbone.attention for backbone in backbones} == {attention}
         assert all(backbone.num_heads >= 4 for backbone in backbones)

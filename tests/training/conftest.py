@@ -17,16 +17,20 @@ from diffmm.models import (
     AudioConfig,
     AudioModel,
     BackboneConfig,
+    ContrastiveConfig,
+    ContrastiveModel,
     ImageConfig,
     ImageModel,
     MaskedAutoencoder,
     MaskedAutoencoderConfig,
     TextConfig,
     TextModel,
+    TextTowerConfig,
 )
 from diffmm.training import (
     CausalLM,
     Classification,
+    Contrastive,
     MaskedAutoencoding,
     MaskedLM,
     OptimizerConfig,
@@ -114,9 +118,25 @@ class Make:
             MaskedAutoencoderConfig(encoder=encoder(attention, **changes), decoder=decoder)
         )
 
+    def contrastive(
+        self, attention: str = "diff_v1", audio: bool = False, model: Any = None, **changes: Any
+    ) -> ContrastiveModel:
+        text = TextTowerConfig(
+            vocab_size=VOCAB,
+            max_length=12,
+            backbone=backbone(attention, **{**changes, "rope": "none"}),
+            pool="eos",
+            eos_id=VOCAB - 1,
+        )
+        media = self.audio_config if audio else self.image_config
+        towers: dict[str, Any] = {"audio" if audio else "image": media(attention, **changes)}
+        return ContrastiveModel(
+            ContrastiveConfig(**{**towers, "text": text, "embed_dim": 16, **(model or {})})
+        )
+
     def task(self, name: str, attention: str = "diff_v1", **settings: Any) -> Task:
-        """Build one of `TASKS` by name. `settings` are the task's, or the backbone's under
-        `backbone`."""
+        """Build one of `TASKS` by name. `settings` are the task's, the backbone's under `backbone`,
+        or a contrastive model's under `model`."""
         changes = settings.pop("backbone", {})
         settings.setdefault("optimizer", OptimizerConfig(3e-3))
         settings.setdefault("schedule", ScheduleConfig(1000, kind="constant"))
@@ -127,6 +147,11 @@ class Make:
         if name in ("image", "audio"):
             model: nn.Module = getattr(self, name)(attention, **changes)
             return Classification(model, **settings)
+        if name.endswith("_text"):
+            model = self.contrastive(
+                attention, name == "audio_text", settings.pop("model", None), **changes
+            )
+            return Contrastive(model, **settings)
         autoencoder = self.autoencoder(attention, audio=name == "audio_mae", **changes)
         return MaskedAutoencoding(autoencoder, **settings)
 
@@ -143,6 +168,15 @@ class Make:
                 tokens[masked] = VOCAB - 1
             num_bytes = 2 * (targets != IGNORE_INDEX).sum(dim=1)
             return {"tokens": tokens, "targets": targets, "num_bytes": num_bytes, "index": index}
+        if name.endswith("_text"):
+            media = self.batch(name.removesuffix("_text"), size)
+            media.pop("labels")
+            if "waveforms" in media:  # sounds that can be told apart
+                media["waveforms"] *= 4.0 ** -torch.arange(size)[:, None]
+            num_tokens = torch.randint(3, 13, (size,))
+            tokens = torch.randint(VOCAB - 1, (size, 12))
+            tokens[torch.arange(12) >= num_tokens[:, None] - 1] = VOCAB - 1
+            return {**media, "tokens": tokens, "num_tokens": num_tokens, "media_index": index}
         labels = torch.arange(size) % NUM_CLASSES
         if name.startswith("image"):
             return {"images": torch.randn(size, 3, 8, 8), "labels": labels, "index": index}

@@ -30,17 +30,21 @@ from diffmm.models import (
     AudioConfig,
     AudioModel,
     BackboneConfig,
+    ContrastiveConfig,
+    ContrastiveModel,
     ImageConfig,
     ImageModel,
     MaskedAutoencoder,
     MaskedAutoencoderConfig,
     TextConfig,
     TextModel,
+    TextTowerConfig,
 )
 from diffmm.recipes.trainer import leave_processes
 from diffmm.training import (
     CausalLM,
     Classification,
+    Contrastive,
     MaskedAutoencoding,
     OptimizerConfig,
     ScheduleConfig,
@@ -54,7 +58,8 @@ def task(kind: str) -> Task:
     """Samples whose losses differ by large factors."""
     seed_everything(0, verbose=False)
     made = untouched_task(kind)
-    head: Any = made.model.decoder_head if kind == "masked images" else made.model.head
+    model: Any = made.model.text if kind.startswith("pairs") else made.model
+    head: Any = model.decoder_head if kind == "masked images" else model.head
     with torch.no_grad():
         head.weight.mul_(40.0)
     return made
@@ -73,6 +78,18 @@ def untouched_task(kind: str) -> Task:
     if kind == "masked images":
         config = MaskedAutoencoderConfig(encoder=image, decoder=backbone, mask_ratio=0.5)
         return MaskedAutoencoding(MaskedAutoencoder(config), *settings)
+    if kind.startswith("pairs"):
+        tower = BackboneConfig(16, 1, 2)
+        text = TextTowerConfig(20, 6, tower, pool="eos", eos_id=2)
+        pairs = ContrastiveConfig(
+            image=image,
+            text=text,
+            embed_dim=CLASSES,
+            init_bias=-1.0 if kind == "pairs, sigmoid" else None,
+            init_temperature=0.5,
+        )
+        loss: Any = "siglip" if kind == "pairs, sigmoid" else "clip"
+        return Contrastive(ContrastiveModel(pairs), *settings, loss=loss)
     if kind == "images":
         return Classification(ImageModel(image), *settings)
     audio = AudioConfig(
@@ -109,6 +126,16 @@ class Samples(SeededDataset[dict[str, Tensor]]):
                 "labels": labels,
             }
         image = torch.randn(3, 8, 8, generator=generator)
+        if self.kind.startswith("pairs"):  # of one image, or one text, several are
+            medium, text = index // 2, index % 5
+            tokens = torch.tensor([3 + text, 4 + text % 3, 2, 2, 2, 2])
+            return {
+                **found,
+                "images": torch.randn(3, 8, 8, generator=sample_generator(0, medium)),
+                "tokens": tokens,
+                "num_tokens": torch.tensor(3),
+                "media_index": torch.tensor(medium),
+            }
         return {**found, "images": image, "labels": torch.tensor(index % CLASSES)}
 
 
@@ -168,6 +195,8 @@ def evaluations(folder: Path) -> dict[str, tuple[str, Any]]:
         "5 masked images": ("masked images", lambda: Data("masked images", 5, 2)),
         "5 sounds": ("sounds", lambda: Data("sounds", 5, 1)),
         "1 sound": ("sounds", lambda: Data("sounds", 1, 2)),
+        "7 pairs": ("pairs", lambda: Data("pairs", 7, 2)),
+        "1 pair": ("pairs, sigmoid", lambda: Data("pairs", 1, 2)),
         "texts": ("texts", lambda: texts(folder, streamed=False, validation_fraction=0.2)),
         "a stream": ("texts", lambda: texts(folder, streamed=True, validation_fraction=0.2)),
         "a short stream": ("texts", lambda: texts(folder, streamed=True, validation_fraction=0.08)),
@@ -220,27 +249,35 @@ def text_batch() -> dict[str, Tensor]:
     }
 
 
-def image_batch() -> dict[str, Tensor]:
-    return torch.utils.data.default_collate([Samples("images", 8)[index] for index in range(8)])
+def batch_of(kind: str) -> dict[str, Tensor]:
+    if kind == "texts":
+        return text_batch()
+    return torch.utils.data.default_collate([Samples(kind, 8)[index] for index in range(8)])
 
 
 DIVISIONS = {1: [[8]], 2: [[1, 2, 1], [2, 1, 1]]}
 """The number of the eight samples in each micro-batch, for each process in turn."""
 
+WHOLE = {1: [[8]], 2: [[4], [4]]}
+"""The same for a task that does not accumulate gradients."""
+
+
+GRADIENTS = ("texts", "images", "pairs", "pairs, sigmoid")
+
 
 def gradients(kind: str, num_processes: int) -> dict[str, Any]:
     """The gradients of a step that ends before all micro-batches, at the end of an epoch."""
-    batch = text_batch() if kind == "texts" else image_batch()
+    batch, is_whole = batch_of(kind), kind.startswith("pairs")
     watch = Watch()
     own = trainer(
         num_processes,
         [watch],
-        accumulate_grad_batches=4,
+        accumulate_grad_batches=1 if is_whole else 4,
         max_steps=1,
         gradient_clip_val=0.1,
         use_distributed_sampler=False,
     )
-    sizes = DIVISIONS[num_processes]
+    sizes = (WHOLE if is_whole else DIVISIONS)[num_processes]
     flat = [size for share in sizes for size in share]
     parts = list(zip(*(tensor.split(flat) for tensor in batch.values()), strict=True))
     share = len(sizes[0])
@@ -273,7 +310,7 @@ def evaluate(kind: str, data: LightningDataModule, num_processes: int) -> dict[s
 def run(folder: Path, num_processes: int) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     return {
-        "gradients": {kind: gradients(kind, num_processes) for kind in ("texts", "images")},
+        "gradients": {kind: gradients(kind, num_processes) for kind in GRADIENTS},
         "metrics": {
             name: evaluate(kind, make(), num_processes)
             for name, (kind, make) in evaluations(folder).items()

@@ -20,9 +20,24 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, StackDataset
 
 from diffmm.batch import IGNORE_INDEX
-from diffmm.models import BackboneConfig, ImageConfig, ImageModel, TextConfig, TextModel
+from diffmm.models import (
+    BackboneConfig,
+    ContrastiveConfig,
+    ContrastiveModel,
+    ImageConfig,
+    ImageModel,
+    TextConfig,
+    TextModel,
+    TextTowerConfig,
+)
 from diffmm.recipes.trainer import leave_processes
-from diffmm.training import CausalLM, Classification, OptimizerConfig, ScheduleConfig
+from diffmm.training import (
+    CausalLM,
+    Classification,
+    Contrastive,
+    OptimizerConfig,
+    ScheduleConfig,
+)
 from diffmm.training.parallel import data_share
 from diffmm.training.task import Task
 
@@ -42,7 +57,8 @@ def task_and_data(
     learning_rate: float = 1e-2,
     compile: bool = False,
 ) -> tuple[Task, StackDataset]:
-    """A case is an attention variant in a text model with tied embeddings, or `image`."""
+    """A case is an attention variant in a text model with tied embeddings, `image`, or `pairs`, two
+    towers that share their last block."""
     seed_everything(0, verbose=False)
     settings: dict[str, Any] = {
         "optimizer": OptimizerConfig(learning_rate, eps=1e-4, lambda_learning_rate=3e-2),
@@ -64,6 +80,20 @@ def task_and_data(
         )
         batch = {"images": torch.randn(NUM_SAMPLES, 3, 8, 8), "labels": index % 5, "index": index}
         return Classification(ImageModel(config), **settings), StackDataset(**batch)
+    if case == "pairs":
+        towers = ContrastiveConfig(
+            image=ImageConfig(
+                backbone=BackboneConfig(dim, 2, 8, rope="2d", **shared), image_size=8, patch_size=4
+            ),
+            text=TextTowerConfig(24, 6, BackboneConfig(dim, 2, 8, **shared), pool="eos", eos_id=2),
+            embed_dim=16,
+            shared_blocks=1,
+        )
+        tokens = torch.randint(3, 24, (NUM_SAMPLES, 6))
+        tokens[:, 4:] = 2
+        batch = {"images": torch.randn(NUM_SAMPLES, 3, 8, 8), "tokens": tokens}
+        batch |= {"num_tokens": torch.full((NUM_SAMPLES,), 5), "media_index": index // 2 * 2}
+        return Contrastive(ContrastiveModel(towers), **settings), StackDataset(**batch, index=index)
     tokens = torch.randint(24, (NUM_SAMPLES, 17))
     num_bytes = torch.full((NUM_SAMPLES,), 16)
     targets = tokens[:, 1:].clone()

@@ -10,9 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import EarlyStopping
 from torchaudio.transforms import FrequencyMasking
 
-from datamodules import AudioData, ImageData, TextData
+from datamodules import AudioData, ImageData, ImageTextData, TextData
 from datamodules.audio.augment import AudioAugment
 from datamodules.audio.sound_events import SoundEvents
+from datamodules.pairs import RenderedShapes
 from datamodules.shared.loading import SeededDataModule
 from datamodules.shared.sampling import SeededDataset, sample_generator
 from datamodules.text.data import HuggingFaceText, TextFolder
@@ -21,15 +22,19 @@ from diffmm.models import (
     AudioConfig,
     AudioModel,
     BackboneConfig,
+    ContrastiveConfig,
+    ContrastiveModel,
     ImageConfig,
     ImageModel,
     TextConfig,
     TextModel,
+    TextTowerConfig,
 )
 from diffmm.training import (
     CausalLM,
     Checkpoints,
     Classification,
+    Contrastive,
     MixingConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -159,6 +164,22 @@ def audio():
     )
 
 
+def pairs():
+    image = ImageConfig(backbone=backbone("2d"), image_size=8, patch_size=4)
+    text = TextTowerConfig(259, 64, backbone("none"), causal=False, pool="mean")
+    # A bound that the scale reaches.
+    model = ContrastiveConfig(
+        image=image, text=text, embed_dim=8, shared_blocks=1, max_scale=1 / 0.07
+    )
+    return Contrastive(ContrastiveModel(model), *settings()), lambda **changes: ImageTextData(
+        RenderedShapes(56, 8, num_shapes=(1, 2), picture_size=16),
+        image_size=8,
+        max_tokens=64,
+        batch_size=8,
+        **changes,
+    )
+
+
 def text(source, **settings_of_data):
     task = CausalLM(TextModel(TextConfig(320, 32, backbone("1d"))), *settings())
     return task, lambda **changes: TextData(
@@ -205,6 +226,7 @@ def go(tmp_path):
             "plain": lambda: (Plain(), NumbersData),
             "image": image,
             "audio": audio,
+            "pairs": pairs,
             "text": lambda: text(TextFolder(str(texts))),
             "stream": lambda: stream(texts),
         }[kind]()
@@ -286,7 +308,7 @@ def test_a_run_that_stopped_after_any_batch_goes_on_exactly(go, tmp_path, schedu
         assert same(weights, rest_weights), stop
 
 
-@pytest.mark.parametrize("modality", ["text", "stream", "audio", "image"])
+@pytest.mark.parametrize("modality", ["text", "stream", "audio", "image", "pairs"])
 @pytest.mark.parametrize("workers", [(0, 0), (0, 2), (2, 0)])
 def test_every_checkpoint_of_a_run_leads_to_the_same_bits(go, tmp_path, modality, workers):
     """With persistent or changed workers, background saves, and saves after validation."""

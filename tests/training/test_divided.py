@@ -19,6 +19,8 @@ NAMES = [
     "5 masked images",
     "5 sounds",
     "1 sound",
+    "7 pairs",
+    "1 pair",
     "texts",
     "a stream",
     "a short stream",
@@ -37,9 +39,10 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["texts", "images"])
+@pytest.mark.parametrize("kind", ["texts", "images", "pairs", "pairs, sigmoid"])
 def test_gradients(results, kind):
-    """Gradients of a step of three micro-batches of four, divided unevenly in both processes."""
+    """Gradients of a step of three micro-batches of four, divided unevenly in both processes; of
+    contrastive losses, of a batch divided evenly."""
     one, two = (each["gradients"][kind] for each in results)
     for name in ("train/loss", "train/grad_norm"):
         assert two[name] == pytest.approx(one[name], rel=1e-5)

@@ -29,7 +29,12 @@ class Watch(Callback):
 @pytest.mark.parametrize("precision", HALF)
 @pytest.mark.parametrize(
     ("name", "field"),
-    [("audio", "waveforms"), ("audio_mae", "waveforms"), ("image_mae", "images")],
+    [
+        ("audio", "waveforms"),
+        ("audio_text", "waveforms"),
+        ("audio_mae", "waveforms"),
+        ("image_mae", "images"),
+    ],
 )
 def test_data_are_not_rounded(make, fit, precision, name, field):
     watch, batch = Watch(), make.batch(name)
@@ -66,7 +71,7 @@ def test_targets_of_faint_patterns_are_those_of_float32(make, fit, precision, na
 
 
 @pytest.mark.parametrize("precision", HALF)
-@pytest.mark.parametrize("name", ["causal_lm", "image", "audio"])
+@pytest.mark.parametrize("name", ["causal_lm", "image", "audio", "image_text"])
 def test_weights_in_16_bits_learn_as_those_in_32(make, fit, precision, name):
     batch, losses = make.batch(name), []
     for each in ("32-true", precision):
@@ -77,7 +82,8 @@ def test_weights_in_16_bits_learn_as_those_in_32(make, fit, precision, name):
         fit(task, [batch], precision=each, max_steps=15, callbacks=[watch], logger=False)
         losses.append(watch.losses)
     assert losses[0][-1] < 0.99 * losses[0][0]
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    # The contrastive loss falls to a tenth, and with it what an error is relative to.
+    assert losses[1] == pytest.approx(losses[0], rel=0.05 if name == "image_text" else 0.02)
 
 
 def test_an_eps_that_float16_loses_is_refused(make, fit):

@@ -17,7 +17,7 @@ from diffmm.models.weights import load_model
 from diffmm.training import FSDP2Strategy, Task
 
 SCRIPT = Path(__file__).with_name("run_sharded.py")
-CASES = ("softmax", "diff_v1", "diff_v2", "diff_grouped", "uniform_noise", "image")
+CASES = ("softmax", "diff_v1", "diff_v2", "diff_grouped", "uniform_noise", "image", "pairs")
 NAMES = ("case", "strategy", "num_processes", "variant")
 COMPILED, ACCUMULATED = "_compiled", "_accumulated"
 RUNS = [
@@ -27,6 +27,8 @@ RUNS = [
     ("diff_v2", "fsdp2_tp2", 2, ""),
     ("diff_grouped", "fsdp2_tp2", 2, ""),
     ("image", "fsdp2_tp2", 2, ""),
+    ("pairs", "fsdp2_tp2", 2, COMPILED),
+    ("pairs", "fsdp2", 2, ""),
     ("uniform_noise", "ddp", 2, ""),
     ("uniform_noise", "fsdp2", 2, ""),
     ("uniform_noise", "fsdp2_tp2", 2, COMPILED),

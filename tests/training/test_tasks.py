@@ -15,7 +15,10 @@ from diffmm.models import Backbone, ImageModel
 from diffmm.models.weights import load_model
 from diffmm.training import CausalLM, Classification, MaskedLM, OptimizerConfig, ScheduleConfig
 
-TASKS = ("causal_lm", "masked_lm", "image", "audio", "image_mae", "audio_mae")
+TASKS = (
+    *("causal_lm", "masked_lm", "image", "audio", "image_mae", "audio_mae"),
+    *("image_text", "audio_text"),
+)
 ATTENTIONS = ("softmax", "diff_v1", "diff_v2")
 
 
@@ -44,6 +47,13 @@ def test_the_loss_falls_and_is_logged(name, attention, make, fit, tmp_path):
     expected |= {"train/samples_per_second", "train/data_wait"}
     if name.endswith("_lm"):
         expected |= {"train/tokens_per_second", "val/perplexity", "val/bits_per_byte"}
+    if name.endswith("_text"):
+        expected |= {"train/tokens_per_second"}
+        expected |= {
+            f"val/{way}_recall_{k}"
+            for way in ("media_to_text", "text_to_media")
+            for k in (1, 5, 10)
+        }
     if name in ("image", "audio"):
         expected |= {"val/accuracy", "val/accuracy_top5"}
     if attention != "softmax":
@@ -73,7 +83,12 @@ def test_a_checkpoint_is_tensors_and_loads_as_the_model(name, make, fit, tmp_pat
 
 @pytest.mark.parametrize(
     ("name", "attention"),
-    [("causal_lm", "softmax"), ("causal_lm", "diff_v1"), ("image", "diff_v2")],
+    [
+        ("causal_lm", "softmax"),
+        ("causal_lm", "diff_v1"),
+        ("image", "diff_v2"),
+        ("image_text", "diff_v1"),
+    ],
 )
 def test_compiled_training_is_the_same(name, attention, make, fit, tmp_path, monkeypatch):
     compile_fn = torch.nn.Module.compile
@@ -194,7 +209,9 @@ def test_each_validation_starts_afresh(name, make, fit, tmp_path):
         task.update_metrics(batch, metrics)
     losses = logged(tmp_path)["val/loss"]
     assert len(losses) == 3
-    assert losses[-1] == pytest.approx(metrics["loss"].compute().item(), rel=1e-5)
+    found = {name: metric.compute() for name, metric in metrics.items()}
+    expected = found["retrieval"]["loss"] if name.endswith("_text") else found["loss"]
+    assert losses[-1] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_packed_documents_and_padding_reach_the_attention(make):

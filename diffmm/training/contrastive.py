@@ -1,0 +1,242 @@
+"""Contrastive training of images and texts, or of sounds and texts."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from diffmm.batch import InputShapes
+from diffmm.checks import check_choice
+from diffmm.models.contrastive import ContrastiveModel, Embeddings
+from diffmm.models.job import Job
+from diffmm.models.weights import load_weights
+from diffmm.training.accumulation import LossSum
+from diffmm.training.batches import check_range, with_index
+from diffmm.training.contrastive_losses import LOSSES, Pairs, gathered, text_ids
+from diffmm.training.finetuning import FineTuneConfig, freeze
+from diffmm.training.optimizer import OptimizerConfig
+from diffmm.training.retrieval import Retrieval
+from diffmm.training.schedule import ScheduleConfig
+from diffmm.training.sharding import DATA_PARALLEL
+from diffmm.training.task import Task
+
+MEDIA = ("images", "waveforms")
+"""Batch fields of the media; a batch has one of them."""
+
+
+class Contrastive(Task):
+    """Contrastive training: embeddings of a medium and its text become similar, and those of
+    different samples dissimilar.
+
+    The negatives of a sample are those of the whole batch, of all processes together: several
+    processes train exactly as one with their joint batch. Samples of the batch with the same medium
+    (`media_index`) or the same text are not negatives of each other. The samples of an earlier
+    micro-batch cannot be negatives, so that gradients cannot be accumulated. All processes of a
+    step must have equally many samples, and media of one modality.
+
+    In addition to the metrics of every task, it logs `val/loss` and `val/media_to_text_recall_1`,
+    `..._5`, `..._10`, `val/text_to_media_recall_1`, `..._5` and `..._10`: recall over the whole
+    validation set (see `diffmm.training.retrieval.Retrieval`).
+
+    Args:
+        model: Contrastive model to train.
+        optimizer, schedule, finetune, compile, activation_checkpointing, fp8: See `Task`;
+            `finetune` is for the weights of a whole contrastive model.
+        loss: `"clip"`, cross-entropy over the batch, or `"siglip"`, a sigmoid per pair, which needs
+            the model's `init_bias` (see `diffmm.training.contrastive_losses`).
+        image: Weights for the image tower to start from, such as those of a classifier (with
+            `new_head`), another contrastive model, or a converted tower of CLIP
+            (`new_head: false`), and its frozen part: `freeze: all_but_head` trains only the
+            projection (LiT, Zhai et al. 2022). None by default.
+        audio: The same for the audio tower.
+        text: The same for the text tower.
+
+    Raises:
+        ValueError: If the loss and the model's bias do not fit, the model has no such tower, or
+            shared blocks would be frozen or loaded twice.
+    """
+
+    model: ContrastiveModel
+    TARGETS: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        model: ContrastiveModel,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        *,
+        loss: Literal["clip", "siglip"] = "clip",
+        image: FineTuneConfig | None = None,
+        audio: FineTuneConfig | None = None,
+        text: FineTuneConfig | None = None,
+        finetune: FineTuneConfig | None = None,
+        compile: bool = False,
+        activation_checkpointing: bool = False,
+        fp8: bool = False,
+    ) -> None:
+        check_choice("loss", loss, LOSSES)
+        if not isinstance(model, ContrastiveModel):
+            raise ValueError(
+                f"contrastive training needs a ContrastiveModel, got {type(model).__name__}"
+            )
+        if loss == "siglip" and model.logit_bias is None:
+            raise ValueError(
+                "loss='siglip' needs a bias: set the model's init_bias, to -10 as in SigLIP"
+            )
+        if loss == "clip" and model.logit_bias is not None:
+            raise ValueError(
+                f"loss='clip' does not depend on a bias, but the model has "
+                f"init_bias={model.config.init_bias}: leave it out"
+            )
+        self.loss = loss
+        super().__init__(
+            model,
+            optimizer,
+            schedule,
+            finetune=finetune,
+            compile=compile,
+            activation_checkpointing=activation_checkpointing,
+            fp8=fp8,
+        )
+        self.image, self.audio, self.text = image, audio, text
+        for name, config in self.starts.items():
+            self._check_start(name, config)
+            self.frozen += freeze(model.towers[name], config)
+
+    @property
+    def starts(self) -> dict[str, FineTuneConfig]:
+        """The given settings of towers, by their names."""
+        starts = {"image": self.image, "audio": self.audio, "text": self.text}
+        return {name: config for name, config in starts.items() if config is not None}
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        count = self.trainer.accumulate_grad_batches
+        if stage == "fit" and count > 1:
+            raise ValueError(
+                f"accumulate_grad_batches={count} is not supported by contrastive training, which "
+                f"cannot compare samples of different micro-batches: use a larger batch_size (with "
+                f"activation_checkpointing, if memory is short) or more devices"
+            )
+
+    def load_first_weights(self) -> None:
+        super().load_first_weights()
+        for name, config in self.starts.items():
+            if config.weights is not None:
+                load_weights(self.model.towers[name], config.weights, skip_head=config.new_head)
+
+    def make_job(self, data: Any) -> Job:
+        # The data may have classes, but the model predicts none.
+        return replace(super().make_job(data), class_names=None)
+
+    def layouts(self) -> list[Sequence[str]]:
+        fields = [name for name in self._inputs() if name not in ("tokens", "num_tokens")]
+        kinds = [[name] for name in fields if name == "images"]
+        kinds += [["waveforms", "num_samples"]] if "waveforms" in fields else []
+        return [(*kind, "tokens", "num_tokens") for kind in kinds]
+
+    def check_batch(self, batch: Any) -> None:
+        kinds = [name for name in MEDIA if name in self._inputs()]
+        found = [name for name in MEDIA if name in batch]
+        if len(found) != 1 or found[0] not in kinds or "num_tokens" not in batch:
+            raise ValueError(
+                f"a batch for this model must have tokens, num_tokens and "
+                f"{' or '.join(kinds)}, got {', '.join(batch)}"
+            )
+        tokens, num_tokens = batch["tokens"], batch["num_tokens"]
+        config, index = self.model.config.text, batch.get("index")
+        check_range("token", tokens, config.vocab_size, of="tokens", index=index)
+        if config.pool != "eos" or tokens.device.type != "cpu":
+            return
+        lacks = ~(tokens == config.eos_id).any(dim=1)
+        if lacks.any():
+            place = int(lacks.nonzero()[0])
+            sample = place if index is None else index[place].item()
+            raise ValueError(
+                f"the text of sample {sample} does not contain the model's eos_id={config.eos_id}: "
+                f"its tokens are {tokens[place, : num_tokens[place]].tolist()}; set the eos_id of "
+                f"the tokenizer"
+            )
+
+    def embeddings(self, batch: Any) -> Embeddings:
+        """Return the model's embeddings of a batch."""
+        media = next(batch[name] for name in MEDIA if name in batch)
+        return self.model(batch["tokens"], batch["num_tokens"], media, batch.get("num_samples"))
+
+    def pairs(self, batch: Any, found: Embeddings) -> Pairs:
+        """Return the pairs of a batch, given its embeddings."""
+        ids = text_ids(batch["tokens"], batch["num_tokens"])
+        return Pairs(found.media, found.texts, batch.get("media_index"), ids)
+
+    def loss_sum(self, batch: Any, batch_idx: int) -> LossSum:
+        found = self.embeddings(batch)
+        own = self.pairs(batch, found)
+        every, first = gathered(own, self._group())
+        total = LOSSES[self.loss](own, every, first, found.scale, found.bias)
+        return LossSum(total, total.new_full((), len(found.media), dtype=torch.float32))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.model.limit_scale()
+
+    def make_metrics(self) -> dict[str, Metric]:
+        return {"retrieval": Retrieval(self.model.config.embed_dim, self.loss)}
+
+    def update_metrics(self, batch: Any, metrics: dict[str, Metric]) -> None:
+        found = self.embeddings(batch)
+        pairs = self.pairs(batch, found)
+        index = batch.get("index")
+        if index is None:
+            raise ValueError("batches to evaluate need the index of their samples")
+        if pairs.media_ids is None:
+            pairs = pairs._replace(media_ids=index)
+        metrics["retrieval"].update(pairs, index, found.scale, found.bias)
+
+    def predict_step(self, batch: Any, batch_idx: int = 0) -> dict[str, Tensor]:
+        """Return the embeddings of the media and of the texts, both `[B, embed_dim]`."""
+        found = self.embeddings(batch)
+        return with_index(batch, media=found.media, texts=found.texts)
+
+    def target_shapes(self, inputs: InputShapes) -> InputShapes:
+        return {"media_index": inputs["num_tokens"]}
+
+    def _group(self) -> Any:
+        """The processes whose batches form one batch; None for a single process."""
+        distributed = torch.distributed
+        if not distributed.is_available() or not distributed.is_initialized():
+            return None
+        if self.device_mesh is not None:
+            # The processes of a tensor-parallel group have the same samples.
+            return self.device_mesh[DATA_PARALLEL].get_group()
+        return distributed.group.WORLD if self.trainer.world_size > 1 else None
+
+    def _check_start(self, name: str, config: FineTuneConfig) -> None:
+        """Check the settings of a tower.
+
+        Raises:
+            ValueError: If the model has no such tower, or they do not fit shared blocks.
+        """
+        tower: nn.Module | None = self.model.towers.get(name)
+        if tower is None:
+            raise ValueError(
+                f"{name} is for a model with that tower, but its towers are "
+                f"{' and '.join(self.model.towers)}"
+            )
+        if config.lora is not None:
+            raise ValueError(f"{name}.lora is not supported: give finetune.lora for all towers")
+        shared = self.model.config.shared_blocks
+        depth = self.model.config.towers[name].backbone.depth
+        if shared and (config.freeze == "all_but_head" or config.freeze > depth - shared):
+            raise ValueError(
+                f"{name}.freeze={config.freeze!r} would freeze blocks that all towers share: "
+                f"freeze at most {depth - shared}"
+            )
+        loaded = [each for each, config in self.starts.items() if config.weights is not None]
+        if shared and len(loaded) > 1:
+            raise ValueError(
+                f"{' and '.join(loaded)} share {shared} blocks, whose weights cannot be those of "
+                f"several files: give weights for one of them"
+            )
