@@ -134,20 +134,32 @@ class Bench:
 
 
 def copied(model: Any, attention: str, *, seed: int) -> nn.Module:
-    """A differential model with the softmax model's weights where both have them. The queries of
-    the first maps of `diff_v2` are those of softmax."""
-    width = model.config.backbone.resolved_feed_forward_width
-    backbone = replace(model.config.backbone, attention=attention, feed_forward_width=width)
+    """A differential model with the softmax model's weights where both have them.
+
+    The queries of the first maps of `diff_v2` are those of softmax. An odd number of key heads, of
+    which `diff_v1` makes pairs, is doubled.
+    """
+    config = model.config.backbone
+    head_dim, kv_heads = config.resolved_head_dim, config.num_kv_heads or config.num_heads
+    copies = 2 if attention == "diff_v1" and kv_heads % 2 else 1
+    backbone = replace(
+        config,
+        attention=attention,
+        num_kv_heads=copies * kv_heads,
+        feed_forward_width=config.resolved_feed_forward_width,
+    )
     torch.manual_seed(seed)
     new = type(model)(replace(model.config, backbone=backbone))
     weights = new.state_dict()
     for name, tensor in model.state_dict().items():
         if weights[name].shape == tensor.shape:
             weights[name] = tensor
-        else:
-            head_dim = backbone.resolved_head_dim
+        elif "q_proj" in name:
             first = weights[name].unflatten(0, (-1, 2, head_dim))
             first[:, 0] = tensor.unflatten(0, (-1, head_dim))
+        else:
+            heads = tensor.unflatten(0, (-1, head_dim)).repeat_interleave(copies, dim=0)
+            weights[name] = heads.flatten(0, 1)
     new.load_state_dict(weights)
     return new.eval()
 

@@ -1,6 +1,7 @@
 """Fine-tuning of upcycled models: which runs are made, and the table."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,5 +71,10 @@ def test_naive_conversion_copies_what_both_have(attention):
     queries = [block.attention.q_proj.weight.unflatten(0, (-1, 16)) for block in (ours, theirs)]
     assert torch.equal(queries[0][:: 2 if attention == "diff_v2" else 1], queries[1])
     assert torch.equal(ours.feed_forward.up_proj.weight, theirs.feed_forward.up_proj.weight)
+    if attention == "diff_v1":  # pairs of one key head
+        backbone = replace(softmax.config.backbone, num_kv_heads=1)
+        one = type(softmax)(replace(softmax.config, backbone=backbone))
+        keys = upcycling.copied(one, attention, seed=0).backbone.blocks[0].attention.k_proj.weight
+        assert torch.equal(keys[:16], keys[16:])
     images = torch.randn(2, 1, 8, 8)
     assert not torch.allclose(naive(images), softmax(images), atol=1e-2)
