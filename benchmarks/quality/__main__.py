@@ -19,9 +19,10 @@ tiny models in minutes on a CPU.
 `table` prints the table and writes `OUT/quality.md`, `quality.csv` and `quality.png`. `weights`
 trains the best seed of each variant again and exports its weights with a model card.
 
-The tasks text, fashion_mnist, letters and speech need prepared data, which `prepare` makes from
-Python's packages and Debian's (dataset-fashion-mnist, fonts, asterisk-core-sounds-*) and which can
-be carried to a machine without them: each task is a folder of DATA of its own.
+The tasks text, fashion_mnist, letters, speech and emoji need prepared data, which `prepare` makes
+from Python's packages and Debian's (dataset-fashion-mnist, fonts, asterisk-core-sounds-*,
+fonts-noto-color-emoji, unicode-cldr-core) and which can be carried to a machine without them: each
+task is a folder of DATA of its own.
 """
 
 import argparse
@@ -75,7 +76,7 @@ class Bench:
         of_task = spec.given(cell.size, self.data.resolve(), self.out.resolve())
         given = [
             *of_task,
-            *overrides(cell.variant, spec.recipe, of_task),
+            *overrides(cell.variant, spec.recipe, of_task, spec.backbones),
             f"--vars.learning_rate={cell.rate}",
             f"--vars.seed={cell.seed}",
             f"--vars.steps={cell.steps}",

@@ -169,6 +169,7 @@ class Run:
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), self.trainer.gradient_clip_val)
             optimizer.step()
+            self.task.after_step()
             return loss.detach()
 
         for number in range(self.num_steps):
@@ -223,8 +224,13 @@ class Run:
         for batch in data.val:
             with self.trainer.precision_plugin.forward_context():
                 self.task.update_metrics(batch, metrics)
-        unmeasured = self.task.unmeasured
-        return {n: float(metric.compute()) for n, metric in metrics.items() if n not in unmeasured}
+        found: dict[str, float] = {}
+        for name, metric in metrics.items():
+            if name not in self.task.unmeasured:
+                value = metric.compute()
+                values = value if isinstance(value, dict) else {name: value}
+                found |= {each: float(number) for each, number in values.items()}
+        return found
 
 
 class _Clock:

@@ -11,6 +11,8 @@ from pathlib import Path
 from benchmarks.letters import find_fonts, make_letters
 from benchmarks.quality.tasks import SEPARATOR
 from benchmarks.speech import SOUNDS, TRANSCRIPTS, make_speech
+from datamodules.pairs.emoji import ANNOTATIONS, FONT, Emoji
+from datamodules.pairs.image_text import Images
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FONTS = Path("/usr/share/fonts")
@@ -19,6 +21,8 @@ VOCAB_SIZE = 16384
 MAX_FILE_BYTES = 200_000
 """Larger Python files are mostly tables."""
 VAL_FRACTION = 0.03
+EMOJI_SIDE = 96
+"""Pixels of a side of a picture, for crops of 64."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Sources:
         per_class: Number of training images per letter.
         sounds: Folder of recorded prompts, one folder per language.
         transcripts: File of their transcripts.
+        emoji: Font of emoji.
+        annotations: Folder of the names of emoji (see `datamodules.pairs.Emoji`).
     """
 
     python: Sequence[Path] = tuple(Path(sysconfig.get_path(name)) for name in ("purelib", "stdlib"))
@@ -42,6 +48,8 @@ class Sources:
     per_class: int = 120
     sounds: Path = SOUNDS
     transcripts: Path = TRANSCRIPTS
+    emoji: Path = Path(FONT)
+    annotations: Path = Path(ANNOTATIONS)
 
 
 def prepare(name: str, folder: Path, sources: Sources) -> None:
@@ -52,9 +60,14 @@ def prepare(name: str, folder: Path, sources: Sources) -> None:
     """
     unfinished = folder.with_name(f".{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    {"text": _text, "fashion_mnist": _images, "letters": _letters, "speech": _speech}[name](
-        unfinished, sources
-    )
+    write = {
+        "text": _text,
+        "fashion_mnist": _images,
+        "letters": _letters,
+        "speech": _speech,
+        "emoji": _emoji,
+    }[name]
+    write(unfinished, sources)
     unfinished.rename(folder)
 
 
@@ -151,6 +164,21 @@ def _letters(folder: Path, sources: Sources) -> None:
             f"for validation: install them, or set --fonts"
         )
     make_letters(folder, train, held_out, sources.per_class)
+
+
+def _emoji(folder: Path, sources: Sources) -> None:
+    """Pictures of emoji with a text file of their names and keywords each."""
+    source = Emoji(font=str(sources.emoji), annotations=str(sources.annotations))
+    try:
+        splits = source.splits(Images())
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    for split, pairs in (("train", splits.train), ("val", splits.val)):
+        (folder / split).mkdir(parents=True)
+        for number, texts in enumerate(pairs.texts):
+            picture = pairs.media.read(number).resize((EMOJI_SIDE, EMOJI_SIDE))
+            picture.save(folder / split / f"{number:04d}.png", optimize=True)
+            (folder / split / f"{number:04d}.txt").write_text("\n".join(texts), encoding="utf-8")
 
 
 def _speech(folder: Path, sources: Sources) -> None:

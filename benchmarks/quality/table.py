@@ -14,7 +14,6 @@ from benchmarks.quality.variants import ALL, SOFTMAX
 from diffmm.runs.seeds import half_width
 
 BUDGETS: tuple[Budget, ...] = ("tokens", "time")
-NUM_SHOWN = {"loss": 3, "accuracy": 2}
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def lines(rows: Sequence[Row], settings: Settings) -> list[Line]:
     """The lines of all tasks and variants that have results, in the order of their definition."""
     found = []
     for task, spec in TASKS.items():
-        unit = 100 if spec.metric == "accuracy" else 1
+        unit = spec.unit
         for budget in BUDGETS:
             softmax = results(rows, settings, task, SOFTMAX)
             for variant in ALL:
@@ -116,24 +115,25 @@ def markdown(found: Sequence[Line], notes: Sequence[str] = ()) -> str:
         "",
         "Differences are means over seeds of the variant minus softmax with the same seed, with a "
         "95 % interval (Student's t). Every variant has the best learning rate of the same grid. "
-        "Loss is in nats per token (lower is better), accuracy in percent (higher is better). At "
-        "equal time, the number of steps is that which takes the training time of softmax.",
+        "Loss is in nats per token (lower is better); accuracy and recall are in percent (higher "
+        "is better). At equal time, the number of steps is that which takes the training time of "
+        "softmax.",
         *(f"\n{note}" for note in notes),
     ]
     for task in dict.fromkeys(line.task for line in found):
-        metric = TASKS[task].metric
+        spec = TASKS[task]
         for budget in BUDGETS:
             own = [line for line in found if (line.task, line.budget) == (task, budget)]
             if not own:
                 continue
             text += [
                 "",
-                f"## {task}: {metric} at equal {budget}",
+                f"## {task}: {spec.metric} at equal {budget}",
                 "",
                 "| variant | rate | mean | seeds | difference | verdict | parameters | steps "
                 "| seconds |",
                 "|---|---|---|---|---|---|---|---|---|",
-                *(_row(line, NUM_SHOWN[metric]) for line in own),
+                *(_row(line, spec.num_shown) for line in own),
             ]
     if any(line.at_edge for line in found):
         text += ["", "\\* The best rate is at an end of all rates that were tried."]

@@ -13,6 +13,7 @@ SMALL_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 TEXT_RATES = (1e-3, 2e-3, 4e-3)
 
 Size = Literal["full", "tiny"]
+Metric = Literal["loss", "accuracy", "media_to_text_recall_1"]
 
 
 @dataclass(frozen=True)
@@ -22,26 +23,38 @@ class TaskSpec:
     Attributes:
         recipe: Name of the recipe.
         steps: Number of steps, for each size.
-        metric: The metric that is compared: `"loss"` in nats, or `"accuracy"`.
+        metric: The metric that is compared: `"loss"` in nats, or a share such as `"accuracy"`.
         overrides: Overrides of the recipe at full size; `DATA` is the folder of prepared data, and
             `CACHE` that of unpacked files.
         tiny: Further overrides at tiny size.
         rates: Grid of learning rates.
         prepared: Whether the task needs prepared data, in the folder `DATA/NAME`.
+        backbones: Prefixes of the settings of the model's backbones.
     """
 
     recipe: str
     steps: dict[Size, int]
-    metric: Literal["loss", "accuracy"] = "accuracy"
+    metric: Metric = "accuracy"
     overrides: tuple[str, ...] = ()
     tiny: tuple[str, ...] = ()
     rates: tuple[float, ...] = SMALL_RATES
     prepared: bool = False
+    backbones: tuple[str, ...] = (BACKBONE,)
 
     @property
     def sign(self) -> int:
         """1 if a larger metric is better, otherwise -1."""
-        return 1 if self.metric == "accuracy" else -1
+        return -1 if self.metric == "loss" else 1
+
+    @property
+    def unit(self) -> int:
+        """What the metric is multiplied by in tables: 100 for a share, in percent."""
+        return 1 if self.metric == "loss" else 100
+
+    @property
+    def num_shown(self) -> int:
+        """Number of digits of the metric in tables."""
+        return 3 if self.metric == "loss" else 2
 
     def given(self, size: Size, data: Path, cache: Path) -> list[str]:
         """The overrides of the recipe for a size."""
@@ -143,8 +156,22 @@ SPEECH = _Folder(
     ),
 ).overrides
 
+TOWERS = (f"{CONFIG}image.backbone.", f"{CONFIG}text.backbone.")
+PADDED = "--data.pad_texts=true"
+"""Texts of one length, since the shapes of a step do not change."""
+
+EMOJI = (
+    "--data.source={class_path: datamodules.pairs.PairFolder, "
+    "init_args: {train: DATA/emoji/train, val: DATA/emoji/val}}",
+    "--data.num_workers=2",
+    "--data.transform={mean: [0.5], std: [0.5], interpolation: bicubic, crop_pct: 1.0, "
+    "scale: [0.8, 1.0], ratio: [0.9, 1.1], hflip: 0.0, color_jitter: 0.0}",
+    PADDED,
+)
+
 SHORT = ("--data.batch_size=8", "--data.num_workers=0", "--trainer.limit_val_batches=4")
 FEW_LAYERS = (f"{BACKBONE}depth=2", f"{BACKBONE}dim=32")
+FEW_LAYERS_OF_TOWERS = tuple(f"{tower}{size}" for tower in TOWERS for size in ("depth=2", "dim=32"))
 
 TASKS: dict[str, TaskSpec] = {
     "text": TaskSpec(
@@ -180,5 +207,23 @@ TASKS: dict[str, TaskSpec] = {
     ),
     "recall": TaskSpec("text/recall_tiny", {"full": 4000, "tiny": 12}, tiny=SHORT),
     "many_shot": TaskSpec("text/many_shot_tiny", {"full": 4000, "tiny": 12}, tiny=SHORT),
+    "shapes": TaskSpec(
+        "image_text/shapes_tiny",
+        {"full": 600, "tiny": 12},
+        "media_to_text_recall_1",
+        (PADDED,),
+        (*SHORT, *FEW_LAYERS_OF_TOWERS),
+        backbones=TOWERS,
+    ),
+    "emoji": TaskSpec(
+        "image_text/emoji",
+        {"full": 3000, "tiny": 12},
+        "media_to_text_recall_1",
+        EMOJI,
+        (*SHORT, *FEW_LAYERS_OF_TOWERS),
+        (2.5e-4, 5e-4, 1e-3, 2e-3),
+        prepared=True,
+        backbones=TOWERS,
+    ),
 }
 """The tasks, by name."""

@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.quality.tasks import BACKBONE, CONFIG
 from diffmm.layers.feed_forward import FEED_FORWARDS
 from diffmm.models import BackboneConfig
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.references import resolve
 from diffmm.recipes.settings import load
-
-BACKBONE = "--model.model.config.backbone."
 
 SOFTMAX = "softmax"
 """The variant that all others are compared with."""
@@ -63,8 +62,11 @@ SIGNAL_PER_NOISE = 4
 """Signal heads per noise head and query heads per key head of the grouped variants."""
 
 
-def overrides(variant: str, recipe: str, given: Sequence[str]) -> list[str]:
-    """The overrides of a recipe for a variant, in addition to those of its task.
+def overrides(
+    variant: str, recipe: str, given: Sequence[str], backbones: Sequence[str] = (BACKBONE,)
+) -> list[str]:
+    """The overrides of a recipe for a variant, in addition to those of its task: those of each of
+    the model's backbones, which are of equal size.
 
     Grouped differential attention needs grouped keys. Its feed-forward layers get the parameters
     that it has less than the softmax model of the task. Alternatives are registered first.
@@ -76,20 +78,23 @@ def overrides(variant: str, recipe: str, given: Sequence[str]) -> list[str]:
     settings = dict(ALL[variant])
     attention = settings.pop("attention", variant)
     if variant in HALF_HEADS:
-        settings["num_heads"] = str(max(1, softmax_backbone(recipe, given).num_heads // 2))
+        softmax = softmax_backbone(recipe, given, backbones[0])
+        settings["num_heads"] = str(max(1, softmax.num_heads // 2))
     if attention == "diff_grouped":
-        settings |= _grouped(softmax_backbone(recipe, given), settings)
+        settings |= _grouped(softmax_backbone(recipe, given, backbones[0]), settings)
     return [
         f"--vars.attention={attention}",
-        *(f"{BACKBONE}{name}={value}" for name, value in settings.items()),
+        *(f"{prefix}{name}={value}" for prefix in backbones for name, value in settings.items()),
     ]
 
 
-def softmax_backbone(recipe: str, given: Sequence[str]) -> BackboneConfig:
-    """The backbone of a task's softmax model."""
+def softmax_backbone(recipe: str, given: Sequence[str], prefix: str = BACKBONE) -> BackboneConfig:
+    """A backbone of a task's softmax model, with the prefix of its settings."""
     values = load([find_recipe(recipe)], [*given, "--vars.attention=softmax"])
     config = resolve(values)[0]["model"]["init_args"]["model"]["init_args"]["config"]
-    return BackboneConfig(**config["backbone"])
+    for name in prefix.removeprefix(CONFIG).rstrip(".").split("."):
+        config = config[name]
+    return BackboneConfig(**config)
 
 
 def _grouped(softmax: BackboneConfig, settings: dict[str, str]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.quality.engine import Row
-from benchmarks.quality.table import NUM_SHOWN, Line
+from benchmarks.quality.table import Line
 from benchmarks.quality.tasks import TASKS
 from diffmm.models.weights import save_model
 
@@ -35,9 +35,9 @@ def save(folder: Path, task: object, line: Line, row: Row, again: dict[str, floa
 def card(line: Line, row: Row, again: dict[str, float]) -> str:
     """The model card: what was trained, its numbers and how to load it."""
     spec = TASKS[line.task]
-    digits = NUM_SHOWN[spec.metric]
+    digits = spec.num_shown
     unit = "nats per token" if spec.metric == "loss" else "percent"
-    scale = 100 if spec.metric == "accuracy" else 1
+    scale = spec.unit
     seeds = ", ".join(f"{value:.{digits}f} (seed {seed})" for seed, value in line.values.items())
     text = [
         "---",

@@ -178,8 +178,7 @@ class Contrastive(Task):
         total = LOSSES[self.loss](own, every, first, found.scale, found.bias)
         return LossSum(total, total.new_full((), len(found.media), dtype=torch.float32))
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+    def after_step(self) -> None:
         self.model.limit_scale()
 
     def make_metrics(self) -> dict[str, Metric]:

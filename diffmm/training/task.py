@@ -142,6 +142,9 @@ class Task(AnyBatches):
         """Update `metrics`, created by `make_metrics`, with a batch."""
         raise NotImplementedError
 
+    def after_step(self) -> None:
+        """Called after every optimizer step, for limits of weights; does nothing by default."""
+
     @property
     def learning_rate(self) -> float:
         """The peak learning rate; Lightning's learning-rate finder sets it."""
@@ -295,6 +298,10 @@ class Task(AnyBatches):
         elif gradient_clip_val:
             clip_gradients(parameters, gradient_clip_val, norm)
         log_step(self, "train/grad_norm", norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.after_step()
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(

@@ -203,18 +203,35 @@ def test_a_line_that_was_cut_off_is_run_again(tmp_path):
 def test_every_variant_of_every_task_has_the_parameters_of_softmax(task, tmp_path):
     spec = TASKS[task]
     counts = {}
-    for variant in ALL:
+    # Further backbones get the same settings: those that depend on the size are enough.
+    several = len(spec.backbones) > 1
+    variants = ("softmax", "diff_v1", "diff_grouped", "v2_half_heads") if several else ALL
+    for variant in variants:
         of_task = spec.given("full", tmp_path, tmp_path)
-        given = [*of_task, *overrides(variant, spec.recipe, of_task)]
+        given = [*of_task, *overrides(variant, spec.recipe, of_task, spec.backbones)]
         values = {**load_values([find_recipe(spec.recipe)], given), "run_dir": "runs"}
         found = find_mistakes(values)
         assert found.mistakes == []
         counts[variant] = sum(p.numel() for p in found.model.model.parameters())
     for count in counts.values():
         assert count == pytest.approx(counts["softmax"], rel=0.01)
-    assert set(ABLATIONS) < set(counts)
+    assert several or set(ABLATIONS) < set(counts)
     if task == "text":
         assert counts["softmax"] == pytest.approx(42e6, rel=0.02)
+
+
+def test_a_task_with_two_backbones(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "MAX_EXTENSIONS", 0)
+    tiny = ["--size", "tiny", "--seeds", "0", "--rates", "1e-3", "--steps", "2"]
+    names = ["softmax", "diff_grouped", "v2_half_heads"]
+    quality.main(
+        ["--tasks", "shapes", "--variants", ",".join(names), *tiny, "--out", str(tmp_path)]
+    )
+    rows = {row["variant"]: row for row in read(tmp_path / "cells.jsonl")}
+    assert list(rows) == names
+    for row in rows.values():
+        assert 0.0 <= row["media_to_text_recall_1"] <= row["media_to_text_recall_10"] <= 1.0
+        assert math.isfinite(row["loss"])
 
 
 def test_alternatives_are_variants_that_are_asked_for_by_name(tmp_path, monkeypatch):
@@ -349,12 +366,14 @@ def test_what_is_missing_is_named(tmp_path):
         fonts=tmp_path,
         sounds=tmp_path,
         transcripts=tmp_path / "none",
+        emoji=tmp_path / "none",
     )
     for name, message in (
         ("text", "there are no Python files in"),
         ("fashion_mnist", "none does not exist: install dataset-fashion-mnist"),
         ("letters", "no font"),
         ("speech", "none does not exist: install asterisk-core-sounds-en"),
+        ("emoji", "none does not exist: install fonts-noto-color-emoji"),
     ):
         with pytest.raises(SystemExit, match=message):
             prepare(name, tmp_path / "data" / name, nowhere)
