@@ -22,9 +22,11 @@ from diffmm.layers.rope_scaling import RopeScaling
 from diffmm.models import (
     AudioConfig,
     BackboneConfig,
+    ContrastiveConfig,
     ImageConfig,
     MaskedAutoencoderConfig,
     TextConfig,
+    TextTowerConfig,
 )
 from diffmm.training import LoRAConfig, MixingConfig, OptimizerConfig, ScheduleConfig
 
@@ -36,6 +38,12 @@ VALID: tuple[Settings, ...] = (
     TextConfig(8, 8, dataclasses.replace(BACKBONE, rope="1d")),
     AudioConfig(backbone=BACKBONE, sample_rate_hz=16000),
     MaskedAutoencoderConfig(encoder=IMAGE, decoder=BACKBONE),
+    ContrastiveConfig(
+        image=IMAGE,
+        text=TextTowerConfig(8, 8, dataclasses.replace(BACKBONE, rope="none")),
+        embed_dim=4,
+        init_bias=-10.0,
+    ),
     OptimizerConfig(1e-3),
     ScheduleConfig(10),
     MixingConfig(mixup_alpha=0.5),
