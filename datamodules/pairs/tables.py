@@ -152,6 +152,11 @@ class PairTable(PairSource):
                 )
         splits = {alias: name for name, aliases in SPLIT_NAMES.items() for alias in aliases}
         for row in reader:
+            if any(row.get(None, ())):  # type: ignore[call-overload]
+                raise ValueError(
+                    f"{path}, line {reader.line_num} has more fields than the first line: put "
+                    f"texts that contain the separator in double quotes"
+                )
             texts = [(row[column] or "").strip() for column in self.text_columns]
             texts = [text for text in texts if text]
             if not row[self.file_column] or not texts:

@@ -194,6 +194,7 @@ def test_groups_of_a_table_are_held_out_together(photos):
     [
         ([], {}, "bad.csv has no rows"),
         ([("0.png", "")], {}, "bad.csv, line 2: the file or the text is missing"),
+        ([("0.png", "a dog", " a cat")], {}, "bad.csv, line 2 has more fields than the first line"),
         ([("0.png", "a")], {"text_column": "caption"}, "no column 'caption', only file, text"),
         ([("0.png", "a"), ("0.png", "b")], {}, r"2 pairs are in 1 group\(s\), but at least two"),
         ([("0.png", "a"), ("1.png", "val")], {"split_column": "text"}, "line 2: text must be one"),
@@ -268,6 +269,15 @@ def test_a_folder_has_text_files_or_speaking_names(tmp_path):
     (tmp_path / "clips/birds").mkdir()
     with pytest.raises(ValueError, match="birds has no images"):
         PairFolder(str(tmp_path / "clips/birds")).splits(Images())
+
+
+def test_extensions_may_be_in_capitals(tmp_path):
+    for name, extension in (("a.JPG", ".TXT"), ("b.png", ".Txt"), ("c.PNG", ".txt")):
+        picture(tmp_path / name)
+        (tmp_path / name).with_suffix(extension).write_text(name)
+    (tmp_path / "c.TXT").write_text("not read: there is c.txt")
+    pairs = PairFolder(str(tmp_path)).all_pairs(Images())
+    assert [list(texts) for texts in pairs.texts] == [["a.JPG"], ["b.png"], ["c.PNG"]]
 
 
 def test_bad_images_and_texts_are_handled_as_the_run_says(tmp_path, caplog):
