@@ -152,7 +152,7 @@ class PairTable(PairSource):
                 )
         splits = {alias: name for name, aliases in SPLIT_NAMES.items() for alias in aliases}
         for row in reader:
-            if any(row.get(None, ())):  # type: ignore[call-overload]
+            if any(row.get(None, ())):
                 raise ValueError(
                     f"{path}, line {reader.line_num} has more fields than the first line: put "
                     f"texts that contain the separator in double quotes"

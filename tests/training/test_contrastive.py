@@ -284,6 +284,10 @@ def test_batches_are_checked(make, fit):
         task.check_batch({**batch, "tokens": endless})
     with pytest.raises(ValueError, match="token 99 of sample 1 is outside the model's 24 tokens"):
         task.check_batch({**batch, "tokens": unknown})
+    begun = batch["tokens"].clone()
+    begun[4, 0] = 23
+    with pytest.raises(ValueError, match="the text of sample 4 begins with the model's eos_id=23"):
+        task.check_batch({**batch, "tokens": begun})
     del batch["num_tokens"]
     with pytest.raises(ValueError, match="must have tokens, num_tokens and images, got ima"):
         task.check_batch(batch)
@@ -297,6 +301,19 @@ def test_tuples_are_batches(make, fit):
     assert list(found) == ["images", "tokens", "num_tokens"]
 
 
+def test_a_batch_of_one_sample_is_refused(make, fit):
+    with pytest.raises(ValueError, match="a batch of one sample has no negatives"):
+        fit(make.task("image_text"), [make.batch("image_text", 1)])
+
+
+def test_towers_without_gradients_need_a_strategy_that_allows_them(make, fit, monkeypatch):
+    monkeypatch.setattr("diffmm.training.contrastive.needs_all_gradients", lambda trainer: True)
+    fit(make.task("image_text"), [make.batch("image_text")], max_steps=1, logger=False)
+    two = {"audio": make.audio_config("diff_v1")}
+    with pytest.raises(ValueError, match="set --trainer.strategy ddp_find_unused_parameters_true"):
+        fit(make.task("image_text", model=two), [make.batch("image_text")])
+
+
 def test_both_media_share_a_space(make, fit):
     """One model trains on images with texts, and on sounds with texts."""
     model = make.task("image_text").model.config
@@ -307,6 +324,8 @@ def test_both_media_share_a_space(make, fit):
     batches = [make.batch("image_text"), make.batch("audio_text")]
     fit(task, batches, max_steps=2)
     assert all(p.grad is None or p.grad.isfinite().all() for p in task.model.parameters())
+    ids = [task.pairs(b, task.embeddings(b)).media_ids.tolist() for b in batches]
+    assert len({*ids[0], *ids[1]}) == 12  # no sound has the number of an image
     assert task.layouts() == [
         ("images", "tokens", "num_tokens"),
         ("waveforms", "num_samples", "tokens", "num_tokens"),
