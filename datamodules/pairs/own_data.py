@@ -8,7 +8,7 @@ from datamodules.pairs.folders import TEXT_EXTENSION, PairFolder
 from datamodules.pairs.sources import Media, Medium, Pairs, PairSplits
 from datamodules.pairs.tables import PairTable
 from datamodules.pairs.webdataset import WebDatasetPairs
-from datamodules.shared.files import glob_files, list_files
+from datamodules.shared.files import glob_files, list_files, loose_files
 from datamodules.shared.fingerprints import spread
 from datamodules.shared.folders import shown
 from datamodules.shared.own_data import (
@@ -87,6 +87,7 @@ def own_pairs(
     arguments = (given.get("source") or {}).get("init_args") or {}
     source, settings = locate_pairs(path, arguments, medium)
     splits = source.splits(medium)
+    _check_texts_differ(path, splits.train)
     class_path = f"datamodules.pairs.{type(source).__name__}"
     found: dict[str, Any] = {
         "source": {"class_path": class_path, "init_args": settings},
@@ -207,6 +208,11 @@ def _check_texts(path: str, folder: Path, medium: Medium[Any]) -> None:
     """
     if list_files(folder, (TEXT_EXTENSION,)):
         return
+    if tables := loose_files(folder, TABLES):
+        raise ValueError(
+            f"--data {path} has {len(tables)} tables ({shown([t.name for t in tables], 5)}): give "
+            f"one of them, or name those of the splits train.csv and val.csv"
+        )
     media, noun = list_files(folder, medium.extensions), medium.noun
     if not media:
         raise ValueError(
@@ -220,10 +226,21 @@ def _check_texts(path: str, folder: Path, medium: Medium[Any]) -> None:
         )
     classes = sorted({file.parent.name for file in media})
     raise ValueError(
-        f"--data {path} has {noun} of {len(classes)} classes ({shown(classes, 5)}) but no texts: "
+        f"--data {path} has {noun} in folders ({shown(classes, 5)}) but no texts: "
         f"use a recipe of a classifier (diffmm recipes), write a text file beside each file, or "
         f"set --data.source.texts to names or folders, if the texts are their names"
     )
+
+
+def _check_texts_differ(path: str, pairs: Pairs[Any]) -> None:
+    """Check that not all texts are the same. Only texts up to the first other one are read."""
+    texts = (text.strip() for index in range(len(pairs)) for text in pairs.known_texts(index))
+    first = next(texts, None)
+    if len(pairs) > 1 and first is not None and all(text == first for text in texts):
+        raise ValueError(
+            f"--data {path}: all {len(pairs):,} training texts are {first!r:.60}, from which "
+            f"nothing can be learned: write texts that differ"
+        )
 
 
 def _summary(path: str, noun: str, settings: Mapping[str, Any], splits: PairSplits[Any]) -> str:

@@ -159,21 +159,29 @@ class Contrastive(Task):
         tokens, num_tokens = batch["tokens"], batch["num_tokens"]
         config, index = self.model.config.text, batch.get("index")
         check_range("token", tokens, config.vocab_size, of="tokens", index=index)
-        if config.pool != "eos" or tokens.device.type != "cpu":
+        if config.pool not in ("eos", "argmax") or tokens.device.type != "cpu":
             return
-        ends = tokens == config.eos_id
-        for wrong, fault, advice in (
-            (~ends.any(dim=1), "does not contain", "set the eos_id of the tokenizer"),
-            # Its embedding would be that of this token alone.
-            (ends[:, 0], "begins with", "use other start_ids or another pool"),
-        ):
-            if wrong.any():
-                place = int(wrong.nonzero()[0])
-                sample = place if index is None else index[place].item()
-                raise ValueError(
-                    f"the text of sample {sample} {fault} the model's eos_id={config.eos_id}: its "
-                    f"tokens are {tokens[place, : num_tokens[place]].tolist()}; {advice}"
-                )
+        pooled = self.model.text.at(tokens)
+        lacks = torch.zeros_like(pooled, dtype=torch.bool)
+        if config.pool == "eos":
+            lacks = ~(tokens == config.eos_id).any(dim=1)
+        # The embedding of an earlier token would be that of a part of the text.
+        wrong = lacks | (pooled != num_tokens - 1)
+        if not wrong.any():
+            return
+        place = int(wrong.nonzero()[0])
+        sample = place if index is None else index[place].item()
+        listed = tokens[place, : num_tokens[place]].tolist()
+        if lacks[place]:
+            raise ValueError(
+                f"the text of sample {sample} does not contain the model's eos_id={config.eos_id}: "
+                f"its tokens are {listed}; set the eos_id of the tokenizer"
+            )
+        raise ValueError(
+            f"the text of sample {sample} has {len(listed)} tokens, {listed}, but "
+            f"pool={config.pool!r} takes number {int(pooled[place]) + 1}: pool='eos' needs texts "
+            f"with one eos_id, at the end, and pool='argmax' those that end in their highest id"
+        )
 
     def embeddings(self, batch: Any) -> Embeddings:
         """Return the model's embeddings of a batch."""

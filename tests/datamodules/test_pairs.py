@@ -507,7 +507,7 @@ def test_own_pairs_are_found_in_folders_and_tables(photos, tmp_path):
             path = folder / split / f"{number}.wav"
             path.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(path, np.zeros(4000) + 0.1, 8000)
-            path.with_suffix(".txt").write_text("hello")
+            path.with_suffix(".txt").write_text(f"hello {number}")
     found = own(AudioTextData, folder, {"val_fraction": 0.3, "num_clips": 3})
     assert found.settings["source"] == {
         "class_path": "datamodules.pairs.PairFolder",
@@ -525,14 +525,14 @@ def test_own_pairs_are_found_in_folders_and_tables(photos, tmp_path):
 
 
 def test_own_data_without_texts_say_what_they_are(tmp_path):
-    for name in ("cat/1", "cat/2", "dog/1", "dog/2"):
+    for name in ("cat/1", "cat/2", "dog/1", "dog/2", "emu/1"):
         picture(tmp_path / "classes" / f"{name}.png")
         picture(tmp_path / "flat" / f"{name.replace('/', ' ')}.png")
     with pytest.raises(
-        ValueError, match=r"has images of 2 classes \(cat, dog\) but no texts: use a"
+        ValueError, match=r"has images in folders \(cat, dog, emu\) but no texts: use a"
     ):
         own(ImageTextData, tmp_path / "classes")
-    with pytest.raises(ValueError, match=r"has 4 images but no texts: write .*\(cat 1.txt\)"):
+    with pytest.raises(ValueError, match=r"has 5 images but no texts: write .*\(cat 1.txt\)"):
         own(ImageTextData, tmp_path / "flat")
     found = own(ImageTextData, tmp_path / "flat", {"texts": "names"})
     assert found.settings["source"]["init_args"]["texts"] == "names"
@@ -543,6 +543,13 @@ def test_own_data_without_texts_say_what_they_are(tmp_path):
         ValueError, match=r"has labels \(column 'label'\) but no texts: .* label if"
     ):
         own(ImageTextData, labels)
+    for name in ("b.csv", "a.TSV"):
+        table(tmp_path / "classes" / name, ("cat/1.png", "a cat"))
+    with pytest.raises(ValueError, match=r"has 2 tables \(a.TSV, b.csv\): give one of them, or"):
+        own(ImageTextData, tmp_path / "classes")
+    same = table(tmp_path / "same.csv", *((f"classes/cat/{n}.png", "a cat") for n in (1, 2, 1, 3)))
+    with pytest.raises(ValueError, match="all 2 training texts are 'a cat', from which nothing"):
+        own(ImageTextData, same)
     other = table(tmp_path / "other.csv", ("flat/cat 1.png", "cat"), header=("file", "words"))
     with pytest.raises(ValueError, match="needs a column 'text' .* set --data.source.text_column"):
         own(ImageTextData, other)

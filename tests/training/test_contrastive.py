@@ -1,6 +1,7 @@
 """Contrastive training: losses against open_clip's, retrieval by hand, and the task's refusals."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -286,8 +287,14 @@ def test_batches_are_checked(make, fit):
         task.check_batch({**batch, "tokens": unknown})
     begun = batch["tokens"].clone()
     begun[4, 0] = 23
-    with pytest.raises(ValueError, match="the text of sample 4 begins with the model's eos_id=23"):
+    with pytest.raises(ValueError, match="text of sample 4 has .* but pool='eos' takes number 1:"):
         task.check_batch({**batch, "tokens": begun})
+    config = task.model.config
+    by_id = replace(config, text=replace(config.text, pool="argmax", eos_id=None))
+    highest = Contrastive(ContrastiveModel(by_id), *SETTINGS)
+    highest.check_batch(batch)
+    with pytest.raises(ValueError, match="text of sample 2 has .* but pool='argmax' takes number"):
+        highest.check_batch({**batch, "tokens": endless})
     del batch["num_tokens"]
     with pytest.raises(ValueError, match="must have tokens, num_tokens and images, got ima"):
         task.check_batch(batch)
