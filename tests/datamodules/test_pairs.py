@@ -322,6 +322,14 @@ def test_texts_are_cut_and_this_is_told_once(photos, caplog):
     assert "max_tokens (5)" in data.examine(3).doubts[0]
 
 
+def test_accents_may_be_written_in_two_ways():
+    reader = pair_data(RenderedShapes(8, 4), max_tokens=6).reader
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for text in (composed, decomposed):
+        assert reader.read_text(text)["tokens"].tolist() == [*composed.encode(), 256]
+        assert not reader.is_cut(text)
+
+
 def test_padding_to_a_fixed_length_gives_static_shapes():
     data = pair_data(RenderedShapes(8, 4), max_tokens=100, pad_texts=True)
     assert {batch["tokens"].shape for batch in train_batches(data)} == {(4, 100)}
