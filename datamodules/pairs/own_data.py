@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datamodules.pairs.folders import TEXT_EXTENSION, PairFolder
-from datamodules.pairs.sources import Media, Medium, Pairs, PairSplits
+from datamodules.pairs.sources import Media, Medium, Pairs, PairSource, PairSplits
 from datamodules.pairs.tables import PairTable
 from datamodules.pairs.webdataset import WebDatasetPairs
 from datamodules.shared.files import glob_files, list_files, loose_files
@@ -37,6 +37,9 @@ KEPT_OF_TABLES = (
 KEPT_OF_SHARDS = ("val", "test", "text_field", "cache_dir", "val_fraction")
 KEPT_OF_FOLDERS = ("val", "test", "texts", "template", "val_fraction")
 """Arguments of the recipe's source or the command line that also apply to the user's data."""
+
+KEPT_TO_EVALUATE = ("texts", "template", "text_field", "file_column")
+"""Settings of a run's source that also apply to other pairs on which it is evaluated."""
 
 NUM_COUNTED = 100
 """Number of images or sounds whose texts are counted."""
@@ -96,22 +99,28 @@ def own_pairs(
     return FoundPairs(found, splits, _summary(path, medium.noun, settings, splits))
 
 
-def pairs_to_evaluate(path: str, medium: Medium[Media], split: str) -> tuple[Pairs[Media], str]:
+def pairs_to_evaluate(
+    path: str, source: PairSource, medium: Medium[Media], split: str
+) -> tuple[Pairs[Media], str]:
     """The pairs of a split at a path or, if there are no splits, all of them, and a summary.
 
     Args:
         path: Path of the folder or table.
+        source: The source of a run, whose settings of texts apply to these pairs, too.
         medium: The images or sounds that the datamodule reads.
         split: `"val"` or `"test"`.
 
     Raises:
         FileNotFoundError, ValueError: As `own_pairs`, and if there are splits, but not this one.
     """
-    source, settings = locate_pairs(path, {}, medium)
+    given = {name: getattr(source, name) for name in KEPT_TO_EVALUATE if hasattr(source, name)}
+    if isinstance(source, PairTable):
+        given["text_column"] = source.text_columns
+    located, settings = locate_pairs(path, given, medium)
     if not {"val", "test", "split_column"} & settings.keys():
-        pairs = source.all_pairs(medium)
+        pairs = located.all_pairs(medium)
     elif "split_column" in settings or split in settings:
-        pairs = getattr(source.splits(medium), split)
+        pairs = getattr(located.splits(medium), split)
     else:
         raise ValueError(
             f"--data {path} has other splits, but no {split}: give the folder or table to evaluate"

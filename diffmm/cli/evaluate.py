@@ -37,7 +37,13 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if output is not None:
         check_output(output, (".json", ".csv"))
     split = "test" if verb == "test" else "val"
-    if options.data is not None and not overrides and is_zero_shot(weights, options.data, split):
+    reads_texts = any(each.startswith("--data.source.") for each in overrides)
+    if options.data is not None and not reads_texts and is_zero_shot(weights, options.data, split):
+        if overrides:
+            raise InputError(
+                f"{overrides[0]} is a setting of a recipe: classifying {options.data} by the names "
+                f"of its folders takes none"
+            )
         return validate_zero_shot(weights, options.data, split, options.template, output)
     if options.template is not None:
         raise InputError(

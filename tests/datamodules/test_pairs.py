@@ -600,6 +600,20 @@ def test_other_pairs_are_evaluated_whole_or_by_split(photos, tmp_path):
     assert next(iter(audio.val_dataloader()))["num_samples"].tolist() == [1600]
 
 
+def test_other_pairs_have_their_texts_where_those_of_the_run_are(photos, tmp_path):
+    for name in ("old/red_car.png", "old/cat.png", "new/blue_car-2.png"):
+        picture(tmp_path / name)
+    source = PairFolder(str(tmp_path / "old"), texts="names", template="a {}")
+    data = pair_data(source)
+    data.evaluate_on_pairs(str(tmp_path / "new"), split="val")
+    assert [texts_of(data, batch) for batch in data.val_dataloader()] == [["a blue car"]]
+    rows = [(f"{n}.png", "a", f"b{n}") for n in range(2)]
+    path = table(photos / "two.csv", *rows, header=("file", "text", "alt"))
+    data = pair_data(PairTable(path, text_column=["alt"]))
+    data.evaluate_on_pairs(path, split="val")
+    assert [texts_of(data, batch) for batch in data.val_dataloader()] == [["b0", "b1"]]
+
+
 def test_texts_may_have_a_token_at_their_beginning(photos):
     source = PairTable(str(photos / "all.csv"), val_fraction=0.25)
     data = pair_data(source, start_ids=[7], max_tokens=6)
