@@ -173,7 +173,7 @@ def test_validation_on_a_folder_of_classes(trained, capsys):
     found = json.loads(Path("out.json").read_text())
     assert found["metrics"] == {"zero_shot/accuracy": 0.6}
     assert sum(map(sum, found["confusion_matrix"])) == 5
-    assert main([*command, "--data.batch_size", "2"]) == 2
+    assert main([*command[:4], "--data.batch_size", "2"]) == 2
     assert "--data.batch_size is a setting of a recipe: classifying" in capsys.readouterr().err
     assert main(["validate", "run", "--data", "run", "--template", "a {}"]) == 2
     assert "--template is for a model that compares images or sounds" in capsys.readouterr().err
