@@ -170,7 +170,14 @@ class PairTable(PairSource):
                         f"{path}, line {reader.line_num}: {self.split_column} must be one of "
                         f"{', '.join(splits)}, got {written!r}"
                     )
-            group = row[self.group_column] or "" if self.group_column is not None else ""
+            group = ""
+            if self.group_column is not None:
+                group = (row[self.group_column] or "").strip()
+                if not group:
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: {self.group_column} is missing, so that "
+                        f"it is unknown what is held out with this row"
+                    )
             yield PairRow(
                 Path(self.media_folder or path.parent) / row[self.file_column], texts, split, group
             )

@@ -187,6 +187,10 @@ def test_groups_of_a_table_are_held_out_together(photos):
     table(photos / "groups.csv", *rows, header=("file", "text", "speaker"))
     with pytest.raises(ValueError, match="0.png is in the groups 'speaker 0' and 'speaker 3'"):
         source.splits(Images())
+    rows[-1] = ("0.png", "again", " ")
+    table(photos / "groups.csv", *rows, header=("file", "text", "speaker"))
+    with pytest.raises(ValueError, match=f"line {len(rows) + 1}: speaker is missing, so that it"):
+        source.splits(Images())
 
 
 @pytest.mark.parametrize(
