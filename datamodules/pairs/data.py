@@ -149,7 +149,8 @@ class PairData(SeededDataModule, Generic[Media]):
 
     def evaluate_on_pairs(self, path: str, *, split: str) -> str:
         """Evaluate on other pairs than those of the source, which are then not read. Inputs are
-        prepared as for the source's own validation data.
+        prepared as for the source's own validation data, and texts are found as by it, such as in
+        the names of files.
 
         Args:
             path: A folder of images or sounds with text files, shards, or a table of files and
@@ -164,7 +165,7 @@ class PairData(SeededDataModule, Generic[Media]):
             FileNotFoundError: If the path does not exist.
             ValueError: If it has no texts.
         """
-        pairs, summary = pairs_to_evaluate(path, self.medium, split)
+        pairs, summary = pairs_to_evaluate(path, self.source, self.medium, split)
         self._splits = PairSplits(pairs, pairs, pairs)
         return summary
 

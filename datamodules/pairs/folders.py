@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from datamodules.pairs.sources import (
     Media,
@@ -23,7 +23,7 @@ TEXT_EXTENSION = ".txt"
 
 class PairFolder(PairSource):
     """Image or sound files at any depth, each with a text file of the same name beside it:
-    `train/dog.jpg` and `train/dog.txt`, with one text per line.
+    `train/dog.jpg` and `train/dog.txt` (or `dog.TXT`), with one text per line.
 
     Hidden files and folders are skipped.
 
@@ -69,18 +69,20 @@ class PairFolder(PairSource):
     def splits(self, medium: Medium[Media]) -> PairSplits[Media]:
         train = self._files(self.train, medium)
         if self.val is None:
-            group_of = text_of_name if self.texts == "names" else text_file_of
-            groups = [str(group_of(file)) for file in train]
+            groups = [
+                text_of_name(each.media) if self.texts == "names" else str(_stem(each.media))
+                for each in train
+            ]
             kept, held_out = hold_out_groups(groups, self.val_fraction)
             train, val = [train[i] for i in kept], [train[i] for i in held_out]
         else:
             val = self._files(self.val, medium)
-            check_apart(train, val, "val")
+            _check_apart(train, val, "val")
         kept_pairs, held_out_pairs = self._pairs(train, medium), self._pairs(val, medium)
         if self.test is None:
             return PairSplits(kept_pairs, held_out_pairs, held_out_pairs)
         test = self._files(self.test, medium)
-        check_apart(train, test, "test")
+        _check_apart(train, test, "test")
         return PairSplits(kept_pairs, held_out_pairs, self._pairs(test, medium))
 
     def all_pairs(self, medium: Medium[Media]) -> Pairs[Media]:
@@ -91,14 +93,16 @@ class PairFolder(PairSource):
         """
         return self._pairs(self._files(self.train, medium), medium)
 
-    def _pairs(self, files: list[Path], medium: Medium[Media]) -> Pairs[Media]:
+    def _pairs(self, files: "list[Described]", medium: Medium[Media]) -> Pairs[Media]:
+        media = [each.media for each in files]
         if self.texts == "files":
-            return Pairs(medium.of_files(files), TextFiles(files))
+            texts = TextFiles([each.text for each in files if each.text is not None])
+            return Pairs(medium.of_files(media), texts)
         text_of = text_of_name if self.texts == "names" else text_of_folder
-        texts = [[self.template.replace("{}", text_of(file))] for file in files]
-        return Pairs(medium.of_files(files), texts)
+        names = [[self.template.replace("{}", text_of(file))] for file in media]
+        return Pairs(medium.of_files(media), names)
 
-    def _files(self, folder: str, medium: Medium[Media]) -> list[Path]:
+    def _files(self, folder: str, medium: Medium[Media]) -> "list[Described]":
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"folder {folder} does not exist")
         files = list_files(folder, (*medium.extensions, TEXT_EXTENSION))
@@ -107,27 +111,34 @@ class PairFolder(PairSource):
             raise ValueError(
                 f"{folder} has no {medium.noun} (files ending in {', '.join(medium.extensions)})"
             )
-        if self.texts == "names":
-            return media
-        if self.texts == "folders":
-            if loose := [file for file in media if file.parent == Path(folder)]:
-                raise ValueError(
-                    f"{len(loose):,} {medium.noun} in {folder} are in no folder that could name "
-                    f"them, such as {loose[0].name}"
-                )
-            return media
-        texts = {file for file in files if file.suffix == TEXT_EXTENSION}
-        if missing := [file for file in media if text_file_of(file) not in texts]:
+        loose = [file for file in media if file.parent == Path(folder)]
+        if loose and self.texts == "folders":
+            raise ValueError(
+                f"{len(loose):,} {medium.noun} in {folder} are in no folder that could name them, "
+                f"such as {loose[0].name}"
+            )
+        # Of `dog.TXT` and `dog.txt`, the last in order is used: the latter.
+        texts = {_stem(file): file for file in files if file.suffix.lower() == TEXT_EXTENSION}
+        found = [Described(file, texts.get(_stem(file))) for file in media]
+        missing = [each.media for each in found if each.text is None]
+        if missing and self.texts == "files":
             raise ValueError(
                 f"{len(missing):,} of the {len(media):,} {medium.noun} in {folder} have no text "
-                f"file, such as {missing[0]}: write {text_file_of(missing[0]).name} beside it, or "
-                f"set --data.source.texts to names or folders, if the texts are their names"
+                f"file, such as {missing[0]}: write {missing[0].stem}{TEXT_EXTENSION} beside it, "
+                f"or set --data.source.texts to names or folders, if the texts are their names"
             )
-        return media
+        return found
+
+
+class Described(NamedTuple):
+    """An image or sound file, and the text file beside it, if there is one."""
+
+    media: Path
+    text: Path | None
 
 
 class TextFiles(Sequence[list[str]]):
-    """The lines of the text files of image or sound files, read on access.
+    """The lines of text files, read on access.
 
     Access raises `BadSampleError` if a text file cannot be read or has no text.
     """
@@ -142,7 +153,7 @@ class TextFiles(Sequence[list[str]]):
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> list[str]:  # type: ignore[override]
-        path = text_file_of(self.files[index])
+        path = self.files[index]
         try:
             lines = [line.strip() for line in read_lines(path, "text file")]
         except (DataError, FileNotFoundError) as error:
@@ -150,11 +161,6 @@ class TextFiles(Sequence[list[str]]):
         if texts := [line for line in lines if line]:
             return texts
         raise BadSampleError(f"text file {path} is empty")
-
-
-def text_file_of(file: Path) -> Path:
-    """The text file of an image or sound file."""
-    return file.with_suffix(TEXT_EXTENSION)
 
 
 def text_of_name(file: Path) -> str:
@@ -174,6 +180,14 @@ def text_of_folder(file: Path) -> str:
     'golden retriever'
     """
     return _words(file.parent.name)
+
+
+def _stem(file: Path) -> Path:
+    return file.with_suffix("")
+
+
+def _check_apart(train: "list[Described]", others: "list[Described]", split: str) -> None:
+    check_apart([each.media for each in train], [each.media for each in others], split)
 
 
 def _words(name: str) -> str:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datamodules.pairs.folders import TEXT_EXTENSION, PairFolder
-from datamodules.pairs.sources import Media, Medium, Pairs, PairSplits
+from datamodules.pairs.sources import Media, Medium, Pairs, PairSource, PairSplits
 from datamodules.pairs.tables import PairTable
 from datamodules.pairs.webdataset import WebDatasetPairs
-from datamodules.shared.files import glob_files, list_files
+from datamodules.shared.files import glob_files, list_files, loose_files
 from datamodules.shared.fingerprints import spread
 from datamodules.shared.folders import shown
 from datamodules.shared.own_data import (
@@ -37,6 +37,9 @@ KEPT_OF_TABLES = (
 KEPT_OF_SHARDS = ("val", "test", "text_field", "cache_dir", "val_fraction")
 KEPT_OF_FOLDERS = ("val", "test", "texts", "template", "val_fraction")
 """Arguments of the recipe's source or the command line that also apply to the user's data."""
+
+KEPT_TO_EVALUATE = ("texts", "template", "text_field", "file_column")
+"""Settings of a run's source that also apply to other pairs on which it is evaluated."""
 
 NUM_COUNTED = 100
 """Number of images or sounds whose texts are counted."""
@@ -87,6 +90,7 @@ def own_pairs(
     arguments = (given.get("source") or {}).get("init_args") or {}
     source, settings = locate_pairs(path, arguments, medium)
     splits = source.splits(medium)
+    _check_texts_differ(path, splits.train)
     class_path = f"datamodules.pairs.{type(source).__name__}"
     found: dict[str, Any] = {
         "source": {"class_path": class_path, "init_args": settings},
@@ -95,22 +99,28 @@ def own_pairs(
     return FoundPairs(found, splits, _summary(path, medium.noun, settings, splits))
 
 
-def pairs_to_evaluate(path: str, medium: Medium[Media], split: str) -> tuple[Pairs[Media], str]:
+def pairs_to_evaluate(
+    path: str, source: PairSource, medium: Medium[Media], split: str
+) -> tuple[Pairs[Media], str]:
     """The pairs of a split at a path or, if there are no splits, all of them, and a summary.
 
     Args:
         path: Path of the folder or table.
+        source: The source of a run, whose settings of texts apply to these pairs, too.
         medium: The images or sounds that the datamodule reads.
         split: `"val"` or `"test"`.
 
     Raises:
         FileNotFoundError, ValueError: As `own_pairs`, and if there are splits, but not this one.
     """
-    source, settings = locate_pairs(path, {}, medium)
+    given = {name: getattr(source, name) for name in KEPT_TO_EVALUATE if hasattr(source, name)}
+    if isinstance(source, PairTable):
+        given["text_column"] = source.text_columns
+    located, settings = locate_pairs(path, given, medium)
     if not {"val", "test", "split_column"} & settings.keys():
-        pairs = source.all_pairs(medium)
+        pairs = located.all_pairs(medium)
     elif "split_column" in settings or split in settings:
-        pairs = getattr(source.splits(medium), split)
+        pairs = getattr(located.splits(medium), split)
     else:
         raise ValueError(
             f"--data {path} has other splits, but no {split}: give the folder or table to evaluate"
@@ -207,6 +217,11 @@ def _check_texts(path: str, folder: Path, medium: Medium[Any]) -> None:
     """
     if list_files(folder, (TEXT_EXTENSION,)):
         return
+    if tables := loose_files(folder, TABLES):
+        raise ValueError(
+            f"--data {path} has {len(tables)} tables ({shown([t.name for t in tables], 5)}): give "
+            f"one of them, or name those of the splits train.csv and val.csv"
+        )
     media, noun = list_files(folder, medium.extensions), medium.noun
     if not media:
         raise ValueError(
@@ -220,10 +235,21 @@ def _check_texts(path: str, folder: Path, medium: Medium[Any]) -> None:
         )
     classes = sorted({file.parent.name for file in media})
     raise ValueError(
-        f"--data {path} has {noun} of {len(classes)} classes ({shown(classes, 5)}) but no texts: "
+        f"--data {path} has {noun} in folders ({shown(classes, 5)}) but no texts: "
         f"use a recipe of a classifier (diffmm recipes), write a text file beside each file, or "
         f"set --data.source.texts to names or folders, if the texts are their names"
     )
+
+
+def _check_texts_differ(path: str, pairs: Pairs[Any]) -> None:
+    """Check that not all texts are the same. Only texts up to the first other one are read."""
+    texts = (text.strip() for index in range(len(pairs)) for text in pairs.known_texts(index))
+    first = next(texts, None)
+    if len(pairs) > 1 and first is not None and all(text == first for text in texts):
+        raise ValueError(
+            f"--data {path}: all {len(pairs):,} training texts are {first!r:.60}, from which "
+            f"nothing can be learned: write texts that differ"
+        )
 
 
 def _summary(path: str, noun: str, settings: Mapping[str, Any], splits: PairSplits[Any]) -> str:

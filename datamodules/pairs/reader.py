@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datamodules.shared.files import composed
 from datamodules.shared.reader import Reader
 from diffmm.checks import Settings
 from diffmm.tokenizers import Tokenizer, load_tokenizer
@@ -59,15 +60,15 @@ class ReadsTexts(Settings, Reader):
         return load_tokenizer(self.tokenizer, self.definition)
 
     def read_text(self, text: Any) -> dict[str, Any]:
-        """Encode a text as `{"tokens": [N], "num_tokens": N}`: `start_ids`, the ids of the text,
-        and the end of text.
+        """Encode a text as `{"tokens": [N], "num_tokens": N}`: `start_ids`, the ids of the text in
+        Unicode's composed form (NFC), and the end of text.
 
         Raises:
             ValueError: If `text` is not a string, or is empty.
         """
         if not isinstance(text, str):
             raise ValueError(f"a text must be a string, got {type(text).__name__}")
-        ids = self.encoder.encode(text)[: self._most_ids]
+        ids = self._encoded(text)[: self._most_ids]
         if not ids:
             raise ValueError(f"a text must have at least one token, got {text!r}")
         tokens = np.array([*self.start_ids, *ids, self.encoder.eos_id])
@@ -75,7 +76,10 @@ class ReadsTexts(Settings, Reader):
 
     def is_cut(self, text: str) -> bool:
         """Whether a text has more tokens than `max_tokens`."""
-        return len(self.encoder.encode(text)) > self._most_ids
+        return len(self._encoded(text)) > self._most_ids
+
+    def _encoded(self, text: str) -> list[int]:
+        return self.encoder.encode(composed(text))
 
     @property
     def _most_ids(self) -> int:

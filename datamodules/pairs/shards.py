@@ -20,7 +20,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules.shared.files import check_file, composed, glob_files
+from datamodules.shared.files import check_file, glob_files
 from datamodules.shared.stored import Member
 from diffmm.checks import DataError
 
@@ -213,12 +213,12 @@ def report_incomplete(paths: Sequence[Path], indices: Sequence[ShardIndex], text
 
 
 def text_of(member: Member) -> str:
-    """The UTF-8 text of a member, in composed form.
+    """The UTF-8 text of a member.
 
     Raises:
         DataError: If it is not UTF-8.
     """
     try:
-        return composed(member.read().decode("utf-8-sig"))
+        return member.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{member} is not UTF-8 text: {error}") from error

@@ -152,6 +152,11 @@ class PairTable(PairSource):
                 )
         splits = {alias: name for name, aliases in SPLIT_NAMES.items() for alias in aliases}
         for row in reader:
+            if any(row.get(None, ())):
+                raise ValueError(
+                    f"{path}, line {reader.line_num} has more fields than the first line: put "
+                    f"texts that contain the separator in double quotes"
+                )
             texts = [(row[column] or "").strip() for column in self.text_columns]
             texts = [text for text in texts if text]
             if not row[self.file_column] or not texts:
@@ -165,7 +170,14 @@ class PairTable(PairSource):
                         f"{path}, line {reader.line_num}: {self.split_column} must be one of "
                         f"{', '.join(splits)}, got {written!r}"
                     )
-            group = row[self.group_column] or "" if self.group_column is not None else ""
+            group = ""
+            if self.group_column is not None:
+                group = (row[self.group_column] or "").strip()
+                if not group:
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: {self.group_column} is missing, so that "
+                        f"it is unknown what is held out with this row"
+                    )
             yield PairRow(
                 Path(self.media_folder or path.parent) / row[self.file_column], texts, split, group
             )

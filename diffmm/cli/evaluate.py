@@ -36,8 +36,15 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     output = None if options.output is None else Path(options.output)
     if output is not None:
         check_output(output, (".json", ".csv"))
-    if options.data is not None and not overrides and is_zero_shot(weights, options.data):
-        return validate_zero_shot(weights, options.data, options.template, output)
+    split = "test" if verb == "test" else "val"
+    reads_texts = any(each.startswith("--data.source.") for each in overrides)
+    if options.data is not None and not reads_texts and is_zero_shot(weights, options.data, split):
+        if overrides:
+            raise InputError(
+                f"{overrides[0]} is a setting of a recipe: classifying {options.data} by the names "
+                f"of its folders takes none"
+            )
+        return validate_zero_shot(weights, options.data, split, options.template, output)
     if options.template is not None:
         raise InputError(
             "--template is for a model that compares images or sounds with texts, and --data with "

@@ -387,8 +387,8 @@ class TrainedModel:
             for `I` inputs and `T` texts.
 
         Raises:
-            ValueError: If the model is not a contrastive one, or an input cannot be read; the
-                message names it.
+            ValueError: If the model is not a contrastive one, an input cannot be read, or a text is
+                too long; the message names it.
         """
         _check_batch_size(batch_size)
         model, texts = self._contrastive, [texts] if isinstance(texts, str) else list(texts)

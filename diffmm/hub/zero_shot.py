@@ -56,8 +56,14 @@ def embed_texts(
     """Embeddings of texts, `[T, embed_dim]` on the CPU.
 
     Raises:
-        ValueError: If a text is empty or not a string.
+        ValueError: If a text is empty, not a string, or longer than the reader's `max_tokens`.
     """
+    for text in texts:
+        if isinstance(text, str) and reader.is_cut(text):
+            raise ValueError(
+                f"the text {text!r:.60} has more than the {reader.max_tokens} tokens that the "
+                f"model takes, with the end of text: shorten it"
+            )
     found = []
     for first in range(0, len(texts), batch_size):
         samples = [reader.read_text(text) for text in texts[first : first + batch_size]]

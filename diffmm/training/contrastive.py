@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from diffmm.batch import InputShapes
-from diffmm.checks import check_choice
+from diffmm.checks import DataError, check_choice
 from diffmm.models.contrastive import ContrastiveModel, Embeddings
 from diffmm.models.job import Job
 from diffmm.models.weights import load_weights
@@ -17,6 +17,7 @@ from diffmm.training.accumulation import LossSum
 from diffmm.training.batches import check_range, with_index
 from diffmm.training.contrastive_losses import LOSSES, Pairs, gathered, text_ids
 from diffmm.training.finetuning import FineTuneConfig, freeze
+from diffmm.training.lightning_internals import needs_all_gradients
 from diffmm.training.optimizer import OptimizerConfig
 from diffmm.training.retrieval import Retrieval
 from diffmm.training.schedule import ScheduleConfig
@@ -35,7 +36,11 @@ class Contrastive(Task):
     processes train exactly as one with their joint batch. Samples of the batch with the same medium
     (`media_index`) or the same text are not negatives of each other. The samples of an earlier
     micro-batch cannot be negatives, so that gradients cannot be accumulated. All processes of a
-    step must have equally many samples, and media of one modality.
+    step must have equally many samples, and a step at least two.
+
+    With an image and an audio tower, a batch has media of one modality, and those of several
+    processes may differ. As the other tower has no gradients then, DDP must look for unused
+    parameters (strategy `ddp_find_unused_parameters_true`).
 
     In addition to the metrics of every task, it logs `val/loss` and `val/media_to_text_recall_1`,
     `..._5`, `..._10`, `val/text_to_media_recall_1`, `..._5` and `..._10`: recall over the whole
@@ -121,6 +126,11 @@ class Contrastive(Task):
                 f"cannot compare samples of different micro-batches: use a larger batch_size (with "
                 f"activation_checkpointing, if memory is short) or more devices"
             )
+        if stage == "fit" and self._trains_two_media() and needs_all_gradients(self.trainer):
+            raise ValueError(
+                "a model with an image and an audio tower uses one of them per batch, but DDP "
+                "expects gradients of both: set --trainer.strategy ddp_find_unused_parameters_true"
+            )
 
     def load_first_weights(self) -> None:
         super().load_first_weights()
@@ -149,17 +159,29 @@ class Contrastive(Task):
         tokens, num_tokens = batch["tokens"], batch["num_tokens"]
         config, index = self.model.config.text, batch.get("index")
         check_range("token", tokens, config.vocab_size, of="tokens", index=index)
-        if config.pool != "eos" or tokens.device.type != "cpu":
+        if config.pool not in ("eos", "argmax") or tokens.device.type != "cpu":
             return
-        lacks = ~(tokens == config.eos_id).any(dim=1)
-        if lacks.any():
-            place = int(lacks.nonzero()[0])
-            sample = place if index is None else index[place].item()
+        pooled = self.model.text.at(tokens)
+        lacks = torch.zeros_like(pooled, dtype=torch.bool)
+        if config.pool == "eos":
+            lacks = ~(tokens == config.eos_id).any(dim=1)
+        # The embedding of an earlier token would be that of a part of the text.
+        wrong = lacks | (pooled != num_tokens - 1)
+        if not wrong.any():
+            return
+        place = int(wrong.nonzero()[0])
+        sample = place if index is None else index[place].item()
+        listed = tokens[place, : num_tokens[place]].tolist()
+        if lacks[place]:
             raise ValueError(
                 f"the text of sample {sample} does not contain the model's eos_id={config.eos_id}: "
-                f"its tokens are {tokens[place, : num_tokens[place]].tolist()}; set the eos_id of "
-                f"the tokenizer"
+                f"its tokens are {listed}; set the eos_id of the tokenizer"
             )
+        raise ValueError(
+            f"the text of sample {sample} has {len(listed)} tokens, {listed}, but "
+            f"pool={config.pool!r} takes number {int(pooled[place]) + 1}: pool='eos' needs texts "
+            f"with one eos_id, at the end, and pool='argmax' those that end in their highest id"
+        )
 
     def embeddings(self, batch: Any) -> Embeddings:
         """Return the model's embeddings of a batch."""
@@ -169,12 +191,20 @@ class Contrastive(Task):
     def pairs(self, batch: Any, found: Embeddings) -> Pairs:
         """Return the pairs of a batch, given its embeddings."""
         ids = text_ids(batch["tokens"], batch["num_tokens"])
-        return Pairs(found.media, found.texts, batch.get("media_index"), ids)
+        media_ids = batch.get("media_index")
+        if media_ids is not None and "waveforms" in batch and self.model.image is not None:
+            media_ids = ~media_ids  # so that no sound has the number of an image
+        return Pairs(found.media, found.texts, media_ids, ids)
 
     def loss_sum(self, batch: Any, batch_idx: int) -> LossSum:
         found = self.embeddings(batch)
         own = self.pairs(batch, found)
         every, first = gathered(own, self._group())
+        if len(every.media) == 1:
+            raise DataError(
+                "a batch of one sample has no negatives, so that nothing can be learned: use more "
+                "data or a larger --data.batch_size"
+            )
         total = LOSSES[self.loss](own, every, first, found.scale, found.bias)
         return LossSum(total, total.new_full((), len(found.media), dtype=torch.float32))
 
@@ -201,6 +231,14 @@ class Contrastive(Task):
 
     def target_shapes(self, inputs: InputShapes) -> InputShapes:
         return {"media_index": inputs["num_tokens"]}
+
+    def _trains_two_media(self) -> bool:
+        """Whether the model has an image and an audio tower that train."""
+        towers = (self.model.image, self.model.audio)
+        return all(
+            tower is not None and any(p.requires_grad for p in tower.parameters())
+            for tower in towers
+        )
 
     def _group(self) -> Any:
         """The processes whose batches form one batch; None for a single process."""

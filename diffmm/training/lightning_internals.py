@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 
@@ -107,6 +107,14 @@ def replace_signal_handling(trainer: Trainer, handling: SignalHandling) -> Calla
         del trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor
 
     return restore
+
+
+def needs_all_gradients(trainer: Trainer) -> bool:
+    """Whether the strategy is DDP, and fails if a parameter has no gradient after a step."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, DDPStrategy):
+        return False
+    return not strategy._ddp_kwargs.get("find_unused_parameters", False)
 
 
 def leave_signals_alone(trainer: Trainer) -> None:

@@ -187,6 +187,10 @@ def test_groups_of_a_table_are_held_out_together(photos):
     table(photos / "groups.csv", *rows, header=("file", "text", "speaker"))
     with pytest.raises(ValueError, match="0.png is in the groups 'speaker 0' and 'speaker 3'"):
         source.splits(Images())
+    rows[-1] = ("0.png", "again", " ")
+    table(photos / "groups.csv", *rows, header=("file", "text", "speaker"))
+    with pytest.raises(ValueError, match=f"line {len(rows) + 1}: speaker is missing, so that it"):
+        source.splits(Images())
 
 
 @pytest.mark.parametrize(
@@ -194,6 +198,7 @@ def test_groups_of_a_table_are_held_out_together(photos):
     [
         ([], {}, "bad.csv has no rows"),
         ([("0.png", "")], {}, "bad.csv, line 2: the file or the text is missing"),
+        ([("0.png", "a dog", " a cat")], {}, "bad.csv, line 2 has more fields than the first line"),
         ([("0.png", "a")], {"text_column": "caption"}, "no column 'caption', only file, text"),
         ([("0.png", "a"), ("0.png", "b")], {}, r"2 pairs are in 1 group\(s\), but at least two"),
         ([("0.png", "a"), ("1.png", "val")], {"split_column": "text"}, "line 2: text must be one"),
@@ -270,6 +275,15 @@ def test_a_folder_has_text_files_or_speaking_names(tmp_path):
         PairFolder(str(tmp_path / "clips/birds")).splits(Images())
 
 
+def test_extensions_may_be_in_capitals(tmp_path):
+    for name, extension in (("a.JPG", ".TXT"), ("b.png", ".Txt"), ("c.PNG", ".txt")):
+        picture(tmp_path / name)
+        (tmp_path / name).with_suffix(extension).write_text(name)
+    (tmp_path / "c.TXT").write_text("not read: there is c.txt")
+    pairs = PairFolder(str(tmp_path)).all_pairs(Images())
+    assert [list(texts) for texts in pairs.texts] == [["a.JPG"], ["b.png"], ["c.PNG"]]
+
+
 def test_bad_images_and_texts_are_handled_as_the_run_says(tmp_path, caplog):
     for number in range(12):
         picture(tmp_path / "train" / f"{number:02d}.png")
@@ -310,6 +324,14 @@ def test_texts_are_cut_and_this_is_told_once(photos, caplog):
     assert set(texts_of(data, batch)) == {"text"}
     assert (batch["tokens"][:, 4] == EOS).all()
     assert "max_tokens (5)" in data.examine(3).doubts[0]
+
+
+def test_accents_may_be_written_in_two_ways():
+    reader = pair_data(RenderedShapes(8, 4), max_tokens=6).reader
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    for text in (composed, decomposed):
+        assert reader.read_text(text)["tokens"].tolist() == [*composed.encode(), 256]
+        assert not reader.is_cut(text)
 
 
 def test_padding_to_a_fixed_length_gives_static_shapes():
@@ -497,7 +519,7 @@ def test_own_pairs_are_found_in_folders_and_tables(photos, tmp_path):
             path = folder / split / f"{number}.wav"
             path.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(path, np.zeros(4000) + 0.1, 8000)
-            path.with_suffix(".txt").write_text("hello")
+            path.with_suffix(".txt").write_text(f"hello {number}")
     found = own(AudioTextData, folder, {"val_fraction": 0.3, "num_clips": 3})
     assert found.settings["source"] == {
         "class_path": "datamodules.pairs.PairFolder",
@@ -515,14 +537,14 @@ def test_own_pairs_are_found_in_folders_and_tables(photos, tmp_path):
 
 
 def test_own_data_without_texts_say_what_they_are(tmp_path):
-    for name in ("cat/1", "cat/2", "dog/1", "dog/2"):
+    for name in ("cat/1", "cat/2", "dog/1", "dog/2", "emu/1"):
         picture(tmp_path / "classes" / f"{name}.png")
         picture(tmp_path / "flat" / f"{name.replace('/', ' ')}.png")
     with pytest.raises(
-        ValueError, match=r"has images of 2 classes \(cat, dog\) but no texts: use a"
+        ValueError, match=r"has images in folders \(cat, dog, emu\) but no texts: use a"
     ):
         own(ImageTextData, tmp_path / "classes")
-    with pytest.raises(ValueError, match=r"has 4 images but no texts: write .*\(cat 1.txt\)"):
+    with pytest.raises(ValueError, match=r"has 5 images but no texts: write .*\(cat 1.txt\)"):
         own(ImageTextData, tmp_path / "flat")
     found = own(ImageTextData, tmp_path / "flat", {"texts": "names"})
     assert found.settings["source"]["init_args"]["texts"] == "names"
@@ -533,6 +555,13 @@ def test_own_data_without_texts_say_what_they_are(tmp_path):
         ValueError, match=r"has labels \(column 'label'\) but no texts: .* label if"
     ):
         own(ImageTextData, labels)
+    for name in ("b.csv", "a.TSV"):
+        table(tmp_path / "classes" / name, ("cat/1.png", "a cat"))
+    with pytest.raises(ValueError, match=r"has 2 tables \(a.TSV, b.csv\): give one of them, or"):
+        own(ImageTextData, tmp_path / "classes")
+    same = table(tmp_path / "same.csv", *((f"classes/cat/{n}.png", "a cat") for n in (1, 2, 1, 3)))
+    with pytest.raises(ValueError, match="all 2 training texts are 'a cat', from which nothing"):
+        own(ImageTextData, same)
     other = table(tmp_path / "other.csv", ("flat/cat 1.png", "cat"), header=("file", "words"))
     with pytest.raises(ValueError, match="needs a column 'text' .* set --data.source.text_column"):
         own(ImageTextData, other)
@@ -573,6 +602,20 @@ def test_other_pairs_are_evaluated_whole_or_by_split(photos, tmp_path):
     audio = AudioTextData(sample_rate_hz=16000)
     audio.evaluate_on_pairs(str(sounds), split="val")
     assert next(iter(audio.val_dataloader()))["num_samples"].tolist() == [1600]
+
+
+def test_other_pairs_have_their_texts_where_those_of_the_run_are(photos, tmp_path):
+    for name in ("old/red_car.png", "old/cat.png", "new/blue_car-2.png"):
+        picture(tmp_path / name)
+    source = PairFolder(str(tmp_path / "old"), texts="names", template="a {}")
+    data = pair_data(source)
+    data.evaluate_on_pairs(str(tmp_path / "new"), split="val")
+    assert [texts_of(data, batch) for batch in data.val_dataloader()] == [["a blue car"]]
+    rows = [(f"{n}.png", "a", f"b{n}") for n in range(2)]
+    path = table(photos / "two.csv", *rows, header=("file", "text", "alt"))
+    data = pair_data(PairTable(path, text_column=["alt"]))
+    data.evaluate_on_pairs(path, split="val")
+    assert [texts_of(data, batch) for batch in data.val_dataloader()] == [["b0", "b1"]]
 
 
 def test_texts_may_have_a_token_at_their_beginning(photos):

@@ -27,7 +27,7 @@ from diffmm.models import (
 from diffmm.models.job import Job
 from diffmm.models.weights import save_model
 
-TEXTS = ["a red star", "two", "a small blue cross left of a large green circle"]
+TEXTS = ["a red star", "two", "a blue cross left of a green circle"]
 
 
 def backbone(rope):
@@ -173,13 +173,45 @@ def test_validation_on_a_folder_of_classes(trained, capsys):
     found = json.loads(Path("out.json").read_text())
     assert found["metrics"] == {"zero_shot/accuracy": 0.6}
     assert sum(map(sum, found["confusion_matrix"])) == 5
-    Path("classes/cat/black.txt").write_text("a black picture")
-    assert class_folders("classes") == []
-    Path("splits/train").mkdir(parents=True)
-    Path("splits/val").mkdir()
-    assert class_folders("splits") == class_folders("run") == class_folders("none") == []
+    assert main([*command[:4], "--data.batch_size", "2"]) == 2
+    assert "--data.batch_size is a setting of a recipe: classifying" in capsys.readouterr().err
     assert main(["validate", "run", "--data", "run", "--template", "a {}"]) == 2
     assert "--template is for a model that compares images or sounds" in capsys.readouterr().err
+
+
+def test_underscores_in_names_of_folders_are_spaces(trained, monkeypatch):
+    given, embed = [], diffmm.hub.trained.embed_classes
+    monkeypatch.setattr(
+        "diffmm.hub.trained.embed_classes",
+        lambda model, reader, names, *rest: (
+            given.extend(names) or embed(model, reader, names, *rest)
+        ),
+    )
+    for folder in ("golden_retriever", "tabby cat"):
+        Path("classes", folder).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(Path("classes", folder, "1.png"))
+    assert main(["validate", "run", "--data", "classes"]) == 0
+    assert given == ["golden retriever", "tabby cat"]
+
+
+def test_folders_of_classes(tmp_path):
+    def found(folder, split="val"):
+        return [str(f.relative_to(tmp_path)) for f in class_folders(tmp_path / folder, split)]
+
+    for name in ("all/cat", "all/dog/young", "both/Training/cat", "both/dev/cat", "both/dev/dog"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "1.png").touch()
+    assert found("all") == ["all/cat", "all/dog"]
+    assert found("both") == ["both/dev/cat", "both/dev/dog"]
+    assert found("both", "test") == found("none") == found("all/cat") == []
+    (tmp_path / "all/dog/young/.1.txt").touch()
+    assert found("all")
+    (tmp_path / "all/dog/young/1.TXT").touch()
+    assert found("all") == []
+    for split in ("train", "val"):
+        (tmp_path / "pairs" / split).mkdir(parents=True)
+        (tmp_path / "pairs" / split / "1.png").touch()
+    assert found("pairs") == []
 
 
 def test_labels_are_for_files(trained, capsys):
@@ -196,6 +228,9 @@ def test_mistakes_in_python(trained):
         trained.similarity(FILES, TEXTS, batch_size=0)
     with pytest.raises(ValueError, match="a text must have at least one token, got ''"):
         trained.similarity(FILES, [""])
+    assert trained.similarity(FILES, "a" * 39).shape == (3, 1)
+    with pytest.raises(ValueError, match="'aaa.* has more than the 40 tokens that the model takes"):
+        trained.similarity(FILES, ["short", "a" * 40])
     with pytest.raises(ValueError, match="contains a ContrastiveModel, which has no classes"):
         trained.predict(FILES[0])
 

@@ -83,6 +83,7 @@ def untouched_task(kind: str) -> Task:
         text = TextTowerConfig(20, 6, tower, pool="eos", eos_id=2)
         pairs = ContrastiveConfig(
             image=image,
+            audio=audio_config(0) if kind == "pairs, three towers" else None,
             text=text,
             embed_dim=CLASSES,
             init_bias=-1.0 if kind == "pairs, sigmoid" else None,
@@ -92,16 +93,19 @@ def untouched_task(kind: str) -> Task:
         return Contrastive(ContrastiveModel(pairs), *settings, loss=loss)
     if kind == "images":
         return Classification(ImageModel(image), *settings)
-    audio = AudioConfig(
-        backbone=backbone,
-        num_classes=CLASSES,
+    return Classification(AudioModel(audio_config(CLASSES)), *settings, multi_label=True)
+
+
+def audio_config(num_classes: int) -> AudioConfig:
+    return AudioConfig(
+        backbone=BackboneConfig(16, 1, 2, rope="2d"),
+        num_classes=num_classes,
         sample_rate_hz=4000,
         num_mels=8,
         window_seconds=0.064,
         hop_seconds=0.032,
         patch_size=(2, 4),
     )
-    return Classification(AudioModel(audio), *settings, multi_label=True)
 
 
 class Samples(SeededDataset[dict[str, Tensor]]):
@@ -203,11 +207,13 @@ def evaluations(folder: Path) -> dict[str, tuple[str, Any]]:
     }
 
 
-def trainer(num_processes: int, callbacks: Sequence[Callback] = (), **settings: Any) -> Trainer:
+def trainer(
+    num_processes: int, callbacks: Sequence[Callback] = (), ddp: str = "ddp", **settings: Any
+) -> Trainer:
     return Trainer(
         accelerator="cpu",
         devices=num_processes,
-        strategy="ddp" if num_processes > 1 else "auto",
+        strategy=ddp if num_processes > 1 else "auto",
         callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,
@@ -262,7 +268,7 @@ WHOLE = {1: [[8]], 2: [[4], [4]]}
 """The same for a task that does not accumulate gradients."""
 
 
-GRADIENTS = ("texts", "images", "pairs", "pairs, sigmoid")
+GRADIENTS = ("texts", "images", "pairs", "pairs, sigmoid", "pairs, three towers")
 
 
 def gradients(kind: str, num_processes: int) -> dict[str, Any]:
@@ -272,6 +278,8 @@ def gradients(kind: str, num_processes: int) -> dict[str, Any]:
     own = trainer(
         num_processes,
         [watch],
+        # The tower of the other medium has no gradients.
+        ddp="ddp_find_unused_parameters_true" if kind.endswith("three towers") else "ddp",
         accumulate_grad_batches=1 if is_whole else 4,
         max_steps=1,
         gradient_clip_val=0.1,

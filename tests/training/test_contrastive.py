@@ -1,6 +1,7 @@
 """Contrastive training: losses against open_clip's, retrieval by hand, and the task's refusals."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -195,9 +196,11 @@ SETTINGS = (OptimizerConfig(1e-2), ScheduleConfig(10, kind="constant"))
 
 
 def test_the_scale_stays_below_its_bound(make, fit):
-    task = make.task("image_text", model={"max_scale": 15.0}, optimizer=OptimizerConfig(1.0))
-    fit(task, [make.batch("image_text")], max_steps=3)
-    assert task.model.scale.item() <= 15.0 + 1e-4
+    task = make.task("image_text", model={"max_scale": 15.0}, optimizer=OptimizerConfig(1e-6))
+    with torch.no_grad():
+        task.model.logit_scale.fill_(math.log(30.0))
+    fit(task, [make.batch("image_text")], max_steps=1)
+    assert task.model.scale.item() == pytest.approx(15.0)
 
 
 def test_scale_and_bias_do_not_decay(make):
@@ -284,6 +287,16 @@ def test_batches_are_checked(make, fit):
         task.check_batch({**batch, "tokens": endless})
     with pytest.raises(ValueError, match="token 99 of sample 1 is outside the model's 24 tokens"):
         task.check_batch({**batch, "tokens": unknown})
+    begun = batch["tokens"].clone()
+    begun[4, 0] = 23
+    with pytest.raises(ValueError, match="text of sample 4 has .* but pool='eos' takes number 1:"):
+        task.check_batch({**batch, "tokens": begun})
+    config = task.model.config
+    by_id = replace(config, text=replace(config.text, pool="argmax", eos_id=None))
+    highest = Contrastive(ContrastiveModel(by_id), *SETTINGS)
+    highest.check_batch(batch)
+    with pytest.raises(ValueError, match="text of sample 2 has .* but pool='argmax' takes number"):
+        highest.check_batch({**batch, "tokens": endless})
     del batch["num_tokens"]
     with pytest.raises(ValueError, match="must have tokens, num_tokens and images, got ima"):
         task.check_batch(batch)
@@ -297,6 +310,19 @@ def test_tuples_are_batches(make, fit):
     assert list(found) == ["images", "tokens", "num_tokens"]
 
 
+def test_a_batch_of_one_sample_is_refused(make, fit):
+    with pytest.raises(ValueError, match="a batch of one sample has no negatives"):
+        fit(make.task("image_text"), [make.batch("image_text", 1)])
+
+
+def test_towers_without_gradients_need_a_strategy_that_allows_them(make, fit, monkeypatch):
+    monkeypatch.setattr("diffmm.training.contrastive.needs_all_gradients", lambda trainer: True)
+    fit(make.task("image_text"), [make.batch("image_text")], max_steps=1, logger=False)
+    two = {"audio": make.audio_config("diff_v1")}
+    with pytest.raises(ValueError, match="set --trainer.strategy ddp_find_unused_parameters_true"):
+        fit(make.task("image_text", model=two), [make.batch("image_text")])
+
+
 def test_both_media_share_a_space(make, fit):
     """One model trains on images with texts, and on sounds with texts."""
     model = make.task("image_text").model.config
@@ -307,6 +333,8 @@ def test_both_media_share_a_space(make, fit):
     batches = [make.batch("image_text"), make.batch("audio_text")]
     fit(task, batches, max_steps=2)
     assert all(p.grad is None or p.grad.isfinite().all() for p in task.model.parameters())
+    ids = [task.pairs(b, task.embeddings(b)).media_ids.tolist() for b in batches]
+    assert len({*ids[0], *ids[1]}) == 12  # no sound has the number of an image
     assert task.layouts() == [
         ("images", "tokens", "num_tokens"),
         ("waveforms", "num_samples", "tokens", "num_tokens"),

@@ -39,7 +39,9 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["texts", "images", "pairs", "pairs, sigmoid"])
+@pytest.mark.parametrize(
+    "kind", ["texts", "images", "pairs", "pairs, sigmoid", "pairs, three towers"]
+)
 def test_gradients(results, kind):
     """Gradients of a step of three micro-batches of four, divided unevenly in both processes; of
     contrastive losses, of a batch divided evenly."""

@@ -54,6 +54,16 @@ def test_validation_follows_by_the_schedule():
     assert found == [False] * 6
 
 
+def test_strategies_that_need_all_gradients():
+    def found(strategy, devices=2):
+        return internals.needs_all_gradients(
+            Trainer(accelerator="cpu", devices=devices, strategy=strategy, logger=False)
+        )
+
+    assert [found("ddp"), found("auto")] == [True, True]
+    assert [found("ddp_find_unused_parameters_true"), found("auto", 1)] == [False, False]
+
+
 def test_accumulation():
     assert answers(internals.accumulates, accumulate_grad_batches=3) == [True, True, False] * 2
 
