@@ -132,7 +132,8 @@ class PairData(SeededDataModule, Generic[Media]):
         return self.reader
 
     def prepare_data(self) -> None:
-        self.source.prepare()
+        if self._splits is None:
+            self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
         if self._splits is None:
