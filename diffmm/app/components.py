@@ -1,0 +1,39 @@
+"""Components that several panels share."""
+
+from typing import Any
+
+from diffmm.app.answers import page
+
+
+def two_columns(gr: Any) -> tuple[Any, Any]:
+    """A column for the inputs and one for the answer; one below the other on a narrow screen."""
+    with gr.Row(elem_classes="columns"):
+        left = gr.Column(scale=2, min_width=300, elem_classes="inputs")
+        right = gr.Column(scale=3, min_width=320)
+    return left, right
+
+
+def medium_input(gr: Any, reader: Any) -> Any:
+    """A field to drop one file of the reader's kind. Only the reader opens it."""
+    endings = [extension.removeprefix(".") for extension in reader.extensions]
+    return gr.File(
+        label=f"{reader.kind.capitalize()} ({', '.join(endings)})",
+        file_types=list(reader.extensions),
+        file_count="single",
+        type="filepath",
+        height=150,
+        elem_id="file",
+    )
+
+
+def layer_slider(gr: Any, model: Any, label: str = "Layer") -> Any:
+    """The number of the attention layer whose maps are shown, from 1; the last by default."""
+    depth = model.config.backbone.depth
+    return gr.Slider(
+        1, depth, value=depth, step=1, label=label, visible=depth > 1, elem_classes="layer"
+    )
+
+
+def answer_field(gr: Any) -> Any:
+    """The place of the answer, empty at first."""
+    return gr.HTML(page(), elem_classes="flush", elem_id="answer")
