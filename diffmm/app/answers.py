@@ -138,22 +138,21 @@ def text_maps(tower: TextTower, reader: Any, text: str, layer: int) -> Exhibit:
     return text_tower_exhibit({attention: tower}, tokens, Pieces(reader.encoder), layer=layer)
 
 
-def growing(prompt: str, pieces: Iterator[str], after: str) -> Iterator[str]:
+def growing(prompt: str, pieces: Iterator[str]) -> Iterator[str]:
     """A text that grows by pieces, each time as HTML.
 
     Args:
         prompt: The text before the first piece; empty for an answer.
         pieces: The pieces.
-        after: HTML below the text.
     """
     text = ""
-    yield _written(prompt, text, after)
+    yield _written(prompt, text)
     for piece in pieces:
         text += piece
         if piece:
-            yield _written(prompt, text, after)
+            yield _written(prompt, text)
 
 
-def _written(prompt: str, text: str, after: str) -> str:
+def _written(prompt: str, text: str) -> str:
     words = f'<span class="prompt">{escape(prompt)}</span><span class="new">{escape(text)}</span>'
-    return page(f'<div class="written">{words}</div>', after)
+    return page(f'<div class="written">{words}</div>')

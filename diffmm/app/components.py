@@ -1,5 +1,6 @@
 """Components that several panels share."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffmm.app.answers import page
@@ -34,6 +35,31 @@ def layer_slider(gr: Any, model: Any, label: str = "Layer") -> Any:
     )
 
 
-def answer_field(gr: Any) -> Any:
-    """The place of the answer, empty at first."""
-    return gr.HTML(page(), elem_classes="flush", elem_id="answer")
+def answer_field(gr: Any, name: str = "answer") -> Any:
+    """The place of an answer, empty at first."""
+    return gr.HTML(page(), elem_classes="flush", elem_id=name)
+
+
+def respond_to(
+    gr: Any,
+    events: Sequence[Any],
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    shown: Any,
+) -> Any:
+    """Show what a function returns, or yields, for the inputs after any of the events.
+
+    Maps are computed in hooks of the model, so that all functions of a page wait for each other.
+    While one runs, only the last of its further events counts.
+    """
+    return gr.on(
+        events,
+        function,
+        inputs,
+        shown,
+        trigger_mode="always_last",
+        concurrency_id="model",
+        concurrency_limit=1,
+        show_progress="minimal",
+        api_visibility="private",
+    )

@@ -36,8 +36,7 @@ def make_page(gr: Any, trained: TrainedModel) -> Page:
     with gr.Blocks(title=title, analytics_enabled=False) as blocks:
         gr.HTML(_header(trained, panel.describe(trained)), elem_classes="flush")
         panel.build(gr, trained)
-    # The maps are computed in hooks of the model: one request at a time.
-    blocks.queue(max_size=MOST_WAITING, default_concurrency_limit=1, api_open=False)
+    blocks.queue(max_size=MOST_WAITING, api_open=False)
     return Page(blocks, f"<style>{_style()}</style>")
 
 

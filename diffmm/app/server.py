@@ -1,5 +1,6 @@
 """The server of the page: on the loopback address only, with uploads in a temporary folder."""
 
+import asyncio
 import os
 import socket
 import tempfile
@@ -79,24 +80,30 @@ def make_server(trained: TrainedModel, folder: Path) -> Any:
 
     # Gradio has read its variable for it when it was imported.
     gradio.routes.DEFAULT_TEMP_DIR = str(folder)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    page = make_page(gradio, trained)
-    gradio.mount_gradio_app(
-        app,
-        page.blocks,
-        path="/",
-        footer_links=[],
-        run_history=False,
-        allowed_paths=[],
-        show_error=False,
-        max_file_size=MAX_UPLOAD_BYTES,
-        ssr_mode=False,
-        enable_monitoring=False,
-        pwa=False,
-        mcp_server=False,
-        theme=theme_of(gradio),
-        head=page.head,
-    )
+    no_docs: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    app = FastAPI(**no_docs)
+
+    def build() -> None:
+        page = make_page(gradio, trained)
+        gradio.mount_gradio_app(
+            app,
+            page.blocks,
+            path="/",
+            app_kwargs=dict(no_docs),
+            footer_links=[],
+            run_history=False,
+            allowed_paths=[],
+            show_error=False,
+            max_file_size=MAX_UPLOAD_BYTES,
+            ssr_mode=False,
+            enable_monitoring=False,
+            pwa=False,
+            mcp_server=False,
+            theme=theme_of(gradio),
+            head=page.head,
+        )
+
+    in_event_loop(build)
     app.add_middleware(Guard, folder=folder)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS), www_redirect=False)
     return uvicorn.Server(
@@ -104,6 +111,21 @@ def make_server(trained: TrainedModel, folder: Path) -> Any:
             app, log_level="error", access_log=False, ws="none", timeout_graceful_shutdown=1
         )
     )
+
+
+def in_event_loop(function: Callable[[], None]) -> None:
+    """Call a function while an event loop runs. Gradio creates locks with a page, and without a
+    loop it would create loops for them that it never closes."""
+
+    async def called() -> None:
+        function()
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(called())
+    else:
+        function()
 
 
 @contextmanager

@@ -11,7 +11,13 @@ from diffmm.app.answers import (
     refused,
     section,
 )
-from diffmm.app.components import answer_field, layer_slider, medium_input, two_columns
+from diffmm.app.components import (
+    answer_field,
+    layer_slider,
+    medium_input,
+    respond_to,
+    two_columns,
+)
 from diffmm.hub.trained import TrainedModel
 from diffmm.models import AudioModel, ImageModel
 
@@ -72,4 +78,4 @@ def build(gr: Any, trained: TrainedModel) -> None:
     def respond(file: str | None, layer: int) -> str:
         return answer(trained, file, layer - 1)
 
-    gr.on([file.change, layer.release], respond, [file, layer], shown)
+    respond_to(gr, [file.change, layer.change], respond, [file, layer], shown)

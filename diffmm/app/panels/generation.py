@@ -1,12 +1,12 @@
 """The panel of a text decoder: a prompt, its continuation or answer, and the maps over it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from diffmm.app.answers import NUM_MAP_TOKENS, growing, maps_section, page, problem, prompt_maps
-from diffmm.app.components import answer_field, layer_slider, two_columns
+from diffmm.app.components import answer_field, layer_slider, respond_to, two_columns
 from diffmm.hub.trained import MAX_NEW_TOKENS, TrainedModel
 from diffmm.models.text import TextModel
 
@@ -30,53 +30,76 @@ def can_chat(trained: TrainedModel) -> bool:
     return trained.reader.chat_template is not None
 
 
+def ids_of(trained: TrainedModel, prompt: str, *, chat: bool) -> Sequence[int]:
+    """The tokens of a prompt, or of the question and what precedes its answer.
+
+    Raises:
+        ValueError: If the prompt is empty, or does not fit the template of conversations.
+    """
+    if chat:
+        ids: Sequence[int] = trained.reader.chat.prompt([{"role": "user", "content": prompt}])
+        return ids
+    return trained.reader.read(prompt)["tokens"].tolist()  # type: ignore[no-any-return]
+
+
 def answer(
     trained: TrainedModel,
     prompt: str,
-    layer: int,
     *,
     chat: bool = False,
     most_tokens: int = MAX_NEW_TOKENS,
     temperature: float = 0.8,
     seed: int = 0,
 ) -> Iterator[str]:
-    """The continuation of a prompt, or the answer to it, piece by piece, with the attention maps
-    over the prompt, as HTML; an error is shown in their place.
+    """The continuation of a prompt, or the answer to it, as it grows, as HTML; an error is shown in
+    its place.
+
+    Args:
+        trained: The decoder.
+        prompt: The text.
+        chat: As in `TrainedModel.write`.
+        most_tokens: Maximum number of generated tokens; less if the model's `max_length` leaves
+            less.
+        temperature: As in `TrainedModel.write`.
+        seed: As there.
+    """
+    try:
+        assert isinstance(trained.model, TextModel)
+        room = trained.model.config.max_length - len(ids_of(trained, prompt, chat=chat))
+        pieces = trained.write(
+            prompt,
+            chat=chat,
+            max_new_tokens=max(1, min(most_tokens, room)),
+            temperature=temperature,
+            seed=seed,
+        )
+        yield from growing("" if chat else prompt, pieces)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        yield page(problem(error))
+
+
+def maps(trained: TrainedModel, prompt: str, layer: int, *, chat: bool = False) -> str:
+    """The attention maps over a prompt, as HTML; none if the prompt cannot be read.
 
     Args:
         trained: The decoder.
         prompt: The text.
         layer: Index of the attention layer.
         chat: As in `TrainedModel.write`.
-        most_tokens: Maximum number of generated tokens; less if the model's `max_length` leaves
-            less.
-        temperature: As there.
-        seed: As there.
     """
     try:
-        if chat:
-            ids = trained.reader.chat.prompt([{"role": "user", "content": prompt}])
-        else:
-            ids = trained.reader.read(prompt)["tokens"]
-        assert isinstance(trained.model, TextModel)
-        room = max(1, trained.model.config.max_length - len(ids))
-        pieces = trained.write(
-            prompt,
-            chat=chat,
-            max_new_tokens=min(most_tokens, room),
-            temperature=temperature,
-            seed=seed,
-        )
-        part = f"the last {NUM_MAP_TOKENS} tokens of " if len(ids) > NUM_MAP_TOKENS else ""
-        maps = maps_section(
+        ids = ids_of(trained, prompt, chat=chat)
+    except ValueError:  # shown by `answer`
+        return page()
+    part = f"the last {NUM_MAP_TOKENS} tokens of " if len(ids) > NUM_MAP_TOKENS else ""
+    return page(
+        maps_section(
             "Attention",
             f"What the tokens of {part}the prompt attend to in layer {layer + 1}, as means over "
             f"the heads; over the text, what the last one attends to:",
             lambda: prompt_maps(trained, ids, layer),
         )
-        yield from growing("" if chat else prompt, pieces, maps)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        yield page(problem(error))
+    )
 
 
 def build(gr: Any, trained: TrainedModel) -> None:
@@ -103,20 +126,22 @@ def build(gr: Any, trained: TrainedModel) -> None:
         layer = layer_slider(gr, model)
     with right:
         shown = answer_field(gr)
+        seen = answer_field(gr, "maps")
 
-    def respond(
-        prompt: str, mode: str, count: int, temperature: float, seed: int, layer: int
-    ) -> Iterator[str]:
+    def respond(prompt: str, mode: str, count: int, temperature: float, seed: int) -> Iterator[str]:
         yield from answer(
             trained,
             prompt,
-            layer - 1,
             chat=mode == REPLY,
             most_tokens=count,
             temperature=temperature,
             seed=seed,
         )
 
-    inputs = [prompt, mode, count, temperature, seed, layer]
-    event = gr.on([button.click, layer.release], respond, inputs, shown)
+    def show(prompt: str, mode: str, layer: int) -> str:
+        return maps(trained, prompt, layer - 1, chat=mode == REPLY)
+
+    respond_to(gr, [button.click, layer.change], show, [prompt, mode, layer], seen)
+    inputs = [prompt, mode, count, temperature, seed]
+    event = respond_to(gr, [button.click], respond, inputs, shown)
     stop.click(None, cancels=[event])

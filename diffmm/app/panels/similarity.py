@@ -12,7 +12,13 @@ from diffmm.app.answers import (
     section,
     text_maps,
 )
-from diffmm.app.components import answer_field, layer_slider, medium_input, two_columns
+from diffmm.app.components import (
+    answer_field,
+    layer_slider,
+    medium_input,
+    respond_to,
+    two_columns,
+)
 from diffmm.hub.trained import TrainedModel
 from diffmm.hub.zero_shot import tower_of
 from diffmm.models.contrastive import ContrastiveModel
@@ -116,5 +122,5 @@ def build(gr: Any, trained: TrainedModel) -> None:
     def respond(file: str | None, typed: str, layer: int, text_layer: int) -> str:
         return answer(trained, file, typed, layer - 1, text_layer - 1)
 
-    events = [file.change, button.click, layer.release, text_layer.release]
-    gr.on(events, respond, [file, typed, layer, text_layer], shown)
+    events = [file.change, button.click, layer.change, text_layer.change]
+    respond_to(gr, events, respond, [file, typed, layer, text_layer], shown)
