@@ -1,5 +1,6 @@
 """The page of a trained model."""
 
+from collections.abc import Callable, Coroutine
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -21,12 +22,13 @@ class Page(NamedTuple):
     """Its style sheet, for the head of the document."""
 
 
-def make_page(gr: Any, trained: TrainedModel) -> Page:
+def make_page(gr: Any, trained: TrainedModel, folder: Path) -> Page:
     """Create the page of a model.
 
     Args:
         gr: The module `gradio`.
         trained: The model.
+        folder: Folder of the uploads, the only files that a request may name.
 
     Raises:
         ValueError: If there is no panel for the model.
@@ -37,6 +39,8 @@ def make_page(gr: Any, trained: TrainedModel) -> Page:
         gr.HTML(_header(trained, panel.describe(trained)), elem_classes="flush")
         panel.build(gr, trained)
     blocks.queue(max_size=MOST_WAITING, api_open=False)
+    for block in blocks.blocks.values():
+        block.async_move_resource_to_block_cache = _only_in(folder)
     return Page(blocks, f"<style>{_style()}</style>")
 
 
@@ -49,6 +53,19 @@ def theme_of(gr: Any) -> Any:
         font=[font("sans-serif")],
         font_mono=[font("monospace")],
     )
+
+
+def _only_in(folder: Path) -> Callable[[Any], Coroutine[Any, Any, str]]:
+    """What Gradio calls with the path or the address of each file in a request. It would otherwise
+    copy any file, and download from any address, for a page that another server has mounted."""
+
+    async def check(path: Any) -> str:
+        found = Path(str(path)).resolve()
+        if folder.resolve() not in found.parents:
+            raise ValueError(f"{path} was not uploaded")
+        return str(found)
+
+    return check
 
 
 def _header(trained: TrainedModel, does: str) -> str:

@@ -84,7 +84,7 @@ def make_server(trained: TrainedModel, folder: Path) -> Any:
     app = FastAPI(**no_docs)
 
     def build() -> None:
-        page = make_page(gradio, trained)
+        page = make_page(gradio, trained, folder)
         gradio.mount_gradio_app(
             app,
             page.blocks,
@@ -108,7 +108,7 @@ def make_server(trained: TrainedModel, folder: Path) -> Any:
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(HOSTS), www_redirect=False)
     return uvicorn.Server(
         uvicorn.Config(
-            app, log_level="error", access_log=False, ws="none", timeout_graceful_shutdown=1
+            app, log_level="critical", access_log=False, ws="none", timeout_graceful_shutdown=1
         )
     )
 

@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM}"),
     # Gradio 6.31 under pandas 3.
     pytest.mark.filterwarnings("ignore:.*no_silent_downcasting.*"),
+    pytest.mark.filterwarnings("ignore:The copy keyword is deprecated.*"),
 ]
 
 Open = Callable[[TrainedModel], Any]

@@ -18,7 +18,11 @@ from diffmm.app.server import delete_old, listener, make_server, serve, upload_f
 from diffmm.recipes.errors import InputError
 
 pytest.importorskip("gradio", reason="needs gradio")
-pytestmark = pytest.mark.filterwarnings("ignore:.*no_silent_downcasting.*")
+pytestmark = [
+    # Gradio 6.31 under pandas 3.
+    pytest.mark.filterwarnings("ignore:.*no_silent_downcasting.*"),
+    pytest.mark.filterwarnings("ignore:The copy keyword is deprecated.*"),
+]
 
 
 @pytest.fixture
@@ -83,18 +87,24 @@ def test_the_page_names_no_other_address_to_load_from(client):
 def test_an_upload_lies_in_the_folder_until_the_end(client, folder, picture, classifier):
     (path,) = uploaded(client, picture).json()
     assert folder in Path(path).parents
-    assert classifier.predict(picture).label in asked(client, path).encode().decode(
-        "unicode_escape"
-    ).replace("&lt;", "<").replace("&gt;", ">")
+    answer = asked(client, path)
+    assert '"success":true' in answer
+    assert f"{100.0 * classifier.predict(picture).score:.1f}%" in answer
     assert client.get(f"/gradio_api/file={path}").status_code == 200
 
 
-def test_other_files_are_neither_sent_nor_read(client, picture, monkeypatch):
-    for path in (picture, "/etc/hostname", str(Path(__file__))):
-        assert client.get(f"/gradio_api/file={path}").status_code in (403, 404), path
+def test_other_files_are_neither_read_nor_sent(client, folder, picture, monkeypatch):
+    def download(*arguments: Any, **settings: Any) -> None:
+        raise AssertionError("downloads")
+
+    monkeypatch.setattr("gradio.processing_utils.async_ssrf_protected_download", download)
+    beside = f"{folder}/../{Path(picture).parent.name}/{Path(picture).name}"
+    for path in (picture, beside, "/etc/hostname", "https://example.org/a.png"):
+        assert client.get(f"/gradio_api/file={path}", follow_redirects=False).status_code != 200
         answer = asked(client, path)
         assert '"success":false' in answer, answer
         assert "tile" not in answer
+    assert list(folder.rglob("*.png")) == []
 
 
 def test_large_uploads_are_refused(client, folder, picture, monkeypatch):
