@@ -30,8 +30,9 @@ def medium_input(gr: Any, reader: Any) -> Any:
 def layer_slider(gr: Any, model: Any, label: str = "Layer") -> Any:
     """The number of the attention layer whose maps are shown, from 1; the last by default."""
     depth = model.config.backbone.depth
+    most = max(depth, 2)  # Gradio takes no empty range
     return gr.Slider(
-        1, depth, value=depth, step=1, label=label, visible=depth > 1, elem_classes="layer"
+        1, most, value=depth, step=1, label=label, visible=depth > 1, elem_classes="layer"
     )
 
 

@@ -11,6 +11,9 @@ from diffmm.hub.trained import MAX_NEW_TOKENS, TrainedModel
 from diffmm.models.text import TextModel
 
 CONTINUE, REPLY = "Continue", "Answer"
+MOST_TOKENS = 1000
+"""Maximum of the slider for the number of new tokens."""
+
 LONGEST = 200_000
 """Maximum number of characters of a prompt."""
 
@@ -117,7 +120,7 @@ def build(gr: Any, trained: TrainedModel) -> None:
         with gr.Row():
             button = gr.Button("Generate", variant="primary", elem_id="generate", min_width=80)
             stop = gr.Button("Stop", elem_id="stop", min_width=80)
-        most = min(1000, model.config.max_length - 1)
+        most = max(2, min(MOST_TOKENS, model.config.max_length - 1))
         count = gr.Slider(
             1, most, value=min(MAX_NEW_TOKENS, most), step=1, label="New tokens, at most"
         )
