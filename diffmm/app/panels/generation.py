@@ -40,9 +40,8 @@ def ids_of(trained: TrainedModel, prompt: str, *, chat: bool) -> Sequence[int]:
         ValueError: If the prompt is empty, or does not fit the template of conversations.
     """
     if chat:
-        ids: Sequence[int] = trained.reader.chat.prompt([{"role": "user", "content": prompt}])
-        return ids
-    return trained.reader.read(prompt)["tokens"].tolist()  # type: ignore[no-any-return]
+        return trained.reader.chat.prompt([{"role": "user", "content": prompt}])
+    return trained.reader.read(prompt)["tokens"].tolist()
 
 
 def answer(
