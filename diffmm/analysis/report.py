@@ -6,7 +6,7 @@ dark theme follow the system's setting.
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
@@ -166,7 +166,7 @@ def _picture(
     shape = f"--shape:{pixels.shape[1]}/{pixels.shape[0]}"
     ink = _ink(pixels)
     original = _tile("input", [("ink" if pixels.ndim == 2 else "", ink)], shape)
-    groups = [_group("", escape(title or exhibit.truth), original)]
+    groups = [_group("", escape(title or exhibit.truth or ""), original)]
     for attention, view in exhibit.views.items():
         strongest = _strongest(view)
         tiles = "".join(
@@ -180,12 +180,12 @@ def _picture(
             )
             for name, weights in view.maps.items()
         )
-        groups.append(_group(attention, _says(attention, view, escape(view.answer)), tiles))
+        groups.append(_group(attention, _says(attention, view, escape), tiles))
     return f'<div class="sample {size}">{"".join(groups)}</div>'
 
 
 def _text(exhibit: TextExhibit) -> str:
-    """Draw each model's maps between all tokens, and the text with the last token's weights."""
+    """Draw each model's maps between all tokens, and the text with the weights of the query."""
     rows = []
     for attention, view in exhibit.views.items():
         # The first tokens attend to few tokens; their large weights would hide all others.
@@ -195,26 +195,32 @@ def _text(exhibit: TextExhibit) -> str:
             for name, weights in view.maps.items()
         )
         *_, combined = view.maps.values()
-        shades = _root(combined[-1] / (np.abs(combined[-1]).max() or 1.0))
+        weights = combined.mean(0) if exhibit.query is None else combined[exhibit.query]
+        shades = _root(weights / (np.abs(weights).max() or 1.0))
         spans = [
             f'<span class="{"n" if weight < 0 else "p"}" title="{weight:.3f}" '
             f'style="--a:{90 * abs(shade):.0f}">{_visible(piece)}</span>'
-            for piece, weight, shade in zip(exhibit.pieces, combined[-1], shades, strict=True)
+            for piece, weight, shade in zip(exhibit.pieces, weights, shades, strict=True)
         ]
-        says = _says(attention, view, _quoted(view.answer))
-        spans[-1] = spans[-1].replace('class="', 'class="query ', 1)
+        if exhibit.query is not None:
+            spans[exhibit.query] = spans[exhibit.query].replace('class="', 'class="query ', 1)
+        says = _says(attention, view, _quoted)
         rows.append(
             f'<div class="sample text">{_group(attention, says, tiles)}'
             f"<pre>{''.join(spans)}</pre></div>"
         )
-    return f"{''.join(rows)}<p class='quiet'>Next comes {_quoted(exhibit.truth)}.</p>"
+    comes = "" if exhibit.truth is None else f"Next comes {_quoted(exhibit.truth)}."
+    return f"{''.join(rows)}<p class='quiet'>{comes}</p>"
 
 
-def _says(attention: str, view: View, answer: str) -> str:
-    """A model's name, lambda and prediction, on two lines."""
+def _says(attention: str, view: View, shown: Callable[[str], str]) -> str:
+    """A model's name, lambda and, on a second line, its prediction, if there is one."""
     lam = "" if view.lam is None else f", λ = {view.lam:.2f}"
+    name = f"{_label(attention)}{lam}"
+    if view.answer is None:
+        return name
     return (
-        f'{_label(attention)}{lam}<br><span class="quiet">says {answer}, '
+        f'{name}<br><span class="quiet">says {shown(view.answer)}, '
         f"{100.0 * view.probability:.0f}%</span>"
     )
 

@@ -34,6 +34,7 @@ VERBS = {
     "test": Verb("evaluate", "evaluate a run on its test data, per class"),
     "predict": Verb("predict", "predict the classes of files and folders, or of a run's test data"),
     "generate": Verb("generate", "continue a prompt with a trained text model"),
+    "app": Verb("app", "open a local page to try a model: type, or drop an image or a sound"),
     "convert": Verb("convert", "convert weights from and to other implementations"),
     "export": Verb("export", "write a model for other programs: ONNX, torch.export, quantized"),
     "replay": Verb(

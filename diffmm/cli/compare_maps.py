@@ -76,7 +76,13 @@ def validation_data(
 
 def _exhibits(models: Mapping[str, Any], data: Any) -> "list[Exhibit]":
     """Return attention maps of the models for some samples of the validation data."""
-    from diffmm.analysis.exhibits import Exhibit, image_exhibit, sound_exhibit, text_exhibit
+    from diffmm.analysis.exhibits import (
+        Exhibit,
+        Pieces,
+        image_exhibit,
+        sound_exhibit,
+        text_exhibit,
+    )
     from diffmm.models import AudioModel, ImageModel, TextModel
 
     kinds = {type(model) for model in models.values()}
@@ -88,7 +94,7 @@ def _exhibits(models: Mapping[str, Any], data: Any) -> "list[Exhibit]":
         if not all(model.config.causal for model in models.values()):
             raise ValueError("they are drawn for causal text models")
         tokens = next(batches)["tokens"][0][: NUM_TOKENS + 1]
-        pieces: Any = _Pieces(data.tokenizer)
+        pieces = Pieces(data.tokenizer)
         return [text_exhibit(models, tokens[:-1], int(tokens[-1]), pieces)]
     if kind not in (ImageModel, AudioModel) or not all(m.num_classes for m in models.values()):
         raise ValueError(f"they are drawn for classifiers and decoders, not for {kind.__name__}")
@@ -114,14 +120,3 @@ def _firsts(batches: Any) -> list[tuple[Any, int, int]]:
         if len(found) >= NUM_CLASSES:
             break
     return [found[label] for label in sorted(found)[:NUM_CLASSES]]
-
-
-class _Pieces:
-    """Maps tokens to their printable text."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def __getitem__(self, token: Any) -> str:
-        text: str = self.tokenizer.decode([int(token)])
-        return text if text.isprintable() or text in ("\n", "\t") else "·"

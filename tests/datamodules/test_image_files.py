@@ -8,7 +8,9 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
+from packaging.version import Version
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -172,8 +174,14 @@ VALUES: dict[str, tuple[bytes, list]] = {
 }  # fmt: skip
 
 
+OF_PILLOW_13 = ("ycbcr.tif", "la_premultiplied.tif")
+"""Files that older versions of Pillow do not decode."""
+
+
 @pytest.mark.parametrize("name", VALUES)
 def test_values_are_kept(name: str, tmp_path: Path) -> None:
+    if name in OF_PILLOW_13 and Version(PIL.__version__) < Version("13"):
+        pytest.skip("needs Pillow 13, and Gradio 6.31 an older one")
     content, expected = VALUES[name]
     (tmp_path / name).write_bytes(content)
     tolerance = 2 if name.startswith(ROUNDED) else 0

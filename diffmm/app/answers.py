@@ -1,0 +1,158 @@
+"""Answers of a trained model and their attention maps as HTML, without Gradio."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+
+from diffmm.analysis.exhibits import (
+    Exhibit,
+    ImageExhibit,
+    Pieces,
+    SoundExhibit,
+    image_view,
+    pixels_of,
+    sound_view,
+    spectrogram_of,
+    text_exhibit,
+    text_tower_exhibit,
+)
+from diffmm.analysis.report import draw_exhibit
+from diffmm.hub.trained import TrainedModel
+from diffmm.models import AudioModel, ImageModel
+from diffmm.models.text import TextModel
+from diffmm.models.text_tower import TextTower
+from diffmm.recipes.errors import message_of
+
+NUM_MAP_TOKENS = 128
+"""Number of last tokens of a text whose maps are drawn."""
+
+SCALE = (
+    '<span class="scale-line">negative<span class="scale"></span>positive</span>. '
+    "All maps of a sample have the same scale."
+)
+
+
+def page(*parts: str) -> str:
+    """An answer: parts one below the other."""
+    return f'<div class="answer">{"".join(parts)}</div>'
+
+
+def ranking(names: Sequence[str], shares: Sequence[float], values: Sequence[str]) -> str:
+    """A table with a bar per row.
+
+    Args:
+        names: What the rows are about.
+        shares: Lengths of the bars, in [0, 1].
+        values: Texts after the bars.
+    """
+    rows = "".join(
+        f'<tr><td class="what">{escape(name)}</td>'
+        f'<td class="bar"><i style="width:{100.0 * share:.1f}%"></i></td>'
+        f'<td class="value">{escape(value)}</td></tr>'
+        for name, share, value in zip(names, shares, values, strict=True)
+    )
+    return f'<table class="ranking">{rows}</table>'
+
+
+def player(reader: Any, file: str) -> str:
+    """A player of an uploaded sound; empty for other files."""
+    is_sound = hasattr(reader, "sample_rate_hz")
+    return f'<audio controls src="/gradio_api/file={quote(file)}"></audio>' * is_sound
+
+
+def problem(error: Exception, file: str | None = None) -> str:
+    """An error as one line; the path of an uploaded file is shortened to its name."""
+    line = " ".join(message_of(error).split())
+    if file is not None:
+        line = line.replace(file, Path(file).name)
+    return f'<div class="note problem" role="alert"><p>{escape(line)}</p></div>'
+
+
+def section(title: str, *parts: str) -> str:
+    """Parts under a heading."""
+    return f"<h3>{escape(title)}</h3>{''.join(parts)}"
+
+
+def refused(function: Callable[..., str]) -> Callable[..., str]:
+    """Show the errors of bad input (`ValueError`, `OSError`) and of too little memory as one line
+    in place of the answer. The function's first argument is an uploaded file or a text."""
+
+    @wraps(function)
+    def wrapped(first: str | None, *others: Any) -> str:
+        try:
+            return function(first, *others)
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+            return page(problem(error, first))
+
+    return wrapped
+
+
+def maps_section(title: str, caption: str, draw: Callable[[], Exhibit]) -> str:
+    """The attention maps of an exhibit, or the reason why there are none."""
+    try:
+        drawn = draw_exhibit(draw())
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        return section(title, problem(error))
+    return section(title, f'<p class="quiet">{caption} {SCALE}</p>', drawn)
+
+
+def medium_maps(tower: ImageModel | AudioModel, reader: Any, file: str, layer: int) -> Exhibit:
+    """The attention maps of an image or audio encoder over a file.
+
+    Args:
+        tower: The encoder.
+        reader: Reader of its inputs.
+        file: Path of the file.
+        layer: Index of the attention layer.
+    """
+    batch = reader.collate([reader.read(file)])
+    name, attention = Path(file).name, tower.config.backbone.attention
+    if isinstance(tower, ImageModel):
+        image = batch["images"][0]
+        return ImageExhibit(
+            name, {attention: image_view(tower, image, layer=layer)}, pixels_of(image)
+        )
+    waveform = batch["waveforms"][0, : int(batch["num_samples"][0])]
+    view = sound_view(tower, waveform, layer=layer)
+    return SoundExhibit(name, {attention: view}, *spectrogram_of(tower, waveform))
+
+
+def prompt_maps(trained: TrainedModel, ids: Sequence[int], layer: int) -> Exhibit:
+    """The attention maps of a decoder over the last tokens of a prompt."""
+    model = trained.model
+    assert isinstance(model, TextModel)
+    tokens = torch.as_tensor(ids)[-NUM_MAP_TOKENS:]
+    attention = model.config.backbone.attention
+    return text_exhibit({attention: model}, tokens, None, Pieces(trained.tokenizer), layer=layer)
+
+
+def text_maps(tower: TextTower, reader: Any, text: str, layer: int) -> Exhibit:
+    """The attention maps of a contrastive model's text tower over a text."""
+    tokens = torch.as_tensor(reader.read_text(text)["tokens"])
+    attention = tower.config.backbone.attention
+    return text_tower_exhibit({attention: tower}, tokens, Pieces(reader.encoder), layer=layer)
+
+
+def growing(prompt: str, pieces: Iterator[str]) -> Iterator[str]:
+    """A text that grows by pieces, each time as HTML.
+
+    Args:
+        prompt: The text before the first piece; empty for an answer.
+        pieces: The pieces.
+    """
+    text = ""
+    yield _written(prompt, text)
+    for piece in pieces:
+        text += piece
+        if piece:
+            yield _written(prompt, text)
+
+
+def _written(prompt: str, text: str) -> str:
+    words = f'<span class="prompt">{escape(prompt)}</span><span class="new">{escape(text)}</span>'
+    return page(f'<div class="written">{words}</div>')
