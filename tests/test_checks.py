@@ -14,6 +14,7 @@ import diffmm.training
 from datamodules.audio.augment import AudioAugment
 from datamodules.image.reader import ImageReader
 from datamodules.image.transform import ImageTransform
+from datamodules.pairs.image_text import ImageTextReader
 from datamodules.shared.bad_samples import BadSamples
 from datamodules.text.retrieval.sources import AssociativeRecall, ManyShot, Needles
 from diffmm.checks import Settings, number_fault, reason_of
@@ -46,6 +47,16 @@ VALID: tuple[Settings, ...] = (
     ManyShot(),
     ImageTransform(),
     ImageReader(
+        image_size=(8, 8),
+        channels=1,
+        interpolation="bicubic",
+        crop_pct=1.0,
+        crop_mode="center",
+        mean=(0.5,),
+        std=(0.5,),
+    ),
+    ImageTextReader(
+        tokenizer="bytes",
         image_size=(8, 8),
         channels=1,
         interpolation="bicubic",

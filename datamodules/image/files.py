@@ -77,7 +77,7 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise DataError(
             f"has {width} x {height} pixels, which exceeds max_pixels ({max_pixels:,}): "
-            f"resize it, or increase --data.source.max_pixels"
+            f"resize it, or increase max_pixels"
         )
 
 

@@ -56,6 +56,8 @@ class AudioTextData(PairData[AudioClips]):
         source: Source of the pairs, a class of `datamodules.pairs`; by default
             `SynthesizedSounds`, which need no files.
         tokenizer: Name of the tokenizer, as in `TextData`; it must have an end-of-text token.
+        start_ids: Ids placed before every text; none by default. The tokenizer of CLIP has the
+            beginning-of-text token 49406.
         max_tokens: Maximum number of tokens of a text, including the end of text. Longer texts are
             cut, which is reported once.
         pad_texts: Whether texts are padded to `max_tokens` instead of the longest of the batch, so
@@ -87,6 +89,7 @@ class AudioTextData(PairData[AudioClips]):
         source: PairSource | None = None,
         *,
         tokenizer: str = "bytes",
+        start_ids: Sequence[int] = (),
         max_tokens: int = 128,
         pad_texts: bool = False,
         sample_rate_hz: int = 16000,
@@ -112,6 +115,7 @@ class AudioTextData(PairData[AudioClips]):
             Sounds(),
             AudioTextReader(
                 tokenizer=tokenizer,
+                start_ids=tuple(start_ids),
                 max_tokens=max_tokens,
                 pad_texts=pad_texts,
                 **{field.name: getattr(sounds, field.name) for field in fields(sounds)},
@@ -148,6 +152,10 @@ class AudioTextData(PairData[AudioClips]):
         settings = {**found.settings, **({"resample": True} if rate_hz is None else {})}
         facts = {"sample_rate_hz": rate_hz} if rate_hz else {}
         return OwnData(settings, facts, found.summary + lengths)
+
+    def evaluate_on_pairs(self, path: str, *, split: str) -> str:
+        self.reader = self.evaluation_reader
+        return super().evaluate_on_pairs(path, split=split)
 
     def inputs(self, media: AudioClips, *, training: bool) -> AudioInputs:
         return AudioInputs(

@@ -96,5 +96,5 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(read_text(path, "file of captions"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path} is not a JSON file: {error}") from error

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from datamodules.pairs.own_data import text_counts
+from datamodules.pairs.own_data import counted, pairs_to_evaluate
 from datamodules.pairs.reader import ReadsTexts
 from datamodules.pairs.sources import NUM_LOOKED_AT, Media, Medium, Pairs, PairSource, PairSplits
 from datamodules.shared.bad_samples import BadSamples
@@ -146,6 +146,28 @@ class PairData(SeededDataModule, Generic[Media]):
             raise RuntimeError("the pairs are available after setup()")
         return self._splits
 
+    def evaluate_on_pairs(self, path: str, *, split: str) -> str:
+        """Evaluate on other pairs than those of the source, which are then not read. Inputs are
+        prepared as for the source's own validation data.
+
+        Args:
+            path: A folder of images or sounds with text files, or a table of files and texts. Of a
+                folder with one folder per class, the names of these are the texts: the recall at 1
+                of texts by media is then the accuracy of zero-shot classification.
+            split: The split to evaluate if there are several, `"val"` or `"test"`; without splits,
+                all pairs are evaluated.
+
+        Returns:
+            A one-line summary.
+
+        Raises:
+            FileNotFoundError: If the path does not exist.
+            ValueError: If it has no texts.
+        """
+        pairs, summary = pairs_to_evaluate(path, self.medium, split)
+        self._splits = PairSplits(pairs, pairs, pairs)
+        return summary
+
     @abstractmethod
     def inputs(self, media: Media, *, training: bool) -> Inputs:
         """The images or sounds of a split as inputs, with the augmentation of training or
@@ -160,6 +182,7 @@ class PairData(SeededDataModule, Generic[Media]):
         return {
             **self.splits.train.fingerprint(),
             "tokenizer": self.reader.encoder.fingerprint,
+            "start_ids": list(self.reader.start_ids),
             "max_tokens": self.reader.max_tokens,
         }
 
@@ -179,7 +202,7 @@ class PairData(SeededDataModule, Generic[Media]):
         doubts: list[str] = []
         num_read = 0
         for split, pairs in parts.items():
-            lines[split] = f"{len(pairs):,} {self.medium.noun} with {text_counts(pairs)} each"
+            lines[split] = counted(pairs, self.medium.noun)
             inputs = self.inputs(pairs.media, training=False)
 
             def read(media: Any, index: int, pairs: Any = pairs, inputs: Inputs = inputs) -> None:

@@ -31,14 +31,16 @@ class PairFolder(PairSource):
         train: Folder of the training pairs and, without `val`, of the validation pairs.
         val: Folder of the validation pairs.
         test: Folder of the test pairs; the validation pairs by default.
-        texts: `"files"` for text files, or `"names"` if the name of a file is its text, as in
-            collections of clip art: underscores and hyphens are spaces, and a number at the end is
-            left out (`flying_goose_02.png`).
-        val_fraction: Without `val`, the fraction of files to hold out, the same in every run. Files
-            whose names are the same text are held out together.
+        texts: `"files"` for text files; `"names"` if the name of a file is its text, as in
+            collections of clip art, without a number at its end (`flying_goose_02.png`);
+            `"folders"` if the name of its folder is, as in folders of classes. Underscores and
+            hyphens in names are spaces.
+        template: The text of a name, in which `{}` stands for it, such as `"a photo of a {}."`.
+        val_fraction: Without `val`, the fraction of files to hold out, the same in every run. With
+            `texts="names"`, files of the same text are held out together.
 
     Raises:
-        ValueError: If `texts` is unknown.
+        ValueError: If `texts` is unknown, or `template` has no `{}` or is set for text files.
     """
 
     def __init__(
@@ -47,14 +49,21 @@ class PairFolder(PairSource):
         val: str | None = None,
         test: str | None = None,
         *,
-        texts: Literal["files", "names"] = "files",
+        texts: Literal["files", "names", "folders"] = "files",
+        template: str = "{}",
         val_fraction: float = 0.1,
     ) -> None:
-        check_choice("texts", texts, ("files", "names"))
+        check_choice("texts", texts, ("files", "names", "folders"))
+        if "{}" not in template or (texts == "files" and template != "{}"):
+            raise ValueError(
+                f"template must contain {{}} and needs texts 'names' or 'folders', got "
+                f"{template!r} for texts {texts!r}"
+            )
         self.train = train
         self.val = val
         self.test = test
         self.texts = texts
+        self.template = template
         self.val_fraction = val_fraction
 
     def splits(self, medium: Medium[Media]) -> PairSplits[Media]:
@@ -74,10 +83,20 @@ class PairFolder(PairSource):
         check_apart(train, test, "test")
         return PairSplits(kept_pairs, held_out_pairs, self._pairs(test, medium))
 
+    def all_pairs(self, medium: Medium[Media]) -> Pairs[Media]:
+        """All pairs of `train`, without splitting them.
+
+        Raises:
+            FileNotFoundError, ValueError: As `splits`.
+        """
+        return self._pairs(self._files(self.train, medium), medium)
+
     def _pairs(self, files: list[Path], medium: Medium[Media]) -> Pairs[Media]:
-        if self.texts == "names":
-            return Pairs(medium.of_files(files), [[text_of_name(file)] for file in files])
-        return Pairs(medium.of_files(files), TextFiles(files))
+        if self.texts == "files":
+            return Pairs(medium.of_files(files), TextFiles(files))
+        text_of = text_of_name if self.texts == "names" else text_of_folder
+        texts = [[self.template.replace("{}", text_of(file))] for file in files]
+        return Pairs(medium.of_files(files), texts)
 
     def _files(self, folder: str, medium: Medium[Media]) -> list[Path]:
         if not Path(folder).is_dir():
@@ -90,12 +109,19 @@ class PairFolder(PairSource):
             )
         if self.texts == "names":
             return media
+        if self.texts == "folders":
+            if loose := [file for file in media if file.parent == Path(folder)]:
+                raise ValueError(
+                    f"{len(loose):,} {medium.noun} in {folder} are in no folder that could name "
+                    f"them, such as {loose[0].name}"
+                )
+            return media
         texts = {file for file in files if file.suffix == TEXT_EXTENSION}
         if missing := [file for file in media if text_file_of(file) not in texts]:
             raise ValueError(
                 f"{len(missing):,} of the {len(media):,} {medium.noun} in {folder} have no text "
                 f"file, such as {missing[0]}: write {text_file_of(missing[0]).name} beside it, or "
-                f"set --data.source.texts names if the names of files are the texts"
+                f"set --data.source.texts to names or folders, if the texts are their names"
             )
         return media
 
@@ -137,5 +163,18 @@ def text_of_name(file: Path) -> str:
     >>> text_of_name(Path("birds/Flying_goose-02.png"))
     'Flying goose'
     """
-    words = re.sub(r"[\s_-]+", " ", composed(file.stem)).strip()
+    words = _words(file.stem)
     return re.sub(r"(?<=\D) ?\d+$", "", words).strip() or words
+
+
+def text_of_folder(file: Path) -> str:
+    """The text in the name of a file's folder; see `PairFolder`.
+
+    >>> text_of_folder(Path("dogs/golden_retriever/1.jpg"))
+    'golden retriever'
+    """
+    return _words(file.parent.name)
+
+
+def _words(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", composed(name)).strip()

@@ -63,6 +63,8 @@ class ImageTextData(PairData[LabelledImages]):
         source: Source of the pairs, a class of `datamodules.pairs`; by default generated
             `RenderedShapes`, which need no files.
         tokenizer: Name of the tokenizer, as in `TextData`; it must have an end-of-text token.
+        start_ids: Ids placed before every text; none by default. The tokenizer of CLIP has the
+            beginning-of-text token 49406.
         max_tokens: Maximum number of tokens of a text, including the end of text. Longer texts are
             cut, which is reported once.
         pad_texts: Whether texts are padded to `max_tokens` instead of the longest of the batch, so
@@ -89,6 +91,7 @@ class ImageTextData(PairData[LabelledImages]):
         source: PairSource | None = None,
         *,
         tokenizer: str = "bytes",
+        start_ids: Sequence[int] = (),
         max_tokens: int = 128,
         pad_texts: bool = False,
         image_size: int | tuple[int, int] | None = None,
@@ -107,7 +110,11 @@ class ImageTextData(PairData[LabelledImages]):
         )
         images = {f.name: getattr(prepared.reader, f.name) for f in fields(prepared.reader)}
         reader = ImageTextReader(
-            tokenizer=tokenizer, max_tokens=max_tokens, pad_texts=pad_texts, **images
+            tokenizer=tokenizer,
+            start_ids=tuple(start_ids),
+            max_tokens=max_tokens,
+            pad_texts=pad_texts,
+            **images,
         )
         super().__init__(
             source,

@@ -35,12 +35,25 @@ KEPT_OF_TABLES = (
     "split_column",
     "group_column",
     "folder",
+    "val_fraction",
 )
-KEPT_OF_FOLDERS = ("val", "test", "texts")
+KEPT_OF_FOLDERS = ("val", "test", "texts", "template", "val_fraction")
 """Arguments of the recipe's source or the command line that also apply to the user's data."""
 
 NUM_COUNTED = 100
 """Number of images or sounds whose texts are counted."""
+
+
+class LocatedPairs(NamedTuple):
+    """A source of the pairs at a path.
+
+    Attributes:
+        source: The source.
+        settings: Its arguments.
+    """
+
+    source: PairTable | PairFolder
+    settings: dict[str, Any]
 
 
 class FoundPairs(NamedTuple):
@@ -73,31 +86,85 @@ def own_pairs(
         ValueError: If it has no texts; the message says what it has instead.
     """
     arguments = (given.get("source") or {}).get("init_args") or {}
-    whole = absolute(path)
-    tables = _tables(path, whole)
-    if tables:
-        kept = {name: arguments[name] for name in KEPT_OF_TABLES if name in arguments}
-        settings = {**kept, **_fractions(arguments), **tables}
-        settings |= _columns(Path(tables["train"]), arguments, has_splits="val" in settings)
-        splits = PairTable(**settings).splits(medium)
-        class_name = "PairTable"
-    else:
-        kept = {name: arguments[name] for name in KEPT_OF_FOLDERS if name in arguments}
-        settings = {**kept, **_fractions(arguments), **_folders(path, whole)}
-        if settings.get("texts") != "names":
-            _check_texts(path, Path(settings["train"]), medium)
-        splits = PairFolder(**settings).splits(medium)
-        class_name = "PairFolder"
+    source, settings = locate_pairs(path, arguments, medium)
+    splits = source.splits(medium)
+    class_path = f"datamodules.pairs.{type(source).__name__}"
     found: dict[str, Any] = {
-        "source": {"class_path": f"datamodules.pairs.{class_name}", "init_args": settings},
+        "source": {"class_path": class_path, "init_args": settings},
         **fitting_batch_size(given, default_batch_size, len(splits.train)),
     }
     return FoundPairs(found, splits, _summary(path, medium.noun, settings, splits))
 
 
-def _fractions(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    name = "val_fraction"
-    return {name: arguments[name]} if name in arguments else {}
+def pairs_to_evaluate(path: str, medium: Medium[Media], split: str) -> tuple[Pairs[Media], str]:
+    """The pairs of a split at a path or, if there are no splits, all of them, and a summary. If a
+    folder has classes instead of texts, their names are the texts.
+
+    Args:
+        path: Path of the folder or table.
+        medium: The images or sounds that the datamodule reads.
+        split: `"val"` or `"test"`.
+
+    Raises:
+        FileNotFoundError, ValueError: As `own_pairs`, and if there are splits, but not this one.
+    """
+    source, settings = locate_pairs(path, {}, medium, with_classes=True)
+    if not {"val", "test", "split_column"} & settings.keys():
+        pairs = source.all_pairs(medium)
+    elif "split_column" in settings or split in settings:
+        pairs = getattr(source.splits(medium), split)
+    else:
+        raise ValueError(
+            f"--data {path} has other splits, but no {split}: give the folder or table to evaluate"
+        )
+    if settings.get("texts") != "folders":
+        return pairs, f"{path} has {counted(pairs, medium.noun)}"
+    num_classes = len({texts[0] for texts in pairs.texts})
+    return pairs, (
+        f"{path} has {len(pairs):,} {medium.noun} of {num_classes} classes, whose names are the "
+        f"texts"
+    )
+
+
+def locate_pairs(
+    path: str,
+    arguments: Mapping[str, Any],
+    medium: Medium[Media],
+    *,
+    with_classes: bool = False,
+) -> LocatedPairs:
+    """Find the source of the pairs at a path.
+
+    Args:
+        path: Path of the folder or table.
+        arguments: Arguments of the recipe's source, some of which apply to these pairs.
+        medium: The images or sounds that the datamodule reads.
+        with_classes: Whether the names of folders by class are texts, if there are no others.
+
+    Raises:
+        FileNotFoundError, ValueError: As `own_pairs`.
+    """
+    whole = absolute(path)
+    tables = _tables(path, whole)
+    kept_names = KEPT_OF_TABLES if tables else KEPT_OF_FOLDERS
+    kept = {name: arguments[name] for name in kept_names if name in arguments}
+    if tables:
+        settings = {**kept, **tables}
+        settings |= _columns(Path(tables["train"]), arguments, has_splits="val" in settings)
+        return LocatedPairs(PairTable(**settings), settings)
+    settings = {**kept, **_folders(path, whole)}
+    if settings.get("texts", "files") == "files":
+        classes = _classes_without_texts(path, Path(settings["train"]), medium)
+        if classes and not with_classes:
+            raise ValueError(
+                f"--data {path} has {medium.noun} of {len(classes)} classes ({shown(classes, 5)}) "
+                f"but no texts: use a recipe of a classifier (diffmm recipes), write a text file "
+                f"beside each file, or set --data.source.texts to names or folders, if the texts "
+                f"are their names"
+            )
+        if classes:
+            settings["texts"] = "folders"
+    return LocatedPairs(PairFolder(**settings), settings)
 
 
 def _tables(path: str, whole: Path) -> dict[str, str]:
@@ -150,33 +217,26 @@ def has_any(header: list[str], names: tuple[str, ...]) -> str | None:
     return next((column for column in header if column.strip().lower() in names), None)
 
 
-def _check_texts(path: str, folder: Path, medium: Medium[Any]) -> None:
-    """Check that there are text files.
+def _classes_without_texts(path: str, folder: Path, medium: Medium[Any]) -> list[str]:
+    """The names of the folders of images or sounds if there are no text files; empty if there are.
 
     Raises:
-        ValueError: If there are none; the message says what there is instead.
+        ValueError: If there are neither text files nor such folders.
     """
     if list_files(folder, (TEXT_EXTENSION,)):
-        return
-    media = list_files(folder, medium.extensions)
-    noun = medium.noun
+        return []
+    media, noun = list_files(folder, medium.extensions), medium.noun
     if not media:
         raise ValueError(
             f"--data {path} has no {noun} (extensions of {noun}: {', '.join(medium.extensions)})"
         )
-    inside = sorted({file.parent.name for file in media if file.parent != folder})
-    if inside and all(file.parent != folder for file in media):
+    if any(file.parent == folder for file in media):
         raise ValueError(
-            f"--data {path} has {len(media):,} {noun} of {len(inside)} classes "
-            f"({shown(inside, 5)}) but no texts: use a recipe of a classifier (diffmm recipes), "
-            f"write a text file beside each file ({media[0].with_suffix(TEXT_EXTENSION).name}), or "
-            f"set --data.source.texts names if the names of files are the texts"
+            f"--data {path} has {len(media):,} {noun} but no texts: write a text file beside each "
+            f"file ({media[0].with_suffix(TEXT_EXTENSION).name}), use a table with the columns "
+            f"file and text, or set --data.source.texts names if the names of files are the texts"
         )
-    raise ValueError(
-        f"--data {path} has {len(media):,} {noun} but no texts: write a text file beside each file "
-        f"({media[0].with_suffix(TEXT_EXTENSION).name}), use a table with the columns file and "
-        f"text, or set --data.source.texts names if the names of files are the texts"
-    )
+    return sorted({file.parent.name for file in media})
 
 
 def _summary(path: str, noun: str, settings: Mapping[str, Any], splits: PairSplits[Any]) -> str:
@@ -184,14 +244,22 @@ def _summary(path: str, noun: str, settings: Mapping[str, Any], splits: PairSpli
     total = len(train) + len(val) + (len(test) if test is not val else 0)
     is_held_out = not {"val", "split_column"} & settings.keys()
     text = (
-        f"{path} has {total:,} {noun} with {text_counts(train)} each: {len(train):,} for training, "
+        f"{path} has {counted(train, noun, total)}: {len(train):,} for training, "
         f"{len(val):,} {'held out ' if is_held_out else ''}for validation"
     )
     return text if test is val else f"{text}, {len(test):,} for testing"
 
 
-def text_counts(pairs: Pairs[Any]) -> str:
-    """How many texts images or sounds have, in words, according to some of them."""
+def counted(pairs: Pairs[Any], noun: str, total: int | None = None) -> str:
+    """How many images or sounds there are, and how many texts some of these have, in words.
+
+    Args:
+        pairs: The pairs.
+        noun: Name of the images or sounds.
+        total: Their number, if there are others like these.
+    """
+    total = len(pairs) if total is None else total
     counts = [pairs.num_texts(index) for index in spread(range(len(pairs)), NUM_COUNTED)]
     low, high = min(counts), max(counts)
-    return f"{low if low == high else f'{low} to {high}'} text{'' if high == 1 else 's'}"
+    texts = f"{low if low == high else f'{low} to {high}'} text{'' if high == 1 else 's'}"
+    return f"1 {noun[:-1]} with {texts}" if total == 1 else f"{total:,} {noun} with {texts} each"

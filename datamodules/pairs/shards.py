@@ -183,9 +183,15 @@ def _members(path: Path) -> Iterator[tarfile.TarInfo]:
                     archive.members.clear()  # type: ignore[attr-defined]
                     if not member.isreg():
                         continue
-                    if member.offset_data + member.size > size:
+                    if member.issparse():
+                        raise DataError(f"{member.name} of shard {path} is a sparse file: copy it")
+                    if member.size < 0 or member.offset_data + member.size > size:
                         raise DataError(f"shard {path} is incomplete: it ends in {member.name}")
                     yield member
+                # At a damaged header, tarfile ends as it does at the zeros of the end.
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                    raise DataError(f"shard {path} is damaged at byte {archive.offset:,}")
         except tarfile.TarError as error:
             raise DataError(
                 f"shard {path} is not an uncompressed tar archive, or incomplete: {error}"

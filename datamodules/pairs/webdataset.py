@@ -166,6 +166,6 @@ class MemberTexts(Sequence[list[str]]):
             return [" ".join(text.split())]
         try:
             value = json.loads(text)[self.field]
-        except (json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise BadSampleError(f"{member} is not JSON with field {self.field!r}") from error
         return checked_texts(value, f"field {self.field!r} of {member}")

@@ -191,7 +191,10 @@ def evaluate(
 
 
 def use_other_data(data: Any, path: str, weights: str, verb: str) -> str:
-    """Let the datamodule of a run evaluate on the labeled data at `path`; return a summary.
+    """Let the datamodule of a run evaluate on the labeled data or pairs at `path`.
+
+    Returns:
+        A one-line summary.
 
     Raises:
         InputError: If the data class does not support it, the weights do not say what the classes
@@ -199,6 +202,10 @@ def use_other_data(data: Any, path: str, weights: str, verb: str) -> str:
     """
     from diffmm.models.weights import load_job
 
+    split = "val" if verb == "validate" else "test"
+    if hasattr(data, "evaluate_on_pairs"):
+        with refusing():
+            return str(data.evaluate_on_pairs(path, split=split))
     if not hasattr(data, "evaluate_on"):
         raise InputError(
             f"--data {path}: {type(data).__name__} cannot evaluate other data by a path; give its "
@@ -211,7 +218,6 @@ def use_other_data(data: Any, path: str, weights: str, verb: str) -> str:
                 f"--data {path}: {weights} does not name the classes of its model, with which the "
                 f"labels of other data are matched"
             )
-        split = "val" if verb == "validate" else "test"
         return str(data.evaluate_on(path, job.class_names, split=split))
 
 

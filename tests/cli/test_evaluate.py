@@ -12,9 +12,12 @@ import torch
 from PIL import Image
 
 import diffmm
+from datamodules import ImageTextData
 from diffmm.checkpoint_folders import find_state
 from diffmm.cli import main
+from diffmm.cli.evaluate import use_other_data
 from diffmm.cli.predictions import joined
+from diffmm.recipes.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +247,13 @@ def test_what_a_model_is_for_goes_on_with_a_run_and_begins_anew_with_another(run
     result = run("predict", "runs/other/new", "--output", "rows.csv")
     assert result.code == 0, result.err
     assert "folder/yes/7.png," in Path("rows.csv").read_text()
+
+
+def test_pairs_are_evaluated_without_classes(tmp_path):
+    data = ImageTextData(image_size=8)
+    with pytest.raises(InputError, match="has no images .extensions of images"):
+        use_other_data(data, str(tmp_path), "no weights", "validate")
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("nothing\nblack")
+    summary = use_other_data(data, str(tmp_path), "no weights", "validate")
+    assert summary == f"{tmp_path} has 1 image with 2 texts"

@@ -356,7 +356,7 @@ def test_bad_arguments_are_named(tmp_path):
         ImageTextData(max_tokens=1)
     with pytest.raises(ValueError, match=r"num_shapes must be .* in \[1, 3\], got \(0, 2\)"):
         RenderedShapes(num_shapes=(0, 2))
-    with pytest.raises(ValueError, match="texts must be one of 'files', 'names', got 'name'"):
+    with pytest.raises(ValueError, match="texts must be one of 'files', 'names', 'folders', got"):
         PairFolder("train", texts="name")
     with pytest.raises(RuntimeError, match=r"after setup\(\)"):
         _ = ImageTextData().splits
@@ -518,7 +518,7 @@ def test_own_data_without_texts_say_what_they_are(tmp_path):
         picture(tmp_path / "classes" / f"{name}.png")
         picture(tmp_path / "flat" / f"{name.replace('/', ' ')}.png")
     with pytest.raises(
-        ValueError, match=r"has 4 images of 2 classes \(cat, dog\) but no texts: use a"
+        ValueError, match=r"has images of 2 classes \(cat, dog\) but no texts: use a"
     ):
         own(ImageTextData, tmp_path / "classes")
     with pytest.raises(ValueError, match=r"has 4 images but no texts: write .*\(cat 1.txt\)"):
@@ -540,3 +540,74 @@ def test_own_data_without_texts_say_what_they_are(tmp_path):
         ValueError, match="cat 1.png is a single file: use a folder of files with a"
     ):
         own(ImageTextData, single)
+
+
+def test_other_pairs_are_evaluated_whole_or_by_split(photos, tmp_path):
+    data = ImageTextData(RenderedShapes(8, 4), image_size=8)
+    assert data.evaluate_on_pairs(str(photos), split="val") == (
+        f"{photos} has 8 images with 1 to 3 texts each"
+    )
+    data.setup()
+    (batch,) = data.val_dataloader()
+    assert batch["index"].tolist() == list(range(15))
+    assert texts_of(data, batch)[:3] == ["text 0a", "text 1a", "text 1b"]
+    rows = [(f"{n}.png", f"t{n}", ("train", "val", "test", "test")[n]) for n in range(4)]
+    path = table(photos / "splits.csv", *rows, header=("file", "text", "split"))
+    data.evaluate_on_pairs(path, split="test")
+    assert [texts_of(data, batch) for batch in data.test_dataloader()] == [["t2", "t3"]]
+    folder = tmp_path / "folder"
+    for split in ("train", "val"):
+        picture(folder / split / "1.png")
+        (folder / split / "1.txt").write_text(split)
+    data.evaluate_on_pairs(str(folder), split="val")
+    assert [texts_of(data, batch) for batch in data.val_dataloader()] == [["val"]]
+    with pytest.raises(ValueError, match="has other splits, but no test: give the folder"):
+        data.evaluate_on_pairs(str(folder), split="test")
+    data.evaluate_on_pairs(str(folder / "train"), split="test")
+    assert len(data.splits.test) == 1
+    sounds = tmp_path / "sounds"
+    sounds.mkdir()
+    soundfile.write(sounds / "1.wav", np.full(800, 0.1), 8000)
+    (sounds / "1.txt").write_text("hum")
+    audio = AudioTextData(sample_rate_hz=16000)
+    audio.evaluate_on_pairs(str(sounds), split="val")
+    assert next(iter(audio.val_dataloader()))["num_samples"].tolist() == [1600]
+
+
+def test_texts_may_have_a_token_at_their_beginning(photos):
+    source = PairTable(str(photos / "all.csv"), val_fraction=0.25)
+    data = pair_data(source, start_ids=[7], max_tokens=6)
+    batch = next(iter(data.as_evaluated("train")))
+    assert (batch["tokens"][:, 0] == 7).all()
+    assert batch["tokens"][0].tolist() == [7, *b"text", EOS]
+    described = json.loads(json.dumps(data.describe_inputs()))
+    reader = make_reader(Job(**described), "a test")
+    assert reader.read_text("a")["tokens"].tolist() == [7, *b"a", EOS]
+    with pytest.raises(ValueError, match="max_tokens must be an integer of at least 3, got 2"):
+        ImageTextData(start_ids=[7], max_tokens=2)
+    with pytest.raises(ValueError, match="start_ids must be a list of integers"):
+        ImageTextReader(**{**reader.describe()["init_args"], "start_ids": ["a"]})
+
+
+def test_names_of_folders_are_texts_of_classes(tmp_path):
+    for name in ("golden_retriever/1", "golden_retriever/2", "tabby cat/1", "tabby cat/2"):
+        picture(tmp_path / "classes" / f"{name}.png")
+    source = PairFolder(
+        str(tmp_path / "classes"), texts="folders", template="a photo of a {}.", val_fraction=0.25
+    )
+    splits = source.splits(Images())
+    assert sorted(text for texts in (*splits.train.texts, *splits.val.texts) for text in texts) == [
+        *["a photo of a golden retriever."] * 2,
+        *["a photo of a tabby cat."] * 2,
+    ]
+    data = ImageTextData(RenderedShapes(8, 4), image_size=8)
+    summary = data.evaluate_on_pairs(str(tmp_path / "classes"), split="val")
+    assert summary.endswith("classes has 4 images of 2 classes, whose names are the texts")
+    (batch,) = data.val_dataloader()
+    assert texts_of(data, batch) == ["golden retriever"] * 2 + ["tabby cat"] * 2
+    picture(tmp_path / "classes/loose.png")
+    with pytest.raises(ValueError, match="1 images in .* are in no folder .* such as loose.png"):
+        source.splits(Images())
+    for arguments in ({"texts": "names", "template": "a photo"}, {"template": "a {}"}):
+        with pytest.raises(ValueError, match="template must contain {} and needs texts 'names' or"):
+            PairFolder("train", **arguments)

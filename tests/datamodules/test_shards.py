@@ -182,7 +182,13 @@ def test_damaged_samples_are_bad_samples(tmp_path):
 
 def test_damaged_shards_are_named(shards):
     whole = (shards / "00000.tar").read_bytes()
+    start = whole.index(b"000000003.jpg")
     for name, content, message in (
+        (
+            "bad.tar",
+            whole[:start] + b"?" + whole[start + 1 :],
+            f"bad.tar is damaged at byte {start:,}",
+        ),
         ("cut.tar", whole[:1700], "cut.tar is incomplete: it ends in 000000000.jpg|cut.tar is not"),
         ("x.tar", b"no tar" * 200, "x.tar is not an uncompressed tar archive"),
     ):
@@ -193,6 +199,12 @@ def test_damaged_shards_are_named(shards):
         archive.addfile(tarfile.TarInfo("a.txt"))
     with pytest.raises(ValueError, match="packed.tar is not an uncompressed tar archive"):
         WebDatasetPairs(str(shards / "packed.tar")).splits(Images())
+    with tarfile.open(shards / "sparse.tar", "w") as archive:
+        info = tarfile.TarInfo("1.jpg")
+        info.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": "0"}
+        archive.addfile(info)
+    with pytest.raises(ValueError, match="1.jpg of shard .*sparse.tar is a sparse file: copy it"):
+        WebDatasetPairs(str(shards / "sparse.tar")).splits(Images())
     write_shard(shards / "twice.tar", [*img2dataset(1, 1), ("000000001.png", jpeg(2))])
     with pytest.raises(ValueError, match="sample 000000001 of shard .*twice.tar has two members"):
         WebDatasetPairs(str(shards / "twice.tar")).splits(Images())
