@@ -1,7 +1,8 @@
 """Fine-tuning of upcycled models beside that of the softmax models they come from.
 
     python -m benchmarks.upcycling [--tasks text,fashion_mnist] [--data DATA] [--out DIR]
-        [--seeds 0,1,2] [--minutes M] [--compile] [--size tiny]
+        [--variants softmax,diff_v1,naive_v1] [--seeds 0,1,2] [--minutes M] [--compile]
+        [--size tiny]
     python -m benchmarks.upcycling --table [--out DIR]
 
 For each task of `benchmarks.quality` and each seed, a softmax model is trained with the learning
@@ -10,6 +11,8 @@ rate `RATES[task]`. It is then trained further on new samples, as it is and upcy
 seed start with the same outputs and see the same samples in the same order. The learning rate of
 each is that of the best metric with the first seed among `FACTORS` times the rate of the first
 training. Softmax models have a key head per four query heads, so that all attentions can follow.
+The variants `naive_v1` and `naive_v2` are what upcycling replaces: differential models into which
+every softmax weight of the same meaning is copied, while all else is initialized as usual.
 
 Each run is appended to `OUT/upcycling.jsonl` as it ends, and not repeated. The table has the metric
 of each seed, and the mean paired difference to fine-tuned softmax with its 95 % interval.
@@ -19,7 +22,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,6 +39,7 @@ from diffmm.runs.seeds import half_width
 
 SOFTMAX = "softmax"
 VARIANTS = (SOFTMAX, "diff_v1", "diff_v2", "diff_grouped")
+NAIVE = {"naive_v1": "diff_v1", "naive_v2": "diff_v2"}
 RATES = {"text": 2e-3, "fashion_mnist": 2e-3, "letters": 2e-3, "speech": 2e-3, "digits": 4e-3}
 """Learning rates of the first training."""
 
@@ -100,7 +106,9 @@ class Bench:
         """Train the model of a seed further."""
         data = self.batches(seed)
         model: nn.Module = load_model(self.base(seed, data))
-        if variant != SOFTMAX:
+        if variant in NAIVE:
+            model = copied(model, NAIVE[variant], seed=seed)
+        elif variant != SOFTMAX:
             model = upcycle(model, variant, signal_per_noise=SIGNAL_PER_NOISE, seed=seed)
         run = self.make(seed, factor * RATES[self.task], self.more)
         run.task.model = model
@@ -125,6 +133,25 @@ class Bench:
         }
 
 
+def copied(model: Any, attention: str, *, seed: int) -> nn.Module:
+    """A differential model with the softmax model's weights where both have them. The queries of
+    the first maps of `diff_v2` are those of softmax."""
+    width = model.config.backbone.resolved_feed_forward_width
+    backbone = replace(model.config.backbone, attention=attention, feed_forward_width=width)
+    torch.manual_seed(seed)
+    new = type(model)(replace(model.config, backbone=backbone))
+    weights = new.state_dict()
+    for name, tensor in model.state_dict().items():
+        if weights[name].shape == tensor.shape:
+            weights[name] = tensor
+        else:
+            head_dim = backbone.resolved_head_dim
+            first = weights[name].unflatten(0, (-1, 2, head_dim))
+            first[:, 0] = tensor.unflatten(0, (-1, head_dim))
+    new.load_state_dict(weights)
+    return new.eval()
+
+
 def best_factor(rows: Sequence[Row], task: str, variant: str, seed: int) -> float | None:
     """The factor with the best metric of a seed; None before all have been run."""
     found = {row["factor"]: row["metric"] for row in rows_of(rows, task, variant, seed)}
@@ -139,10 +166,12 @@ def rows_of(rows: Sequence[Row], task: str, variant: str, seed: int) -> list[Row
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
-def pending(rows: Sequence[Row], task: str, seeds: Sequence[int]) -> list[tuple[int, str, float]]:
+def pending(
+    rows: Sequence[Row], task: str, seeds: Sequence[int], variants: Sequence[str] = VARIANTS
+) -> list[tuple[int, str, float]]:
     """The runs of a task that can be made now, as `(seed, variant, factor)`."""
     left = []
-    for variant in VARIANTS:
+    for variant in variants:
         best = best_factor(rows, task, variant, seeds[0])
         for seed in seeds:
             factors = FACTORS if seed == seeds[0] else () if best is None else (best,)
@@ -159,7 +188,7 @@ def table(rows: Sequence[Row], seeds: Sequence[int]) -> str:
     ]
     for task in dict.fromkeys(row["task"] for row in rows):
         values: dict[str, dict[int, float]] = {}
-        for variant in VARIANTS:
+        for variant in (*VARIANTS, *NAIVE):
             best = best_factor(rows, task, variant, seeds[0])
             own = [
                 row
@@ -197,6 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--tasks", default="text,fashion_mnist,speech", help="(default: %(default)s)"
     )
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="(default: %(default)s)")
     parser.add_argument("--seeds", default="0,1,2", help="(default: %(default)s)")
     parser.add_argument("--data", type=Path, default=Path("data/quality"), metavar="DATA")
     parser.add_argument("--out", type=Path, default=Path("runs/upcycling"), metavar="DIR")
@@ -214,11 +244,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for task in tasks:
         if task not in RATES:
             parser.error(f"--tasks: {task!r} is not one of {', '.join(RATES)}")
+    variants = options.variants.split(",")
+    for variant in variants:
+        if variant not in (*VARIANTS, *NAIVE):
+            parser.error(f"--variants: {variant!r} is not one of {', '.join((*VARIANTS, *NAIVE))}")
     options.out.mkdir(parents=True, exist_ok=True)
     deadline = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
     for task in tasks:
         bench = Bench(task, options.size, options.data, options.out, compile=options.compile)
-        while left := pending(read(path), task, seeds):
+        while left := pending(read(path), task, seeds, variants):
             if time.monotonic() >= deadline:
                 print(f"the time is over: {len(left)} runs or more are left", flush=True)
                 return

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all. This module needs only the standard library."""
+"""Files and folders that appear whole or not at all. Needs only the standard library."""
 
 import shutil
 import tempfile
@@ -8,14 +8,33 @@ from pathlib import Path
 
 
 @contextmanager
+def workspace(path: Path) -> Iterator[Path]:
+    """Yield a new, empty folder beside `path`, in which its files are made before they are moved to
+    their place. At the end of the `with` statement it is removed with what is still in it.
+
+    The folder has a name of its own, so that several threads or processes can write at the same
+    time. Folders above `path` are created, and removed again if nothing came to be in them.
+    """
+    new_parents = [each for each in path.parents if not each.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # not empty
+            for each in new_parents:
+                each.rmdir()
+
+
+@contextmanager
 def appearing(
     folder: Path, *, kept: Collection[str] = (), removed: Collection[str] = ()
 ) -> Iterator[Path]:
     """Yield a new, empty folder for the files of `folder`; at the end of the `with` statement it
     takes the place of `folder`, unless there is an error.
 
-    The new folder is beside `folder` and has a name of its own, so that several threads or
-    processes can write at the same time. If `folder` exists, it stays the same folder, and the new
+    The new folder is in a `workspace`. If `folder` exists, it stays the same folder, and the new
     files are moved into it one by one.
 
     Args:
@@ -25,11 +44,8 @@ def appearing(
             one of the same name.
     """
     folder = folder.resolve()  # "." has no name
-    new_parents = [each for each in folder.parents if not each.exists()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    unfinished = beside / "new"  # with the permissions of other new folders
-    try:
+    with workspace(folder) as beside:
+        unfinished = beside / "new"  # with the permissions of other new folders
         unfinished.mkdir()
         yield unfinished
         if not folder.exists():
@@ -40,11 +56,6 @@ def appearing(
                 if not folder.is_dir():  # another process was faster
                     raise
         _move(unfinished, folder, kept, removed)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        with suppress(OSError):  # not empty
-            for each in new_parents:
-                each.rmdir()
 
 
 def _move(source: Path, folder: Path, kept: Collection[str], removed: Collection[str]) -> None:

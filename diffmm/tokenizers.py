@@ -195,6 +195,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def eos_id(self) -> int:
         return self._special("end-of-text", EOS_NAMES)
 
+    def find_eos(self) -> int | None:
+        """`eos_id`, or None if no token has a usual name of it."""
+        return next((self._ids[name] for name in EOS_NAMES if name in self._ids), None)
+
     @property
     def special_names(self) -> dict[str, str]:
         """The names of the tokens that end, mask, pad and start a text, as far as there are such,

@@ -137,4 +137,4 @@ def full_for_good(run: Run, whole: Run) -> Fault:
             wrong.append(f"exit codes {codes} when it was resumed: {attempt.printed[-2000:]}")
         else:
             wrong += differences(run, whole)
-        return Fault(f"full disk for good ({disk.name})", run.name).and_lost(wrong)
+        return Fault(f"disk stays full ({disk.name})", run.name).and_lost(wrong)

@@ -60,21 +60,21 @@ def lies(folder: Path) -> Iterator[Fault]:
         path, file = tokens(fresh(folder))
         header = json.loads(file.read_text())
         file.write_text(json.dumps({**header, field: value}))
-        yield Fault("headers that lie", f"tokens: {field}").and_lost(refused(folder, path))
+        yield Fault("headers with wrong sizes", f"tokens: {field}").and_lost(refused(folder, path))
     for what, place, content in (
         ("image: width", 16, struct.pack(">I", 2**31 - 1)),
         ("image: height", 20, struct.pack(">I", 60_000)),
     ):
         path, file = data(fresh(folder), "image")
         patch(file, place, content)
-        yield Fault("headers that lie", what).and_lost(refused(folder, path))
+        yield Fault("headers with wrong sizes", what).and_lost(refused(folder, path))
     for what, place, content in (
         ("sound: length", 40, struct.pack("<I", 2**20)),
         ("sound: channels", 22, struct.pack("<H", 60_000)),
     ):
         path, file = data(fresh(folder), "audio")
         patch(file, place, content)
-        yield Fault("headers that lie", what).and_lost(refused(folder, path))
+        yield Fault("headers with wrong sizes", what).and_lost(refused(folder, path))
 
 
 def sealed_lies(whole: Run, folder: Path) -> Iterator[Fault]:
@@ -94,7 +94,7 @@ def sealed_lies(whole: Run, folder: Path) -> Iterator[Fault]:
         change(manifest)
         manifest.pop(SEAL)
         path.write_text(json.dumps({**manifest, SEAL: seal(manifest)}))
-        yield Fault("headers that lie", f"manifest: {what}").and_lost(
+        yield Fault("headers with wrong sizes", f"manifest: {what}").and_lost(
             outcome("fit", "--resume", str(run), "--trust")
         )
 

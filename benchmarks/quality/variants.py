@@ -27,18 +27,27 @@ VARIANTS: dict[str, dict[str, str]] = {
 }
 """Settings of the backbone, by variant; without `attention`, it is the variant's name."""
 
-HALF_HEADS = "softmax_half_heads"
-
 ABLATIONS: dict[str, dict[str, str]] = {
     "v1_shared_q": {"attention": "diff_v1", "share": "q"},
     "v1_shared_k": {"attention": "diff_v1", "share": "k"},
     "v1_constant_lambda": {"attention": "diff_v1", "lambda_init": "0.8"},
     "v1_no_norm": {"attention": "diff_v1", "headwise_norm": "false"},
     "v1_add": {"attention": "diff_v1", "combine": "add"},
-    HALF_HEADS: {"attention": "softmax"},
 }
-"""Ablations of v1 (differential transformer, table 6, and its reviews), and softmax with half as
-many heads of twice the size, the values of a head of v1."""
+"""Ablations of v1 (differential transformer, table 6, and its reviews)."""
+
+HALF_HEADS = {
+    "softmax_half_heads": {"attention": "softmax"},
+    "v2_half_heads": {"attention": "diff_v2"},
+}
+"""Half as many heads of twice the size, that of the values of a head of v1."""
+
+CONTROLS: dict[str, dict[str, str]] = {
+    **HALF_HEADS,
+    "v1_exclusive": {"attention": "diff_v1", "exclusive": "true"},
+    "v2_exclusive": {"attention": "diff_v2", "exclusive": "true"},
+}
+"""Variants that separate what a second map gains from what other changes gain."""
 
 ALTERNATIVES: dict[str, dict[str, str]] = {
     "clipped_softmax": {},
@@ -48,7 +57,7 @@ ALTERNATIVES: dict[str, dict[str, str]] = {
 }
 """Lighter alternatives to a second map (`benchmarks.quality.alternatives`)."""
 
-ALL = {**VARIANTS, **ABLATIONS, **ALTERNATIVES}
+ALL = {**VARIANTS, **ABLATIONS, **CONTROLS, **ALTERNATIVES}
 
 SIGNAL_PER_NOISE = 4
 """Signal heads per noise head and query heads per key head of the grouped variants."""
@@ -66,7 +75,7 @@ def overrides(variant: str, recipe: str, given: Sequence[str]) -> list[str]:
         alternatives.register()
     settings = dict(ALL[variant])
     attention = settings.pop("attention", variant)
-    if variant == HALF_HEADS:
+    if variant in HALF_HEADS:
         settings["num_heads"] = str(max(1, softmax_backbone(recipe, given).num_heads // 2))
     if attention == "diff_grouped":
         settings |= _grouped(softmax_backbone(recipe, given), settings)

@@ -110,14 +110,13 @@ def held_out_samples(
         origin: Origin of the files, for the message.
 
     Raises:
-        ValueError: If no class is large enough to hold out a sample; the message names `origin`.
+        ValueError: If no class has more than one sample; the message names `origin`.
     """
     kept, held_out = hold_out(labels, fraction)
     if not held_out:
         raise ValueError(
-            f"the val split has no samples: val_fraction={fraction:g} of every class of {origin} "
-            f"is less than one sample; increase --data.source.val_fraction or set "
-            f"--data.source.val"
+            f"the val split has no samples, because no class of {origin} has more than one: add "
+            f"samples or set --data.source.val"
         )
     train, val = (
         samples([paths[i] for i in indices], [labels[i] for i in indices])

@@ -202,7 +202,8 @@ def check_same_classes(
 
 
 def hold_out(labels: Sequence[Labels], fraction: float) -> tuple[list[int], list[int]]:
-    """Split sample indices into two lists, with `fraction` of each class (rounded) in the second.
+    """Split sample indices into two lists, with `fraction` of each class (rounded) in the second:
+    at least one, and never all of them.
 
     The split depends only on the arguments, so every run holds out the same samples, whatever its
     seed. A sample with several classes counts for its first one.
@@ -219,6 +220,7 @@ def hold_out(labels: Sequence[Labels], fraction: float) -> tuple[list[int], list
     held_out: set[int] = set()
     for label in sorted(by_class):
         members = rng.permutation(by_class[label])
-        held_out.update(members[: round(fraction * len(members))].tolist())
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        held_out.update(members[:count].tolist())
     kept = [index for index in range(len(labels)) if index not in held_out]
     return kept, sorted(held_out)

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from diffmm.chat_templates import TEMPLATE_FILES, template_in
 from diffmm.checks import DataError, article
 from diffmm.tokenizers import Tokenizer
 
@@ -31,9 +32,6 @@ token."""
 
 _GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """Marks of answers in a template, which are found without them."""
-
-TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json")
-"""Files beside a `tokenizer.json` that may contain a template."""
 
 Message = Mapping[str, Any]
 
@@ -200,40 +198,13 @@ def find_template(given: str | None, tokenizer: str) -> str:
         return Path(given).read_text(encoding="utf-8")
     folder = Path(tokenizer)
     folder = folder.parent if folder.suffix == ".json" else folder
-    for name in TEMPLATE_FILES:
-        file = folder / name
-        if not file.is_file():
-            continue
-        text = file.read_text(encoding="utf-8")
-        found = text if file.suffix != ".json" else _template_in(text, file)
-        if found is not None:
-            return found
+    found = template_in(folder)
+    if found is not None:
+        return found
     raise ValueError(
         f"tokenizer {tokenizer!r} has no chat template ({' or '.join(TEMPLATE_FILES)} in its "
         f"folder): give one as chat_template, or {DEFAULT!r}"
     )
-
-
-def _template_in(text: str, file: Path) -> str | None:
-    """The template in a `tokenizer_config.json`; of several, the one named `default`.
-
-    Raises:
-        ValueError: If the file is damaged, or has several templates without that name.
-    """
-    try:
-        settings = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not a JSON file: {error}") from error
-    found = settings.get("chat_template") if isinstance(settings, dict) else None
-    if not isinstance(found, list):
-        return found if isinstance(found, str) else None
-    named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
-    if not isinstance(named.get("default"), str):
-        raise ValueError(
-            f"{file} has the chat templates {', '.join(map(str, named))}, but none called default: "
-            f"give one as chat_template"
-        )
-    return named["default"]
 
 
 def _refuse(message: str) -> NoReturn:

@@ -29,8 +29,8 @@ class TextReader(Reader):
             models of other implementations were trained with.
         chat_template: The template of conversations that the model was trained with, if it was (see
             `datamodules.text.chat`).
-        stop_ids: Ids that end an answer, for programs that read them with the weights; `describe`
-            finds them by the template. Empty without one.
+        stop_ids: Ids that end a generated text or an answer, if it is not the tokenizer's
+            end-of-text token alone. `describe` adds those that the template ends an answer with.
 
     Raises:
         ValueError, FileNotFoundError: On first use, as `load_tokenizer`.
@@ -60,6 +60,11 @@ class TextReader(Reader):
     def encoder(self) -> Tokenizer:
         """The tokenizer."""
         return load_tokenizer(self.tokenizer, self.definition)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that end a generated text."""
+        return tuple(self.stop_ids) or (self.encoder.eos_id,)
 
     @cached_property
     def chat(self) -> ChatTemplate:
@@ -113,10 +118,10 @@ class TextReader(Reader):
         Raises:
             ValueError: If the template is not valid, or does not accept a question and its answer.
         """
-        stop_ids: tuple[int, ...] = ()
+        stop_ids = tuple(self.stop_ids)
         if self.chat_template is not None:
             try:
-                stop_ids = self.chat.stop_ids
+                stop_ids = tuple(dict.fromkeys([*stop_ids, *self.chat.stop_ids]))
             except DataError as error:
                 raise ValueError(
                     f"it is unknown what ends an answer: a question with its answer {error}"

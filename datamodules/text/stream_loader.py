@@ -22,6 +22,8 @@ from diffmm.workers import WorkerLoader
 
 
 class Shares(Protocol):
+    """A function that divides a stream among processes and workers."""
+
     def __call__(self, *, share: int, num_shares: int) -> StreamShare:
         """Create one of `num_shares` shares."""
 

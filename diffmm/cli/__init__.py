@@ -20,6 +20,8 @@ from diffmm.recipes.errors import InputError, RunFailedError, message_of
 
 
 class Verb(NamedTuple):
+    """A command of `diffmm`."""
+
     module: str
     """Module in `diffmm.cli` that defines `run(verb, arguments)`."""
     help: str

@@ -21,6 +21,8 @@ POINTS = 40
 
 
 class Run(NamedTuple):
+    """A trained model with its datamodule and the result of its run."""
+
     model: Any
     data: Any
     result: RunResult

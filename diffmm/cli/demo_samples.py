@@ -17,6 +17,8 @@ WORD = re.compile(r"[a-zA-Z_]{7,}")
 
 
 class Samples(NamedTuple):
+    """The samples that the page shows for a modality."""
+
     make: Callable[[Mapping[str, Any], Any], Sequence[Exhibit]]
     """Makes the exhibits from the models, by attention, and the datamodule after `setup`."""
     caption: str

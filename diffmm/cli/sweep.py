@@ -15,16 +15,8 @@ from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError, warn
 from diffmm.recipes.settings import load, load_file, split_overrides
 from diffmm.runs.directories import CONFIG_NAME, given_directory, named_run
-from diffmm.runs.sweeps import (
-    Combination,
-    begin,
-    combinations,
-    is_finished,
-    note,
-    read_record,
-    sweep_name,
-    varied_settings,
-)
+from diffmm.runs.records import begin, note, read_record, varied_settings
+from diffmm.runs.sweeps import Combination, combinations, is_finished, sweep_name
 
 DESCRIPTION = """Train a recipe with every combination of the settings that have several values, one
 run after the other, each in its own folder, and print a comparison at the end (see diffmm

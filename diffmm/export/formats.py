@@ -1,9 +1,7 @@
 """The formats that a trained model is exported to, and their files."""
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from diffmm.interop.conversion import FAMILIES, check_free, write_model
 from diffmm.models.description import unwrap
 from diffmm.models.job import Job
 from diffmm.models.weights import WEIGHTS_NAME, save_model
+from diffmm.new_folders import workspace
 
 HUGGING_FACE = (
     "llama",
@@ -117,10 +116,7 @@ def appearing(path: Path) -> Iterator[Path]:
     """Yield a path of the same name in a new folder beside `path`; at the end of the `with`
     statement everything in that folder is moved to the place of `path`, unless there is an
     error."""
-    new_folders = [each for each in path.parents if not each.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with workspace(path) as folder:
         yield folder / path.name
         # The file itself comes last: where it is, everything is.
         found = sorted(folder.iterdir(), key=lambda each: each.name == path.name)
@@ -128,11 +124,6 @@ def appearing(path: Path) -> Iterator[Path]:
             check_free(path.with_name(each.name))
         for each in found:
             each.replace(path.with_name(each.name))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # not empty
-            for each in new_folders:
-                each.rmdir()
 
 
 def writer_of_programs(

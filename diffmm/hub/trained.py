@@ -330,7 +330,7 @@ class TrainedModel:
     @torch.inference_mode()
     def features(self, inputs: Any, *, batch_size: int = 32) -> Tensor:
         """Compute the features of images or sounds that the model's head reads, for a classifier,
-        a search or a cluster analysis of one's own.
+        a search or a cluster analysis.
 
         Args:
             inputs: As in `predict`, also a list or a folder.
@@ -569,9 +569,10 @@ class TrainedModel:
 
         tokenizer = self.tokenizer
         assert isinstance(self.model, TextModel)
-        stop_ids: Sequence[int] = [tokenizer.eos_id]
+        stop_ids: Sequence[int] = self.reader.end_ids
         if chat or isinstance(prompt, list | tuple):
-            ids, stop_ids = self._conversation(prompt), self.reader.chat.stop_ids
+            ids = self._conversation(prompt)
+            stop_ids = [*self.reader.chat.stop_ids, *self.reader.stop_ids]
         else:
             ids = self.reader.read(prompt)["tokens"]
         if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:

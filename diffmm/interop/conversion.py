@@ -2,9 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
 from diffmm.checks import check_choice, did_you_mean
@@ -20,13 +18,13 @@ from diffmm.interop.motif import MOTIF
 from diffmm.interop.open_clip import OPEN_CLIP
 from diffmm.interop.open_clip_text import OPEN_CLIP_TEXT
 from diffmm.interop.qwen import QWEN2, QWEN3
-from diffmm.interop.source import CONFIG_NAME, TOKENIZER_NAME, WEIGHTS_NAME, Source, read_source
+from diffmm.interop.source import CONFIG_NAME, WEIGHTS_NAME, Source, read_source
 from diffmm.interop.timm_models import TIMM
 from diffmm.interop.unilm_decoders import UNILM_V1, UNILM_V2
 from diffmm.interop.whisper import WHISPER
-from diffmm.models.weights import Contents
+from diffmm.models.tokenizer_files import GENERATION_NAME, tokenizer_files
+from diffmm.models.weights import Contents, write_tensors
 from diffmm.new_folders import appearing
-from diffmm.tokenizers import HuggingFaceTokenizer
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -106,7 +104,8 @@ def family_of(source: Source, name: str | None = None) -> Family:
 
 def write_model(model: nn.Module, folder: str | Path, family: str) -> Path:
     """Write a model as one of another implementation: `config.json`, `model.safetensors` and, if
-    the model has one, its tokenizer (`tokenizer.json`, `tokenizer_config.json`).
+    the model has one, its tokenizer (`tokenizer.json`, `tokenizer_config.json`), chat template and
+    the ids that end a text.
 
     Args:
         model: A model of `diffmm.models`.
@@ -134,19 +133,18 @@ def write_contents(contents: Contents, folder: str | Path, family: str) -> Path:
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
     if len(dtypes) == 1:
         settings["torch_dtype"] = dtypes.pop()
-    definition = _definition(contents.job)
-    if definition is not None:
-        tokenizer = HuggingFaceTokenizer.of_definition("its own", definition)
-        about = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_names}
-        if "eos_token" in about:
-            settings["eos_token_id"] = tokenizer.eos_id
+    assert contents.description is not None
+    max_length = contents.description["config"].get("max_length", 0)
+    texts, ids = tokenizer_files(contents.job, max_length)
+    settings |= ids
+    if isinstance(ids.get("eos_token_id"), list):  # older versions of transformers read it there
+        files = {**files, GENERATION_NAME: ids}
     with appearing(folder) as unfinished:
         for name, values in files.items():
             (unfinished / name).write_text(json.dumps(values, indent=2) + "\n")
-        save_file(tensors, unfinished / WEIGHTS_NAME, metadata={"format": "pt"})
-        if definition is not None:
-            (unfinished / TOKENIZER_NAME).write_text(definition, encoding="utf-8")
-            (unfinished / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+        write_tensors(tensors, unfinished / WEIGHTS_NAME, {"format": "pt"})
+        for name, text in texts.items():
+            (unfinished / name).write_text(text, encoding="utf-8")
         check_free(folder)
     return folder
 
@@ -159,9 +157,3 @@ def check_free(path: Path) -> None:
     """
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"{path} exists already: give another target, or remove it")
-
-
-def _definition(job: dict[str, Any] | None) -> str | None:
-    """The text of the `tokenizer.json` in a job."""
-    reader = (job or {}).get("reader") or {}
-    return reader.get("init_args", {}).get("definition")

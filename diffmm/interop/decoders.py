@@ -175,10 +175,12 @@ def llama_table(config: TextConfig) -> Table:
 
 
 def tokenizer_job(source: Source, config: TextConfig) -> Job | None:
-    """The job with the tokenizer beside the weights, if there is one.
+    """The job with the tokenizer beside the weights, if there is one, its chat template and the
+    tokens that end a text.
 
     Raises:
-        ValueError: If it is not a tokenizer, or has more tokens than the model.
+        ValueError: If it is not a tokenizer, or has more tokens than the model; or an id that ends
+            a text is not one.
     """
     if source.tokenizer is None:
         return None
@@ -193,4 +195,26 @@ def tokenizer_job(source: Source, config: TextConfig) -> Job | None:
         "definition": tokenizer.definition,
         "start_ids": list(tokenizer.start_ids),
     }
+    stop_ids = read_stop_ids(source, config.vocab_size)
+    if stop_ids and stop_ids != [tokenizer.find_eos()]:
+        reader["init_args"]["stop_ids"] = stop_ids
+    if source.chat_template is not None:
+        reader["init_args"]["chat_template"] = source.chat_template
     return Job(reader=reader)
+
+
+def read_stop_ids(source: Source, vocab_size: int) -> list[int]:
+    """The ids that end a generated text: `eos_token_id`, which may be a list, of
+    `generation_config.json` or else of `config.json`; empty if neither has any.
+
+    Raises:
+        ValueError: If one is not the id of a token.
+    """
+    values = source.generation.get("eos_token_id", source.config.get("eos_token_id"))
+    ids = values if isinstance(values, list) else [] if values is None else [values]
+    if not all(type(each) is int and 0 <= each < vocab_size for each in ids):
+        raise ValueError(
+            f"{source.origin} has eos_token_id={values!r:.100}, which must be ids in [0, "
+            f"{vocab_size})"
+        )
+    return ids

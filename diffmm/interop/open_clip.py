@@ -137,7 +137,7 @@ def write_settings(config: ImageConfig) -> dict[str, Any]:
     Raises:
         ValueError: Always.
     """
-    raise ValueError("open_clip has no model of an image tower alone: convert to timm instead")
+    raise ValueError("open_clip has no model of an image tower alone")
 
 
 def positions(grid: tuple[int, int]) -> Layout:

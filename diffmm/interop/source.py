@@ -1,15 +1,16 @@
 """Weights of other implementations on disk or on the Hugging Face hub."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from diffmm.chat_templates import template_in
 from diffmm.models.hub_files import resolve
-from diffmm.models.tokenizer_files import TOKENIZER_NAME
+from diffmm.models.tokenizer_files import GENERATION_NAME, TOKENIZER_NAME
 from diffmm.models.weights import CONFIG_NAME, WEIGHTS_NAME, describes_model
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -28,6 +29,8 @@ class Source(NamedTuple):
         tensors: The weights by their names, in their own dtypes.
         tokenizer: The text of `tokenizer.json`, or None.
         preprocessor: The settings in `preprocessor_config.json`, or None.
+        generation: The settings in `generation_config.json`; empty without it.
+        chat_template: The chat template beside the tokenizer, or None.
     """
 
     origin: str
@@ -35,6 +38,8 @@ class Source(NamedTuple):
     tensors: dict[str, Tensor]
     tokenizer: str | None
     preprocessor: dict[str, Any] | None = None
+    generation: Mapping[str, Any] = {}
+    chat_template: str | None = None
 
 
 def read_source(source: str | Path) -> Source:
@@ -62,7 +67,10 @@ def read_source(source: str | Path) -> Source:
         text = tokenizer.read_text(encoding="utf-8")
     preprocessor = folder / PREPROCESSOR_NAME
     prepared = read_json(preprocessor) if preprocessor.is_file() else None
-    return Source(str(source), config, weights, text, prepared)
+    generation = folder / GENERATION_NAME
+    settings = read_json(generation) if generation.is_file() else {}
+    template = None if text is None else template_in(folder)
+    return Source(str(source), config, weights, text, prepared, settings, template)
 
 
 def locate(source: str | Path) -> tuple[Path, Path | None]:

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from diffmm.checks import check_choice
-from diffmm.layers import ATTENTIONS, Attention, DiffAttentionV1, RotaryEmbedding
+from diffmm.layers import (
+    ATTENTIONS,
+    Attention,
+    DiffAttentionV1,
+    DiffAttentionV2,
+    RotaryEmbedding,
+)
+from diffmm.layers.attention.diff_v1 import lambda_init_at
 from diffmm.ops import AttentionMask
 
 V1_NAMES = {
@@ -123,3 +130,44 @@ def load_attention(
             )
     attention.load_state_dict({ours: tensors[theirs] for theirs, ours in names.items()})
     return UnilmAttention(attention, rope_base=rope_base, causal=causal)
+
+
+def attention_tensors(attention: Attention) -> dict[str, Tensor]:
+    """The weights of an attention layer under the authors' names, which `load_attention` reads.
+
+    Args:
+        attention: A layer of class `DiffAttentionV1` or `DiffAttentionV2`.
+
+    Raises:
+        ValueError: If it is of another class, or has weights or settings that the authors' modules
+            do not have; the message names all of them.
+    """
+    variants = {DiffAttentionV1: "v1", DiffAttentionV2: "v2"}
+    variant = variants.get(type(attention))
+    if variant is None:
+        raise ValueError(
+            f"the authors have no {type(attention).__name__}, only diff_v1 and diff_v2"
+        )
+    names, weights = NAMES[variant], attention.state_dict()
+    faults = [f"without {ours}" for ours in names.values() if ours not in weights]
+    faults += sorted(weights.keys() - set(names.values()))
+    settings = {
+        "window": (attention.window, None),
+        "exclusive": (attention.exclusive, False),
+        "attention_scale": (attention.scale, attention.head_dim**-0.5),
+    }
+    if isinstance(attention, DiffAttentionV1):
+        eps = 1e-5 if attention.norm is None else attention.norm.eps
+        settings |= {
+            "number of queries and keys per head": (
+                (attention.num_queries, attention.num_keys),
+                (2, 2),
+            ),
+            "lambda_init": (attention.lambda_init, lambda_init_at(attention.layer_index)),
+            "headwise_norm_eps": (eps, 1e-5),
+            "combine": ("add" if attention.sign < 0 else "subtract", "subtract"),
+        }
+    faults += [f"{name}={own!r}" for name, (own, theirs) in settings.items() if own != theirs]
+    if faults:
+        raise ValueError(f"the authors' {variant} attention cannot hold {', '.join(faults)}")
+    return {theirs: weights[ours] for theirs, ours in names.items()}

@@ -98,13 +98,15 @@ def _check(name: str, layer: Attention, attention: str, signal_per_noise: int) -
         )
     for setting, is_set, targets in (
         ("cosine_logits", isinstance(layer.q_norm, CosineNorm), TARGETS),
+        ("attention_softcap", layer.softcap is not None, TARGETS),
         ("exclusive", layer.exclusive, ("diff_v1",)),
         ("output_gate", layer.gate_proj is not None and signal_per_noise > 1, ("diff_grouped",)),
     ):
         if is_set and attention in targets:
             raise ValueError(
                 f"{name} has {setting}, with which {attention} cannot have the same outputs: "
-                f"upcycle to another attention, or a model without it"
+                f"upcycle {'' if targets == TARGETS else 'to another attention, or '}"
+                f"a model without it"
             )
     per_group = layer.num_heads // layer.num_kv_heads
     if attention == "diff_grouped" and (signal_per_noise < 1 or per_group % signal_per_noise):

@@ -22,6 +22,7 @@ from diffmm.models.model_card import model_card
 from diffmm.models.text import TextModel
 from diffmm.models.tokenizer_files import (
     CHAT_TEMPLATE_NAME,
+    GENERATION_NAME,
     TOKENIZER_CONFIG_NAME,
     TOKENIZER_NAME,
     tokenizer_files,
@@ -30,7 +31,6 @@ from diffmm.models.weights import CONFIG_NAME, JOB_KEY, MODEL_TYPE, WEIGHTS_NAME
 from diffmm.new_folders import appearing
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
-GENERATION_NAME = "generation_config.json"
 
 OWN_FILES = (
     WEIGHTS_NAME,

@@ -27,7 +27,10 @@ HUB_FILES = (
     "model.safetensors.index.json",
     "config.json",
     "open_clip_config.json",
+    "generation_config.json",
     "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
     "preprocessor_config.json",
 )
 """The files of a repository that are fetched: weights and what describes them, of diffmm's models

@@ -8,6 +8,7 @@ from diffmm.tokenizers import EOS_NAMES, MASK_NAMES, PAD_NAMES, HuggingFaceToken
 TOKENIZER_NAME = "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
+GENERATION_NAME = "generation_config.json"
 
 
 class TokenizerFiles(NamedTuple):
@@ -16,9 +17,9 @@ class TokenizerFiles(NamedTuple):
     Attributes:
         files: The text of each file by its name; none if the model's job has no tokenizer, or only
             the name of one on the hub.
-        ids: The ids that end and pad a text, `eos_token_id` and `pad_token_id`, as far as the
-            tokenizer has them. Of a model that was trained on conversations, `eos_token_id` is the
-            list of all that end an answer.
+        ids: The ids that start, end and pad a text, `bos_token_id`, `eos_token_id` and
+            `pad_token_id`, as far as the tokenizer has them. If several tokens end a text or an
+            answer, `eos_token_id` is the list of them.
     """
 
     files: dict[str, str]
@@ -57,6 +58,8 @@ def tokenizer_files(job: dict[str, Any] | None, max_length: int) -> TokenizerFil
     ids: dict[str, int | list[int]] = {
         f"{name}_id": getattr(tokenizer, own) for name, own in own_names.items() if name in names
     }
+    if tokenizer.start_ids:
+        ids["bos_token_id"] = tokenizer.start_ids[0]
     if reader.get("stop_ids"):
         ids["eos_token_id"] = list(reader["stop_ids"])
     template = reader.get("chat_template")

@@ -7,7 +7,6 @@ it. A checkpoint folder stands for the file in it, and a run for its newest comp
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from diffmm.models.description import build, configured, describe, unwrap
 from diffmm.models.hub_files import resolve
 from diffmm.models.job import Job, text_reader
 from diffmm.models.quantized_file import QUANTIZATION_KEY, dequantized
+from diffmm.new_folders import workspace
 from diffmm.renamed import weights_with_new_names, with_new_names
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "read_contents",
     "save_contents",
     "save_model",
+    "write_tensors",
 ]
 
 DESCRIPTION_KEY = "model"
@@ -123,6 +124,7 @@ def save_contents(
 
     Raises:
         ValueError: If the path ends like a file of another format.
+        OSError: If it cannot be written; nothing is left behind then.
     """
     file = weights_file(path)
     metadata = {"format": "pt", DESCRIPTION_KEY: json.dumps(contents.description)}
@@ -130,15 +132,23 @@ def save_contents(
         metadata[JOB_KEY] = json.dumps(contents.job)
     if quantization is not None:
         metadata[QUANTIZATION_KEY] = json.dumps(quantization)
-    file.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in contents.weights.items()}
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        save_file(weights, unfinished, metadata=metadata)
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with workspace(file) as folder:
+        write_tensors(weights, folder / file.name, metadata)
+        (folder / file.name).replace(file)
     return file
+
+
+def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: If it cannot be written, such as on a full disk.
+    """
+    try:
+        save_file(tensors, file, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{file.name} cannot be written: {error}") from error
 
 
 def weights_file(path: str | Path) -> Path:
@@ -285,8 +295,9 @@ def _described(file: Path) -> Contents:
     contents = _read(file)
     if contents.description is None:
         raise ValueError(
-            f"{file} does not describe the model of its weights: "
-            f"build the model and use load_weights"
+            f"{file} does not describe the model of its weights, and there is no {CONFIG_NAME} "
+            f"beside it: put that of the model there and convert it (diffmm convert), or build the "
+            f"model and use load_weights"
         )
     model = _outline(contents.description, contents.weights, file)
     _check_fit(model, contents.weights, set(), file)

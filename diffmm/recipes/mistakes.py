@@ -28,11 +28,15 @@ from diffmm.recipes.trust import PLAIN, is_code, why_untrusted
 
 
 class Parameter(NamedTuple):
+    """A parameter of a class: its type, and whether it has no default."""
+
     hint: Any
     required: bool
 
 
 class Findings(NamedTuple):
+    """What was found in a recipe's values."""
+
     mistakes: list[str]
     model: LightningModule | None
     """The model on the meta device; `None` if it could not be created."""

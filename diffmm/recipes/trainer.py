@@ -111,16 +111,14 @@ class RecipeCLI(SettingsCLI):
         if mistakes:
             raise InputError(*(find_mistakes(values).mistakes or mistakes))
 
-    def _set_seed(self) -> None:
-        if self.build:
-            super()._set_seed()
-
     def instantiate_classes(self) -> None:
         if self.build:
             super().instantiate_classes()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_string(yaml.safe_dump(self.values, sort_keys=False))
+        if not self.build:
+            self.config["seed_everything"] = False  # Lightning then seeds nothing
 
     def instantiate_trainer(self, **changes: Any) -> Trainer:
         """Keep a recipe's `limit_val_batches: 1` (one batch) an integer.

@@ -1,5 +1,6 @@
 """Summaries of several runs: the settings that differ, and their metrics."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from diffmm.recipes.references import UNKNOWN, resolve, walk
 from diffmm.recipes.settings import load_file
 from diffmm.runs.directories import CONFIG_NAME, saved_config
 from diffmm.runs.metrics import Curve, read_curves
+from diffmm.runs.records import read_record
 
 SMALLER_IS_BETTER = ("loss", "perplexity", "bits", "error")
 """Parts of the names of metrics for which smaller values are better; for others, larger ones."""
@@ -91,7 +93,8 @@ def is_smaller_better(metric: str, values: dict[str, Any]) -> bool:
 
 
 def find_runs(paths: Sequence[str]) -> list[Path]:
-    """Return run directories without duplicates; a folder of runs stands for all runs in it.
+    """Return run directories without duplicates; a folder of runs stands for all runs in it: those
+    of a sweep in its order, others by name.
 
     Raises:
         InputError: If a path is neither.
@@ -104,6 +107,8 @@ def find_runs(paths: Sequence[str]) -> list[Path]:
         inside = sorted(config.parent for config in path.glob(f"*/{CONFIG_NAME}"))
         if not inside:
             saved_config(path)
+        in_order = list(read_record(path))
+        inside.sort(key=lambda run: in_order.index(run.name) if run.name in in_order else math.inf)
         found.update(dict.fromkeys(inside))
     return list(found)
 

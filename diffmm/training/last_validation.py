@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from diffmm.training.lightning_internals import add_validation, is_last_batch
+from diffmm.training.resilience.coordinator import Coordinator
 
 
 class LastValidation(Callback):
@@ -18,13 +19,12 @@ class LastValidation(Callback):
     """
 
     def __init__(self) -> None:
-        self.is_due = False
-        """Whether training ends after the current batch."""
         self._restore: Callable[[], None] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.enable_validation:
-            self._restore = add_validation(trainer, lambda: self.is_due)
+            coordinator = Coordinator.of(trainer)
+            self._restore = add_validation(trainer, lambda: coordinator.last_validation_follows)
 
     def on_train_batch_end(
         self,
@@ -34,22 +34,17 @@ class LastValidation(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self.is_due = self._restore is not None and reaches_end(trainer)
+        follows = self._restore is not None and reaches_end(trainer)
+        Coordinator.of(trainer).last_validation_follows = follows
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.is_due = False
+        Coordinator.of(trainer).last_validation_follows = False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.is_due = False
+        Coordinator.of(trainer).last_validation_follows = False
         if self._restore is not None:
             self._restore()
             self._restore = None
-
-
-def last_validation_follows(trainer: Trainer) -> bool:
-    """Whether a `LastValidation` validates after the current batch."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return any(isinstance(callback, LastValidation) and callback.is_due for callback in callbacks)
 
 
 def reaches_end(trainer: Trainer) -> bool:

@@ -1,7 +1,7 @@
 """All uses of private Lightning attributes, in one place.
 
-`tests/training/test_lightning_internals.py` has one test per function, which fails when Lightning
-changes the attribute.
+`tests/training/test_lightning_internals.py` has one test per function or class, which fails when
+Lightning changes the attribute.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 
@@ -112,6 +113,27 @@ def leave_signals_alone(trainer: Trainer) -> None:
     """Keep the trainer from registering signal handlers."""
     connector: Any = trainer._signal_connector
     connector.register_signal_handlers = lambda: None
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """The trainer of a module, or `None` if it is not attached to one (`module.trainer` then raises
+    an error)."""
+    return module._trainer
+
+
+def set_data_parallel_size(strategy: ModelParallelStrategy, size: int) -> None:
+    """Set the number of data-parallel groups once the number of devices is known; the strategy
+    takes it as an argument only before that."""
+    strategy._data_parallel_size = size
+
+
+def record_new_columns(experiment: Any) -> bool:
+    """Add the names of new metrics to the columns of a `CSVLogger`'s experiment.
+
+    Returns:
+        Whether there are new ones.
+    """
+    return bool(experiment._record_new_keys())
 
 
 class PreparesBatches(LightningModule):

@@ -28,6 +28,7 @@ from diffmm.models.sharded_states import (
     write_sharded_state,
 )
 from diffmm.renamed import weight_name, weights_with_new_names
+from diffmm.training.lightning_internals import set_data_parallel_size
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -62,7 +63,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                 f"tensor_parallel_size must divide the number of devices, got "
                 f"{self.tensor_parallel_size} and {num_devices}"
             )
-        self._data_parallel_size = num_devices // self.tensor_parallel_size
+        set_data_parallel_size(self, num_devices // self.tensor_parallel_size)
         super().setup_environment()
 
     def save_checkpoint(

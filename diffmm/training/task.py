@@ -39,6 +39,7 @@ from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
 from diffmm.training.evaluation import counted
 from diffmm.training.finetuning import FineTuneConfig, add_adapters, freeze
 from diffmm.training.float8 import use_float8
+from diffmm.training.lightning_internals import trainer_of
 from diffmm.training.optimizer import OptimizerConfig, check_kind, make_optimizer
 from diffmm.training.parallel import read_any_checkpoint
 from diffmm.training.precision import exact_fields, keep_exact
@@ -327,7 +328,8 @@ class Task(AnyBatches):
         Raises:
             ValueError: If a run is resumed with another kind of optimizer.
         """
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             check_kind(checkpoint.get(TASK_KEY), self.optimizer_config)
         if self.job is not None and self.job.recipe is None:
             recipe = (checkpoint.get(JOB_KEY) or {}).get("recipe")

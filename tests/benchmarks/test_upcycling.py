@@ -3,7 +3,9 @@
 import math
 
 import pytest
+import torch
 
+import diffmm
 from benchmarks import upcycling
 from benchmarks.quality.engine import read
 
@@ -55,3 +57,18 @@ def test_a_tiny_table(tmp_path, monkeypatch, capsys):
     assert "| digits | diff_grouped | 1 |" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         upcycling.main(["--tasks", "nothing"])
+
+
+@pytest.mark.parametrize("attention", ["diff_v1", "diff_v2"])
+def test_naive_conversion_copies_what_both_have(attention):
+    softmax = diffmm.create_model("image/digits_tiny", attention="softmax").eval()
+    naive = upcycling.copied(softmax, attention, seed=0)
+    ours, theirs = naive.backbone.blocks[1], softmax.backbone.blocks[1]
+    for name in ("k_proj", "v_proj", "out_proj"):
+        weights = [getattr(block.attention, name).weight for block in (ours, theirs)]
+        assert torch.equal(*weights)
+    queries = [block.attention.q_proj.weight.unflatten(0, (-1, 16)) for block in (ours, theirs)]
+    assert torch.equal(queries[0][:: 2 if attention == "diff_v2" else 1], queries[1])
+    assert torch.equal(ours.feed_forward.up_proj.weight, theirs.feed_forward.up_proj.weight)
+    images = torch.randn(2, 1, 8, 8)
+    assert not torch.allclose(naive(images), softmax(images), atol=1e-2)

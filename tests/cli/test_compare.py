@@ -11,6 +11,7 @@ from diffmm.analysis.lambdas import mean_lambda_curve
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError
 from diffmm.recipes.settings import load, override
+from diffmm.runs import records
 from diffmm.runs.metrics import read_curves
 from diffmm.runs.summaries import (
     differing,
@@ -107,6 +108,18 @@ def test_only_what_differs_in_meaning_is_named(tmp_path, monkeypatch):
         "optimizer.learning_rate",
         "weight_decay",
     ]
+
+
+def test_the_runs_of_a_sweep_keep_its_order(tmp_path):
+    for name in ("attention=softmax", "attention=diff_v1", "another"):
+        write_run(tmp_path / name, log=False)
+    by_name = ["another", "attention=diff_v1", "attention=softmax"]
+    assert [run.name for run in find_runs([str(tmp_path)])] == by_name
+    records.begin(tmp_path, ["vars.attention"])
+    for name in ("attention=softmax", "attention=diff_v1"):
+        records.note(tmp_path, name, 0)
+    in_order = ["attention=softmax", "attention=diff_v1", "another"]
+    assert [run.name for run in find_runs([str(tmp_path)])] == in_order
 
 
 def test_the_table(run, tmp_path):

@@ -1,7 +1,9 @@
 """`diffmm convert`."""
 
 import json
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import diffmm
 from diffmm.interop import write_model
+from diffmm.interop.conversion import read_contents
 from diffmm.models import BackboneConfig, TextConfig, TextModel
 from diffmm.models.job import Job, text_reader
-from diffmm.models.weights import load_model, save_model
+from diffmm.models.weights import load_model, save_contents, save_model
 from diffmm.tokenizers import load_tokenizer
 
 
@@ -45,9 +48,13 @@ def llama(run):  # in the directory of the run
     """A folder with a Llama and its tokenizer, as others publish them."""
     model = make_model(num_kv_heads=2)
     reader = text_reader("mine")
-    reader["init_args"]["definition"] = tokenizer_json()
+    reader["init_args"] |= {"definition": tokenizer_json(), "start_ids": [0]}
     model.job = Job(reader=reader)
     return write_model(model, "llama", "llama")
+
+
+def convert(source, target):
+    return save_contents(read_contents(source), target)
 
 
 def files(folder):
@@ -86,6 +93,52 @@ def test_a_converted_model_writes_with_its_tokenizer(run, llama):
         if ids[0, -1] == 1:
             break
     assert result.out == load_tokenizer("mine", tokenizer_json()).decode(ids[0, 4:].tolist()) + "\n"
+
+
+TEMPLATE = """\
+{{ bos_token }}{% for message in messages %}{{ message.content }}<unk>{% endfor %}"""
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_what_ends_a_text_and_the_chat_template_are_kept(run, llama, place):
+    settings = json.loads((llama / "config.json").read_text()) | {"eos_token_id": 1}
+    (llama / "config.json").write_text(json.dumps(settings))
+    # As published: the file for generation has the tokens that end an answer, too.
+    (llama / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+    (llama / place).write_text(
+        TEMPLATE if place.endswith("jinja") else json.dumps({"chat_template": TEMPLATE})
+    )
+    assert run("convert", llama, "ours").code == 0
+    model = diffmm.load("ours")
+    assert model.reader.end_ids == (1, 2)
+    assert model.reader.chat.prompt([{"role": "user", "content": "ab"}]) == [0, 3, 4, 2]
+    assert run("convert", "ours", "back", "--to", "llama").code == 0
+    back = files("back")
+    assert back["chat_template.jinja"].decode() == TEMPLATE
+    assert json.loads(back["generation_config.json"])["eos_token_id"] == [1, 2]
+    assert json.loads(back["config.json"])["bos_token_id"] == 0
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("back")
+    assert theirs.generation_config.eos_token_id == [1, 2]
+    tokenizer = transformers.AutoTokenizer.from_pretrained("back")
+    messages = [{"role": "user", "content": "ab"}]
+    assert tokenizer.apply_chat_template(messages, return_dict=False) == [0, 3, 4, 2]
+
+
+def test_generation_stops_at_every_token_that_ends_a_text(run, llama):
+    reference = diffmm.load(convert(str(llama), "plain")).generate("abc", temperature=0)
+    first = json.loads(tokenizer_json())["model"]["vocab"][reference[0]]
+    (llama / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, first]}))
+    stopped = diffmm.load(convert(str(llama), "ours")).generate("abc", temperature=0)
+    assert stopped == reference[0]
+    assert len(reference) > 1
+
+
+@pytest.mark.parametrize("value", [40, -1, [1, 40], "1", [True]])
+def test_an_end_of_text_that_is_no_token_is_named(run, llama, value):
+    (llama / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    mistake = run("convert", llama, "ours").mistakes[0]
+    assert mistake == f"llama has eos_token_id={value!r}, which must be ids in [0, 40)"
 
 
 def test_weights_keep_their_dtype(run, llama):
@@ -232,6 +285,32 @@ def test_what_cannot_be_read_is_named_and_nothing_is_written(run, llama, break_i
     assert result.code == 2
     assert len(result.mistakes) == 1
     assert result.mistakes[0].startswith(message), result.mistakes
+    assert sorted(path.name for path in Path().iterdir()) == ["llama"]
+
+
+def test_without_its_settings_a_file_of_weights_names_them(run, llama):
+    (llama / "config.json").unlink()
+    mistake = run("convert", llama, "target").mistakes[0]
+    assert "there is no config.json beside it" in mistake
+
+
+@pytest.fixture
+def full_disk():
+    """Files of at most 16 KiB: enough for settings, not for weights."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, before)
+
+
+@pytest.mark.parametrize("target", ["new/folder", "new/file.safetensors"])
+@pytest.mark.parametrize("to", ["diffmm", "llama"])
+def test_a_full_disk_leaves_nothing_behind(run, llama, full_disk, target, to):
+    result = run("convert", llama, target, "--to", to)
+    assert result.code == 2
+    assert "cannot be written: " in result.mistakes[0]
     assert sorted(path.name for path in Path().iterdir()) == ["llama"]
 
 

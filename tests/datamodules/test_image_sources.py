@@ -203,10 +203,23 @@ def test_a_folder_of_images_holds_out_some_of_each_class(tmp_path):
     splits = splits.splits()
     assert [len(s.labels) for s in (splits.train, splits.val, splits.test)] == [16, 4, 2]
     assert not set(splits.train.paths) & set(splits.val.paths)
-    with pytest.raises(
-        ValueError, match="val_fraction=0.01 of every class of .*all is less than one sample"
-    ):
-        ImageFolder(str(tmp_path / "all"), val_fraction=0.01).splits()
+
+
+def test_a_small_class_has_an_image_in_each_split(tmp_path):
+    for name, count in (("cat", 1), ("dog", 2), ("owl", 5)):
+        for number in range(count):
+            write_image(tmp_path / "all" / name / f"{number}.png", (number, 0, 0))
+    for fraction, counts in ((0.01, [1, 1, 4]), (0.9, [1, 1, 1])):
+        splits = ImageFolder(str(tmp_path / "all"), val_fraction=fraction).splits()
+        assert [splits.train.labels.count((label,)) for label in range(3)] == counts
+        assert [splits.val.labels.count((label,)) for label in range(3)] == [
+            total - kept for total, kept in zip([1, 2, 5], counts, strict=True)
+        ]
+    for name in ("dog", "owl"):
+        for number in range(1, 5):
+            (tmp_path / "all" / name / f"{number}.png").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="no class of .*all has more than one: add samples or"):
+        ImageFolder(str(tmp_path / "all")).splits()
 
 
 @pytest.fixture

@@ -362,7 +362,8 @@ def test_the_tokenizer_of_the_files_starts_texts_as_the_reader_does(start_ids):
     files, ids = tokenizer_files(job, max_length=7)
     written = Tokenizer.from_str(files["tokenizer.json"])
     assert written.encode("ab").ids == [*start_ids, 97, 98]
-    assert ids == {"eos_token_id": 256, "pad_token_id": 258}
+    starts = {"bos_token_id": start_ids[0]} if start_ids else {}
+    assert ids == {"eos_token_id": 256, "pad_token_id": 258, **starts}
     assert json.loads(files["tokenizer_config.json"])["model_max_length"] == 7
     assert load_tokenizer("t", files["tokenizer.json"]).start_ids == start_ids
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from diffmm.interop.unilm import load_attention
-from diffmm.layers import DiffAttentionV1, RotaryEmbedding
+from diffmm.interop.unilm import attention_tensors, load_attention
+from diffmm.layers import ATTENTIONS, DiffAttentionV1, RotaryEmbedding
 from diffmm.ops import AttentionMask
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -322,3 +322,31 @@ def test_hugging_face_diffllama_attention(num_kv_heads):
         x,
         [(theirs.lambda_k2, ours.lambda_k2), (theirs.o_proj.weight, ours.out_proj.weight)],
     )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_is_written_as_it_was_read(name):
+    weights = Golden(name).under("weight.")
+    written = attention_tensors(Golden(name).load().attention)
+    assert written.keys() == weights.keys()
+    for key, tensor in written.items():
+        assert torch.equal(tensor, weights[key])
+
+
+@pytest.mark.parametrize(
+    ("attention", "settings", "message"),
+    [
+        ("softmax", {}, "the authors have no SoftmaxAttention, only diff_v1 and diff_v2"),
+        ("diff_v2", {"exclusive": True, "window": 3}, "hold window=3, exclusive=True"),
+        ("diff_v2", {"output_gate": "head"}, "hold gate_proj.weight"),
+        ("diff_v1", {"headwise_norm": False}, "v1 attention cannot hold without norm.weight"),
+        ("diff_v1", {"lambda_init": 0.5}, "hold lambda_init=0.5"),
+        ("diff_v1", {"combine": "add"}, "hold combine='add'"),
+        ("diff_v1", {"headwise_norm_eps": 1e-6}, "hold headwise_norm_eps=1e-06"),
+        ("diff_v1", {"share": "k"}, r"keys per head=\(2, 1\)"),
+    ],
+)
+def test_what_the_authors_do_not_have_is_refused(attention, settings, message):
+    layer = ATTENTIONS[attention](32, num_heads=4, layer_index=1, **settings)
+    with pytest.raises(ValueError, match=message):
+        attention_tensors(layer)

@@ -367,12 +367,14 @@ def test_ranges_of_looked_up_masks(name, num_queries):
                 assert max(full_high - full_low, 0) == int(own[0].sum())
 
 
-@pytest.mark.parametrize("most_at_once", [64, 1 << 15])
+@pytest.mark.parametrize(("block", "capacity"), [(64, 32), (64, 64), (256, 64)])
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 50), (2, 128), (1, 200)])
-def test_kth_largest(rows, size, most_at_once, monkeypatch):
+def test_kth_largest(rows, size, block, capacity, monkeypatch):
     from diffmm.ops import kth_largest_kernel
 
-    monkeypatch.setattr(kth_largest_kernel, "MOST_AT_ONCE", most_at_once)
+    # Several blocks per row, and rows with more and with fewer candidates than fit.
+    for name, value in (("BLOCK", block), ("COLUMNS", 32), ("CAPACITY", capacity)):
+        monkeypatch.setattr(kth_largest_kernel, name, value)
     x = torch.randn(rows, size) * 10.0 ** torch.randint(-30, 30, (rows, size))
     x[0, : size // 4] = x[0, 0]  # ties
     x[-1, -(size // 5) :] = -torch.inf

@@ -106,15 +106,14 @@ def test_mask_kernels(capability, documents, padded):
         assert done.metadata.shared <= SHARED_BYTES
 
 
-@pytest.mark.parametrize("is_whole", [False, True])
-def test_the_kernel_of_the_kth_largest(is_whole):
+def test_the_kernel_of_the_kth_largest():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from diffmm.ops.kth_largest_kernel import COLUMNS, MOST_AT_ONCE, _kernel
+    from diffmm.ops.kth_largest_kernel import BLOCK, CAPACITY, COLUMNS, _kernel
 
-    given = {"BLOCK": MOST_AT_ONCE, "COLUMNS": COLUMNS, "IS_WHOLE": is_whole}
-    types = {"x": "*fp32", "out": "*fp32", "V": "i32", "k": "i32"}
+    given = {"BLOCK": BLOCK, "COLUMNS": COLUMNS, "CAPACITY": CAPACITY}
+    types = {"x": "*fp32", "out": "*fp32", "candidates": "*fp32", "V": "i32", "k": "i32"}
     signature = types | dict.fromkeys(given, "constexpr")
     source = ASTSource(_kernel, signature, given)
     done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 16})

@@ -4,6 +4,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from diffmm.training import lightning_internals as internals
@@ -52,8 +54,11 @@ def test_validation_follows_by_the_schedule():
     assert found == [False] * 6
 
 
-def test_accumulation_and_last_batches():
+def test_accumulation():
     assert answers(internals.accumulates, accumulate_grad_batches=3) == [True, True, False] * 2
+
+
+def test_last_batches():
     assert answers(internals.is_last_batch) == [False] * 5 + [True]
 
 
@@ -119,3 +124,72 @@ def test_signals_are_left_alone(monkeypatch):
     internals.leave_signals_alone(trainer)
     monkeypatch.setattr("signal.signal", lambda *_: pytest.fail("a handler was registered"))
     trainer._signal_connector.register_signal_handlers()
+
+
+def test_validation_is_added_and_taken_back():
+    validated = []
+
+    class Adding(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.restore = internals.add_validation(trainer, lambda: trainer.global_step == 2)
+
+        def on_validation_end(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                validated.append(trainer.global_step)
+
+    adding = Adding()
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[adding],
+        enable_progress_bar=False, enable_model_summary=False, max_epochs=1,
+        limit_train_batches=4, limit_val_batches=1, val_check_interval=3,
+    )  # fmt: skip
+    trainer.fit(BoringModel(), BoringDataModule())
+    assert validated == [2, 3]
+    adding.restore()
+    assert "_should_check_val_fx" not in vars(trainer.fit_loop.epoch_loop)
+
+
+def test_a_module_without_a_trainer_has_none():
+    module = BoringModel()
+    assert internals.trainer_of(module) is None
+    module.trainer = trainer = Trainer(accelerator="cpu", logger=False)
+    assert internals.trainer_of(module) is trainer
+
+
+def test_the_data_parallel_size_is_that_of_the_strategy():
+    strategy = ModelParallelStrategy(tensor_parallel_size=1)
+    assert strategy._data_parallel_size == "auto"
+    internals.set_data_parallel_size(strategy, 4)
+    assert strategy._data_parallel_size == 4
+
+
+def test_new_columns_of_a_csv_log(tmp_path):
+    experiment = CSVLogger(tmp_path).experiment
+    experiment.log_metrics({"loss": 1.0}, step=0)
+    assert internals.record_new_columns(experiment)
+    assert "loss" in experiment.metrics_keys
+    assert not internals.record_new_columns(experiment)
+
+
+@pytest.mark.parametrize("has_hooks", [False, True])
+def test_batches_are_prepared_after_the_hooks_of_the_datamodule(has_hooks):
+    seen = []
+
+    class Prepares(internals.PreparesBatches, BoringModel):
+        def prepared(self, batch):
+            return batch if isinstance(batch, dict) else {"x": batch}
+
+        def training_step(self, batch, batch_idx):
+            seen.append(batch)
+            return super().training_step(batch["x"], batch_idx)
+
+    class Hooked(BoringDataModule):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch * 0.0
+
+    answered = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1,
+        enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+    )  # fmt: skip
+    answered.fit(Prepares(), Hooked() if has_hooks else BoringDataModule())
+    assert (seen[0]["x"] == 0).all() == has_hooks

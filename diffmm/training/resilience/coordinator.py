@@ -45,11 +45,14 @@ class Coordinator:
     Attributes:
         norm: Norm of the step's gradients before clipping, once it is known.
         saver: Callback that saves a run before it stops.
+        last_validation_follows: Whether a validation outside of the schedule follows the current
+            batch, because it is the last of the run.
     """
 
     def __init__(self) -> None:
         self.norm: Tensor | None = None
         self.saver: Saver | None = None
+        self.last_validation_follows = False
         self._questions: dict[str, Question] = {}
         self._answers: dict[str, float] = {}
         self._batch = -1

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from diffmm.checkpoint_folders import write_text
+from diffmm.training.lightning_internals import record_new_columns
 
 METHODS = ("log_metrics", "save", "finalize")
 """Methods of a logger that a trainer calls during training."""
@@ -65,7 +66,7 @@ def keep_rows_whole(experiment: Any) -> None:
     def save() -> None:
         columns = list(experiment.metrics_keys)
         try:
-            if experiment.metrics and experiment._record_new_keys() and file.exists():
+            if experiment.metrics and record_new_columns(experiment) and file.exists():
                 _write_columns(file, experiment.metrics_keys)
         except OSError:
             experiment.metrics_keys = columns

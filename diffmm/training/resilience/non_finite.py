@@ -224,7 +224,7 @@ class NonFiniteGuard(Callback):
             assert self._last_skipped is not None
             self._last_skipped.save(directory, trainer.global_rank)
         skipped, self.num_in_a_row = self.num_in_a_row, 0  # a resumed run starts counting from 0
-        where = save_before_end(trainer, reason="bad numbers")
+        where = save_before_end(trainer, reason="non-finite steps")
         raise TooManyNonFiniteStepsError(
             f"{skipped} steps in a row had a loss or gradient that is not finite, the last of them "
             f"step {trainer.global_step}: none of them changed the weights"

@@ -9,13 +9,14 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from diffmm.training.last_validation import last_validation_follows, reaches_end
+from diffmm.training.last_validation import reaches_end
 from diffmm.training.lightning_internals import (
     accumulates,
     forget_fetched_batches,
     is_last_batch,
     validation_follows,
 )
+from diffmm.training.resilience.coordinator import Coordinator
 
 LOOP = "epoch_loop"
 BATCHES = f"{LOOP}.batch_progress"
@@ -34,7 +35,7 @@ def validation_is_due(trainer: Trainer) -> bool:
 
 def validation_comes(trainer: Trainer) -> bool:
     """Whether validation follows the current batch: a scheduled one, or that of the last step."""
-    return validation_is_due(trainer) or last_validation_follows(trainer)
+    return validation_is_due(trainer) or Coordinator.of(trainer).last_validation_follows
 
 
 def is_step_boundary(trainer: Trainer) -> bool:
