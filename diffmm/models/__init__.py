@@ -2,6 +2,7 @@
 
 from diffmm.models.audio import AudioConfig, AudioModel
 from diffmm.models.backbone import Backbone, BackboneConfig
+from diffmm.models.captioning import CaptioningConfig, CaptioningModel
 from diffmm.models.contrastive import ContrastiveConfig, ContrastiveModel
 from diffmm.models.encoder import Embedded, Encoder, EncoderConfig, register_head
 from diffmm.models.image import ImageConfig, ImageModel
@@ -14,6 +15,8 @@ __all__ = [
     "AudioModel",
     "Backbone",
     "BackboneConfig",
+    "CaptioningConfig",
+    "CaptioningModel",
     "ContrastiveConfig",
     "ContrastiveModel",
     "Embedded",
