@@ -1,6 +1,7 @@
 """Training: one Lightning module per task, and the optimizer, schedule and logging they share."""
 
 from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
+from diffmm.training.captioning import Captioning
 from diffmm.training.classification import Classification
 from diffmm.training.contrastive import Contrastive
 from diffmm.training.finetuning import FineTuneConfig, LoRAConfig
@@ -18,6 +19,7 @@ from diffmm.training.schedule import ScheduleConfig
 from diffmm.training.task import Task
 
 __all__ = [
+    "Captioning",
     "CausalLM",
     "Checkpoints",
     "Classification",
