@@ -38,7 +38,7 @@ class Clotho(PairSource):
             str(table),
             file_column="file_name",
             text_column=[f"caption_{number + 1}" for number in range(NUM_CAPTIONS)],
-            folder=str(folder),
+            media_folder=str(folder),
         )
 
 

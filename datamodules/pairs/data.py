@@ -132,7 +132,8 @@ class PairData(SeededDataModule, Generic[Media]):
         return self.reader
 
     def prepare_data(self) -> None:
-        self.source.prepare()
+        if self._splits is None:
+            self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:
         if self._splits is None:
@@ -151,9 +152,8 @@ class PairData(SeededDataModule, Generic[Media]):
         prepared as for the source's own validation data.
 
         Args:
-            path: A folder of images or sounds with text files, or a table of files and texts. Of a
-                folder with one folder per class, the names of these are the texts: the recall at 1
-                of texts by media is then the accuracy of zero-shot classification.
+            path: A folder of images or sounds with text files, shards, or a table of files and
+                texts.
             split: The split to evaluate if there are several, `"val"` or `"test"`; without splits,
                 all pairs are evaluated.
 

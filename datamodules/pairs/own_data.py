@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from datamodules.pairs.folders import TEXT_EXTENSION, PairFolder
 from datamodules.pairs.sources import Media, Medium, Pairs, PairSplits
 from datamodules.pairs.tables import PairTable
-from datamodules.shared.files import list_files
+from datamodules.pairs.webdataset import WebDatasetPairs
+from datamodules.shared.files import glob_files, list_files
 from datamodules.shared.fingerprints import spread
 from datamodules.shared.folders import shown
 from datamodules.shared.own_data import (
@@ -30,13 +31,10 @@ TABLES = (".csv", ".tsv")
 KEPT_OF_TABLES = (
     "val",
     "test",
-    "file_column",
-    "text_column",
-    "split_column",
-    "group_column",
-    "folder",
+    "media_folder",
     "val_fraction",
 )
+KEPT_OF_SHARDS = ("val", "test", "text_field", "cache_dir", "val_fraction")
 KEPT_OF_FOLDERS = ("val", "test", "texts", "template", "val_fraction")
 """Arguments of the recipe's source or the command line that also apply to the user's data."""
 
@@ -52,7 +50,7 @@ class LocatedPairs(NamedTuple):
         settings: Its arguments.
     """
 
-    source: PairTable | PairFolder
+    source: PairTable | PairFolder | WebDatasetPairs
     settings: dict[str, Any]
 
 
@@ -73,7 +71,8 @@ class FoundPairs(NamedTuple):
 def own_pairs(
     path: str, given: Mapping[str, Any], medium: Medium[Media], default_batch_size: int
 ) -> FoundPairs:
-    """Find the pairs in a table, or in a folder with text files beside the images or sounds.
+    """Find the pairs in a table, in WebDataset shards, or in a folder with text files beside the
+    images or sounds.
 
     Args:
         path: Path of the folder or table.
@@ -97,8 +96,7 @@ def own_pairs(
 
 
 def pairs_to_evaluate(path: str, medium: Medium[Media], split: str) -> tuple[Pairs[Media], str]:
-    """The pairs of a split at a path or, if there are no splits, all of them, and a summary. If a
-    folder has classes instead of texts, their names are the texts.
+    """The pairs of a split at a path or, if there are no splits, all of them, and a summary.
 
     Args:
         path: Path of the folder or table.
@@ -108,7 +106,7 @@ def pairs_to_evaluate(path: str, medium: Medium[Media], split: str) -> tuple[Pai
     Raises:
         FileNotFoundError, ValueError: As `own_pairs`, and if there are splits, but not this one.
     """
-    source, settings = locate_pairs(path, {}, medium, with_classes=True)
+    source, settings = locate_pairs(path, {}, medium)
     if not {"val", "test", "split_column"} & settings.keys():
         pairs = source.all_pairs(medium)
     elif "split_column" in settings or split in settings:
@@ -117,53 +115,36 @@ def pairs_to_evaluate(path: str, medium: Medium[Media], split: str) -> tuple[Pai
         raise ValueError(
             f"--data {path} has other splits, but no {split}: give the folder or table to evaluate"
         )
-    if settings.get("texts") != "folders":
-        return pairs, f"{path} has {counted(pairs, medium.noun)}"
-    num_classes = len({texts[0] for texts in pairs.texts})
-    return pairs, (
-        f"{path} has {len(pairs):,} {medium.noun} of {num_classes} classes, whose names are the "
-        f"texts"
-    )
+    return pairs, f"{path} has {counted(pairs, medium.noun)}"
 
 
-def locate_pairs(
-    path: str,
-    arguments: Mapping[str, Any],
-    medium: Medium[Media],
-    *,
-    with_classes: bool = False,
-) -> LocatedPairs:
+def locate_pairs(path: str, arguments: Mapping[str, Any], medium: Medium[Media]) -> LocatedPairs:
     """Find the source of the pairs at a path.
 
     Args:
         path: Path of the folder or table.
         arguments: Arguments of the recipe's source, some of which apply to these pairs.
         medium: The images or sounds that the datamodule reads.
-        with_classes: Whether the names of folders by class are texts, if there are no others.
 
     Raises:
         FileNotFoundError, ValueError: As `own_pairs`.
     """
     whole = absolute(path)
-    tables = _tables(path, whole)
-    kept_names = KEPT_OF_TABLES if tables else KEPT_OF_FOLDERS
-    kept = {name: arguments[name] for name in kept_names if name in arguments}
-    if tables:
-        settings = {**kept, **tables}
+
+    def kept(names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: arguments[name] for name in names if name in arguments}
+
+    if tables := _tables(path, whole):
+        settings = {**kept(KEPT_OF_TABLES), **tables}
         settings |= _columns(Path(tables["train"]), arguments, has_splits="val" in settings)
         return LocatedPairs(PairTable(**settings), settings)
-    settings = {**kept, **_folders(path, whole)}
+    folders = _folders(path, whole)
+    if glob_files(folders["train"], "*.tar"):
+        settings = {**kept(KEPT_OF_SHARDS), **folders}
+        return LocatedPairs(WebDatasetPairs(**settings), settings)
+    settings = {**kept(KEPT_OF_FOLDERS), **folders}
     if settings.get("texts", "files") == "files":
-        classes = _classes_without_texts(path, Path(settings["train"]), medium)
-        if classes and not with_classes:
-            raise ValueError(
-                f"--data {path} has {medium.noun} of {len(classes)} classes ({shown(classes, 5)}) "
-                f"but no texts: use a recipe of a classifier (diffmm recipes), write a text file "
-                f"beside each file, or set --data.source.texts to names or folders, if the texts "
-                f"are their names"
-            )
-        if classes:
-            settings["texts"] = "folders"
+        _check_texts(path, Path(settings["train"]), medium)
     return LocatedPairs(PairFolder(**settings), settings)
 
 
@@ -204,12 +185,13 @@ def _columns(table: Path, arguments: Mapping[str, Any], *, has_splits: bool) -> 
             f"classifier (diffmm recipes), or set --data.source.text_column {label} if they are "
             f"texts"
         )
-    if not has_splits and "group_column" not in arguments:
+    columns: dict[str, Any] = {"text_column": given} if is_given else {}
+    group = arguments.get("group_column")
+    if group in header and not has_splits:
+        columns["group_column"] = group
+    elif not has_splits:
         wanted["split_column"] = SPLIT_COLUMNS
-    return {
-        **find_columns(header, arguments, table, **wanted),
-        **({"text_column": given} if is_given else {}),
-    }
+    return {**find_columns(header, arguments, table, **wanted), **columns}
 
 
 def has_any(header: list[str], names: tuple[str, ...]) -> str | None:
@@ -217,14 +199,14 @@ def has_any(header: list[str], names: tuple[str, ...]) -> str | None:
     return next((column for column in header if column.strip().lower() in names), None)
 
 
-def _classes_without_texts(path: str, folder: Path, medium: Medium[Any]) -> list[str]:
-    """The names of the folders of images or sounds if there are no text files; empty if there are.
+def _check_texts(path: str, folder: Path, medium: Medium[Any]) -> None:
+    """Check that there are text files.
 
     Raises:
-        ValueError: If there are neither text files nor such folders.
+        ValueError: If there are none; the message says what there is instead.
     """
     if list_files(folder, (TEXT_EXTENSION,)):
-        return []
+        return
     media, noun = list_files(folder, medium.extensions), medium.noun
     if not media:
         raise ValueError(
@@ -236,7 +218,12 @@ def _classes_without_texts(path: str, folder: Path, medium: Medium[Any]) -> list
             f"file ({media[0].with_suffix(TEXT_EXTENSION).name}), use a table with the columns "
             f"file and text, or set --data.source.texts names if the names of files are the texts"
         )
-    return sorted({file.parent.name for file in media})
+    classes = sorted({file.parent.name for file in media})
+    raise ValueError(
+        f"--data {path} has {noun} of {len(classes)} classes ({shown(classes, 5)}) but no texts: "
+        f"use a recipe of a classifier (diffmm recipes), write a text file beside each file, or "
+        f"set --data.source.texts to names or folders, if the texts are their names"
+    )
 
 
 def _summary(path: str, noun: str, settings: Mapping[str, Any], splits: PairSplits[Any]) -> str:

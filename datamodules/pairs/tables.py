@@ -45,7 +45,8 @@ class PairTable(PairSource):
             `training`, `validation`, `valid`, `dev`, `testing`), instead of separate files.
         group_column: Without validation pairs, the name of a column of which every value is held
             out as a whole, such as a speaker or a sentence. By default every file is.
-        folder: The folder that paths in the tables are relative to; by default that of the table.
+        media_folder: The folder that paths in the tables are relative to; by default that of the
+            table.
         val_fraction: Without validation pairs, the fraction of groups to hold out, the same in
             every run.
 
@@ -63,7 +64,7 @@ class PairTable(PairSource):
         text_column: str | Sequence[str] = "text",
         split_column: str | None = None,
         group_column: str | None = None,
-        folder: str | None = None,
+        media_folder: str | None = None,
         val_fraction: float = 0.1,
     ) -> None:
         if split_column is not None and (val is not None or test is not None):
@@ -83,7 +84,7 @@ class PairTable(PairSource):
         self.text_columns = [text_column] if isinstance(text_column, str) else list(text_column)
         self.split_column = split_column
         self.group_column = group_column
-        self.folder = folder
+        self.media_folder = media_folder
         self.val_fraction = val_fraction
 
     def splits(self, medium: Medium[Media]) -> PairSplits[Media]:
@@ -166,7 +167,7 @@ class PairTable(PairSource):
                     )
             group = row[self.group_column] or "" if self.group_column is not None else ""
             yield PairRow(
-                Path(self.folder or path.parent) / row[self.file_column], texts, split, group
+                Path(self.media_folder or path.parent) / row[self.file_column], texts, split, group
             )
 
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -27,7 +26,7 @@ from datamodules.pairs.sources import (
 from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.fingerprints import of_files
 from datamodules.shared.stored import Member
-from diffmm.checks import DataError, check_choice
+from diffmm.checks import DataError
 
 
 class WebDatasetPairs(PairSource):
@@ -43,14 +42,11 @@ class WebDatasetPairs(PairSource):
             range of numbers (`cc3m/{00000..00331}.tar`).
         val: Shards of the validation pairs.
         test: Shards of the test pairs; the validation pairs by default.
-        texts: `"txt"`, of which the whole member is one text, or `"json"`.
-        text_field: With `texts="json"`, the name of the field, a text or a list of texts.
+        text_field: Name of the field of JSON members that has the text or a list of texts. By
+            default the members `.txt` are the texts.
         val_fraction: Without `val`, the fraction of samples to hold out, the same in every run.
         cache_dir: Folder in which to keep the indices of shards, so that the headers in a shard are
             read once. By default they are read by each process, when it starts.
-
-    Raises:
-        ValueError: If `texts` is unknown, or `text_field` is set for texts that are not JSON.
     """
 
     def __init__(
@@ -59,22 +55,15 @@ class WebDatasetPairs(PairSource):
         val: str | None = None,
         test: str | None = None,
         *,
-        texts: Literal["txt", "json"] = "txt",
         text_field: str | None = None,
         val_fraction: float = 0.1,
         cache_dir: str | None = None,
     ) -> None:
-        check_choice("texts", texts, ("txt", "json"))
-        if (texts == "json") != (text_field is not None):
-            raise ValueError(
-                f"text_field is needed for texts 'json' and for no others: got {text_field!r} for "
-                f"texts {texts!r}"
-            )
         self.train = train
         self.val = val
         self.test = test
         self.text_field = text_field
-        self.extension = f".{texts}"
+        self.extension = ".txt" if text_field is None else ".json"
         self.val_fraction = val_fraction
         self.cache_dir = cache_dir
 
@@ -94,6 +83,14 @@ class WebDatasetPairs(PairSource):
         return PairSplits(
             train, val, self._pairs(medium, *self._apart(self.test, "test", medium, paths))
         )
+
+    def all_pairs(self, medium: Medium[Media]) -> Pairs[Media]:
+        """All pairs of `train`, without splitting them.
+
+        Raises:
+            FileNotFoundError, ValueError: As `splits`.
+        """
+        return self._pairs(medium, *self._indexed(self.train, "train", medium))
 
     def _apart(
         self, pattern: str, argument: str, medium: Medium[Media], train: Sequence[Path]

@@ -113,14 +113,21 @@ def _outputs(model: Any) -> "list[Tensor]":
     import torch
 
     random = torch.Generator().manual_seed(0)
-    shape, dtype = next(iter(getattr(model, "encoder", model).config.input_shapes(BATCH).values()))
-    if dtype.is_floating_point:
-        inputs = torch.randn(shape, generator=random).to(dtype)
-    else:
-        inputs = torch.randint(model.config.vocab_size, shape, generator=random)
+    config: Any = getattr(model, "encoder", model).config
+    text: Any = getattr(config, "text", config)
+
+    def inputs_of(name: str) -> Any:
+        shape, dtype = config.input_shapes(BATCH)[name]
+        if dtype.is_floating_point:
+            return torch.randn(shape, generator=random).to(dtype)
+        return torch.randint(text.vocab_size, shape, generator=random)
+
+    first = next(iter(config.input_shapes(BATCH)))
+    arguments = [inputs_of(first)]
+    if hasattr(config, "towers"):
+        arguments += [None, inputs_of("images" if config.image is not None else "waveforms")]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # masked autoencoders hide random patches
-        outputs = model(inputs)
-    return [
-        x for x in (outputs if isinstance(outputs, tuple) else [outputs]) if x.is_floating_point()
-    ]
+        outputs = model(*arguments)
+    outputs = [x for x in outputs if x is not None] if isinstance(outputs, tuple) else [outputs]
+    return [x for x in outputs if x.is_floating_point()]

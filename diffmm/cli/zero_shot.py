@@ -8,16 +8,23 @@ from typing import Any
 from diffmm.checkpoint_folders import find_state
 from diffmm.recipes.errors import refusing, warn
 
+SPLITS = {"train", "val", "validation", "test"}
+"""Names of folders that are not classes if there are no others."""
+
 CONTRASTIVE = "diffmm.models.ContrastiveModel"
 
 
 def class_folders(path: str) -> list[Path]:
-    """The folders in a folder that contains nothing else; empty for other paths."""
+    """The folders of classes in a folder that contains nothing else; empty for other paths, for
+    splits (`train`, `val`), and if there are texts beside the images or sounds."""
     folder = Path(path)
     if not folder.is_dir():
         return []
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    return entries if all(entry.is_dir() for entry in entries) else []
+    if not all(entry.is_dir() for entry in entries) or {e.name for e in entries} <= SPLITS:
+        return []
+    files = (file for entry in entries for file in entry.iterdir())
+    return [] if any(file.suffix.lower() == ".txt" for file in files) else entries
 
 
 def is_zero_shot(weights: str, path: str) -> bool:

@@ -605,7 +605,8 @@ class TrainedModel:
             raise DataError(f"the conversation {error}") from error
 
     def attention_maps(self, item: Any, layers: Sequence[int] | None = None) -> "list[LayerMaps]":
-        """Compute the attention maps for one input (see `diffmm.analysis.attention_maps`).
+        """Compute the attention maps for one input (see `diffmm.analysis.attention_maps`); of a
+        contrastive model, those of the tower of the images or sounds.
 
         Args:
             item: A single input, as in `predict`.
@@ -615,5 +616,7 @@ class TrainedModel:
 
         device = next(self.model.parameters()).device
         batch = to_device(self.reader.collate([self.reader.read(item)]), device)
-        inputs = inputs_of(self.model, batch)
-        return attention_maps(self.model, *inputs, layers=layers)
+        model = self.model
+        if isinstance(model, ContrastiveModel):
+            model = model.towers[tower_of(model, self.reader)]
+        return attention_maps(model, *inputs_of(model, batch), layers=layers)

@@ -300,6 +300,18 @@ class ContrastiveModel(Pretrained, nn.Module):
         """
         return _unit(self.text(tokens, num_tokens))
 
+    def add_aliases(self, state: dict[str, Any], prefix: str = "") -> None:
+        """Add the weights of shared blocks by their names in the other towers to a state, in place.
+
+        Args:
+            state: A state of this model.
+            prefix: Prefix of the names in it.
+        """
+        for alias, original in self._shared.items():
+            begin = prefix + original
+            for name in [name for name in state if name.startswith(begin)]:
+                state[prefix + alias + name.removeprefix(begin)] = state[name]
+
     @torch.no_grad()
     def limit_scale(self) -> None:
         """Reduce the scale to at most `max_scale`, as CLIP does after every optimizer step."""
@@ -347,10 +359,7 @@ def _without_aliases(
 
 
 def _with_aliases(model: ContrastiveModel, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for alias, original in model._shared.items():
-        begin = prefix + original
-        for name in [name for name in state if name.startswith(begin)]:
-            state[prefix + alias + name.removeprefix(begin)] = state[name]
+    model.add_aliases(state, prefix)
 
 
 def _unit(embeddings: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from diffmm.checkpoint_folders import STATE_NAME, find_state
 from diffmm.models.adapters import SCALE_KEY, merged, plain_names, scale_of
 from diffmm.models.backbone import BackboneConfig
 from diffmm.models.checkpoint_files import read_checkpoint
+from diffmm.models.contrastive import ContrastiveModel
 from diffmm.models.description import build, configured, describe, unwrap
 from diffmm.models.hub_files import resolve
 from diffmm.models.job import Job, text_reader
@@ -245,9 +246,10 @@ def load_description(path: str | Path) -> dict[str, Any] | None:
 def load_weights(model: nn.Module, path: str | Path, *, skip_head: bool = False) -> list[str]:
     """Load the weights in a file into `model`: all of them, or none if they do not fit.
 
-    An image or audio model can be loaded from the encoder of a masked autoencoder. If the model has
-    a method `resample_weights(weights) -> weights`, it may first convert weights to its own shapes
-    (for example, learned positions of another image size).
+    An image or audio model can be loaded from the encoder of a masked autoencoder, and these and
+    text towers from the tower of their kind in a contrastive model. If the model has a method
+    `resample_weights(weights) -> weights`, it may first convert weights to its own shapes (for
+    example, learned positions of another image size).
 
     Args:
         model: The model, modified in place.
@@ -266,6 +268,7 @@ def load_weights(model: nn.Module, path: str | Path, *, skip_head: bool = False)
     model = unwrap(model)
     file = find_weights(path)
     weights, description, _ = _read(file)
+    weights, description = _of_tower(model, weights, description, file)
     expected = plain_names(model.state_dict())
     if not any(name.startswith(ENCODER_PREFIX) for name in expected):
         encoder = _under(weights, ENCODER_PREFIX)
@@ -481,6 +484,31 @@ def _check_fit(
         advice = ". Only the head differs: skip_head=True keeps the new one" if only_head else ""
         raise ValueError(f"{file} does not fit {type(model).__name__}: {details}{advice}")
     return weights
+
+
+def _of_tower(
+    model: nn.Module, weights: dict[str, Tensor], description: Any, file: Path
+) -> tuple[dict[str, Tensor], Any]:
+    """The tower of the model's class in a file of a contrastive model; other files unchanged.
+
+    Raises:
+        ValueError: If the file has no such tower.
+    """
+    if isinstance(model, ContrastiveModel) or description is None:
+        return weights, description
+    whole = _outline(description, weights, file)
+    if not isinstance(whole, ContrastiveModel):
+        return weights, description
+    kinds = {name: type(tower) for name, tower in whole.towers.items()}
+    name = next((name for name, kind in kinds.items() if isinstance(model, kind)), None)
+    if name is None:
+        raise ValueError(
+            f"{file} contains a ContrastiveModel, whose towers are "
+            f"{', '.join(kind.__name__ for kind in kinds.values())}, not {type(model).__name__}"
+        )
+    weights = dict(weights)
+    whole.add_aliases(weights)
+    return _under(weights, f"{name}."), {"config": description["config"][name]}
 
 
 def _listed(kind: str, names: list[str]) -> str:

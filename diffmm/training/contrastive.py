@@ -48,9 +48,9 @@ class Contrastive(Task):
         loss: `"clip"`, cross-entropy over the batch, or `"siglip"`, a sigmoid per pair, which needs
             the model's `init_bias` (see `diffmm.training.contrastive_losses`).
         image: Weights for the image tower to start from, such as those of a classifier (with
-            `new_head`) or a converted tower of CLIP (`new_head: false`), and its frozen part:
-            `freeze: all_but_head` trains only the projection (LiT, Zhai et al. 2022). None by
-            default.
+            `new_head`), another contrastive model, or a converted tower of CLIP
+            (`new_head: false`), and its frozen part: `freeze: all_but_head` trains only the
+            projection (LiT, Zhai et al. 2022). None by default.
         audio: The same for the audio tower.
         text: The same for the text tower.
 

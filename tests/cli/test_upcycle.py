@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 
 import diffmm
+from diffmm.cli.upcycle import largest_difference
+from diffmm.interop.upcycle import upcycle
 from diffmm.models.weights import load_model, save_model
 from diffmm.recipes.settings import load_file
 
@@ -90,3 +92,17 @@ def test_nothing_is_written_if_outputs_differ(run, monkeypatch):
     (mistake,) = run("upcycle", "softmax", "v1", "--to", "diff_v1").mistakes
     assert "twin differ by" in mistake
     assert not Path("v1").exists()
+
+
+def test_all_towers_are_upcycled():
+    """Also blocks that two of them share."""
+    for shared_blocks in (0, 2):
+        model = diffmm.create_model(
+            "image_text/shapes_tiny", attention="softmax", shared_blocks=shared_blocks
+        ).eval()
+        twin = upcycle(model, "diff_v2")
+        assert {tower.backbone.attention for tower in twin.config.towers.values()} == {"diff_v2"}
+        assert largest_difference(model, twin) < 1e-5
+        with torch.no_grad():
+            twin.text.embedding.weight.mul_(torch.randn(64))
+        assert largest_difference(model, twin) > 1e-2

@@ -175,6 +175,11 @@ def test_librispeech_is_downloaded_only_if_asked(tmp_path, monkeypatch):
     )
     root = str(tmp_path / "new")
     AudioTextData(LibriSpeech(root)).prepare_data()
+    other = AudioTextData(LibriSpeech(root, download=True), sample_rate_hz=8000)
+    soundfile.write(tmp_path / "hum.wav", np.full(800, 0.1), 8000)
+    (tmp_path / "hum.txt").write_text("hum")
+    other.evaluate_on_pairs(str(tmp_path), split="val")
+    other.prepare_data()
     assert asked == []
     AudioTextData(LibriSpeech(root, download=True)).prepare_data()
     subsets = ("train-clean-100", "dev-clean", "test-clean")

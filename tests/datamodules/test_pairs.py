@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import tarfile
 from collections import Counter
 
 import numpy as np
@@ -600,14 +601,41 @@ def test_names_of_folders_are_texts_of_classes(tmp_path):
         *["a photo of a golden retriever."] * 2,
         *["a photo of a tabby cat."] * 2,
     ]
-    data = ImageTextData(RenderedShapes(8, 4), image_size=8)
-    summary = data.evaluate_on_pairs(str(tmp_path / "classes"), split="val")
-    assert summary.endswith("classes has 4 images of 2 classes, whose names are the texts")
-    (batch,) = data.val_dataloader()
-    assert texts_of(data, batch) == ["golden retriever"] * 2 + ["tabby cat"] * 2
     picture(tmp_path / "classes/loose.png")
     with pytest.raises(ValueError, match="1 images in .* are in no folder .* such as loose.png"):
         source.splits(Images())
     for arguments in ({"texts": "names", "template": "a photo"}, {"template": "a {}"}):
         with pytest.raises(ValueError, match="template must contain {} and needs texts 'names' or"):
             PairFolder("train", **arguments)
+
+
+def test_own_shards_and_groups_are_found(photos):
+    rows = [(f"{n}.png", f"t{n}", f"g{n // 2}") for n in range(8)]
+    (photos / "groups").mkdir()
+    path = table(photos / "groups/a.csv", *rows, header=("file", "text", "by"))
+    arguments = {"group_column": "by", "media_folder": str(photos), "folder": "elsewhere"}
+    found = own(ImageTextData, path, {**arguments, "text_column": "gone"})
+    assert found.settings["source"]["init_args"] == {
+        "media_folder": str(photos),
+        "train": path,
+        "file_column": "file",
+        "text_column": "text",
+        "group_column": "by",
+    }
+    assert "6 for training, 2 held out" in found.summary
+    shards = photos / "shards"
+    shards.mkdir()
+    with tarfile.open(shards / "0.tar", "w") as archive:
+        for number in range(4):
+            (photos / f"{number}.txt").write_text(f"text {number}")
+            for extension in ("png", "txt"):
+                archive.add(photos / f"{number}.{extension}", f"{number}.{extension}")
+    found = own(ImageTextData, shards, {"texts": "names", "val_fraction": 0.5})
+    assert found.settings["source"] == {
+        "class_path": "datamodules.pairs.WebDatasetPairs",
+        "init_args": {"val_fraction": 0.5, "train": str(shards)},
+    }
+    data = ImageTextData(image_size=8)
+    assert data.evaluate_on_pairs(str(shards), split="val").endswith(
+        "has 4 images with 1 text each"
+    )

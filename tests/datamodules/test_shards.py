@@ -140,7 +140,7 @@ def test_sounds_with_texts_in_json(tmp_path):
         members.append((f"{number}.flac", flac(800 + 80 * number)))
     write_shard(tmp_path / "0.tar", members)
     data = AudioTextData(
-        WebDatasetPairs(str(tmp_path), texts="json", text_field="text", val_fraction=0.3),
+        WebDatasetPairs(str(tmp_path), text_field="text", val_fraction=0.3),
         sample_rate_hz=8000,
         batching="bucketed",
         batch_size=2,
@@ -229,8 +229,6 @@ def test_shards_are_found(shards):
         list_shards(f"{shards}/{{00002..00003}}.tar", "train")
     with pytest.raises(FileNotFoundError, match=r"val: no shards .* are in .*x\*.tar"):
         list_shards(f"{shards}/x*.tar", "val")
-    with pytest.raises(ValueError, match="text_field is needed for texts 'json' .* got None"):
-        WebDatasetPairs("train", texts="json")
 
 
 def test_indices_are_cached_until_a_shard_changes(shards, tmp_path, monkeypatch):

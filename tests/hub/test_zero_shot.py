@@ -14,6 +14,7 @@ import diffmm
 from datamodules import AudioTextData, ImageTextData
 from datamodules.pairs import RenderedShapes
 from diffmm.cli import main
+from diffmm.cli.zero_shot import class_folders
 from diffmm.models import (
     AudioConfig,
     BackboneConfig,
@@ -119,6 +120,11 @@ def test_features_are_what_the_projection_reads(trained):
     torch.testing.assert_close(projected, embedded(trained)[0])
 
 
+def test_attention_maps_are_those_of_the_image_tower(trained):
+    found = trained.attention_maps(FILES[0])
+    assert [layer.name for layer in found] == [f"backbone.blocks.{i}.attention" for i in range(2)]
+
+
 def test_predict_with_labels(trained, capsys):
     labels = ["--labels", "cat, dog,bird", "--template", "a {}", "--template", "the {}"]
     assert main(["predict", "run", "pictures", *labels, "--output", "found.csv"]) == 0
@@ -167,6 +173,11 @@ def test_validation_on_a_folder_of_classes(trained, capsys):
     found = json.loads(Path("out.json").read_text())
     assert found["metrics"] == {"zero_shot/accuracy": 0.6}
     assert sum(map(sum, found["confusion_matrix"])) == 5
+    Path("classes/cat/black.txt").write_text("a black picture")
+    assert class_folders("classes") == []
+    Path("splits/train").mkdir(parents=True)
+    Path("splits/val").mkdir()
+    assert class_folders("splits") == class_folders("run") == class_folders("none") == []
     assert main(["validate", "run", "--data", "run", "--template", "a {}"]) == 2
     assert "--template is for a model that compares images or sounds" in capsys.readouterr().err
 

@@ -7,11 +7,13 @@ import torch
 
 from diffmm.models import (
     AudioConfig,
+    AudioModel,
     BackboneConfig,
     ContrastiveConfig,
     ContrastiveModel,
     ImageConfig,
     ImageModel,
+    TextTower,
     TextTowerConfig,
 )
 from diffmm.models.contrastive import ZeroShotClassifier
@@ -132,6 +134,27 @@ def test_a_tower_takes_the_weights_of_a_model_of_its_kind(tmp_path):
     assert torch.equal(model.image.head.weight, head)
     images = torch.randn(2, 3, 8, 8)
     assert torch.equal(model.image.forward_features(images), classifier.forward_features(images))
+
+
+@pytest.mark.parametrize("shared_blocks", [0, 1])
+def test_a_model_takes_the_weights_of_a_tower_of_its_kind(shared_blocks, tmp_path):
+    """Also blocks that are saved as those of another tower."""
+    model = ContrastiveModel(config(shared_blocks=shared_blocks))
+    save_model(model, tmp_path)
+    found = TextTower(model.config.text)
+    assert load_weights(found, tmp_path) == []
+    assert torch.equal(found(TOKENS, NUM_TOKENS), model.text(TOKENS, NUM_TOKENS))
+    settings = {"backbone": backbone("2d"), "image_size": 8, "patch_size": 4}
+    classifier = ImageModel(ImageConfig(**settings, num_classes=7))
+    load_weights(classifier, tmp_path, skip_head=True)
+    images = torch.randn(2, 3, 8, 8)
+    features = model.image.forward_features(images)
+    assert torch.equal(classifier.forward_features(images), features)
+    with pytest.raises(ValueError, match="whose towers are ImageModel, TextTower, not AudioModel"):
+        load_weights(AudioModel(audio()), tmp_path)
+    other = TextTower(text(norm="zero_centered_rmsnorm"))
+    with pytest.raises(ValueError, match="has another architecture: norm 'rmsnorm', needed 'zero"):
+        load_weights(other, tmp_path)
 
 
 def test_weights_of_another_meaning_are_refused(tmp_path):
