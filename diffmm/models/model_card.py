@@ -8,6 +8,7 @@ from torch import nn
 from diffmm.layers.attention import ATTENTIONS
 from diffmm.models.audio import AudioModel
 from diffmm.models.backbone_config import BackboneConfig
+from diffmm.models.captioning import CaptioningModel
 from diffmm.models.contrastive import ContrastiveModel
 from diffmm.models.encoder import Encoder
 from diffmm.models.image import ImageModel
@@ -131,6 +132,8 @@ def _call(model: nn.Module, job: Job | None) -> str:
             return 'print(trained.generate("Once upon a time"))'
         if getattr(model, "num_classes", 0):
             return 'print(trained.predict("a_file"))'
+        if isinstance(model, CaptioningModel):
+            return 'print(trained.predict("a_file").text)'
         if isinstance(model, ContrastiveModel):
             return 'print(trained.similarity("a_file", ["a text", "another text"]))'
     return "model = trained.model  # a torch.nn.Module"

@@ -143,7 +143,7 @@ class Captioning(Task):
         arguments = {} if reader is None else reader["init_args"]
         if "tokenizer" not in arguments:
             raise ValueError(
-                "word_error_rate needs data that name their tokenizer, such as those of "
+                "texts need data that name their tokenizer, such as those of "
                 "datamodules.AudioTextData"
             )
         return load_tokenizer(arguments["tokenizer"], arguments.get("definition"))
@@ -212,13 +212,14 @@ class Captioning(Task):
             exact = is_exact(found, batch)
             metrics["exact_match"].update(exact.sum(), len(exact))
             if self.word_error_rate:
-                eos_id = eos_of(batch)
-                texts = [
-                    [self.data_tokenizer.decode(ids) for ids in until(rows, eos_id)]
-                    for rows in (found, targets_of(batch, eos_id))
-                ]
-                metrics["word_error_rate"].update(*texts)
+                told = self.texts(targets_of(batch, eos_of(batch)))
+                metrics["word_error_rate"].update(self.texts(found), told)
         self._num_seen += self._batch_size(batch)
+
+    def texts(self, tokens: Tensor) -> list[str]:
+        """Decode texts, `[B, T]` ids, up to the end of each."""
+        tokenizer = self.data_tokenizer
+        return [tokenizer.decode(ids) for ids in until(tokens, tokenizer.eos_id)]
 
     @torch.no_grad()
     def generate(self, batch: Any) -> Tensor:

@@ -229,7 +229,7 @@ class Contrastive(Task):
             raise ValueError(f"{name}.lora is not supported: give finetune.lora for all towers")
         shared = self.model.config.shared_blocks
         depth = self.model.config.towers[name].backbone.depth
-        if shared and (config.freeze == "all_but_head" or config.freeze > depth - shared):
+        if shared and (isinstance(config.freeze, str) or config.freeze > depth - shared):
             raise ValueError(
                 f"{name}.freeze={config.freeze!r} would freeze blocks that all towers share: "
                 f"freeze at most {depth - shared}"

@@ -152,7 +152,7 @@ def test_another_model_is_refused(make):
 
 
 def test_word_error_rate_needs_a_tokenizer(make, fit):
-    with pytest.raises(ValueError, match="needs data that name their tokenizer, such as those of"):
+    with pytest.raises(ValueError, match="need data that name their tokenizer, such as those of"):
         fit(make.task("image_captions", word_error_rate=True), [make.batch("image_captions")])
 
 
