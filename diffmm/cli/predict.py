@@ -237,8 +237,9 @@ def loaded(
 def writes_texts(trained: "TrainedModel") -> bool:
     """Whether the predictions of a model are texts and not classes."""
     from diffmm.models.captioning import CaptioningModel
+    from diffmm.models.ctc import CTCModel
 
-    return isinstance(trained.model, CaptioningModel)
+    return isinstance(trained.model, CaptioningModel | CTCModel)
 
 
 def columns_of(trained: "TrainedModel", top_k: int) -> Sequence[str]:

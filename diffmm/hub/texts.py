@@ -10,6 +10,7 @@ from diffmm.batch import inputs_of, to_device
 from diffmm.checks import DataError
 from diffmm.hub.predictions import Caption, Reading
 from diffmm.models.captioning import CaptioningModel
+from diffmm.models.ctc import CTCModel
 from diffmm.models.generation import generate, stream
 from diffmm.tokenizers import Tokenizer
 
@@ -38,6 +39,29 @@ class Captioner(Reading[str]):
             stop_ids=(eos_id,),
         )
         return texts_of(found, self.reader.encoder, eos_id)
+
+    def prediction(self, result: str, file: str | None) -> Caption:
+        return Caption(result, file)
+
+
+class Transcriber(Reading[str]):
+    """Transcribes sounds by greedy decoding of a CTC model, batch by batch.
+
+    Args:
+        model: The model, in evaluation mode.
+        reader: Reader of the model's inputs, with its tokenizer (see `diffmm.hub.readers`).
+    """
+
+    def __init__(self, model: CTCModel, reader: Any) -> None:
+        super().__init__(model, reader)
+        self.ctc = model
+
+    @torch.inference_mode()
+    def results(self, samples: list[dict[str, Any]]) -> list[str]:
+        device = self.ctc.head.weight.device
+        batch = to_device(self.reader.collate(samples), device)
+        rows = self.ctc.greedy(self.ctc(*inputs_of(self.ctc, batch)))
+        return [self.reader.encoder.decode(row) for row in rows]
 
     def prediction(self, result: str, file: str | None) -> Caption:
         return Caption(result, file)

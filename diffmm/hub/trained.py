@@ -17,10 +17,11 @@ from diffmm.checks import DataError, article, check_choice, reason_of
 from diffmm.hub.metrics import metrics_at
 from diffmm.hub.predictions import OnError, Predictor, expanded
 from diffmm.hub.readers import check_inputs, make_reader
-from diffmm.hub.texts import Captioner, described
+from diffmm.hub.texts import Captioner, Transcriber, described
 from diffmm.hub.zero_shot import TEMPLATES, embed_classes, embed_media, embed_texts, tower_of
 from diffmm.models.captioning import CaptioningModel
 from diffmm.models.contrastive import ContrastiveModel, ZeroShotClassifier
+from diffmm.models.ctc import CTCModel
 from diffmm.models.encoder import Encoder
 from diffmm.models.folders import write_folder
 from diffmm.models.generation import stream
@@ -313,7 +314,7 @@ class TrainedModel:
 
         Returns:
             A `Prediction` with `labels` and `scores`, or a list of them for a list or a folder; of
-            a captioning model, a `Caption` with the `text` instead. For a text decoder, the
+            a captioning or CTC model, a `Caption` with the `text` instead. For a text decoder, the
             generated text, with the defaults of `generate`.
 
         Raises:
@@ -491,6 +492,11 @@ class TrainedModel:
             _ = self.tokenizer  # an error before anything is read
             captioner = Captioner(self.model, self.reader)
             return captioner.stream(inputs, on_error=on_error, **settings)
+        if isinstance(self.model, CTCModel):
+            if not hasattr(self.reader, "encoder"):
+                raise ValueError(f"the reader of {self.origin} has no tokenizer: give another one")
+            transcriber = Transcriber(self.model, self.reader)
+            return transcriber.stream(inputs, on_error=on_error, **settings)
         if getattr(self.model, "num_classes", 0) < 1:
             hint = "; it generates text (generate)" if isinstance(self.model, TextModel) else ""
             if isinstance(self.model, ContrastiveModel):

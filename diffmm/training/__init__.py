@@ -4,6 +4,7 @@ from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
 from diffmm.training.captioning import Captioning
 from diffmm.training.classification import Classification
 from diffmm.training.contrastive import Contrastive
+from diffmm.training.ctc import CTC
 from diffmm.training.finetuning import FineTuneConfig, LoRAConfig
 from diffmm.training.language import CausalLM, MaskedLM
 from diffmm.training.last_validation import LastValidation
@@ -19,6 +20,7 @@ from diffmm.training.schedule import ScheduleConfig
 from diffmm.training.task import Task
 
 __all__ = [
+    "CTC",
     "Captioning",
     "CausalLM",
     "Checkpoints",

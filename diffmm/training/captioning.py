@@ -139,14 +139,7 @@ class Captioning(Task):
         Raises:
             ValueError: If the data do not name it.
         """
-        reader = None if self.job is None else self.job.reader
-        arguments = {} if reader is None else reader["init_args"]
-        if "tokenizer" not in arguments:
-            raise ValueError(
-                "texts need data that name their tokenizer, such as those of "
-                "datamodules.AudioTextData"
-            )
-        return load_tokenizer(arguments["tokenizer"], arguments.get("definition"))
+        return tokenizer_of(self.job)
 
     def layouts(self) -> list[Sequence[str]]:
         _, *media = self._inputs()
@@ -261,6 +254,21 @@ class Captioning(Task):
         trainer = self.trainer
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         return getattr(loaders, "batch_size", None) or len(batch["tokens"])
+
+
+def tokenizer_of(job: Job | None) -> Tokenizer:
+    """The tokenizer of the data that a job describes.
+
+    Raises:
+        ValueError: If it names none.
+    """
+    reader = None if job is None else job.reader
+    arguments = {} if reader is None else reader["init_args"]
+    if "tokenizer" not in arguments:
+        raise ValueError(
+            "texts need data that name their tokenizer, such as those of datamodules.AudioTextData"
+        )
+    return load_tokenizer(arguments["tokenizer"], arguments.get("definition"))
 
 
 @contextmanager

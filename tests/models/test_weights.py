@@ -18,6 +18,8 @@ from diffmm.models import (
     CaptioningModel,
     ContrastiveConfig,
     ContrastiveModel,
+    CTCConfig,
+    CTCModel,
     ImageConfig,
     ImageModel,
     MaskedAutoencoder,
@@ -93,6 +95,13 @@ MAKERS = {
     "image and text": lambda: ContrastiveModel(contrastive_config()),
     "captions": lambda: captioning(image_config()),
     "transcripts": lambda: captioning(audio_config(), projector="mlp"),
+    "ctc": lambda: CTCModel(
+        CTCConfig(
+            encoder=audio_config(num_classes=0, patch_size=(4, audio_config().num_mels)),
+            vocab_size=9,
+            blank_id=8,
+        )
+    ),
     "all shared": lambda: ContrastiveModel(contrastive_config(shared_blocks=2)),
 }
 
