@@ -48,12 +48,15 @@ class Captioning(Task):
             first ones of each process, rounded up to whole batches; 0 for none.
         word_error_rate: Whether to log the word error rate, the number of wrong, missing and
             surplus words per word of the data (torchmetrics). The data must name their tokenizer.
+        augment: Augmentation of the spectrograms of sounds in training, as in `Classification`;
+            none by default.
         encoder: Weights for the encoder to start from, such as those of a classifier, whose head is
             ignored, and its frozen part (`freeze: all` for the whole encoder). None by default.
         decoder: The same for the decoder; `new_head: false` keeps the file's head.
 
     Raises:
-        ValueError: If the model is no captioning model or a number is out of range.
+        ValueError: If the model is no captioning model, a number is out of range, or `augment` is
+            given for images.
     """
 
     model: CaptioningModel
@@ -68,6 +71,7 @@ class Captioning(Task):
         max_new_tokens: int = 64,
         num_generated: int = 256,
         word_error_rate: bool = False,
+        augment: nn.Module | None = None,
         encoder: FineTuneConfig | None = None,
         decoder: FineTuneConfig | None = None,
         finetune: FineTuneConfig | None = None,
@@ -97,6 +101,7 @@ class Captioning(Task):
             activation_checkpointing=activation_checkpointing,
             fp8=fp8,
         )
+        add_augmentation(model.encoder, augment)
         self.encoder, self.decoder = encoder, decoder
         for name, config in self.starts.items():
             if config.lora is not None:
@@ -254,6 +259,19 @@ class Captioning(Task):
         trainer = self.trainer
         loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
         return getattr(loaders, "batch_size", None) or len(batch["tokens"])
+
+
+def add_augmentation(encoder: nn.Module, augment: nn.Module | None) -> None:
+    """Set the augmentation of an audio encoder's spectrograms, unless it is None.
+
+    Raises:
+        ValueError: If the encoder is another one.
+    """
+    if augment is None:
+        return
+    if not hasattr(encoder, "augment"):
+        raise ValueError(f"augment requires an audio encoder, got {type(encoder).__name__}")
+    encoder.augment = augment
 
 
 def tokenizer_of(job: Job | None) -> Tokenizer:

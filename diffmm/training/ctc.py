@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import ctc_loss
 from torchmetrics import Metric
 
@@ -18,7 +18,7 @@ from diffmm.models.weights import load_weights
 from diffmm.tokenizers import Tokenizer
 from diffmm.training.accumulation import LossSum
 from diffmm.training.batches import check_range, with_index
-from diffmm.training.captioning import tokenizer_of
+from diffmm.training.captioning import add_augmentation, tokenizer_of
 from diffmm.training.finetuning import FineTuneConfig, freeze
 from diffmm.training.metrics import RatioOfSums
 from diffmm.training.optimizer import OptimizerConfig
@@ -42,11 +42,13 @@ class CTC(Task):
         skip_too_long: Whether sounds that are too short for their text are left out of the loss;
             otherwise they raise an error. (The encoder needs a token per id, and one more between
             equal ids.)
+        augment: Augmentation of the spectrograms of sounds in training, as in `Classification`;
+            none by default.
         encoder: Weights for the encoder to start from, such as those of a classifier, and its
             frozen part. None by default.
 
     Raises:
-        ValueError: If the model is no CTC model.
+        ValueError: If the model is no CTC model, or `encoder` has adapters.
     """
 
     model: CTCModel
@@ -60,6 +62,7 @@ class CTC(Task):
         *,
         word_error_rate: bool = True,
         skip_too_long: bool = False,
+        augment: nn.Module | None = None,
         encoder: FineTuneConfig | None = None,
         finetune: FineTuneConfig | None = None,
         compile: bool = False,
@@ -79,6 +82,7 @@ class CTC(Task):
             activation_checkpointing=activation_checkpointing,
             fp8=fp8,
         )
+        add_augmentation(model.encoder, augment)
         self.encoder = encoder
         if encoder is not None:
             if encoder.lora is not None:

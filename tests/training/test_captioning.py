@@ -178,3 +178,18 @@ def test_tuples_are_batches(make, fit):
     assert list(task.prepared(tuple(batch[name] for name in names))) == names
     short = [names[0], *names[2:]]
     assert list(task.prepared(tuple(batch[name] for name in short))) == short
+
+
+def test_spectrograms_are_augmented_in_training_only(make, fit):
+    seen = []
+
+    class Silence(torch.nn.Module):
+        def forward(self, spectrogram):
+            seen.append(self.training)
+            return torch.zeros_like(spectrogram)
+
+    task, batch = make.task("audio_captions", augment=Silence()), make.batch("audio_captions")
+    fit(task, [batch], [batch], max_steps=1)
+    assert seen == [True]
+    with pytest.raises(ValueError, match="augment requires an audio encoder, got ImageModel"):
+        make.task("image_captions", augment=Silence())
