@@ -146,6 +146,8 @@ class Contrastive(Task):
                 f"a batch for this model must have tokens, num_tokens and "
                 f"{' or '.join(kinds)}, got {', '.join(batch)}"
             )
+        if "document_ids" in batch:
+            raise ValueError("packed rows are for captioning: set the data's pairs_per_row to 1")
         tokens, num_tokens = batch["tokens"], batch["num_tokens"]
         config, index = self.model.config.text, batch.get("index")
         check_range("token", tokens, config.vocab_size, of="tokens", index=index)

@@ -116,6 +116,8 @@ class CTC(Task):
         return [(*media, *self.TARGETS), (*media[:1], *self.TARGETS)]
 
     def check_batch(self, batch: Any) -> None:
+        if "document_ids" in batch:
+            raise ValueError("packed rows are for captioning: set the data's pairs_per_row to 1")
         if not self.needs_targets:
             return
         tokens, num_tokens, index = batch["tokens"], batch["num_tokens"], batch.get("index")
