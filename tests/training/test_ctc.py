@@ -119,3 +119,12 @@ def test_refusals(make, fit, monkeypatch):
     monkeypatch.setattr(CTC, "make_job", lambda task, data: Job())
     with pytest.raises(ValueError, match="texts need data that name their tokenizer, such as"):
         fit(task_of(make), [batch_of(make)])
+
+
+def test_packed_rows_are_refused(make):
+    packed = {**batch_of(make), "document_ids": torch.zeros(6, 6).long()}
+    with pytest.raises(ValueError, match="packed rows are for captioning: set the data's pairs_p"):
+        task_of(make).check_batch(packed)
+    pairs = {**make.batch("image_text"), "document_ids": torch.zeros(6, 12).long()}
+    with pytest.raises(ValueError, match="packed rows are for captioning: set the data's pairs_p"):
+        make.task("image_text").check_batch(pairs)
