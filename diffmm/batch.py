@@ -79,6 +79,9 @@ class PairBatch(TypedDict):
 
     Training samples are images or sounds, each with one of its texts. Evaluation samples are pairs:
     an image with five texts is in five samples with the same `media_index`.
+
+    In packed batches, each row has `K` pairs: `images`, `waveforms`, `num_samples` and
+    `media_index` have a second axis of this size, and `tokens` the texts one after the other.
     """
 
     images: NotRequired[Tensor]
@@ -94,6 +97,10 @@ class PairBatch(TypedDict):
     """`[B]` int64, the number of real tokens of each text, including its `eos_id`."""
     media_index: Tensor
     """`[B]` int64, the index of the image or sound in its split."""
+    document_ids: NotRequired[Tensor]
+    """`[B, N]` int64 in packed batches, the pair in the row of each token."""
+    media_documents: NotRequired[Tensor]
+    """`[B, K]` int64 in packed batches, the pair in the row of each image or sound."""
     index: Tensor
     """`[B]` int64, the index of each sample in its dataset, for messages and the order of
     predictions."""

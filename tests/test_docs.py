@@ -52,6 +52,7 @@ SMALLER = {
     "text/instruct": "--vars.sequence_length 64 --vars.vocab_size 259",
     "audio/finetune": "--vars.clip_seconds 0.5 --model.model.config.backbone.depth 1",
     "image_text/shapes_tiny": "--data.batch_size 8",
+    "image_text/shapes_captions_tiny": "--data.batch_size 8 --model.max_new_tokens 4",
     "text/finetune": "--vars.sequence_length 64 --model.model.config.backbone.depth 1",
 }
 
@@ -90,13 +91,14 @@ def sounds(folder: Path) -> None:
 
 
 def described(folder: Path) -> None:
-    """Pictures with texts, and a classifier with the image tower of a recipe."""
+    """Pictures with texts, and classifiers with the encoders of recipes."""
     (folder / "described").mkdir()
     for number, color in enumerate(("red", "blue", "green") * 8):
         picture = Image.new("RGB", (40, 30 + number), color)
         picture.save(folder / f"described/{number:03d}.png")
         picture.save(folder / f"{color}.png")
         (folder / f"described/{number:03d}.txt").write_text(f"a {color} picture\n{number}\n")
+    save_model(create_model("image_text/shapes_captions_tiny").encoder, folder / "encoder")
     model = create_model("image_text/shapes_tiny").image
     model.reset_classifier(3)
     save_model(model, folder / "classifier")

@@ -73,7 +73,9 @@ class AudioTextData(PairData[AudioClips]):
             sounds of similar length into training batches; `"fixed"` pads all sounds to
             `clip_seconds`, so that shapes are static for compiled models.
         augment: Augmentation of training sounds; none by default.
-        batch_size: Number of samples per batch and process.
+        pairs_per_row: Number of pairs that are packed into each row of a training batch, without
+            padding between their texts; for captioning. The model's `max_length` must fit them.
+        batch_size: Number of samples per batch and process, a multiple of `pairs_per_row`.
         num_workers: Number of data loader workers per process; 0 loads in the training process.
         seed: Seed of the order, the crops, the augmentation, and the choice among several texts.
         bad_samples: How to handle samples that cannot be read; by default, raise an error.
@@ -98,6 +100,7 @@ class AudioTextData(PairData[AudioClips]):
         eval_crop: Literal["center", "start", "full"] = "center",
         batching: Literal["padded", "bucketed", "fixed"] = "padded",
         augment: AudioAugment | None = None,
+        pairs_per_row: int = 1,
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
@@ -120,6 +123,7 @@ class AudioTextData(PairData[AudioClips]):
                 pad_texts=pad_texts,
                 **{field.name: getattr(sounds, field.name) for field in fields(sounds)},
             ),
+            pairs_per_row=pairs_per_row,
             batch_size=batch_size,
             num_workers=num_workers,
             seed=seed,
@@ -183,4 +187,4 @@ class AudioTextData(PairData[AudioClips]):
             rank=self.rank,
             world_size=self.world_size,
         )
-        return self._sampled_loader(dataset, dataset.collate, sampler)
+        return self._sampled_loader(dataset, self.collate_of(dataset), sampler)

@@ -10,12 +10,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from datamodules.pairs.own_data import counted, pairs_to_evaluate
+from datamodules.pairs.packing import packing
 from datamodules.pairs.reader import ReadsTexts
 from datamodules.pairs.sources import NUM_LOOKED_AT, Media, Medium, Pairs, PairSource, PairSplits
 from datamodules.shared.bad_samples import BadSamples
 from datamodules.shared.examination import Examined, read_some
 from datamodules.shared.fingerprints import Fingerprint, spread
-from datamodules.shared.loading import SeededDataModule
+from datamodules.shared.loading import Collate, SeededDataModule
 from datamodules.shared.sampling import SeededDataset, sample_rng
 from diffmm.batch import PairBatch
 
@@ -91,13 +92,15 @@ class PairData(SeededDataModule, Generic[Media]):
         source: Source of the pairs.
         medium: The images or sounds that the datamodule reads.
         reader: The evaluation preprocessing of images or sounds and of texts.
+        pairs_per_row: Number of pairs that are packed into each row of a training batch.
         batch_size: Number of samples per batch and process.
         num_workers: Number of data loader workers per process; 0 loads in the training process.
         seed: Seed of the order, the augmentation, and the choice among several texts.
         bad_samples: How to handle samples that cannot be read; by default, raise an error.
 
     Raises:
-        ValueError: If the source has another kind of media.
+        ValueError: If the source has another kind of media, or `pairs_per_row` does not divide
+            `batch_size`.
     """
 
     reader: ReadsTexts
@@ -108,6 +111,7 @@ class PairData(SeededDataModule, Generic[Media]):
         medium: Medium[Media],
         reader: ReadsTexts,
         *,
+        pairs_per_row: int,
         batch_size: int,
         num_workers: int,
         seed: int,
@@ -116,6 +120,12 @@ class PairData(SeededDataModule, Generic[Media]):
         super().__init__(
             batch_size=batch_size, num_workers=num_workers, seed=seed, bad_samples=bad_samples
         )
+        if type(pairs_per_row) is not int or pairs_per_row < 1 or batch_size % pairs_per_row:
+            raise ValueError(
+                f"pairs_per_row must be at least 1 and divide batch_size={batch_size}, got "
+                f"{pairs_per_row}"
+            )
+        self.pairs_per_row = pairs_per_row
         if medium.noun not in source.kinds:
             raise ValueError(
                 f"{type(source).__name__} has {source.kinds[0]}, but {type(self).__name__} reads "
@@ -245,7 +255,14 @@ class PairData(SeededDataModule, Generic[Media]):
 
     def loader_of(self, dataset: PairDataset) -> DataLoader[Any]:
         """The loader of training samples."""
-        return self.training_loader(dataset, dataset.collate)
+        return self.training_loader(dataset, self.collate_of(dataset))
+
+    def collate_of(self, dataset: PairDataset) -> Collate:
+        """The collation of training samples."""
+        if self.pairs_per_row == 1:
+            return dataset.collate
+        longest = self.pairs_per_row * self.reader.max_tokens if self.reader.pad_texts else None
+        return packing(dataset.collate, self.pairs_per_row, longest)
 
     def as_evaluated(self, split: Literal["train", "val", "test"]) -> DataLoader[Any]:
         """The pairs of a split in order, prepared as in evaluation."""

@@ -75,7 +75,9 @@ class ImageTextData(PairData[LabelledImages]):
             Beware of mirroring and color jitter, which change what a text may describe.
         max_pixels: Maximum number of pixels of an image file; larger ones raise an error. At most
             178,956,970, Pillow's limit.
-        batch_size: Number of samples per batch and process.
+        pairs_per_row: Number of pairs that are packed into each row of a training batch, without
+            padding between their texts; for captioning. The model's `max_length` must fit them.
+        batch_size: Number of samples per batch and process, a multiple of `pairs_per_row`.
         num_workers: Number of data loader workers per process; 0 loads in the training process.
         seed: Seed of the order, the augmentation, and the choice among several texts.
         bad_samples: How to handle samples that cannot be read; by default, raise an error.
@@ -98,6 +100,7 @@ class ImageTextData(PairData[LabelledImages]):
         channels: int | None = None,
         transform: ImageTransform | None = None,
         max_pixels: int = MAX_PIXELS,
+        pairs_per_row: int = 1,
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
@@ -120,6 +123,7 @@ class ImageTextData(PairData[LabelledImages]):
             source,
             Images(max_pixels),
             reader,
+            pairs_per_row=pairs_per_row,
             batch_size=batch_size,
             num_workers=num_workers,
             seed=seed,

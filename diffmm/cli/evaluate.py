@@ -239,7 +239,8 @@ def check_predictable(task: Any, data: Any, output: Path | None) -> None:
 
     if type(data).predict_dataloader is LightningDataModule.predict_dataloader:
         raise InputError(f"{type(data).__name__} has no data to predict")
-    if output is not None and output.suffix.lower() != ".pt" and not hasattr(task, "num_classes"):
+    has_rows = hasattr(task, "num_classes") or hasattr(task, "texts")
+    if output is not None and output.suffix.lower() != ".pt" and not has_rows:
         raise InputError(
             f"{type(task).__name__} predicts no classes, so there are no rows of them: --output "
             f"must end in .pt"

@@ -30,7 +30,11 @@ def make_parser() -> argparse.ArgumentParser:
         "checkpoint",
         help="a run, a checkpoint, or model.safetensors (or its folder)",
     )
-    parser.add_argument("prompt", help="the text to continue; '-' reads it from stdin")
+    parser.add_argument(
+        "prompt",
+        help="the text to continue; '-' reads it from stdin; or the file of an image or a sound to "
+        "describe",
+    )
     parser.add_argument(
         "--chat",
         action="store_true",
@@ -45,9 +49,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--temperature",
         type=float,
-        default=0.8,
         metavar="T",
-        help="sampling temperature; below 1e-6 the most likely token is taken [0.8]",
+        help="sampling temperature; below 1e-6 the most likely token is taken [0.8, or 0 to "
+        "describe]",
     )
     parser.add_argument(
         "--top-k", type=int, metavar="K", help="sample from the K most likely tokens"

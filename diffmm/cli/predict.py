@@ -10,14 +10,20 @@ from diffmm.checkpoint_folders import find_state
 from diffmm.checks import did_you_mean
 from diffmm.cli.evaluate import add_weights_options, evaluate, parse, recipe_values
 from diffmm.cli.options import add_help_options, print_help, wants_help
-from diffmm.cli.prediction_files import WRITERS, check_output, writing
+from diffmm.cli.prediction_files import (
+    TEXT_COLUMNS,
+    WRITERS,
+    check_output,
+    class_columns,
+    writing,
+)
 from diffmm.recipes.errors import InputError, message_of, refusing, warn
 from diffmm.recipes.settings import merge
 from diffmm.recipes.trust import add_trust_option
 from diffmm.runs.directories import import_modules_of_run
 
 if TYPE_CHECKING:
-    from diffmm.hub.predictions import Prediction
+    from diffmm.hub.predictions import Caption, Prediction
     from diffmm.hub.trained import TrainedModel
 
 TENSORS = ".pt"
@@ -61,8 +67,8 @@ def make_parser() -> argparse.ArgumentParser:
         usage="diffmm predict RUN [PATH ...] [--output FILE] [options]",
         add_help=False,
         allow_abbrev=False,
-        description="Predict the classes of the images or sounds in the files and folders after "
-        "the run, or, without any, of the run's own test data.",
+        description="Predict the classes or the texts of the images or sounds in the files and "
+        "folders after the run, or, without any, of the run's own test data.",
         epilog="Without files, all other options are settings of the recipe, as in `diffmm fit`.",
     )
     add_help_options(parser)
@@ -78,8 +84,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="columns file, label, score, label_2, ... as .csv, .jsonl or .parquet; files are "
-        "printed without it. Of test data also a dict of tensors [predictions.pt]",
+        help="columns file, label, score, label_2, ..., or file and text, as .csv, .jsonl or "
+        ".parquet; files are printed without it. Of test data also a dict of tensors "
+        "[predictions.pt]",
     )
     parser.add_argument(
         "--labels",
@@ -152,6 +159,8 @@ def predict_files(
             names = [name.strip() for name in settings["labels"].split(",")]
             given = {} if settings["template"] is None else {"templates": settings["template"]}
             trained = trained.zero_shot_classifier(names, **given)
+        if options.top_k is not None and writes_texts(trained):
+            raise InputError("--top-k is for classes, but this model gives one text per file")
         unreadable = Unreadable(skip=settings["skip_bad"])
         predictions = trained.stream(
             paths,
@@ -160,8 +169,7 @@ def predict_files(
             num_workers=settings["num_workers"],
             on_error=unreadable,
         )
-        top_k = min(settings["top_k"], len(trained.class_names))
-        count = written(predictions, top_k, output, unreadable)
+        count = written(predictions, columns_of(trained, settings["top_k"]), output, unreadable)
     if output is not None:
         print(f"{output}: {count:,} predictions")
     if unreadable.count:
@@ -226,9 +234,24 @@ def loaded(
     )
 
 
+def writes_texts(trained: "TrainedModel") -> bool:
+    """Whether the predictions of a model are texts and not classes."""
+    from diffmm.models.captioning import CaptioningModel
+    from diffmm.models.ctc import CTCModel
+
+    return isinstance(trained.model, CaptioningModel | CTCModel)
+
+
+def columns_of(trained: "TrainedModel", top_k: int) -> Sequence[str]:
+    """The columns of a file of a model's predictions."""
+    if writes_texts(trained):
+        return TEXT_COLUMNS
+    return class_columns(min(top_k, len(trained.class_names)))
+
+
 def written(
-    predictions: "Iterable[Prediction]",
-    top_k: int,
+    predictions: "Iterable[Prediction | Caption]",
+    columns: Sequence[str],
     output: Path | None,
     unreadable: "Unreadable",
 ) -> int:
@@ -239,7 +262,7 @@ def written(
         RunFailedError: If the output cannot be written.
     """
     count = 0
-    with writing(output, top_k) if output is not None else nullcontext() as writer:
+    with writing(output, columns) if output is not None else nullcontext() as writer:
         for prediction in predictions:
             count += 1
             if writer is None:

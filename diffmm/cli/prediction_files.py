@@ -4,7 +4,7 @@ import csv
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,20 @@ from typing import TYPE_CHECKING, Any
 from diffmm.recipes.errors import InputError, RunFailedError, message_of
 
 if TYPE_CHECKING:
-    from diffmm.hub.predictions import Prediction
+    from diffmm.hub.predictions import Caption, Prediction
 
 ROWS_AT_ONCE = 4096
 """Number of rows per row group of a Parquet file."""
+
+
+TEXT_COLUMNS = ("file", "text")
+"""Columns of captions and transcripts."""
+
+
+def class_columns(top_k: int) -> list[str]:
+    """Columns of the `top_k` most likely classes."""
+    more = [f"{name}_{rank}" for rank in range(2, top_k + 1) for name in ("label", "score")]
+    return ["file", "label", "score", *more]
 
 
 class Writer(ABC):
@@ -23,25 +33,27 @@ class Writer(ABC):
 
     Args:
         path: Path of the new file.
-        top_k: Number of classes per row.
+        columns: Names of the columns.
     """
 
     name: Path
     """Final path of the file, once it is complete."""
 
-    def __init__(self, path: Path, top_k: int) -> None:
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.name = path
-        self.columns = ["file", "label", "score"]
-        for rank in range(2, top_k + 1):
-            self.columns += [f"label_{rank}", f"score_{rank}"]
+        self.columns = list(columns)
 
-    def row(self, prediction: "Prediction") -> list[Any]:
+    def row(self, prediction: "Prediction | Caption") -> list[Any]:
         """Return the values of the columns; scores have six digits, the precision of float32."""
+        from diffmm.hub.predictions import Caption
+
+        if isinstance(prediction, Caption):
+            return [prediction.file, prediction.text]
         scores = [float(f"{score:.6g}") for score in prediction.scores]
         ranked = zip(prediction.labels, scores, strict=True)
         return [prediction.file, *(value for pair in ranked for value in pair)]
 
-    def write(self, prediction: "Prediction") -> None:
+    def write(self, prediction: "Prediction | Caption") -> None:
         """Add a row.
 
         Raises:
@@ -51,7 +63,7 @@ class Writer(ABC):
             self.add(prediction)
 
     @abstractmethod
-    def add(self, prediction: "Prediction") -> None:
+    def add(self, prediction: "Prediction | Caption") -> None:
         """Append a row to the file."""
 
     @abstractmethod
@@ -62,14 +74,14 @@ class Writer(ABC):
 class CSVWriter(Writer):
     """Comma-separated values in UTF-8, with a header."""
 
-    def __init__(self, path: Path, top_k: int) -> None:
-        super().__init__(path, top_k)
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        super().__init__(path, columns)
         # File names are bytes, which may not be valid UTF-8.
         self.file = path.open("x", encoding="utf-8", errors="surrogateescape", newline="")
         self.writer = csv.writer(self.file, lineterminator="\n")
         self.writer.writerow(self.columns)
 
-    def add(self, prediction: "Prediction") -> None:
+    def add(self, prediction: "Prediction | Caption") -> None:
         self.writer.writerow(self.row(prediction))
 
     def close(self) -> None:
@@ -79,11 +91,11 @@ class CSVWriter(Writer):
 class JSONLinesWriter(Writer):
     """An object per line."""
 
-    def __init__(self, path: Path, top_k: int) -> None:
-        super().__init__(path, top_k)
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        super().__init__(path, columns)
         self.file = path.open("x", encoding="utf-8")
 
-    def add(self, prediction: "Prediction") -> None:
+    def add(self, prediction: "Prediction | Caption") -> None:
         row = dict(zip(self.columns, self.row(prediction), strict=True))
         text = json.dumps(row, ensure_ascii=False)
         try:
@@ -99,11 +111,11 @@ class JSONLinesWriter(Writer):
 class ParquetWriter(Writer):
     """A Parquet file, in row groups of `ROWS_AT_ONCE`."""
 
-    def __init__(self, path: Path, top_k: int) -> None:
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
         import pyarrow
         from pyarrow import parquet
 
-        super().__init__(path, top_k)
+        super().__init__(path, columns)
         self.schema = pyarrow.schema(
             (name, pyarrow.float32() if name.startswith("score") else pyarrow.string())
             for name in self.columns
@@ -111,7 +123,7 @@ class ParquetWriter(Writer):
         self.writer = parquet.ParquetWriter(path, self.schema)
         self.rows: list[list[Any]] = []
 
-    def add(self, prediction: "Prediction") -> None:
+    def add(self, prediction: "Prediction | Caption") -> None:
         file, *rest = self.row(prediction)
         self.rows.append([file and file.encode("utf-8", "replace").decode(), *rest])
         if len(self.rows) == ROWS_AT_ONCE:
@@ -159,7 +171,7 @@ def check_output(path: Path, endings: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def writing(path: Path, top_k: int) -> Iterator[Writer]:
+def writing(path: Path, columns: Sequence[str]) -> Iterator[Writer]:
     """Open a file that gets its final name when the block succeeds, and is removed otherwise.
 
     Raises:
@@ -169,7 +181,7 @@ def writing(path: Path, top_k: int) -> Iterator[Writer]:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         try:
-            writer = WRITERS[path.suffix.lower()](unfinished, top_k)
+            writer = WRITERS[path.suffix.lower()](unfinished, columns)
             writer.name = path
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -1,15 +1,15 @@
 """Collects the predictions of `diffmm predict` from all processes, and writes them."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffmm.cli.prediction_files import writing
-from diffmm.hub.predictions import Prediction
+from diffmm.cli.prediction_files import TEXT_COLUMNS, class_columns, writing
+from diffmm.hub.predictions import Caption, Prediction
 from diffmm.recipes.errors import RunFailedError, message_of
 
 Batch = dict[str, Tensor]
@@ -28,17 +28,25 @@ def written_predictions(batches: list[Batch], data: Any, task: Any, output: Path
     if output.suffix.lower() == ".pt":
         save(joined(batches), output)
     else:
-        with writing(output, min(TOP_K, batches[0]["probabilities"].shape[1])) as writer:
-            for prediction in _ranked(batches, data, task):
+        columns: Sequence[str] = TEXT_COLUMNS
+        if "probabilities" in batches[0]:
+            columns = class_columns(min(TOP_K, batches[0]["probabilities"].shape[1]))
+        with writing(output, columns) as writer:
+            for prediction in _rows(batches, data, task):
                 writer.write(prediction)
     print(output)
 
 
-def _ranked(batches: list[Batch], data: Any, task: Any) -> Iterator[Prediction]:
+def _rows(batches: list[Batch], data: Any, task: Any) -> Iterator[Prediction | Caption]:
     names = task.job.class_names if getattr(task, "job", None) is not None else None
     dataset = data.predict_dataloader().dataset
     file = getattr(dataset, "file", lambda index: None)
     for batch in batches:
+        if "probabilities" not in batch:
+            texts = task.texts(batch["tokens"])
+            for index, text in zip(batch["index"].tolist(), texts, strict=True):
+                yield Caption(text, str(file(index) or index))
+            continue
         for index, scores in zip(batch["index"].tolist(), batch["probabilities"], strict=True):
             values, classes = scores.topk(min(TOP_K, len(scores)))
             numbers = classes.tolist()

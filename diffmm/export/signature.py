@@ -12,6 +12,7 @@ from torch.export import Dim
 from diffmm.checks import article
 from diffmm.export.decoder import CachedDecoder, PaddedText
 from diffmm.models import AudioModel, TextModel, TextTower
+from diffmm.models.captioning import CaptioningModel
 from diffmm.models.contrastive import ContrastiveModel
 from diffmm.models.encoder import Encoder
 from diffmm.models.text import TextConfig
@@ -130,6 +131,8 @@ def signature_of(model: nn.Module, *, cache: bool = True) -> Signature:
             return _decoder(model) if cache and is_decoder(model) else _text(model)
     name = type(model).__name__
     advice = f"of {name}, train a classifier (diffmm finetune) and export that"
+    if isinstance(model, CaptioningModel):
+        advice = "export its parts (model.encoder and model.decoder) from Python"
     if isinstance(model, ContrastiveModel):
         advice = "export its towers (model.image, model.audio and model.text) from Python"
     raise ValueError(f"{article(name)} cannot be exported as a program: {advice}")

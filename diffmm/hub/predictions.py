@@ -1,11 +1,12 @@
 """Prediction for any number of inputs, in batches."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -52,39 +53,61 @@ class Prediction:
         return f"{self.file}: {ranked}" if self.file is not None else ranked
 
 
-class Predictor:
-    """Predicts the classes of inputs, batch by batch.
+@dataclass(frozen=True)
+class Caption:
+    """The text of one image or sound: a caption or a transcript.
 
-    Args:
-        model: An image or audio model with classes, in evaluation mode.
-        reader: Reader of the model's inputs (see `diffmm.hub.readers`).
-        class_names: Names of the model's outputs.
-        multi_label: Whether an input may have any number of classes.
+    Attributes:
+        text: The text.
+        file: Path of the input, if it has one.
+
+    >>> str(Caption("a cat on a mat", file="a.jpg"))
+    'a.jpg: a cat on a mat'
     """
 
-    def __init__(
-        self, model: nn.Module, reader: Any, class_names: tuple[str, ...], *, multi_label: bool
-    ) -> None:
+    text: str
+    file: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.text}" if self.file is not None else self.text
+
+
+Result = TypeVar("Result")
+
+
+class Reading(ABC, Generic[Result]):
+    """Reads inputs and predicts them, batch by batch.
+
+    Args:
+        model: A model in evaluation mode.
+        reader: Reader of the model's inputs (see `diffmm.hub.readers`).
+    """
+
+    def __init__(self, model: nn.Module, reader: Any) -> None:
         self.model = model
         self.reader = reader
-        self.class_names = class_names
-        self.multi_label = multi_label
+
+    @abstractmethod
+    def results(self, samples: list[dict[str, Any]]) -> Sequence[Result]:
+        """Compute the result of each sample of a batch."""
+
+    @abstractmethod
+    def prediction(self, result: Result, file: str | None) -> Any:
+        """The prediction of an input, given its result."""
 
     def stream(
         self,
         items: Iterable[Any],
         *,
-        top_k: int,
         batch_size: int,
         num_workers: int = 0,
         on_error: OnError | None = None,
-    ) -> Iterator[Prediction]:
+    ) -> Iterator[Any]:
         """Yield a prediction for each input, in order. Only one batch is held in memory, plus the
         batches that workers have prefetched.
 
         Args:
             items: Inputs for the reader, and folders of them.
-            top_k: Number of classes per prediction, at most the number of classes.
             batch_size: Number of inputs per forward pass.
             num_workers: Number of worker processes that read inputs, each one or two batches ahead.
             on_error: Called with each input that cannot be read and the error, which names it;
@@ -109,41 +132,69 @@ class Predictor:
                     _raise_or_report(item, sample, on_error)
                 else:
                     read.append((item, sample))
-            for item, scores in self._scored(read, on_error):
-                values, classes = scores.topk(min(top_k, len(scores)))
-                yield Prediction(
-                    tuple(self.class_names[number] for number in classes.tolist()),
-                    tuple(values.tolist()),
-                    str(item) if isinstance(item, str | os.PathLike) else None,
-                )
+            for item, result in self._each(read, on_error):
+                file = str(item) if isinstance(item, str | os.PathLike) else None
+                yield self.prediction(result, file)
 
-    def _scored(
+    def _each(
         self, read: list[tuple[Any, dict[str, Any]]], on_error: OnError | None
-    ) -> Iterator[tuple[Any, Tensor]]:
-        """Yield each input with its scores `[num_classes]`."""
+    ) -> Iterator[tuple[Any, Result]]:
+        """Yield each input with its result."""
         if not read:
             return
         try:
-            scores = self.scores([sample for _, sample in read])
+            results = self.results([sample for _, sample in read])
         except ValueError as error:
             if len(read) > 1:
                 # The model rejects one of the inputs: find it by predicting them one by one.
                 for one in read:
-                    yield from self._scored([one], on_error)
+                    yield from self._each([one], on_error)
                 return
             item = read[0][0]
             name = f"{item} " if isinstance(item, str | os.PathLike) else ""
             _raise_or_report(item, ValueError(f"{name}does not fit the model: {error}"), on_error)
             return
-        yield from zip((item for item, _ in read), scores, strict=True)
+        yield from zip((item for item, _ in read), results, strict=True)
+
+
+class Predictor(Reading[Tensor]):
+    """Predicts the classes of inputs.
+
+    Args:
+        model: An image or audio model with classes, in evaluation mode.
+        reader: Reader of the model's inputs (see `diffmm.hub.readers`).
+        class_names: Names of the model's outputs.
+        multi_label: Whether an input may have any number of classes.
+        top_k: Number of classes per prediction, at most the number of classes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reader: Any,
+        class_names: tuple[str, ...],
+        *,
+        multi_label: bool,
+        top_k: int,
+    ) -> None:
+        super().__init__(model, reader)
+        self.class_names = class_names
+        self.multi_label = multi_label
+        self.top_k = top_k
+
+    def prediction(self, result: Tensor, file: str | None) -> Prediction:
+        values, classes = result.topk(min(self.top_k, len(result)))
+        labels = tuple(self.class_names[number] for number in classes.tolist())
+        return Prediction(labels, tuple(values.tolist()), file)
 
     @torch.inference_mode()
-    def scores(self, samples: list[dict[str, Any]]) -> Tensor:
+    def results(self, samples: list[dict[str, Any]]) -> Sequence[Tensor]:
         """Compute probabilities `[B, num_classes]` on the CPU."""
         device = next(self.model.parameters()).device
         batch = to_device(self.reader.collate(samples), device)
         logits = self.model(*inputs_of(self.model, batch)).float()
-        return (logits.sigmoid() if self.multi_label else logits.softmax(dim=1)).cpu()
+        scores = (logits.sigmoid() if self.multi_label else logits.softmax(dim=1)).cpu()
+        return list(scores)
 
 
 class _Chunks(IterableDataset[list[Read]]):

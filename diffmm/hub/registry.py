@@ -11,6 +11,7 @@ from torch import nn
 from diffmm.checks import did_you_mean
 from diffmm.models.contrastive import TOWERS
 from diffmm.models.description import build, config_class, nested_config
+from diffmm.models.text import TextConfig
 from diffmm.models.weights import load_weights
 from diffmm.recipes.catalog import find_recipe, recipe_names
 from diffmm.recipes.errors import InputError
@@ -120,10 +121,13 @@ def describe_model(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
 
 def _places(config: type, node: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every plain field of a model's config and the node of the recipe that sets it, including the
-    fields of the backbone, of a masked autoencoder's encoder, but not of its decoder, and of the
-    towers of a contrastive model."""
+    fields of the backbone, of an encoder, of a decoder of text, but not of a masked autoencoder's,
+    and of the towers of a contrastive model."""
     names = {field.name for field in dataclasses.fields(config)}
     inner = [name for name in ("encoder", "backbone", *TOWERS) if isinstance(node.get(name), dict)]
+    decoder = node.get("decoder")
+    if isinstance(decoder, dict) and nested_config(config, "decoder", decoder) is TextConfig:
+        inner.append("decoder")
     for name in inner:
         yield from _places(nested_config(config, name, node[name]), node[name])
     for name in names - {"encoder", "decoder", "backbone", *TOWERS}:

@@ -15,10 +15,13 @@ from diffmm.batch import inputs_of, to_device
 from diffmm.checkpoint_folders import find_state
 from diffmm.checks import DataError, article, check_choice, reason_of
 from diffmm.hub.metrics import metrics_at
-from diffmm.hub.predictions import OnError, Prediction, Predictor, expanded
+from diffmm.hub.predictions import OnError, Predictor, expanded
 from diffmm.hub.readers import check_inputs, make_reader
+from diffmm.hub.texts import Captioner, Transcriber, described
 from diffmm.hub.zero_shot import TEMPLATES, embed_classes, embed_media, embed_texts, tower_of
+from diffmm.models.captioning import CaptioningModel
 from diffmm.models.contrastive import ContrastiveModel, ZeroShotClassifier
+from diffmm.models.ctc import CTCModel
 from diffmm.models.encoder import Encoder
 from diffmm.models.folders import write_folder
 from diffmm.models.generation import stream
@@ -300,7 +303,8 @@ class TrainedModel:
         return metrics_at(self.origin) if given is None else given
 
     def predict(self, inputs: Any, *, top_k: int = 5, batch_size: int = 32) -> Any:
-        """Predict the most likely classes of an input, or generate text after a prompt.
+        """Predict the most likely classes of an input, describe it, or generate text after a
+        prompt.
 
         Args:
             inputs: The path of a file; an image as a Pillow image or an array; a pair `(waveform,
@@ -309,8 +313,9 @@ class TrainedModel:
             batch_size: Number of inputs per forward pass.
 
         Returns:
-            A `Prediction` with `labels` and `scores`, or a list of them for a list or a folder. For
-            a text decoder, the generated text, with the defaults of `generate`.
+            A `Prediction` with `labels` and `scores`, or a list of them for a list or a folder; of
+            a captioning or CTC model, a `Caption` with the `text` instead. For a text decoder, the
+            generated text, with the defaults of `generate`.
 
         Raises:
             ValueError: If the model has no classes, the file does not say how its inputs are
@@ -460,7 +465,7 @@ class TrainedModel:
         batch_size: int = 32,
         num_workers: int = 0,
         on_error: OnError | None = None,
-    ) -> Iterator[Prediction]:
+    ) -> Iterator[Any]:
         """Yield predictions for any number of inputs, with one batch in memory at a time.
 
         Args:
@@ -482,6 +487,16 @@ class TrainedModel:
             raise ValueError(f"num_workers must be an integer of at least 0, got {num_workers}")
         if num_workers and not isinstance(inputs, Sequence):
             raise ValueError(f"num_workers={num_workers} needs a list of inputs, not an iterator")
+        settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
+        if isinstance(self.model, CaptioningModel):
+            _ = self.tokenizer  # an error before anything is read
+            captioner = Captioner(self.model, self.reader)
+            return captioner.stream(inputs, on_error=on_error, **settings)
+        if isinstance(self.model, CTCModel):
+            if not hasattr(self.reader, "encoder"):
+                raise ValueError(f"the reader of {self.origin} has no tokenizer: give another one")
+            transcriber = Transcriber(self.model, self.reader)
+            return transcriber.stream(inputs, on_error=on_error, **settings)
         if getattr(self.model, "num_classes", 0) < 1:
             hint = "; it generates text (generate)" if isinstance(self.model, TextModel) else ""
             if isinstance(self.model, ContrastiveModel):
@@ -489,38 +504,44 @@ class TrainedModel:
             name = article(type(self.model).__name__)
             raise ValueError(f"{self.origin} contains {name}, which has no classes{hint}")
         predictor = Predictor(
-            self.model, self.reader, self.class_names, multi_label=self.job.multi_label
+            self.model,
+            self.reader,
+            self.class_names,
+            multi_label=self.job.multi_label,
+            top_k=top_k,
         )
-        return predictor.stream(
-            inputs, top_k=top_k, batch_size=batch_size, num_workers=num_workers, on_error=on_error
-        )
+        return predictor.stream(inputs, on_error=on_error, **settings)
 
     @property
     def tokenizer(self) -> "Tokenizer":
-        """A text model's tokenizer.
+        """The tokenizer of a text model or a captioning model.
 
         Raises:
-            ValueError: If the model is not a text model, or the file names no tokenizer.
+            ValueError: If the model is another one, or the file names no tokenizer.
         """
-        if not isinstance(self.model, TextModel):
+        decoder = self.model.decoder if isinstance(self.model, CaptioningModel) else self.model
+        if not isinstance(decoder, TextModel):
             raise ValueError(
                 f"{self.origin} contains {article(type(self.model).__name__)}: only text models "
                 f"generate text"
             )
         if self.job.reader is None:
             raise ValueError(f"{self.origin} names no tokenizer: give one (--tokenizer bytes)")
+        if not hasattr(self.reader, "encoder"):
+            raise ValueError(f"the reader of {self.origin} has no tokenizer: give another reader")
         tokenizer: Tokenizer = self.reader.encoder
-        if tokenizer.vocab_size > self.model.config.vocab_size:
+        if tokenizer.vocab_size > decoder.config.vocab_size:
             raise ValueError(
                 f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, but the model of "
-                f"{self.origin} has {self.model.config.vocab_size}: give the one it was trained "
+                f"{self.origin} has {decoder.config.vocab_size}: give the one it was trained "
                 f"with (--tokenizer)"
             )
         return tokenizer
 
-    def generate(self, prompt: str | Path, **settings: Any) -> str:
-        """Generate text after a prompt. Arguments and errors as in `write`."""
-        return "".join(self.write(prompt, **settings))
+    def generate(self, prompt: Any, text: str = "", **settings: Any) -> str:
+        """Generate text after a prompt, or about an image or sound. Arguments and errors as in
+        `write`."""
+        return "".join(self.write(prompt, text, **settings))
 
     def chat(self, messages: str | Sequence[Mapping[str, str]], **settings: Any) -> str:
         """Answer a question or a conversation, with a model that was trained on conversations.
@@ -538,11 +559,12 @@ class TrainedModel:
 
     def write(
         self,
-        prompt: str | Path | Sequence[Mapping[str, str]],
+        prompt: Any,
+        text: str = "",
         *,
         chat: bool = False,
         max_new_tokens: int | None = None,
-        temperature: float = 0.8,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
@@ -551,11 +573,15 @@ class TrainedModel:
 
         Args:
             prompt: The text to continue, or the `pathlib.Path` of a text file; or the messages of a
-                conversation.
+                conversation. For a captioning model, an image or a sound as in `predict`, or a list
+                of them that are described by one text.
+            text: For a captioning model, the beginning of the text, which is not repeated.
             chat: Whether `prompt` is a question to answer instead of a text to continue.
-            max_new_tokens: Maximum number of generated tokens; by default 200, or less if the
-                model's `max_length` leaves less.
-            temperature: As in `diffmm.models.generation.stream`.
+            max_new_tokens: Maximum number of generated tokens; by default 200, of a captioning
+                model that of the texts it was trained on, or less if the model's `max_length`
+                leaves less.
+            temperature: As in `diffmm.models.generation.stream`; by default 0.8, and 0 for a
+                captioning model.
             top_k: As in `diffmm.models.generation.stream`.
             top_p: As in `diffmm.models.generation.stream`.
             seed: Seed of the random numbers; the same seed generates the same text.
@@ -568,29 +594,49 @@ class TrainedModel:
         from diffmm.tokenizers import StreamDecoder
 
         tokenizer = self.tokenizer
+        if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed must be a 64-bit integer, got {seed}")
+        device = next(self.model.parameters()).device
+        sampling: dict[str, Any] = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "generator": torch.Generator(device).manual_seed(seed),
+        }
+        decoder = StreamDecoder(tokenizer)
+        if isinstance(self.model, CaptioningModel):
+            if chat:
+                raise ValueError(f"{self.origin} describes images or sounds: chat does not apply")
+            sampling["temperature"] = 0.0 if temperature is None else temperature
+            items = prompt if isinstance(prompt, list) else [prompt]
+            found = described(
+                self.model, self.reader, items, text, max_new_tokens=max_new_tokens, **sampling
+            )
+            for new in found:
+                yield decoder.feed(new.tolist())
+            yield decoder.flush()
+            return
         assert isinstance(self.model, TextModel)
+        if text:
+            raise ValueError(
+                "text is the beginning of a caption: a text model continues its prompt"
+            )
         stop_ids: Sequence[int] = self.reader.end_ids
         if chat or isinstance(prompt, list | tuple):
             ids = self._conversation(prompt)
             stop_ids = [*self.reader.chat.stop_ids, *self.reader.stop_ids]
         else:
             ids = self.reader.read(prompt)["tokens"]
-        if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-            raise ValueError(f"seed must be a 64-bit integer, got {seed}")
         if max_new_tokens is None:
             max_new_tokens = max(1, min(MAX_NEW_TOKENS, self.model.config.max_length - len(ids)))
-        device = self.model.embedding.weight.device
+        sampling["temperature"] = 0.8 if temperature is None else temperature
         steps = stream(
             self.model,
             torch.as_tensor(ids, device=device)[None],
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
             stop_ids=stop_ids,
-            generator=torch.Generator(device).manual_seed(seed),
+            **sampling,
         )
-        decoder = StreamDecoder(tokenizer)
         for new in steps:
             yield decoder.feed(new.tolist())
         yield decoder.flush()

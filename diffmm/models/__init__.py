@@ -2,7 +2,9 @@
 
 from diffmm.models.audio import AudioConfig, AudioModel
 from diffmm.models.backbone import Backbone, BackboneConfig
+from diffmm.models.captioning import CaptioningConfig, CaptioningModel
 from diffmm.models.contrastive import ContrastiveConfig, ContrastiveModel
+from diffmm.models.ctc import CTCConfig, CTCModel
 from diffmm.models.encoder import Embedded, Encoder, EncoderConfig, register_head
 from diffmm.models.image import ImageConfig, ImageModel
 from diffmm.models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderConfig
@@ -14,6 +16,10 @@ __all__ = [
     "AudioModel",
     "Backbone",
     "BackboneConfig",
+    "CTCConfig",
+    "CTCModel",
+    "CaptioningConfig",
+    "CaptioningModel",
     "ContrastiveConfig",
     "ContrastiveModel",
     "Embedded",

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -173,12 +174,64 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What comes before the generated tokens.
+
+    Attributes:
+        tokens: The prompts, `[B, N]` ids, which may be empty if `num_media` is not 0.
+        read: Processes the prompts with an empty cache, and returns what follows from them.
+        num_media: Number of tokens of images or sounds before each prompt.
+    """
+
+    tokens: Tensor
+    read: Callable[[KVCache], "Read"]
+    num_media: int = 0
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in the cache after the prompt."""
+        return self.num_media + self.tokens.shape[1]
+
+
+class Read(NamedTuple):
+    """What follows from a prompt."""
+
+    features: Tensor
+    """Features of the last real token, `[B, dim]`."""
+    positions: Tensor
+    """Position of the last real token, `[1]` or `[B, 1]`."""
+    real: Tensor | None
+    """`[B, length]` booleans, true where a token of the prompt is real; None if all are."""
+
+
+def text_prompt(
+    features_of: Callable[..., Tensor], tokens: Tensor, key_padding: Tensor | None
+) -> Prompt:
+    """The prompt of a text model.
+
+    Args:
+        features_of: The model's `forward_features`, compiled or not.
+        tokens: Prompts, `[B, N]` ids.
+        key_padding: `[B, N]` booleans, true where a token is real; None if all are.
+    """
+
+    def read(cache: KVCache) -> Read:
+        if key_padding is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        else:
+            positions = (key_padding.cumsum(dim=1) - 1).clamp(min=0)
+        mask = AttentionMask(causal=True, key_padding=key_padding)
+        features = features_of(tokens, mask=mask, positions=positions, cache=cache)
+        return Read(features[:, -1], positions[..., -1:], key_padding)
+
+    return Prompt(tokens, read)
+
+
 def prepare(
     model: TextModel,
     call: Callable[..., Tensor],
-    features_of: Callable[..., Tensor],
-    tokens: Tensor,
-    key_padding: Tensor | None,
+    prompt: Prompt,
     max_new_tokens: int,
     choice: Choice,
     *,
@@ -189,33 +242,29 @@ def prepare(
     Args:
         model: The decoder, uncompiled.
         call: The same, compiled or not, for the steps.
-        features_of: `model.forward_features`, compiled or not, for the prompts.
-        tokens: Prompts, `[B, N]` ids.
-        key_padding: `[B, N]` booleans, true where a token is real; None if all are.
+        prompt: The prompts.
         max_new_tokens: Number of tokens that are generated at most.
         choice: How tokens are chosen.
         cuda_graph: Whether steps are replayed as a CUDA graph.
     """
-    batch, num_tokens = tokens.shape
-    total = num_tokens + max_new_tokens
+    batch, device = len(prompt.tokens), prompt.tokens.device
+    total = prompt.length + max_new_tokens
     if cuda_graph:
         total = -(-total // ROUND_TO) * ROUND_TO
     cache = model.new_cache(batch, total)
+    found = prompt.read(cache)
+    logits = model.logits(found.features)
     real = None
-    if key_padding is not None or cuda_graph:
-        real = torch.ones(batch, total, dtype=torch.bool, device=tokens.device)
-    if key_padding is None:
-        positions = torch.arange(num_tokens, device=tokens.device)
-    else:
+    if found.real is not None or cuda_graph:
+        real = torch.ones(batch, total, dtype=torch.bool, device=device)
+    if found.real is not None:
         assert real is not None
-        real[:, :num_tokens] = key_padding
-        positions = (key_padding.cumsum(dim=1) - 1).clamp(min=0)
-    mask = AttentionMask(causal=True, key_padding=key_padding)
-    features = features_of(tokens, mask=mask, positions=positions, cache=cache)
-    logits = model.logits(features[:, -1])
+        real[:, : prompt.length] = found.real
+    # The last token of an empty prompt is that of an image or a sound; steps replace it.
+    last = prompt.tokens[:, -1] if prompt.tokens.shape[1] else prompt.tokens.new_zeros(batch)
     if cuda_graph:
         assert real is not None
-        steps: Steps = GraphedSteps(call, cache, positions[..., -1:], real, choice, tokens[:, -1])
+        steps: Steps = GraphedSteps(call, cache, found.positions, real, choice, last)
     else:
-        steps = Steps(call, cache, positions[..., -1:], real, choice, tokens[:, -1])
+        steps = Steps(call, cache, found.positions, real, choice, last)
     return steps, steps.choose(logits)

@@ -8,7 +8,9 @@ from torch import nn
 
 from diffmm.checks import check_choice, did_you_mean
 from diffmm.models.audio import AudioModel
+from diffmm.models.captioning import CaptioningModel
 from diffmm.models.contrastive import ContrastiveModel
+from diffmm.models.ctc import CTCModel
 from diffmm.models.image import ImageModel
 from diffmm.models.masked_autoencoder import MaskedAutoencoder
 from diffmm.models.text import TextModel
@@ -19,7 +21,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 MODELS: dict[str, type[nn.Module]] = {
     f"diffmm.models.{model.__name__}": model
-    for model in (TextModel, TextTower, ImageModel, AudioModel, MaskedAutoencoder, ContrastiveModel)
+    for model in (
+        *(TextModel, TextTower, ImageModel, AudioModel, MaskedAutoencoder),
+        *(ContrastiveModel, CaptioningModel, CTCModel),
+    )
 }
 """The classes that a description may name; a file cannot cause any other import."""
 

@@ -2,12 +2,14 @@
 
 import weakref
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffmm.models.decoding import Choice, prepare
+from diffmm.models.captioning import CaptioningModel
+from diffmm.models.decoding import Choice, Prompt, prepare, text_prompt
 from diffmm.models.description import unwrap
 from diffmm.models.host_copy import HostCopy
 from diffmm.models.sampling import Sampling, check_count
@@ -18,9 +20,11 @@ MIN_STEPS_OF_GRAPH = 8
 
 
 def generate(
-    model: TextModel,
-    tokens: Tensor,
+    model: TextModel | CaptioningModel,
+    tokens: Tensor | None = None,
     *,
+    media: Tensor | None = None,
+    num_samples: Tensor | None = None,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -39,6 +43,8 @@ def generate(
     steps = stream(
         model,
         tokens,
+        media=media,
+        num_samples=num_samples,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -53,9 +59,11 @@ def generate(
 
 
 def stream(
-    model: TextModel,
-    tokens: Tensor,
+    model: TextModel | CaptioningModel,
+    tokens: Tensor | None = None,
     *,
+    media: Tensor | None = None,
+    num_samples: Tensor | None = None,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -75,8 +83,10 @@ def stream(
     all lengths.
 
     Args:
-        model: A decoder in evaluation mode, compiled or not.
-        tokens: Prompts, `[B, N]` ids.
+        model: A decoder or a captioning model in evaluation mode, compiled or not.
+        tokens: Prompts, `[B, N]` ids. A captioning model also takes `N = 0`, the default.
+        media: Images or sounds for a captioning model, as in its `forward`; a prompt follows them.
+        num_samples: As there.
         max_new_tokens: Maximum number of tokens generated per prompt, at least 1.
         temperature: Divides the logits; below 1e-6 decoding is greedy.
         top_k: Sample only among the `k` most likely tokens.
@@ -94,12 +104,16 @@ def stream(
 
     Raises:
         ValueError: If the model is an encoder or in training mode, an argument is out of range,
-            prompts are padded on the right, prompt and new tokens exceed `max_length`, or
-            `cuda_graph` is set without a CUDA device.
+            prompts are padded on the right, prompt and new tokens (and media) exceed `max_length`,
+            `cuda_graph` is set without a CUDA device, or media are missing or not wanted.
     """
-    inner = unwrap(model)
-    _check_model(inner)
-    _check_prompt(inner.config.max_length, tokens, key_padding, max_new_tokens)
+    inner: Any = unwrap(model)
+    decoder, num_media = _check_model(inner, media)
+    if tokens is None:
+        if media is None:
+            raise ValueError("a text model needs prompts, got none")
+        tokens = torch.empty(len(media), 0, dtype=torch.int64, device=media.device)
+    _check_prompt(decoder.config.max_length, tokens, key_padding, max_new_tokens, num_media)
     sampling = Sampling(temperature, top_k, top_p)
     if pad_id is None:
         pad_id = next(iter(stop_ids), 0)
@@ -113,21 +127,27 @@ def stream(
         raise ValueError(
             f"cuda_graph=True needs a CUDA device, but the prompts are on {tokens.device}"
         )
-    features_of = compiled_features(model)
-    is_compiled = features_of != inner.forward_features
+    # Of a captioning model, the steps run compiled if its decoder is.
+    steps_of: Any = model if media is None else inner.decoder
+    features_of = compiled_features(steps_of)
+    is_compiled = features_of != decoder.forward_features
     choice = Choice(sampling, tuple(stop_ids), pad_id, generator, compile=is_cuda and is_compiled)
+    if media is None:
+        prompt = text_prompt(features_of, tokens, key_padding)
+    else:
+        read = partial(
+            inner.read_prefix,
+            tokens=tokens,
+            media=media,
+            num_samples=num_samples,
+            key_padding=key_padding,
+        )
+        prompt = Prompt(tokens, read, num_media)
 
     @torch.no_grad()
     def generated() -> Iterator[Tensor]:
         steps, new = prepare(
-            inner,
-            model,
-            features_of,
-            tokens,
-            key_padding,
-            max_new_tokens,
-            choice,
-            cuda_graph=cuda_graph,
+            decoder, steps_of, prompt, max_new_tokens, choice, cuda_graph=cuda_graph
         )
         for number in range(1, max_new_tokens + 1):
             has_stopped = HostCopy(steps.stopped.all()) if stop_ids else None
@@ -161,28 +181,42 @@ def compiled_features(model: TextModel) -> Callable[..., Tensor]:
 _COMPILED: weakref.WeakKeyDictionary[TextModel, Callable[..., Tensor]] = weakref.WeakKeyDictionary()
 
 
-def _check_model(model: TextModel) -> None:
-    if not model.config.causal:
+def _check_model(model: Any, media: Tensor | None) -> tuple[TextModel, int]:
+    """Check a model, and return its decoder and the number of tokens of the media."""
+    is_captioning = isinstance(model, CaptioningModel)
+    if is_captioning and media is None:
+        raise ValueError("a captioning model needs media, the images or sounds, got none")
+    if not is_captioning and media is not None:
+        raise ValueError(f"media are for captioning models, got a {type(model).__name__}")
+    decoder = model.decoder if is_captioning else model
+    if not decoder.config.causal:
         raise ValueError(
             "the model is an encoder (causal=False), which cannot generate text: "
             "use a model with causal=True"
         )
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() before generating")
+    return decoder, 0 if media is None else model.num_media_tokens(media)
 
 
 def _check_prompt(
-    max_length: int, tokens: Tensor, key_padding: Tensor | None, max_new_tokens: int
+    max_length: int,
+    tokens: Tensor,
+    key_padding: Tensor | None,
+    max_new_tokens: int,
+    num_media: int,
 ) -> None:
-    if tokens.ndim != 2 or 0 in tokens.shape:
+    if tokens.ndim != 2 or 0 in (tokens.shape[0], tokens.shape[1] + num_media):
         raise ValueError(
             f"prompts must be [B, N] with at least one token, got shape {tuple(tokens.shape)}"
         )
     check_count("max_new_tokens", max_new_tokens)
-    if tokens.shape[1] + max_new_tokens > max_length:
+    if num_media + tokens.shape[1] + max_new_tokens > max_length:
+        media = f" after {num_media} tokens of media" if num_media else ""
         raise ValueError(
-            f"a prompt of {tokens.shape[1]} tokens plus max_new_tokens={max_new_tokens} exceeds "
-            f"the model's max_length={max_length}: shorten the prompt or reduce max_new_tokens"
+            f"a prompt of {tokens.shape[1]} tokens{media} plus max_new_tokens={max_new_tokens} "
+            f"exceeds the model's max_length={max_length}: shorten the prompt or reduce "
+            f"max_new_tokens"
         )
     if key_padding is None:
         return
@@ -191,6 +225,8 @@ def _check_prompt(
             f"key_padding must be booleans of the prompts' shape {tuple(tokens.shape)}, "
             f"got {key_padding.dtype} of shape {tuple(key_padding.shape)}"
         )
+    if not tokens.shape[1]:
+        return
     falls = key_padding[:, :-1] & ~key_padding[:, 1:]
     wrong = falls.any(dim=1) | ~key_padding[:, -1]
     if wrong.any():

@@ -8,7 +8,9 @@ from torch import nn
 from diffmm.layers.attention import ATTENTIONS
 from diffmm.models.audio import AudioModel
 from diffmm.models.backbone_config import BackboneConfig
+from diffmm.models.captioning import CaptioningModel
 from diffmm.models.contrastive import ContrastiveModel
+from diffmm.models.ctc import CTCModel
 from diffmm.models.encoder import Encoder
 from diffmm.models.image import ImageModel
 from diffmm.models.job import Job
@@ -131,6 +133,8 @@ def _call(model: nn.Module, job: Job | None) -> str:
             return 'print(trained.generate("Once upon a time"))'
         if getattr(model, "num_classes", 0):
             return 'print(trained.predict("a_file"))'
+        if isinstance(model, CaptioningModel | CTCModel):
+            return 'print(trained.predict("a_file").text)'
         if isinstance(model, ContrastiveModel):
             return 'print(trained.similarity("a_file", ["a text", "another text"]))'
     return "model = trained.model  # a torch.nn.Module"

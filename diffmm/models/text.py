@@ -110,7 +110,7 @@ class TextModel(Pretrained, nn.Module):
                 none.
         """
         features = self.forward_features(tokens, mask=mask, positions=positions, cache=cache)
-        return self.logits(features) if targets is None else self._losses(features, targets)
+        return self.logits(features) if targets is None else self.losses(features, targets)
 
     def logits(self, features: Tensor) -> Tensor:
         """Compute logits `[..., vocab_size]` of features `[..., dim]`."""
@@ -146,12 +146,16 @@ class TextModel(Pretrained, nn.Module):
             )
         if mask is None:
             mask = AttentionMask(causal=self.config.causal)
-        x = self.embedding(tokens)
-        if self.config.embedding_scale != 1.0:
-            x = x * self.config.embedding_scale
-        return self.backbone(x, mask=mask, positions=positions, cache=cache)
+        return self.backbone(self.embed(tokens), mask=mask, positions=positions, cache=cache)
 
-    def _losses(self, features: Tensor, targets: Tensor) -> Losses:
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embed token ids `[B, N]` as the inputs of the backbone, `[B, N, dim]`."""
+        x = self.embedding(tokens)
+        return x if self.config.embedding_scale == 1.0 else x * self.config.embedding_scale
+
+    def losses(self, features: Tensor, targets: Tensor) -> Losses:
+        """Compute the cross-entropy of `targets`, `[...]`, given features `[..., dim]`, as
+        `forward` does."""
         head = self.head
         is_plain = type(head) in (Linear, nn.Linear) and not isinstance(head.weight, DTensor)
         is_plain = is_plain and self.config.logit_softcap is None

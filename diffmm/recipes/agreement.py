@@ -7,7 +7,8 @@ def disagreements(model: Any, data: Any, precision: object) -> list[str]:
     """Return the settings in which the model and the data of a recipe disagree, and those that do
     not fit the trainer's `precision`."""
     config: Any = getattr(getattr(model, "model", None), "config", None)
-    config = getattr(config, "encoder", config)
+    if not hasattr(config, "towers"):
+        config = getattr(config, "encoder", config)
     found = []
     length, longest = getattr(data, "sequence_length", None), getattr(config, "max_length", None)
     if length and longest and length > longest:

@@ -1,8 +1,10 @@
 """Training: one Lightning module per task, and the optimizer, schedule and logging they share."""
 
 from diffmm.training.callbacks import LambdaMonitor, SpeedMonitor
+from diffmm.training.captioning import Captioning
 from diffmm.training.classification import Classification
 from diffmm.training.contrastive import Contrastive
+from diffmm.training.ctc import CTC
 from diffmm.training.finetuning import FineTuneConfig, LoRAConfig
 from diffmm.training.language import CausalLM, MaskedLM
 from diffmm.training.last_validation import LastValidation
@@ -18,6 +20,8 @@ from diffmm.training.schedule import ScheduleConfig
 from diffmm.training.task import Task
 
 __all__ = [
+    "CTC",
+    "Captioning",
     "CausalLM",
     "Checkpoints",
     "Classification",

@@ -62,7 +62,7 @@ def differential_layers(module: nn.Module) -> dict[int, Attention]:
 def mean_lambdas(
     task: LightningModule, layers: dict[int, Attention], batch: dict[str, Tensor]
 ) -> dict[int, Tensor]:
-    """Return the mean lambda of each layer while `task` predicts `batch`."""
+    """Return the mean lambda of each layer while `task` processes `batch`."""
     means: dict[int, Tensor] = {}
 
     def watch(index: int) -> Any:
@@ -76,7 +76,8 @@ def mean_lambdas(
     handles = [layer.register_forward_pre_hook(watch(i)) for i, layer in layers.items()]
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), evaluating(task):
-            task.predict_step(batch)
+            # A module of another library has no `observe`.
+            getattr(task, "observe", task.predict_step)(batch)
     finally:
         for handle in handles:
             handle.remove()

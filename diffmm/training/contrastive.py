@@ -156,6 +156,8 @@ class Contrastive(Task):
                 f"a batch for this model must have tokens, num_tokens and "
                 f"{' or '.join(kinds)}, got {', '.join(batch)}"
             )
+        if "document_ids" in batch:
+            raise ValueError("packed rows are for captioning: set the data's pairs_per_row to 1")
         tokens, num_tokens = batch["tokens"], batch["num_tokens"]
         config, index = self.model.config.text, batch.get("index")
         check_range("token", tokens, config.vocab_size, of="tokens", index=index)
@@ -266,7 +268,7 @@ class Contrastive(Task):
             raise ValueError(f"{name}.lora is not supported: give finetune.lora for all towers")
         shared = self.model.config.shared_blocks
         depth = self.model.config.towers[name].backbone.depth
-        if shared and (config.freeze == "all_but_head" or config.freeze > depth - shared):
+        if shared and (isinstance(config.freeze, str) or config.freeze > depth - shared):
             raise ValueError(
                 f"{name}.freeze={config.freeze!r} would freeze blocks that all towers share: "
                 f"freeze at most {depth - shared}"

@@ -54,8 +54,8 @@ class FineTuneConfig(Settings):
             is read when fitting starts, but not when a run is resumed. None by default.
         new_head: Whether to keep the model's newly initialized head instead of the file's.
         freeze: Number of first blocks to freeze, together with all layers before them; 0 freezes
-            nothing, and "all_but_head" trains a linear probe. Frozen modules stay in evaluation
-            mode, without dropout and stochastic depth.
+            nothing, "all_but_head" trains a linear probe, and "all" is for a part of a model.
+            Frozen modules stay in evaluation mode, without dropout and stochastic depth.
         lora: Low-rank adapters to train instead of the weights, together with the head if
             `new_head`; none by default.
 
@@ -65,16 +65,16 @@ class FineTuneConfig(Settings):
 
     weights: str | None = None
     new_head: bool = True
-    freeze: int | Literal["all_but_head"] = 0
+    freeze: int | Literal["all_but_head", "all"] = 0
     lora: LoRAConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.freeze != "all_but_head" and (
+        if self.freeze not in ("all_but_head", "all") and (
             not isinstance(self.freeze, int) or isinstance(self.freeze, bool) or self.freeze < 0
         ):
             raise ValueError(
-                f"freeze must be a number of blocks or 'all_but_head', got {self.freeze!r}"
+                f"freeze must be a number of blocks, 'all_but_head' or 'all', got {self.freeze!r}"
             )
         if self.lora is not None and self.freeze != 0:
             raise ValueError(
@@ -99,6 +99,9 @@ def freeze(model: nn.Module, config: FineTuneConfig) -> list[nn.Module]:
     """
     if config.freeze == 0:
         return []
+    if config.freeze == "all":
+        model.requires_grad_(False)
+        return list(model.modules())
     backbone, head = getattr(model, "backbone", None), getattr(model, "head", None)
     if not isinstance(backbone, nn.Module) or not isinstance(head, nn.Module):
         raise ValueError(

@@ -35,7 +35,9 @@ class RatioOfSums(ExactMetric):
 
     def update(self, numerator: Tensor, denominator: Tensor | int) -> None:
         """Add the numerator of a batch, a scalar, and its denominator, a count."""
-        self.numerators.append(numerator.detach().reshape(1))
+        numerator = numerator.detach().reshape(1)
+        # As in a process without samples, whose states are gathered with these.
+        self.numerators.append(numerator if numerator.is_floating_point() else numerator.float())
         self.denominator += denominator
 
     def compute(self) -> Tensor:

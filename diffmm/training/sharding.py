@@ -64,7 +64,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def split_heads(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Split the heads and the feed-forward of every block, and the vocabulary of a text model, over
+    """Split the heads and the feed-forward of every block, and the vocabulary of text models, over
     the devices of `mesh`.
 
     Raises:
@@ -78,22 +78,23 @@ def split_heads(model: nn.Module, mesh: DeviceMesh) -> None:
         )
     for block in blocks:
         _check_shares(block, mesh.size())
-    if isinstance(model, TextModel):
-        _check_share("vocab_size", model.config.vocab_size, mesh.size())
+    texts = [module for module in model.modules() if isinstance(module, TextModel)]
+    for text in texts:
+        _check_share("vocab_size", text.config.vocab_size, mesh.size())
     for block in blocks:
         assert isinstance(block.attention, Attention)
         parallelize_module(block.attention, mesh, _plan(block.attention))
         # The remaining parameters are lambda vectors, which are replicated on every device.
         distribute_module(block.attention, mesh)
         parallelize_module(block.feed_forward, mesh, _plan(block.feed_forward))
-    if isinstance(model, TextModel):
+    for text in texts:
         plan: dict[str, ParallelStyle] = {
             "embedding": RowwiseParallel(input_layouts=Replicate()),
             "head": ColwiseParallel(output_layouts=Replicate()),
         }
-        parallelize_module(model, mesh, plan)
-        if model.config.tie_embeddings:
-            model.head.weight = model.embedding.weight
+        parallelize_module(text, mesh, plan)
+        if text.config.tie_embeddings:
+            text.head.weight = text.embedding.weight
 
 
 STYLES: dict[Split, Callable[[], ParallelStyle]] = {

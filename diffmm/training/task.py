@@ -96,6 +96,10 @@ class Task(AnyBatches):
         self.optimizer_config = optimizer
         self.schedule_config = schedule
         self.finetune = finetune or FineTuneConfig()
+        if self.finetune.freeze == "all":
+            raise ValueError(
+                "finetune.freeze='all' would leave nothing to train: it is for a part of a model"
+            )
         self.compile_model = compile
         self.activation_checkpointing = activation_checkpointing
         self.fp8 = fp8
@@ -157,6 +161,10 @@ class Task(AnyBatches):
     def predict_step(self, batch: Any, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return the predictions for a batch, with the samples' `index` if the batch has one."""
         raise NotImplementedError
+
+    def observe(self, batch: Any) -> None:
+        """Run the model over a batch for a callback that observes its layers."""
+        self.predict_step(batch)
 
     def make_job(self, data: Any) -> Job:
         """Describe the purpose of the model: the inputs as described by the datamodule (by

@@ -1,8 +1,9 @@
-"""Features of an audio encoder in a CTC head: which syllables are sung, in which order.
+"""A CTC model in a training loop of one's own: which syllables are sung, in which order.
 
 The encoder has one token per few frames (`stem="frame"`) and no head; a linear layer classifies
 every token, and CTC (Graves et al. 2006) adds up all alignments with the target. Clips are padded;
-the encoder ignores the padding, and CTC gets the number of real tokens.
+the encoder ignores the padding, and CTC gets the number of real tokens. `diffmm.training.CTC` does
+the same for recipes (`audio_text/prompts_ctc_tiny`).
 
     python docs/examples/transcription.py       # trains for a minute, prints the error rate
 """
@@ -12,42 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import ctc_loss
 from torchmetrics.text import CharErrorRate
 
-from diffmm.models import AudioConfig, AudioModel, BackboneConfig
+from diffmm.models import AudioConfig, BackboneConfig, CTCConfig, CTCModel
 
 SYLLABLES = "abcdefgh"
 RATE_HZ = 4000
 BLANK = 0
-
-
-class Transcriber(nn.Module):
-    """Waveforms to the log-probabilities of CTC.
-
-    Args:
-        encoder: An audio model without a head, such as a pretrained one after
-            `reset_classifier(0)`.
-        num_symbols: Number of symbols, without the blank.
-    """
-
-    def __init__(self, encoder: AudioModel, num_symbols: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(encoder.embed_dim, 1 + num_symbols)
-
-    def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities `[B, N, 1 + num_symbols]`, and the number of real tokens `[B]`."""
-        embedded = self.encoder.embed(waveforms, num_samples)
-        features = self.encoder.encode(embedded)[0][:, self.encoder.num_prefix_tokens :]
-        lengths = embedded.key_padding.sum(dim=1)
-        return self.head(features).log_softmax(dim=-1), lengths
-
-    def transcribe(self, waveforms: Tensor, num_samples: Tensor) -> list[str]:
-        """The most likely symbols: the best of every token, without repetitions and blanks."""
-        scores, lengths = self(waveforms, num_samples)
-        texts = []
-        for best, length in zip(scores.argmax(dim=-1), lengths.tolist(), strict=True):
-            symbols = torch.unique_consecutive(best[:length]).tolist()
-            texts.append("".join(SYLLABLES[symbol - 1] for symbol in symbols if symbol != BLANK))
-        return texts
 
 
 def draw(count: int, random: torch.Generator) -> tuple[Tensor, Tensor, list[str]]:
@@ -80,12 +50,13 @@ def train(steps: int = 150, attention: str = "diff_v2") -> float:
         sample_rate_hz=RATE_HZ, num_mels=32, stem="frame", cls_token=False, pool="mean",
         backbone=backbone,
     )  # fmt: skip
-    model = Transcriber(AudioModel(config), len(SYLLABLES))
+    model = CTCModel(CTCConfig(encoder=config, vocab_size=1 + len(SYLLABLES), blank_id=BLANK))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for _ in range(steps):
         waveforms, num_samples, texts = draw(16, random)
-        scores, lengths = model(waveforms, num_samples)
+        logits, lengths = model(waveforms, num_samples)
+        scores = logits.log_softmax(dim=-1)
         targets = torch.tensor([1 + SYLLABLES.index(symbol) for symbol in "".join(texts)])
         sizes = torch.tensor([len(text) for text in texts])
         loss = ctc_loss(scores.transpose(0, 1), targets, lengths, sizes, blank=BLANK)
@@ -96,7 +67,8 @@ def train(steps: int = 150, attention: str = "diff_v2") -> float:
         schedule.step()
     waveforms, num_samples, texts = draw(64, random)
     with torch.inference_mode():
-        found = model.eval().transcribe(waveforms, num_samples)
+        rows = model.greedy(model.eval()(waveforms, num_samples))
+    found = ["".join(SYLLABLES[symbol - 1] for symbol in row) for row in rows]
     return float(CharErrorRate()(found, texts))
 
 

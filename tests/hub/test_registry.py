@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from diffmm.hub.registry import create_model, describe_model, list_models
-from diffmm.models import AudioModel, ContrastiveModel, ImageModel, MaskedAutoencoder, TextModel
+from diffmm.models import (
+    AudioModel,
+    CaptioningModel,
+    ContrastiveModel,
+    CTCModel,
+    ImageModel,
+    MaskedAutoencoder,
+    TextModel,
+)
 from diffmm.models.description import build, config_class
 from diffmm.models.weights import save_model
 from diffmm.recipes.catalog import recipe_names
@@ -19,13 +27,21 @@ KINDS = {
     "image_text": ContrastiveModel,
     "audio_text": ContrastiveModel,
 }
+OTHERS = {
+    "mae": MaskedAutoencoder,
+    "caption": CaptioningModel,
+    "transcription": CaptioningModel,
+    "ctc": CTCModel,
+    "librispeech": CTCModel,
+}
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_a_model_with_any_attention(name):
     with torch.device("meta"):
         model = create_model(name, attention="softmax")
-    kind = MaskedAutoencoder if "mae" in name else KINDS[name.partition("/")[0]]
+    others = [kind for part, kind in OTHERS.items() if part in name]
+    kind = others[0] if others else KINDS[name.partition("/")[0]]
     assert type(model) is kind
     towers = getattr(model.config, "towers", {"": getattr(model.config, "encoder", model.config)})
     assert {tower.backbone.attention for tower in towers.values()} == {"softmax"}

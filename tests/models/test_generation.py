@@ -333,10 +333,8 @@ def test_steps_of_a_graph_choose_the_same_tokens(attention, padded, monkeypatch)
         generator = torch.Generator().manual_seed(5)
         choice = decoding.Choice(Sampling(0.7, 9), (3, 5), 3, generator)
         with torch.no_grad():
-            steps, new = decoding.prepare(
-                model, model, model.forward_features, tokens, key_padding, 30, choice,
-                cuda_graph=cuda_graph,
-            )  # fmt: skip
+            prompt = decoding.text_prompt(model.forward_features, tokens, key_padding)
+            steps, new = decoding.prepare(model, model, prompt, 30, choice, cuda_graph=cuda_graph)
             return torch.stack([new, *(steps.next() for _ in range(29))], dim=1), steps
 
     monkeypatch.setattr(decoding.GraphedSteps, "_capture", lambda steps: Replayed(steps))

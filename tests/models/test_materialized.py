@@ -13,6 +13,8 @@ from diffmm.models import (
     AudioConfig,
     AudioModel,
     BackboneConfig,
+    CaptioningConfig,
+    CaptioningModel,
     ContrastiveConfig,
     ContrastiveModel,
     ImageConfig,
@@ -143,9 +145,23 @@ def contrastive():
     return OfImages(config), torch.randn(2, 3, 16, 16)
 
 
+class OfPictures(CaptioningModel):
+    """A captioning model of one text."""
+
+    def forward(self, images):
+        return super().forward(torch.arange(6, device=images.device).view(2, 3), images)
+
+
+def captioning():
+    text = TextConfig(50, 30, backbone("1d", layer_scale=0.1))
+    config = CaptioningConfig(encoder=image_config(0), decoder=text, projector="mlp")
+    return OfPictures(config), torch.randn(2, 3, 16, 16)
+
+
 MODELS = (
     *(tower, text, untied_text, image, audio, frames, masked, distilled, kaldi, whisper),
     contrastive,
+    captioning,
 )
 
 

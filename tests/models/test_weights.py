@@ -14,8 +14,12 @@ from diffmm.models import (
     AudioModel,
     Backbone,
     BackboneConfig,
+    CaptioningConfig,
+    CaptioningModel,
     ContrastiveConfig,
     ContrastiveModel,
+    CTCConfig,
+    CTCModel,
     ImageConfig,
     ImageModel,
     MaskedAutoencoder,
@@ -73,6 +77,12 @@ def contrastive_config(**changes):
     return ContrastiveConfig(image=image_config(num_classes=6), text=text, embed_dim=6, **changes)
 
 
+def captioning(encoder, **changes):
+    text = TextConfig(50, 40, BackboneConfig(dim=24, depth=2, num_heads=4, rope="1d"))
+    encoder = dataclasses.replace(encoder, num_classes=0)
+    return CaptioningModel(CaptioningConfig(encoder=encoder, decoder=text, **changes))
+
+
 MAKERS = {
     "text": text_model,
     "untied": lambda: text_model(tie_embeddings=False),
@@ -83,6 +93,15 @@ MAKERS = {
     "masked image": lambda: masked_autoencoder(image_config()),
     "masked audio": lambda: masked_autoencoder(audio_config()),
     "image and text": lambda: ContrastiveModel(contrastive_config()),
+    "captions": lambda: captioning(image_config()),
+    "transcripts": lambda: captioning(audio_config(), projector="mlp"),
+    "ctc": lambda: CTCModel(
+        CTCConfig(
+            encoder=audio_config(num_classes=0, patch_size=(4, audio_config().num_mels)),
+            vocab_size=9,
+            blank_id=8,
+        )
+    ),
     "all shared": lambda: ContrastiveModel(contrastive_config(shared_blocks=2)),
 }
 

@@ -17,6 +17,8 @@ from diffmm.models import (
     AudioConfig,
     AudioModel,
     BackboneConfig,
+    CaptioningConfig,
+    CaptioningModel,
     ContrastiveConfig,
     ContrastiveModel,
     ImageConfig,
@@ -28,6 +30,7 @@ from diffmm.models import (
     TextTowerConfig,
 )
 from diffmm.training import (
+    Captioning,
     CausalLM,
     Classification,
     Contrastive,
@@ -134,6 +137,14 @@ class Make:
             ContrastiveConfig(**{**towers, "text": text, "embed_dim": 16, **(model or {})})
         )
 
+    def captioning(
+        self, attention: str = "diff_v1", audio: bool = False, **changes: Any
+    ) -> CaptioningModel:
+        encoder = (self.audio_config if audio else self.image_config)(attention, **changes)
+        text = backbone(attention, **{**changes, "rope": "1d"})
+        decoder = TextConfig(VOCAB, 64, text, tie_embeddings=False)
+        return CaptioningModel(CaptioningConfig(encoder=encoder, decoder=decoder))
+
     def task(self, name: str, attention: str = "diff_v1", **settings: Any) -> Task:
         """Build one of `TASKS` by name. `settings` are the task's, the backbone's under `backbone`,
         or a contrastive model's under `model`."""
@@ -147,6 +158,9 @@ class Make:
         if name in ("image", "audio"):
             model: nn.Module = getattr(self, name)(attention, **changes)
             return Classification(model, **settings)
+        if name.endswith("_captions"):
+            captioning = self.captioning(attention, name == "audio_captions", **changes)
+            return Captioning(captioning, **{"max_new_tokens": 12, **settings})
         if name.endswith("_text"):
             model = self.contrastive(
                 attention, name == "audio_text", settings.pop("model", None), **changes
@@ -168,6 +182,8 @@ class Make:
                 tokens[masked] = VOCAB - 1
             num_bytes = 2 * (targets != IGNORE_INDEX).sum(dim=1)
             return {"tokens": tokens, "targets": targets, "num_bytes": num_bytes, "index": index}
+        if name.endswith("_captions"):
+            return self.batch(f"{name.removesuffix('_captions')}_text", size)
         if name.endswith("_text"):
             media = self.batch(name.removesuffix("_text"), size)
             media.pop("labels")

@@ -30,6 +30,8 @@ from diffmm.models import (
     AudioConfig,
     AudioModel,
     BackboneConfig,
+    CaptioningConfig,
+    CaptioningModel,
     ContrastiveConfig,
     ContrastiveModel,
     ImageConfig,
@@ -42,6 +44,7 @@ from diffmm.models import (
 )
 from diffmm.recipes.trainer import leave_processes
 from diffmm.training import (
+    Captioning,
     CausalLM,
     Classification,
     Contrastive,
@@ -52,13 +55,16 @@ from diffmm.training import (
 )
 
 CLASSES = 7
+CAPTIONS = "pairs, captions"
 
 
 def task(kind: str) -> Task:
     """Samples whose losses differ by large factors."""
     seed_everything(0, verbose=False)
     made = untouched_task(kind)
-    model: Any = made.model.text if kind.startswith("pairs") else made.model
+    model: Any = made.model
+    if kind.startswith("pairs"):
+        model = model.decoder if kind == CAPTIONS else model.text
     head: Any = model.decoder_head if kind == "masked images" else model.head
     with torch.no_grad():
         head.weight.mul_(40.0)
@@ -72,12 +78,16 @@ def untouched_task(kind: str) -> Task:
         return CausalLM(model, *settings)
     backbone, classes = (
         BackboneConfig(16, 1, 2, rope="2d"),
-        0 if kind == "masked images" else CLASSES,
+        0 if kind in ("masked images", CAPTIONS) else CLASSES,
     )
     image = ImageConfig(backbone=backbone, num_classes=classes, image_size=8, patch_size=4)
     if kind == "masked images":
         config = MaskedAutoencoderConfig(encoder=image, decoder=backbone, mask_ratio=0.5)
         return MaskedAutoencoding(MaskedAutoencoder(config), *settings)
+    if kind == CAPTIONS:
+        decoder = TextConfig(20, 10, BackboneConfig(16, 1, 2, rope="1d"), tie_embeddings=False)
+        captioning = CaptioningModel(CaptioningConfig(encoder=image, decoder=decoder))
+        return Captioning(captioning, *settings, max_new_tokens=6)
     if kind.startswith("pairs"):
         tower = BackboneConfig(16, 1, 2)
         text = TextTowerConfig(20, 6, tower, pool="eos", eos_id=2)
@@ -201,6 +211,8 @@ def evaluations(folder: Path) -> dict[str, tuple[str, Any]]:
         "1 sound": ("sounds", lambda: Data("sounds", 1, 2)),
         "7 pairs": ("pairs", lambda: Data("pairs", 7, 2)),
         "1 pair": ("pairs, sigmoid", lambda: Data("pairs", 1, 2)),
+        "7 captions": (CAPTIONS, lambda: Data(CAPTIONS, 7, 2)),
+        "1 caption": (CAPTIONS, lambda: Data(CAPTIONS, 1, 2)),
         "texts": ("texts", lambda: texts(folder, streamed=False, validation_fraction=0.2)),
         "a stream": ("texts", lambda: texts(folder, streamed=True, validation_fraction=0.2)),
         "a short stream": ("texts", lambda: texts(folder, streamed=True, validation_fraction=0.08)),
@@ -268,12 +280,12 @@ WHOLE = {1: [[8]], 2: [[4], [4]]}
 """The same for a task that does not accumulate gradients."""
 
 
-GRADIENTS = ("texts", "images", "pairs", "pairs, sigmoid", "pairs, three towers")
+GRADIENTS = ("texts", "images", "pairs", "pairs, sigmoid", "pairs, three towers", CAPTIONS)
 
 
 def gradients(kind: str, num_processes: int) -> dict[str, Any]:
     """The gradients of a step that ends before all micro-batches, at the end of an epoch."""
-    batch, is_whole = batch_of(kind), kind.startswith("pairs")
+    batch, is_whole = batch_of(kind), kind in ("pairs", "pairs, sigmoid")
     watch = Watch()
     own = trainer(
         num_processes,

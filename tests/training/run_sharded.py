@@ -22,6 +22,8 @@ from torch.utils.data import DataLoader, DistributedSampler, StackDataset
 from diffmm.batch import IGNORE_INDEX
 from diffmm.models import (
     BackboneConfig,
+    CaptioningConfig,
+    CaptioningModel,
     ContrastiveConfig,
     ContrastiveModel,
     ImageConfig,
@@ -32,6 +34,7 @@ from diffmm.models import (
 )
 from diffmm.recipes.trainer import leave_processes
 from diffmm.training import (
+    Captioning,
     CausalLM,
     Classification,
     Contrastive,
@@ -56,9 +59,10 @@ def task_and_data(
     backend: str = "auto",
     learning_rate: float = 1e-2,
     compile: bool = False,
+    splits_heads: bool = False,
 ) -> tuple[Task, StackDataset]:
-    """A case is an attention variant in a text model with tied embeddings, `image`, or `pairs`, two
-    towers that share their last block."""
+    """A case is an attention variant in a text model with tied embeddings, `image`, `pairs`, two
+    towers that share their last block, or `captions` of images."""
     seed_everything(0, verbose=False)
     settings: dict[str, Any] = {
         "optimizer": OptimizerConfig(learning_rate, eps=1e-4, lambda_learning_rate=3e-2),
@@ -94,6 +98,19 @@ def task_and_data(
         batch = {"images": torch.randn(NUM_SAMPLES, 3, 8, 8), "tokens": tokens}
         batch |= {"num_tokens": torch.full((NUM_SAMPLES,), 5), "media_index": index // 2 * 2}
         return Contrastive(ContrastiveModel(towers), **settings), StackDataset(**batch, index=index)
+    if case == "captions":
+        image = ImageConfig(
+            backbone=BackboneConfig(dim, 2, 8, rope="2d", **shared), image_size=8, patch_size=4
+        )
+        text = TextConfig(24, 16, BackboneConfig(dim, 2, 8, rope="1d", **shared))
+        captioning = CaptioningModel(CaptioningConfig(encoder=image, decoder=text))
+        tokens = torch.randint(3, 24, (NUM_SAMPLES, 6))
+        tokens[index % 2 == 0, 3:] = 2
+        tokens[:, 5] = 2
+        batch = {"images": torch.randn(NUM_SAMPLES, 3, 8, 8), "tokens": tokens, "index": index}
+        batch["num_tokens"] = 6 - 2 * (index % 2 == 0).long()
+        settings |= {"max_new_tokens": 6, "num_generated": 0 if splits_heads else 100}
+        return Captioning(captioning, **settings), StackDataset(**batch)
     tokens = torch.randint(24, (NUM_SAMPLES, 17))
     num_bytes = torch.full((NUM_SAMPLES,), 16)
     targets = tokens[:, 1:].clone()
@@ -241,6 +258,7 @@ def run(
     setting: dict[str, Any] = {"strategy": strategy, "num_processes": num_processes}
     setting |= {"accelerator": accelerator, "precision": precision, "accumulate": accumulate}
     name = f"{case}_{strategy}_{num_processes}{variant}"
+    changes |= {"splits_heads": "tp" in strategy}
     task, samples = task_and_data(case, **changes)
     trainer, recorded = fit(task, samples, max_steps=2, **setting)
     results = {"curves": recorded.curves, "gradients": recorded.gradients}

@@ -10,7 +10,10 @@ from diffmm.checkpoint_folders import find_state
 from diffmm.training import Checkpoints
 from diffmm.training.resilience.checkpoints.exact import gradient_of
 
-TASKS = ("causal_lm", "masked_lm", "image", "multi_label", "audio", "image_mae", "audio_mae")
+TASKS = (
+    *("causal_lm", "masked_lm", "image", "multi_label", "audio", "image_mae", "audio_mae"),
+    "audio_captions",
+)
 
 DIVISIONS = {
     "unequal": ([1, 5], 2),

@@ -22,6 +22,8 @@ from diffmm.models import (
     AudioConfig,
     AudioModel,
     BackboneConfig,
+    CaptioningConfig,
+    CaptioningModel,
     ContrastiveConfig,
     ContrastiveModel,
     ImageConfig,
@@ -31,6 +33,7 @@ from diffmm.models import (
     TextTowerConfig,
 )
 from diffmm.training import (
+    Captioning,
     CausalLM,
     Checkpoints,
     Classification,
@@ -180,6 +183,13 @@ def pairs():
     )
 
 
+def captions():
+    image = ImageConfig(backbone=backbone("2d"), image_size=8, patch_size=4)
+    model = CaptioningConfig(encoder=image, decoder=TextConfig(259, 68, backbone("1d")))
+    task = Captioning(CaptioningModel(model), *settings(), max_new_tokens=4, num_generated=8)
+    return task, pairs()[1]
+
+
 def text(source, **settings_of_data):
     task = CausalLM(TextModel(TextConfig(320, 32, backbone("1d"))), *settings())
     return task, lambda **changes: TextData(
@@ -227,6 +237,7 @@ def go(tmp_path):
             "image": image,
             "audio": audio,
             "pairs": pairs,
+            "captions": captions,
             "text": lambda: text(TextFolder(str(texts))),
             "stream": lambda: stream(texts),
         }[kind]()
@@ -308,7 +319,7 @@ def test_a_run_that_stopped_after_any_batch_goes_on_exactly(go, tmp_path, schedu
         assert same(weights, rest_weights), stop
 
 
-@pytest.mark.parametrize("modality", ["text", "stream", "audio", "image", "pairs"])
+@pytest.mark.parametrize("modality", ["text", "stream", "audio", "image", "pairs", "captions"])
 @pytest.mark.parametrize("workers", [(0, 0), (0, 2), (2, 0)])
 def test_every_checkpoint_of_a_run_leads_to_the_same_bits(go, tmp_path, modality, workers):
     """With persistent or changed workers, background saves, and saves after validation."""

@@ -21,6 +21,8 @@ NAMES = [
     "1 sound",
     "7 pairs",
     "1 pair",
+    "7 captions",
+    "1 caption",
     "texts",
     "a stream",
     "a short stream",
@@ -40,7 +42,8 @@ def results(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["texts", "images", "pairs", "pairs, sigmoid", "pairs, three towers"]
+    "kind",
+    ["texts", "images", "pairs", "pairs, sigmoid", "pairs, three towers", "pairs, captions"],
 )
 def test_gradients(results, kind):
     """Gradients of a step of three micro-batches of four, divided unevenly in both processes; of

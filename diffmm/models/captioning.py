@@ -1,0 +1,388 @@
+"""The captioning model: an encoder of images or sounds, and a decoder that describes them."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffmm.batch import InputShapes
+from diffmm.checks import Settings, check_choice
+from diffmm.layers.cache import KVCache
+from diffmm.layers.linear import Linear, init_weights
+from diffmm.models.audio import AudioConfig
+from diffmm.models.decoding import Read
+from diffmm.models.image import ImageConfig
+from diffmm.models.pretrained import Pretrained
+from diffmm.models.text import TextConfig, TextModel
+from diffmm.ops import AttentionMask
+
+PROJECTORS = ("linear", "mlp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptioningConfig(Settings):
+    """Configuration of a captioning model.
+
+    Attributes:
+        encoder: Configuration of the encoder of images or sounds, without a head
+            (`num_classes=0`). Its special tokens are not passed on to the decoder.
+        decoder: Configuration of the decoder (`causal=True`). Its `max_length` is that of the
+            tokens of the media and of the text together.
+        projector: The map from the encoder's features to the decoder's inputs: `"linear"`, or
+            `"mlp"` for two linear layers with a GELU between them (LLaVA 1.5, Liu et al. 2023).
+
+    Raises:
+        ValueError: If a field is out of range; the message names the field and the value.
+    """
+
+    encoder: ImageConfig | AudioConfig
+    decoder: TextConfig
+    projector: Literal["linear", "mlp"] = "linear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("projector", self.projector, PROJECTORS)
+        if self.encoder.num_classes:
+            raise ValueError(
+                f"the encoder of a captioning model has no head: set its num_classes to 0, got "
+                f"{self.encoder.num_classes}"
+            )
+        if self.encoder.pool == "map" or self.encoder.pool_norm:
+            found = "pool='map'" if self.encoder.pool == "map" else "pool_norm=True"
+            raise ValueError(
+                f"the decoder reads the encoder's features before they are pooled, so that "
+                f"{found} has no effect: leave it out"
+            )
+        if not self.decoder.causal:
+            raise ValueError("the decoder of a captioning model needs causal=True, got False")
+
+    @property
+    def towers(self) -> dict[str, ImageConfig | AudioConfig | TextConfig]:
+        """The configs of the encoder and the decoder by their names."""
+        return {"encoder": self.encoder, "decoder": self.decoder}
+
+    @property
+    def input_fields(self) -> tuple[str, ...]:
+        """The batch fields that `forward` takes, in order."""
+        return ("tokens", *self.encoder.input_fields)
+
+    @property
+    def exact_fields(self) -> tuple[str, ...]:
+        """As in `EncoderConfig`."""
+        return self.encoder.exact_fields
+
+    def input_shapes(self, batch_size: int, length: int | None = None) -> InputShapes:
+        """Shapes and dtypes of a batch of images, or of sounds of `length` samples, with texts that
+        make the decoder's sequences as long as possible."""
+        media = self.encoder.input_shapes(batch_size, length)
+        with torch.device("meta"):
+            encoder = self.encoder.make()
+            inputs = (torch.empty(shape, dtype=dtype) for shape, dtype in media.values())
+            num_tokens = max(1, self.decoder.max_length - encoder.num_patches(*inputs))
+        return {"tokens": ((batch_size, num_tokens), torch.int64), **media}
+
+
+class Row(NamedTuple):
+    """The tokens of media and texts as one sequence per row: `M` tokens of all media, then the
+    texts."""
+
+    x: Tensor
+    """Inputs of the decoder's blocks, `[B, M + N, dim]`."""
+    mask: AttentionMask
+    """Bidirectional over the media, causal over the texts, separate for each document."""
+    positions: Tensor | None
+    """Positions within each document, `[B, M + N]`; None for 0, 1, 2, ..."""
+    real: Tensor | None
+    """`[B, M + N]` booleans, false for padding of the media and before prompts; None if there is
+    none."""
+    documents: Tensor | None
+    """The document of each token, `[B, M + N]`; None if there is one document per row."""
+    num_media: int
+    """Number of tokens of media, `M`."""
+    num_documents: int
+    """Upper bound of the number of documents in a row."""
+
+
+class CaptioningModel(Pretrained, nn.Module):
+    """Describes images, or transcribes sounds: the decoder reads the encoder's patch features in
+    front of the text, as a prefix in which all tokens attend to all (prefix LM, Raffel et al. 2020,
+    section 3.2.1; PaliGemma, Beyer et al. 2024).
+
+    A row of the decoder is `[tokens of all media | texts]`. The last token of the media predicts
+    the first token of the text. With one document per row, several images or sounds of a row are
+    the prefix of one text. Packed rows have several documents, each with media and a text, which
+    neither attend to each other nor share positions: each has the same logits as in a row of its
+    own.
+
+    Attributes:
+        encoder: An `ImageModel` or `AudioModel`.
+        projector: Maps the encoder's features to the decoder's inputs.
+        decoder: A `TextModel`.
+
+    >>> config = diffmm.models.CaptioningConfig(
+    ...     encoder=diffmm.models.ImageConfig(
+    ...         backbone=diffmm.BackboneConfig(dim=64, depth=2, num_heads=4, rope="2d"),
+    ...         image_size=16,
+    ...         patch_size=4,
+    ...     ),
+    ...     decoder=diffmm.models.TextConfig(
+    ...         vocab_size=100,
+    ...         max_length=32,
+    ...         backbone=diffmm.BackboneConfig(dim=64, depth=2, num_heads=4, rope="1d"),
+    ...     ),
+    ... )
+    >>> model = diffmm.models.CaptioningModel(config)
+    >>> tokens, images = torch.randint(100, (2, 8)), torch.randn(2, 3, 16, 16)
+    >>> model(tokens, images).shape  # [B, N, vocab_size]
+    torch.Size([2, 8, 100])
+    """
+
+    def __init__(self, config: CaptioningConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = config.encoder.make()
+        self.decoder = TextModel(config.decoder)
+        width, dim = config.encoder.backbone.dim, config.decoder.backbone.dim
+        layers = [Linear(width, dim)]
+        if config.projector == "mlp":
+            layers.append(Linear(dim, dim))
+        for layer in layers:
+            init_weights(layer, layer.in_features**-0.5)
+        self.projector = nn.Sequential(layers[0], *(m for f in layers[1:] for m in (nn.GELU(), f)))
+
+    @property
+    def input_fields(self) -> tuple[str, ...]:
+        """As in `CaptioningConfig`."""
+        return self.config.input_fields
+
+    def forward(
+        self,
+        tokens: Tensor,
+        media: Tensor,
+        num_samples: Tensor | None = None,
+        *,
+        document_ids: Tensor | None = None,
+        media_documents: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> Any:
+        """Compute logits `[B, N, vocab_size]`: those at `n` predict `tokens[:, n]` from the media
+        and the text before it. Given `targets`, compute their cross-entropy instead
+        (`diffmm.ops.Losses`), for which the logits are never in memory as a whole.
+
+        Args:
+            tokens: Texts, `[B, N]` ids, padded on the right; in packed rows one after the other.
+            media: Images, `[B, C, H, W]` or `[B, K, C, H, W]`, or waveforms, `[B, S]` or
+                `[B, K, S]`: one or `K` of them per row.
+            num_samples: `[B]` or `[B, K]` integers, the number of real samples of each waveform;
+                None if all are real.
+            document_ids: The document of each token of packed texts, `[B, N]` integers from 0 to
+                `K - 1`; the tokens of a document are adjacent. All are of document 0 by default.
+            media_documents: The document of each image or sound, `[B, K]`, likewise. Every document
+                needs at least one.
+            targets: Token ids to predict, `[B, N]`: those of `tokens`, or
+                `diffmm.batch.IGNORE_INDEX` for padding.
+
+        Raises:
+            ValueError: If a tensor has the wrong shape, media and text are longer than
+                `max_length`, or packed rows are given to a decoder with a window.
+        """
+        row = self.row(
+            tokens, media, num_samples, document_ids=document_ids, media_documents=media_documents
+        )
+        features = self.decoder.backbone(row.x, mask=row.mask, positions=row.positions)
+        features = _before(row, features)
+        return (
+            self.decoder.logits(features)
+            if targets is None
+            else (self.decoder.losses(features, targets))
+        )
+
+    def row(
+        self,
+        tokens: Tensor,
+        media: Tensor,
+        num_samples: Tensor | None = None,
+        *,
+        document_ids: Tensor | None = None,
+        media_documents: Tensor | None = None,
+        key_padding: Tensor | None = None,
+    ) -> Row:
+        """Arrange media and texts as rows of the decoder.
+
+        Args:
+            tokens: As in `forward`.
+            media: As there.
+            num_samples: As there.
+            document_ids: As there.
+            media_documents: As there.
+            key_padding: `[B, N]` booleans, true where a token of a prompt is real.
+
+        Raises:
+            ValueError: As there.
+        """
+        found, real = self.media_tokens(media, num_samples)
+        (batch, num_items, per_item), length = found.shape[:3], tokens.shape[1]
+        num_media = num_items * per_item
+        self._check(tokens, found, num_media, document_ids, media_documents)
+        text = self.decoder.embed(tokens)
+        x = torch.cat([found.flatten(1, 2).to(text.dtype), text], dim=1)
+        if real is not None or key_padding is not None:
+            every = torch.ones(batch, num_media, dtype=torch.bool, device=x.device)
+            text_real = every.new_ones(batch, length) if key_padding is None else key_padding
+            real = torch.cat([every if real is None else real.flatten(1), text_real], dim=1)
+        documents = None
+        if document_ids is not None or media_documents is not None:
+            kind: dict[str, Any] = {"dtype": torch.int64, "device": x.device}
+            if media_documents is None:
+                media_documents = torch.zeros(batch, num_items, **kind)
+            if document_ids is None:
+                document_ids = torch.zeros(batch, length, **kind)
+            documents = torch.cat(
+                [media_documents.repeat_interleave(per_item, dim=1), document_ids], dim=1
+            )
+        mask = AttentionMask(
+            causal=True,
+            prefix_lengths=torch.full((batch,), num_media, device=x.device),
+            document_ids=documents,
+            key_padding=real,
+        )
+        num_documents = 1 if documents is None else num_items
+        positions = _positions(real, documents, num_documents)
+        return Row(x, mask, positions, real, documents, num_media, num_documents)
+
+    def media_tokens(
+        self, media: Tensor, num_samples: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Encode images or sounds as inputs of the decoder.
+
+        Args:
+            media: As in `forward`.
+            num_samples: As there.
+
+        Returns:
+            Tokens, `[B, K, M, dim]`, and `[B, K, M]` booleans, true where one is real; None if all
+            are.
+        """
+        single = 4 if isinstance(self.config.encoder, ImageConfig) else 2
+        if media.ndim == single:
+            media = media[:, None]
+        if media.ndim != single + 1 or 0 in media.shape[:2]:
+            axes = "C, H, W" if single == 4 else "S"
+            raise ValueError(
+                f"media must be [B, {axes}] or [B, K, {axes}], got shape {tuple(media.shape)}"
+            )
+        inputs = [media.flatten(0, 1)]
+        if num_samples is not None:
+            inputs.append(num_samples.flatten())
+        embedded = self.encoder.embed(*inputs)
+        features = self.encoder.encode(embedded)[0][:, self.encoder.num_prefix_tokens :]
+        sizes = media.shape[:2]
+        real = embedded.key_padding
+        return (
+            self.projector(features).unflatten(0, sizes),
+            None if real is None else real.unflatten(0, sizes),
+        )
+
+    def num_media_tokens(self, media: Tensor) -> int:
+        """Number of tokens of the media in a row, including padding."""
+        single = 4 if isinstance(self.config.encoder, ImageConfig) else 2
+        items = media if media.ndim == single else media[:, 0]
+        return self.encoder.num_patches(items) * (1 if items is media else media.shape[1])
+
+    def read_prefix(
+        self,
+        cache: KVCache,
+        tokens: Tensor,
+        media: Tensor,
+        num_samples: Tensor | None = None,
+        *,
+        key_padding: Tensor | None = None,
+    ) -> Read:
+        """Read media and prompts, with an empty key-value cache of the decoder, to which their keys
+        and values are appended.
+
+        Args:
+            cache: The cache, made by `decoder.new_cache`.
+            tokens: Prompts, `[B, N]` ids, padded on the left; `N` may be 0.
+            media: As in `forward`.
+            num_samples: As there.
+            key_padding: `[B, N]` booleans, true where a token is real; None if all are.
+        """
+        row = self.row(tokens, media, num_samples, key_padding=key_padding)
+        features = self.decoder.backbone(row.x, mask=row.mask, positions=row.positions, cache=cache)
+        length = row.x.shape[1]
+        if row.real is None or row.positions is None:
+            positions = torch.arange(length - 1, length, device=row.x.device)
+            return Read(features[:, -1], positions, None)
+        places = torch.arange(length, device=row.x.device)
+        last = torch.where(row.real, places, 0).amax(dim=1, keepdim=True)
+        features = features.take_along_dim(last[..., None], dim=1)[:, 0]
+        return Read(features, row.positions.take_along_dim(last, dim=1), row.real)
+
+    def _check(
+        self,
+        tokens: Tensor,
+        found: Tensor,
+        num_media: int,
+        document_ids: Tensor | None,
+        media_documents: Tensor | None,
+    ) -> None:
+        longest = self.config.decoder.max_length
+        if tokens.ndim != 2 or len(tokens) != len(found):
+            raise ValueError(
+                f"tokens must be [B, N] with B={len(found)} as the media, got shape "
+                f"{tuple(tokens.shape)}"
+            )
+        if num_media + tokens.shape[1] > longest:
+            raise ValueError(
+                f"{num_media} tokens of media and {tokens.shape[1]} of text are longer than the "
+                f"decoder's max_length={longest}: shorten them or increase max_length"
+            )
+        for name, given, wanted in (
+            ("document_ids", document_ids, tuple(tokens.shape)),
+            ("media_documents", media_documents, tuple(found.shape[:2])),
+        ):
+            if given is not None and tuple(given.shape) != wanted:
+                raise ValueError(f"{name} must have shape {wanted}, got {tuple(given.shape)}")
+        window = self.config.decoder.backbone.window
+        if window is not None and not (document_ids is None and media_documents is None):
+            raise ValueError(
+                f"packed rows are not supported by a decoder with window={window}, which counts "
+                f"the tokens of other documents: use one pair per row, or no window"
+            )
+
+
+def _positions(real: Tensor | None, documents: Tensor | None, num_documents: int) -> Tensor | None:
+    """The position of each token within its document, `[B, L]`: the number of real tokens before
+    it. None for 0, 1, 2, ..."""
+    if documents is None:
+        return None if real is None else (real.cumsum(dim=1) - 1).clamp(min=0)
+    own = _members(documents, real, num_documents)
+    counts = own.cumsum(dim=1).take_along_dim(documents[..., None].long(), dim=2).squeeze(2)
+    return (counts - 1).clamp(min=0)
+
+
+def _members(documents: Tensor, real: Tensor | None, num_documents: int) -> Tensor:
+    """`[B, L, num_documents]` booleans, true where a token is real and of the document."""
+    own = documents[..., None] == torch.arange(num_documents, device=documents.device)
+    return own if real is None else own & real[..., None]
+
+
+def _before(row: Row, features: Tensor) -> Tensor:
+    """The features, `[B, N, dim]`, of the token before each token of the texts: of the document's
+    last real token of media before its first one, and of the token before it otherwise."""
+    first, length = row.num_media, features.shape[1]
+    if row.documents is None and row.real is None:
+        return features[:, first - 1 : length - 1]
+    documents = row.documents
+    if documents is None:
+        documents = torch.zeros(features.shape[:2], dtype=torch.int64, device=features.device)
+    media, texts = documents[:, :first], documents[:, first:].long()
+    own = _members(media, None if row.real is None else row.real[:, :first], row.num_documents)
+    places = torch.arange(length, device=features.device)
+    last = torch.where(own, places[:first, None], 0).amax(dim=1)
+    is_first = torch.ones_like(texts, dtype=torch.bool)
+    is_first[:, 1:] = texts[:, 1:] != texts[:, :-1]
+    before = torch.where(is_first, last.take_along_dim(texts, dim=1), places[first:] - 1)
+    return features.take_along_dim(before[..., None], dim=1)
