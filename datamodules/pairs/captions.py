@@ -11,14 +11,17 @@ Kind = tuple[str, str]
 
 
 def diagonal(first: Sequence[str], second: Sequence[str], fraction: float) -> list[Kind]:
-    """The combinations to hold out: `fraction` of all (rounded, at least one). They are taken along
-    diagonals of the table, so that every property is also in combinations that are not held out.
+    """The combinations to hold out: `fraction` of all (rounded, at least one, or none for 0). They
+    are taken along diagonals of the table, so that every property is also in combinations that are
+    not held out.
 
     Raises:
-        ValueError: If `fraction` is not in (0, 0.5].
+        ValueError: If `fraction` is not in [0, 0.5].
     """
-    if not 0.0 < fraction <= 0.5:
-        raise ValueError(f"held_out_fraction must be in (0, 0.5], got {fraction}")
+    if not 0.0 <= fraction <= 0.5:
+        raise ValueError(f"held_out_fraction must be in [0, 0.5], got {fraction}")
+    if fraction == 0.0:
+        return []
     places = [(row, column) for row in range(len(first)) for column in range(len(second))]
     places.sort(key=lambda place: ((place[1] - place[0]) % len(second), place))
     count = max(1, round(fraction * len(places)))

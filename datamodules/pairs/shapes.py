@@ -105,7 +105,8 @@ class RenderedShapes(ImagePairSource):
         num_val_images: Number of validation pictures, and of test pictures.
         num_shapes: Range of the number of shapes, in [1, 3].
         picture_size: Height and width of the pictures, in pixels.
-        held_out_fraction: Fraction of the 48 combinations of color and shape that is held out.
+        held_out_fraction: Fraction of the 48 combinations of color and shape that is held out; 0
+            holds out none, so that validation pictures are new, but what is in them is not.
         seed: Seed of all pictures.
 
     Raises:

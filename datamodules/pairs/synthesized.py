@@ -61,7 +61,8 @@ class SynthesizedSounds(PairSource):
         events_per_clip: Range of the number of events per clip, in [1, 3].
         snr_db: Range of the events' level above the background noise, in decibels.
         peak_db: Range of the clips' peak level relative to full scale in decibels, at most 0.
-        held_out_fraction: Fraction of the 20 combinations of pitch and event that is held out.
+        held_out_fraction: Fraction of the 20 combinations of pitch and event that is held out; 0
+            holds out none, so that validation sounds are new, but what is in them is not.
         seed: Seed of all clips.
 
     Raises:

@@ -116,6 +116,19 @@ def test_shapes_of_held_out_combinations_are_new():
         captions = [texts[0] for texts in getattr(splits, name).texts]
         assert len(set(captions)) == 60
     assert splits.val.texts != splits.test.texts
+
+
+def test_nothing_is_held_out_of_a_fraction_of_0():
+    splits = RenderedShapes(400, 60, held_out_fraction=0.0).splits(Images())
+    kinds = [
+        {thing[1:] for scene in pairs.media.scenes for thing in scene.things}
+        for pairs in (splits.train, splits.val)
+    ]
+    assert len(kinds[0]) == 48
+    assert kinds[1] <= kinds[0]
+    assert splits.val.texts != splits.train.texts[:60]
+    with pytest.raises(ValueError, match=r"held_out_fraction must be in \[0, 0.5\], got -0.1"):
+        RenderedShapes(held_out_fraction=-0.1)
     known = set.union(*kinds["train"])
     assert {color for color, _ in known} == set(COLORS)
     assert {shape for _, shape in known} == set(SHAPES)
