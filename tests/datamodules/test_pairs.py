@@ -116,6 +116,13 @@ def test_shapes_of_held_out_combinations_are_new():
         captions = [texts[0] for texts in getattr(splits, name).texts]
         assert len(set(captions)) == 60
     assert splits.val.texts != splits.test.texts
+    known = set.union(*kinds["train"])
+    assert {color for color, _ in known} == set(COLORS)
+    assert {shape for _, shape in known} == set(SHAPES)
+    with pytest.raises(
+        ValueError, match=r"only about \d+ different .* reduce num_val_images \(500\)"
+    ):
+        RenderedShapes(9, 500, num_shapes=(1, 1)).splits(Images())
 
 
 def test_nothing_is_held_out_of_a_fraction_of_0():
@@ -129,13 +136,6 @@ def test_nothing_is_held_out_of_a_fraction_of_0():
     assert splits.val.texts != splits.train.texts[:60]
     with pytest.raises(ValueError, match=r"held_out_fraction must be in \[0, 0.5\], got -0.1"):
         RenderedShapes(held_out_fraction=-0.1)
-    known = set.union(*kinds["train"])
-    assert {color for color, _ in known} == set(COLORS)
-    assert {shape for _, shape in known} == set(SHAPES)
-    with pytest.raises(
-        ValueError, match=r"only about \d+ different .* reduce num_val_images \(500\)"
-    ):
-        RenderedShapes(9, 500, num_shapes=(1, 1)).splits(Images())
 
 
 def test_shapes_are_where_the_caption_says():
