@@ -11,9 +11,9 @@ from diffmm.checks import Settings, check_choice
 from diffmm.layers.cache import KVCache
 from diffmm.layers.linear import Linear, init_weights
 from diffmm.models.audio import AudioConfig
-from diffmm.models.decoding import Read
 from diffmm.models.image import ImageConfig
 from diffmm.models.pretrained import Pretrained
+from diffmm.models.prompt import Read
 from diffmm.models.text import TextConfig, TextModel
 from diffmm.ops import AttentionMask
 

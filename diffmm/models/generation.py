@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from diffmm.models.captioning import CaptioningModel
-from diffmm.models.decoding import Choice, Prompt, prepare, text_prompt
+from diffmm.models.decoding import Choice, prepare
 from diffmm.models.description import unwrap
 from diffmm.models.host_copy import HostCopy
+from diffmm.models.prompt import Prompt, text_prompt
 from diffmm.models.sampling import Sampling, check_count
 from diffmm.models.text import TextModel
 

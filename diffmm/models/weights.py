@@ -65,6 +65,7 @@ OTHER_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".onnx", ".h5", ".npz",
 CHECKPOINT_PREFIX = "model."
 """Prefix of the model's weights in a Lightning module, whose model is `self.model`."""
 
+CONTRASTIVE = f"diffmm.models.{ContrastiveModel.__name__}"
 HEAD_PREFIX = "head."
 ENCODER_PREFIX = "encoder."
 SHOWN = 4
@@ -494,11 +495,10 @@ def _of_tower(
     Raises:
         ValueError: If the file has no such tower.
     """
-    if isinstance(model, ContrastiveModel) or description is None:
+    class_path = description.get("class_path") if isinstance(description, dict) else None
+    if isinstance(model, ContrastiveModel) or class_path != CONTRASTIVE:
         return weights, description
-    whole = _outline(description, weights, file)
-    if not isinstance(whole, ContrastiveModel):
-        return weights, description
+    whole: Any = _outline(description, weights, file)
     kinds = {name: type(tower) for name, tower in whole.towers.items()}
     name = next((name for name, kind in kinds.items() if isinstance(model, kind)), None)
     if name is None:

@@ -31,7 +31,7 @@ def test_nothing_is_lost(tmp_path):
     faults = json.loads((tmp_path / "faults.json").read_text())
     kinds = {fault["kind"] for fault in faults}
     assert kinds >= {"SIGTERM", "SIGUSR1", "SIGINT", "checkpoints: bytes flipped"}
-    assert kinds >= {"two runs in one folder", "changed data", "FIFOs", "headers that lie"}
+    assert kinds >= {"two runs in one folder", "changed data", "FIFOs", "headers with wrong sizes"}
     assert any(kind.startswith("SIGKILL") for kind in kinds)
     assert [fault for fault in faults if fault["lost"]] == []
     assert f"| **all** | {len(faults)} | {len(faults)} | 0 |" in result.stdout

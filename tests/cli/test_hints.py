@@ -42,7 +42,7 @@ def test_addresses_of_the_web_and_names_of_classes(run, first):
 
 
 def test_json_lines_keep_letters_and_escape_what_is_no_text(tmp_path):
-    writer = WRITERS[".jsonl"](tmp_path / "a.jsonl", 1)
+    writer = WRITERS[".jsonl"](tmp_path / "a.jsonl", ["file", "label", "score"])
     writer.write(Prediction(("Tür",), (1.0,), "ü.png"))
     writer.write(Prediction(("Tür",), (1.0,), "\udcff.png"))
     writer.close()

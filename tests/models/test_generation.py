@@ -323,6 +323,7 @@ class Replayed:
 def test_steps_of_a_graph_choose_the_same_tokens(attention, padded, monkeypatch):
     """Whole buffers and a mask that grows, in place of a cache that grows."""
     from diffmm.models import decoding
+    from diffmm.models.prompt import text_prompt
 
     model = make_model(attention, max_length=300)
     tokens = torch.randint(0, 40, (3, 9))
@@ -333,7 +334,7 @@ def test_steps_of_a_graph_choose_the_same_tokens(attention, padded, monkeypatch)
         generator = torch.Generator().manual_seed(5)
         choice = decoding.Choice(Sampling(0.7, 9), (3, 5), 3, generator)
         with torch.no_grad():
-            prompt = decoding.text_prompt(model.forward_features, tokens, key_padding)
+            prompt = text_prompt(model.forward_features, tokens, key_padding)
             steps, new = decoding.prepare(model, model, prompt, 30, choice, cuda_graph=cuda_graph)
             return torch.stack([new, *(steps.next() for _ in range(29))], dim=1), steps
 

@@ -285,7 +285,7 @@ GRADIENTS = ("texts", "images", "pairs", "pairs, sigmoid", "pairs, three towers"
 
 def gradients(kind: str, num_processes: int) -> dict[str, Any]:
     """The gradients of a step that ends before all micro-batches, at the end of an epoch."""
-    batch, is_whole = batch_of(kind), kind in ("pairs", "pairs, sigmoid")
+    batch, is_whole = batch_of(kind), kind.startswith("pairs") and kind != CAPTIONS
     watch = Watch()
     own = trainer(
         num_processes,
