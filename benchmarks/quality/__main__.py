@@ -13,8 +13,8 @@ extended where the best rate is at its end (see `benchmarks.quality.plan`). Each
 `OUT/cells.jsonl` as it ends, with its validation metrics at several steps and times. Cells in that
 file are not run again, so that the table can be filled over many sittings (`--minutes` starts no
 cell after that time) and by several processes (`--part I/N` takes every Nth pair of task and
-variant; processes that share a device disturb each other's times). `--size tiny` runs a table of
-tiny models in minutes on a CPU.
+variant; processes that share a device disturb each other's times, and need `--no-equal-time`).
+`--size tiny` runs a table of tiny models in minutes on a CPU.
 
 `table` prints the table and writes `OUT/quality.md`, `quality.csv` and `quality.png`. `weights`
 trains the best seed of each variant again and exports its weights with a model card.
@@ -131,22 +131,37 @@ def device_name(device: str) -> str:
 
 
 def next_cells(
-    rows: Sequence[Row], settings: Settings, pairs: Sequence[tuple[str, str]]
+    rows: Sequence[Row],
+    settings: Settings,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    equal_time: bool = True,
 ) -> list[Cell]:
     """The cells that can be run now: tasks in order, and seed by seed, so that variants of a seed
     follow each other."""
-    cells = [cell for pair in pairs for cell in pending(rows, settings, *pair)]
+    cells = [
+        cell
+        for pair in pairs
+        for cell in pending(rows, settings, *pair)
+        if equal_time or cell.budget == "tokens"
+    ]
     order = list(dict.fromkeys(task for task, _ in pairs))
     return sorted(
         cells, key=lambda cell: (order.index(cell.task), cell.budget != "tokens", cell.seed)
     )
 
 
-def fill(bench: Bench, pairs: Sequence[tuple[str, str]], deadline: float) -> Iterator[Row]:
+def fill(
+    bench: Bench,
+    pairs: Sequence[tuple[str, str]],
+    deadline: float,
+    *,
+    equal_time: bool = True,
+) -> Iterator[Row]:
     """Run cells until all are there or the time is over; each row is kept as it ends."""
     path = bench.out / CELLS
     bench.out.mkdir(parents=True, exist_ok=True)
-    while cells := next_cells(read(path), bench.settings, pairs):
+    while cells := next_cells(read(path), bench.settings, pairs, equal_time=equal_time):
         if time.monotonic() >= deadline:
             print(f"the time is over: {len(cells)} cells or more are left", flush=True)
             return
@@ -176,6 +191,12 @@ def make_parser() -> argparse.ArgumentParser:
     run = verbs.add_parser("run", help="run cells")
     run.add_argument("--data", type=Path, default=Path("data/quality"), metavar="DATA")
     run.add_argument("--minutes", type=float, metavar="M", help="start no cell after this time")
+    run.add_argument(
+        "--equal-time",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="cells of equal time, too; without, for processes that share a device",
+    )
     run.add_argument("--part", default="0/1", metavar="I/N", help="every Nth pair from the Ith")
     table = verbs.add_parser("table", help="print and draw the table")
     exported = verbs.add_parser("weights", help="export the best twins")
@@ -299,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--part must be I/N with 0 <= I < N, got {options.part}")
     pairs = [(task, variant) for task in tasks for variant in variants][int(part) :: int(parts)]
     deadline = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
-    for row in fill(bench, pairs, deadline):
+    for row in fill(bench, pairs, deadline, equal_time=options.equal_time):
         metric = TASKS[row["task"]].metric
         print(
             f"{row['task']} {row['variant']} rate {row['rate']:g} seed {row['seed']} equal "

@@ -217,7 +217,7 @@ TASKS: dict[str, TaskSpec] = {
     ),
     "emoji": TaskSpec(
         "image_text/emoji",
-        {"full": 3000, "tiny": 12},
+        {"full": 1500, "tiny": 12},
         "media_to_text_recall_1",
         EMOJI,
         (*SHORT, *FEW_LAYERS_OF_TOWERS),

@@ -117,6 +117,19 @@ def test_equal_time_has_as_many_steps_as_fit():
     assert {row["budget"] for row in same.values()} == {"tokens"}
 
 
+def test_cells_of_equal_time_can_be_left_out():
+    paces = {"softmax": 0.1, "diff_v1": 0.125}
+    rows = [
+        row
+        for row in fill(bowl(2e-3), paces=paces, variants=tuple(paces))
+        if row["budget"] == "tokens"
+    ]
+    pairs = [("text", variant) for variant in paces]
+    wanted = quality.next_cells(rows, SETTINGS, pairs)
+    assert {(cell.variant, cell.budget) for cell in wanted} == {("diff_v1", "time")}
+    assert quality.next_cells(rows, SETTINGS, pairs, equal_time=False) == []
+
+
 def test_equal_time_waits_for_softmax():
     rows = fill(bowl(2e-3), variants=("diff_v1",))
     assert {row["budget"] for row in rows} == {"tokens"}
