@@ -11,8 +11,8 @@ _HAS_TRITON = find_spec("triton") is not None
 def kth_largest(x: Tensor, k: int) -> Tensor:
     """The `k`-th largest number of each row of `x`, `[B, V]`: `[B, 1]` in its dtype.
 
-    On CUDA devices with Triton, one kernel finds it for all rows; `topk` takes about twenty
-    dependent kernels for one long row.
+    On CUDA devices with Triton, two kernels find it for all rows unless `k` is large; `topk` takes
+    about twenty dependent kernels for one long row.
 
     Args:
         x: Numbers, `[B, V]`, in float32.
@@ -25,8 +25,10 @@ def kth_largest(x: Tensor, k: int) -> Tensor:
 
 @torch.library.custom_op("diffmm::kth_largest", mutates_args=())
 def _kernel(x: Tensor, k: int) -> Tensor:
-    from diffmm.ops.kth_largest_kernel import launch
+    from diffmm.ops.kth_largest_kernel import fits, launch
 
+    if not fits(x.shape[1], k):
+        return x.topk(k, dim=-1).values[:, -1:].contiguous()
     with torch.cuda.device(x.device):
         return launch(x, k)
 

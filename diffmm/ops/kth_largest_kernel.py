@@ -1,24 +1,17 @@
-"""The Triton kernel of `kth_largest`: a radix search among few candidates, one program per row."""
+"""The Triton kernels of `kth_largest`: a search among the maxima of groups, then in few groups."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1 << 13
-"""Numbers that a program holds in registers."""
-COLUMNS = 512
-"""Number of groups whose maxima are searched first. For a larger `k` all numbers are candidates."""
-CAPACITY = 1 << 11
-"""Number of candidates that are searched in registers; with more, the whole row is searched."""
-
-
-@triton.jit
-def _load(x, start, V, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Numbers as `[BLOCK // COLUMNS, COLUMNS]`, -inf beyond the end; and where it is not."""
-    rows, columns = tl.arange(0, BLOCK // COLUMNS), tl.arange(0, COLUMNS)
-    place = start + rows[:, None] * COLUMNS + columns[None, :]
-    return tl.load(x + place, mask=place < V, other=-float("inf")), place < V
+MOST_GROUPS = 1 << 10
+"""Largest number of groups of a row."""
+MOST_NUMBERS = 1 << 15
+"""Largest number of numbers that a program holds in registers."""
+NUMBERS_PER_WARP = 1 << 11
+"""Number of them for which one warp is used, whose threads need not wait for each other."""
+GROUPS_PER_PROGRAM = 32
 
 
 @triton.jit
@@ -30,97 +23,102 @@ def _number(key):
 
 
 @triton.jit
-def _counts(numbers, found, step):
-    """How many numbers reach the keys one, two and three steps above `found`, in 21 bits each."""
-    # Ten bits each are enough for one column, and int64 is slow.
-    reached = (numbers >= _number((found + step).to(tl.int32))).to(tl.int32)
-    reached += (numbers >= _number((found + 2 * step).to(tl.int32))).to(tl.int32) << 10
-    reached += (numbers >= _number((found + 3 * step).to(tl.int32))).to(tl.int32) << 20
-    by_column = tl.sum(reached, 0)
-    low, middle, high = by_column & 0x3FF, (by_column >> 10) & 0x3FF, by_column >> 20
-    return tl.sum(low + (middle.to(tl.int64) << 21) + (high.to(tl.int64) << 42), 0)
-
-
-@triton.jit
-def _next(found, step, counts, k):
-    """The largest of four keys, `found` and those of `_counts`, that at least `k` numbers reach."""
-    low, middle, high = counts & 0x1FFFFF, (counts >> 21) & 0x1FFFFF, counts >> 42
-    reached = (low >= k).to(tl.int64) + (middle >= k).to(tl.int64) + (high >= k).to(tl.int64)
-    return found + reached * step
-
-
-@triton.jit
 def _search(numbers, k):
-    """The largest number that at least `k` of `numbers`, `[rows, columns]`, reach, two bits of its
-    key at a time; -inf if they are fewer."""
+    """The largest number that at least `k` of `numbers` reach, one bit of its key at a time; -inf
+    if they are fewer."""
     found = tl.full((), -2147483648, tl.int64)
-    for pair in tl.static_range(16):
-        step = 1 << (30 - 2 * pair)
-        found = _next(found, step, _counts(numbers, found, step), k)
+    step = tl.full((), 2147483648, tl.int64)
+    for _ in range(32):
+        reached = tl.sum((numbers >= _number((found + step).to(tl.int32))).to(tl.int32))
+        found = tl.where(reached >= k, found + step, found)
+        step //= 2
     return _number(found.to(tl.int32))
 
 
 @triton.jit
-def _search_all(x, V, k, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """As `_search`, in a row that is read again for every two bits."""
-    found = tl.full((), -2147483648, tl.int64)
-    for pair in tl.static_range(16):
-        step = 1 << (30 - 2 * pair)
-        counts = tl.full((), 0, tl.int64)
-        for start in range(0, V, BLOCK):
-            numbers, _ = _load(x, start, V, BLOCK, COLUMNS)
-            counts += _counts(numbers, found, step)
-        found = _next(found, step, counts, k)
-    return _number(found.to(tl.int32))
+def _load(x, groups, is_group, V, SIZE: tl.constexpr):
+    """The numbers of groups, `[G, SIZE]`; -inf beyond the end of the row."""
+    place = groups[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    return tl.load(x + place, mask=is_group[:, None] & (place < V), other=-float("inf"))
+
+
+@triton.jit
+def _maxima_kernel(x, maxima, V, num_groups, SIZE: tl.constexpr, GROUPS: tl.constexpr):
+    """The maximum of each group of `SIZE` numbers."""
+    row = tl.program_id(1).to(tl.int64)
+    groups = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    numbers = _load(x + row * V, groups, groups < num_groups, V, SIZE)
+    tl.store(maxima + row * num_groups + groups, tl.max(numbers, 1), mask=groups < num_groups)
 
 
 @triton.jit(do_not_specialize=["k"])
-def _kernel(
-    x, out, candidates, V, k, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, CAPACITY: tl.constexpr
+def _kth_kernel(
+    x,
+    maxima,
+    chosen,
+    out,
+    V,
+    num_groups,
+    k,
+    SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
-    """The k-th largest of the maxima of all columns is a lower bound, which few more than `k`
-    numbers reach: these are collected in memory, and the search goes on among them."""
+    """The k-th largest maximum is a lower bound. Numbers above it are in groups whose maxima are,
+    of which there are fewer than `k`: if the result is not the bound, it is the k-th largest number
+    of these groups."""
     row = tl.program_id(0).to(tl.int64)
     x += row * V
-    candidates += row * CAPACITY
-    maxima = tl.full((COLUMNS,), -float("inf"), tl.float32)
-    for start in range(0, V, BLOCK):
-        numbers, _ = _load(x, start, V, BLOCK, COLUMNS)
-        maxima = tl.maximum(maxima, tl.max(numbers, 0))
-    bound = _search(maxima[None, :], k)
+    chosen += row * KEPT
+    groups = tl.arange(0, GROUPS)
+    highest = tl.load(
+        maxima + row * num_groups + groups, mask=groups < num_groups, other=-float("inf")
+    )
+    bound = _search(highest, k)
+    is_above = highest > bound
+    tl.store(chosen + tl.cumsum(is_above.to(tl.int32), 0) - 1, groups, mask=is_above)
+    tl.debug_barrier()  # other threads of the program have written them
+    kept = tl.arange(0, KEPT)
+    is_kept = kept < tl.sum(is_above.to(tl.int32))
+    numbers = _load(x, tl.load(chosen + kept, mask=is_kept, other=0), is_kept, V, SIZE)
+    tl.store(out + row, tl.maximum(bound, _search(numbers, k)))
 
-    num_candidates = tl.full((), 0, tl.int32)
-    for start in range(0, V, BLOCK):
-        numbers, is_inside = _load(x, start, V, BLOCK, COLUMNS)
-        is_candidate = (numbers >= bound) & is_inside
-        in_column = tl.cumsum(is_candidate.to(tl.int32), 0)
-        by_column = tl.sum(is_candidate.to(tl.int32), 0)
-        before = num_candidates + tl.cumsum(by_column, 0) - by_column
-        slot = before[None, :] + in_column - 1
-        tl.store(candidates + slot, numbers, mask=is_candidate & (slot < CAPACITY))
-        num_candidates += tl.sum(by_column, 0)
 
-    if num_candidates <= CAPACITY:
-        tl.debug_barrier()  # other threads of the program have written them
-        numbers, _ = _load(candidates, 0, num_candidates, CAPACITY, COLUMNS)
-        tl.store(out + row, _search(numbers, k))
-    else:
-        tl.store(out + row, _search_all(x, V, k, BLOCK, COLUMNS))
+def group_size(size: int) -> int:
+    """Number of numbers per group of a row of `size` numbers, a power of two."""
+    return triton.next_power_of_2(triton.cdiv(size, MOST_GROUPS))
+
+
+def fits(size: int, k: int) -> bool:
+    """Whether a row has `k` groups or more, and the numbers of `k` groups fit into registers."""
+    groups = triton.cdiv(size, group_size(size))
+    return k <= groups and triton.next_power_of_2(k) * group_size(size) <= MOST_NUMBERS
 
 
 def launch(x: Tensor, k: int) -> Tensor:
-    """The `k`-th largest number of each row of `x`, contiguous `[B, V]` in float32: `[B, 1]`."""
-    (batch, size), out = x.shape, x.new_empty(x.shape[0], 1, dtype=torch.float32)
-    if batch:
-        _kernel[(batch,)](
-            x,
-            out,
-            x.new_empty(batch, CAPACITY),
-            size,
-            k,
-            BLOCK=BLOCK,
-            COLUMNS=COLUMNS,
-            CAPACITY=CAPACITY,
-            num_warps=COLUMNS // 32,
-        )
+    """The `k`-th largest number of each row of `x`, contiguous `[B, V]` in float32: `[B, 1]`; for
+    sizes of `fits`."""
+    (batch, size), out = x.shape, x.new_empty(x.shape[0], 1)
+    per_group, kept = group_size(size), triton.next_power_of_2(k)
+    groups = triton.cdiv(size, per_group)
+    maxima = x.new_empty(batch, groups)
+    if not batch:
+        return out
+    _maxima_kernel[(triton.cdiv(groups, GROUPS_PER_PROGRAM), batch)](
+        x, maxima, size, groups, SIZE=per_group, GROUPS=GROUPS_PER_PROGRAM
+    )
+    num_warps = max(1, min(16, kept * per_group // NUMBERS_PER_WARP))
+    _kth_kernel[(batch,)](
+        x,
+        maxima,
+        x.new_empty(batch, kept, dtype=torch.int32),
+        out,
+        size,
+        groups,
+        k,
+        SIZE=per_group,
+        GROUPS=triton.next_power_of_2(groups),
+        KEPT=kept,
+        num_warps=num_warps,
+    )
     return out

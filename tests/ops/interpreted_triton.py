@@ -367,18 +367,30 @@ def test_ranges_of_looked_up_masks(name, num_queries):
                 assert max(full_high - full_low, 0) == int(own[0].sum())
 
 
-@pytest.mark.parametrize(("block", "capacity"), [(64, 32), (64, 64), (256, 64)])
+@pytest.mark.parametrize("most_groups", [16, 64])
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 50), (2, 128), (1, 200)])
-def test_kth_largest(rows, size, block, capacity, monkeypatch):
+def test_kth_largest(rows, size, most_groups, monkeypatch):
     from diffmm.ops import kth_largest_kernel
 
-    # Several blocks per row, and rows with more and with fewer candidates than fit.
-    for name, value in (("BLOCK", block), ("COLUMNS", 32), ("CAPACITY", capacity)):
-        monkeypatch.setattr(kth_largest_kernel, name, value)
+    # Groups of one number and of several, the last of which is not full.
+    monkeypatch.setattr(kth_largest_kernel, "MOST_GROUPS", most_groups)
+    monkeypatch.setattr(kth_largest_kernel, "GROUPS_PER_PROGRAM", 8)
     x = torch.randn(rows, size) * 10.0 ** torch.randint(-30, 30, (rows, size))
     x[0, : size // 4] = x[0, 0]  # ties
     x[-1, -(size // 5) :] = -torch.inf
     x[-1, 0] = 0.0
-    for k in sorted({1, 2, size // 2, size - 1, size} & set(range(1, size + 1))):
+    numbers = sorted({1, 2, 9, size // 2, size - 1, size} & set(range(1, size + 1)))
+    tried = [k for k in numbers if kth_largest_kernel.fits(size, k)]
+    assert len(tried) >= min(3, size)
+    for k in tried:
         found = kth_largest_kernel.launch(x, k)
         assert torch.equal(found, x.topk(k).values[:, -1:])
+
+
+def test_which_kth_largest_fits():
+    from diffmm.ops.kth_largest_kernel import fits
+
+    # A row of up to 1,024 numbers has a group for each.
+    fitting = [(1, 1), (1024, 1024), (1025, 513), (32000, 512), (152064, 128)]
+    others = [(1025, 514), (152064, 129)]
+    assert [fits(*each) for each in fitting + others] == [True] * 5 + [False] * 2

@@ -110,11 +110,14 @@ def test_the_kernel_of_the_kth_largest():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from diffmm.ops.kth_largest_kernel import BLOCK, CAPACITY, COLUMNS, _kernel
+    from diffmm.ops.kth_largest_kernel import NUMBERS_PER_WARP, _kth_kernel
 
-    given = {"BLOCK": BLOCK, "COLUMNS": COLUMNS, "CAPACITY": CAPACITY}
-    types = {"x": "*fp32", "out": "*fp32", "candidates": "*fp32", "V": "i32", "k": "i32"}
+    given = {"SIZE": 32, "GROUPS": 1024, "KEPT": NUMBERS_PER_WARP // 32}
+    types = {"x": "*fp32", "maxima": "*fp32", "chosen": "*i32", "out": "*fp32", "V": "i32"}
+    types |= {"num_groups": "i32", "k": "i32"}
     signature = types | dict.fromkeys(given, "constexpr")
-    source = ASTSource(_kernel, signature, given)
-    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 16})
+    source = ASTSource(_kth_kernel, signature, given)
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
     assert done.metadata.shared <= SHARED_BYTES
+    # One warp: no thread waits for those of others in the search.
+    assert done.asm["ptx"].count("bar.sync") <= 2
