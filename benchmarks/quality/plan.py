@@ -105,9 +105,12 @@ class Settings:
 
 
 def value_of(row: Row) -> float:
-    """The metric of a row; infinitely bad if training diverged."""
+    """The metric of a row, at the end or its mean over training; infinitely bad if training
+    diverged."""
     spec = TASKS[row["task"]]
     value = float(row[spec.metric])
+    if spec.over_training:
+        value = statistics.fmean(point[spec.metric] for point in row["points"])
     return value if math.isfinite(value) else -spec.sign * math.inf
 
 

@@ -24,7 +24,7 @@ class Line:
         task, variant, budget: What was trained.
         rate: The best learning rate.
         at_edge: Whether it is at an end of the rates that were tried.
-        values: The metric of each seed, accuracy in percent.
+        values: What is compared, for each seed; accuracy in percent.
         differences: Those of the seeds that softmax has, too, minus those of softmax.
         parameters: Number of parameters.
         steps: Number of steps.
@@ -128,7 +128,7 @@ def markdown(found: Sequence[Line], notes: Sequence[str] = ()) -> str:
                 continue
             text += [
                 "",
-                f"## {task}: {spec.metric} at equal {budget}",
+                f"## {task}: {spec.title} at equal {budget}",
                 "",
                 "| variant | rate | mean | seeds | difference | verdict | parameters | steps "
                 "| seconds |",
@@ -173,7 +173,7 @@ def write_csv(found: Sequence[Line], path: Path) -> None:
             for seed, value in line.values.items():
                 shown = round(value, 6)
                 gap = "" if seed not in line.differences else round(line.differences[seed], 6)
-                first = (line.task, TASKS[line.task].metric, line.budget, line.variant)
+                first = (line.task, TASKS[line.task].title, line.budget, line.variant)
                 last = (line.parameters, line.steps, round(line.seconds, 3))
                 writer.writerow([*first, line.rate, line.at_edge, seed, shown, gap, *last])
 

@@ -30,6 +30,8 @@ class TaskSpec:
         rates: Grid of learning rates.
         prepared: Whether the task needs prepared data, in the folder `DATA/NAME`.
         backbones: Prefixes of the settings of the model's backbones.
+        over_training: Whether the mean of the metric over the validations during training is
+            compared, for a task that all variants solve in the end. It says how soon.
     """
 
     recipe: str
@@ -40,6 +42,7 @@ class TaskSpec:
     rates: tuple[float, ...] = SMALL_RATES
     prepared: bool = False
     backbones: tuple[str, ...] = (BACKBONE,)
+    over_training: bool = False
 
     @property
     def sign(self) -> int:
@@ -50,6 +53,11 @@ class TaskSpec:
     def unit(self) -> int:
         """What the metric is multiplied by in tables: 100 for a share, in percent."""
         return 1 if self.metric == "loss" else 100
+
+    @property
+    def title(self) -> str:
+        """What is compared."""
+        return f"mean {self.metric} over training" if self.over_training else self.metric
 
     @property
     def num_shown(self) -> int:
@@ -203,10 +211,18 @@ TASKS: dict[str, TaskSpec] = {
         "audio/sound_events_tiny", {"full": 800, "tiny": 12}, tiny=(*SHORT, *FEW_LAYERS)
     ),
     "needles": TaskSpec(
-        "text/needles_tiny", {"full": 2000, "tiny": 12}, tiny=SHORT, rates=(5e-4, 1e-3, 2e-3)
+        "text/needles_tiny",
+        {"full": 2000, "tiny": 12},
+        tiny=SHORT,
+        rates=(5e-4, 1e-3, 2e-3),
+        over_training=True,
     ),
-    "recall": TaskSpec("text/recall_tiny", {"full": 4000, "tiny": 12}, tiny=SHORT),
-    "many_shot": TaskSpec("text/many_shot_tiny", {"full": 4000, "tiny": 12}, tiny=SHORT),
+    "recall": TaskSpec(
+        "text/recall_tiny", {"full": 4000, "tiny": 12}, tiny=SHORT, over_training=True
+    ),
+    "many_shot": TaskSpec(
+        "text/many_shot_tiny", {"full": 4000, "tiny": 12}, tiny=SHORT, over_training=True
+    ),
     "shapes": TaskSpec(
         "image_text/shapes_tiny",
         {"full": 600, "tiny": 12},

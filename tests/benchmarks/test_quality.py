@@ -99,6 +99,13 @@ def test_a_run_that_diverged_is_the_worst_and_accuracy_is_better_if_larger():
     assert tune(high, SETTINGS, "digits", "softmax").best == 2e-3
 
 
+def test_tasks_that_all_solve_are_compared_over_training():
+    row = {"task": "needles", "accuracy": 1.0, "points": [{"accuracy": x} for x in (0.2, 0.7, 1.0)]}
+    assert plan.value_of(row) == pytest.approx(1.9 / 3)
+    assert plan.value_of({**row, "task": "digits"}) == 1.0
+    assert TASKS["needles"].title == "mean accuracy over training"
+
+
 def test_equal_time_has_as_many_steps_as_fit():
     paces = {"softmax": 0.1, "diff_v1": 0.125, "diff_v2": 0.101, "diff_grouped": 0.05}
     rows = fill(bowl(2e-3), paces=paces, variants=tuple(paces))
