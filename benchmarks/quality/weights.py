@@ -38,6 +38,7 @@ def card(line: Line, row: Row, again: dict[str, float]) -> str:
     digits = spec.num_shown
     unit = "nats per token" if spec.metric == "loss" else "percent"
     scale = spec.unit
+    what = f"{spec.title}, " if spec.over_training else ""
     seeds = ", ".join(f"{value:.{digits}f} (seed {seed})" for seed, value in line.values.items())
     text = [
         "---",
@@ -58,8 +59,8 @@ def card(line: Line, row: Row, again: dict[str, float]) -> str:
         "|---|---|",
         f"| these weights | {scale * again[spec.metric]:.{digits}f} |",
         f"| their cell of the table | {scale * row[spec.metric]:.{digits}f} |",
-        f"| mean over seeds | {line.mean:.{digits}f} |",
-        f"| every seed | {seeds} |",
+        f"| {what}mean over seeds | {line.mean:.{digits}f} |",
+        f"| {what}every seed | {seeds} |",
     ]
     if line.mean_difference is not None and line.half_width is not None:
         text.append(
