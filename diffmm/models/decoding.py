@@ -36,11 +36,11 @@ class Choice:
     generator: torch.Generator | None
     compile: bool = False
 
-    def __call__(self, logits: Tensor, stopped: Tensor) -> Tensor:
-        """The next token of each row, `[B]`, from logits `[B, V]`."""
+    def __call__(self, logits: Tensor, tokens: Tensor, stopped: Tensor, stops: Tensor) -> Tensor:
+        """The next token of each row, `[B]`, from logits `[B, V]`: see `next_tokens`."""
         noise = self.sampling.noise(logits, self.generator)
         choose = compiled_next_tokens if self.compile else next_tokens
-        return choose(self.sampling, logits, noise, stopped, self.pad_id)
+        return choose(self.sampling, logits, noise, tokens, stopped, stops, self.pad_id)
 
 
 class Steps:
@@ -72,13 +72,8 @@ class Steps:
         self.tokens = tokens.clone()
 
     def choose(self, logits: Tensor) -> Tensor:
-        """Choose the tokens that follow, `[B]`, update `stopped`, and return them."""
-        new = self.choice(logits, self.stopped).to(self.tokens.dtype)
-        self.tokens.copy_(new)
-        if len(self.stops):
-            # `torch.isin` waits for the device if there are many.
-            self.stopped.logical_or_((new[:, None] == self.stops).any(dim=1))
-        return new
+        """Choose the tokens that follow, `[B]`, update `tokens` and `stopped`, and return them."""
+        return self.choice(logits, self.tokens, self.stopped, self.stops)
 
     def next(self) -> Tensor:
         """Process the last tokens, and return those that follow, `[B]`."""

@@ -80,10 +80,26 @@ class Sampling:
 
 
 def next_tokens(
-    sampling: Sampling, logits: Tensor, noise: Tensor | None, stopped: Tensor, pad_id: int
+    sampling: Sampling,
+    logits: Tensor,
+    noise: Tensor | None,
+    tokens: Tensor,
+    stopped: Tensor,
+    stops: Tensor,
+    pad_id: int,
 ) -> Tensor:
-    """The next token of each row, `[B]` int64, or `pad_id` where a row has `stopped`."""
-    return torch.where(stopped, pad_id, sampling.choose(logits, noise))
+    """Replace the last token of each row, `tokens` `[B]`, by the next one, or by `pad_id` where a
+    row has `stopped`, which also becomes true of rows whose next token is in `stops`, `[S]`.
+
+    A copy of the tokens is returned. Compiled, nothing of this is a copy from memory to memory,
+    which takes longer in a CUDA graph than a kernel.
+    """
+    new = torch.where(stopped, pad_id, sampling.choose(logits, noise)).to(tokens.dtype)
+    tokens.copy_(new)
+    if len(stops):
+        # `torch.isin` waits for the device if there are many.
+        stopped.logical_or_((new[:, None] == stops).any(dim=1))
+    return new
 
 
 compiled_next_tokens = torch.compile(next_tokens)
