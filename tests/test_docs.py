@@ -139,6 +139,9 @@ def published(folder: Path) -> None:
     vit = ImageModel(ImageConfig(image_size=16, patch_size=8, **shared))
     vit.job = Job({"class_path": "datamodules.image.ImageReader", "init_args": settings})
     write_model(vit, folder / "vit", "timm")
+    for name in ("cat", "dog"):
+        (folder / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20), "blue").save(folder / "photos" / name / "001.png")
     Image.new("RGB", (50, 30), "red").save(folder / "photo.png")
     more = {"dist_token": True, "pool": "cls_dist", "pool_norm": True, "spectrogram": "kaldi"}
     more |= {"num_mels": 20, "patch_size": 8, "patch_stride": 5, "partial_patches": False}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmm.checkpoint_folders import write_text
+from diffmm.cli.evaluate_weights import evaluate_weights
 from diffmm.cli.options import add_help_options, print_help, wants_help
 from diffmm.cli.prediction_files import check_output
 from diffmm.cli.zero_shot import is_zero_shot, validate_zero_shot
@@ -50,6 +51,19 @@ def run(verb: str, arguments: Sequence[str]) -> int:
             "--template is for a model that compares images or sounds with texts, and --data with "
             "one folder per class"
         )
+    if options.data is not None and not options.config and config_around(Path(weights)) is None:
+        if overrides:
+            raise InputError(
+                f"{overrides[0]} is a setting of a recipe, but {weights} is in no run: give its "
+                f"recipe (--config RECIPE)"
+            )
+        return evaluate_weights(
+            verb, weights, options.data, output, sorted_classes=options.sorted_classes
+        )
+    if options.sorted_classes:
+        raise InputError(
+            "--sorted-classes is for a classifier that is in no run, and needs --data FOLDER"
+        )
     values = recipe_values(verb, options.config, weights, overrides)
     return evaluate(verb, values, weights, output, trust=options.trust, other_data=options.data)
 
@@ -86,6 +100,12 @@ def make_parser(verb: str) -> argparse.ArgumentParser:
         action="append",
         metavar="TEXT",
         help="for such a model: a text with {} in place of a class, as in `diffmm predict`",
+    )
+    parser.add_argument(
+        "--sorted-classes",
+        action="store_true",
+        help="for weights in no run: the folders of --data, sorted by name, are the model's "
+        "classes in order (as ImageNet's are), whatever their names",
     )
     parser.add_argument(
         "--output",
@@ -143,7 +163,7 @@ def recipe_values(
         raise InputError(f"there is no file of weights at {weights}{near_run(path)}")
     raise InputError(
         f"{weights} is not in a run, because there is no {CONFIG_NAME}: diffmm {verb} needs its "
-        f"recipe (--config RECIPE)"
+        f"recipe (--config RECIPE), or labeled data if it is a classifier (--data FOLDER)"
     )
 
 

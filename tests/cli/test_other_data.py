@@ -114,6 +114,39 @@ def test_the_runs_own_data_are_not_needed(run, recipe):
     assert mistake.startswith("--data nowhere: no such file or folder")
 
 
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_weights_in_no_run_are_evaluated_on_labeled_data(run, digits_run, verb):
+    expected, _ = results(run, verb, digits_run, "--data", "photos")
+    diffmm.load(digits_run).save("alone")
+    found, out = results(run, verb, "alone", "--data", "photos")
+    assert "data: photos has 73 samples of 2 of the model's 10 classes" in out
+    # Batches of another size round differently.
+    for name, value in expected["metrics"].items():
+        assert found["metrics"][name] == pytest.approx(value, rel=1e-4)
+    assert found["classes"] == expected["classes"]
+    (mistake,) = run(verb, "alone", "--data", "photos", "--sorted-classes").mistakes
+    assert mistake == (
+        "--sorted-classes: photos has 2 folders of classes, but the model has 10 classes"
+    )
+    for number in range(10):
+        Path(f"wnids/n0{number}").mkdir(parents=True)
+        shutil.copy(next(Path("photos/3").iterdir()), f"wnids/n0{number}")
+    found, out = results(run, verb, "alone", "--data", "wnids", "--sorted-classes")
+    right = {entry["class"] for entry in found["classes"] if entry["accuracy"] == 1}
+    assert right == {"n03"}
+    (mistake,) = run(verb, digits_run, "--data", "wnids", "--sorted-classes").mistakes
+    assert mistake.startswith("--sorted-classes is for a classifier that is in no run")
+    (mistake,) = run(verb, "alone", "--data", "photos", "--data.batch_size", "3").mistakes
+    assert mistake == (
+        "--data.batch_size is a setting of a recipe, but alone is in no run: give its recipe "
+        "(--config RECIPE)"
+    )
+    (mistake,) = run(verb, "alone", "--data", "nowhere").mistakes
+    assert mistake.startswith("--data nowhere: no such file or folder")
+    (mistake,) = run(verb, "nothing", "--data", "photos").mistakes
+    assert mistake == "there is no file of weights at nothing"
+
+
 def test_weights_without_names_and_texts_are_refused(run, digits_run, recipe, text_changes):
     model = diffmm.load(digits_run).model
     model.job = None

@@ -1,0 +1,7 @@
+"""`python -m diffmm`: the command line, where the script `diffmm` is not on the path."""
+
+import sys
+
+from diffmm.cli import main
+
+sys.exit(main())
