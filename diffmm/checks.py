@@ -32,7 +32,7 @@ def reason_of(error: BaseException) -> str:
 
 def article(noun: str) -> str:
     """A noun with its indefinite article."""
-    return f"{'an' if noun[:1] in 'AEIOU' else 'a'} {noun}"
+    return f"{'an' if noun[:1] in 'AEIOUaeiou' else 'a'} {noun}"
 
 
 def did_you_mean(value: object, choices: Iterable[object]) -> str:

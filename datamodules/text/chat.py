@@ -85,7 +85,8 @@ class ChatTemplate:
         """The text of messages.
 
         Args:
-            messages: Dicts with `role` and `content`.
+            messages: Dicts with `role` and `content`: a text, or a list of texts as `{"type":
+                "text", "text": "..."}`, which are joined by line ends.
             opens_answer: Whether to append what precedes an answer.
 
         Raises:
@@ -93,7 +94,7 @@ class ChatTemplate:
                 sentence about the conversation.
         """
         if messages or not opens_answer:  # none precede an answer that comes first
-            check_messages(messages)
+            messages = checked(messages)
         try:
             return self._template.render(
                 messages=messages,
@@ -137,7 +138,7 @@ class ChatTemplate:
         Raises:
             DataError: As `render`.
         """
-        check_messages(messages)
+        checked(messages)
         return self.tokenizer.encode_marked(self.render(messages, opens_answer=True))[0]
 
     @cached_property
@@ -152,14 +153,16 @@ class ChatTemplate:
         return tuple(dict.fromkeys([*found, self.tokenizer.eos_id]))
 
 
-def check_messages(messages: Any) -> None:
-    """Check that messages are dicts with a role and a text.
+def checked(messages: Any) -> list[Message]:
+    """Messages whose contents are texts: those of a list of parts are joined by line ends.
 
     Raises:
-        DataError: If they are not; the message continues a sentence about the conversation.
+        DataError: If they are not dicts with a role and a text; the message continues a sentence
+            about the conversation.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise DataError(f"must be a list of messages with at least one, got {messages!r:.60}")
+    found: list[Message] = []
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
             role = message.get("role") if isinstance(message, Mapping) else message
@@ -168,9 +171,24 @@ def check_messages(messages: Any) -> None:
                 f"{', '.join(ROLES)}"
             )
         content = message.get("content")
+        where = f"has message {number} ({message['role']})"
+        if isinstance(content, Sequence) and not isinstance(content, str):
+            content = "\n".join(_text(part, where) for part in content)
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             kind = "missing" if content is None else f"{article(type(content).__name__)}, not text"
-            raise DataError(f"has message {number} ({message['role']}) whose content is {kind}")
+            raise DataError(f"{where} whose content is {kind}")
+        found.append({**message, "content": content})
+    return found
+
+
+def _text(part: Any, where: str) -> str:
+    """The text of a part of a message."""
+    kind = part.get("type") if isinstance(part, Mapping) else article(type(part).__name__)
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise DataError(
+            f"{where} with a part that is not a text ({kind!r:.40}): the model reads texts only"
+        )
+    return str(part["text"])
 
 
 def find_template(given: str | None, tokenizer: str) -> str:

@@ -110,6 +110,15 @@ def test_the_default_template_on_bytes():
         template.prompt([])
 
 
+def test_parts_of_a_message_are_joined():
+    template = ChatTemplate(LLAMA2, HuggingFaceTokenizer("t", bpe()))
+    parts = [{"type": "text", "text": text} for text in ("What is", "1 + 1?")]
+    joined = [{**CHAT[0], "content": "What is\n1 + 1?"}, *CHAT[1:]]
+    divided = [{**CHAT[0], "content": parts}, *CHAT[1:]]
+    assert template.encode(divided) == template.encode(joined)
+    assert template.prompt(divided[:1]) == template.prompt(joined[:1])
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
@@ -121,7 +130,12 @@ def test_the_default_template_on_bytes():
         ),
         (["a"], "message 0 with the role 'a', which must be"),
         ([{"role": "user"}], r"message 0 \(user\) whose content is missing"),
-        ([{"role": "user", "content": [1]}], "whose content is a list, not text"),
+        ([{"role": "user", "content": 1}], "whose content is an int, not text"),
+        ([{"role": "user", "content": [1]}], r"message 0 \(user\) with a part .* \('an int'\)"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            r"with a part that is not a text \('image_url'\): the model reads texts only",
+        ),
         ([{"role": "system", "content": "a"}], "does not fit the chat template: no system"),
     ],
 )
