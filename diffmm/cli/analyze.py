@@ -49,6 +49,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         text=options.text,
         span=span,
         device=options.device,
+        tokenizer=options.tokenizer,
         trust=options.trust,
     )
     analyze(options.runs, request, page=options.output, csv_dir=options.csv, png_dir=options.png)
@@ -97,6 +98,9 @@ def make_parser() -> argparse.ArgumentParser:
         "the text: attention scores of its last token",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps [auto]")
+    parser.add_argument(
+        "--tokenizer", metavar="NAME", help="tokenizer of texts, if the weights do not name one"
+    )
     add_trust_option(parser)
     return parser
 
@@ -229,19 +233,22 @@ def write_page(
     subjects: Sequence["Subject"],
     sections: Sequence["AnalysisSection"],
 ) -> None:
-    """Write the page, with attention maps if all models are those of runs on their own data."""
+    """Write the page, with what `diffmm compare` has of them if all models are those of runs, and
+    attention maps if these are measured on their own data."""
     from diffmm import __version__
     from diffmm.analysis.analysis_page import AnalysisPage, render_analysis
+    from diffmm.cli.compare import page_of
     from diffmm.cli.compare_maps import exhibits_of
     from diffmm.runs.summaries import find_runs, summarize
 
+    runs = summarize(find_runs(paths)) if all(s.is_run for s in subjects) else []
     exhibits: Sequence[Exhibit]
     if request.text is not None or request.data is not None:
         exhibits, why_none = [], "they are drawn for samples of the runs' own data"
-    elif not all(subject.is_run for subject in subjects):
+    elif not runs:
         exhibits, why_none = [], "they are drawn for runs, with their data"
     else:
-        exhibits, why_none = exhibits_of(summarize(find_runs(paths)))
+        exhibits, why_none = exhibits_of(runs)
     head, rows = table_of(subjects)
     contents = AnalysisPage(
         title="Analysis" if len(subjects) == 1 else f"Analysis of {len(subjects)} runs",
@@ -250,6 +257,7 @@ def write_page(
         rows=rows,
         problems=[subject.problem for subject in subjects if subject.problem],
         sections=sections,
+        training=page_of(runs) if any(run.curves for run in runs) else None,
         exhibits=exhibits,
         why_none=why_none,
         facts=f"diffmm {__version__}. Made by diffmm analyze.",
