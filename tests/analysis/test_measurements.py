@@ -108,6 +108,20 @@ def test_sections_of_several_runs():
     assert not any(section.problems for section in sections)
 
 
+def test_scores_of_each_query_are_a_table_and_a_figure():
+    measured = measure(text_model("diff_v1"), [needle_batch()], spans=spans_of)
+    scores, *_ = sections_of([Analyzed("a", measured)])
+    tables = dict(tables_of([scores]))
+    assert tables["scores_by_query"] == [
+        ["run", "query", "share to answer", "share to noise"],
+        *(["a", i, q.answer, q.noise] for i, q in enumerate(measured.scores.queries)),
+    ]
+    assert len(tables["scores_by_query"]) == 3  # two queries
+    assert [row[1:] for row in tables["figure_scores_by_query"][1:]] == [
+        [i, q.answer] for i, q in enumerate(measured.scores.queries)
+    ]
+
+
 def test_where_lambda_is_one_scores_say_so_and_the_rest_appears():
     model = text_model("diff_v1", lambda_init=1.0)
     for name, parameter in model.named_parameters():
