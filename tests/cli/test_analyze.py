@@ -83,9 +83,12 @@ def test_runs_give_tables_and_files(run, runs, tmp_path):
     assert image.split()[3] == text.split()[3] == "3"
     for title in ("Concentration", "Lambda", "Outliers", "Quantization", "Gradients at the start"):
         assert title in result.out.splitlines()
-    assert [line.partition(": the data")[0] for line in warnings_of(result)] == [
+    assert [
+        line.partition(": the data")[0].removesuffix(" data") for line in warnings_of(result)
+    ] == [
         "attention scores: image",
         "attention scores: text",
+        "attention maps: the runs have different",
     ]
 
     drawn = {file.stem for file in figures.glob("*.png")}
@@ -121,12 +124,22 @@ def test_the_page_is_complete_and_needs_no_network(page):
 
 
 def test_the_page_of_a_run_has_attention_maps(run, runs, tmp_path):
-    page = tmp_path / "page.html"
-    assert run("analyze", runs / "text", "--samples", "1", "--output", page).code == 0
+    page, files = tmp_path / "page.html", tmp_path / "files"
+    outputs = ["--output", page, "--csv", files, "--png", files]
+    assert run("analyze", runs / "text", "--samples", "1", *outputs).code == 0
     text = page.read_text(encoding="utf-8")
     assert 'href="#maps"' in text
     assert text.count('id="maps"') == 1
     assert text.count("data:image/png;base64,") == 3  # both maps and their difference
+    for name in ("a1", "a2", "difference"):
+        with Image.open(files / f"figure_map_1_of_run_1_{name}.png") as picture:
+            picture.verify()
+        with (files / f"figure_map_1_of_run_1_{name}.csv").open(newline="") as file:
+            head, *weights = csv.reader(file)
+        assert len(head) == len(weights) + 1 == len(weights[0])
+        sums = [sum(map(float, row[1:])) for row in weights]
+        if name != "difference":
+            assert sums == pytest.approx([1.0] * len(weights), rel=1e-4)
 
 
 def test_a_text_with_an_answer_has_attention_scores(run, runs, tmp_path):
