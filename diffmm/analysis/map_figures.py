@@ -12,6 +12,9 @@ from diffmm.analysis.figures import Cell, Figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+LONGEST = 22
+"""Maximum number of characters of a run's name in a title."""
+
 FILE_NAMES = {"A": "a", "A₁": "a1", "A₂": "a2", "A₁ − λA₂": "difference"}
 
 
@@ -22,7 +25,7 @@ class MapFigure(Figure):
     Attributes:
         weights: `[rows, columns]`.
         names: Names of the rows and of the columns, such as the tokens of a text; None for numbers.
-        limit: The size of a weight that has the strongest color, the same for all maps of a model
+        limit: The size of weights that have the strongest color, the same for all maps of a model
             and sample.
         is_upward: Whether the first row is at the bottom.
     """
@@ -45,14 +48,20 @@ class MapFigure(Figure):
 
     def draw(self, axes: "Axes") -> None:
         """Draw the weights, negative ones in another color."""
+        from matplotlib.ticker import MaxNLocator
+
         image = axes.imshow(
             self.weights,
             cmap="PRGn_r",  # purple is positive, as on the pages
             vmin=-self.limit,
             vmax=self.limit,
             origin="lower" if self.is_upward else "upper",
-            aspect="equal",
+            aspect="auto" if self.is_upward else "equal",  # time and frequency have no common unit
         )
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+        if len(self.weights) == 1:
+            axes.set_yticks([])
         assert axes.figure is not None
         axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
 
@@ -64,6 +73,7 @@ def map_figures(exhibits: Sequence[Exhibit], run_names: Sequence[str]) -> Iterat
         exhibits: Samples, whose views are named by the runs' numbers, from 1.
         run_names: Names of the runs.
     """
+    titles = [n if len(n) <= LONGEST else f"…{n[1 - LONGEST :]}" for n in run_names]
     for sample, exhibit in enumerate(exhibits, start=1):
         is_text, is_sound = isinstance(exhibit, TextExhibit), isinstance(exhibit, SoundExhibit)
         x_label, y_label = "patch column", "patch row"
@@ -72,11 +82,15 @@ def map_figures(exhibits: Sequence[Exhibit], run_names: Sequence[str]) -> Iterat
         elif is_sound:
             x_label, y_label = "time", "frequency"
         for number, view in exhibit.views.items():
-            limit = max(float(np.abs(weights).max()) for weights in view.maps.values())
+            # As on the pages: the first tokens of a text attend to few others, with large weights.
+            limit = max(
+                float(np.percentile(np.abs(weights), 99.0 if is_text else 100.0))
+                for weights in view.maps.values()
+            )
             for name, weights in view.maps.items():
                 yield MapFigure(
                     f"map_{sample}_of_run_{number}_{FILE_NAMES[name]}",
-                    f"{name} of sample {sample}, {run_names[int(number) - 1]}",
+                    f"{name} of sample {sample}, {titles[int(number) - 1]}",
                     x_label,
                     y_label,
                     weights,
