@@ -163,7 +163,9 @@ def _chart(chart: Chart) -> str:
         Line(f"run{number}", str(number + 1), _thinned(curve))
         for number, curve in chart.curves.items()
     ]
-    return line_chart(lines, title=chart.title, x_label="step", markers=False)
+    # A curve of one point has no line.
+    markers = any(len(line.points) == 1 for line in lines)
+    return line_chart(lines, title=chart.title, x_label="step", markers=markers)
 
 
 def _thinned(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
