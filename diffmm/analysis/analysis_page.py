@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
-from diffmm.analysis.comparison import COLORS, LIGHTER, maps_of, run_styles, run_table, table
+from diffmm.analysis.comparison import (
+    COLORS,
+    LIGHTER,
+    Page,
+    maps_of,
+    results_of,
+    run_styles,
+    run_table,
+    table,
+)
 from diffmm.analysis.exhibits import Exhibit
 from diffmm.analysis.figures import svg
 from diffmm.analysis.sections import AnalysisSection
@@ -23,6 +32,8 @@ class AnalysisPage:
         rows: Rows of the table of runs.
         problems: Why runs could not be measured, one line each.
         sections: Tables and figures.
+        training: Settings, results and curves of the runs, as on the page of `diffmm compare`; None
+            if not all models are those of runs.
         exhibits: Samples with attention maps; their views are named by the runs' numbers, from 1.
         why_none: The reason if there are no exhibits.
         facts: Versions, for the last line.
@@ -34,6 +45,7 @@ class AnalysisPage:
     rows: Sequence[Sequence[str]]
     problems: Sequence[str]
     sections: Sequence[AnalysisSection]
+    training: Page | None
     exhibits: Sequence[Exhibit]
     why_none: str
     facts: str
@@ -43,6 +55,9 @@ def render_analysis(page: AnalysisPage) -> str:
     """Render the page as HTML."""
     style = files("diffmm.analysis").joinpath("report.css").read_text(encoding="utf-8")
     links = "".join(f'<a href="#{_anchor(s)}">{escape(s.title)}</a>' for s in page.sections)
+    results = "" if page.training is None else results_of(page.training)
+    if results:
+        links += '<a href="#results">Settings and results</a><a href="#curves">Curves</a>'
     if page.exhibits:
         links += '<a href="#maps">Maps</a>'
     colors, lighter = (
@@ -59,7 +74,7 @@ def render_analysis(page: AnalysisPage) -> str:
 {style}{run_styles(len(page.rows))}:root {{ {colors}}}
 @media (prefers-color-scheme: dark) {{ :root {{ {lighter}}} }}
 svg.figure {{ display: block; width: 100%; max-width: 34rem; height: auto; }}
-.card {{ min-width: 0; }} .problem {{ border-left-color: var(--series-2); }}
+.card {{ min-width: 0; max-width: 37rem; }} .problem {{ border-left-color: var(--series-2); }}
 </style>
 </head>
 <body>
@@ -73,6 +88,7 @@ svg.figure {{ display: block; width: 100%; max-width: 34rem; height: auto; }}
 {run_table(page.head, page.rows)}
 {_note(page.problems)}
 {"".join(map(_section, page.sections))}
+{results}
 {maps_of(page.exhibits, page.why_none)}
 </main>
 <footer class="quiet"><p>{escape(page.facts)}</p></footer>

@@ -86,10 +86,30 @@ class LayerScores:
 
 
 @dataclass(frozen=True)
+class QueryScores:
+    """The scores of the first, second, ... query of each sample, usually the tokens of an answer:
+    means over samples, layers and heads.
+
+    Attributes:
+        answer: Share of the attention to the evidence; NaN if all queries are left out.
+        noise: Share of the attention to the noise, likewise.
+    """
+
+    answer: float
+    noise: float
+
+
+@dataclass(frozen=True)
 class AttentionScores:
-    """The scores of all layers, and their means over layers and heads."""
+    """The scores of all layers, and their means over layers and heads.
+
+    Attributes:
+        layers: The scores of each layer and head, means over queries.
+        queries: The scores of each query, in the order of the queries of a sample.
+    """
 
     layers: list[LayerScores]
+    queries: list[QueryScores]
 
     @property
     def answer(self) -> float:
@@ -131,6 +151,9 @@ class ScoreMeter:
         self.max_bytes = max_bytes
         self._means = RowMeans()
         self._names: dict[str, None] = {}
+        # Of the first, second, ... query of each sample: sums of scores, and their numbers.
+        self._sums = {name: torch.zeros(0, dtype=torch.float64) for name in ("answer", "noise")}
+        self._counts = torch.zeros(0, dtype=torch.float64)
 
     def add(self, layer: LayerInputs, spans: Spans) -> None:
         """Add the scores of one layer for one batch.
@@ -150,6 +173,7 @@ class ScoreMeter:
         )
         self._names[layer.name] = None
         rows = queries.any(dim=0).nonzero().squeeze(1)
+        numbers = queries.cumsum(dim=1) - 1  # of each query in its sample
         for block in layer.blocks(rows=rows, max_bytes=self.max_bytes):
             weights = block.combined
             asked = (queries[:, block.rows] & block.is_real)[:, None]
@@ -159,6 +183,9 @@ class ScoreMeter:
             for name, chosen in (("answer", evidence), ("noise", noise)):
                 score = (weights * chosen[:, None, None]).sum(dim=-1) / total
                 self._means.add((layer.name, name), score, counted)
+                self._sums[name] = _added(self._sums[name], score, counted, numbers[:, block.rows])
+            ones = torch.ones_like(weights[..., 0])
+            self._counts = _added(self._counts, ones, counted, numbers[:, block.rows])
             self._means.add((layer.name, "left_out"), (~counted).to(weights.dtype), asked)
             self._means.add((layer.name, "above_one"), (total < 0.0).to(weights.dtype), asked)
 
@@ -174,8 +201,26 @@ class ScoreMeter:
                     ),
                 )
                 for layer in self._names
-            ]
+            ],
+            [
+                QueryScores(float(answer), float(noise))
+                for answer, noise in zip(
+                    self._sums["answer"] / self._counts,
+                    self._sums["noise"] / self._counts,
+                    strict=True,
+                )
+            ],
         )
+
+
+def _added(sums: Tensor, values: Tensor, counted: Tensor, numbers: Tensor) -> Tensor:
+    """Add values, `[B, H, R]`, where they are counted, to the sums of the numbers of their queries,
+    `[B, R]`; the sums grow if there are more queries."""
+    some = counted.expand_as(values)
+    places = numbers[:, None].expand_as(values)[some].cpu()
+    missing = int(places.max()) + 1 - len(sums) if len(places) else 0
+    grown = torch.cat([sums, sums.new_zeros(max(0, missing))])
+    return grown.index_add_(0, places, values[some].to("cpu", torch.float64))
 
 
 def attention_scores(

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from diffmm.batch import IGNORE_INDEX, inputs_of
+from diffmm.models.captioning import CaptioningModel
+from diffmm.models.contrastive import ContrastiveModel
+from diffmm.models.ctc import CTCModel
 from diffmm.models.masked_autoencoder import MaskedAutoencoder
 from diffmm.models.modes import evaluating
 from diffmm.models.text import TextModel
@@ -30,12 +33,13 @@ def mask_of(model: nn.Module, batch: Batch) -> AttentionMask | None:
 
 
 def loss_of(model: nn.Module, batch: Batch) -> tuple[Tensor, int, Tensor | None]:
-    """The loss of a model on a batch.
+    """The loss of a model on a batch, as its task computes it.
 
     Returns:
         The sum of the losses in nats (of a masked autoencoder: its mean squared error), a scalar
-        with gradients; the number of targets in it; and for one label per sample the number of
-        correct predictions.
+        with gradients; the number of targets in it: tokens or ids of texts, labels, or pairs; and
+        for one label per sample the number of correct predictions. A pair of a contrastive model
+        has the other pairs of the batch as its negatives.
 
     Raises:
         ValueError: If the batch has no targets for the model.
@@ -45,6 +49,10 @@ def loss_of(model: nn.Module, batch: Batch) -> tuple[Tensor, int, Tensor | None]
             raise ValueError("the loss of a text model needs a batch with targets")
         losses = model(batch["tokens"], mask=mask_of(model, batch), targets=batch["targets"])
         return losses.total, int((batch["targets"] != IGNORE_INDEX).sum()), None
+    if isinstance(model, ContrastiveModel | CaptioningModel | CTCModel):
+        if not {"tokens", "num_tokens"} <= batch.keys():
+            raise ValueError(f"the loss of {type(model).__name__} needs a batch of pairs")
+        return (*_loss_of_pairs(model, batch), None)
     if isinstance(model, MaskedAutoencoder):
         return model(*inputs_of(model, batch)).loss, 1, None
     if "labels" not in batch or getattr(model, "num_classes", 1) < 1:
@@ -55,6 +63,27 @@ def loss_of(model: nn.Module, batch: Batch) -> tuple[Tensor, int, Tensor | None]
         return losses.mean(dim=1).sum(), len(labels), None
     correct = (logits.argmax(dim=1) == labels).sum()
     return cross_entropy(logits, labels, reduction="sum"), len(labels), correct
+
+
+def _loss_of_pairs(
+    model: ContrastiveModel | CaptioningModel | CTCModel, batch: Batch
+) -> tuple[Tensor, int]:
+    """The summed loss of images or sounds with texts, and the number of its targets."""
+    from diffmm.training.captioning import caption_losses  # these import Lightning
+    from diffmm.training.contrastive_losses import LOSSES, Pairs, text_ids
+    from diffmm.training.ctc import ctc_losses
+
+    if isinstance(model, CaptioningModel):
+        return caption_losses(model, batch).total, int(batch["num_tokens"].sum())
+    found = model(*inputs_of(model, batch))
+    if isinstance(model, CTCModel):
+        each, count = ctc_losses(batch, found, model.config.blank_id)
+        return each.sum(), int(count)
+    ids = text_ids(batch["tokens"], batch["num_tokens"])
+    pairs = Pairs(found.media, found.texts, batch.get("media_index"), ids)
+    # The loss of SigLIP alone has a bias.
+    loss = LOSSES["clip" if found.bias is None else "siglip"]
+    return loss(pairs, pairs, 0, found.scale, found.bias), len(ids)
 
 
 @contextmanager

@@ -73,8 +73,6 @@ def render_comparison(page: Page, exhibits: Sequence[Exhibit], why_none: str) ->
     """
     style = files("diffmm.analysis").joinpath("report.css").read_text(encoding="utf-8")
     tasks = "".join(f'<p class="lede">{escape(task)}</p>' for task in page.tasks)
-    charts = "".join(f'<figure class="card">{_chart(chart)}</figure>' for chart in page.charts)
-    seeds = "".join(table(head, rows) for head, rows in page.seed_tables)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -89,19 +87,26 @@ def render_comparison(page: Page, exhibits: Sequence[Exhibit], why_none: str) ->
 <h1>{escape(page.title)}</h1>
 {tasks}</header>
 <main>
-<h2 id="results">Settings and results</h2>
-{run_table(page.head, page.rows)}
-{seeds}
-<h2 id="curves">Curves</h2>
-<div class="charts">{charts}</div>
-<p class="quiet">The number at the end of each line is that of the run in the table. The first tenth
-of the steps is ignored when scaling the axis: lines may start outside the chart.</p>
+{results_of(page)}
 {maps_of(exhibits, why_none)}
 </main>
 <footer class="quiet"><p>{escape(page.facts)}</p></footer>
 </body>
 </html>
 """
+
+
+def results_of(page: Page) -> str:
+    """The table of settings and results, those over seeds, and the curves."""
+    charts = "".join(f'<figure class="card">{_chart(chart)}</figure>' for chart in page.charts)
+    seeds = "".join(table(head, rows) for head, rows in page.seed_tables)
+    return f"""<h2 id="results">Settings and results</h2>
+{run_table(page.head, page.rows)}
+{seeds}
+<h2 id="curves">Curves</h2>
+<div class="charts">{charts}</div>
+<p class="quiet">The number at the end of each line is that of the run in the table. The first tenth
+of the steps is ignored when scaling the axis: lines may start outside the chart.</p>"""
 
 
 def run_styles(num_runs: int) -> str:
@@ -158,7 +163,9 @@ def _chart(chart: Chart) -> str:
         Line(f"run{number}", str(number + 1), _thinned(curve))
         for number, curve in chart.curves.items()
     ]
-    return line_chart(lines, title=chart.title, x_label="step", markers=False)
+    # A curve of one point has no line.
+    markers = any(len(line.points) == 1 for line in lines)
+    return line_chart(lines, title=chart.title, x_label="step", markers=markers)
 
 
 def _thinned(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -82,7 +82,8 @@ class SoundExhibit(Exhibit):
 
 
 class Pieces:
-    """Maps the ids of a tokenizer to printable text.
+    """Maps the ids of a tokenizer to the printable text that each adds to a text: of a word, with
+    the space before it.
 
     Args:
         tokenizer: A tokenizer (`diffmm.tokenizers.Tokenizer`).
@@ -92,8 +93,10 @@ class Pieces:
         self.tokenizer = tokenizer
 
     def __getitem__(self, token: Any) -> str:
-        text: str = self.tokenizer.decode([int(token)])
-        return text if text.isprintable() or text in ("\n", "\t") else "·"
+        alone, twice = (self.tokenizer.decode([int(token)] * count) for count in (1, 2))
+        text: str = twice[len(alone) :]
+        # Special tokens have no text.
+        return text if (text and text.isprintable()) or text in ("\n", "\t") else "·"
 
 
 def text_exhibit(
@@ -103,29 +106,32 @@ def text_exhibit(
     pieces: Sequence[str] | Pieces,
     *,
     layer: int = -1,
+    query: int = -1,
 ) -> TextExhibit:
-    """Compute the attention maps of causal text models.
+    """Compute the attention maps of text models.
 
     Args:
         models: The models, by attention.
         tokens: Token ids, `[N]`.
-        target: The next id; None if it is unknown.
+        target: The id that is to be predicted; None if it is unknown.
         pieces: The text of every id of the vocabulary.
         layer: Index of the attention layer.
+        query: Index of the token whose prediction and weights are shown: of a causal model the
+            last one, of an encoder one that is masked.
     """
     views = {}
     for attention, model in models.items():
         inputs = tokens[None].to(model.embedding.weight.device)
         with evaluating(model), torch.no_grad():
-            probabilities = model(inputs)[0, -1].float().softmax(-1)
+            probabilities = model(inputs)[0, query].float().softmax(-1)
         best = int(probabilities.argmax())
         views[attention] = replace(
-            _view(attention_maps(model, inputs, layers=[layer])[0]),
+            view_of(attention_maps(model, inputs, layers=[layer])[0]),
             answer=pieces[best],
             probability=float(probabilities[best]),
         )
     truth = None if target is None else pieces[target]
-    return TextExhibit(truth, views, [pieces[token] for token in tokens])
+    return TextExhibit(truth, views, [pieces[token] for token in tokens], query)
 
 
 def text_tower_exhibit(
@@ -147,7 +153,7 @@ def text_tower_exhibit(
     query: int | None = None
     for attention, tower in towers.items():
         inputs = tokens[None].to(tower.embedding.weight.device)
-        views[attention] = _view(attention_maps(tower, inputs, layers=[layer])[0])
+        views[attention] = view_of(attention_maps(tower, inputs, layers=[layer])[0])
         query = None if tower.config.pool == "mean" else int(tower.at(inputs))
     return TextExhibit(None, views, [pieces[token] for token in tokens], query)
 
@@ -190,11 +196,16 @@ def sound_exhibit(
 
 def sound_view(model: AudioModel, waveform: Tensor, *, layer: int = -1) -> View:
     """As `image_view`, for `waveform`, `[S]`."""
-    grid = model.stem.grid(_spectrogram(model, waveform).shape[2])
-    view = _encoder_view(model, waveform, grid, layer)
+    view = _encoder_view(model, waveform, sound_grid(model, waveform), layer)
     # Tokens are ordered by time first, but a picture has frequency in its rows.
     maps = {name: np.atleast_2d(weights.T) for name, weights in view.maps.items()}
     return replace(view, maps=maps)
+
+
+def sound_grid(model: AudioModel, waveform: Tensor) -> tuple[int, ...]:
+    """The grid of the patches of `waveform`, `[S]`: patches or frames in time, and in frequency."""
+    grid: tuple[int, ...] = model.stem.grid(_spectrogram(model, waveform).shape[2])
+    return grid
 
 
 def spectrogram_of(model: AudioModel, waveform: Tensor) -> tuple[Array, float]:
@@ -225,7 +236,7 @@ def _seen(stem: nn.Module, spectrogram: Tensor) -> Tensor:
 
 def _encoder_view(model: Encoder, sample: Tensor, grid: tuple[int, ...], layer: int) -> View:
     """The attention of the head's input to the patches of one sample, on the grid of patches."""
-    found = _view(attention_maps(model, sample[None].to(_device(model)), layers=[layer])[0])
+    found = view_of(attention_maps(model, sample[None].to(_device(model)), layers=[layer])[0])
     num_prefix = model.num_prefix_tokens
     rows = slice(0, 1) if model.config.pool == "cls" else slice(num_prefix, None)
     maps = {
@@ -243,7 +254,7 @@ def _with_answer(view: View, model: Encoder, sample: Tensor, class_names: Sequen
     return replace(view, answer=class_names[best], probability=float(probabilities[best]))
 
 
-def _view(layer: LayerMaps) -> View:
+def view_of(layer: LayerMaps) -> View:
     """The maps of the first sample, averaged over heads, without an answer."""
     maps, lam = {"A": layer.combined}, layer.lam
     if lam is not None:

@@ -68,6 +68,14 @@ class Figure:
     x_label: str
     y_label: str
 
+    def table(self) -> list[list[Cell]]:
+        """The numbers as CSV rows, with a header."""
+        raise NotImplementedError
+
+    def draw(self, axes: "Axes") -> None:
+        """Draw the figure, except its title and labels."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Chart(Figure):
@@ -178,12 +186,12 @@ class HeatMap(Figure):
         axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
 
 
-def png(figure: Chart | HeatMap) -> bytes:
+def png(figure: Figure) -> bytes:
     """Draw a figure as PNG on white."""
     return _drawn(figure, "png", dpi=DPI)
 
 
-def svg(figure: Chart | HeatMap) -> str:
+def svg(figure: Figure) -> str:
     """Draw a figure as an `<svg>` element without a background, whose ink is the page's and whose
     colors are its variables `--run-0` and so on."""
     text = _drawn(figure, "svg", transparent=True, metadata={"Date": None}).decode()
@@ -202,7 +210,7 @@ def svg(figure: Chart | HeatMap) -> str:
     return text.replace(INK, "var(--ink)").replace(RULE, "var(--rule)")
 
 
-def _drawn(figure: Chart | HeatMap, form: str, **settings: Any) -> bytes:
+def _drawn(figure: Figure, form: str, **settings: Any) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Canvas
 

@@ -21,6 +21,7 @@ from diffmm.analysis.quantization import (
     quantization_effects,
 )
 from diffmm.batch import IGNORE_INDEX, inputs_of, samples_of
+from diffmm.models.text import TextModel
 
 NUM_GRADIENT_SAMPLES = 8
 """Number of samples of the gradients at the start."""
@@ -150,8 +151,12 @@ def _scores(
     given = [(batch, each) for batch in batches if (each := spans(batch)) is not None]
     if not given:
         raise ValueError(
-            "the data do not say which tokens hold an answer (a field evidence): give a text and "
-            "the characters of its answer (--text TEXT --span A:B)"
+            "the data do not say which tokens hold an answer (a field evidence)"
+            + (
+                ": give a text and the characters of its answer (--text TEXT --span A:B)"
+                if isinstance(model, TextModel) and model.config.causal
+                else ""
+            )
         )
     for batch, each in given:
 

@@ -209,7 +209,11 @@ def _text(exhibit: TextExhibit) -> str:
             f'<div class="sample text">{_group(attention, says, tiles)}'
             f"<pre>{''.join(spans)}</pre></div>"
         )
-    comes = "" if exhibit.truth is None else f"Next comes {_quoted(exhibit.truth)}."
+    comes = ""
+    if exhibit.truth is not None:
+        is_last = exhibit.query in (-1, len(exhibit.pieces) - 1)
+        start = "Next comes" if is_last else "The outlined token hides"
+        comes = f"{start} {_quoted(exhibit.truth)}."
     return f"{''.join(rows)}<p class='quiet'>{comes}</p>"
 
 

@@ -15,8 +15,11 @@ from diffmm.recipes.trust import add_trust_option
 
 if TYPE_CHECKING:
     from diffmm.analysis.exhibits import Exhibit
+    from diffmm.analysis.figures import Figure
+    from diffmm.analysis.map_figures import MapFigure
     from diffmm.analysis.sections import AnalysisSection
     from diffmm.cli.analyze_subjects import Request, Subject
+    from diffmm.runs.summaries import Summary
 
 DESCRIPTION = """Measure trained models on samples of their validation data, of other data (--data)
 or on a text (--text): attention scores (the share of attention to an answer and to noise),
@@ -49,6 +52,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         text=options.text,
         span=span,
         device=options.device,
+        tokenizer=options.tokenizer,
         trust=options.trust,
     )
     analyze(options.runs, request, page=options.output, csv_dir=options.csv, png_dir=options.png)
@@ -73,9 +77,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--csv",
         metavar="DIR",
         type=Path,
-        help="also write all tables, per layer and head, and the numbers of all figures to DIR",
+        help="also write all tables, per layer and head, and the numbers of all figures and "
+        "attention maps to DIR",
     )
-    parser.add_argument("--png", metavar="DIR", type=Path, help="also write all figures to DIR")
+    parser.add_argument(
+        "--png", metavar="DIR", type=Path, help="also write all figures and attention maps to DIR"
+    )
     parser.add_argument(
         "--samples",
         metavar="N",
@@ -97,6 +104,9 @@ def make_parser() -> argparse.ArgumentParser:
         "the text: attention scores of its last token",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps [auto]")
+    parser.add_argument(
+        "--tokenizer", metavar="NAME", help="tokenizer of texts, if the weights do not name one"
+    )
     add_trust_option(parser)
     return parser
 
@@ -170,12 +180,33 @@ def analyze(
             print(text_table(section.summary.head, section.summary.texts()))
         for problem in section.problems:
             warn(f"{section.title.lower()}: {problem}")
+    if csv_dir is None and png_dir is None and page is None:
+        return
+    from diffmm.analysis.map_figures import map_figures
+    from diffmm.runs.summaries import find_runs, summarize
+
+    runs = summarize(find_runs(paths)) if all(s.is_run for s in subjects) else []
+    exhibits, why_none = _exhibits(runs, request)
+    if runs and is_own and why_none and not any(subject.problem for subject in subjects):
+        warn(f"attention maps: {why_none}")
+    maps = list(map_figures(exhibits, [subject.analyzed.name for subject in subjects]))
     if csv_dir is not None:
-        write_tables(sections, csv_dir)
+        write_tables(sections, maps, csv_dir)
     if png_dir is not None:
-        write_figures(sections, png_dir)
+        write_figures(sections, maps, png_dir)
     if page is not None:
-        write_page(page, paths, request, subjects, sections)
+        write_page(page, request, subjects, sections, runs, exhibits, why_none)
+
+
+def _exhibits(runs: Sequence["Summary"], request: "Request") -> "tuple[Sequence[Exhibit], str]":
+    """Samples with attention maps, or the reason why there are none."""
+    from diffmm.cli.compare_maps import exhibits_of
+
+    if request.text is not None or request.data is not None:
+        return [], "they are drawn for samples of the runs' own data"
+    if not runs:
+        return [], "they are drawn for runs, with their data"
+    return exhibits_of(runs)
 
 
 def table_of(subjects: Sequence["Subject"]) -> tuple[list[str], list[list[str]]]:
@@ -195,11 +226,13 @@ def table_of(subjects: Sequence["Subject"]) -> tuple[list[str], list[list[str]]]
     return head, rows
 
 
-def write_tables(sections: Sequence["AnalysisSection"], folder: Path) -> None:
-    """Write all tables, and the numbers of all figures, as CSV."""
+def write_tables(
+    sections: Sequence["AnalysisSection"], maps: Sequence["MapFigure"], folder: Path
+) -> None:
+    """Write all tables, and the numbers of all figures and maps, as CSV."""
     from diffmm.analysis.sections import tables_of
 
-    tables = tables_of(sections)
+    tables = tables_of(sections) + [(f"figure_{figure.name}", figure.table()) for figure in maps]
     with refusing():
         folder.mkdir(exist_ok=True)
         for name, rows in tables:
@@ -209,12 +242,14 @@ def write_tables(sections: Sequence["AnalysisSection"], folder: Path) -> None:
     print(f"tables: {folder} ({len(tables)} files)")
 
 
-def write_figures(sections: Sequence["AnalysisSection"], folder: Path) -> None:
-    """Write all figures as PNG."""
+def write_figures(
+    sections: Sequence["AnalysisSection"], maps: Sequence["MapFigure"], folder: Path
+) -> None:
+    """Write all figures and maps as PNG."""
     from diffmm.analysis.figures import png
     from diffmm.analysis.sections import figures_of
 
-    figures = figures_of(sections)
+    figures: list[Figure] = [*figures_of(sections), *maps]
     with refusing():
         folder.mkdir(exist_ok=True)
         for figure in figures:
@@ -224,24 +259,18 @@ def write_figures(sections: Sequence["AnalysisSection"], folder: Path) -> None:
 
 def write_page(
     page: Path,
-    paths: Sequence[str],
     request: "Request",
     subjects: Sequence["Subject"],
     sections: Sequence["AnalysisSection"],
+    runs: Sequence["Summary"],
+    exhibits: Sequence["Exhibit"],
+    why_none: str,
 ) -> None:
-    """Write the page, with attention maps if all models are those of runs on their own data."""
+    """Write the page, with what `diffmm compare` has of the models if they are those of runs."""
     from diffmm import __version__
     from diffmm.analysis.analysis_page import AnalysisPage, render_analysis
-    from diffmm.cli.compare_maps import exhibits_of
-    from diffmm.runs.summaries import find_runs, summarize
+    from diffmm.cli.compare import page_of
 
-    exhibits: Sequence[Exhibit]
-    if request.text is not None or request.data is not None:
-        exhibits, why_none = [], "they are drawn for samples of the runs' own data"
-    elif not all(subject.is_run for subject in subjects):
-        exhibits, why_none = [], "they are drawn for runs, with their data"
-    else:
-        exhibits, why_none = exhibits_of(summarize(find_runs(paths)))
     head, rows = table_of(subjects)
     contents = AnalysisPage(
         title="Analysis" if len(subjects) == 1 else f"Analysis of {len(subjects)} runs",
@@ -250,6 +279,7 @@ def write_page(
         rows=rows,
         problems=[subject.problem for subject in subjects if subject.problem],
         sections=sections,
+        training=page_of(runs) if any(run.curves for run in runs) else None,
         exhibits=exhibits,
         why_none=why_none,
         facts=f"diffmm {__version__}. Made by diffmm analyze.",

@@ -47,6 +47,7 @@ class Request:
         text: A text to use instead of data.
         span: First character of the answer in the text, and the one after its last.
         device: Name of the device.
+        tokenizer: Name of the tokenizer of weights that do not name one.
         trust: Whether to import and call classes that a run's recipe names outside the library.
     """
 
@@ -55,6 +56,7 @@ class Request:
     text: str | None = None
     span: tuple[int, int] | None = None
     device: str = "auto"
+    tokenizer: str | None = None
     trust: bool = False
 
     @property
@@ -120,9 +122,9 @@ def _subject(path: Path, name: str, request: Request) -> Subject:
             raise InputError("the run has no complete checkpoint")
         if path.is_dir() and not any(path.iterdir()):
             raise InputError("the folder is empty: it has no run and no file of weights")
-        trained = load(path, device=request.device)
+        trained = load(path, device=request.device, tokenizer=request.tokenizer)
         layers = [part for part in trained.model.modules() if isinstance(part, Attention)]
-        subject.attention = ", ".join(dict.fromkeys(map(_label, layers))) or "none"
+        subject.attention = ", ".join(dict.fromkeys(map(label_of, layers))) or "none"
         subject.num_parameters = sum(p.numel() for p in trained.model.parameters())
         batches, spans = _batches(trained, path, request)
     except (ValueError, OSError, InputError) as error:
@@ -220,6 +222,12 @@ def _spans_of_text(
     def spans(batch: Batch) -> Spans | None:
         if request.span is None or request.text is None:
             return None
+        assert isinstance(trained.model, TextModel)
+        if not trained.model.config.causal:
+            raise ValueError(
+                "the scores of a text are those of its last token, which predicts what follows: "
+                "they need a causal model"
+            )
         tokens = tokens_of_span(trained.tokenizer, request.text, ids, *request.span)
         queries = torch.zeros_like(tokens)
         queries[-1] = True
@@ -232,6 +240,11 @@ def _moved(batch: dict[str, Any], device: torch.device) -> Batch:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def _label(layer: Attention) -> str:
+def label_of(layer: Attention) -> str:
+    """The name of an attention, with what is added to its heads."""
     names = [name for name, kind in ATTENTIONS.items() if kind is type(layer)]
-    return names[0] if names else type(layer).__name__
+    added = ["exclusive"] if layer.exclusive else []
+    if layer.gate_proj is not None:
+        added.append("gate per head" if layer.gate_width == 1 else "gate per element")
+    name = names[0] if names else type(layer).__name__
+    return f"{name} ({' and '.join(added)})" if added else name

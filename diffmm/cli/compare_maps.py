@@ -1,9 +1,11 @@
 """Attention maps of several runs, where their checkpoints and data allow them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from diffmm.batch import size_of
 
 if TYPE_CHECKING:
     from diffmm.analysis.exhibits import Exhibit
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
 MOST_RUNS = 6
 """Maximum number of runs whose attention maps are shown."""
 NUM_CLASSES = 3
-"""Number of classes, of each of which one sample is shown."""
+"""Number of classes, of each of which one sample is shown; or of samples without classes."""
 NUM_BATCHES = 20
 """Maximum number of batches that are searched for samples."""
 NUM_TOKENS = 128
@@ -39,7 +41,7 @@ def exhibits_of(runs: Sequence["Summary"]) -> "tuple[list[Exhibit], str]":
 
     try:
         models = {str(n): load_model(run.path) for n, run in enumerate(runs, start=1)}
-        return _exhibits(models, validation_data(runs[0].values, runs[0].path)), ""
+        return drawn_samples(models, validation_data(runs[0].values, runs[0].path)), ""
     except (ValueError, OSError) as error:
         return [], " ".join(str(error).split()).rstrip(".")
 
@@ -74,16 +76,17 @@ def validation_data(
     return data
 
 
-def _exhibits(models: Mapping[str, Any], data: Any) -> "list[Exhibit]":
+def drawn_samples(models: Mapping[str, Any], data: Any) -> "list[Exhibit]":
     """Return attention maps of the models for some samples of the validation data."""
-    from diffmm.analysis.exhibits import (
-        Exhibit,
-        Pieces,
-        image_exhibit,
-        sound_exhibit,
-        text_exhibit,
+    from diffmm.models import (
+        AudioModel,
+        CaptioningModel,
+        ContrastiveModel,
+        CTCModel,
+        ImageModel,
+        MaskedAutoencoder,
+        TextModel,
     )
-    from diffmm.models import AudioModel, ImageModel, TextModel
 
     kinds = {type(model) for model in models.values()}
     if len(kinds) > 1:
@@ -91,30 +94,108 @@ def _exhibits(models: Mapping[str, Any], data: Any) -> "list[Exhibit]":
     (kind,) = kinds
     batches = islice(iter(data.val_dataloader()), NUM_BATCHES)
     if kind is TextModel:
-        if not all(model.config.causal for model in models.values()):
-            raise ValueError("they are drawn for causal text models")
-        tokens = next(batches)["tokens"][0][: NUM_TOKENS + 1]
-        pieces = Pieces(data.tokenizer)
-        return [text_exhibit(models, tokens[:-1], int(tokens[-1]), pieces)]
+        return [_text_exhibit(models, next(batches), data)]
+    if kind is MaskedAutoencoder:
+        encoders = {name: model.encoder for name, model in models.items()}
+        return _encoder_exhibits(encoders, next(batches))
+    if kind in (CaptioningModel, ContrastiveModel, CTCModel):
+        return _pair_exhibits(models, next(batches), data)
     if kind not in (ImageModel, AudioModel) or not all(m.num_classes for m in models.values()):
-        raise ValueError(f"they are drawn for classifiers and decoders, not for {kind.__name__}")
-    names = data.class_names
+        raise ValueError(f"they are not drawn for a {kind.__name__} without classes")
+    first = next(batches)
+    if first["labels"].ndim > 1:
+        return _encoder_exhibits(models, first, data.class_names)
+    return _class_exhibits(models, chain([first], batches), data.class_names)
+
+
+def _text_exhibit(models: Mapping[str, Any], batch: Any, data: Any) -> "Exhibit":
+    """The start of a text: of causal models with the next token, of encoders with a masked one."""
+    from diffmm.analysis.exhibits import Pieces, text_exhibit
+    from diffmm.batch import IGNORE_INDEX
+
+    pieces = Pieces(data.tokenizer)
+    is_causal = {model.config.causal for model in models.values()}
+    if len(is_causal) > 1:
+        raise ValueError("the runs have causal models and encoders")
+    if True in is_causal:
+        tokens = batch["tokens"][0][: NUM_TOKENS + 1]
+        return text_exhibit(models, tokens[:-1], int(tokens[-1]), pieces)
+    tokens, targets = (batch[name][0][:NUM_TOKENS] for name in ("tokens", "targets"))
+    masked = (targets != IGNORE_INDEX).nonzero().flatten().tolist()
+    if not masked:
+        raise ValueError(f"the first {NUM_TOKENS} tokens of the data have no target")
+    query = masked[len(masked) // 2]
+    return text_exhibit(models, tokens, int(targets[query]), pieces, query=query)
+
+
+def _class_exhibits(models: Mapping[str, Any], batches: Any, names: Any) -> "list[Exhibit]":
+    """Images or sounds of several classes."""
+    from diffmm.analysis.exhibits import image_exhibit, sound_exhibit
+
     shown: list[Exhibit] = []
     for batch, i, label in _firsts(batches):
-        if kind is ImageModel:
+        if "images" in batch:
             shown.append(image_exhibit(models, batch["images"][i], label, names))
         else:
-            waveform = batch["waveforms"][i, : batch["num_samples"][i]]
-            shown.append(sound_exhibit(models, waveform, label, names))
+            shown.append(sound_exhibit(models, _sample(batch, i), label, names))
     return shown
+
+
+def _encoder_exhibits(
+    encoders: Mapping[str, Any], batch: Any, names: Sequence[str] = ()
+) -> "list[Exhibit]":
+    """Whole images or sounds, with the names of all their classes if given."""
+    from diffmm.analysis.encoder_exhibits import encoder_exhibit
+
+    shown: list[Exhibit] = []
+    for i in range(min(NUM_CLASSES, size_of(batch))):
+        title = f"sample {i + 1}"
+        if names:
+            has = batch["labels"][i].bool().tolist()
+            title = ", ".join(name for name, is_in in zip(names, has, strict=True) if is_in)
+        shown.append(encoder_exhibit(encoders, _sample(batch, i), title or "no class"))
+    return shown
+
+
+def _pair_exhibits(models: Mapping[str, Any], batch: Any, data: Any) -> "list[Exhibit]":
+    """Images or sounds with their texts, and of contrastive models a text, too."""
+    from diffmm.analysis.encoder_exhibits import caption_exhibit, encoder_exhibit
+    from diffmm.analysis.exhibits import Pieces, text_tower_exhibit
+    from diffmm.models import CaptioningModel, ContrastiveModel
+
+    tokenizer = data.evaluation_reader.encoder
+    some = next(iter(models.values()))
+    shown: list[Exhibit] = []
+    for i in range(min(NUM_CLASSES, size_of(batch))):
+        sample, tokens = _sample(batch, i), batch["tokens"][i, : batch["num_tokens"][i]]
+        text = tokenizer.decode(tokens.tolist())
+        if isinstance(some, CaptioningModel):
+            shown.append(caption_exhibit(models, sample, tokens, text))
+            continue
+        part = "encoder"
+        if isinstance(some, ContrastiveModel):
+            part = "image" if "images" in batch else "audio"
+        encoders = {name: getattr(model, part) for name, model in models.items()}
+        shown.append(encoder_exhibit(encoders, sample, text))
+    if isinstance(some, ContrastiveModel):
+        towers = {name: model.text for name, model in models.items()}
+        first = batch["tokens"][0, : batch["num_tokens"][0]]
+        shown.append(text_tower_exhibit(towers, first, Pieces(tokenizer)))
+    return shown
+
+
+def _sample(batch: Any, i: int) -> Any:
+    """An image of a batch, or a sound without its padding."""
+    if "images" in batch:
+        return batch["images"][i]
+    length = batch["num_samples"][i] if "num_samples" in batch else None
+    return batch["waveforms"][i, :length]
 
 
 def _firsts(batches: Any) -> list[tuple[Any, int, int]]:
     """Return batch, row and class of the first sample of each of several classes."""
     found: dict[int, tuple[Any, int, int]] = {}
     for batch in batches:
-        if batch["labels"].dim() > 1:
-            raise ValueError("they are drawn for one class per sample")
         for i, label in enumerate(batch["labels"].tolist()):
             found.setdefault(label, (batch, i, label))
         if len(found) >= NUM_CLASSES:

@@ -62,6 +62,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="P",
         help="sample from the most likely tokens with a total probability of P",
     )
+    parser.add_argument(
+        "--prompt-lookup-num-tokens",
+        type=int,
+        metavar="N",
+        help="speculative decoding: guess up to N tokens at once where the text repeats itself; "
+        "the result stays the same",
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling [0]")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps [auto]")
     parser.add_argument(
@@ -92,6 +99,7 @@ def generate(options: argparse.Namespace) -> None:
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
+        prompt_lookup_num_tokens=options.prompt_lookup_num_tokens,
     )
     for piece in pieces:
         sys.stdout.write(piece)

@@ -568,6 +568,7 @@ class TrainedModel:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
+        prompt_lookup_num_tokens: int | None = None,
     ) -> Iterator[str]:
         """Generate text after a prompt and yield it piece by piece.
 
@@ -585,6 +586,7 @@ class TrainedModel:
             top_k: As in `diffmm.models.generation.stream`.
             top_p: As in `diffmm.models.generation.stream`.
             seed: Seed of the random numbers; the same seed generates the same text.
+            prompt_lookup_num_tokens: As in `diffmm.models.generation.stream`.
 
         Raises:
             ValueError: If the model does not generate text, or was not trained on conversations but
@@ -602,6 +604,7 @@ class TrainedModel:
             "top_k": top_k,
             "top_p": top_p,
             "generator": torch.Generator(device).manual_seed(seed),
+            "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
         }
         decoder = StreamDecoder(tokenizer)
         if isinstance(self.model, CaptioningModel):

@@ -1,15 +1,18 @@
-"""The steps of token-by-token generation: one after another, or replayed as a CUDA graph."""
+"""The steps of token-by-token generation: one after another, replayed as a CUDA graph, or with
+guesses that one forward pass checks."""
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffmm.layers.cache import KVCache
 from diffmm.models.prompt import Prompt
+from diffmm.models.prompt_lookup import PromptLookup
 from diffmm.models.sampling import Sampling, compiled_next_tokens, next_tokens
 from diffmm.models.text import TextModel
 from diffmm.ops import AttentionMask
@@ -83,10 +86,63 @@ class Steps:
         )
         return self.choose(logits[:, -1])
 
-    def _mask(self) -> AttentionMask:
-        length = int(self.cache.length) + 1
+    def _mask(self, num_tokens: int = 1) -> AttentionMask:
+        """The mask of the next `num_tokens` tokens."""
+        length = int(self.cache.length) + num_tokens
         real = None if self.real is None else self.real[:, :length]
         return AttentionMask(causal=True, key_padding=real)
+
+
+class LookupSteps(Steps):
+    """Generates one token per step for one sequence, as `Steps` does, with fewer forward passes.
+
+    A forward pass processes the last token and guesses of those that follow. Each next token is
+    chosen from the logits before it, with its own random numbers; as long as it equals the guess,
+    the logits after it are already there. Otherwise the remaining guesses leave the cache. Every
+    token thus has the distribution that it has in `Steps`, and is the same one if the logits are
+    equal to the last bit (a forward pass of several tokens may round differently).
+
+    Args:
+        call, cache, positions, real, choice, tokens: See `Steps`.
+        ids: The prompt, in which tokens are looked up.
+        count: Maximum number of guesses per forward pass, at least 1.
+    """
+
+    def __init__(self, *steps: Any, ids: Iterable[int], count: int) -> None:
+        super().__init__(*steps)
+        self.lookup = PromptLookup(ids)
+        self.count = count
+        self.guesses: list[int] = []
+        self.logits: Tensor | None = None
+        self.num_passes = 0
+
+    def next(self) -> Tensor:
+        token = int(self.tokens)
+        self.lookup.append(token)
+        self.positions += 1
+        if self.guesses and self.guesses[0] == token:
+            self.guesses.pop(0)
+        else:
+            self._process()
+        assert self.logits is not None
+        return self.choose(self.logits[:, -1 - len(self.guesses)])
+
+    def _process(self) -> None:
+        """Compute the logits after the last token and after each of the guesses that follow."""
+        assert isinstance(self.cache.length, int)
+        self.cache.length -= len(self.guesses)
+        room = self.cache.keys[0].shape[1] - self.cache.length - 1
+        self.guesses = self.lookup.guess(min(self.count, room))
+        kind: Any = {"dtype": self.tokens.dtype, "device": self.tokens.device}
+        tokens = torch.cat([self.tokens, torch.tensor(self.guesses, **kind)])[None]
+        ahead = torch.arange(tokens.shape[1], device=tokens.device)
+        self.logits = self.call(
+            tokens,
+            mask=self._mask(tokens.shape[1]),
+            positions=self.positions + ahead,
+            cache=self.cache,
+        )
+        self.num_passes += 1
 
 
 class GraphedSteps(Steps):
@@ -127,7 +183,7 @@ class GraphedSteps(Steps):
         self.visible.index_fill_(1, length[None], True)
         super().next()
 
-    def _mask(self) -> AttentionMask:
+    def _mask(self, num_tokens: int = 1) -> AttentionMask:
         return AttentionMask(key_padding=self.visible)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
@@ -177,6 +233,7 @@ def prepare(
     choice: Choice,
     *,
     cuda_graph: bool,
+    num_guesses: int = 0,
 ) -> tuple[Steps, Tensor]:
     """Process the prompts, and return the steps that follow and the first new tokens, `[B]`.
 
@@ -187,6 +244,7 @@ def prepare(
         max_new_tokens: Number of tokens that are generated at most.
         choice: How tokens are chosen.
         cuda_graph: Whether steps are replayed as a CUDA graph.
+        num_guesses: Maximum number of tokens that are looked up per forward pass; 0 for none.
     """
     batch, device = len(prompt.tokens), prompt.tokens.device
     total = prompt.length + max_new_tokens
@@ -203,9 +261,13 @@ def prepare(
         real[:, : prompt.length] = found.real
     # The last token of an empty prompt is that of an image or a sound; steps replace it.
     last = prompt.tokens[:, -1] if prompt.tokens.shape[1] else prompt.tokens.new_zeros(batch)
-    if cuda_graph:
+    if num_guesses:
+        ids = prompt.tokens[0].tolist()
+        inputs = (call, cache, found.positions, real, choice, last)
+        steps: Steps = LookupSteps(*inputs, ids=ids, count=num_guesses)
+    elif cuda_graph:
         assert real is not None
-        steps: Steps = GraphedSteps(call, cache, found.positions, real, choice, last)
+        steps = GraphedSteps(call, cache, found.positions, real, choice, last)
     else:
         steps = Steps(call, cache, found.positions, real, choice, last)
     return steps, steps.choose(logits)

@@ -35,6 +35,7 @@ def generate(
     key_padding: Tensor | None = None,
     generator: torch.Generator | None = None,
     cuda_graph: bool | None = None,
+    prompt_lookup_num_tokens: int | None = None,
 ) -> Tensor:
     """Generate a continuation of each prompt: `[B, T]` ids without the prompt.
 
@@ -55,6 +56,7 @@ def generate(
         key_padding=key_padding,
         generator=generator,
         cuda_graph=cuda_graph,
+        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
     )
     return torch.stack(list(steps), dim=1)
 
@@ -74,6 +76,7 @@ def stream(
     key_padding: Tensor | None = None,
     generator: torch.Generator | None = None,
     cuda_graph: bool | None = None,
+    prompt_lookup_num_tokens: int | None = None,
 ) -> Iterator[Tensor]:
     """Generate like `generate`, but yield the `[B]` ids of each step as soon as they are sampled.
 
@@ -102,11 +105,17 @@ def stream(
             model is on a CUDA device and `max_new_tokens` is at least 8, since capturing it takes
             as long as some steps. False is for models whose steps cannot be captured, such as
             models that were compiled to use CUDA graphs themselves.
+        prompt_lookup_num_tokens: Speculative decoding of a single prompt: up to this many tokens
+            that followed the same few tokens earlier in the text are processed with the last one,
+            and kept as long as they are those that are chosen. This needs fewer steps where texts
+            repeat themselves, such as in summaries and code, and changes no probability. No CUDA
+            graph is used, and each token waits for the device. None by default.
 
     Raises:
         ValueError: If the model is an encoder or in training mode, an argument is out of range,
             prompts are padded on the right, prompt and new tokens (and media) exceed `max_length`,
-            `cuda_graph` is set without a CUDA device, or media are missing or not wanted.
+            `cuda_graph` is set without a CUDA device, prompt lookup is combined with it or with
+            several prompts, or media are missing or not wanted.
     """
     inner: Any = unwrap(model)
     decoder, num_media = _check_model(inner, media)
@@ -122,6 +131,16 @@ def stream(
         key_padding = None
 
     is_cuda = tokens.is_cuda
+    if prompt_lookup_num_tokens is not None:
+        check_count("prompt_lookup_num_tokens", prompt_lookup_num_tokens)
+        if len(tokens) > 1:
+            raise ValueError(
+                f"prompt lookup continues one prompt, got {len(tokens)}: generate them one by one, "
+                f"or leave out prompt_lookup_num_tokens"
+            )
+        if cuda_graph:
+            raise ValueError("prompt lookup cannot be captured: set cuda_graph to False")
+        cuda_graph = False
     if cuda_graph is None:
         cuda_graph = is_cuda and max_new_tokens >= MIN_STEPS_OF_GRAPH
     elif cuda_graph and not is_cuda:
@@ -148,7 +167,13 @@ def stream(
     @torch.no_grad()
     def generated() -> Iterator[Tensor]:
         steps, new = prepare(
-            decoder, steps_of, prompt, max_new_tokens, choice, cuda_graph=cuda_graph
+            decoder,
+            steps_of,
+            prompt,
+            max_new_tokens,
+            choice,
+            cuda_graph=cuda_graph,
+            num_guesses=prompt_lookup_num_tokens or 0,
         )
         for number in range(1, max_new_tokens + 1):
             has_stopped = HostCopy(steps.stopped.all()) if stop_ids else None

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
 from torchmetrics import Metric
 
-from diffmm.batch import IGNORE_INDEX, InputShapes
+from diffmm.batch import IGNORE_INDEX, InputShapes, inputs_of
 from diffmm.models.captioning import CaptioningModel
 from diffmm.models.generation import generate
 from diffmm.models.job import Job
@@ -172,13 +172,7 @@ class Captioning(Task):
 
     def losses(self, batch: Any) -> Losses:
         """Return the losses of all tokens, `[B, N]`, and their sum."""
-        return self.model(
-            batch["tokens"],
-            *self._media(batch),
-            document_ids=batch.get("document_ids"),
-            media_documents=batch.get("media_documents"),
-            targets=targets_of(batch),
-        )
+        return caption_losses(self.model, batch)
 
     def loss_sum(self, batch: Any, batch_idx: int) -> LossSum:
         return LossSum(self.losses(batch).total, batch["num_tokens"].sum().float())
@@ -306,6 +300,18 @@ def gathered(model: nn.Module) -> Iterator[bool]:
 def eos_of(batch: Any) -> int:
     """The end-of-text id, the last token of each text."""
     return int(batch["tokens"][0, batch["num_tokens"][0] - 1])
+
+
+def caption_losses(model: CaptioningModel, batch: Any) -> Losses:
+    """The losses of all tokens of the texts of a batch (`diffmm.batch.PairBatch`), `[B, N]`, and
+    their sum."""
+    losses: Losses = model(
+        *inputs_of(model, batch),
+        document_ids=batch.get("document_ids"),
+        media_documents=batch.get("media_documents"),
+        targets=targets_of(batch),
+    )
+    return losses
 
 
 def targets_of(batch: Any, padding: int = IGNORE_INDEX) -> Tensor:

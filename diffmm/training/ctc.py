@@ -148,18 +148,7 @@ class CTC(Task):
     def losses(self, batch: Any, found: Spoken) -> tuple[Tensor, Tensor]:
         """Return the loss of each sample, `[B]`, 0 where the text is too long for its sound, and
         the number of ids that count, a scalar."""
-        lengths = batch["num_tokens"] - 1
-        each = ctc_loss(
-            upcast(found.logits).log_softmax(dim=-1).transpose(0, 1),
-            batch["tokens"],
-            found.lengths,
-            lengths,
-            blank=self.model.config.blank_id,
-            reduction="none",
-            zero_infinity=True,
-        )
-        fits = needed_times(batch["tokens"], lengths) <= found.lengths
-        return each.where(fits, 0.0), (lengths * fits).sum()
+        return ctc_losses(batch, found, self.model.config.blank_id)
 
     def loss_sum(self, batch: Any, batch_idx: int) -> LossSum:
         each, count = self.losses(batch, self.model(*inputs_of(self.model, batch)))
@@ -201,3 +190,29 @@ class CTC(Task):
     def texts(self, tokens: Tensor) -> list[str]:
         """Decode texts, `[B, N]` ids, padded with the blank."""
         return [self.data_tokenizer.decode(row) for row in tokens.tolist()]
+
+
+def ctc_losses(batch: Any, found: Spoken, blank_id: int) -> tuple[Tensor, Tensor]:
+    """The CTC losses of a batch of sounds with their texts.
+
+    Args:
+        batch: A `diffmm.batch.PairBatch` of sounds, whose texts end with the blank.
+        found: The output of the model.
+        blank_id: Id of the blank.
+
+    Returns:
+        The loss of each sample in nats, `[B]`, 0 where the text is too long for its sound, and the
+        number of ids that count, a scalar.
+    """
+    lengths = batch["num_tokens"] - 1
+    each = ctc_loss(
+        upcast(found.logits).log_softmax(dim=-1).transpose(0, 1),
+        batch["tokens"],
+        found.lengths,
+        lengths,
+        blank=blank_id,
+        reduction="none",
+        zero_infinity=True,
+    )
+    fits = needed_times(batch["tokens"], lengths) <= found.lengths
+    return each.where(fits, 0.0), (lengths * fits).sum()

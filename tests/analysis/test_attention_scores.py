@@ -66,6 +66,21 @@ def test_queries_near_lambda_one_are_left_out_and_reported():
     assert none.left_out == 1.0
 
 
+def test_each_query_of_a_sample_alone():
+    """The queries are numbered within each sample, wherever they are, over blocks and batches."""
+    maps = [0.1, 0.4, 0.2, 0.3], [0.2, 0.1, 0.3, 0.4]
+    lam = torch.tensor([0.0, 0.5, 0.98, 0.5])
+    evidence = marks(".x..")
+    meter = ScoreMeter(max_bytes=1)
+    meter.add(layer_of(*maps, lam=lam), Spans(evidence, marks("xx..")))  # 0.4, 0.7
+    meter.add(layer_of(*maps, lam=lam), Spans(evidence, marks(".xxx")))  # 0.7, left out, 0.7
+    found = meter.scores().queries
+    assert [query.answer for query in found] == pytest.approx([(0.4 + 0.7) / 2, 0.7, 0.7])
+    assert [query.noise for query in found] == pytest.approx([(0.6 + 0.3) / 2, 0.3, 0.3])
+    first = scores(layer_of(*maps, lam=1.0), SPANS)
+    assert first.queries == []
+
+
 def test_padding_asks_nothing():
     maps = [0.2, 0.6, 0.2], [0.6, 0.2, 0.2]
     lam = torch.tensor([0.0, 0.0, 0.5])

@@ -1,14 +1,19 @@
 """Loss and accuracy on batches of every modality equal those of the tasks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import diffmm
-from diffmm.analysis.batches import evaluate, mask_of
+from diffmm.analysis.batches import evaluate, loss_of, mask_of
 from diffmm.batch import IGNORE_INDEX
 from diffmm.training import (
+    CTC,
+    Captioning,
     CausalLM,
     Classification,
+    Contrastive,
     MaskedAutoencoding,
     OptimizerConfig,
     ScheduleConfig,
@@ -59,6 +64,47 @@ def test_losses_are_those_of_the_task(recipe, make, task, settings):
     assert ("accuracy" in found) == ("accuracy" in metrics)
     if "accuracy" in metrics:
         assert found["accuracy"] == pytest.approx(float(metrics["accuracy"].compute()))
+
+
+def pair_batch(model):
+    """Four pairs, two of them with the same image, and texts of different lengths."""
+    tokens, num_tokens = torch.randint(97, 123, (4, 6)), torch.tensor([6, 3, 4, 6])
+    for row, length in zip(tokens, num_tokens, strict=True):
+        row[length - 1 :] = 256
+    if "images" in model.input_fields:
+        (encoder,) = (part for part in model.children() if isinstance(part, diffmm.ImageModel))
+        size = encoder.config.image_size
+        media = {"images": torch.rand(4, 3, size, size)}
+    else:
+        media = {"waveforms": torch.rand(4, 16000), "num_samples": torch.tensor([16000] * 4)}
+    media_index = torch.tensor([0, 0, 1, 2])
+    return {**media, "tokens": tokens, "num_tokens": num_tokens, "media_index": media_index}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "task", "num_targets", "settings"),
+    [
+        ("image_text/shapes_tiny", Contrastive, 4, {"loss": "clip"}),
+        ("image_text/shapes_tiny", Contrastive, 4, {"loss": "siglip"}),
+        ("image_text/shapes_captions_tiny", Captioning, 19, {"num_generated": 0}),
+        ("audio_text/prompts_ctc_tiny", CTC, 15, {"word_error_rate": False}),
+    ],
+)
+def test_losses_of_pairs_are_those_of_the_task(recipe, task, num_targets, settings):
+    model = diffmm.create_model(recipe).eval()
+    if task is Contrastive:
+        init_bias = -3.0 if settings["loss"] == "siglip" else None
+        model = type(model)(replace(model.config, init_bias=init_bias)).eval()
+    batch = pair_batch(model)
+    expected = task(model, *SETTINGS, **settings).loss_sum(batch, 0)
+    total, count, correct = loss_of(model, batch)
+    assert total.item() == pytest.approx(expected.total.item(), rel=1e-6)
+    assert total.requires_grad
+    assert (count, correct) == (num_targets, None)
+    assert expected.num_targets == num_targets
+    assert evaluate(model, [batch]) == {"loss": pytest.approx(total.item() / count, rel=1e-5)}
+    with pytest.raises(ValueError, match=f"loss of {type(model).__name__} needs a batch of pairs"):
+        loss_of(model, {"images": torch.rand(1, 3, 32, 32), "labels": torch.zeros(1)})
 
 
 def test_a_masked_autoencoder_hides_the_same_patches_each_time():

@@ -108,6 +108,20 @@ def test_sections_of_several_runs():
     assert not any(section.problems for section in sections)
 
 
+def test_scores_of_each_query_are_a_table_and_a_figure():
+    measured = measure(text_model("diff_v1"), [needle_batch()], spans=spans_of)
+    scores, *_ = sections_of([Analyzed("a", measured)])
+    tables = dict(tables_of([scores]))
+    assert tables["scores_by_query"] == [
+        ["run", "query", "share to answer", "share to noise"],
+        *(["a", i, q.answer, q.noise] for i, q in enumerate(measured.scores.queries)),
+    ]
+    assert len(tables["scores_by_query"]) == 3  # two queries
+    assert [row[1:] for row in tables["figure_scores_by_query"][1:]] == [
+        [i, q.answer] for i, q in enumerate(measured.scores.queries)
+    ]
+
+
 def test_where_lambda_is_one_scores_say_so_and_the_rest_appears():
     model = text_model("diff_v1", lambda_init=1.0)
     for name, parameter in model.named_parameters():
@@ -123,7 +137,7 @@ def test_where_lambda_is_one_scores_say_so_and_the_rest_appears():
     assert not [figure for figure in scores.figures if figure.name == "scores_of_run_1"]
     assert concentrated.summary is not None
     page = AnalysisPage(
-        "Title", "", ["run"], [["a"]], ["b: lost"], [scores], [], "no maps here", "facts"
+        "Title", "", ["run"], [["a"]], ["b: lost"], [scores], None, [], "no maps here", "facts"
     )
     text = render_analysis(page)
     assert scores.problems[0] in text
@@ -137,13 +151,17 @@ def test_what_fails_does_not_prevent_the_rest():
     assert found.problems["quantization"] == "the loss of a text model needs a batch with targets"
     assert found.problems["gradients"] == found.problems["quantization"]
     assert "do not say which tokens hold an answer" in found.problems["scores"]
+    assert "--text TEXT --span A:B" in found.problems["scores"]
     assert len(found.concentration) == 2
     nothing = measure(nn.Linear(2, 2), [{"x": torch.zeros(1, 2)}], spans=spans_of)
     assert "Linear has no description" in nothing.problems["gradients"]
     assert nothing.problems["maps"] == "Linear contains no attention layer of diffmm"
     sections = sections_of([Analyzed("a", found), Analyzed("b", nothing), Analyzed("c", found)])
     scores, maps, lambdas, *_ = sections
-    assert scores.problems[0].startswith("a, b, c: ")
+    assert scores.problems[0].startswith("a, c: ")
+    # No text can be given to another model.
+    assert scores.problems[1].startswith("b: the data do not say")
+    assert "--text" not in scores.problems[1]
     assert maps.problems == ["b: Linear contains no attention layer of diffmm"]
     assert {row[0] for row in maps.summary.rows} == {"a", "c"}
     assert lambdas.problems[0] == "a: its attention has no lambda"

@@ -194,6 +194,9 @@ def test_the_table_shows_every_seed(tmp_path):
         "| 20.0 |" in text
     )
     assert "| 50 | 10.0 |" in text
+    # Softmax is the reference of both tables.
+    tables = text.split("## text: loss at equal ")[1:]
+    assert [table.count("| softmax |") for table in tables] == [1, 1]
     assert "\\* The best rate is at an end of all rates that were tried." in text
     write_csv(found, tmp_path / "quality.csv")
     written = list(csv.DictReader((tmp_path / "quality.csv").read_text().splitlines()))

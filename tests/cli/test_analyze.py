@@ -16,6 +16,7 @@ from diffmm.analysis.attention_scores import Spans, attention_scores
 from diffmm.analysis.comparison import COLORS
 from diffmm.batch import IGNORE_INDEX
 from diffmm.cli import main
+from diffmm.cli.analyze_subjects import label_of
 from diffmm.tokenizers import ByteTokenizer
 
 TEXT = "The code is 42. Later, the code is "
@@ -82,8 +83,12 @@ def test_runs_give_tables_and_files(run, runs, tmp_path):
     assert image.split()[3] == text.split()[3] == "3"
     for title in ("Concentration", "Lambda", "Outliers", "Quantization", "Gradients at the start"):
         assert title in result.out.splitlines()
-    assert [line.partition(": the data")[0] for line in warnings_of(result)] == [
-        "attention scores: image, text"
+    assert [
+        line.partition(": the data")[0].removesuffix(" data") for line in warnings_of(result)
+    ] == [
+        "attention scores: image",
+        "attention scores: text",
+        "attention maps: the runs have different",
     ]
 
     drawn = {file.stem for file in figures.glob("*.png")}
@@ -111,15 +116,30 @@ def test_the_page_is_complete_and_needs_no_network(page):
         assert f">{title}</h2>" in text
     assert text.count('<svg class="figure"') > 10
     assert "No attention maps: the runs have different data." in text
+    # As on the page of `diffmm compare`.
+    assert text.count('id="curves"') == 1
+    assert {"train/loss", "val/loss", "λ, mean of the layers"} <= set(
+        re.findall(r'<text class="title"[^>]*>([^<]*)', text)
+    )
 
 
 def test_the_page_of_a_run_has_attention_maps(run, runs, tmp_path):
-    page = tmp_path / "page.html"
-    assert run("analyze", runs / "text", "--samples", "1", "--output", page).code == 0
+    page, files = tmp_path / "page.html", tmp_path / "files"
+    outputs = ["--output", page, "--csv", files, "--png", files]
+    assert run("analyze", runs / "text", "--samples", "1", *outputs).code == 0
     text = page.read_text(encoding="utf-8")
     assert 'href="#maps"' in text
     assert text.count('id="maps"') == 1
     assert text.count("data:image/png;base64,") == 3  # both maps and their difference
+    for name in ("a1", "a2", "difference"):
+        with Image.open(files / f"figure_map_1_of_run_1_{name}.png") as picture:
+            picture.verify()
+        with (files / f"figure_map_1_of_run_1_{name}.csv").open(newline="") as file:
+            head, *weights = csv.reader(file)
+        assert len(head) == len(weights) + 1 == len(weights[0])
+        sums = [sum(map(float, row[1:])) for row in weights]
+        if name != "difference":
+            assert sums == pytest.approx([1.0] * len(weights), rel=1e-4)
 
 
 def test_a_text_with_an_answer_has_attention_scores(run, runs, tmp_path):
@@ -158,6 +178,45 @@ def test_data_with_evidence_have_attention_scores(run, runs, tmp_path, monkeypat
     expected = attention_scores(diffmm.load(runs / "text").model, tokens[:2], spans=spans)
     (row,) = rows(tmp_path / "csv" / "scores.csv")
     assert float(row["share to noise"]) == pytest.approx(expected.noise, rel=1e-5)
+
+
+def test_the_page_of_weights_has_no_curves(run, runs, tmp_path):
+    file, page = diffmm.load(runs / "text").save(tmp_path / "weights"), tmp_path / "page.html"
+    assert run("analyze", file, "--text", TEXT, "--output", page).code == 0
+    text = page.read_text(encoding="utf-8")
+    assert "Concentration" in text
+    assert 'id="curves"' not in text
+    assert "No attention maps: they are drawn for samples of the runs' own data." in text.replace(
+        "&#x27;", "'"
+    )
+
+
+def test_encoders_of_text_have_no_token_that_asks(run, tmp_path):
+    model = diffmm.create_model("text/stdlib_mlm_tiny", attention="softmax", exclusive=True)
+    folder = tmp_path / "encoder"
+    model.save_pretrained(folder)
+    arguments = ["analyze", folder, "--text", TEXT, "--span", SPAN]
+    result = run(*arguments)
+    assert "names no tokenizer: give one (--tokenizer bytes)" in result.err
+    result = run(*arguments, "--tokenizer", "bytes")
+    assert result.code == 0
+    assert "softmax (exclusive)" in result.out
+    assert any("they need a causal model" in line for line in warnings_of(result)), result.err
+
+
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        ({"attention": "diff_v1"}, "diff_v1"),
+        ({"attention": "diff_v2", "output_gate": "head"}, "diff_v2 (gate per head)"),
+        (
+            {"attention": "softmax", "output_gate": "element", "exclusive": True},
+            "softmax (exclusive and gate per element)",
+        ),
+    ],
+)
+def test_labels_say_what_is_added_to_the_heads(settings, label):
+    assert label_of(diffmm.BackboneConfig(32, 1, 4, **settings).make_attention(0)) == label
 
 
 @pytest.mark.parametrize(

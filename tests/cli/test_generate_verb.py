@@ -47,6 +47,11 @@ def test_a_run_directory_and_exported_weights_serve_too(run, trained, tmp_path):
     # The model knows its tokenizer, and another name of the same one is accepted.
     assert run("generate", saved.parent, *arguments).out == first.out
     assert run("generate", saved.parent, *arguments, "--tokenizer", "bytes").out == first.out
+    # Guesses change nothing.
+    guessed = run("generate", trained, *arguments, "--prompt-lookup-num-tokens", "4")
+    assert guessed.out == first.out
+    wrong = run("generate", trained, "a", "--prompt-lookup-num-tokens", "0")
+    assert wrong.mistakes == ["prompt_lookup_num_tokens must be an integer of at least 1, got 0"]
     others = {run("generate", trained, *arguments[:3], "--seed", str(s)).out for s in range(5)}
     assert len(others) > 1
 

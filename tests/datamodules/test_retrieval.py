@@ -9,6 +9,7 @@ import torch
 from datamodules import RetrievalData
 from datamodules.text import AssociativeRecall, ManyShot, Needles
 from datamodules.text.retrieval.data import TEST, TRAIN, VAL, RetrievalSamples
+from datamodules.text.retrieval.sources import EOS
 from diffmm.batch import IGNORE_INDEX
 from diffmm.hub.readers import make_reader
 from diffmm.models.job import Job
@@ -244,3 +245,11 @@ def test_examination():
 def test_settings_that_do_not_work(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_tokenizer_has_the_words_and_one_special_token():
+    data = RetrievalData(Needles())
+    words = data.source.words
+    assert data.tokenizer.vocab_size == len(words)
+    assert data.tokenizer.special_ids == {words.index(EOS)}
+    assert data.tokenizer.decode([words.index("number"), words.index("city3")]) == "number city3"

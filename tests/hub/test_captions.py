@@ -86,6 +86,8 @@ def test_texts_begin_with_a_prompt_and_several_media_share_one(trained):
     pieces = list(trained.write(FILES[0], max_new_tokens=5))
     assert len(pieces) == 6
     assert "".join(pieces) == trained.generate(FILES[0], max_new_tokens=5)
+    guessed = trained.generate(FILES[0], max_new_tokens=5, prompt_lookup_num_tokens=3)
+    assert guessed == "".join(pieces)
     drawn = [trained.generate(FILES[0], temperature=5.0, seed=seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 

@@ -17,6 +17,7 @@ from datamodules.shared.sampling import SeededDataset, sample_rng
 from datamodules.text.reader import TextReader
 from datamodules.text.retrieval.sources import EOS, Needles, RetrievalSource
 from diffmm.batch import IGNORE_INDEX
+from diffmm.tokenizers import Tokenizer
 
 TRAIN, VAL, TEST = range(3)
 
@@ -131,6 +132,11 @@ class RetrievalData(SeededDataModule):
         inner.add_special_tokens([AddedToken(EOS, special=True)])
         name = type(self.source).__name__.lower()
         return TextReader(tokenizer=name, definition=json.dumps(json.loads(inner.to_str())))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the task's words, whose end of text is the only special token."""
+        return self.evaluation_reader.encoder
 
     def samples(self, split: int) -> RetrievalSamples:
         """The samples of a split: `TRAIN`, `VAL` or `TEST`."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from diffmm.analysis.figures import Cell, Chart, HeatMap
+from diffmm.analysis.figures import Cell, Chart, HeatMap, Series
 from diffmm.analysis.measurements import SCORES
 from diffmm.analysis.sections.section import (
     AnalysisSection,
@@ -20,6 +20,7 @@ def score_section(runs: Sequence[Analyzed]) -> AnalysisSection:
     scored = [(run, run.measured.scores) for run in runs if run.measured.scores is not None]
     rows: list[list[Cell]] = []
     details: list[list[Cell]] = []
+    by_query: list[list[Cell]] = []
     problems = problems_of(runs, SCORES)
     heat_maps: list[HeatMap] = []
     shares = [
@@ -51,6 +52,10 @@ def score_section(runs: Sequence[Analyzed]) -> AnalysisSection:
             for head, values in enumerate(
                 zip(layer.answer, layer.noise, layer.left_out, layer.above_one, strict=True)
             )
+        ]
+        by_query += [
+            [run.name, number, query.answer, query.noise]
+            for number, query in enumerate(scores.queries)
         ]
         number = runs.index(run)
         widest = max(len(layer.answer) for layer in scores.layers)
@@ -85,8 +90,20 @@ def score_section(runs: Sequence[Analyzed]) -> AnalysisSection:
             "share",
             [(runs.index(run), run.name, 0, [s.noise for s in x.layers]) for run, x in scored],
         ),
+        Chart(
+            "scores_by_query",
+            "Share to the answer by query of a sample",
+            "query",
+            "share",
+            [
+                Series(run.name, [(i, q.answer) for i, q in enumerate(x.queries)], runs.index(run))
+                for run, x in scored
+            ],
+        ),
         *heat_maps,
     ]
+    if not any(len(scores.queries) > 1 for _, scores in scored):
+        figures = [figure for figure in figures if figure.name != "scores_by_query"]
     return AnalysisSection(
         "Attention scores",
         "Share of the attention to the tokens that hold the answer and to the noise around them, "
@@ -97,7 +114,12 @@ def score_section(runs: Sequence[Analyzed]) -> AnalysisSection:
             ["run", names[0], names[1], "signal to noise", *names[2:]],
             rows,
         ),
-        [Table("scores_by_head", ["run", "layer", "head", *names], details)] if details else [],
+        [
+            Table("scores_by_head", ["run", "layer", "head", *names], details),
+            Table("scores_by_query", ["run", "query", *names[:2]], by_query),
+        ]
+        if details
+        else [],
         figures if scored else [],
         problems,
     )
