@@ -43,11 +43,14 @@ class ImageAudioTextReader(ImageTextReader, AudioTextReader):
     kind: ClassVar[str] = "image or sound"
 
     def read(self, item: Any) -> dict[str, Any]:
-        is_path = isinstance(item, str | Path)
-        is_sound = isinstance(item, tuple) or (
-            is_path and Path(item).suffix.lower() in SOUND_EXTENSIONS
-        )
-        return AudioReader.read(self, item) if is_sound else ImageReader.read(self, item)
+        reader = AudioReader if self.is_sound(item) else ImageReader
+        return reader.read(self, item)
+
+    def is_sound(self, item: Any) -> bool:
+        """Whether an input is a sound, by its type or the extension of its file."""
+        if isinstance(item, str | Path):
+            return Path(item).suffix.lower() in SOUND_EXTENSIONS
+        return isinstance(item, tuple)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Collate samples, of which those with images precede those with sounds.

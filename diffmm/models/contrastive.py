@@ -353,21 +353,28 @@ class ZeroShotClassifier(nn.Module):
     Args:
         model: The contrastive model.
         classes: Embeddings of the classes, `[num_classes, embed_dim]`, of norm 1.
-        tower: `"image"` or `"audio"`, the tower that embeds the inputs.
+        tower: `"image"` or `"audio"`, the tower that embeds the inputs; None for inputs of both.
     """
 
-    def __init__(self, model: ContrastiveModel, classes: Tensor, tower: str) -> None:
+    def __init__(self, model: ContrastiveModel, classes: Tensor, tower: str | None) -> None:
         super().__init__()
         self.model = model
         self.register_buffer("classes", classes, persistent=False)
         self.num_classes = len(classes)
-        self.config = model.config.towers[tower]
-        self.input_fields = self.config.input_fields
+        self.config: Any = model.config if tower is None else model.config.towers[tower]
+        self.input_fields: tuple[str, ...] = (
+            (*_fields(model.config, "image"), *_fields(model.config, "audio"))
+            if tower is None
+            else tuple(self.config.input_fields)
+        )
 
     def forward(self, media: Tensor, num_samples: Tensor | None = None) -> Tensor:
         """Compute logits, `[B, num_classes]`, of inputs as in `ContrastiveModel.encode_media`."""
-        found = self.model.encode_media(media, num_samples) @ cast(Tensor, self.classes).T
-        logits = self.model.scale * found
+        return self.compare(self.model.encode_media(media, num_samples))
+
+    def compare(self, embeddings: Tensor) -> Tensor:
+        """Compute logits, `[B, num_classes]`, of embeddings `[B, embed_dim]`."""
+        logits = self.model.scale * (embeddings @ cast(Tensor, self.classes).T)
         return logits if self.model.bias is None else logits + self.model.bias
 
 
