@@ -30,6 +30,7 @@ class TaskSpec:
         rates: Grid of learning rates.
         prepared: Whether the task needs prepared data, in the folder `DATA/NAME`.
         backbones: Prefixes of the settings of the model's backbones.
+        parts: Metrics of the modalities alone, which the table shows, too.
     """
 
     recipe: str
@@ -40,6 +41,7 @@ class TaskSpec:
     rates: tuple[float, ...] = SMALL_RATES
     prepared: bool = False
     backbones: tuple[str, ...] = (BACKBONE,)
+    parts: tuple[str, ...] = ()
 
     @property
     def sign(self) -> int:
@@ -169,9 +171,34 @@ EMOJI = (
     PADDED,
 )
 
+BOTH_TOWERS = (*TOWERS, f"{CONFIG}audio.backbone.")
+"""Towers of images, texts and sounds."""
+
 SHORT = ("--data.batch_size=8", "--data.num_workers=0", "--trainer.limit_val_batches=4")
 FEW_LAYERS = (f"{BACKBONE}depth=2", f"{BACKBONE}dim=32")
 FEW_LAYERS_OF_TOWERS = tuple(f"{tower}{size}" for tower in TOWERS for size in ("depth=2", "dim=32"))
+
+
+def _images_and_sounds(shared_blocks: int) -> TaskSpec:
+    """One model of images, sounds and texts, whose towers share their last blocks, of four.
+
+    Models that share more have fewer parameters: attention is compared within a sharing.
+    """
+    of_two = shared_blocks // 2
+    return TaskSpec(
+        "multimodal/shapes_and_sounds_tiny",
+        {"full": 1200, "tiny": 12},
+        "media_to_text_recall_1",
+        (PADDED, "--data.batching=fixed", f"--vars.shared_blocks={shared_blocks}"),
+        (
+            *SHORT,
+            *(f"{tower}{size}" for tower in BOTH_TOWERS for size in ("depth=2", "dim=32")),
+            f"--vars.shared_blocks={of_two}",
+        ),
+        backbones=BOTH_TOWERS,
+        parts=("image_to_text_recall_1", "audio_to_text_recall_1"),
+    )
+
 
 TASKS: dict[str, TaskSpec] = {
     "text": TaskSpec(
@@ -225,5 +252,8 @@ TASKS: dict[str, TaskSpec] = {
         prepared=True,
         backbones=TOWERS,
     ),
+    "shapes_and_sounds": _images_and_sounds(0),
+    "shapes_and_sounds_partly_shared": _images_and_sounds(2),
+    "shapes_and_sounds_shared": _images_and_sounds(4),
 }
 """The tasks, by name."""

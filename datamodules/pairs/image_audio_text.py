@@ -1,7 +1,7 @@
 """The datamodule of images with texts and sounds with texts together."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -167,7 +167,9 @@ class ImageAudioTextData(SeededDataModule):
                 **shared,
             ),
         }
-        self.reader = _joined(part.reader for part in self.parts.values())
+        readers = [part.reader for part in self.parts.values()]
+        values = {f.name: getattr(reader, f.name) for reader in readers for f in fields(reader)}
+        self.reader = ImageAudioTextReader(**values)
 
     @property
     def num_sounds(self) -> int:
@@ -176,7 +178,8 @@ class ImageAudioTextData(SeededDataModule):
 
     @property
     def evaluation_reader(self) -> ImageAudioTextReader:
-        return _joined(part.evaluation_reader for part in self.parts.values())
+        # As in `AudioTextData`.
+        return replace(self.reader, resample=True)
 
     @classmethod
     def own_data(cls, path: str, given: Mapping[str, Any], *, inputs_may_change: bool) -> OwnData:
@@ -334,9 +337,3 @@ class InTurn:
                     left.remove(batches)
                 else:
                     yield batch
-
-
-def _joined(readers: Any) -> ImageAudioTextReader:
-    """One reader with the fields of some."""
-    values = {f.name: getattr(reader, f.name) for reader in readers for f in fields(reader)}
-    return ImageAudioTextReader(**values)

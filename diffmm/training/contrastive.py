@@ -36,16 +36,16 @@ class Contrastive(Task):
     step must have equally many samples, and a step at least two.
 
     With an image and an audio tower, a batch has images and sounds, on all processes equally many
-    of each. Images are compared with the texts of images, and sounds with those of sounds; the loss
-    is the mean over all pairs. A batch may also have media of one modality, and those of several
+    of each. All are compared with all texts, so that they share one space: the text of a sound is a
+    negative of an image. A batch may also have media of one modality, and those of several
     processes may differ. As the other tower has no gradients then, DDP must look for unused
     parameters (strategy `ddp_find_unused_parameters_true`).
 
     In addition to the metrics of every task, it logs `val/loss` and `val/media_to_text_recall_1`,
     `..._5`, `..._10`, `val/text_to_media_recall_1`, `..._5` and `..._10`: recall over the whole
-    validation set (see `diffmm.training.retrieval.Retrieval`). With both towers, these are means
-    over the modalities, and there are those of each: `val/image_to_text_recall_1`,
-    `val/audio_to_text_recall_1`, `val/text_to_image_recall_1`, `val/image_loss` and so on.
+    validation set (see `diffmm.training.retrieval.Retrieval`). With both towers, there are also
+    those of each modality alone: `val/image_to_text_recall_1`, `val/audio_to_text_recall_1`,
+    `val/text_to_image_recall_1`, `val/image_loss` and so on.
 
     Args:
         model: Contrastive model to train.
@@ -196,8 +196,8 @@ class Contrastive(Task):
         sounds = batch["waveforms"], batch.get("num_samples")
         return self.model(*texts, *sounds, batch.get("images"))
 
-    def pairs(self, batch: Any, found: Embeddings) -> dict[str, Pairs]:
-        """Return the pairs of a batch by modality, given its embeddings."""
+    def pairs(self, batch: Any, found: Embeddings) -> Pairs:
+        """Return the pairs of a batch, given its embeddings."""
         ids = text_ids(batch["tokens"], batch["num_tokens"])
         media_ids = batch.get("media_index")
         if media_ids is not None and "waveforms" in batch and self.model.image is not None:
@@ -205,21 +205,19 @@ class Contrastive(Task):
             sounds = media_of(batch)["audio"]
             media_ids = media_ids.clone()
             media_ids[sounds] = ~media_ids[sounds]
-        every = Pairs(found.media, found.texts, media_ids, ids)
-        return {name: every.at(place) for name, place in media_of(batch).items()}
+        return Pairs(found.media, found.texts, media_ids, ids)
 
     def loss_sum(self, batch: Any, batch_idx: int) -> LossSum:
         self._check_gradients(batch)
         found = self.embeddings(batch)
-        group, total = self._group(), found.media.new_zeros(())
-        for own in self.pairs(batch, found).values():
-            every, first = gathered(own, group)
-            if len(every.media) == 1:
-                raise DataError(
-                    "a batch of one sample has no negatives, so that nothing can be learned: use "
-                    "more data or a larger --data.batch_size"
-                )
-            total = total + LOSSES[self.loss](own, every, first, found.scale, found.bias)
+        own = self.pairs(batch, found)
+        every, first = gathered(own, self._group())
+        if len(every.media) == 1:
+            raise DataError(
+                "a batch of one sample has no negatives, so that nothing can be learned: use more "
+                "data or a larger --data.batch_size"
+            )
+        total = LOSSES[self.loss](own, every, first, found.scale, found.bias)
         return LossSum(total, total.new_full((), len(found.media), dtype=torch.float32))
 
     def after_step(self) -> None:
@@ -231,14 +229,14 @@ class Contrastive(Task):
 
     def update_metrics(self, batch: Any, metrics: dict[str, Metric]) -> None:
         found = self.embeddings(batch)
-        index, places = batch.get("index"), media_of(batch)
+        pairs, index = self.pairs(batch, found), batch.get("index")
         if index is None:
             raise ValueError("batches to evaluate need the index of their samples")
-        for name, pairs in self.pairs(batch, found).items():
-            own = index[places[name]]
-            if pairs.media_ids is None:
-                pairs = pairs._replace(media_ids=own)
-            metrics["retrieval"].update(pairs, own, found.scale, found.bias, name)
+        if pairs.media_ids is None:
+            pairs = pairs._replace(media_ids=index)
+        for name, place in media_of(batch).items():
+            own, places = pairs.at(place), index[place]
+            metrics["retrieval"].update(own, places, found.scale, found.bias, name)
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return the embeddings of the media and of the texts, both `[B, embed_dim]`."""

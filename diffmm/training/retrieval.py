@@ -32,10 +32,9 @@ class Retrieval(ExactMetric):
     it, so that a model that embeds everything alike has a recall of 0. The result does not depend
     on how the samples are divided into batches and among processes.
 
-    With several modalities of media, such as images and sounds, media of one are compared only with
-    the texts of that one. There are then `image_to_text_recall_K`, `text_to_image_recall_K` and
-    `image_loss` of each that has samples; recalls of `media` are the means over modalities, and
-    `loss` is the mean over all pairs.
+    With several modalities of media, such as images and sounds, there are also
+    `image_to_text_recall_K`, `text_to_image_recall_K` and `image_loss` of each that has samples:
+    those of its media and their texts alone.
 
     Args:
         embed_dim: Width of the embeddings.
@@ -88,38 +87,23 @@ class Retrieval(ExactMetric):
         if not len(self.rows):
             names = ("loss", *recall_names("media"))
             return dict.fromkeys(names, torch.tensor(torch.nan, device=self.device))
-        found: dict[str, Tensor] = {}
-        losses, recalls, counts = [], [], []
-        for medium, pairs in self._pairs().items():
-            assert pairs.media_ids is not None
-            media = Items.of(pairs.media, pairs.media_ids)
-            texts = Items.of(pairs.texts, pairs.text_ids)
-            ranks = (best_ranks(media, texts), best_ranks(texts, media))
-            recalls.append(torch.stack([(r < k).float().mean() for r in ranks for k in TOP_KS]))
-            losses.append(self._loss(pairs))
-            counts.append(len(pairs.media))
-            if len(self.media) > 1:
-                found[f"{medium}_loss"] = losses[-1]
-                found |= zip(recall_names(medium), recalls[-1], strict=True)
-        weights = torch.tensor(counts, device=self.device) / sum(counts)
-        means = torch.stack(recalls).mean(dim=0)
-        loss = (torch.stack(losses) * weights).sum()
-        return {"loss": loss, **dict(zip(recall_names("media"), means, strict=True)), **found}
+        pairs, kinds = self._pairs()
+        found = {"loss": self._loss(pairs), **recalls(pairs, "media")}
+        for number, medium in enumerate(self.media if len(self.media) > 1 else ()):
+            if (kinds == number).any():
+                own = pairs.at(kinds == number)
+                found |= {f"{medium}_loss": self._loss(own), **recalls(own, medium)}
+        return found
 
-    def _pairs(self) -> dict[str, Pairs]:
-        """All pairs by modality, in the order of their index; of pairs with the same index, the
-        first."""
+    def _pairs(self) -> tuple[Pairs, Tensor]:
+        """All pairs and the numbers of their modalities, in the order of their index; of pairs with
+        the same index, the first."""
         dim = self.embed_dim
         rows = dim_zero_cat(self.rows).view(-1, 2 * dim + 4 * PIECES)
         media, texts, *pieces = rows.split([dim, dim, *[PIECES] * 4], dim=1)
         media_ids, text_ids, index, kinds = map(as_integers, pieces)
         _, order = first_places(index)
-        every, kinds = Pairs(media, texts, media_ids, text_ids).at(order), kinds[order]
-        return {
-            name: every.at(kinds == number)
-            for number, name in enumerate(self.media)
-            if (kinds == number).any()
-        }
+        return Pairs(media, texts, media_ids, text_ids).at(order), kinds[order]
 
     def _loss(self, pairs: Pairs) -> Tensor:
         count = len(pairs.media)
@@ -128,6 +112,16 @@ class Retrieval(ExactMetric):
             own = Pairs(*(part[first : first + ROWS] for part in pairs if part is not None))
             total += LOSSES[self.loss](own, pairs, first, self.scale, self.bias)
         return total / count
+
+
+def recalls(pairs: Pairs, medium: str) -> dict[str, Tensor]:
+    """The recalls of all pairs, by their names for a modality."""
+    assert pairs.media_ids is not None
+    media = Items.of(pairs.media, pairs.media_ids)
+    texts = Items.of(pairs.texts, pairs.text_ids)
+    ranks = (best_ranks(media, texts), best_ranks(texts, media))
+    found = [(rank < k).float().mean() for rank in ranks for k in TOP_KS]
+    return dict(zip(recall_names(medium), found, strict=True))
 
 
 def recall_names(medium: str) -> list[str]:

@@ -178,6 +178,7 @@ def test_other_pairs_of_one_kind_are_evaluated(tmp_path):
     assert "1 image with 1 text" in data.evaluate_on_pairs(str(tmp_path), split="val")
     (batch,) = data.val_dataloader()
     assert "waveforms" not in batch
+    assert data.describe_inputs() == made().describe_inputs()
     with pytest.raises(ValueError, match="set --data.image_source and --data.audio_source"):
         ImageAudioTextData.own_data(str(tmp_path), {}, inputs_may_change=False)
     empty = tmp_path / "empty"

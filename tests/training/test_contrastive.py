@@ -349,15 +349,19 @@ def mixed(make):
 TEXTS = ("tokens", "num_tokens", "media_index", "index")
 
 
-def test_a_mixed_batch_has_the_mean_loss_of_its_parts(make):
+def test_a_mixed_batch_is_compared_as_a_whole(make):
     task, batch = both(make).eval(), mixed(make)
     images, sounds = samples_of(batch, slice(6)), samples_of(batch, slice(6, None))
     assert "waveforms" not in images
     assert "images" not in sounds
+    apart = [task.pairs(part, task.embeddings(part)) for part in (images, sounds)]
+    # No sound has the number of an image, but a text of both is no negative.
+    whole = Pairs(*(torch.cat(each) for each in zip(*apart, strict=True)))
+    assert len(whole.media_ids.unique()) == 10
+    assert whole.text_ids[7] == whole.text_ids[1]
     found = task.loss_sum(batch, 0)
-    parts = [task.loss_sum(part, 0) for part in (images, sounds)]
-    torch.testing.assert_close(found.total, sum(part.total for part in parts))
-    assert [each.num_targets for each in (found, *parts)] == [10, 6, 4]
+    torch.testing.assert_close(found.total, clip_loss(whole, whole, 0, task.model.scale, None))
+    assert found.num_targets == 10
     embedded = task.embeddings(batch)
     torch.testing.assert_close(embedded.media[:6], task.model.encode_image(batch["images"]))
     torch.testing.assert_close(embedded.texts[6:], task.embeddings(sounds).texts)
@@ -370,23 +374,25 @@ def test_every_step_on_a_mixed_batch_trains_all_towers(make, fit):
 
 
 def test_recall_of_each_modality(make):
-    """Images find their texts among the texts of images only, and sounds theirs."""
+    """Alone, images find their texts among those of images, and sounds theirs; together, among
+    all."""
     eye = torch.eye(4)
     metric = Retrieval(4, "clip", ("image", "audio"))
-    # Medium 1 of the sounds is nearest to the text of an image, which does not count.
-    images, sounds = pairs(eye[:2], eye[:2]), pairs(eye[[0, 2, 3]], eye[[1, 3, 2]])
+    # Sound 0 is as near to its own text as to that of image 0, sounds 1 and 2 are not near theirs.
+    images = pairs(eye[:2], eye[:2])
+    sounds = pairs(eye[[0, 2, 3]], eye[[0, 3, 2]], [~0, ~1, ~2], [4, 5, 6])
     scale = torch.tensor(1.0)
     metric.update(images, torch.tensor([0, 1]), scale, None, "image")
     metric.update(sounds, torch.tensor([2, 3, 4]), scale, None, "audio")
     found = {name: value.item() for name, value in metric.compute().items()}
     assert found["image_to_text_recall_1"] == found["text_to_image_recall_1"] == 1.0
-    assert found["audio_to_text_recall_1"] == 0.0
-    assert found["media_to_text_recall_1"] == 0.5
+    assert found["audio_to_text_recall_1"] == pytest.approx(1 / 3)
+    assert found["media_to_text_recall_1"] == pytest.approx(1 / 5)  # image 1
     assert found["media_to_text_recall_5"] == 1.0
-    apart = [clip_loss(each, each, 0, scale, None).item() for each in (images, sounds)]
-    assert found["image_loss"] == pytest.approx(apart[0] / 2)
-    assert found["audio_loss"] == pytest.approx(apart[1] / 3)
-    assert found["loss"] == pytest.approx(sum(apart) / 5)
+    whole = Pairs(*(torch.cat(each) for each in zip(images, sounds, strict=True)))
+    for name, own in (("image_loss", images), ("audio_loss", sounds), ("loss", whole)):
+        expected = clip_loss(own, own, 0, scale, None).item() / len(own.media)
+        assert found[name] == pytest.approx(expected)
 
 
 def test_a_batch_lacks_no_text(make):
@@ -412,9 +418,8 @@ def test_both_media_share_a_space(make, fit):
     batches = [make.batch("image_text"), make.batch("audio_text")]
     fit(task, batches, max_steps=2)
     assert all(p.grad is None or p.grad.isfinite().all() for p in task.model.parameters())
-    images, sounds = (task.pairs(b, task.embeddings(b)) for b in batches)
-    ids = [*images["image"].media_ids.tolist(), *sounds["audio"].media_ids.tolist()]
-    assert len({*ids}) == 12  # no sound has the number of an image
+    ids = [task.pairs(b, task.embeddings(b)).media_ids.tolist() for b in batches]
+    assert len({*ids[0], *ids[1]}) == 12  # no sound has the number of an image
     assert task.layouts() == [
         ("images", "tokens", "num_tokens"),
         ("waveforms", "num_samples", "tokens", "num_tokens"),
