@@ -22,7 +22,7 @@ def disagreements(model: Any, data: Any, trainer: Mapping[str, Any]) -> list[str
         )
     for tower in getattr(config, "towers", {"": config}).values():
         found += _of_media(tower, data)
-    if hasattr(config, "towers"):
+    if "text" in getattr(config, "towers", ()):
         found += _of_towers(model, data)
     accumulated = trainer.get("accumulate_grad_batches") or 1
     if accumulated != 1 and hasattr(model, "why_no_accumulation"):
