@@ -3,8 +3,8 @@
 `TextData`, `ImageData` and `AudioData` are LightningDataModules. Each has an embedded default
 source that needs no network, and sources for real data sets. `RetrievalData` generates sequences
 whose answers must be found in the context, and `ConversationData` reads messages for instruction
-tuning. `ImageTextData` and `AudioTextData` read images
-and sounds with texts. They are imported on first access.
+tuning. `ImageTextData` and `AudioTextData` read images and sounds with texts, and
+`ImageAudioTextData` both together. They are imported on first access.
 """
 
 from importlib import import_module
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datamodules.audio import AudioData
     from datamodules.image import ImageData
-    from datamodules.pairs import AudioTextData, ImageTextData
+    from datamodules.pairs import AudioTextData, ImageAudioTextData, ImageTextData
     from datamodules.text import ConversationData, RetrievalData, TextData
 
 __all__ = [
     "AudioData",
     "AudioTextData",
     "ConversationData",
+    "ImageAudioTextData",
     "ImageData",
     "ImageTextData",
     "RetrievalData",
@@ -30,6 +31,7 @@ _HOMES = {
     "AudioData": "datamodules.audio",
     "AudioTextData": "datamodules.pairs",
     "ConversationData": "datamodules.text",
+    "ImageAudioTextData": "datamodules.pairs",
     "ImageData": "datamodules.image",
     "ImageTextData": "datamodules.pairs",
     "RetrievalData": "datamodules.text",

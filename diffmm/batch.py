@@ -80,14 +80,18 @@ class PairBatch(TypedDict):
     Training samples are images or sounds, each with one of its texts. Evaluation samples are pairs:
     an image with five texts is in five samples with the same `media_index`.
 
+    A batch may have both, images and waveforms: its first samples are then the images, and the
+    others the waveforms, in the order of the texts. `media_index` counts them separately.
+
     In packed batches, each row has `K` pairs: `images`, `waveforms`, `num_samples` and
     `media_index` have a second axis of this size, and `tokens` the texts one after the other.
     """
 
     images: NotRequired[Tensor]
-    """`[B, C, H, W]` float32, as in `ImageBatch`."""
+    """`[B, C, H, W]` float32, as in `ImageBatch`; as many as there are in a batch with waveforms,
+    too."""
     waveforms: NotRequired[Tensor]
-    """`[B, S]` float32, as in `AudioBatch`. A batch has either images or waveforms."""
+    """`[B, S]` float32, as in `AudioBatch`; likewise."""
     num_samples: NotRequired[Tensor]
     """`[B]` int64, the number of real samples of each waveform."""
     tokens: Tensor
@@ -189,11 +193,28 @@ def answer_counts(predicted: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return num_answers - (num_wrong > 0).sum(1), num_answers
 
 
+MEDIA = {"images": "image", "waveforms": "audio"}
+"""Batch fields of the media that texts describe, in their order in a batch with both, and the names
+of the modalities."""
+
+
+def media_of(batch: Mapping[str, Any]) -> dict[str, slice]:
+    """The places of the samples of each modality (`"image"`, `"audio"`) in a `PairBatch`."""
+    places, first = {}, 0
+    for field, name in MEDIA.items():
+        if field in batch:
+            places[name] = slice(first, first + len(batch[field]))
+            first = places[name].stop
+    return places
+
+
 def size_of(batch: Any) -> int:
     """The number of samples of a batch: the length of its first tensor with a dimension; 0 if it
     has none."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else 0
+    if _has_all_media(batch):
+        return sum(len(batch[field]) for field in MEDIA)
     values = batch.values() if isinstance(batch, Mapping) else batch
     if not isinstance(batch, Mapping | tuple | list):
         return 0
@@ -201,11 +222,29 @@ def size_of(batch: Any) -> int:
 
 
 def samples_of(batch: Mapping[str, Any], samples: slice) -> dict[str, Any]:
-    """Select samples of a batch; fields without one value per sample are kept unchanged."""
+    """Select samples of a batch; fields without one value per sample are kept unchanged. `samples`
+    has no step."""
     size = size_of(batch)
+    if _has_all_media(batch):
+        first, stop, _ = samples.indices(size)
+        rest = {k: v for k, v in batch.items() if k not in (*MEDIA, "num_samples")}
+        found = {"tokens": rest.pop("tokens"), **rest}
+        found = {name: value[first:stop] for name, value in found.items()}
+        num_images = len(batch["images"])
+        if first < num_images:
+            found["images"] = batch["images"][first:stop]
+        if stop > num_images:
+            own = slice(max(0, first - num_images), stop - num_images)
+            names = [name for name in ("waveforms", "num_samples") if name in batch]
+            found |= {name: batch[name][own] for name in names}
+        return found
 
     def has_all(value: Any) -> bool:
         is_tensor = isinstance(value, Tensor) and value.ndim > 0
         return (is_tensor or isinstance(value, list | tuple)) and len(value) == size
 
     return {name: value[samples] if has_all(value) else value for name, value in batch.items()}
+
+
+def _has_all_media(batch: Any) -> bool:
+    return isinstance(batch, Mapping) and all(field in batch for field in MEDIA)

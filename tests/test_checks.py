@@ -14,6 +14,7 @@ import diffmm.training
 from datamodules.audio.augment import AudioAugment
 from datamodules.image.reader import ImageReader
 from datamodules.image.transform import ImageTransform
+from datamodules.pairs import ImageAudioTextReader
 from datamodules.pairs.image_text import ImageTextReader
 from datamodules.shared.bad_samples import BadSamples
 from datamodules.text.retrieval.sources import AssociativeRecall, ManyShot, Needles
@@ -72,6 +73,17 @@ VALID: tuple[Settings, ...] = (
         crop_mode="center",
         mean=(0.5,),
         std=(0.5,),
+    ),
+    ImageAudioTextReader(
+        tokenizer="bytes",
+        image_size=(8, 8),
+        channels=1,
+        interpolation="bicubic",
+        crop_pct=1.0,
+        crop_mode="center",
+        mean=(0.5,),
+        std=(0.5,),
+        sample_rate_hz=8000,
     ),
 )
 WRONG = (math.nan, math.inf, -math.inf, 1e300, 1e-300)

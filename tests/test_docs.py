@@ -52,6 +52,7 @@ SMALLER = {
     "text/instruct": "--vars.sequence_length 64 --vars.vocab_size 259",
     "audio/finetune": "--vars.clip_seconds 0.5 --model.model.config.backbone.depth 1",
     "image_text/shapes_tiny": "--data.batch_size 8",
+    "multimodal/shapes_and_sounds_tiny": "--data.batch_size 8",
     "image_text/shapes_captions_tiny": "--data.batch_size 8 --model.max_new_tokens 4",
     "text/finetune": "--vars.sequence_length 64 --model.model.config.backbone.depth 1",
 }

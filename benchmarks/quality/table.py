@@ -4,7 +4,7 @@ import csv
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.quality.engine import Row
@@ -29,6 +29,7 @@ class Line:
         parameters: Number of parameters.
         steps: Number of steps.
         seconds: Median training time.
+        parts: Means over seeds of the metrics of the modalities alone, if any, in percent.
     """
 
     task: str
@@ -41,6 +42,7 @@ class Line:
     parameters: int
     steps: int
     seconds: float
+    parts: dict[str, float] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -92,6 +94,10 @@ def lines(rows: Sequence[Row], settings: Settings) -> list[Line]:
                 seconds = statistics.median(
                     row["seconds_per_step"] * row["steps"] for row in own.values()
                 )
+                parts = {
+                    name: statistics.fmean(unit * row[name] for row in own.values())
+                    for name in spec.parts
+                }
                 line = Line(
                     task,
                     variant,
@@ -103,6 +109,7 @@ def lines(rows: Sequence[Row], settings: Settings) -> list[Line]:
                     some["parameters"],
                     some["steps"],
                     seconds,
+                    parts,
                 )
                 found.append(line)
     return found
@@ -133,8 +140,8 @@ def markdown(found: Sequence[Line], notes: Sequence[str] = ()) -> str:
                 f"## {task}: {spec.title} at equal {budget}",
                 "",
                 "| variant | rate | mean | seeds | difference | verdict | parameters | steps "
-                "| seconds |",
-                "|---|---|---|---|---|---|---|---|---|",
+                f"| seconds |{''.join(f' {name} |' for name in spec.parts)}",
+                "|---|---|---|---|---|---|---|---|---|" + "---|" * len(spec.parts),
                 *(_row(line, spec.num_shown) for line in own),
             ]
     if any(line.at_edge for line in found):
@@ -154,6 +161,7 @@ def _row(line: Line, digits: int) -> str:
         f"{line.parameters:,}",
         f"{line.steps:,}",
         f"{line.seconds:.1f}",
+        *(f"{value:.{digits}f}" for value in line.parts.values()),
     ]
     return f"| {' | '.join(cells)} |"
 

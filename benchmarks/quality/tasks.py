@@ -32,6 +32,7 @@ class TaskSpec:
         backbones: Prefixes of the settings of the model's backbones.
         over_training: Whether the mean of the metric over the validations during training is
             compared, for a task that all variants solve in the end. It says how soon.
+        parts: Metrics of the modalities alone, which the table shows, too.
     """
 
     recipe: str
@@ -43,6 +44,7 @@ class TaskSpec:
     prepared: bool = False
     backbones: tuple[str, ...] = (BACKBONE,)
     over_training: bool = False
+    parts: tuple[str, ...] = ()
 
     @property
     def sign(self) -> int:
@@ -177,9 +179,34 @@ EMOJI = (
     PADDED,
 )
 
+BOTH_TOWERS = (*TOWERS, f"{CONFIG}audio.backbone.")
+"""Towers of images, texts and sounds."""
+
 SHORT = ("--data.batch_size=8", "--data.num_workers=0", "--trainer.limit_val_batches=4")
 FEW_LAYERS = (f"{BACKBONE}depth=2", f"{BACKBONE}dim=32")
 FEW_LAYERS_OF_TOWERS = tuple(f"{tower}{size}" for tower in TOWERS for size in ("depth=2", "dim=32"))
+
+
+def _images_and_sounds(shared_blocks: int) -> TaskSpec:
+    """One model of images, sounds and texts, whose towers share their last blocks, of four.
+
+    Models that share more have fewer parameters: attention is compared within a sharing.
+    """
+    of_two = shared_blocks // 2
+    return TaskSpec(
+        "multimodal/shapes_and_sounds_tiny",
+        {"full": 1200, "tiny": 12},
+        "media_to_text_recall_1",
+        (PADDED, "--data.batching=fixed", f"--vars.shared_blocks={shared_blocks}"),
+        (
+            *SHORT,
+            *(f"{tower}{size}" for tower in BOTH_TOWERS for size in ("depth=2", "dim=32")),
+            f"--vars.shared_blocks={of_two}",
+        ),
+        backbones=BOTH_TOWERS,
+        parts=("image_to_text_recall_1", "audio_to_text_recall_1"),
+    )
+
 
 TASKS: dict[str, TaskSpec] = {
     "text": TaskSpec(
@@ -241,5 +268,8 @@ TASKS: dict[str, TaskSpec] = {
         prepared=True,
         backbones=TOWERS,
     ),
+    "shapes_and_sounds": _images_and_sounds(0),
+    "shapes_and_sounds_partly_shared": _images_and_sounds(2),
+    "shapes_and_sounds_shared": _images_and_sounds(4),
 }
 """The tasks, by name."""

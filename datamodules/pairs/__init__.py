@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from datamodules.pairs.emoji import Emoji
     from datamodules.pairs.folders import PairFolder
     from datamodules.pairs.hub import HubPairs
+    from datamodules.pairs.image_audio_text import ImageAudioTextData, ImageAudioTextReader
     from datamodules.pairs.image_text import ImageTextData, ImageTextReader
     from datamodules.pairs.librispeech import LibriSpeech
     from datamodules.pairs.prompts import SpokenPrompts
@@ -28,6 +29,8 @@ __all__ = [
     "CocoCaptions",
     "Emoji",
     "HubPairs",
+    "ImageAudioTextData",
+    "ImageAudioTextReader",
     "ImageTextData",
     "ImageTextReader",
     "LibriSpeech",
@@ -48,6 +51,8 @@ _HOMES = {
     "CocoCaptions": "datamodules.pairs.coco",
     "Emoji": "datamodules.pairs.emoji",
     "HubPairs": "datamodules.pairs.hub",
+    "ImageAudioTextData": "datamodules.pairs.image_audio_text",
+    "ImageAudioTextReader": "datamodules.pairs.image_audio_text",
     "ImageTextData": "datamodules.pairs.image_text",
     "ImageTextReader": "datamodules.pairs.image_text",
     "LibriSpeech": "datamodules.pairs.librispeech",

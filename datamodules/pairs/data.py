@@ -79,10 +79,15 @@ class PairDataset(SeededDataset[dict[str, Any]]):
 
     def collate(self, samples: list[dict[str, Any]]) -> PairBatch:
         """Collate samples; texts are padded with the end of text, sounds with zeros."""
-        batch: Any = self.reader.collate(samples)
-        for name in ("media_index", "index"):
-            batch[name] = torch.tensor([sample[name] for sample in samples])
-        return batch
+        return collate_pairs(self.reader, samples)
+
+
+def collate_pairs(reader: ReadsTexts, samples: list[dict[str, Any]]) -> PairBatch:
+    """Collate samples of a `PairDataset` with a reader of its media and texts."""
+    batch: Any = reader.collate(samples)
+    for name in ("media_index", "index"):
+        batch[name] = torch.tensor([sample[name] for sample in samples])
+    return batch
 
 
 class PairData(SeededDataModule, Generic[Media]):
@@ -246,12 +251,16 @@ class PairData(SeededDataModule, Generic[Media]):
         )
 
     def train_dataloader(self) -> DataLoader[Any]:
+        self.report_cut_texts()
+        dataset = self.dataset(self.splits.train, training=True)
+        return self.loader_of(dataset)
+
+    def report_cut_texts(self) -> None:
+        """Warn once if training texts are cut."""
         if not self._is_cut_reported and self.rank == 0:
             self._is_cut_reported = True
             if cut := self.cut_texts(self.splits.train, NUM_LOOKED_AT):
                 _logger.warning("%s", cut)
-        dataset = self.dataset(self.splits.train, training=True)
-        return self.loader_of(dataset)
 
     def loader_of(self, dataset: PairDataset) -> DataLoader[Any]:
         """The loader of training samples."""

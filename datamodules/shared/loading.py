@@ -12,7 +12,7 @@ from datamodules.shared.bad_samples import BadSamples, Triage
 from datamodules.shared.evaluation import EvaluationLoader, EvaluationSampler
 from datamodules.shared.fingerprints import Fingerprint, changes
 from datamodules.shared.reader import Reader
-from datamodules.shared.sampling import EpochSampler, OverfitSampler, SeededDataset
+from datamodules.shared.sampling import EpochSampler, SeededDataset
 from diffmm.workers import WorkerLoader, ignore_stop_signals
 
 Collate = Callable[[list[Any]], Any]
@@ -165,12 +165,7 @@ class SeededDataModule(LightningDataModule):
         """The training loader of samples in the order of `sampler`, or of the repeated samples of
         `overfit_batches`."""
         if self.trainer is not None and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            sampler = OverfitSampler(
-                len(sampler.dataset),  # type: ignore[arg-type]
-                seed=self.seed,
-                rank=self.rank,
-                world_size=self.world_size,
-            )
+            sampler = sampler.for_overfitting()
         self._fingerprint = self.fingerprint()
         if self._restored:
             self._check_batch_size(self._restored["global_batch_size"])

@@ -8,12 +8,13 @@ the workers with every index, so that persistent workers know it too.
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset, DistributedSampler, SequentialSampler
 
 from datamodules.shared.bad_samples import BadSampleError, BadSamples, Triage
@@ -211,6 +212,15 @@ class EpochSampler(DistributedSampler[SampleKey]):
             )
         self.epoch, self._position = state["epoch"], state["position"]
 
+    def for_overfitting(self) -> "EpochSampler":
+        """The sampler that takes the place of this one with `overfit_batches`."""
+        return OverfitSampler(
+            len(self.dataset),  # type: ignore[arg-type]
+            seed=self.seed,
+            rank=self.rank,
+            world_size=self.num_replicas,
+        )
+
     def _order(self) -> dict[str, Any]:
         return {"samples": self._num_all_samples, "seed": self.seed, "shuffle": self.shuffle}
 
@@ -223,6 +233,102 @@ class OverfitSampler(EpochSampler, SequentialSampler):
 
     def __init__(self, num_samples: int, *, seed: int, rank: int, world_size: int) -> None:
         super().__init__(num_samples, shuffle=False, seed=seed, rank=rank, world_size=world_size)
+
+    def __iter__(self) -> Iterator[SampleKey]:  # type: ignore[override]
+        for _, index in super().__iter__():
+            yield 0, index
+
+
+class MixedSampler(EpochSampler):
+    """An `EpochSampler` of several datasets, of which every batch has fixed numbers of samples.
+
+    Samples are numbered through all datasets. In each batch, those of a dataset follow those of
+    the previous one. An epoch ends when the dataset with the most batches has no whole one left;
+    the others begin again meanwhile, each time in a new order. A repeated sample is drawn anew: the
+    epoch of its key is `epoch * p + i` in the `i`-th of the `p` passes of an epoch.
+
+    Args:
+        counts: Number of samples of each dataset.
+        sizes: Number of samples of each per batch and process.
+        shuffle: Whether each pass has a new order, drawn from `(seed, epoch)`.
+        seed: Seed of the order, at least 0.
+        rank: Rank of this process.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: If a dataset has fewer samples than one batch of all processes.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[int],
+        sizes: Sequence[int],
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.counts, self.sizes = list(counts), [size * world_size for size in sizes]
+        for count, size in zip(self.counts, self.sizes, strict=True):
+            if count < size:
+                raise ValueError(
+                    f"{count} training samples do not fill one batch, which has {size} of them on "
+                    f"{world_size} process(es): reduce the batch size or use more data"
+                )
+        self.num_batches = max(n // size for n, size in zip(self.counts, self.sizes, strict=True))
+        super().__init__(
+            self.num_batches * sum(self.sizes),
+            shuffle=shuffle,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        epochs, indices = self._keys()
+        own = slice(self._position + self.rank, self.total_size, self.num_replicas)
+        yield from zip(epochs[own].tolist(), indices[own].tolist(), strict=True)
+
+    def for_overfitting(self) -> EpochSampler:
+        sizes = [size // self.num_replicas for size in self.sizes]
+        return OverfitMixedSampler(
+            self.counts, sizes, seed=self.seed, rank=self.rank, world_size=self.num_replicas
+        )
+
+    def _keys(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The epochs and the indices of all samples of the epoch, in order."""
+        rng = sample_rng(self.seed, self.epoch)
+        parts = []
+        for first, count, size in zip(self._firsts, self.counts, self.sizes, strict=True):
+            per_pass = count // size * size
+            num_passes = -(-self.num_batches * size // per_pass)
+            order, epochs = [], []
+            for number in range(num_passes):
+                indices = rng.permutation(count) if self.shuffle else np.arange(count)
+                order.append(first + indices[:per_pass])
+                epochs.append(np.full(per_pass, self.epoch * num_passes + number))
+            keys = np.stack([np.concatenate(epochs), np.concatenate(order)])
+            parts.append(keys[:, : self.num_batches * size].reshape(2, self.num_batches, size))
+        keys = np.concatenate(parts, axis=2).reshape(2, -1)
+        return keys[0], keys[1]
+
+    @property
+    def _firsts(self) -> list[int]:
+        """The index of the first sample of each dataset."""
+        return [sum(self.counts[:number]) for number in range(len(self.counts))]
+
+    def _order(self) -> dict[str, Any]:
+        return {**super()._order(), "counts": self.counts, "global_batch": self.sizes}
+
+
+class OverfitMixedSampler(MixedSampler, SequentialSampler):
+    """The first samples of each dataset, as in `OverfitSampler`. Arguments as in `MixedSampler`."""
+
+    def __init__(
+        self, counts: Sequence[int], sizes: Sequence[int], *, seed: int, rank: int, world_size: int
+    ) -> None:
+        super().__init__(counts, sizes, shuffle=False, seed=seed, rank=rank, world_size=world_size)
 
     def __iter__(self) -> Iterator[SampleKey]:  # type: ignore[override]
         for _, index in super().__iter__():

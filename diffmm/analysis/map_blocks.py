@@ -1,6 +1,6 @@
 """Attention maps in blocks of query rows, for sequences whose whole maps do not fit in memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -72,13 +72,15 @@ class LayerInputs:
 
     Attributes:
         index: Number of the layer in the order in which they run, from 0.
-        name: Name of the layer in its model, such as `backbone.blocks.0.attention`.
+        name: Name of the layer in its model, such as `backbone.blocks.0.attention`; of a layer that
+            several parts of a model share, that in the part that runs it.
         q: Queries by component, `[B, N, H, C, D]`.
         k: Keys by component, `[B, M, G, C, D]`, or `[B, M, G, 1, D]` if the components share them.
         lam: The factor of the second map, `[B, H, N]`; None for softmax attention.
         scale: Factor of the scores before the softmax.
         mask: Which keys each query attends to.
         softcap: Bound of the scores; None means no bound.
+        weights: Name of the layer in the first of the parts that share it.
     """
 
     index: int
@@ -89,6 +91,7 @@ class LayerInputs:
     scale: float
     mask: AttentionMask
     softcap: float | None = None
+    weights: str = ""
 
     @classmethod
     def of(
@@ -100,10 +103,11 @@ class LayerInputs:
         rope: Rotation | None = None,
         index: int = 0,
         name: str = "",
+        weights: str = "",
     ) -> "LayerInputs":
         """The queries, keys and lambda of `layer` for its input `x`, `[B, N, dim]`."""
         q, k, _ = layer.project(x, rope)
-        return cls.projected(layer, x, q, k, mask=mask, index=index, name=name)
+        return cls.projected(layer, x, q, k, mask=mask, index=index, name=name, weights=weights)
 
     @classmethod
     def projected(
@@ -116,6 +120,7 @@ class LayerInputs:
         mask: AttentionMask,
         index: int = 0,
         name: str = "",
+        weights: str = "",
     ) -> "LayerInputs":
         """As `of`, with the queries and keys of `layer.project`."""
         dtype = torch.promote_types(q.dtype, torch.float32)
@@ -123,7 +128,8 @@ class LayerInputs:
         lam = layer.lam(x)
         if lam is not None:
             lam = lam.to(dtype).expand(q.shape[:3]).transpose(1, 2)
-        return cls(index, name, q, k, lam, layer.scale, layer.narrowed(mask), layer.softcap)
+        narrowed = layer.narrowed(mask)
+        return cls(index, name, q, k, lam, layer.scale, narrowed, layer.softcap, weights)
 
     def blocks(
         self, *, rows: Tensor | None = None, max_bytes: int | None = None
@@ -220,27 +226,49 @@ def visit_layers(
     Raises:
         ValueError: If the model has no attention layers.
     """
-    found = {name: part for name, part in model.named_modules() if isinstance(part, Attention)}
+    found: dict[Attention, list[str]] = {}
+    for name, part in model.named_modules(remove_duplicate=False):
+        if isinstance(part, Attention):
+            found.setdefault(part, []).append(name)
     if not found:
         raise ValueError(f"{type(model).__name__} contains no attention layer of diffmm")
     count = 0
+    running = ""  # the part of the model that runs, of those that share layers
 
-    def hook_of(name: str) -> Callable[..., None]:
+    def enter(part: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            nonlocal running
+            running = part
+
+        return hook
+
+    def hook_of(names: Sequence[str]) -> Callable[..., None]:
         def hook(layer: Attention, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             nonlocal count
             rope = kwargs.get("rope")
             index, count = count, count + 1
+            name = next((name for name in names if name.startswith(running)), names[0])
             visit(
                 LayerInputs.of(
-                    layer, args[0], mask=kwargs["mask"], rope=rope, index=index, name=name
+                    layer,
+                    args[0],
+                    mask=kwargs["mask"],
+                    rope=rope,
+                    index=index,
+                    name=name,
+                    weights=names[0],
                 )
             )
 
         return hook
 
     handles = [
-        layer.register_forward_pre_hook(hook_of(name), with_kwargs=True)
-        for name, layer in found.items()
+        layer.register_forward_pre_hook(hook_of(names), with_kwargs=True)
+        for layer, names in found.items()
+    ]
+    sharing = {name.partition(".")[0] for names in found.values() if names[1:] for name in names}
+    handles += [
+        model.get_submodule(part).register_forward_pre_hook(enter(f"{part}.")) for part in sharing
     ]
     try:
         run_model(model, *inputs, mask=mask)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from diffmm.analysis.attention_scores import AttentionScores, ScoreMeter, Spans
 from diffmm.analysis.batches import Batch, evaluate, loss_of, mask_of, seeded
+from diffmm.analysis.cancellation import CancellationMeter, LayerCancellation
 from diffmm.analysis.concentration import ConcentrationMeter, LayerConcentration
 from diffmm.analysis.initial_gradients import LayerGradients, initial_gradients, twin_of
 from diffmm.analysis.lambdas import LambdaMeter, LayerLambda
@@ -37,17 +38,21 @@ class Measurements:
         concentration: See `diffmm.analysis.concentration`.
         outliers: See `diffmm.analysis.outliers`.
         lambdas: See `diffmm.analysis.lambdas`; empty for softmax attention.
+        cancellation: See `diffmm.analysis.cancellation`; empty for softmax attention.
+        parts: Names of the towers of a contrastive model; empty for other models.
         map_errors: See `diffmm.analysis.quantization.map_errors`.
         effects: See `diffmm.analysis.quantization.quantization_effects`.
         scores: See `diffmm.analysis.attention_scores`.
         gradients: See `diffmm.analysis.initial_gradients`.
-        problems: Why measurements could not be made, by `"maps"` (concentration, outliers, lambda
-            and errors of maps), `"quantization"`, `"scores"` and `"gradients"`.
+        problems: Why measurements could not be made, by `"maps"` (concentration, outliers, lambda,
+            cancellation and errors of maps), `"quantization"`, `"scores"` and `"gradients"`.
     """
 
     concentration: list[LayerConcentration] = field(default_factory=list)
     outliers: Outliers | None = None
     lambdas: list[LayerLambda] = field(default_factory=list)
+    cancellation: list[LayerCancellation] = field(default_factory=list)
+    parts: tuple[str, ...] = ()
     map_errors: list[LayerMapErrors] = field(default_factory=list)
     effects: list[Effect] = field(default_factory=list)
     scores: AttentionScores | None = None
@@ -74,7 +79,7 @@ def measure(
         max_bytes: Memory of a block of maps, in bytes; see `LayerInputs.blocks`.
         seed: Seed of the twins' weights and of random masks.
     """
-    found = Measurements()
+    found = Measurements(parts=tuple(getattr(model, "towers", ())))
     device = next(model.parameters()).device
 
     def attempt(name: str, make: Callable[[], None]) -> None:
@@ -87,9 +92,11 @@ def measure(
         concentration = ConcentrationMeter(max_bytes=max_bytes)
         outliers = OutlierMeter(max_bytes=max_bytes)
         lambdas, errors = LambdaMeter(), MapErrorMeter(bits=bits, max_bytes=max_bytes)
+        cancelled = CancellationMeter(max_bytes=max_bytes)
 
         def visit(layer: LayerInputs) -> None:
-            for add in (concentration.add, outliers.add_logits, lambdas.add, errors.add):
+            meters = (concentration.add, lambdas.add, errors.add, cancelled.add)
+            for add in (*meters, outliers.add_logits):
                 add(layer)
 
         with seeded(seed, device), watching_blocks(model, outliers.add_hidden):
@@ -97,6 +104,7 @@ def measure(
                 _visit(model, batch, visit)
         found.concentration, found.outliers = concentration.layers(), outliers.result()
         found.lambdas, found.map_errors = lambdas.layers(), errors.layers()
+        found.cancellation = cancelled.layers()
 
     def quantization() -> None:
         found.effects = quantization_effects(

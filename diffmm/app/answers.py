@@ -61,7 +61,8 @@ def ranking(names: Sequence[str], shares: Sequence[float], values: Sequence[str]
 
 def player(reader: Any, file: str) -> str:
     """A player of an uploaded sound; empty for other files."""
-    is_sound = hasattr(reader, "sample_rate_hz")
+    # A reader of images and sounds says which one a file is.
+    is_sound = hasattr(reader, "sample_rate_hz") and getattr(reader, "is_sound", bool)(file)
     return f'<audio controls src="/gradio_api/file={quote(file)}"></audio>' * is_sound
 
 

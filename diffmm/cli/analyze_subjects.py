@@ -14,7 +14,7 @@ from diffmm.analysis.lambdas import lambda_curves
 from diffmm.analysis.measurements import Measurements, measure, spans_of
 from diffmm.analysis.sections import Analyzed
 from diffmm.analysis.text_spans import tokens_of_span
-from diffmm.batch import IGNORE_INDEX, samples_of, size_of
+from diffmm.batch import IGNORE_INDEX, MEDIA, samples_of, size_of
 from diffmm.checks import article
 from diffmm.cli.compare_maps import validation_data
 from diffmm.cli.evaluate import use_other_data
@@ -159,13 +159,17 @@ def _batches(
         batches = data.val_dataloader()
         special = getattr(getattr(data, "tokenizer", None), "special_ids", ())
     found: list[Batch] = []
-    left = request.num_samples
+    # Of images and sounds, each has that many samples.
+    media = [field for field in MEDIA if field in getattr(trained.model, "input_fields", ())]
+    left = dict.fromkeys((media[1:] and media) or [""], request.num_samples)
     for batch in batches:
         if not isinstance(batch, dict):
             raise InputError(f"the batches of {path} must be dicts, got {type(batch).__name__}")
-        found.append(_moved(samples_of(batch, slice(left)), device))
-        left -= size_of(found[-1])
-        if left <= 0:
+        medium = next((field for field in left if field in batch), "")
+        if left[medium] > 0:
+            found.append(_moved(samples_of(batch, slice(left[medium])), device))
+            left[medium] -= size_of(found[-1])
+        if max(left.values()) <= 0:
             break
     if not found:
         raise InputError(f"the data of {path} have no samples")

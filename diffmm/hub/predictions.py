@@ -190,11 +190,16 @@ class Predictor(Reading[Tensor]):
     @torch.inference_mode()
     def results(self, samples: list[dict[str, Any]]) -> Sequence[Tensor]:
         """Compute probabilities `[B, num_classes]` on the CPU."""
-        device = next(self.model.parameters()).device
-        batch = to_device(self.reader.collate(samples), device)
-        logits = self.model(*inputs_of(self.model, batch)).float()
+        logits = self.logits(samples)
         scores = (logits.sigmoid() if self.multi_label else logits.softmax(dim=1)).cpu()
         return list(scores)
+
+    @torch.inference_mode()
+    def logits(self, samples: list[dict[str, Any]]) -> Tensor:
+        """Compute logits `[B, num_classes]` in float32."""
+        device = next(self.model.parameters()).device
+        batch = to_device(self.reader.collate(samples), device)
+        return self.model(*inputs_of(self.model, batch)).float()
 
 
 class _Chunks(IterableDataset[list[Read]]):

@@ -18,7 +18,15 @@ from diffmm.hub.metrics import metrics_at
 from diffmm.hub.predictions import OnError, Predictor, expanded
 from diffmm.hub.readers import check_inputs, make_reader
 from diffmm.hub.texts import Captioner, Transcriber, described
-from diffmm.hub.zero_shot import TEMPLATES, embed_classes, embed_media, embed_texts, tower_of
+from diffmm.hub.zero_shot import (
+    TEMPLATES,
+    ZeroShotPredictor,
+    by_tower,
+    embed_classes,
+    embed_media,
+    embed_texts,
+    towers_of,
+)
 from diffmm.models.captioning import CaptioningModel
 from diffmm.models.contrastive import ContrastiveModel, ZeroShotClassifier
 from diffmm.models.ctc import CTCModel
@@ -353,29 +361,47 @@ class TrainedModel:
         torch.Size([2, 64])
         """
         _check_batch_size(batch_size)
-        encoder: Any = getattr(self.model, "encoder", self.model)
-        if isinstance(self.model, ContrastiveModel):
-            encoder = self.model.towers[tower_of(self.model, self.reader)]
-        if not isinstance(encoder, Encoder):
+        model = self.model
+        encoders: list[Any] = [getattr(model, "encoder", model)]
+        if isinstance(model, ContrastiveModel):
+            encoders = [model.towers[name] for name in towers_of(model, self.reader)]
+        if not isinstance(encoders[0], Encoder):
             raise ValueError(
-                f"{self.origin} contains {article(type(self.model).__name__)}: only image and "
-                f"audio encoders have features to return"
+                f"{self.origin} contains {article(type(model).__name__)}: only image and audio "
+                f"encoders have features to return"
+            )
+        widths = [encoder.num_features for encoder in encoders]
+        if len(set(widths)) > 1:
+            raise ValueError(
+                f"the towers of {self.origin} have features of different widths, "
+                f"{' and '.join(map(str, widths))}: load it with a reader of images or of sounds"
             )
         read: list[Tensor] = []
+        rows: list[Tensor] = []
 
         def keep(head: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             pooled = arguments[0].float()
             read.append((pooled.mean(dim=1) if pooled.ndim == 3 else pooled).cpu())
 
-        device = next(encoder.parameters()).device
+        device = next(model.parameters()).device
         items = expanded(inputs if isinstance(inputs, list) else [inputs], self.reader)
-        handle = encoder.head.register_forward_pre_hook(keep)
+        handles = [encoder.head.register_forward_pre_hook(keep) for encoder in encoders]
         try:
-            while batch := [self.reader.read(item) for item in islice(items, batch_size)]:
-                encoder(*inputs_of(encoder, to_device(self.reader.collate(batch), device)))
+            while samples := [self.reader.read(item) for item in islice(items, batch_size)]:
+                if not isinstance(model, ContrastiveModel):
+                    batch = to_device(self.reader.collate(samples), device)
+                    encoders[0](*inputs_of(encoders[0], batch))
+                    rows.append(read.pop())
+                    continue
+                found = torch.empty(len(samples), widths[0])
+                for name, places, arguments in by_tower(model, self.reader, samples):
+                    model.towers[name](*arguments)
+                    found[places] = read.pop()
+                rows.append(found)
         finally:
-            handle.remove()
-        return torch.cat(read) if read else torch.empty(0, encoder.embed_dim)
+            for handle in handles:
+                handle.remove()
+        return torch.cat(rows) if rows else torch.empty(0, widths[0])
 
     def similarity(
         self, inputs: Any, texts: str | Sequence[str], *, batch_size: int = 32
@@ -441,7 +467,9 @@ class TrainedModel:
         there."""
         model = self._contrastive
         classes = embed_classes(model, self.reader, class_names, templates)
-        classifier = ZeroShotClassifier(model, classes, tower_of(model, self.reader))
+        towers = towers_of(model, self.reader)
+        tower = towers[0] if len(towers) == 1 else None
+        classifier = ZeroShotClassifier(model, classes, tower)
         job = replace(
             self.job, class_names=tuple(class_names), multi_label=model.logit_bias is not None
         )
@@ -503,7 +531,8 @@ class TrainedModel:
                 hint = ": name them (zero_shot; on the command line: --labels a,b,c)"
             name = article(type(self.model).__name__)
             raise ValueError(f"{self.origin} contains {name}, which has no classes{hint}")
-        predictor = Predictor(
+        is_zero_shot = isinstance(self.model, ZeroShotClassifier)
+        predictor = (ZeroShotPredictor if is_zero_shot else Predictor)(
             self.model,
             self.reader,
             self.class_names,
@@ -663,9 +692,10 @@ class TrainedModel:
         """
         from diffmm.analysis.attention_maps import attention_maps
 
-        device = next(self.model.parameters()).device
-        batch = to_device(self.reader.collate([self.reader.read(item)]), device)
-        model = self.model
+        model, samples = self.model, [self.reader.read(item)]
         if isinstance(model, ContrastiveModel):
-            model = model.towers[tower_of(model, self.reader)]
+            ((tower, _, inputs),) = by_tower(model, self.reader, samples)
+            return attention_maps(model.towers[tower], *inputs, layers=layers)
+        device = next(model.parameters()).device
+        batch = to_device(self.reader.collate(samples), device)
         return attention_maps(model, *inputs_of(model, batch), layers=layers)

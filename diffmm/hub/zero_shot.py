@@ -1,6 +1,6 @@
 """Embeddings of images, sounds and texts by a contrastive model, and of classes by their names."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from diffmm.batch import inputs_of, to_device
-from diffmm.hub.predictions import expanded
+from diffmm.hub.predictions import Predictor, expanded
 from diffmm.models.contrastive import ContrastiveModel
 
 PLACE = "{}"
@@ -17,19 +17,44 @@ TEMPLATES = ("a photo of a {}.",)
 """CLIP's default prompt."""
 
 
-def tower_of(model: ContrastiveModel, reader: Any) -> str:
-    """The name of the tower whose inputs a reader reads: `"image"` or `"audio"`.
+def towers_of(model: ContrastiveModel, reader: Any) -> list[str]:
+    """The names of the towers whose inputs a reader reads: `"image"`, `"audio"` or both.
 
     Raises:
         ValueError: If the model has no such tower.
     """
-    name = "audio" if hasattr(reader, "sample_rate_hz") else "image"
-    if name not in model.towers:
-        raise ValueError(
-            f"the reader reads {reader.kind} files, but the model has no {name} tower: use another "
-            f"reader"
-        )
-    return name
+    settings = {"image": "image_size", "audio": "sample_rate_hz"}
+    names = [name for name, setting in settings.items() if hasattr(reader, setting)]
+    for name in names:
+        if name not in model.towers:
+            raise ValueError(
+                f"the reader reads {reader.kind} files, but the model has no {name} tower: use "
+                f"another reader"
+            )
+    return names
+
+
+def by_tower(
+    model: ContrastiveModel, reader: Any, samples: Sequence[dict[str, Any]]
+) -> Iterator[tuple[str, list[int], tuple[Tensor, ...]]]:
+    """Sort samples of a reader by the tower that they are for. Yields its name, the places of its
+    samples, and its inputs."""
+    for name in towers_of(model, reader):
+        tower = model.towers[name]
+        places = [i for i, sample in enumerate(samples) if tower.input_fields[0] in sample]
+        if places:
+            batch = reader.collate([samples[place] for place in places])
+            yield name, places, inputs_of(tower, to_device(batch, model.logit_scale.device))
+
+
+def embed_samples(
+    model: ContrastiveModel, reader: Any, samples: Sequence[dict[str, Any]]
+) -> Tensor:
+    """Embeddings of samples of a reader, `[N, embed_dim]`."""
+    found = model.logit_scale.new_empty(len(samples), model.config.embed_dim)
+    for _, places, inputs in by_tower(model, reader, samples):
+        found[places] = model.encode_media(*inputs)
+    return found
 
 
 @torch.inference_mode()
@@ -41,11 +66,10 @@ def embed_media(
     Raises:
         ValueError: If an input cannot be read; the message names it.
     """
-    tower, items = model.towers[tower_of(model, reader)], expanded(inputs, reader)
-    found = []
+    _ = towers_of(model, reader)  # an error before anything is read
+    items, found = expanded(inputs, reader), []
     while samples := [reader.read(item) for item in islice(items, batch_size)]:
-        batch = to_device(reader.collate(samples), model.logit_scale.device)
-        found.append(model.encode_media(*inputs_of(tower, batch)).cpu())
+        found.append(embed_samples(model, reader, samples).cpu())
     return torch.cat(found) if found else torch.empty(0, model.config.embed_dim)
 
 
@@ -112,3 +136,13 @@ def check_classes(class_names: Sequence[str], templates: Sequence[str]) -> None:
             raise ValueError(
                 f"a template must contain {PLACE}, which stands for the class, got {template!r}"
             )
+
+
+class ZeroShotPredictor(Predictor):
+    """Predicts classes that are known by their names, of images and sounds in any order.
+    Arguments as in `Predictor`, with a `ZeroShotClassifier` as the model."""
+
+    @torch.inference_mode()
+    def logits(self, samples: list[dict[str, Any]]) -> Tensor:
+        classifier: Any = self.model
+        return classifier.compare(embed_samples(classifier.model, self.reader, samples))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -94,7 +95,8 @@ class ContrastiveConfig(Settings):
 
     @property
     def input_fields(self) -> tuple[str, ...]:
-        """The batch fields that `forward` takes, in order; a batch has images or waveforms."""
+        """The batch fields that `forward` takes, in order; a batch has images, waveforms or
+        both."""
         return tuple(field for name in reversed(self.towers) for field in _fields(self, name))
 
     @property
@@ -102,12 +104,18 @@ class ContrastiveConfig(Settings):
         """As in `EncoderConfig`."""
         return () if self.audio is None else self.audio.exact_fields
 
-    def input_shapes(self, batch_size: int, length: int | None = None) -> InputShapes:
+    def input_shapes(
+        self, batch_size: int, length: int | None = None, *, num_sounds: int = 0
+    ) -> InputShapes:
         """Shapes and dtypes of a batch of texts of `max_length` and of images or, without an image
-        tower, of sounds of `length` samples."""
-        media = self.image or self.audio
-        assert media is not None
-        return {**self.text.input_shapes(batch_size), **media.input_shapes(batch_size, length)}
+        tower, of sounds of `length` samples; with `num_sounds`, that many of the batch are sounds
+        and the others images."""
+        shapes = self.text.input_shapes(batch_size)
+        if self.image is not None:
+            shapes |= self.image.input_shapes(batch_size - num_sounds)
+        if self.audio is not None and (num_sounds or self.image is None):
+            shapes |= self.audio.input_shapes(num_sounds or batch_size, length)
+        return shapes
 
     def _projected(self, name: str, tower: Any) -> Any:
         """The config of a tower with a projection to `embed_dim`."""
@@ -148,7 +156,7 @@ class Embeddings(NamedTuple):
     """The embeddings of pairs, and the parameters of the comparison."""
 
     media: Tensor
-    """Embeddings of the images or sounds, `[B, embed_dim]`, of norm 1."""
+    """Embeddings of the images, followed by those of the sounds, `[B, embed_dim]`, of norm 1."""
     texts: Tensor
     """Embeddings of the texts, `[B, embed_dim]`, of norm 1."""
     scale: Tensor
@@ -242,6 +250,7 @@ class ContrastiveModel(Pretrained, nn.Module):
         num_tokens: Tensor | None,
         media: Tensor,
         num_samples: Tensor | None = None,
+        images: Tensor | None = None,
     ) -> Embeddings:
         """Compute the embeddings of pairs.
 
@@ -251,11 +260,15 @@ class ContrastiveModel(Pretrained, nn.Module):
             media: Images, `[B, C, H, W]`, or waveforms, `[B, S]`.
             num_samples: `[B]` integers, the number of real samples of each waveform; None if all
                 are real.
+            images: Images `[I, C, H, W]` of a batch with both; the first `I` texts are theirs, and
+                the others those of the waveforms, `[B - I, S]`.
 
         Raises:
             ValueError: If the model has no tower for the media, or a tower refuses its inputs.
         """
         found = self.encode_media(media, num_samples)
+        if images is not None:
+            found = torch.cat([self.encode_image(images), found])
         return Embeddings(found, self.encode_text(tokens, num_tokens), self.scale, self.bias)
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -300,6 +313,18 @@ class ContrastiveModel(Pretrained, nn.Module):
         """
         return _unit(self.text(tokens, num_tokens))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ContrastiveModel":
+        """Cast and move the module, but keep the scale and the bias in float32: a step of training
+        is less than the distance of two numbers in bfloat16, so that they would never change."""
+        exact = [self.logit_scale] + ([] if self.logit_bias is None else [self.logit_bias])
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            keep = moved.dtype.itemsize < 4 and any(tensor is each for each in exact)
+            return tensor.to(moved.device) if keep else moved
+
+        return super()._apply(move, recurse)
+
     def add_aliases(self, state: dict[str, Any], prefix: str = "") -> None:
         """Add the weights of shared blocks by their names in the other towers to a state, in place.
 
@@ -328,21 +353,28 @@ class ZeroShotClassifier(nn.Module):
     Args:
         model: The contrastive model.
         classes: Embeddings of the classes, `[num_classes, embed_dim]`, of norm 1.
-        tower: `"image"` or `"audio"`, the tower that embeds the inputs.
+        tower: `"image"` or `"audio"`, the tower that embeds the inputs; None for inputs of both.
     """
 
-    def __init__(self, model: ContrastiveModel, classes: Tensor, tower: str) -> None:
+    def __init__(self, model: ContrastiveModel, classes: Tensor, tower: str | None) -> None:
         super().__init__()
         self.model = model
         self.register_buffer("classes", classes, persistent=False)
         self.num_classes = len(classes)
-        self.config = model.config.towers[tower]
-        self.input_fields = self.config.input_fields
+        self.config: Any = model.config if tower is None else model.config.towers[tower]
+        self.input_fields: tuple[str, ...] = (
+            (*_fields(model.config, "image"), *_fields(model.config, "audio"))
+            if tower is None
+            else tuple(self.config.input_fields)
+        )
 
     def forward(self, media: Tensor, num_samples: Tensor | None = None) -> Tensor:
         """Compute logits, `[B, num_classes]`, of inputs as in `ContrastiveModel.encode_media`."""
-        found = self.model.encode_media(media, num_samples) @ cast(Tensor, self.classes).T
-        logits = self.model.scale * found
+        return self.compare(self.model.encode_media(media, num_samples))
+
+    def compare(self, embeddings: Tensor) -> Tensor:
+        """Compute logits, `[B, num_classes]`, of embeddings `[B, embed_dim]`."""
+        logits = self.model.scale * (embeddings @ cast(Tensor, self.classes).T)
         return logits if self.model.bias is None else logits + self.model.bias
 
 

@@ -1,11 +1,15 @@
 """Checks that the model, the data and the trainer of a recipe agree."""
 
+from collections.abc import Mapping
 from typing import Any
 
+MEDIA = {"image": ("image_size", "images"), "audio": ("sample_rate_hz", "sounds")}
+"""For each tower of media, a setting of the readers of its inputs, and what these are."""
 
-def disagreements(model: Any, data: Any, precision: object) -> list[str]:
+
+def disagreements(model: Any, data: Any, trainer: Mapping[str, Any]) -> list[str]:
     """Return the settings in which the model and the data of a recipe disagree, and those that do
-    not fit the trainer's `precision`."""
+    not fit the settings of the trainer."""
     config: Any = getattr(getattr(model, "model", None), "config", None)
     if not hasattr(config, "towers"):
         config = getattr(config, "encoder", config)
@@ -18,6 +22,11 @@ def disagreements(model: Any, data: Any, precision: object) -> list[str]:
         )
     for tower in getattr(config, "towers", {"": config}).values():
         found += _of_media(tower, data)
+    if "text" in getattr(config, "towers", ()):
+        found += _of_towers(model, data)
+    accumulated = trainer.get("accumulate_grad_batches") or 1
+    if accumulated != 1 and hasattr(model, "why_no_accumulation"):
+        found.append(f"trainer.accumulate_grad_batches={accumulated} {model.why_no_accumulation}")
     names = getattr(model, "tokenizer", None), getattr(data, "tokenizer_name", None)
     if None not in names and names[0] != names[1]:
         found.append(f"the model's tokenizer is {names[0]!r}, but the data's is {names[1]!r}")
@@ -32,7 +41,7 @@ def disagreements(model: Any, data: Any, precision: object) -> list[str]:
             parameter_groups(model.model, optimizer)
         except ValueError as error:
             found.append(f"model.init_args.optimizer: {error}")
-    if precision == "16-true" and optimizer is not None:
+    if trainer.get("precision") == "16-true" and optimizer is not None:
         import torch
 
         from diffmm.training.optimizer import check_eps
@@ -41,6 +50,32 @@ def disagreements(model: Any, data: Any, precision: object) -> list[str]:
             check_eps(optimizer.eps, torch.float16)
         except ValueError as error:
             found.append(f"model.init_args.optimizer.eps: {error}")
+    return found
+
+
+def _of_towers(model: Any, data: Any) -> list[str]:
+    """Media of the data for which a contrastive model has no tower, and towers that would be
+    trained without any."""
+    found, reader = [], getattr(data, "reader", None)
+    if reader is None:
+        return []
+    towers = model.model.towers
+    for name, (setting, media) in MEDIA.items():
+        has_media = hasattr(reader, setting)
+        if has_media and name not in towers:
+            found.append(
+                f"{type(data).__name__} has {media}, but the model has no {name} tower: set "
+                f"model.init_args.model.init_args.config.{name}, or use other data"
+            )
+            continue
+        tower = towers.get(name)
+        if has_media or tower is None or not any(p.requires_grad for p in tower.parameters()):
+            continue
+        found.append(
+            f"the model has an {name} tower, but {type(data).__name__} has no {media} to train "
+            f"it: use datamodules.ImageAudioTextData, leave out the tower, or freeze it "
+            f"(--model.{name}.freeze all)"
+        )
     return found
 
 

@@ -30,6 +30,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchmetrics import Metric
 
 from diffmm.batch import InputShapes
 from diffmm.layers.block import Block
@@ -110,7 +111,9 @@ def saved_bytes(task: LightningModule, batch: dict[str, Any], precision: str) ->
     floating = torch.bfloat16 if precision in HALF_PRECISIONS else torch.float32
     task.to(floating)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        task.to_empty(device="cpu")
+        for module in task.modules():  # a shared one only once
+            if not isinstance(module, Metric):
+                module.to_empty(device="cpu", recurse=False)
         task.trainer = plain_trainer()
         tensors = {
             name: torch.zeros(shape, dtype=floating if dtype.is_floating_point else dtype)
@@ -199,7 +202,9 @@ def fake_shapes(task: Any, data: Any) -> InputShapes | None:
     if size is None or not hasattr(config, "input_shapes") or not isinstance(task, Task):
         return None
     lengths = (getattr(data, name, None) for name in ("sequence_length", "clip_samples"))
-    inputs: InputShapes = config.input_shapes(size, next(filter(None, lengths), None))
+    # Data with images and sounds in a batch say how many of it are sounds.
+    mixed = {"num_sounds": data.num_sounds} if hasattr(data, "num_sounds") else {}
+    inputs: InputShapes = config.input_shapes(size, next(filter(None, lengths), None), **mixed)
     shapes = {"index": ((size,), torch.int64), **inputs, **task.target_shapes(inputs)}
     if getattr(data, "packing", None) == "packed" and data.document_mask:
         shapes["document_ids"] = inputs["tokens"]

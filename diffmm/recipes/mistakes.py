@@ -67,8 +67,7 @@ def find_mistakes(values: dict[str, Any], *, trust: bool = True) -> Findings:
     # A misspelled key leaves a default in place, which may cause unrelated disagreements.
     if is_whole and not finder.has_unknown_keys:
         trainer = resolved.get("trainer")
-        precision = trainer.get("precision") if isinstance(trainer, dict) else None
-        mistakes += disagreements(model, data, precision)
+        mistakes += disagreements(model, data, trainer if isinstance(trainer, dict) else {})
     return Findings(
         list(dict.fromkeys(mistakes)),
         model if isinstance(model, LightningModule) else None,

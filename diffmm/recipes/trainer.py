@@ -99,8 +99,9 @@ class RecipeCLI(SettingsCLI):
             if not mistakes:
                 super().__init__(**parser_settings(), args=[])
                 if build:
-                    precision = self.trainer.precision
-                    mistakes = disagreements(self.model, self.datamodule, precision)
+                    names = ("precision", "accumulate_grad_batches")
+                    trainer = {name: getattr(self.trainer, name) for name in names}
+                    mistakes = disagreements(self.model, self.datamodule, trainer)
         except REFUSALS as error:
             raise InputError(*(find_mistakes(values).mistakes or [message_of(error)])) from error
         except (AttributeError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Contrastive training of images and texts, or of sounds and texts."""
+"""Contrastive training of images and texts, of sounds and texts, or of both together."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from diffmm.batch import InputShapes
+from diffmm.batch import MEDIA, InputShapes, media_of
 from diffmm.checks import DataError, check_choice
 from diffmm.models.contrastive import ContrastiveModel, Embeddings
 from diffmm.models.job import Job
@@ -24,9 +24,6 @@ from diffmm.training.schedule import ScheduleConfig
 from diffmm.training.sharding import DATA_PARALLEL
 from diffmm.training.task import Task
 
-MEDIA = ("images", "waveforms")
-"""Batch fields of the media; a batch has one of them."""
-
 
 class Contrastive(Task):
     """Contrastive training: embeddings of a medium and its text become similar, and those of
@@ -38,13 +35,17 @@ class Contrastive(Task):
     micro-batch cannot be negatives, so that gradients cannot be accumulated. All processes of a
     step must have equally many samples, and a step at least two.
 
-    With an image and an audio tower, a batch has media of one modality, and those of several
+    With an image and an audio tower, a batch has images and sounds, on all processes equally many
+    of each. All are compared with all texts, so that they share one space: the text of a sound is a
+    negative of an image. A batch may also have media of one modality, and those of several
     processes may differ. As the other tower has no gradients then, DDP must look for unused
     parameters (strategy `ddp_find_unused_parameters_true`).
 
     In addition to the metrics of every task, it logs `val/loss` and `val/media_to_text_recall_1`,
     `..._5`, `..._10`, `val/text_to_media_recall_1`, `..._5` and `..._10`: recall over the whole
-    validation set (see `diffmm.training.retrieval.Retrieval`).
+    validation set (see `diffmm.training.retrieval.Retrieval`). With both towers, there are also
+    those of each modality alone: `val/image_to_text_recall_1`, `val/audio_to_text_recall_1`,
+    `val/text_to_image_recall_1`, `val/image_loss` and so on.
 
     Args:
         model: Contrastive model to train.
@@ -66,6 +67,11 @@ class Contrastive(Task):
 
     model: ContrastiveModel
     TARGETS: ClassVar[tuple[str, ...]] = ()
+    why_no_accumulation: ClassVar[str] = (
+        "is not supported by contrastive training, which cannot compare samples of different "
+        "micro-batches: use a larger batch_size (with activation_checkpointing, if memory is "
+        "short) or more devices"
+    )
 
     def __init__(
         self,
@@ -121,16 +127,7 @@ class Contrastive(Task):
         super().setup(stage)
         count = self.trainer.accumulate_grad_batches
         if stage == "fit" and count > 1:
-            raise ValueError(
-                f"accumulate_grad_batches={count} is not supported by contrastive training, which "
-                f"cannot compare samples of different micro-batches: use a larger batch_size (with "
-                f"activation_checkpointing, if memory is short) or more devices"
-            )
-        if stage == "fit" and self._trains_two_media() and needs_all_gradients(self.trainer):
-            raise ValueError(
-                "a model with an image and an audio tower uses one of them per batch, but DDP "
-                "expects gradients of both: set --trainer.strategy ddp_find_unused_parameters_true"
-            )
+            raise ValueError(f"accumulate_grad_batches={count} {self.why_no_accumulation}")
 
     def load_first_weights(self) -> None:
         super().load_first_weights()
@@ -151,10 +148,16 @@ class Contrastive(Task):
     def check_batch(self, batch: Any) -> None:
         kinds = [name for name in MEDIA if name in self._inputs()]
         found = [name for name in MEDIA if name in batch]
-        if len(found) != 1 or found[0] not in kinds or "num_tokens" not in batch:
+        if not found or not set(found) <= set(kinds) or "num_tokens" not in batch:
             raise ValueError(
                 f"a batch for this model must have tokens, num_tokens and "
                 f"{' or '.join(kinds)}, got {', '.join(batch)}"
+            )
+        sizes = {name: len(batch[name]) for name in (*found, "tokens")}
+        if sum(sizes.values()) != 2 * sizes["tokens"]:
+            raise ValueError(
+                f"a batch must have a text for each image or sound, got {sizes['tokens']} texts of "
+                f"{' and '.join(f'{sizes[name]} {name}' for name in found)}"
             )
         if "document_ids" in batch:
             raise ValueError("packed rows are for captioning: set the data's pairs_per_row to 1")
@@ -187,18 +190,25 @@ class Contrastive(Task):
 
     def embeddings(self, batch: Any) -> Embeddings:
         """Return the model's embeddings of a batch."""
-        media = next(batch[name] for name in MEDIA if name in batch)
-        return self.model(batch["tokens"], batch["num_tokens"], media, batch.get("num_samples"))
+        texts = batch["tokens"], batch["num_tokens"]
+        if "waveforms" not in batch:
+            return self.model(*texts, batch["images"])
+        sounds = batch["waveforms"], batch.get("num_samples")
+        return self.model(*texts, *sounds, batch.get("images"))
 
     def pairs(self, batch: Any, found: Embeddings) -> Pairs:
         """Return the pairs of a batch, given its embeddings."""
         ids = text_ids(batch["tokens"], batch["num_tokens"])
         media_ids = batch.get("media_index")
         if media_ids is not None and "waveforms" in batch and self.model.image is not None:
-            media_ids = ~media_ids  # so that no sound has the number of an image
+            # So that no sound has the number of an image.
+            sounds = media_of(batch)["audio"]
+            media_ids = media_ids.clone()
+            media_ids[sounds] = ~media_ids[sounds]
         return Pairs(found.media, found.texts, media_ids, ids)
 
     def loss_sum(self, batch: Any, batch_idx: int) -> LossSum:
+        self._check_gradients(batch)
         found = self.embeddings(batch)
         own = self.pairs(batch, found)
         every, first = gathered(own, self._group())
@@ -214,17 +224,19 @@ class Contrastive(Task):
         self.model.limit_scale()
 
     def make_metrics(self) -> dict[str, Metric]:
-        return {"retrieval": Retrieval(self.model.config.embed_dim, self.loss)}
+        media = [name for name in self.model.towers if name != "text"]
+        return {"retrieval": Retrieval(self.model.config.embed_dim, self.loss, media)}
 
     def update_metrics(self, batch: Any, metrics: dict[str, Metric]) -> None:
         found = self.embeddings(batch)
-        pairs = self.pairs(batch, found)
-        index = batch.get("index")
+        pairs, index = self.pairs(batch, found), batch.get("index")
         if index is None:
             raise ValueError("batches to evaluate need the index of their samples")
         if pairs.media_ids is None:
             pairs = pairs._replace(media_ids=index)
-        metrics["retrieval"].update(pairs, index, found.scale, found.bias)
+        for name, place in media_of(batch).items():
+            own, places = pairs.at(place), index[place]
+            metrics["retrieval"].update(own, places, found.scale, found.bias, name)
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return the embeddings of the media and of the texts, both `[B, embed_dim]`."""
@@ -234,13 +246,24 @@ class Contrastive(Task):
     def target_shapes(self, inputs: InputShapes) -> InputShapes:
         return {"media_index": inputs["num_tokens"]}
 
-    def _trains_two_media(self) -> bool:
-        """Whether the model has an image and an audio tower that train."""
-        towers = (self.model.image, self.model.audio)
-        return all(
-            tower is not None and any(p.requires_grad for p in tower.parameters())
-            for tower in towers
-        )
+    def _check_gradients(self, batch: Any) -> None:
+        """Check that a step gives gradients to all towers that train, if DDP expects them.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        idle = [
+            name
+            for name, tower in self.model.towers.items()
+            if name not in ("text", *media_of(batch)) and any(map(_trains, tower.parameters()))
+        ]
+        if idle and self.training and needs_all_gradients(self.trainer):
+            raise ValueError(
+                f"the {idle[0]} tower has no gradients, as the batch has only "
+                f"{' and '.join(name for name in MEDIA if name in batch)}, but DDP expects them: "
+                f"train on both together (datamodules.ImageAudioTextData), or set "
+                f"--trainer.strategy ddp_find_unused_parameters_true"
+            )
 
     def _group(self) -> Any:
         """The processes whose batches form one batch; None for a single process."""
@@ -279,3 +302,7 @@ class Contrastive(Task):
                 f"{' and '.join(loaded)} share {shared} blocks, whose weights cannot be those of "
                 f"several files: give weights for one of them"
             )
+
+
+def _trains(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad

@@ -28,6 +28,11 @@ class Pairs(NamedTuple):
     text_ids: Tensor
     """`[B]` int64, as of `text_ids`."""
 
+    def at(self, place: slice | Tensor) -> "Pairs":
+        """The pairs at a place."""
+        ids = None if self.media_ids is None else self.media_ids[place]
+        return Pairs(self.media[place], self.texts[place], ids, self.text_ids[place])
+
 
 class Loss(Protocol):
     """A contrastive loss."""

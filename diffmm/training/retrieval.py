@@ -1,4 +1,6 @@
-"""Retrieval between two modalities: recall, and the loss of a whole evaluation."""
+"""Retrieval between media and texts: recall, and the loss of a whole evaluation."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,9 +32,14 @@ class Retrieval(ExactMetric):
     it, so that a model that embeds everything alike has a recall of 0. The result does not depend
     on how the samples are divided into batches and among processes.
 
+    With several modalities of media, such as images and sounds, there are also
+    `image_to_text_recall_K`, `text_to_image_recall_K` and `image_loss` of each that has samples:
+    those of its media and their texts alone.
+
     Args:
         embed_dim: Width of the embeddings.
         loss: A name in `diffmm.training.contrastive_losses.LOSSES`.
+        media: The modalities of the media.
     """
 
     full_state_update = False
@@ -40,26 +47,36 @@ class Retrieval(ExactMetric):
     scale: Tensor
     bias: Tensor
 
-    def __init__(self, embed_dim: int, loss: str) -> None:
+    def __init__(self, embed_dim: int, loss: str, media: Sequence[str] = ("media",)) -> None:
         super().__init__()
-        self.embed_dim, self.loss = embed_dim, loss
+        self.embed_dim, self.loss, self.media = embed_dim, loss, tuple(media)
         # One-dimensional, as torchmetrics assumes for the states of a process without samples.
         self.add_state("rows", default=[], dist_reduce_fx="cat")
         # All processes with samples have equal ones; the others have none.
         self.add_state("scale", default=torch.tensor(-torch.inf), dist_reduce_fx="max")
         self.add_state("bias", default=torch.tensor(-torch.inf), dist_reduce_fx="max")
 
-    def update(self, pairs: Pairs, index: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    def update(
+        self,
+        pairs: Pairs,
+        index: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        medium: str | None = None,
+    ) -> None:
         """Add a batch.
 
         Args:
-            pairs: The pairs, with `media_ids`.
+            pairs: The pairs of one modality, with `media_ids`.
             index: Positions of the samples in their dataset, `[B]`.
             scale: Factor of the similarities, a scalar.
             bias: Term added to them, a scalar; None without one.
+            medium: The modality, one of `media`; the first by default.
         """
         assert pairs.media_ids is not None
-        integers = [as_floats(ids) for ids in (pairs.media_ids, pairs.text_ids, index)]
+        number = 0 if medium is None else self.media.index(medium)
+        kinds = torch.full_like(index, number)
+        integers = [as_floats(ids) for ids in (pairs.media_ids, pairs.text_ids, index, kinds)]
         rows = [pairs.media.detach().float(), pairs.texts.detach().float(), *integers]
         self.rows.append(torch.cat(rows, dim=1).flatten())
         self.scale = scale.detach().float()
@@ -67,25 +84,26 @@ class Retrieval(ExactMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the recalls, in [0, 1], and the loss; NaN without samples."""
-        names = [f"{way}_recall_{k}" for way in ("media_to_text", "text_to_media") for k in TOP_KS]
         if not len(self.rows):
-            return dict.fromkeys(("loss", *names), torch.tensor(torch.nan, device=self.device))
-        pairs = self._pairs()
-        assert pairs.media_ids is not None
-        media = Items.of(pairs.media, pairs.media_ids)
-        texts = Items.of(pairs.texts, pairs.text_ids)
-        ranks = (best_ranks(media, texts), best_ranks(texts, media))
-        recalls = [(rank < k).float().mean() for rank in ranks for k in TOP_KS]
-        return {"loss": self._loss(pairs), **dict(zip(names, recalls, strict=True))}
+            names = ("loss", *recall_names("media"))
+            return dict.fromkeys(names, torch.tensor(torch.nan, device=self.device))
+        pairs, kinds = self._pairs()
+        found = {"loss": self._loss(pairs), **recalls(pairs, "media")}
+        for number, medium in enumerate(self.media if len(self.media) > 1 else ()):
+            if (kinds == number).any():
+                own = pairs.at(kinds == number)
+                found |= {f"{medium}_loss": self._loss(own), **recalls(own, medium)}
+        return found
 
-    def _pairs(self) -> Pairs:
-        """All pairs, in the order of their index; of pairs with the same index, the first."""
+    def _pairs(self) -> tuple[Pairs, Tensor]:
+        """All pairs and the numbers of their modalities, in the order of their index; of pairs with
+        the same index, the first."""
         dim = self.embed_dim
-        rows = dim_zero_cat(self.rows).view(-1, 2 * dim + 3 * PIECES)
-        media, texts, *pieces = rows.split([dim, dim, PIECES, PIECES, PIECES], dim=1)
-        media_ids, text_ids, index = map(as_integers, pieces)
+        rows = dim_zero_cat(self.rows).view(-1, 2 * dim + 4 * PIECES)
+        media, texts, *pieces = rows.split([dim, dim, *[PIECES] * 4], dim=1)
+        media_ids, text_ids, index, kinds = map(as_integers, pieces)
         _, order = first_places(index)
-        return Pairs(media[order], texts[order], media_ids[order], text_ids[order])
+        return Pairs(media, texts, media_ids, text_ids).at(order), kinds[order]
 
     def _loss(self, pairs: Pairs) -> Tensor:
         count = len(pairs.media)
@@ -94,6 +112,22 @@ class Retrieval(ExactMetric):
             own = Pairs(*(part[first : first + ROWS] for part in pairs if part is not None))
             total += LOSSES[self.loss](own, pairs, first, self.scale, self.bias)
         return total / count
+
+
+def recalls(pairs: Pairs, medium: str) -> dict[str, Tensor]:
+    """The recalls of all pairs, by their names for a modality."""
+    assert pairs.media_ids is not None
+    media = Items.of(pairs.media, pairs.media_ids)
+    texts = Items.of(pairs.texts, pairs.text_ids)
+    ranks = (best_ranks(media, texts), best_ranks(texts, media))
+    found = [(rank < k).float().mean() for rank in ranks for k in TOP_KS]
+    return dict(zip(recall_names(medium), found, strict=True))
+
+
+def recall_names(medium: str) -> list[str]:
+    """The names of the recalls of a modality, of media and then of texts."""
+    ways = f"{medium}_to_text", f"text_to_{medium}"
+    return [f"{way}_recall_{k}" for way in ways for k in TOP_KS]
 
 
 class Items:

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from datamodules import ImageAudioTextData
+from datamodules.pairs import RenderedShapes, SynthesizedSounds
 from diffmm import TrainedModel
 from diffmm.app.answers import medium_maps, prompt_maps, refused, text_maps
 from diffmm.app.panels import classification, generation, panel_of, similarity
 from diffmm.models import ImageModel, TextModel
 from diffmm.models.contrastive import ContrastiveModel
+from diffmm.models.job import Job
 from diffmm.models.text_tower import TextTower
 
 
@@ -116,6 +119,25 @@ def test_with_a_bias_each_pair_is_on_its_own(make_contrastive, picture):
     assert ("one", f"{value:.3f} · {100.0 * score:.1f}%") in [
         (name, text) for name, _, text in rows_of(html)
     ]
+
+
+def test_a_model_of_images_and_sounds_takes_either(
+    make_contrastive, sound_classifier, picture, sound
+):
+    model = make_contrastive(audio=replace(sound_classifier.model.config, num_classes=0)).model
+    rate_hz = model.config.audio.sample_rate_hz
+    data = ImageAudioTextData(
+        RenderedShapes(4, 4),
+        SynthesizedSounds(4, 4, sample_rate_hz=max(8000, rate_hz)),
+        image_size=16,
+        sample_rate_hz=rate_hz,
+        max_tokens=40,
+    )
+    both = TrainedModel(model, Job(reader=data.describe_inputs()["reader"]))
+    assert similarity.describe(both) == "Compares images or sounds with texts"
+    pages = [similarity.answer(both, str(file), "a\nb", 0, 0) for file in (picture, sound)]
+    assert ["<audio" in page for page in pages] == [False, True]
+    assert all("Cosine similarity" in page and "problem" not in page for page in pages)
 
 
 def test_too_many_texts_are_refused(contrastive, picture):

@@ -257,6 +257,39 @@ def test_a_task_with_two_backbones(tmp_path, monkeypatch):
         assert math.isfinite(row["loss"])
 
 
+def test_a_task_with_images_and_sounds(tmp_path, monkeypatch, capsys):
+    """Towers that share all blocks; the table shows each modality beside both together."""
+    monkeypatch.setattr(plan, "MAX_EXTENSIONS", 0)
+    tiny = ["--size", "tiny", "--seeds", "0", "--rates", "1e-3", "--steps", "2"]
+    task, out = "shapes_and_sounds_shared", ["--out", str(tmp_path)]
+    quality.main(["--tasks", task, "--variants", "softmax", *tiny, *out])
+    (row,) = rows = read(tmp_path / "cells.jsonl")
+    both = [row[name] for name in TASKS[task].parts]
+    assert 0.0 <= row["media_to_text_recall_1"] <= max(both) <= 1.0
+    found = lines(rows, Settings(seeds=(0,), rates=(1e-3,), size="tiny", steps=2))
+    text = markdown(found).splitlines()
+    header = next(line for line in text if line.startswith("| variant"))
+    assert header.endswith("| seconds | image_to_text_recall_1 | audio_to_text_recall_1 |")
+    (cells,) = (line.split(" | ")[-2:] for line in text if line.startswith("| softmax"))
+    assert [cell.strip(" |") for cell in cells] == [f"{100 * value:.2f}" for value in both]
+
+
+def test_the_sharing_is_that_of_the_task(tmp_path):
+    counts = {}
+    for name in (
+        "shapes_and_sounds",
+        "shapes_and_sounds_partly_shared",
+        "shapes_and_sounds_shared",
+    ):
+        spec = TASKS[name]
+        values = load_values([find_recipe(spec.recipe)], spec.given("full", tmp_path, tmp_path))
+        model = find_mistakes({**values, "run_dir": "runs"}).model.model
+        counts[name] = sum(p.numel() for p in model.parameters())
+    separate, partly, shared = counts.values()
+    assert separate > partly > shared
+    assert separate - partly == pytest.approx(partly - shared)
+
+
 def test_alternatives_are_variants_that_are_asked_for_by_name(tmp_path, monkeypatch):
     from benchmarks.quality import alternatives
 

@@ -238,10 +238,29 @@ def test_pairs_that_a_contrastive_model_cannot_take(run, recipe):
         "data.init_args.image_size=(16, 16), but the model's image_size is 32",
         "data.init_args.max_tokens=80 is longer than the positions of the model's text tower "
         "allow: max_length=64",
+        "trainer.accumulate_grad_batches=2 is not supported by contrastive training, which cannot "
+        "compare samples of different micro-batches: use a larger batch_size (with "
+        "activation_checkpointing, if memory is short) or more devices",
     ]
-    path = recipe("image_text/shapes_tiny", **{"trainer.accumulate_grad_batches": 2})
-    (message,) = refused(run, "fit", "--config", path)
-    assert message.startswith("accumulate_grad_batches=2 is not supported by contrastive training")
+
+
+def test_towers_without_data_and_data_without_towers(run, recipe):
+    both = "multimodal/shapes_and_sounds_tiny"
+    for name, media, other in (("audio", "sounds", "Image"), ("image", "images", "Audio")):
+        path = recipe(both, **{f"model.model.config.{name}": None})
+        assert refused(run, "check", path) == [
+            f"ImageAudioTextData has {media}, but the model has no {name} tower: set "
+            f"model.init_args.model.init_args.config.{name}, or use other data"
+        ]
+        data = {"class_path": f"datamodules.{other}TextData", "init_args": {"max_tokens": 80}}
+        size = {"image_size": 32} if other == "Image" else {"sample_rate_hz": 8000}
+        data["init_args"] |= size
+        path = recipe(both, data=data)
+        assert refused(run, "check", path)[-1] == (
+            f"the model has an {name} tower, but {other}TextData has no {media} to train it: use "
+            f"datamodules.ImageAudioTextData, leave out the tower, or freeze it "
+            f"(--model.{name}.freeze all)"
+        )
 
 
 def test_a_model_and_data_that_disagree(run, recipe):

@@ -26,6 +26,7 @@ KINDS = {
     "audio": AudioModel,
     "image_text": ContrastiveModel,
     "audio_text": ContrastiveModel,
+    "multimodal": ContrastiveModel,
 }
 OTHERS = {
     "mae": MaskedAutoencoder,

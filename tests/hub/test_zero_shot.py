@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
 import diffmm
-from datamodules import AudioTextData, ImageTextData
+from datamodules import AudioTextData, ImageAudioTextData, ImageTextData
 from datamodules.pairs import RenderedShapes
 from diffmm.cli import main
 from diffmm.cli.zero_shot import class_folders
@@ -267,6 +268,42 @@ def test_sounds_are_compared_whatever_their_padding(tmp_path):
     alone = torch.cat([trained.similarity(sound, TEXTS) for sound in sounds])
     torch.testing.assert_close(found, alone)
     assert trained.zero_shot(sounds, ["cat", "dog"])[1].label in ("cat", "dog")
+
+
+def test_images_and_sounds_in_any_order(tmp_path):
+    """One model takes both, also in one list or one folder."""
+    towers = {
+        "image": ImageConfig(backbone=backbone("2d"), image_size=16),
+        "audio": AudioConfig(backbone=backbone("2d"), sample_rate_hz=8000, num_mels=32),
+    }
+    model = ContrastiveModel(ContrastiveConfig(**towers, text=text_tower(), embed_dim=10))
+    data = ImageAudioTextData(
+        RenderedShapes(4, 4), image_size=16, sample_rate_hz=8000, max_tokens=40
+    )
+    trained = diffmm.load(saved(model, data, tmp_path / "run"))
+    folder = tmp_path / "media"
+    folder.mkdir()
+    for number in range(4):
+        if number % 2:
+            noise = np.random.default_rng(number).uniform(-0.5, 0.5, 2000 * number)
+            soundfile.write(folder / f"{number}.wav", noise, 8000)
+        else:
+            Image.new("RGB", (16, 16), (60 * number, 200, 0)).save(folder / f"{number}.png")
+    files = sorted(map(str, folder.iterdir()))
+    alone = torch.cat([trained.similarity(file, TEXTS) for file in files])
+    assert len(alone.unique()) == alone.numel()
+    torch.testing.assert_close(trained.similarity(str(folder), TEXTS), alone)
+    torch.testing.assert_close(trained.similarity(files[::-1], TEXTS, batch_size=3), alone.flip(0))
+    found = trained.zero_shot(files, ["cat", "dog"])
+    assert [each.file for each in found] == files
+    single = [trained.zero_shot(file, ["cat", "dog"]) for file in files]
+    assert [each.label for each in found] == [each.label for each in single]
+    assert [e.score for e in found] == pytest.approx([e.score for e in single], abs=1e-5)
+    features = trained.features(files)
+    torch.testing.assert_close(features[[3]], trained.features(files[3]))
+    assert features.shape == (4, model.image.num_features)
+    names = [maps.name for file in files[:2] for maps in trained.attention_maps(file)]
+    assert len(names) == sum(towers[name].backbone.depth for name in towers)
 
 
 def test_a_folder_for_the_hub_comes_back(trained, tmp_path):

@@ -25,6 +25,7 @@ TINY = (
     "audio/sound_events_tiny",
     "image/digits_mae_tiny",
     "image/digits_tiny",
+    "multimodal/shapes_and_sounds_tiny",
     "text/many_shot_tiny",
     "text/needles_tiny",
     "text/recall_tiny",
@@ -38,6 +39,7 @@ ONE_OF_EACH = (
     "text/stdlib_mlm_tiny",
     "image_text/shapes_captions_tiny",
     "image_text/shapes_tiny",
+    "multimodal/shapes_and_sounds_tiny",
 )
 """A recipe of each modality, to be trained with every attention."""
 

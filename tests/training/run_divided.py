@@ -22,6 +22,8 @@ from lightning.pytorch import (
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from datamodules import ImageAudioTextData
+from datamodules.pairs import RenderedShapes, SynthesizedSounds
 from datamodules.shared.loading import SeededDataModule
 from datamodules.shared.sampling import SeededDataset, sample_generator
 from datamodules.text.data import HuggingFaceText, TextData, TextFolder
@@ -56,6 +58,7 @@ from diffmm.training import (
 
 CLASSES = 7
 CAPTIONS = "pairs, captions"
+MIXED = "pairs of both media"
 
 
 def task(kind: str) -> Task:
@@ -91,9 +94,11 @@ def untouched_task(kind: str) -> Task:
     if kind.startswith("pairs"):
         tower = BackboneConfig(16, 1, 2)
         text = TextTowerConfig(20, 6, tower, pool="eos", eos_id=2)
+        if kind == MIXED:
+            text = TextTowerConfig(259, 100, tower, pool="eos", eos_id=256)
         pairs = ContrastiveConfig(
             image=image,
-            audio=audio_config(0) if kind == "pairs, three towers" else None,
+            audio=audio_config(0) if kind in ("pairs, three towers", MIXED) else None,
             text=text,
             embed_dim=CLASSES,
             init_bias=-1.0 if kind == "pairs, sigmoid" else None,
@@ -110,7 +115,7 @@ def audio_config(num_classes: int) -> AudioConfig:
     return AudioConfig(
         backbone=BackboneConfig(16, 1, 2, rope="2d"),
         num_classes=num_classes,
-        sample_rate_hz=4000,
+        sample_rate_hz=8000,
         num_mels=8,
         window_seconds=0.064,
         hop_seconds=0.032,
@@ -167,6 +172,18 @@ class Data(SeededDataModule):
     test_dataloader = val_dataloader
 
 
+def mixed_data(size: int, batch_size: int) -> ImageAudioTextData:
+    """Images and sounds; of those to evaluate, `size` images and two more sounds."""
+    return ImageAudioTextData(
+        RenderedShapes(16, size, picture_size=16),
+        SynthesizedSounds(16, size + 2, sample_rate_hz=8000, clip_seconds=(0.5, 0.6)),
+        image_size=8,
+        sample_rate_hz=8000,
+        max_tokens=100,
+        batch_size=batch_size,
+    )
+
+
 class PlainData(LightningDataModule):
     """Loaders without samplers of their own, to which Lightning adds distributed samplers."""
 
@@ -211,6 +228,8 @@ def evaluations(folder: Path) -> dict[str, tuple[str, Any]]:
         "1 sound": ("sounds", lambda: Data("sounds", 1, 2)),
         "7 pairs": ("pairs", lambda: Data("pairs", 7, 2)),
         "1 pair": ("pairs, sigmoid", lambda: Data("pairs", 1, 2)),
+        "16 pairs of both media": (MIXED, lambda: mixed_data(7, 4)),
+        "4 pairs of both media": (MIXED, lambda: mixed_data(1, 4)),
         "7 captions": (CAPTIONS, lambda: Data(CAPTIONS, 7, 2)),
         "1 caption": (CAPTIONS, lambda: Data(CAPTIONS, 1, 2)),
         "texts": ("texts", lambda: texts(folder, streamed=False, validation_fraction=0.2)),
@@ -280,12 +299,12 @@ WHOLE = {1: [[8]], 2: [[4], [4]]}
 """The same for a task that does not accumulate gradients."""
 
 
-GRADIENTS = ("texts", "images", "pairs", "pairs, sigmoid", "pairs, three towers", CAPTIONS)
+GRADIENTS = ("texts", "images", "pairs", "pairs, sigmoid", "pairs, three towers", MIXED, CAPTIONS)
 
 
 def gradients(kind: str, num_processes: int) -> dict[str, Any]:
     """The gradients of a step that ends before all micro-batches, at the end of an epoch."""
-    batch, is_whole = batch_of(kind), kind.startswith("pairs") and kind != CAPTIONS
+    is_whole = kind.startswith("pairs") and kind != CAPTIONS
     watch = Watch()
     own = trainer(
         num_processes,
@@ -297,13 +316,22 @@ def gradients(kind: str, num_processes: int) -> dict[str, Any]:
         gradient_clip_val=0.1,
         use_distributed_sampler=False,
     )
+    model = task(kind)
+    if kind == MIXED:
+        own.fit(model, datamodule=mixed_data(2, 8 // num_processes))
+        return measured(own, watch)
+    batch = batch_of(kind)
     sizes = (WHOLE if is_whole else DIVISIONS)[num_processes]
     flat = [size for share in sizes for size in share]
     parts = list(zip(*(tensor.split(flat) for tensor in batch.values()), strict=True))
     share = len(sizes[0])
     mine = parts[own.global_rank * share : (own.global_rank + 1) * share]
     batches = [dict(zip(batch, part, strict=True)) for part in mine]
-    own.fit(task(kind), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    own.fit(model, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    return measured(own, watch)
+
+
+def measured(own: Trainer, watch: Watch) -> dict[str, Any]:
     logged = {name: own.callback_metrics[name].item() for name in ("train/loss", "train/grad_norm")}
     return {**logged, "gradients": watch.gradients}
 

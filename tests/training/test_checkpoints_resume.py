@@ -10,10 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import EarlyStopping
 from torchaudio.transforms import FrequencyMasking
 
-from datamodules import AudioData, ImageData, ImageTextData, TextData
+from datamodules import AudioData, ImageAudioTextData, ImageData, ImageTextData, TextData
 from datamodules.audio.augment import AudioAugment
 from datamodules.audio.sound_events import SoundEvents
-from datamodules.pairs import RenderedShapes
+from datamodules.pairs import RenderedShapes, SynthesizedSounds
 from datamodules.shared.loading import SeededDataModule
 from datamodules.shared.sampling import SeededDataset, sample_generator
 from datamodules.text.data import HuggingFaceText, TextFolder
@@ -183,6 +183,32 @@ def pairs():
     )
 
 
+def both_media():
+    tower = {"backbone": backbone("2d")}
+    image = ImageConfig(**tower, image_size=8, patch_size=4)
+    audio = AudioConfig(
+        **tower,
+        sample_rate_hz=8000,
+        num_mels=16,
+        window_seconds=0.032,
+        hop_seconds=0.016,
+        patch_size=(4, 16),
+        clip_seconds=0.6,
+    )
+    text = TextTowerConfig(259, 100, backbone("none"), causal=False, pool="mean")
+    model = ContrastiveConfig(image=image, audio=audio, text=text, embed_dim=8, shared_blocks=1)
+    # The sounds begin again within an epoch.
+    return Contrastive(ContrastiveModel(model), *settings()), lambda **changes: ImageAudioTextData(
+        RenderedShapes(28, 8, picture_size=16),
+        SynthesizedSounds(16, 8, sample_rate_hz=8000, clip_seconds=(0.5, 0.6)),
+        image_size=8,
+        sample_rate_hz=8000,
+        max_tokens=100,
+        batch_size=8,
+        **changes,
+    )
+
+
 def captions():
     image = ImageConfig(backbone=backbone("2d"), image_size=8, patch_size=4)
     model = CaptioningConfig(encoder=image, decoder=TextConfig(259, 68, backbone("1d")))
@@ -237,6 +263,7 @@ def go(tmp_path):
             "image": image,
             "audio": audio,
             "pairs": pairs,
+            "both media": both_media,
             "captions": captions,
             "text": lambda: text(TextFolder(str(texts))),
             "stream": lambda: stream(texts),
@@ -319,7 +346,9 @@ def test_a_run_that_stopped_after_any_batch_goes_on_exactly(go, tmp_path, schedu
         assert same(weights, rest_weights), stop
 
 
-@pytest.mark.parametrize("modality", ["text", "stream", "audio", "image", "pairs", "captions"])
+@pytest.mark.parametrize(
+    "modality", ["text", "stream", "audio", "image", "pairs", "both media", "captions"]
+)
 @pytest.mark.parametrize("workers", [(0, 0), (0, 2), (2, 0)])
 def test_every_checkpoint_of_a_run_leads_to_the_same_bits(go, tmp_path, modality, workers):
     """With persistent or changed workers, background saves, and saves after validation."""

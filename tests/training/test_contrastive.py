@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from diffmm.models import ContrastiveConfig, ContrastiveModel
+from diffmm.batch import samples_of
+from diffmm.models import ContrastiveModel
 from diffmm.models.weights import save_model
 from diffmm.training import Contrastive, FineTuneConfig, LoRAConfig, OptimizerConfig, ScheduleConfig
 from diffmm.training.contrastive_losses import Pairs, clip_loss, siglip_loss, text_ids
@@ -319,18 +320,102 @@ def test_a_batch_of_one_sample_is_refused(make, fit):
 def test_towers_without_gradients_need_a_strategy_that_allows_them(make, fit, monkeypatch):
     monkeypatch.setattr("diffmm.training.contrastive.needs_all_gradients", lambda trainer: True)
     fit(make.task("image_text"), [make.batch("image_text")], max_steps=1, logger=False)
-    two = {"audio": make.audio_config("diff_v1")}
-    with pytest.raises(ValueError, match="set --trainer.strategy ddp_find_unused_parameters_true"):
-        fit(make.task("image_text", model=two), [make.batch("image_text")])
+    message = (
+        "the audio tower has no gradients, as the batch has only images, .* or set --trainer.s"
+    )
+    with pytest.raises(ValueError, match=message):
+        fit(both(make), [make.batch("image_text")])
+    with pytest.raises(ValueError, match="the image tower has no gradients, .* only waveforms"):
+        fit(both(make), [make.batch("audio_text")], logger=False)
+    fit(both(make), [mixed(make)], max_steps=1, logger=False)
+    frozen = both(make, audio=FineTuneConfig(freeze="all"))
+    fit(frozen, [make.batch("image_text")], max_steps=1, logger=False)
+
+
+def both(make, **settings):
+    """A task with an image and an audio tower."""
+    return make.task("image_text", model={"audio": make.audio_config()}, **settings)
+
+
+def mixed(make):
+    """A batch of six images and four sounds, with texts in common."""
+    images, sounds = make.batch("image_text"), make.batch("audio_text", 4)
+    shared = {name: torch.cat([images.pop(name), sounds.pop(name)]) for name in TEXTS}
+    shared["index"] = torch.arange(10)
+    shared["tokens"][7] = shared["tokens"][1]
+    shared["num_tokens"][7] = shared["num_tokens"][1]
+    return {**images, **sounds, **shared}
+
+
+TEXTS = ("tokens", "num_tokens", "media_index", "index")
+
+
+def test_a_mixed_batch_is_compared_as_a_whole(make):
+    task, batch = both(make).eval(), mixed(make)
+    images, sounds = samples_of(batch, slice(6)), samples_of(batch, slice(6, None))
+    assert "waveforms" not in images
+    assert "images" not in sounds
+    apart = [task.pairs(part, task.embeddings(part)) for part in (images, sounds)]
+    # No sound has the number of an image, but a text of both is no negative.
+    whole = Pairs(*(torch.cat(each) for each in zip(*apart, strict=True)))
+    assert len(whole.media_ids.unique()) == 10
+    assert whole.text_ids[7] == whole.text_ids[1]
+    found = task.loss_sum(batch, 0)
+    torch.testing.assert_close(found.total, clip_loss(whole, whole, 0, task.model.scale, None))
+    assert found.num_targets == 10
+    embedded = task.embeddings(batch)
+    torch.testing.assert_close(embedded.media[:6], task.model.encode_image(batch["images"]))
+    torch.testing.assert_close(embedded.texts[6:], task.embeddings(sounds).texts)
+
+
+def test_every_step_on_a_mixed_batch_trains_all_towers(make, fit):
+    task, batch = both(make), mixed(make)
+    fit(task, [batch], max_steps=1, val_batches=[batch, samples_of(batch, slice(2))])
+    assert all(p.grad is not None for p in task.parameters() if p.requires_grad)
+
+
+def test_recall_of_each_modality(make):
+    """Alone, images find their texts among those of images, and sounds theirs; together, among
+    all."""
+    eye = torch.eye(4)
+    metric = Retrieval(4, "clip", ("image", "audio"))
+    # Sound 0 is as near to its own text as to that of image 0, sounds 1 and 2 are not near theirs.
+    images = pairs(eye[:2], eye[:2])
+    sounds = pairs(eye[[0, 2, 3]], eye[[0, 3, 2]], [~0, ~1, ~2], [4, 5, 6])
+    scale = torch.tensor(1.0)
+    metric.update(images, torch.tensor([0, 1]), scale, None, "image")
+    metric.update(sounds, torch.tensor([2, 3, 4]), scale, None, "audio")
+    found = {name: value.item() for name, value in metric.compute().items()}
+    assert found["image_to_text_recall_1"] == found["text_to_image_recall_1"] == 1.0
+    assert found["audio_to_text_recall_1"] == pytest.approx(1 / 3)
+    assert found["media_to_text_recall_1"] == pytest.approx(1 / 5)  # image 1
+    assert found["media_to_text_recall_5"] == 1.0
+    whole = Pairs(*(torch.cat(each) for each in zip(images, sounds, strict=True)))
+    for name, own in (("image_loss", images), ("audio_loss", sounds), ("loss", whole)):
+        expected = clip_loss(own, own, 0, scale, None).item() / len(own.media)
+        assert found[name] == pytest.approx(expected)
+
+
+def test_a_batch_lacks_no_text(make):
+    batch = mixed(make)
+    batch["tokens"], batch["num_tokens"] = batch["tokens"][:9], batch["num_tokens"][:9]
+    with pytest.raises(ValueError, match="got 9 texts of 6 images and 4 waveforms"):
+        both(make).check_batch(batch)
+
+
+def test_scale_and_bias_stay_exact_in_half_precision(make, fit):
+    task = make.task("image_text", model={"init_bias": -10.0}, loss="siglip")
+    fit(task, [make.batch("image_text")], max_steps=1, precision="bf16-true")
+    dtypes = {name: p.dtype for name, p in task.model.named_parameters()}
+    exact = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert {"logit_scale", "logit_bias"} == {name for name in exact if "lambda_" not in name}
+    assert dtypes["image.head.weight"] == torch.bfloat16
+    assert task.model.scale.item() != pytest.approx(1 / 0.07, rel=1e-6)  # it was trained
 
 
 def test_both_media_share_a_space(make, fit):
     """One model trains on images with texts, and on sounds with texts."""
-    model = make.task("image_text").model.config
-    both = ContrastiveConfig(
-        image=model.image, audio=make.audio_config(), text=model.text, embed_dim=16
-    )
-    task = Contrastive(ContrastiveModel(both), *SETTINGS)
+    task = both(make)
     batches = [make.batch("image_text"), make.batch("audio_text")]
     fit(task, batches, max_steps=2)
     assert all(p.grad is None or p.grad.isfinite().all() for p in task.model.parameters())

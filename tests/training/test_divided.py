@@ -21,6 +21,8 @@ NAMES = [
     "1 sound",
     "7 pairs",
     "1 pair",
+    "16 pairs of both media",
+    "4 pairs of both media",
     "7 captions",
     "1 caption",
     "texts",
@@ -43,7 +45,15 @@ def results(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
-    ["texts", "images", "pairs", "pairs, sigmoid", "pairs, three towers", "pairs, captions"],
+    [
+        "texts",
+        "images",
+        "pairs",
+        "pairs, sigmoid",
+        "pairs, three towers",
+        "pairs of both media",
+        "pairs, captions",
+    ],
 )
 def test_gradients(results, kind):
     """Gradients of a step of three micro-batches of four, divided unevenly in both processes; of

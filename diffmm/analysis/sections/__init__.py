@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from diffmm.analysis.figures import Cell, Chart, HeatMap
+from diffmm.analysis.sections.cancellation import cancellation_section
 from diffmm.analysis.sections.concentration import concentration_section
 from diffmm.analysis.sections.gradients import gradient_section
 from diffmm.analysis.sections.lambdas import lambda_section
@@ -20,6 +21,7 @@ def sections_of(runs: Sequence[Analyzed]) -> list[AnalysisSection]:
         score_section,
         concentration_section,
         lambda_section,
+        cancellation_section,
         outlier_section,
         quantization_section,
         gradient_section,

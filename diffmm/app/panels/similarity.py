@@ -20,7 +20,7 @@ from diffmm.app.components import (
     two_columns,
 )
 from diffmm.hub.trained import TrainedModel
-from diffmm.hub.zero_shot import tower_of
+from diffmm.hub.zero_shot import by_tower, towers_of
 from diffmm.models.contrastive import ContrastiveModel
 
 MOST_TEXTS = 64
@@ -34,7 +34,7 @@ def suits(trained: TrainedModel) -> bool:
 
 def describe(trained: TrainedModel) -> str:
     """What the model does, in a few words."""
-    return f"Compares {trained.reader.kind}s with texts"
+    return f"Compares {trained.reader.kind.replace(' or ', 's or ')}s with texts"
 
 
 def texts_in(typed: str) -> list[str]:
@@ -87,7 +87,7 @@ def answer(trained: TrainedModel, file: str | None, typed: str, layer: int, text
             f"Attention over the {reader.kind}",
             f"How much its embedding reads from each patch in layer {layer + 1}, as means over the "
             f"heads:",
-            lambda: medium_maps(model.towers[tower_of(model, reader)], reader, file, layer),
+            lambda: medium_maps(tower_of(model, reader, file), reader, file, layer),
         )
     )
     if texts:
@@ -102,6 +102,12 @@ def answer(trained: TrainedModel, file: str | None, typed: str, layer: int, text
     return page(*parts)
 
 
+def tower_of(model: ContrastiveModel, reader: Any, file: str) -> Any:
+    """The tower that embeds a file."""
+    ((name, _, _),) = by_tower(model, reader, [reader.read(file)])
+    return model.towers[name]
+
+
 def build(gr: Any, trained: TrainedModel) -> None:
     """Add the panel to the page."""
     model, reader = trained.model, trained.reader
@@ -113,7 +119,9 @@ def build(gr: Any, trained: TrainedModel) -> None:
             label="Texts, one per line", lines=5, max_lines=20, elem_id="texts", max_length=20_000
         )
         button = gr.Button("Compare", variant="primary", elem_id="compare")
-        layer = layer_slider(gr, model.towers[tower_of(model, reader)], f"Layer ({reader.kind})")
+        towers = [model.towers[name] for name in towers_of(model, reader)]
+        shallowest = min(towers, key=lambda tower: tower.config.backbone.depth)
+        layer = layer_slider(gr, shallowest, f"Layer ({reader.kind})")
         text_layer = layer_slider(gr, model.text, "Layer (text)")
     with right:
         shown = answer_field(gr)
