@@ -111,9 +111,12 @@ def saved_bytes(task: LightningModule, batch: dict[str, Any], precision: str) ->
     floating = torch.bfloat16 if precision in HALF_PRECISIONS else torch.float32
     task.to(floating)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in task.modules():  # a shared one only once
-            if not isinstance(module, Metric):
-                module.to_empty(device="cpu", recurse=False)
+        if len(list(task.named_modules(remove_duplicate=False))) == len(list(task.modules())):
+            task.to_empty(device="cpu")
+        else:
+            for module in task.modules():  # a shared one only once
+                if not isinstance(module, Metric):
+                    module.to_empty(device="cpu", recurse=False)
         task.trainer = plain_trainer()
         tensors = {
             name: torch.zeros(shape, dtype=floating if dtype.is_floating_point else dtype)
