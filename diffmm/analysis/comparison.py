@@ -11,6 +11,7 @@ from importlib.resources import files
 from diffmm.analysis.charts import Line, line_chart
 from diffmm.analysis.exhibits import Exhibit
 from diffmm.analysis.report import draw_exhibit
+from diffmm.analysis.word_maps import WordsExhibit
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#b5569b", "#8a6d00", "#3f7fae", "#7a52c7", "#6b6b6b")
 """Colors of the runs (after Okabe and Ito); further runs have dashed lines."""
@@ -181,10 +182,17 @@ def maps_of(exhibits: Sequence[Exhibit], why_none: str) -> str:
     if not exhibits:
         return f'<p class="quiet">No attention maps: {escape(why_none)}.</p>'
     drawn = "".join(map(draw_exhibit, exhibits))
+    words = ""
+    if any(isinstance(exhibit, WordsExhibit) for exhibit in exhibits):
+        words = (
+            " Below, the words that each model writes about a sample, in several layers: of a "
+            "caption what the decoder attends to when it chooses the word, of a transcript by CTC "
+            "what the encoder attends to at the times of the word."
+        )
     return (
         '<h2 id="maps">What the last layer attends to</h2>'
         '<p class="quiet">Samples of the validation data; groups have the numbers of the runs. '
         "Weights are means over heads, from each run's newest checkpoint: "
-        '<span class="scale-line">negative<span class="scale"></span>positive.</span></p>'
-        f"{drawn}"
+        '<span class="scale-line">negative<span class="scale"></span>positive.</span>'
+        f"{words}</p>{drawn}"
     )

@@ -1,24 +1,24 @@
 """Attention maps of encoders without classes, and of decoders over what an encoder has seen."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 
-import numpy as np
 from torch import Tensor
 
-from diffmm.analysis.attention_maps import attention_maps
 from diffmm.analysis.exhibits import (
     ImageExhibit,
     SoundExhibit,
     View,
     image_view,
     pixels_of,
-    sound_grid,
     sound_view,
     spectrogram_of,
-    view_of,
 )
-from diffmm.models import AudioModel, CaptioningModel, ImageModel
+from diffmm.analysis.word_maps import WordsExhibit, media_rows, word_maps, writer_of
+from diffmm.models import AudioModel, CaptioningModel, CTCModel, ImageModel
+from diffmm.tokenizers import Tokenizer
+
+NUM_LAYERS = 4
+"""Maximum number of layers whose maps of words are shown, at equal distances up to the last."""
 
 
 def encoder_exhibit(
@@ -58,6 +58,29 @@ def caption_exhibit(
     return _exhibit(views, last.encoder, sample, text)
 
 
+def words_exhibit(
+    models: Mapping[str, CaptioningModel] | Mapping[str, CTCModel],
+    sample: Tensor,
+    tokenizer: Tokenizer,
+    whole: ImageExhibit | SoundExhibit,
+) -> WordsExhibit:
+    """The maps of the first words that each model writes about one sample, in up to `NUM_LAYERS`
+    layers at equal distances.
+
+    Args:
+        models: The models, by attention.
+        sample: As in `encoder_exhibit`.
+        tokenizer: The tokenizer of the texts.
+        whole: The exhibit of the sample without words.
+    """
+    written = {}
+    for name, model in models.items():
+        depth = writer_of(model).config.backbone.depth
+        last = {-(-depth * number // NUM_LAYERS) - 1 for number in range(1, NUM_LAYERS + 1)}
+        written[name] = word_maps(model, sample, tokenizer, layers=last)
+    return WordsExhibit(whole.truth, whole.views, whole, written)
+
+
 def _exhibit(
     views: Mapping[str, View], encoder: ImageModel | AudioModel, sample: Tensor, name: str
 ) -> ImageExhibit | SoundExhibit:
@@ -67,16 +90,6 @@ def _exhibit(
 
 
 def _caption_view(model: CaptioningModel, sample: Tensor, tokens: Tensor) -> View:
-    device = model.decoder.embedding.weight.device
-    inputs = tokens[None].to(device), sample[None].to(device)
-    found = view_of(attention_maps(model, *inputs, layers=[-1])[0])
-    num_media = model.num_media_tokens(inputs[1])
-    rows = slice(num_media - 1, num_media - 1 + len(tokens))  # each predicts the token after it
-    means = {name: weights[rows, :num_media].mean(axis=0) for name, weights in found.maps.items()}
-    encoder = model.encoder
-    if isinstance(encoder, ImageModel):
-        maps = {name: mean.reshape(encoder.config.grid) for name, mean in means.items()}
-    else:
-        grid = sound_grid(encoder, sample)
-        maps = {name: np.atleast_2d(mean.reshape(grid).T) for name, mean in means.items()}
-    return replace(found, maps=maps)
+    sample, ids = sample.to(model.decoder.embedding.weight.device), tokens.tolist()
+    last = model.config.decoder.backbone.depth - 1
+    return media_rows(model, sample, ids, range(len(ids)), [last])[last].mean()

@@ -8,6 +8,7 @@ import numpy as np
 
 from diffmm.analysis.exhibits import Array, Exhibit, SoundExhibit, TextExhibit
 from diffmm.analysis.figures import Cell, Figure
+from diffmm.analysis.word_maps import WordMaps, WordsExhibit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,15 +67,62 @@ class MapFigure(Figure):
         axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
 
 
-def map_figures(exhibits: Sequence[Exhibit], run_names: Sequence[str]) -> Iterator[MapFigure]:
-    """All maps of some samples.
+@dataclass(frozen=True)
+class WordFigure(Figure):
+    """The attention maps of one word of a text, averaged over heads.
+
+    Attributes:
+        word: The word and its maps.
+        is_upward: As in `MapFigure`.
+    """
+
+    word: WordMaps
+    is_upward: bool = False
+
+    def table(self) -> list[list[Cell]]:
+        """The weights as CSV rows, with a header."""
+        rows: list[list[Cell]] = [["layer", "map", self.y_label, self.x_label, "weight"]]
+        for layer, view in self.word.layers.items():
+            for name, weights in view.maps.items():
+                for (row, column), weight in np.ndenumerate(weights):
+                    rows.append([layer + 1, name, row, column, float(weight)])
+        return rows
+
+    def draw(self, axes: "Axes") -> None:
+        """Draw a row of maps per layer, all of a layer with the same scale."""
+        axes.set_axis_off()
+        height = 1.0 / max(1, len(self.word.layers))
+        for number, (layer, view) in enumerate(self.word.layers.items()):
+            limit = max(float(np.abs(weights).max()) for weights in view.maps.values()) or 1.0
+            width = 1.0 / len(view.maps)
+            for place, (name, weights) in enumerate(view.maps.items()):
+                bounds = (place * width, 1.0 - (number + 1) * height, 0.9 * width, 0.76 * height)
+                inset = axes.inset_axes(bounds)
+                inset.imshow(
+                    weights,
+                    cmap="PRGn_r",
+                    vmin=-limit,
+                    vmax=limit,
+                    origin="lower" if self.is_upward else "upper",
+                    aspect="auto" if self.is_upward else "equal",
+                )
+                inset.set_xticks([])
+                inset.set_yticks([])
+                inset.set_title(f"{name}, layer {layer + 1}, ±{limit:.2g}", fontsize=7)
+
+
+def map_figures(
+    exhibits: Sequence[Exhibit], run_names: Sequence[str]
+) -> Iterator[MapFigure | WordFigure]:
+    """All maps of some samples, with those of words after those of the whole text.
 
     Args:
         exhibits: Samples, whose views are named by the runs' numbers, from 1.
         run_names: Names of the runs.
     """
     titles = [n if len(n) <= LONGEST else f"…{n[1 - LONGEST :]}" for n in run_names]
-    for sample, exhibit in enumerate(exhibits, start=1):
+    for sample, each in enumerate(exhibits, start=1):
+        exhibit = each.whole if isinstance(each, WordsExhibit) else each
         is_text, is_sound = isinstance(exhibit, TextExhibit), isinstance(exhibit, SoundExhibit)
         x_label, y_label = "patch column", "patch row"
         if is_text:
@@ -98,3 +146,14 @@ def map_figures(exhibits: Sequence[Exhibit], run_names: Sequence[str]) -> Iterat
                     limit or 1.0,
                     is_sound,
                 )
+        if isinstance(each, WordsExhibit):
+            for number, written in each.written.items():
+                for place, word in enumerate(written.words, start=1):
+                    yield WordFigure(
+                        f"map_{sample}_of_run_{number}_word_{place}",
+                        f"“{word.word}” in sample {sample}, {titles[int(number) - 1]}",
+                        x_label,
+                        y_label,
+                        word,
+                        is_sound,
+                    )

@@ -17,6 +17,7 @@ from PIL import Image
 from diffmm.analysis.charts import Line, line_chart, marker, styles_of
 from diffmm.analysis.exhibits import Exhibit, ImageExhibit, SoundExhibit, TextExhibit, View
 from diffmm.analysis.results import RunResult
+from diffmm.analysis.word_maps import WordsExhibit
 from diffmm.layers import ATTENTIONS
 
 Array = np.ndarray
@@ -152,6 +153,8 @@ def draw_exhibit(exhibit: Exhibit) -> str:
     """Draw a sample and the attention maps of each model."""
     if isinstance(exhibit, TextExhibit):
         return _text(exhibit)
+    if isinstance(exhibit, WordsExhibit):
+        return f"{draw_exhibit(exhibit.whole)}{draw_words(exhibit)}"
     if isinstance(exhibit, ImageExhibit):
         return _picture(exhibit, exhibit.pixels, "square")
     assert isinstance(exhibit, SoundExhibit)
@@ -159,15 +162,43 @@ def draw_exhibit(exhibit: Exhibit) -> str:
     return _picture(exhibit, exhibit.spectrogram[::-1], "wide", title=title, upward=True)
 
 
+def draw_words(exhibit: WordsExhibit) -> str:
+    """Draw the maps of the words of each model's text, layer by layer."""
+    whole, drawn = exhibit.whole, []
+    is_sound = isinstance(whole, SoundExhibit)
+    pixels = whole.spectrogram[::-1] if isinstance(whole, SoundExhibit) else whole.pixels
+    for attention, written in exhibit.written.items():
+        text = _quoted(written.text) if written.text else "nothing"
+        drawn.append(f"<p>{_label(attention)} writes {text}</p>")
+        for each in written.words:
+            views = {
+                f"{_quoted(each.word)}, layer {layer + 1}": view
+                for layer, view in each.layers.items()
+            }
+            groups = _maps_over(views, pixels, attention, is_sound)
+            drawn.append(f'<div class="sample {_size(whole)}">{"".join(groups)}</div>')
+    return "".join(drawn)
+
+
+def _size(whole: Exhibit) -> str:
+    return "wide" if isinstance(whole, SoundExhibit) else "square"
+
+
 def _picture(
     exhibit: Exhibit, pixels: Array, size: str, *, title: str | None = None, upward: bool = False
 ) -> str:
     """Draw a picture and the maps of each model over it."""
-    shape = f"--shape:{pixels.shape[1]}/{pixels.shape[0]}"
-    ink = _ink(pixels)
-    original = _tile("input", [("ink" if pixels.ndim == 2 else "", ink)], shape)
+    original = _tile("input", [("ink" if pixels.ndim == 2 else "", _ink(pixels))], _shape(pixels))
     groups = [_group("", escape(title or exhibit.truth or ""), original)]
     for attention, view in exhibit.views.items():
+        groups += _maps_over({_says(attention, view, escape): view}, pixels, attention, upward)
+    return f'<div class="sample {size}">{"".join(groups)}</div>'
+
+
+def _maps_over(views: Mapping[str, View], pixels: Array, attention: str, upward: bool) -> list[str]:
+    """A group of maps over a picture for each view, whose key is its title."""
+    shape, ink, groups = _shape(pixels), _ink(pixels), []
+    for title, view in views.items():
         strongest = _strongest(view)
         tiles = "".join(
             _tile(
@@ -180,8 +211,12 @@ def _picture(
             )
             for name, weights in view.maps.items()
         )
-        groups.append(_group(attention, _says(attention, view, escape), tiles))
-    return f'<div class="sample {size}">{"".join(groups)}</div>'
+        groups.append(_group(attention, title, tiles))
+    return groups
+
+
+def _shape(pixels: Array) -> str:
+    return f"--shape:{pixels.shape[1]}/{pixels.shape[0]}"
 
 
 def _text(exhibit: TextExhibit) -> str:

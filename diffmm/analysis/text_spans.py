@@ -1,7 +1,8 @@
-"""From characters of a text to its tokens."""
+"""From characters of a text to its tokens, and from tokens to words."""
 
+import re
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, takewhile
 
 import torch
 from torch import Tensor
@@ -43,3 +44,37 @@ def tokens_of_span(
     return torch.tensor(
         [stop > first and stop - length < last for stop, length in zip(ends, lengths, strict=True)]
     )
+
+
+def words_of(tokenizer: Tokenizer, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+    """The words of a text, which are separated by white space, each with the indices of its tokens.
+
+    Special tokens belong to no word, and a token with parts of two words to both. The tokens of a
+    character in several parts, such as its bytes, belong to the word of the character.
+
+    Args:
+        tokenizer: The tokenizer of `ids`.
+        ids: The tokens of the text.
+    """
+    text = tokenizer.decode(ids)
+    # How much of the text is certain after each token: the rest may still change, as the character
+    # that stands for a byte does when the next byte comes.
+    ends = [_num_equal(text, tokenizer.decode(ids[:i])) for i in range(len(ids) + 1)]
+    return [
+        (
+            match.group(),
+            [
+                i
+                for i, id in enumerate(ids)
+                if id not in tokenizer.special_ids
+                and ends[i] < match.end()
+                and max(ends[i + 1], ends[i] + 1) > match.start()
+            ],
+        )
+        for match in re.finditer(r"\S+", text)
+    ]
+
+
+def _num_equal(one: str, other: str) -> int:
+    """Number of characters at the start of two texts that are equal."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

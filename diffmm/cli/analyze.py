@@ -16,7 +16,6 @@ from diffmm.recipes.trust import add_trust_option
 if TYPE_CHECKING:
     from diffmm.analysis.exhibits import Exhibit
     from diffmm.analysis.figures import Figure
-    from diffmm.analysis.map_figures import MapFigure
     from diffmm.analysis.sections import AnalysisSection
     from diffmm.cli.analyze_subjects import Request, Subject
     from diffmm.runs.summaries import Summary
@@ -227,7 +226,7 @@ def table_of(subjects: Sequence["Subject"]) -> tuple[list[str], list[list[str]]]
 
 
 def write_tables(
-    sections: Sequence["AnalysisSection"], maps: Sequence["MapFigure"], folder: Path
+    sections: Sequence["AnalysisSection"], maps: Sequence["Figure"], folder: Path
 ) -> None:
     """Write all tables, and the numbers of all figures and maps, as CSV."""
     from diffmm.analysis.sections import tables_of
@@ -243,7 +242,7 @@ def write_tables(
 
 
 def write_figures(
-    sections: Sequence["AnalysisSection"], maps: Sequence["MapFigure"], folder: Path
+    sections: Sequence["AnalysisSection"], maps: Sequence["Figure"], folder: Path
 ) -> None:
     """Write all figures and maps as PNG."""
     from diffmm.analysis.figures import png

@@ -158,8 +158,9 @@ def _encoder_exhibits(
 
 
 def _pair_exhibits(models: Mapping[str, Any], batch: Any, data: Any) -> "list[Exhibit]":
-    """Images or sounds with their texts, and of contrastive models a text, too."""
-    from diffmm.analysis.encoder_exhibits import caption_exhibit, encoder_exhibit
+    """Images or sounds with their texts; of contrastive models a text, too, and of others the words
+    that they write."""
+    from diffmm.analysis.encoder_exhibits import caption_exhibit, encoder_exhibit, words_exhibit
     from diffmm.analysis.exhibits import Pieces, text_tower_exhibit
     from diffmm.models import CaptioningModel, ContrastiveModel
 
@@ -170,13 +171,16 @@ def _pair_exhibits(models: Mapping[str, Any], batch: Any, data: Any) -> "list[Ex
         sample, tokens = _sample(batch, i), batch["tokens"][i, : batch["num_tokens"][i]]
         text = tokenizer.decode(tokens.tolist())
         if isinstance(some, CaptioningModel):
-            shown.append(caption_exhibit(models, sample, tokens, text))
+            whole = caption_exhibit(models, sample, tokens, text)
+            shown.append(words_exhibit(models, sample, tokenizer, whole))
             continue
         part = "encoder"
         if isinstance(some, ContrastiveModel):
             part = "image" if "images" in batch else "audio"
         encoders = {name: getattr(model, part) for name, model in models.items()}
-        shown.append(encoder_exhibit(encoders, sample, text))
+        whole = encoder_exhibit(encoders, sample, text)
+        is_compared = isinstance(some, ContrastiveModel)
+        shown.append(whole if is_compared else words_exhibit(models, sample, tokenizer, whole))
     if isinstance(some, ContrastiveModel):
         towers = {name: model.text for name, model in models.items()}
         first = batch["tokens"][0, : batch["num_tokens"][0]]

@@ -73,7 +73,9 @@ def texts_of(rows: Tensor, tokenizer: Tokenizer, eos_id: int) -> list[str]:
     return [tokenizer.decode(r[: r.index(eos_id)] if eos_id in r else r) for r in found]
 
 
-def media_of(model: CaptioningModel, reader: Any, samples: list[dict[str, Any]]) -> dict[str, Any]:
+def media_of(
+    model: CaptioningModel | CTCModel, reader: Any, samples: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The media of read samples, one per row, as arguments of `generate`."""
     device = next(model.parameters()).device
     batch = to_device(reader.collate(samples), device)

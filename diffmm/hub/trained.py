@@ -17,7 +17,7 @@ from diffmm.checks import DataError, article, check_choice, reason_of
 from diffmm.hub.metrics import metrics_at
 from diffmm.hub.predictions import OnError, Predictor, expanded
 from diffmm.hub.readers import check_inputs, make_reader
-from diffmm.hub.texts import Captioner, Transcriber, described
+from diffmm.hub.texts import Captioner, Transcriber, described, media_of, room
 from diffmm.hub.zero_shot import (
     TEMPLATES,
     ZeroShotPredictor,
@@ -32,7 +32,7 @@ from diffmm.models.contrastive import ContrastiveModel, ZeroShotClassifier
 from diffmm.models.ctc import CTCModel
 from diffmm.models.encoder import Encoder
 from diffmm.models.folders import write_folder
-from diffmm.models.generation import stream
+from diffmm.models.generation import generate, stream
 from diffmm.models.hub_files import resolve
 from diffmm.models.job import Job, text_reader
 from diffmm.models.pretrained import COMMIT_MESSAGE
@@ -41,6 +41,7 @@ from diffmm.models.weights import load_model, save_model
 
 if TYPE_CHECKING:
     from diffmm.analysis.attention_maps import LayerMaps
+    from diffmm.analysis.word_maps import Written
     from diffmm.tokenizers import Tokenizer
 
 MAX_NEW_TOKENS = 200
@@ -682,20 +683,84 @@ class TrainedModel:
         except DataError as error:
             raise DataError(f"the conversation {error}") from error
 
-    def attention_maps(self, item: Any, layers: Sequence[int] | None = None) -> "list[LayerMaps]":
+    def attention_maps(
+        self, item: Any, layers: Sequence[int] | None = None, *, text: str | None = None
+    ) -> "list[LayerMaps]":
         """Compute the attention maps for one input (see `diffmm.analysis.attention_maps`); of a
-        contrastive model, those of the tower of the images or sounds.
+        contrastive model, those of the tower of the images or sounds; of a captioning model, those
+        of its encoder and then those of its decoder, over the media and a text.
 
         Args:
             item: A single input, as in `predict`.
             layers: Indices of the attention layers; all by default.
+            text: For a captioning model, the text; by default the one that it generates.
+
+        Raises:
+            ValueError: If a text is given to another model, or an index is out of range.
         """
         from diffmm.analysis.attention_maps import attention_maps
 
         model, samples = self.model, [self.reader.read(item)]
+        if isinstance(model, CaptioningModel):
+            media = media_of(model, self.reader, samples)
+            tokens = self._ids_of(text, media)[None]
+            return attention_maps(model, tokens, *media.values(), layers=layers)
+        if text is not None:
+            raise ValueError("text is what a captioning model writes about the input: leave it out")
         if isinstance(model, ContrastiveModel):
             ((tower, _, inputs),) = by_tower(model, self.reader, samples)
             return attention_maps(model.towers[tower], *inputs, layers=layers)
         device = next(model.parameters()).device
         batch = to_device(self.reader.collate(samples), device)
         return attention_maps(model, *inputs_of(model, batch), layers=layers)
+
+    def word_maps(
+        self,
+        item: Any,
+        text: str | None = None,
+        *,
+        words: Sequence[str] | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> "Written":
+        """Compute the attention maps of the words that a captioning or CTC model writes about an
+        image or sound (see `diffmm.analysis.word_maps`).
+
+        Args:
+            item: A single input, as in `predict`.
+            text: For a captioning model, another text than the one that it generates.
+            words: Words of the text; by default the first ones.
+            layers: Indices of the decoder's (of a CTC model, the encoder's) layers; all by default.
+
+        Raises:
+            ValueError: If the model is another one, or as `diffmm.analysis.word_maps.word_maps`.
+        """
+        from diffmm.analysis.word_maps import word_maps
+
+        model = self.model
+        if not isinstance(model, CaptioningModel | CTCModel):
+            raise ValueError(
+                f"{self.origin} contains {article(type(model).__name__)}: only captioning and CTC "
+                f"models have maps of words (attention_maps has those of the input)"
+            )
+        media = media_of(model, self.reader, [self.reader.read(item)])
+        tokens: list[int] | None = None
+        if isinstance(model, CaptioningModel):
+            tokens = self._ids_of(text, media).tolist()
+        elif text is not None:
+            raise ValueError("a CTC model has maps for what it hears: leave out the text")
+        (sample,), num_samples = media["media"], media["num_samples"]
+        if num_samples is not None:
+            sample = sample[: int(num_samples[0])]
+        tokenizer = self.reader.encoder
+        return word_maps(model, sample, tokenizer, tokens, words=words, layers=layers)
+
+    def _ids_of(self, text: str | None, media: Mapping[str, Any]) -> Tensor:
+        """The tokens of a text about media, or of the one that is generated, with its end."""
+        model, tokenizer = self.model, self.tokenizer
+        assert isinstance(model, CaptioningModel)
+        most = room(model, self.reader, media["media"], 0)
+        device = media["media"].device
+        if text is not None:
+            return torch.as_tensor(self.reader.read_text(text)["tokens"][:most], device=device)
+        stop_ids = (tokenizer.eos_id,)
+        return generate(model, **media, max_new_tokens=most, temperature=0.0, stop_ids=stop_ids)[0]

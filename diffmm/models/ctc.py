@@ -1,6 +1,7 @@
 """Connectionist temporal classification: transcripts from the tokens of an audio encoder."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -153,11 +154,19 @@ class CTCModel(Pretrained, nn.Module):
     def greedy(self, found: Spoken) -> list[list[int]]:
         """The ids of each sound: the most likely one at each time, without repetitions and
         blanks."""
+        return [[id for id, _ in row] for row in self.aligned(found)]
+
+    def aligned(self, found: Spoken) -> list[list[tuple[int, range]]]:
+        """As `greedy`, each id with the times at which it is the most likely one."""
         best = found.logits.argmax(dim=-1).cpu()
-        return [
-            [id for id in row[:length].unique_consecutive().tolist() if id != self.config.blank_id]
-            for row, length in zip(best, found.lengths.tolist(), strict=True)
-        ]
+        rows: list[list[tuple[int, range]]] = []
+        for row, length in zip(best, found.lengths.tolist(), strict=True):
+            ids, counts = row[:length].unique_consecutive(return_counts=True)
+            ends = counts.cumsum(dim=0).tolist()
+            times = [range(start, end) for start, end in pairwise([0, *ends])]
+            spoken = zip(ids.tolist(), times, strict=True)
+            rows.append([(id, at) for id, at in spoken if id != self.config.blank_id])
+        return rows
 
 
 def needed_times(targets: Tensor, lengths: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from datamodules import RetrievalData
 from datamodules.text import Needles, TextReader
 from diffmm.analysis.exhibits import ImageExhibit, SoundExhibit, TextExhibit
 from diffmm.analysis.report import draw_exhibit
+from diffmm.analysis.word_maps import WordsExhibit
 from diffmm.batch import IGNORE_INDEX
 from diffmm.cli.compare_maps import drawn_samples
 from diffmm.tokenizers import ByteTokenizer
@@ -73,9 +74,9 @@ def labeled_sounds(model):
             [ImageExhibit, ImageExhibit, TextExhibit],
             ["dog", "ox", None],
         ),
-        ("image_text/shapes_captions_tiny", pairs, [ImageExhibit] * 2, ["dog", "ox"]),
-        ("audio_text/prompts_ctc_tiny", pairs, [SoundExhibit] * 2, ["dog", "ox"]),
-        ("audio_text/prompts_transcription_tiny", pairs, [SoundExhibit] * 2, ["dog", "ox"]),
+        ("image_text/shapes_captions_tiny", pairs, [WordsExhibit] * 2, ["dog", "ox"]),
+        ("audio_text/prompts_ctc_tiny", pairs, [WordsExhibit] * 2, ["dog", "ox"]),
+        ("audio_text/prompts_transcription_tiny", pairs, [WordsExhibit] * 2, ["dog", "ox"]),
     ],
 )
 def test_samples_of_other_models(recipe, data_for, kinds, truths):

@@ -19,6 +19,8 @@ from diffmm.models import (
     BackboneConfig,
     CaptioningConfig,
     CaptioningModel,
+    CTCConfig,
+    CTCModel,
     ImageConfig,
     TextConfig,
 )
@@ -145,3 +147,46 @@ def test_sounds_of_any_length_are_transcribed(tmp_path, monkeypatch):
     assert [caption.text for caption in trained.predict(files)] == alone
     assert len(set(alone)) > 1
     assert len(trained.generate(files, "a")) > 0
+
+
+def test_maps_of_words_are_those_of_the_caption(trained):
+    found = trained.word_maps(FILES[0], words=None, layers=[-1])
+    assert found.text == trained.generate(FILES[0])
+    given = trained.word_maps(FILES[0], "a red dog", words=["red"])
+    assert given.text == "a red dog"
+    assert [(each.word, each.tokens) for each in given.words] == [("red", [2, 3, 4])]
+    every = trained.attention_maps(FILES[0], text="a red dog")
+    assert [layer.name.split(".")[0] for layer in every] == ["encoder"] * 2 + ["decoder"] * 2
+    rows = every[-1].combined[0].mean(dim=0)[[3 + i for i in (2, 3, 4)], :4].mean(dim=0)
+    maps = given.words[0].layers[1].maps["A₁ − λA₂"]
+    np.testing.assert_allclose(maps, rows.view(2, 2), atol=1e-6)
+    own = trained.attention_maps(FILES[0], layers=[-1])[0]
+    assert own.combined.shape[-1] == 4 + 12  # the caption does not end before max_tokens
+    classifier = diffmm.TrainedModel(trained.model.encoder, trained.job)
+    for call, message in (
+        (lambda: classifier.word_maps(FILES[0]), "only captioning and CTC models have maps of"),
+        (lambda: classifier.attention_maps(FILES[0], text="a"), "text is what a captioning model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_maps_of_words_of_ctc(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    data = AudioTextData(sample_rate_hz=8000, max_tokens=12)
+    encoder = AudioConfig(
+        backbone=BackboneConfig(32, 2, 4, rope="1d"), sample_rate_hz=8000, num_mels=8, stem="frame"
+    )
+    model = CTCModel(CTCConfig(encoder=encoder, vocab_size=259, blank_id=256))
+    trained = diffmm.TrainedModel(model, Job(reader=data.describe_inputs()["reader"]))
+    soundfile.write("a.wav", np.random.default_rng(0).normal(size=4000) * 0.1, 8000)
+    found = trained.word_maps("a.wav")
+    assert found.text == trained.predict("a.wav").text
+    assert found.words
+    assert found.words[0].layers[1].maps["A₁"].shape[0] == 1
+    assert [layer.name.split(".")[0] for layer in trained.attention_maps("a.wav")] == [
+        "encoder"
+    ] * 2
+    with pytest.raises(ValueError, match="a CTC model has maps for what it hears"):
+        trained.word_maps("a.wav", "text")
