@@ -95,6 +95,7 @@ def word_maps(
     tokens: Sequence[int] | None = None,
     *,
     words: Collection[str] | None = None,
+    max_words: int = MAX_WORDS,
     layers: Collection[int] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Written:
@@ -114,8 +115,8 @@ def word_maps(
         tokenizer: The tokenizer of the texts.
         tokens: Ids of a caption; by default the most likely caption is generated. CTC models only
             have maps for what they hear, without this argument.
-        words: Words of the text to show, each where it is first; by default the first `MAX_WORDS`
-            ones.
+        words: Words of the text to show, each where it is first; by default the first ones.
+        max_words: Maximum number of words if they are not given.
         layers: Indices of the decoder's (or of a CTC model's encoder's) layers, counted from the
             end if negative; all by default.
         max_new_tokens: Maximum number of tokens of a generated caption.
@@ -138,7 +139,8 @@ def word_maps(
     else:
         ids = _caption(model, sample, tokenizer, max_new_tokens) if tokens is None else [*tokens]
         places = [[i] for i in range(len(ids))]
-    shown = _chosen(words_of(tokenizer, ids), words, tokenizer.decode(ids))
+    shown = words_of(tokenizer, ids)
+    shown = shown[:max_words] if words is None else _named(shown, words, tokenizer.decode(ids))
     rows = [[place for i in members for place in places[i]] for _, members in shown]
     flat = [place for each in rows for place in each]
     found = media_rows(model, sample, ids, flat, chosen) if flat else {}
@@ -225,13 +227,11 @@ def _caption(
     return [id for id in found if id != tokenizer.eos_id]
 
 
-def _chosen(
-    found: list[tuple[str, list[int]]], words: Collection[str] | None, text: str
+def _named(
+    found: list[tuple[str, list[int]]], words: Collection[str], text: str
 ) -> list[tuple[str, list[int]]]:
-    """The given words, or the first ones."""
-    if words is None:
-        return found[:MAX_WORDS]
-    places = dict(reversed(found))  # the first one of equal words
+    """The given words, each where it is first."""
+    places = dict(reversed(found))
     for word in words:
         if word not in places:
             raise ValueError(f"the word {word!r} is not in the text {text!r:.200}")

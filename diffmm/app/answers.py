@@ -1,6 +1,6 @@
 """Answers of a trained model and their attention maps as HTML, without Gradio."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from html import escape
 from pathlib import Path
@@ -8,12 +8,14 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
+from torch import Tensor
 
 from diffmm.analysis.exhibits import (
     Exhibit,
     ImageExhibit,
     Pieces,
     SoundExhibit,
+    View,
     image_view,
     pixels_of,
     sound_view,
@@ -22,6 +24,7 @@ from diffmm.analysis.exhibits import (
     text_tower_exhibit,
 )
 from diffmm.analysis.report import draw_exhibit
+from diffmm.analysis.word_maps import WordsExhibit, writer_of
 from diffmm.hub.trained import TrainedModel
 from diffmm.models import AudioModel, ImageModel
 from diffmm.models.text import TextModel
@@ -30,6 +33,9 @@ from diffmm.recipes.errors import message_of
 
 NUM_MAP_TOKENS = 128
 """Number of last tokens of a text whose maps are drawn."""
+
+NUM_MAP_WORDS = 24
+"""Number of first words of a caption whose maps are drawn."""
 
 SCALE = (
     '<span class="scale-line">negative<span class="scale"></span>positive</span>. '
@@ -111,16 +117,49 @@ def medium_maps(tower: ImageModel | AudioModel, reader: Any, file: str, layer: i
         file: Path of the file.
         layer: Index of the attention layer.
     """
+    sample, attention = sample_of(reader, file), tower.config.backbone.attention
+    view = (
+        image_view(tower, sample, layer=layer)
+        if isinstance(tower, ImageModel)
+        else sound_view(tower, sample, layer=layer)
+    )
+    return medium_exhibit(tower, sample, file, {attention: view})
+
+
+def word_maps(trained: TrainedModel, file: str, text: str | None, layer: int) -> Exhibit:
+    """The attention maps of the words of a text about a file.
+
+    Args:
+        trained: A captioning or CTC model.
+        file: Path of the file.
+        text: As in `TrainedModel.word_maps`.
+        layer: Index of the layer.
+    """
+    model: Any = trained.model
+    written = trained.word_maps(file, text, max_words=NUM_MAP_WORDS, layers=[layer])
+    whole = medium_exhibit(model.encoder, sample_of(trained.reader, file), file, {})
+    attention = writer_of(model).config.backbone.attention
+    return WordsExhibit(whole.truth, {}, whole, {attention: written})
+
+
+def sample_of(reader: Any, file: str) -> Tensor:
+    """The image, `[C, H, W]`, or the waveform, `[S]`, in a file."""
     batch = reader.collate([reader.read(file)])
-    name, attention = Path(file).name, tower.config.backbone.attention
+    if "images" in batch:
+        image: Tensor = batch["images"][0]
+        return image
+    waveform: Tensor = batch["waveforms"][0, : int(batch["num_samples"][0])]
+    return waveform
+
+
+def medium_exhibit(
+    tower: ImageModel | AudioModel, sample: Tensor, file: str, views: Mapping[str, View]
+) -> ImageExhibit | SoundExhibit:
+    """The sample of a file with maps over it."""
+    name = Path(file).name
     if isinstance(tower, ImageModel):
-        image = batch["images"][0]
-        return ImageExhibit(
-            name, {attention: image_view(tower, image, layer=layer)}, pixels_of(image)
-        )
-    waveform = batch["waveforms"][0, : int(batch["num_samples"][0])]
-    view = sound_view(tower, waveform, layer=layer)
-    return SoundExhibit(name, {attention: view}, *spectrogram_of(tower, waveform))
+        return ImageExhibit(name, views, pixels_of(sample))
+    return SoundExhibit(name, views, *spectrogram_of(tower, sample))
 
 
 def prompt_maps(trained: TrainedModel, ids: Sequence[int], layer: int) -> Exhibit:

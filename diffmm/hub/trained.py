@@ -720,6 +720,7 @@ class TrainedModel:
         text: str | None = None,
         *,
         words: Sequence[str] | None = None,
+        max_words: int | None = None,
         layers: Sequence[int] | None = None,
     ) -> "Written":
         """Compute the attention maps of the words that a captioning or CTC model writes about an
@@ -729,12 +730,14 @@ class TrainedModel:
             item: A single input, as in `predict`.
             text: For a captioning model, another text than the one that it generates.
             words: Words of the text; by default the first ones.
+            max_words: Maximum number of words if they are not given; by default
+                `diffmm.analysis.word_maps.MAX_WORDS`.
             layers: Indices of the decoder's (of a CTC model, the encoder's) layers; all by default.
 
         Raises:
             ValueError: If the model is another one, or as `diffmm.analysis.word_maps.word_maps`.
         """
-        from diffmm.analysis.word_maps import word_maps
+        from diffmm.analysis.word_maps import MAX_WORDS, word_maps
 
         model = self.model
         if not isinstance(model, CaptioningModel | CTCModel):
@@ -752,7 +755,15 @@ class TrainedModel:
         if num_samples is not None:
             sample = sample[: int(num_samples[0])]
         tokenizer = self.reader.encoder
-        return word_maps(model, sample, tokenizer, tokens, words=words, layers=layers)
+        return word_maps(
+            model,
+            sample,
+            tokenizer,
+            tokens,
+            words=words,
+            max_words=MAX_WORDS if max_words is None else max_words,
+            layers=layers,
+        )
 
     def _ids_of(self, text: str | None, media: Mapping[str, Any]) -> Tensor:
         """The tokens of a text about media, or of the one that is generated, with its end."""

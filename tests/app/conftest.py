@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
+from torch import nn
 
-from datamodules import ImageTextData
+from datamodules import AudioTextData, ImageTextData
 from datamodules.audio import AudioReader
 from datamodules.image import ImageReader
 from datamodules.pairs import RenderedShapes
@@ -18,8 +19,12 @@ from diffmm.models import (
     AudioConfig,
     AudioModel,
     BackboneConfig,
+    CaptioningConfig,
+    CaptioningModel,
     ContrastiveConfig,
     ContrastiveModel,
+    CTCConfig,
+    CTCModel,
     ImageConfig,
     ImageModel,
     TextConfig,
@@ -105,6 +110,27 @@ def make_contrastive() -> Callable[..., TrainedModel]:
 def contrastive(make_contrastive: Callable[..., TrainedModel]) -> TrainedModel:
     """A contrastive model without a bias."""
     return make_contrastive()
+
+
+@pytest.fixture
+def captioner() -> TrainedModel:
+    """A captioning model of images, whose texts depend on its input."""
+    text = TextConfig(vocab_size=259, max_length=60, backbone=backbone("1d"))
+    model = CaptioningModel(CaptioningConfig(encoder=image_config(), decoder=text))
+    nn.init.normal_(model.decoder.embedding.weight)
+    data = ImageTextData(RenderedShapes(4, 4), image_size=16, max_tokens=40)
+    return TrainedModel(model, Job(reader=data.describe_inputs()["reader"]))
+
+
+@pytest.fixture
+def transcriber() -> TrainedModel:
+    """A CTC model of sounds."""
+    encoder = AudioConfig(
+        backbone=backbone("1d", "diff_v1"), sample_rate_hz=8000, num_mels=32, stem="frame"
+    )
+    model = CTCModel(CTCConfig(encoder=encoder, vocab_size=259, blank_id=256))
+    data = AudioTextData(sample_rate_hz=8000, max_tokens=40)
+    return TrainedModel(model, Job(reader=data.describe_inputs()["reader"]))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from datamodules import ImageAudioTextData
 from datamodules.pairs import RenderedShapes, SynthesizedSounds
 from diffmm import TrainedModel
 from diffmm.app.answers import medium_maps, prompt_maps, refused, text_maps
-from diffmm.app.panels import classification, generation, panel_of, similarity
+from diffmm.app.panels import captioning, classification, generation, panel_of, similarity
 from diffmm.models import ImageModel, TextModel
 from diffmm.models.contrastive import ContrastiveModel
 from diffmm.models.job import Job
@@ -198,6 +198,35 @@ def test_maps_over_a_prompt_are_those_of_the_layer(decoder):
     assert maps.pieces == list("abcdef")
 
 
+def test_a_caption_grows_and_its_words_have_maps(captioner, picture):
+    *_, last = pages = list(captioning.answer(captioner, picture, "a <b"))
+    text = "a <b" + captioner.generate(picture, "a <b")
+    assert written(last) == text
+    assert len(pages) > 2
+    html = captioning.maps(captioner, picture, "a <b", 0)
+    found = captioner.word_maps(picture, text, layers=[0], max_words=24)
+    assert [each.word for each in found.words[:2]] == ["a", found.words[1].word]
+    assert html.count('class="tile"') == 1 + 3 * len(found.words)
+    assert "“a”, layer 1" in html
+    *_, last = captioning.answer(captioner, picture)
+    assert written(last) == captioner.generate(picture)
+
+
+def test_a_transcript_has_maps_and_a_player(transcriber, sound):
+    *_, last = captioning.answer(transcriber, sound)
+    assert written(last) == transcriber.predict(sound).text
+    html = captioning.maps(transcriber, sound, "", -1)
+    assert f'<audio controls src="/gradio_api/file={sound}">' in html
+    assert "What the encoder attends to at the times of" in html
+
+
+def test_nothing_and_bad_files_are_not_described(captioner, broken):
+    assert list(captioning.answer(captioner, None)) == [captioning.maps(captioner, None, "", 0)]
+    (html,) = captioning.answer(captioner, broken)
+    assert "broken.png cannot be decoded" in html
+    assert "problem" not in captioning.maps(captioner, broken, "", 0)
+
+
 def test_errors_are_one_line_without_folders_and_markup(classifier, broken, decoder):
     respond = refused(lambda file, layer: classification.answer(classifier, file, layer))
     html = respond(broken, -1)
@@ -210,11 +239,14 @@ def test_errors_are_one_line_without_folders_and_markup(classifier, broken, deco
 
 
 def test_each_kind_has_a_panel_and_others_are_refused(
-    classifier, sound_classifier, decoder, chatting, contrastive
+    classifier, sound_classifier, decoder, chatting, contrastive, captioner, transcriber
 ):
     assert panel_of(classifier) is panel_of(sound_classifier) is classification
     assert panel_of(decoder) is generation
     assert panel_of(contrastive) is similarity
+    assert panel_of(captioner) is panel_of(transcriber) is captioning
+    assert captioning.describe(captioner) == "Describes images"
+    assert captioning.describe(transcriber) == "Transcribes sounds"
     assert classification.describe(sound_classifier) == "Classifies sounds into 2 classes"
     assert generation.describe(chatting) == "Answers questions, and continues texts"
     assert similarity.describe(contrastive) == "Compares images with texts"

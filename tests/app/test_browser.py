@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The copy keyword is deprecated.*"),
 ]
 
+MAPS = ["A₁", "A₂", "A₁ − λA₂"]
 Open = Callable[[TrainedModel], Any]
 
 
@@ -86,6 +87,11 @@ def rows_of(page: Any) -> list[tuple[str, str]]:
     return list(zip(names, page.locator("#answer .value").all_inner_texts(), strict=True))
 
 
+def shown(text: str) -> str:
+    """A text as a browser has it."""
+    return text.replace("\r", "\n").replace("\0", "\ufffd")
+
+
 def drop(page: Any, file: str) -> None:
     page.set_input_files("#file input[type=file]", file)
 
@@ -102,7 +108,7 @@ def test_an_image_for_a_classifier(visit, classifier, picture, broken):
             for label, score in zip(found.labels, found.scores, strict=True)
         ]
         captions = page.locator("#answer figcaption").all_inner_texts()
-        assert captions == ["input", "A₁", "A₂", "A₁ − λA₂"]
+        assert captions == ["input", *MAPS]
         loaded = "images => images.every(image => image.complete && image.naturalWidth > 0)"
         assert page.eval_on_selector_all("#answer img", loaded)
         last = page.inner_html("#answer .group.diff_v2")
@@ -137,7 +143,7 @@ def test_a_text_for_a_decoder(visit, decoder):
             "text => document.querySelector('#answer .written').textContent === text",
             arg=(prompt + text).replace("\r", "\n"),
         )
-        assert page.locator("#maps figcaption").all_inner_texts() == ["A₁", "A₂", "A₁ − λA₂"]
+        assert page.locator("#maps figcaption").all_inner_texts() == MAPS
         assert page.locator("#maps pre span").count() == len(prompt)
         assert page.locator("#maps pre").inner_text() == prompt
         page.fill("#prompt textarea", "")
@@ -162,3 +168,28 @@ def test_an_image_and_texts_for_a_contrastive_model(visit, contrastive, picture)
         page.click("#compare")
         page.wait_for_function("() => document.querySelectorAll('#answer .what').length === 2")
         assert sorted(name for name, _ in rows_of(page)) == ["one", "two"]
+
+
+def test_an_image_for_a_captioning_model(visit, captioner, picture):
+    with visit(captioner) as page:
+        assert "Describes images. diff v2 attention" in page.inner_text("header")
+        drop(page, picture)
+        page.wait_for_selector("#maps .tile")
+        written = "text => document.querySelector('#answer .written')?.textContent === text"
+        page.wait_for_function(written, arg=shown(captioner.generate(picture)))
+        assert page.locator("#maps figcaption").all_inner_texts()[:4] == ["input", *MAPS]
+        page.fill("#beginning textarea, #beginning input", "a red c")
+        page.press("#beginning textarea, #beginning input", "Enter")
+        text = "a red c" + captioner.generate(picture, "a red c")
+        page.wait_for_function(written, arg=shown(text))
+        found = "() => document.querySelector('#maps').innerText.includes('“red”, layer 2')"
+        page.wait_for_function(found)
+
+
+def test_a_sound_for_a_ctc_model(visit, transcriber, sound):
+    with visit(transcriber) as page:
+        assert page.locator("#beginning").count() == 0
+        drop(page, sound)
+        page.wait_for_selector("#maps audio")
+        written = "text => document.querySelector('#answer .written')?.textContent === text"
+        page.wait_for_function(written, arg=shown(transcriber.predict(sound).text))

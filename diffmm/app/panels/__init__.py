@@ -6,11 +6,11 @@ Gradio's components and events to the current page. A new kind of model is one m
 
 from types import ModuleType
 
-from diffmm.app.panels import classification, generation, similarity
+from diffmm.app.panels import captioning, classification, generation, similarity
 from diffmm.checks import article
 from diffmm.hub.trained import TrainedModel
 
-PANELS: tuple[ModuleType, ...] = (similarity, classification, generation)
+PANELS: tuple[ModuleType, ...] = (similarity, classification, captioning, generation)
 
 
 def panel_of(trained: TrainedModel) -> ModuleType:
@@ -25,5 +25,6 @@ def panel_of(trained: TrainedModel) -> ModuleType:
             return panel
     raise ValueError(
         f"{trained.origin} contains {article(type(trained.model).__name__)}, which answers "
-        f"nothing: the app is for classifiers, text decoders and contrastive models"
+        f"nothing: the app is for classifiers, text decoders, and contrastive, captioning and CTC "
+        f"models"
     )
