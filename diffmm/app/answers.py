@@ -37,10 +37,7 @@ NUM_MAP_TOKENS = 128
 NUM_MAP_WORDS = 24
 """Number of first words of a caption whose maps are drawn."""
 
-SCALE = (
-    '<span class="scale-line">negative<span class="scale"></span>positive</span>. '
-    "All maps of a sample have the same scale."
-)
+SCALE = '<span class="scale-line">negative<span class="scale"></span>positive</span>.'
 
 
 def page(*parts: str) -> str:
@@ -99,13 +96,20 @@ def refused(function: Callable[..., str]) -> Callable[..., str]:
     return wrapped
 
 
-def maps_section(title: str, caption: str, draw: Callable[[], Exhibit]) -> str:
-    """The attention maps of an exhibit, or the reason why there are none."""
+def maps_section(
+    title: str, caption: str, draw: Callable[[], Exhibit], *, of: str = "sample"
+) -> str:
+    """The attention maps of an exhibit, or the reason why there are none; those of each `of` have
+    one scale."""
     try:
         drawn = draw_exhibit(draw())
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         return section(title, problem(error))
-    return section(title, f'<p class="quiet">{caption} {SCALE}</p>', drawn)
+    return section(
+        title,
+        f'<p class="quiet">{caption} {SCALE} All maps of a {of} have the same scale.</p>',
+        drawn,
+    )
 
 
 def medium_maps(tower: ImageModel | AudioModel, reader: Any, file: str, layer: int) -> Exhibit:

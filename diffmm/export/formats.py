@@ -11,9 +11,10 @@ from torch import nn
 from diffmm.checks import article, check_choice
 from diffmm.export.metadata import metadata_of
 from diffmm.export.onnx_file import write_onnx
+from diffmm.export.parts import signatures_of
 from diffmm.export.program import TOLERANCE, Call, largest_difference, write_aoti, write_pt2
 from diffmm.export.quantized import is_quantized, save_quantized
-from diffmm.export.signature import Signature, signature_of
+from diffmm.export.signature import Signature
 from diffmm.interop.conversion import FAMILIES, check_free, write_model
 from diffmm.models.description import unwrap
 from diffmm.models.job import Job
@@ -68,7 +69,8 @@ def export(
         cache: Whether the program of a decoder takes and returns its keys and values.
 
     Returns:
-        The file (or, for `"hf"`, the folder), and a line that says what it is.
+        The file (or the folder, for `"hf"` and for a model of several programs, which are files in
+        it such as `model_image.onnx`), and a line that says what it is.
 
     Raises:
         ValueError: If the format is unknown, the model is in training mode, the target exists or
@@ -87,7 +89,7 @@ def export(
         raise ValueError(f"the format {to} cannot hold quantized weights: use {able}")
     with appearing(path) as unfinished:
         line = form.write(unwrap(model), unfinished, cache)
-    return path, line
+    return (path if path.exists() else path.parent), line
 
 
 def path_of(target: Path, to: str) -> Path:
@@ -126,27 +128,40 @@ def appearing(path: Path) -> Iterator[Path]:
             each.replace(path.with_name(each.name))
 
 
+def _checked(signature: Signature, program: Call) -> str:
+    """A line about a program, whose outputs are those of its model.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    difference = largest_difference(signature, program)
+    if not difference <= TOLERANCE:  # also for NaN
+        raise ValueError(
+            f"the outputs of the program differ from the model's by {difference:.1e} of the "
+            f"largest one, more than {TOLERANCE:.0e}: nothing was written"
+        )
+    names = ", ".join(port.name for port in signature.inputs[:3])
+    more = f" and {len(signature.inputs) - 3} more" if len(signature.inputs) > 3 else ""
+    return (
+        f"inputs {names}{more}; largest difference of the outputs on random inputs: "
+        f"{difference:.1e} of the largest"
+    )
+
+
 def writer_of_programs(
     write: Callable[[Signature, Path, Mapping[str, Any]], Call],
 ) -> Callable[[nn.Module, Path, bool], str]:
-    """Write a program with `write`, and compare its results with the model's."""
+    """Write the programs of a model with `write`, and compare their results with the model's. If
+    there are several, the names of their files end with those of the parts."""
 
     def written(model: nn.Module, file: Path, cache: bool) -> str:
-        signature = signature_of(model, cache=cache)
         job: Any = getattr(model, "job", None) or Job()
-        program = write(signature, file, metadata_of(model, signature, job))
-        difference = largest_difference(signature, program)
-        if not difference <= TOLERANCE:  # also for NaN
-            raise ValueError(
-                f"the outputs of the program differ from the model's by {difference:.1e} of the "
-                f"largest one, more than {TOLERANCE:.0e}: nothing was written"
-            )
-        names = ", ".join(port.name for port in signature.inputs[:3])
-        more = f" and {len(signature.inputs) - 3} more" if len(signature.inputs) > 3 else ""
-        return (
-            f"inputs {names}{more}; largest difference of the outputs on random inputs: "
-            f"{difference:.1e} of the largest"
-        )
+        lines = []
+        for part, signature in signatures_of(model, cache=cache).items():
+            own = file.with_stem(f"{file.stem}_{part}") if part else file
+            line = _checked(signature, write(signature, own, metadata_of(model, signature, job)))
+            lines.append(f"{own.name}: {line}" if part else line)
+        return "; ".join(lines)
 
     return written
 

@@ -7,10 +7,19 @@ from torch import nn
 
 from diffmm import __version__
 from diffmm.export.signature import Port, Signature
+from diffmm.models.captioning import CaptioningModel
+from diffmm.models.contrastive import ContrastiveModel
+from diffmm.models.ctc import CTCModel
 from diffmm.models.job import Job
 from diffmm.models.text import TextModel
 from diffmm.models.text_tower import TextTower
 from diffmm.tokenizers import Tokenizer, load_tokenizer
+
+WITH_TEXTS = (TextModel, TextTower, CaptioningModel, ContrastiveModel, CTCModel)
+"""Models whose programs have a tokenizer in their metadata."""
+
+WITH_ENDS = (TextModel, CaptioningModel, ContrastiveModel)
+"""Models whose texts have an end."""
 
 
 def metadata_of(model: nn.Module, signature: Signature, job: Job) -> dict[str, Any]:
@@ -22,13 +31,15 @@ def metadata_of(model: nn.Module, signature: Signature, job: Job) -> dict[str, A
         name; `recipe`, `class_names`, `multi_label` and `reader` (the preprocessing) of the model's
         job; for audio `sample_rate_hz`; for text `max_length`, `causal`, `eos_id`, the id that ends
         a text (None if there is none), and `stop_ids`, the ids that end a generated text: those of
-        the reader (such as the end of an answer), or else the former. The reader of a text model
-        contains the definition of its tokenizer.
+        the reader (such as the end of an answer), or else the former. The reader of texts contains
+        the definition of its tokenizer. Of a model of several programs, `part` is the name of this
+        one; of a contrastive one, `scale` and `bias` compare embeddings; of a CTC model, `blank_id`
+        is the id of the blank.
 
     Raises:
         ValueError: If the tokenizer of the model's job cannot be loaded; the message names it.
     """
-    tokenizer = _tokenizer(job) if isinstance(model, TextModel | TextTower) else None
+    tokenizer = _tokenizer(job) if isinstance(model, WITH_TEXTS) else None
     return {
         "diffmm": __version__,
         "model": type(model).__name__,
@@ -37,7 +48,7 @@ def metadata_of(model: nn.Module, signature: Signature, job: Job) -> dict[str, A
         "axes": {name: [axis.least, axis.most] for name, axis in signature.axes.items()},
         **_with_definition(job, tokenizer).plain(),
         **signature.facts,
-        **(_ends(job, tokenizer) if isinstance(model, TextModel) else {}),
+        **(_ends(job, tokenizer) if isinstance(model, WITH_ENDS) else {}),
     }
 
 

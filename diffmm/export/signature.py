@@ -1,5 +1,6 @@
 """Inputs and outputs of a model as an exported program, by name, with their dynamic axes."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -14,6 +15,7 @@ from diffmm.export.decoder import CachedDecoder, PaddedText
 from diffmm.models import AudioModel, TextModel, TextTower
 from diffmm.models.captioning import CaptioningModel
 from diffmm.models.contrastive import ContrastiveModel
+from diffmm.models.ctc import CTCModel
 from diffmm.models.encoder import Encoder
 from diffmm.models.text import TextConfig
 
@@ -100,6 +102,7 @@ def signature_of(model: nn.Module, *, cache: bool = True) -> Signature:
     |---|---|---|
     | an image model | `images` `[B, C, H, W]` | `logits` `[B, num_classes]` |
     | `AudioModel` | `waveforms` `[B, S]`, `num_samples` `[B]` | `logits` `[B, num_classes]` |
+    | `CTCModel` | `waveforms`, `num_samples` | `logits` `[B, T, vocab_size]`, `lengths` `[B]` |
     | `TextTower` | `tokens` `[B, N]` | `features` `[B, num_outputs]` |
     | `TextModel` | `tokens`, `key_padding` `[B, N]` | `logits` `[B, N, vocab_size]` |
     | a decoder with cache | `tokens`, `num_padding` `[B]`, `past_*` | `logits`, `present_*` |
@@ -123,6 +126,8 @@ def signature_of(model: nn.Module, *, cache: bool = True) -> Signature:
     match model:
         case AudioModel():
             return _audio(model)
+        case CTCModel():
+            return _spoken(model)
         case Encoder():
             return _encoder(model)
         case TextTower():
@@ -131,10 +136,8 @@ def signature_of(model: nn.Module, *, cache: bool = True) -> Signature:
             return _decoder(model) if cache and is_decoder(model) else _text(model)
     name = type(model).__name__
     advice = f"of {name}, train a classifier (diffmm finetune) and export that"
-    if isinstance(model, CaptioningModel):
-        advice = "export its parts (model.encoder and model.decoder) from Python"
-    if isinstance(model, ContrastiveModel):
-        advice = "export its towers (model.image, model.audio and model.text) from Python"
+    if isinstance(model, CaptioningModel | ContrastiveModel):
+        advice = "it is several programs (diffmm.export.parts.signatures_of)"
     raise ValueError(f"{article(name)} cannot be exported as a program: {advice}")
 
 
@@ -182,15 +185,50 @@ class FilledClips(nn.Module):
     """An audio model that appends silence to batches of fewer than `least` samples. The silence is
     not part of the clips, so that the results are those of `model`."""
 
-    def __init__(self, model: AudioModel, least: int) -> None:
+    def __init__(self, model: AudioModel | CTCModel, least: int) -> None:
         super().__init__()
         self.model = model
         self.least = least
 
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> Tensor:
         """Compute the results of `waveforms`, `[B, S]`, with `num_samples` `[B]` real samples."""
-        missing = torch.sym_max(self.least - waveforms.shape[1], 0)
-        return self.model(torch.nn.functional.pad(waveforms, (0, missing)), num_samples)
+        return self.model(with_silence(waveforms, self.least), num_samples)
+
+
+class SpokenClips(FilledClips):
+    """A CTC model, likewise, whose outputs are a tuple: logits `[B, T, vocab_size]`, and the number
+    of times within each clip, `[B]`."""
+
+    def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Compute the results as `FilledClips`."""
+        found = self.model(with_silence(waveforms, self.least), num_samples)
+        return found.logits, found.lengths
+
+
+def with_silence(waveforms: Tensor, least: int) -> Tensor:
+    """Waveforms `[B, S]` with zeros up to `least` samples."""
+    missing = torch.sym_max(least - waveforms.shape[1], 0)
+    return torch.nn.functional.pad(waveforms, (0, missing))
+
+
+def _spoken(model: CTCModel) -> Signature:
+    found, config = _audio(model.encoder), model.config
+    logits = Port("logits", torch.float32, ("batch", "times", config.vocab_size))
+    lengths = Port("lengths", torch.int64, ("batch",))
+    axes = {**found.axes, "times": tokens_of(found, model.encoder)}
+    facts = {**found.facts, "blank_id": config.blank_id}
+    module = SpokenClips(model, least_samples(model.encoder)).eval()
+    return Signature(module, found.inputs, (logits, lengths), axes, facts)
+
+
+def tokens_of(signature: Signature, model: AudioModel) -> Range:
+    """The numbers of tokens of clips whose numbers of samples are those of a signature's axis."""
+    axis = signature.axes["samples"]
+    least = least_samples(model)
+    counts = (
+        math.prod(model.stem.grid(model.spectrogram.num_frames(max(size, least)))) for size in axis
+    )
+    return Range(*counts)
 
 
 def _result(model: Encoder) -> Port:

@@ -92,6 +92,7 @@ def maps(trained: TrainedModel, file: str | None, beginning: str, layer: int) ->
             f"{by} each of the first {NUM_MAP_WORDS} words, in layer {layer + 1}, as means over "
             f"the heads:",
             lambda: word_maps(trained, file, text, layer),
+            of="word",
         ),
     )
 
