@@ -13,10 +13,13 @@ import soundfile
 import torch
 from PIL import Image
 
+from datamodules import AudioTextData, ImageTextData
 from datamodules.audio.data import AudioData
 from datamodules.audio.sources import SoundFolder
 from datamodules.image.data import ImageData
 from datamodules.image.sources import ImageFolder
+from datamodules.pairs import PairFolder
+from datamodules.pairs.data import PairData
 from datamodules.shared.bad_samples import (
     BadSampleError,
     BadSamples,
@@ -97,24 +100,57 @@ def audio_data(folder: Path, **arguments: Any) -> AudioData:
     return data
 
 
-def make(kind: str, folder: Path, **arguments: Any) -> ImageData | AudioData:
+def pair_data(kind: str, folder: Path, **arguments: Any) -> PairData[Any]:
+    """Pairs whose texts are the names of the folders, and a good one to validate on."""
+    good = next((folder / "a").glob("04.*"))
+    other = folder.with_name("val") / "a" / good.name
+    other.parent.mkdir(parents=True, exist_ok=True)
+    other.write_bytes(good.read_bytes())
+    source = PairFolder(str(folder), str(folder.with_name("val")), texts="folders")
+    settings: dict[str, Any] = {"max_tokens": 4, "batch_size": 4, **arguments}
+    data: PairData[Any] = (
+        ImageTextData(source, image_size=16, **settings)
+        if kind.endswith("pictures")
+        else AudioTextData(source, sample_rate_hz=RATE_HZ, clip_seconds=0.2, **settings)
+    )
+    data.setup()
+    return data
+
+
+def make(kind: str, folder: Path, **arguments: Any) -> Any:
+    if kind.startswith("described"):
+        return pair_data(kind, folder, **arguments)
     return (image_data if kind == "pictures" else audio_data)(folder, **arguments)
+
+
+def paths_of(samples: Any) -> list[Path]:
+    """The files of a dataset or a split, by index."""
+    samples = getattr(samples, "samples", getattr(samples, "pairs", samples))
+    return getattr(samples, "media", samples).paths
+
+
+def labels_of(batches: list[dict[str, torch.Tensor]]) -> list[str]:
+    """The folders that the samples are from, by their label or text."""
+    if "tokens" in batches[0]:
+        return [chr(int(row[0])) for batch in batches for row in batch["tokens"]]
+    return ["ab"[int(label)] for batch in batches for label in batch["labels"]]
 
 
 BROKEN = {
     "pictures": {"a/00.jpg", "b/01.png", "a/02.png"},
     "sounds": {"a/00.wav", "b/01.flac", "a/02.ogg", "b/03.wav"},
 }
+BROKEN |= {f"described {kind}": files for kind, files in BROKEN.items()}
 
 
-@pytest.fixture(params=["pictures", "sounds"])
+@pytest.fixture(params=list(BROKEN))
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture
 def folder(kind: str, request: pytest.FixtureRequest) -> Path:
-    return request.getfixturevalue(kind)
+    return request.getfixturevalue(kind.split()[-1])
 
 
 LENIENT = BadSamples("substitute", max_bad_fraction=0.5)
@@ -146,8 +182,8 @@ def named(caplog: pytest.LogCaptureFixture, folder: Path) -> list[str]:
 
 
 def test_the_first_bad_sample_stops_a_run_by_default(kind: str, folder: Path) -> None:
-    dataset: Any = make(kind, folder).val_dataloader().dataset
-    paths = [path.relative_to(folder).as_posix() for path in dataset.samples.paths]
+    dataset: Any = make(kind, folder).as_evaluated("train").dataset
+    paths = [path.relative_to(folder).as_posix() for path in paths_of(dataset)]
     for index, path in enumerate(paths):
         if path not in BROKEN[kind]:
             assert dataset[index]["index"] == index
@@ -163,15 +199,16 @@ def test_another_sample_stands_in(kind: str, folder: Path, num_workers: int) -> 
     assert [len(batch["index"]) for batch in batches] == [4] * 6
     bad = [
         index
-        for index, path in enumerate(data.splits.train.paths)  # type: ignore[attr-defined]
+        for index, path in enumerate(paths_of(data.splits.train))
         if path.relative_to(folder).as_posix() in BROKEN[kind]
     ]
     indices = torch.cat([batch["index"] for batch in batches]).tolist()
     assert not set(bad) & set(indices)
-    # All good samples are there; a label is that of the substitute.
+    # All good samples are there; a label or text is that of the substitute.
     assert set(indices) == set(range(24)) - set(bad)
-    labels = torch.cat([batch["labels"] for batch in batches]).tolist()
-    assert labels == [data.splits.train.labels[index][0] for index in indices]
+    assert labels_of(batches) == [
+        paths_of(data.splits.train)[index].parent.name for index in indices
+    ]
 
 
 def test_workers_epochs_and_processes_draw_the_same(kind: str, folder: Path) -> None:
@@ -181,7 +218,7 @@ def test_workers_epochs_and_processes_draw_the_same(kind: str, folder: Path) -> 
     assert same(epoch_of(alone, 1), epoch_of(with_workers, 1))
     # In another epoch, there are other substitutes.
     dataset: Any = alone.train_dataloader().dataset
-    bad = next(i for i, path in enumerate(dataset.samples.paths) if "00." in path.name)
+    bad = next(i for i, path in enumerate(paths_of(dataset)) if "00." in path.name)
     assert len({int(dataset[epoch, bad]["index"]) for epoch in range(8)}) > 1
 
 
@@ -189,7 +226,7 @@ def test_each_bad_file_is_named_once_by_a_process(
     kind: str, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = make(kind, folder, bad_samples=LENIENT)
-    loader = data.val_dataloader()
+    loader = data.as_evaluated("train")
     with caplog.at_level(logging.WARNING, "datamodules"):
         for _ in range(2):
             list(loader)
@@ -222,7 +259,7 @@ def test_buckets_pass_over_what_has_no_length(sounds: Path) -> None:
 
 def test_too_many_stop_the_run(kind: str, folder: Path) -> None:
     few = BadSamples("substitute", max_bad_fraction=0.01)
-    loader = make(kind, folder, bad_samples=few).val_dataloader()
+    loader = make(kind, folder, bad_samples=few).as_evaluated("train")
     message = r"2 of \d+ samples read by this process are bad, which exceeds .*\(0.01 of .*last"
     with pytest.raises(TooManyBadSamplesError, match=message):
         list(loader)

@@ -1,7 +1,7 @@
 """Tiny models and batches of every task, and a trainer for them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from diffmm.models import (
     CaptioningModel,
     ContrastiveConfig,
     ContrastiveModel,
+    CTCConfig,
+    CTCModel,
     ImageConfig,
     ImageModel,
     MaskedAutoencoder,
@@ -30,6 +32,7 @@ from diffmm.models import (
     TextTowerConfig,
 )
 from diffmm.training import (
+    CTC,
     Captioning,
     CausalLM,
     Classification,
@@ -145,6 +148,11 @@ class Make:
         decoder = TextConfig(VOCAB, 64, text, tie_embeddings=False)
         return CaptioningModel(CaptioningConfig(encoder=encoder, decoder=decoder))
 
+    def ctc(self, attention: str = "diff_v1", **changes: Any) -> CTCModel:
+        # One token per time.
+        encoder = replace(self.audio_config(attention, **changes), patch_size=(1, 8))
+        return CTCModel(CTCConfig(encoder=encoder, vocab_size=VOCAB, blank_id=VOCAB - 1))
+
     def task(self, name: str, attention: str = "diff_v1", **settings: Any) -> Task:
         """Build one of `TASKS` by name. `settings` are the task's, the backbone's under `backbone`,
         or a contrastive model's under `model`."""
@@ -161,6 +169,9 @@ class Make:
         if name.endswith("_captions"):
             captioning = self.captioning(attention, name == "audio_captions", **changes)
             return Captioning(captioning, **{"max_new_tokens": 12, **settings})
+        if name == "audio_ctc":
+            ctc = self.ctc(attention, **changes)
+            return CTC(ctc, **{"word_error_rate": False, "skip_too_long": True, **settings})
         if name.endswith("_text"):
             model = self.contrastive(
                 attention, name == "audio_text", settings.pop("model", None), **changes
@@ -184,6 +195,11 @@ class Make:
             return {"tokens": tokens, "targets": targets, "num_bytes": num_bytes, "index": index}
         if name.endswith("_captions"):
             return self.batch(f"{name.removesuffix('_captions')}_text", size)
+        if name == "audio_ctc":  # short texts, most of which fit their sounds
+            pairs = self.batch("audio_text", size)
+            pairs["num_tokens"] = pairs["num_tokens"].clamp(max=5)
+            pairs["tokens"][:, 4:] = VOCAB - 1
+            return pairs
         if name.endswith("_text"):
             media = self.batch(name.removesuffix("_text"), size)
             media.pop("labels")

@@ -8,6 +8,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules import ImageAudioTextData
-from datamodules.pairs import RenderedShapes, SynthesizedSounds
+from datamodules.pairs import AudioTextReader, RenderedShapes, SynthesizedSounds
 from datamodules.shared.loading import SeededDataModule
 from datamodules.shared.sampling import SeededDataset, sample_generator
 from datamodules.text.data import HuggingFaceText, TextData, TextFolder
@@ -36,6 +37,8 @@ from diffmm.models import (
     CaptioningModel,
     ContrastiveConfig,
     ContrastiveModel,
+    CTCConfig,
+    CTCModel,
     ImageConfig,
     ImageModel,
     MaskedAutoencoder,
@@ -46,6 +49,7 @@ from diffmm.models import (
 )
 from diffmm.recipes.trainer import leave_processes
 from diffmm.training import (
+    CTC,
     Captioning,
     CausalLM,
     Classification,
@@ -58,6 +62,7 @@ from diffmm.training import (
 
 CLASSES = 7
 CAPTIONS = "pairs, captions"
+TRANSCRIPTS = "transcripts"
 MIXED = "pairs of both media"
 
 
@@ -91,6 +96,10 @@ def untouched_task(kind: str) -> Task:
         decoder = TextConfig(20, 10, BackboneConfig(16, 1, 2, rope="1d"), tie_embeddings=False)
         captioning = CaptioningModel(CaptioningConfig(encoder=image, decoder=decoder))
         return Captioning(captioning, *settings, max_new_tokens=6)
+    if kind == TRANSCRIPTS:
+        # One token per time.
+        encoder = replace(audio_config(0), patch_size=(2, 8))
+        return CTC(CTCModel(CTCConfig(encoder=encoder, vocab_size=259, blank_id=256)), *settings)
     if kind.startswith("pairs"):
         tower = BackboneConfig(16, 1, 2)
         text = TextTowerConfig(20, 6, tower, pool="eos", eos_id=2)
@@ -144,6 +153,15 @@ class Samples(SeededDataset[dict[str, Tensor]]):
                 "num_samples": torch.tensor(2000),
                 "labels": labels,
             }
+        if self.kind == TRANSCRIPTS:
+            words = [b"a", b"b c", b"d e"][index % 3]
+            return {
+                **found,
+                "waveforms": torch.rand(2000, generator=generator) - 0.5,
+                "num_samples": torch.tensor(2000),
+                "tokens": torch.tensor([*words, *[256] * (4 - len(words))]),
+                "num_tokens": torch.tensor(len(words) + 1),
+            }
         image = torch.randn(3, 8, 8, generator=generator)
         if self.kind.startswith("pairs"):  # of one image, or one text, several are
             medium, text = index // 2, index % 5
@@ -165,6 +183,11 @@ class Data(SeededDataModule):
 
     def train_dataloader(self) -> Any:
         return self.training_loader(Samples(self.kind, 16))
+
+    def describe_inputs(self) -> dict[str, Any]:
+        if self.kind == TRANSCRIPTS:
+            return {"reader": AudioTextReader(sample_rate_hz=8000, tokenizer="bytes").describe()}
+        return super().describe_inputs()
 
     def val_dataloader(self) -> Any:
         return self.evaluation_loader(Samples(self.kind, self.size))
@@ -232,6 +255,8 @@ def evaluations(folder: Path) -> dict[str, tuple[str, Any]]:
         "4 pairs of both media": (MIXED, lambda: mixed_data(1, 4)),
         "7 captions": (CAPTIONS, lambda: Data(CAPTIONS, 7, 2)),
         "1 caption": (CAPTIONS, lambda: Data(CAPTIONS, 1, 2)),
+        "7 transcripts": (TRANSCRIPTS, lambda: Data(TRANSCRIPTS, 7, 2)),
+        "1 transcript": (TRANSCRIPTS, lambda: Data(TRANSCRIPTS, 1, 2)),
         "texts": ("texts", lambda: texts(folder, streamed=False, validation_fraction=0.2)),
         "a stream": ("texts", lambda: texts(folder, streamed=True, validation_fraction=0.2)),
         "a short stream": ("texts", lambda: texts(folder, streamed=True, validation_fraction=0.08)),
@@ -299,7 +324,8 @@ WHOLE = {1: [[8]], 2: [[4], [4]]}
 """The same for a task that does not accumulate gradients."""
 
 
-GRADIENTS = ("texts", "images", "pairs", "pairs, sigmoid", "pairs, three towers", MIXED, CAPTIONS)
+GRADIENTS = ("texts", "images", "pairs", "pairs, sigmoid", "pairs, three towers", MIXED, CAPTIONS,
+             TRANSCRIPTS)  # fmt: skip
 
 
 def gradients(kind: str, num_processes: int) -> dict[str, Any]:
@@ -327,7 +353,9 @@ def gradients(kind: str, num_processes: int) -> dict[str, Any]:
     share = len(sizes[0])
     mine = parts[own.global_rank * share : (own.global_rank + 1) * share]
     batches = [dict(zip(batch, part, strict=True)) for part in mine]
-    own.fit(model, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    data = Data(kind, 1, 1)
+    data.train_dataloader = lambda: DataLoader(batches, batch_size=None)  # type: ignore
+    own.fit(model, data) if kind == TRANSCRIPTS else own.fit(model, data.train_dataloader())
     return measured(own, watch)
 
 

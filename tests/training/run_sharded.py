@@ -21,11 +21,14 @@ from torch.utils.data import DataLoader, DistributedSampler, StackDataset
 
 from diffmm.batch import IGNORE_INDEX
 from diffmm.models import (
+    AudioConfig,
     BackboneConfig,
     CaptioningConfig,
     CaptioningModel,
     ContrastiveConfig,
     ContrastiveModel,
+    CTCConfig,
+    CTCModel,
     ImageConfig,
     ImageModel,
     TextConfig,
@@ -34,6 +37,7 @@ from diffmm.models import (
 )
 from diffmm.recipes.trainer import leave_processes
 from diffmm.training import (
+    CTC,
     Captioning,
     CausalLM,
     Classification,
@@ -62,7 +66,7 @@ def task_and_data(
     splits_heads: bool = False,
 ) -> tuple[Task, StackDataset]:
     """A case is an attention variant in a text model with tied embeddings, `image`, `pairs`, two
-    towers that share their last block, or `captions` of images."""
+    towers that share their last block, `captions` of images, or `transcripts` by CTC."""
     seed_everything(0, verbose=False)
     settings: dict[str, Any] = {
         "optimizer": OptimizerConfig(learning_rate, eps=1e-4, lambda_learning_rate=3e-2),
@@ -111,6 +115,22 @@ def task_and_data(
         batch["num_tokens"] = 6 - 2 * (index % 2 == 0).long()
         settings |= {"max_new_tokens": 6, "num_generated": 0 if splits_heads else 100}
         return Captioning(captioning, **settings), StackDataset(**batch)
+    if case == "transcripts":
+        sound = AudioConfig(
+            backbone=BackboneConfig(dim, 2, 8, rope="1d", **shared),
+            sample_rate_hz=8000,
+            num_mels=8,
+            stem="frame",
+            patch_size=None,
+        )
+        ctc = CTCModel(CTCConfig(encoder=sound, vocab_size=24, blank_id=2))
+        tokens = torch.randint(3, 24, (NUM_SAMPLES, 6))
+        tokens[index % 2 == 0, 3:] = 2
+        tokens[:, 5] = 2
+        batch = {"waveforms": torch.rand(NUM_SAMPLES, 2000) - 0.5, "tokens": tokens}
+        batch |= {"num_samples": torch.full((NUM_SAMPLES,), 2000), "index": index}
+        batch["num_tokens"] = 6 - 2 * (index % 2 == 0).long()
+        return CTC(ctc, word_error_rate=False, **settings), StackDataset(**batch)
     tokens = torch.randint(24, (NUM_SAMPLES, 17))
     num_bytes = torch.full((NUM_SAMPLES,), 16)
     targets = tokens[:, 1:].clone()

@@ -12,7 +12,7 @@ from diffmm.training.resilience.checkpoints.exact import gradient_of
 
 TASKS = (
     *("causal_lm", "masked_lm", "image", "multi_label", "audio", "image_mae", "audio_mae"),
-    "audio_captions",
+    *("audio_captions", "audio_ctc"),
 )
 
 DIVISIONS = {

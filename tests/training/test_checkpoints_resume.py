@@ -10,7 +10,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import EarlyStopping
 from torchaudio.transforms import FrequencyMasking
 
-from datamodules import AudioData, ImageAudioTextData, ImageData, ImageTextData, TextData
+from datamodules import (
+    AudioData,
+    AudioTextData,
+    ImageAudioTextData,
+    ImageData,
+    ImageTextData,
+    TextData,
+)
 from datamodules.audio.augment import AudioAugment
 from datamodules.audio.sound_events import SoundEvents
 from datamodules.pairs import RenderedShapes, SynthesizedSounds
@@ -26,6 +33,8 @@ from diffmm.models import (
     CaptioningModel,
     ContrastiveConfig,
     ContrastiveModel,
+    CTCConfig,
+    CTCModel,
     ImageConfig,
     ImageModel,
     TextConfig,
@@ -33,6 +42,7 @@ from diffmm.models import (
     TextTowerConfig,
 )
 from diffmm.training import (
+    CTC,
     Captioning,
     CausalLM,
     Checkpoints,
@@ -216,6 +226,28 @@ def captions():
     return task, pairs()[1]
 
 
+def transcripts():
+    encoder = AudioConfig(
+        backbone=backbone("1d"),
+        sample_rate_hz=RATE_HZ,
+        num_mels=16,
+        window_seconds=0.016,
+        hop_seconds=0.008,
+        stem="frame",
+        patch_size=None,
+        clip_seconds=0.6,
+    )
+    model = CTCModel(CTCConfig(encoder=encoder, vocab_size=259, blank_id=256))
+    task = CTC(model, *settings(), skip_too_long=True, augment=FrequencyMasking(6))
+    return task, lambda **changes: AudioTextData(
+        SynthesizedSounds(56, 8, sample_rate_hz=RATE_HZ, clip_seconds=(0.5, 0.6)),
+        sample_rate_hz=RATE_HZ,
+        max_tokens=30,
+        batch_size=8,
+        **changes,
+    )
+
+
 def text(source, **settings_of_data):
     task = CausalLM(TextModel(TextConfig(320, 32, backbone("1d"))), *settings())
     return task, lambda **changes: TextData(
@@ -265,6 +297,7 @@ def go(tmp_path):
             "pairs": pairs,
             "both media": both_media,
             "captions": captions,
+            "transcripts": transcripts,
             "text": lambda: text(TextFolder(str(texts))),
             "stream": lambda: stream(texts),
         }[kind]()
@@ -347,7 +380,8 @@ def test_a_run_that_stopped_after_any_batch_goes_on_exactly(go, tmp_path, schedu
 
 
 @pytest.mark.parametrize(
-    "modality", ["text", "stream", "audio", "image", "pairs", "both media", "captions"]
+    "modality",
+    ["text", "stream", "audio", "image", "pairs", "both media", "captions", "transcripts"],
 )
 @pytest.mark.parametrize("workers", [(0, 0), (0, 2), (2, 0)])
 def test_every_checkpoint_of_a_run_leads_to_the_same_bits(go, tmp_path, modality, workers):

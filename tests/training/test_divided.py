@@ -25,6 +25,8 @@ NAMES = [
     "4 pairs of both media",
     "7 captions",
     "1 caption",
+    "7 transcripts",
+    "1 transcript",
     "texts",
     "a stream",
     "a short stream",
@@ -53,6 +55,7 @@ def results(tmp_path_factory):
         "pairs, three towers",
         "pairs of both media",
         "pairs, captions",
+        "transcripts",
     ],
 )
 def test_gradients(results, kind):

@@ -33,6 +33,7 @@ class Watch(Callback):
         ("audio", "waveforms"),
         ("audio_text", "waveforms"),
         ("audio_captions", "waveforms"),
+        ("audio_ctc", "waveforms"),
         ("audio_mae", "waveforms"),
         ("image_mae", "images"),
     ],
@@ -72,7 +73,9 @@ def test_targets_of_faint_patterns_are_those_of_float32(make, fit, precision, na
 
 
 @pytest.mark.parametrize("precision", HALF)
-@pytest.mark.parametrize("name", ["causal_lm", "image", "audio", "image_text", "image_captions"])
+@pytest.mark.parametrize(
+    "name", ["causal_lm", "image", "audio", "image_text", "image_captions", "audio_ctc"]
+)
 def test_weights_in_16_bits_learn_as_those_in_32(make, fit, precision, name):
     batch, losses = make.batch(name), []
     for each in ("32-true", precision):
