@@ -339,6 +339,11 @@ def load_tokenizer(name: str, definition: str | None = None) -> Tokenizer:
         ) from error
 
 
+def until(rows: Iterable[list[int]], eos_id: int) -> list[list[int]]:
+    """The ids of each row before its first end of text."""
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
+
+
 class StreamDecoder:
     """Decodes ids incrementally, in whole characters.
 

@@ -12,10 +12,17 @@ from diffmm.hub.predictions import Caption, Reading
 from diffmm.models.captioning import CaptioningModel
 from diffmm.models.ctc import CTCModel
 from diffmm.models.generation import generate, stream
-from diffmm.tokenizers import Tokenizer
+from diffmm.tokenizers import Tokenizer, until
 
 
-class Captioner(Reading[str]):
+class Writer(Reading[str]):
+    """Gives each input a text."""
+
+    def prediction(self, result: str, file: str | None) -> Caption:
+        return Caption(result, file)
+
+
+class Captioner(Writer):
     """Describes images, or transcribes sounds, batch by batch.
 
     Args:
@@ -40,11 +47,8 @@ class Captioner(Reading[str]):
         )
         return texts_of(found, self.reader.encoder, eos_id)
 
-    def prediction(self, result: str, file: str | None) -> Caption:
-        return Caption(result, file)
 
-
-class Transcriber(Reading[str]):
+class Transcriber(Writer):
     """Transcribes sounds by greedy decoding of a CTC model, batch by batch.
 
     Args:
@@ -63,14 +67,10 @@ class Transcriber(Reading[str]):
         rows = self.ctc.greedy(self.ctc(*inputs_of(self.ctc, batch)))
         return [self.reader.encoder.decode(row) for row in rows]
 
-    def prediction(self, result: str, file: str | None) -> Caption:
-        return Caption(result, file)
-
 
 def texts_of(rows: Tensor, tokenizer: Tokenizer, eos_id: int) -> list[str]:
     """Decode each row of ids, `[B, T]`, up to its first end of text."""
-    found = rows.tolist()
-    return [tokenizer.decode(r[: r.index(eos_id)] if eos_id in r else r) for r in found]
+    return [tokenizer.decode(row) for row in until(rows.tolist(), eos_id)]
 
 
 def media_of(

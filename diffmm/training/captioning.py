@@ -1,9 +1,7 @@
 """Training of captioning models: texts that describe images, or transcripts of speech."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -12,25 +10,22 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import pad
 from torchmetrics import Metric
 
-from diffmm.batch import IGNORE_INDEX, InputShapes, inputs_of
+from diffmm.batch import InputShapes, inputs_of
 from diffmm.models.captioning import CaptioningModel
 from diffmm.models.generation import generate
-from diffmm.models.job import Job
-from diffmm.models.weights import load_weights
 from diffmm.ops import Losses
-from diffmm.tokenizers import Tokenizer, load_tokenizer
 from diffmm.training.accumulation import LossSum
-from diffmm.training.batches import check_range, with_index
-from diffmm.training.finetuning import FineTuneConfig, freeze
+from diffmm.training.batches import with_index
+from diffmm.training.finetuning import FineTuneConfig
 from diffmm.training.metrics import RatioOfSums
 from diffmm.training.optimizer import OptimizerConfig
 from diffmm.training.parallel import data_share
 from diffmm.training.schedule import ScheduleConfig
 from diffmm.training.sharding import TENSOR_PARALLEL
-from diffmm.training.task import Task
+from diffmm.training.writing import Writing, add_augmentation, targets_of
 
 
-class Captioning(Task):
+class Captioning(Writing):
     """Next-token prediction of texts, given images or sounds: captioning and, with sounds of
     speech, transcription.
 
@@ -103,17 +98,8 @@ class Captioning(Task):
         )
         add_augmentation(model.encoder, augment)
         self.encoder, self.decoder = encoder, decoder
-        for name, config in self.starts.items():
-            if config.lora is not None:
-                raise ValueError(f"{name}.lora is not supported: give finetune.lora for all parts")
-            self.frozen += freeze(getattr(model, name), config)
+        self.start_parts({"encoder": encoder, "decoder": decoder})
         self._num_seen = 0
-
-    @property
-    def starts(self) -> dict[str, FineTuneConfig]:
-        """The given settings of parts of the model, by their names."""
-        starts = {"encoder": self.encoder, "decoder": self.decoder}
-        return {name: config for name, config in starts.items() if config is not None}
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -123,32 +109,6 @@ class Captioning(Task):
                 "texts cannot be generated with tensor_parallel_size > 1: set num_generated to 0 "
                 "(and generate after training), or use fsdp2 without tensor parallelism"
             )
-        if self.word_error_rate:
-            _ = self.data_tokenizer  # an error before training
-
-    def load_first_weights(self) -> None:
-        super().load_first_weights()
-        for name, config in self.starts.items():
-            if config.weights is not None:
-                part: nn.Module = getattr(self.model, name)
-                skip_head = name == "encoder" or config.new_head
-                load_weights(part, config.weights, skip_head=skip_head)
-
-    def make_job(self, data: Any) -> Job:
-        return replace(super().make_job(data), class_names=None)
-
-    @cached_property
-    def data_tokenizer(self) -> Tokenizer:
-        """The tokenizer of the data.
-
-        Raises:
-            ValueError: If the data do not name it.
-        """
-        return tokenizer_of(self.job)
-
-    def layouts(self) -> list[Sequence[str]]:
-        _, *media = self._inputs()
-        return [(*media, "tokens", "num_tokens"), (*media[:1], "tokens", "num_tokens")]
 
     def check_batch(self, batch: Any) -> None:
         missing = [name for name in (self._inputs()[1], "num_tokens") if name not in batch]
@@ -157,12 +117,9 @@ class Captioning(Task):
                 f"a batch for this model must have tokens, num_tokens and {self._inputs()[1]}, got "
                 f"{', '.join(batch)}"
             )
-        tokens, num_tokens, index = batch["tokens"], batch["num_tokens"], batch.get("index")
-        size = self.model.config.decoder.vocab_size
-        check_range("token", tokens, size, of="token ids", index=index)
-        if tokens.device.type != "cpu" or not len(tokens):
+        last = self.last_tokens(batch, self.model.config.decoder.vocab_size)
+        if last is None:
             return
-        last = tokens.gather(1, num_tokens[:, None] - 1)[:, 0]
         if (last != last[0]).any():
             row = int((last != last[0]).nonzero()[0])
             raise ValueError(
@@ -181,13 +138,9 @@ class Captioning(Task):
         return {"num_tokens": (inputs["tokens"][0][:1], torch.int64)}
 
     def make_metrics(self) -> dict[str, Metric]:
-        metrics: dict[str, Metric] = {"loss": RatioOfSums()}
+        metrics = super().make_metrics()
         if self.num_generated:
             metrics["exact_match"] = RatioOfSums()
-        if self.word_error_rate:
-            from torchmetrics.text import WordErrorRate  # its import takes a second
-
-            metrics["word_error_rate"] = WordErrorRate()
         return metrics
 
     def on_validation_epoch_start(self) -> None:
@@ -203,15 +156,8 @@ class Captioning(Task):
             found = self.generate(batch)
             exact = is_exact(found, batch)
             metrics["exact_match"].update(exact.sum(), len(exact))
-            if self.word_error_rate:
-                told = self.texts(targets_of(batch, eos_of(batch)))
-                metrics["word_error_rate"].update(self.texts(found), told)
+            self.compare_words(metrics, found, batch, eos_of(batch))
         self._num_seen += self._batch_size(batch)
-
-    def texts(self, tokens: Tensor) -> list[str]:
-        """Decode texts, `[B, T]` ids, up to the end of each."""
-        tokenizer = self.data_tokenizer
-        return [tokenizer.decode(ids) for ids in until(tokens, tokenizer.eos_id)]
 
     @torch.no_grad()
     def generate(self, batch: Any) -> Tensor:
@@ -255,34 +201,6 @@ class Captioning(Task):
         return getattr(loaders, "batch_size", None) or len(batch["tokens"])
 
 
-def add_augmentation(encoder: nn.Module, augment: nn.Module | None) -> None:
-    """Set the augmentation of an audio encoder's spectrograms, unless it is None.
-
-    Raises:
-        ValueError: If the encoder is another one.
-    """
-    if augment is None:
-        return
-    if not hasattr(encoder, "augment"):
-        raise ValueError(f"augment requires an audio encoder, got {type(encoder).__name__}")
-    encoder.augment = augment
-
-
-def tokenizer_of(job: Job | None) -> Tokenizer:
-    """The tokenizer of the data that a job describes.
-
-    Raises:
-        ValueError: If it names none.
-    """
-    reader = None if job is None else job.reader
-    arguments = {} if reader is None else reader["init_args"]
-    if "tokenizer" not in arguments:
-        raise ValueError(
-            "texts need data that name their tokenizer, such as those of datamodules.AudioTextData"
-        )
-    return load_tokenizer(arguments["tokenizer"], arguments.get("definition"))
-
-
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[bool]:
     """Gather the weights outside the blocks of a model that is sharded by `shard`, whose forward
@@ -314,13 +232,6 @@ def caption_losses(model: CaptioningModel, batch: Any) -> Losses:
     return losses
 
 
-def targets_of(batch: Any, padding: int = IGNORE_INDEX) -> Tensor:
-    """The tokens of a batch with `padding` after the end of each text, `[B, N]`."""
-    tokens = batch["tokens"]
-    places = torch.arange(tokens.shape[1], device=tokens.device)
-    return tokens.masked_fill(places >= batch["num_tokens"][:, None], padding)
-
-
 def is_exact(found: Tensor, batch: Any) -> Tensor:
     """Whether generated texts, `[B, T]` ids with the end of text at the end, are those of a batch:
     `[B]` booleans."""
@@ -329,8 +240,3 @@ def is_exact(found: Tensor, batch: Any) -> Tensor:
     length = max(row.shape[1] for row in rows)
     one, other = (pad(row, (0, length - row.shape[1]), value=eos_id) for row in rows)
     return (one == other).all(dim=1)
-
-
-def until(rows: Tensor, eos_id: int) -> list[list[int]]:
-    """The ids of each row before its first end of text."""
-    return [row[: row.index(eos_id)] if eos_id in row else row for row in rows.tolist()]

@@ -1,8 +1,5 @@
 """Training of transcription by connectionist temporal classification."""
 
-from collections.abc import Sequence
-from dataclasses import replace
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -13,20 +10,15 @@ from torchmetrics import Metric
 from diffmm.batch import InputShapes, inputs_of
 from diffmm.layers.norm import upcast
 from diffmm.models.ctc import CTCModel, Spoken, needed_times
-from diffmm.models.job import Job
-from diffmm.models.weights import load_weights
-from diffmm.tokenizers import Tokenizer
 from diffmm.training.accumulation import LossSum
-from diffmm.training.batches import check_range, with_index
-from diffmm.training.captioning import add_augmentation, tokenizer_of
-from diffmm.training.finetuning import FineTuneConfig, freeze
-from diffmm.training.metrics import RatioOfSums
+from diffmm.training.batches import with_index
+from diffmm.training.finetuning import FineTuneConfig
 from diffmm.training.optimizer import OptimizerConfig
 from diffmm.training.schedule import ScheduleConfig
-from diffmm.training.task import Task
+from diffmm.training.writing import TEXTS, Writing, add_augmentation
 
 
-class CTC(Task):
+class CTC(Writing):
     """Transcription of sounds by CTC (Graves et al. 2006): the loss is the negative log-likelihood
     of all alignments of a text with the encoder's tokens, per id of the text.
 
@@ -52,7 +44,7 @@ class CTC(Task):
     """
 
     model: CTCModel
-    TARGETS: ClassVar[tuple[str, ...]] = ("tokens", "num_tokens")
+    TARGETS: ClassVar[tuple[str, ...]] = TEXTS
 
     def __init__(
         self,
@@ -84,48 +76,17 @@ class CTC(Task):
         )
         add_augmentation(model.encoder, augment)
         self.encoder = encoder
-        if encoder is not None:
-            if encoder.lora is not None:
-                raise ValueError("encoder.lora is not supported: give finetune.lora")
-            self.frozen += freeze(model.encoder, encoder)
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if self.word_error_rate:
-            _ = self.data_tokenizer  # an error before training
-
-    def load_first_weights(self) -> None:
-        super().load_first_weights()
-        if self.encoder is not None and self.encoder.weights is not None:
-            load_weights(self.model.encoder, self.encoder.weights, skip_head=True)
-
-    def make_job(self, data: Any) -> Job:
-        return replace(super().make_job(data), class_names=None)
-
-    @cached_property
-    def data_tokenizer(self) -> Tokenizer:
-        """The tokenizer of the data.
-
-        Raises:
-            ValueError: If the data do not name it.
-        """
-        return tokenizer_of(self.job)
-
-    def layouts(self) -> list[Sequence[str]]:
-        media = self._inputs()
-        return [(*media, *self.TARGETS), (*media[:1], *self.TARGETS)]
+        self.start_parts({"encoder": encoder})
 
     def check_batch(self, batch: Any) -> None:
         if "document_ids" in batch:
             raise ValueError("packed rows are for captioning: set the data's pairs_per_row to 1")
         if not self.needs_targets:
             return
-        tokens, num_tokens, index = batch["tokens"], batch["num_tokens"], batch.get("index")
         config = self.model.config
-        check_range("token", tokens, config.vocab_size, of="token ids", index=index)
-        if tokens.device.type != "cpu" or not len(tokens):
+        last = self.last_tokens(batch, config.vocab_size)
+        if last is None:
             return
-        last = tokens.gather(1, num_tokens[:, None] - 1)[:, 0]
         if (last != config.blank_id).any():
             found = int(last[last != config.blank_id][0])
             raise ValueError(
@@ -134,10 +95,10 @@ class CTC(Task):
             )
         if self.skip_too_long:
             return
-        needed = needed_times(tokens, num_tokens - 1)
+        needed = needed_times(batch["tokens"], batch["num_tokens"] - 1)
         times = self.model.num_times(*inputs_of(self.model, batch))
         if (needed > times).any():
-            row = int((needed > times).nonzero()[0])
+            row, index = int((needed > times).nonzero()[0]), batch.get("index")
             sample = f"batch entry {row}" if index is None else f"sample {int(index[row])}"
             raise ValueError(
                 f"the text of {sample} needs {int(needed[row])} tokens of the encoder, but its "
@@ -161,35 +122,22 @@ class CTC(Task):
             "num_tokens": ((batch_size,), torch.int64),
         }
 
-    def make_metrics(self) -> dict[str, Metric]:
-        metrics: dict[str, Metric] = {"loss": RatioOfSums()}
-        if self.word_error_rate:
-            from torchmetrics.text import WordErrorRate  # its import takes a second
-
-            metrics["word_error_rate"] = WordErrorRate()
-        return metrics
-
     def update_metrics(self, batch: Any, metrics: dict[str, Metric]) -> None:
         found = self.model(*inputs_of(self.model, batch))
         each, count = self.losses(batch, found)
         metrics["loss"].update(each.sum(), count)
-        if self.word_error_rate:
-            rows = zip(batch["tokens"].tolist(), batch["num_tokens"].tolist(), strict=True)
-            told = [self.data_tokenizer.decode(row[: length - 1]) for row, length in rows]
-            texts = [self.data_tokenizer.decode(ids) for ids in self.model.greedy(found)]
-            metrics["word_error_rate"].update(texts, told)
+        self.compare_words(metrics, self.padded(found), batch, self.model.config.blank_id)
 
     def predict_step(self, batch: Any, batch_idx: int = 0) -> dict[str, Tensor]:
         """Return the most likely ids of each sound, `[B, N]`, padded with the blank."""
-        rows = self.model.greedy(self.model(*inputs_of(self.model, batch)))
-        blank, longest = self.model.config.blank_id, max(map(len, rows), default=0)
-        padded = [[*row, *[blank] * (longest - len(row))] for row in rows]
-        tokens = torch.tensor(padded, dtype=torch.int64).view(len(rows), longest)
-        return with_index(batch, tokens=tokens)
+        return with_index(batch, tokens=self.padded(self.model(*inputs_of(self.model, batch))))
 
-    def texts(self, tokens: Tensor) -> list[str]:
-        """Decode texts, `[B, N]` ids, padded with the blank."""
-        return [self.data_tokenizer.decode(row) for row in tokens.tolist()]
+    def padded(self, found: Spoken) -> Tensor:
+        """The most likely ids of each sound, `[B, N]`, padded with the blank."""
+        rows = self.model.greedy(found)
+        blank, longest = self.model.config.blank_id, max(map(len, rows), default=0)
+        ids = [[*row, *[blank] * (longest - len(row))] for row in rows]
+        return torch.tensor(ids, dtype=torch.int64).view(len(rows), longest)
 
 
 def ctc_losses(batch: Any, found: Spoken, blank_id: int) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,10 @@ import torch
 from diffmm.batch import IGNORE_INDEX
 from diffmm.models.job import Job
 from diffmm.models.weights import save_model
+from diffmm.tokenizers import until
 from diffmm.training import Captioning, FineTuneConfig, LoRAConfig, OptimizerConfig, ScheduleConfig
-from diffmm.training.captioning import is_exact, targets_of, until
+from diffmm.training.captioning import is_exact
+from diffmm.training.writing import targets_of
 
 SETTINGS = OptimizerConfig(1e-3), ScheduleConfig(10)
 EOS = 9
@@ -32,7 +34,7 @@ def test_targets_have_no_padding():
         [4, 5, 6, EOS],
         [7, EOS, IGNORE_INDEX, IGNORE_INDEX],
     ]
-    assert until(BATCH["tokens"], EOS) == [[4, 5], [4, 5, 6], [7]]
+    assert until(BATCH["tokens"].tolist(), EOS) == [[4, 5], [4, 5, 6], [7]]
 
 
 @pytest.mark.parametrize("name", ["image_captions", "audio_captions"])
