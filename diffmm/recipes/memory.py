@@ -30,7 +30,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torchmetrics import Metric
 
 from diffmm.batch import InputShapes
 from diffmm.layers.block import Block
@@ -111,12 +110,7 @@ def saved_bytes(task: LightningModule, batch: dict[str, Any], precision: str) ->
     floating = torch.bfloat16 if precision in HALF_PRECISIONS else torch.float32
     task.to(floating)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        if len(list(task.named_modules(remove_duplicate=False))) == len(list(task.modules())):
-            task.to_empty(device="cpu")
-        else:
-            for module in task.modules():  # a shared one only once
-                if not isinstance(module, Metric):
-                    module.to_empty(device="cpu", recurse=False)
+        empty_weights(task)
         task.trainer = plain_trainer()
         tensors = {
             name: torch.zeros(shape, dtype=floating if dtype.is_floating_point else dtype)
@@ -126,6 +120,23 @@ def saved_bytes(task: LightningModule, batch: dict[str, Any], precision: str) ->
         with meter, torch.autocast("cpu", torch.bfloat16, enabled="mixed" in precision):
             task.training_loss(tensors, 0)  # type: ignore[operator]
     return meter.total
+
+
+def empty_weights(task: nn.Module) -> None:
+    """Replace every weight and buffer by an empty one, those that modules share by the same one.
+    In a fake mode, `to_empty` fails for shared modules, and unties tied heads if it is called for
+    one module after the other."""
+    weights = {id(tensor): tensor for tensor in (*task.parameters(), *task.buffers())}
+    empty = {
+        number: nn.Parameter(torch.empty_like(tensor, device="cpu"), tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else torch.empty_like(tensor, device="cpu")
+        for number, tensor in weights.items()
+    }
+    for module in task.modules():
+        own = (module.named_parameters, module.named_buffers)
+        for name, tensor in [pair for each in own for pair in each(recurse=False)]:
+            setattr(module, name, empty[id(tensor)])
 
 
 def plain_trainer() -> Trainer:
