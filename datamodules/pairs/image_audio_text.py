@@ -1,13 +1,13 @@
 """The datamodule of images with texts and sounds with texts together."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader
 
 from datamodules.audio.augment import AudioAugment
 from datamodules.audio.clips import EXTENSIONS as SOUND_EXTENSIONS
@@ -242,9 +242,10 @@ class ImageAudioTextData(SeededDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         for part in self.parts.values():
             part.report_cut_texts()
-        dataset = JoinedPairs([self._pairs(noun, "train") for noun in self.parts], self.reader)
+        parts = [self._pairs(noun, "train") for noun in self.parts]
+        dataset = JoinedPairs(parts, self.reader)
         sampler = MixedSampler(
-            [len(part) for part in dataset.parts],
+            [len(part) for part in parts],
             [self.batch_size - self.num_sounds, self.num_sounds],
             shuffle=True,
             seed=self.seed,
@@ -280,8 +281,9 @@ class ImageAudioTextData(SeededDataModule):
         return dataset
 
 
-class JoinedPairs(Dataset[dict[str, Any]]):
-    """Several datasets one after the other; the `index` of a sample counts through all of them.
+class JoinedPairs(ConcatDataset[dict[str, Any]]):
+    """Several datasets one after the other, whose samples are read by index and epoch; the `index`
+    of a sample counts through all of them.
 
     Args:
         parts: The datasets, those of images first.
@@ -292,21 +294,17 @@ class JoinedPairs(Dataset[dict[str, Any]]):
     def __init__(
         self, parts: Sequence[PairDataset], reader: ImageAudioTextReader, first: int = 0
     ) -> None:
-        self.parts = list(parts)
+        super().__init__(parts)
         self.reader = reader
         self.first = first
-        self._ends = np.cumsum([len(part) for part in self.parts])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
 
     def __getitem__(self, key: SampleKey | int) -> dict[str, Any]:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} samples")
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        part = self.parts[number]
-        before = int(self._ends[number]) - len(part)
+        number = bisect_right(self.cumulative_sizes, index)
+        part = self.datasets[number]
+        before = 0 if number == 0 else self.cumulative_sizes[number - 1]
         sample = part[epoch, index - before]
         return {**sample, "index": self.first + before + sample["index"]}
 
