@@ -91,8 +91,7 @@ def next_tokens(
     """Replace the last token of each row, `tokens` `[B]`, by the next one, or by `pad_id` where a
     row has `stopped`, which also becomes true of rows whose next token is in `stops`, `[S]`.
 
-    A copy of the tokens is returned. Compiled, nothing of this is a copy from memory to memory,
-    which takes longer in a CUDA graph than a kernel.
+    A copy of the tokens is returned. Compiled, the kernel that chooses them stores them, too.
     """
     new = torch.where(stopped, pad_id, sampling.choose(logits, noise)).to(tokens.dtype)
     tokens.copy_(new)
