@@ -34,8 +34,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
+    from diffmm.hub.loading import load
     from diffmm.hub.registry import create_model, list_models
-    from diffmm.hub.trained import TrainedModel, load
+    from diffmm.hub.trained import TrainedModel
     from diffmm.layers import DiffAttentionV1, DiffAttentionV2, SoftmaxAttention
     from diffmm.models import (
         AudioModel,
@@ -82,7 +83,7 @@ _HOMES = {
     "create_model": "diffmm.hub.registry",
     "diff_attention": "diffmm.ops",
     "list_models": "diffmm.hub.registry",
-    "load": "diffmm.hub.trained",
+    "load": "diffmm.hub.loading",
     "softmax_attention": "diffmm.ops",
 }
 

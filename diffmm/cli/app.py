@@ -19,7 +19,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     """Serve the page until Ctrl-C."""
     options = make_parser().parse_args(arguments)
     from diffmm.app.server import serve
-    from diffmm.hub.trained import load
+    from diffmm.hub.loading import load
 
     with refusing():
         state = find_state(Path(options.run), warn=warn)

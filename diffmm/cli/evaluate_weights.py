@@ -29,7 +29,7 @@ def evaluate_weights(
     from lightning.pytorch import Trainer
 
     from diffmm.cli.evaluate import report
-    from diffmm.hub.trained import load
+    from diffmm.hub.loading import load
     from diffmm.recipes.trainer import silence_noise
     from diffmm.training import Classification, OptimizerConfig, ScheduleConfig
     from diffmm.training.lightning_internals import leave_signals_alone

@@ -79,7 +79,7 @@ def export(options: argparse.Namespace) -> None:
     """
     from diffmm.export import formats, quantized
     from diffmm.export.signature import is_decoder
-    from diffmm.hub.trained import load
+    from diffmm.hub.loading import load
 
     check_options(options)
     formats.path_of(Path(options.target), options.to)

@@ -84,7 +84,7 @@ def generate(options: argparse.Namespace) -> None:
     Raises:
         ValueError, FileNotFoundError: If a file or an option is invalid; the message names it.
     """
-    from diffmm.hub.trained import load
+    from diffmm.hub.loading import load
 
     state = find_state(Path(options.checkpoint), warn=warn)
     if options.trust:

@@ -205,7 +205,7 @@ def loaded(
 ) -> "TrainedModel":
     """Load the model, with its purpose as stored in its file or, with `--config`, as described by
     the data."""
-    from diffmm.hub.trained import load
+    from diffmm.hub.loading import load
 
     state = find_state(Path(weights), warn=warn)
     if options.trust:

@@ -119,7 +119,7 @@ def probe(options: argparse.Namespace) -> None:
             read, or the target exists.
     """
     from diffmm.analysis.probing import fit_probes, neighbor_scores
-    from diffmm.hub.trained import load
+    from diffmm.hub.loading import load
     from diffmm.models.weights import weights_file
 
     if options.weight_decay is not None and not 0 <= options.weight_decay < math.inf:

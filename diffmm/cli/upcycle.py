@@ -68,7 +68,7 @@ def upcycle(options: argparse.Namespace) -> None:
         ValueError, InputError, OSError: If the source cannot be read or converted, or the target
             exists.
     """
-    from diffmm.hub.trained import load
+    from diffmm.hub.loading import load
     from diffmm.interop import upcycle as interop
     from diffmm.models.weights import save_model, weights_file
 

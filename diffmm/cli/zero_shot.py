@@ -85,7 +85,7 @@ def validate_zero_shot(
     import torch
 
     from diffmm.cli.evaluate import report
-    from diffmm.hub.trained import load
+    from diffmm.hub.loading import load
 
     folders = class_folders(path, split)
     names = [folder.name.replace("_", " ").strip() for folder in folders]

@@ -19,7 +19,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from diffmm.hub.trained import load
+from diffmm.hub.loading import load
 from diffmm.models import TextModel
 from diffmm.models.generation import stream
 from diffmm.ops import AttentionMask

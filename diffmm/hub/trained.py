@@ -4,24 +4,21 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from diffmm.batch import inputs_of, to_device
-from diffmm.checkpoint_folders import find_state
-from diffmm.checks import DataError, article, check_choice, reason_of
+from diffmm.checks import DataError, article, reason_of
+from diffmm.hub.features import features_of
 from diffmm.hub.metrics import metrics_at
-from diffmm.hub.predictions import OnError, Predictor, expanded
+from diffmm.hub.predictions import OnError, Predictor
 from diffmm.hub.readers import check_inputs, make_reader
-from diffmm.hub.texts import Captioner, Transcriber, described, media_of, room
+from diffmm.hub.texts import Captioner, Transcriber, described
 from diffmm.hub.zero_shot import (
     TEMPLATES,
     ZeroShotPredictor,
-    by_tower,
     embed_classes,
     embed_media,
     embed_texts,
@@ -30,14 +27,12 @@ from diffmm.hub.zero_shot import (
 from diffmm.models.captioning import CaptioningModel
 from diffmm.models.contrastive import ContrastiveModel, ZeroShotClassifier
 from diffmm.models.ctc import CTCModel
-from diffmm.models.encoder import Encoder
 from diffmm.models.folders import write_folder
-from diffmm.models.generation import generate, stream
-from diffmm.models.hub_files import resolve
-from diffmm.models.job import Job, text_reader
+from diffmm.models.generation import stream
+from diffmm.models.job import Job
 from diffmm.models.pretrained import COMMIT_MESSAGE
 from diffmm.models.text import TextModel
-from diffmm.models.weights import load_model, save_model
+from diffmm.models.weights import save_model
 
 if TYPE_CHECKING:
     from diffmm.analysis.attention_maps import LayerMaps
@@ -45,109 +40,6 @@ if TYPE_CHECKING:
     from diffmm.tokenizers import Tokenizer
 
 MAX_NEW_TOKENS = 200
-
-
-def load(
-    path: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    reader: Any = None,
-    class_names: Sequence[str] | None = None,
-    multi_label: bool | None = None,
-    tokenizer: str | None = None,
-    checkpoint: Literal["newest", "best"] = "newest",
-    revision: str | None = None,
-    token: str | bool | None = None,
-) -> "TrainedModel":
-    """Load a trained model with its task: `load(run).predict("cat.jpg")`.
-
-    Args:
-        path: A run, a checkpoint folder, a Lightning checkpoint, a `.safetensors` file or its
-            folder as written by `TrainedModel.save`, or the name of a repository on the Hugging
-            Face hub, `user/name` (if there is no folder `user`).
-        device: Device of the model; `"auto"` is the accelerator, if there is one.
-        reader: The preprocessing of inputs, such as a `datamodules.image.ImageReader`; by default
-            that of the file.
-        class_names: The names of the outputs; by default those of the file.
-        multi_label: Whether an input may have any number of classes; by default as in the file.
-        tokenizer: Name of a text model's tokenizer; by default that of the file.
-        checkpoint: Which checkpoint of a run to load: `"newest"`, that of its last save, or
-            `"best"`, that with the best value of the metric that its recipe monitors.
-        revision: A branch, a tag or a commit on the hub.
-        token: Token of a login to the hub; by default the stored one, if there is one.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If the file cannot be read or does not describe its model, the hub cannot be
-            reached, the device does not exist, or `checkpoint` is `"best"` for a path that is not a
-            run with a monitored metric.
-
-    >>> trained = diffmm.load("runs/image/digits_tiny/first")
-    >>> trained.predict("seven.png").label
-    '7'
-    """
-    check_choice("checkpoint", checkpoint, ("newest", "best"))
-    folder = resolve(path, revision=revision, token=token)
-    file = find_state(folder) if checkpoint == "newest" else _best_state(folder)
-    try:
-        model = load_model(file)
-    except ValueError as error:
-        raise ValueError(f"{error}{_missing_imports(file)}{_of_others(path, folder)}") from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}{_of_others(path, folder)}") from error
-    job: Job = model.job or Job()  # type: ignore[assignment]
-    if tokenizer is not None:
-        if reader is not None:
-            raise ValueError("reader and tokenizer exclude each other: give only one of them")
-        reader = text_reader(tokenizer)
-    given: dict[str, Any] = {
-        "reader": reader if reader is None or isinstance(reader, dict) else reader.describe(),
-        "class_names": None if class_names is None else tuple(class_names),
-        "multi_label": multi_label,
-    }
-    num_classes = getattr(model, "num_classes", 0)
-    if class_names is not None and num_classes and len(class_names) != num_classes:
-        raise ValueError(
-            f"class_names has {len(class_names)} names, but the model of {file} has {num_classes} "
-            f"classes: give one name per class, in order"
-        )
-    job = replace(job, **{name: value for name, value in given.items() if value is not None})
-    return TrainedModel(model.to(find_device(device)), job, origin=str(file))
-
-
-def _best_state(run: Path) -> Path:
-    """The state of the best checkpoint of a run."""
-    from diffmm.recipes.errors import InputError
-    from diffmm.runs.directories import best_state
-
-    try:
-        return best_state(run)
-    except InputError as error:
-        raise ValueError(str(error)) from error
-
-
-def _missing_imports(file: Path) -> str:
-    """A sentence on the modules that a file's run imports and this process has not; may be empty.
-    They are not imported here, because opening a file of weights must not run code."""
-    from diffmm.recipes.imports import not_imported
-    from diffmm.recipes.settings import load_file
-    from diffmm.runs.directories import config_around
-
-    config = config_around(file)
-    missing = [] if config is None else not_imported(load_file(config))
-    if not missing:
-        return ""
-    return (
-        f". The run's recipe imports {', '.join(missing)}: do so before (on the command line: "
-        f"--trust)"
-    )
-
-
-def _of_others(name: str | Path, folder: Path) -> str:
-    """A sentence on the folder of a model of another implementation; empty for other files."""
-    from diffmm.interop.source import is_of_others
-
-    return f". To use it, convert it first: diffmm convert {name} TARGET" * is_of_others(folder)
 
 
 def find_device(name: str | torch.device) -> torch.device:
@@ -362,47 +254,7 @@ class TrainedModel:
         torch.Size([2, 64])
         """
         _check_batch_size(batch_size)
-        model = self.model
-        encoders: list[Any] = [getattr(model, "encoder", model)]
-        if isinstance(model, ContrastiveModel):
-            encoders = [model.towers[name] for name in towers_of(model, self.reader)]
-        if not isinstance(encoders[0], Encoder):
-            raise ValueError(
-                f"{self.origin} contains {article(type(model).__name__)}: only image and audio "
-                f"encoders have features to return"
-            )
-        widths = [encoder.num_features for encoder in encoders]
-        if len(set(widths)) > 1:
-            raise ValueError(
-                f"the towers of {self.origin} have features of different widths, "
-                f"{' and '.join(map(str, widths))}: load it with a reader of images or of sounds"
-            )
-        read: list[Tensor] = []
-        rows: list[Tensor] = []
-
-        def keep(head: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            pooled = arguments[0].float()
-            read.append((pooled.mean(dim=1) if pooled.ndim == 3 else pooled).cpu())
-
-        device = next(model.parameters()).device
-        items = expanded(inputs if isinstance(inputs, list) else [inputs], self.reader)
-        handles = [encoder.head.register_forward_pre_hook(keep) for encoder in encoders]
-        try:
-            while samples := [self.reader.read(item) for item in islice(items, batch_size)]:
-                if not isinstance(model, ContrastiveModel):
-                    batch = to_device(self.reader.collate(samples), device)
-                    encoders[0](*inputs_of(encoders[0], batch))
-                    rows.append(read.pop())
-                    continue
-                found = torch.empty(len(samples), widths[0])
-                for name, places, arguments in by_tower(model, self.reader, samples):
-                    model.towers[name](*arguments)
-                    found[places] = read.pop()
-                rows.append(found)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return torch.cat(rows) if rows else torch.empty(0, widths[0])
+        return features_of(self.model, self.reader, inputs, batch_size, self.origin)
 
     def similarity(
         self, inputs: Any, texts: str | Sequence[str], *, batch_size: int = 32
@@ -698,21 +550,9 @@ class TrainedModel:
         Raises:
             ValueError: If a text is given to another model, or an index is out of range.
         """
-        from diffmm.analysis.attention_maps import attention_maps
+        from diffmm.hub.maps import input_maps
 
-        model, samples = self.model, [self.reader.read(item)]
-        if isinstance(model, CaptioningModel):
-            media = media_of(model, self.reader, samples)
-            tokens = self._ids_of(text, media)[None]
-            return attention_maps(model, tokens, *media.values(), layers=layers)
-        if text is not None:
-            raise ValueError("text is what a captioning model writes about the input: leave it out")
-        if isinstance(model, ContrastiveModel):
-            ((tower, _, inputs),) = by_tower(model, self.reader, samples)
-            return attention_maps(model.towers[tower], *inputs, layers=layers)
-        device = next(model.parameters()).device
-        batch = to_device(self.reader.collate(samples), device)
-        return attention_maps(model, *inputs_of(model, batch), layers=layers)
+        return input_maps(self, item, layers, text)
 
     def word_maps(
         self,
@@ -737,41 +577,6 @@ class TrainedModel:
         Raises:
             ValueError: If the model is another one, or as `diffmm.analysis.word_maps.word_maps`.
         """
-        from diffmm.analysis.word_maps import MAX_WORDS, word_maps
+        from diffmm.hub.maps import maps_of_words
 
-        model = self.model
-        if not isinstance(model, CaptioningModel | CTCModel):
-            raise ValueError(
-                f"{self.origin} contains {article(type(model).__name__)}: only captioning and CTC "
-                f"models have maps of words (attention_maps has those of the input)"
-            )
-        media = media_of(model, self.reader, [self.reader.read(item)])
-        tokens: list[int] | None = None
-        if isinstance(model, CaptioningModel):
-            tokens = self._ids_of(text, media).tolist()
-        elif text is not None:
-            raise ValueError("a CTC model has maps for what it hears: leave out the text")
-        (sample,), num_samples = media["media"], media["num_samples"]
-        if num_samples is not None:
-            sample = sample[: int(num_samples[0])]
-        tokenizer = self.reader.encoder
-        return word_maps(
-            model,
-            sample,
-            tokenizer,
-            tokens,
-            words=words,
-            max_words=MAX_WORDS if max_words is None else max_words,
-            layers=layers,
-        )
-
-    def _ids_of(self, text: str | None, media: Mapping[str, Any]) -> Tensor:
-        """The tokens of a text about media, or of the one that is generated, with its end."""
-        model, tokenizer = self.model, self.tokenizer
-        assert isinstance(model, CaptioningModel)
-        most = room(model, self.reader, media["media"], 0)
-        device = media["media"].device
-        if text is not None:
-            return torch.as_tensor(self.reader.read_text(text)["tokens"][:most], device=device)
-        stop_ids = (tokenizer.eos_id,)
-        return generate(model, **media, max_new_tokens=most, temperature=0.0, stop_ids=stop_ids)[0]
+        return maps_of_words(self, item, text, words=words, max_words=max_words, layers=layers)

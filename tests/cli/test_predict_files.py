@@ -127,7 +127,7 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_read(
     def never(*arguments, **settings):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("diffmm.hub.trained.load", never)
+    monkeypatch.setattr("diffmm.hub.loading.load", never)
     Path("there.csv").touch()
     for output, message in (
         ("out.txt", "--output must end in one of .csv, .jsonl, .parquet, got 'out.txt'"),

@@ -21,7 +21,7 @@ PRELOADED = (
     "lightning.pytorch",
     "datasets",
     "datamodules",
-    "diffmm.hub.trained",
+    "diffmm.hub.loading",
     "diffmm.recipes.trainer",
 )
 
