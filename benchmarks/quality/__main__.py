@@ -13,29 +13,40 @@ extended where the best rate is at its end (see `benchmarks.quality.plan`). Each
 `OUT/cells.jsonl` as it ends, with its validation metrics at several steps and times. Cells in that
 file are not run again, so that the table can be filled over many sittings (`--minutes` starts no
 cell after that time) and by several processes (`--part I/N` takes every Nth pair of task and
-variant; processes that share a device disturb each other's times, and need `--no-equal-time`).
+variant). `--together N` trains N cells of small models at the same time, step by step in turns,
+each in a CUDA stream of its own. Cells that share a device disturb each other's times: both ways
+need `--no-equal-time`.
 `--size tiny` runs a table of tiny models in minutes on a CPU.
 
 `table` prints the table and writes `OUT/quality.md`, `quality.csv` and `quality.png`. `weights`
 trains the best seed of each variant again and exports its weights with a model card.
 
-The tasks text, fashion_mnist, letters, speech and emoji need prepared data, which `prepare` makes
-from Python's packages and Debian's (dataset-fashion-mnist, fonts, asterisk-core-sounds-*,
-fonts-noto-color-emoji, unicode-cldr-core) and which can be carried to a machine without them: each
-task is a folder of DATA of its own.
+The tasks text, fashion_mnist, letters, speech, emoji and transcripts need prepared data, which
+`prepare` makes from Python's packages and Debian's (dataset-fashion-mnist, fonts,
+asterisk-core-sounds-*, fonts-noto-color-emoji, unicode-cldr-core) and which can be carried to a
+machine without them: each task is a folder of DATA of its own.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from benchmarks.quality import weights
-from benchmarks.quality.engine import Data, Row, Run, append, cached_batches, read, tail_mean
+from benchmarks.quality.engine import (
+    Data,
+    Row,
+    Run,
+    append,
+    cached_batches,
+    finish,
+    read,
+    tail_mean,
+)
 from benchmarks.quality.plan import MOST_STEPS, Cell, Settings, pending, results
 from benchmarks.quality.prepared import Sources, prepare, unpack
 from benchmarks.quality.table import draw, lines, markdown, write_csv
@@ -48,7 +59,7 @@ CELLS = "cells.jsonl"
 
 
 class Bench:
-    """Runs cells, keeping the batches of the last task and seed on the device.
+    """Runs cells, keeping the batches of their tasks and seeds on the device.
 
     Args:
         data: Folder of prepared data.
@@ -61,7 +72,7 @@ class Bench:
         self.out = out
         self.settings = settings
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._held: tuple[tuple[str, int], Data] | None = None
+        self._held: dict[tuple[str, int], Data] = {}
 
     def make(self, cell: Cell) -> Run:
         """The untrained model of a cell."""
@@ -87,8 +98,7 @@ class Bench:
     def batches(self, cell: Cell) -> Data:
         """The batches of a cell, which all variants of a task and seed share."""
         key = cell.task, cell.seed
-        if self._held is None or self._held[0] != key:
-            self._held = None  # frees the memory first
+        if key not in self._held:
             # Faster variants take more steps in the same time.
             most = int(MOST_STEPS * self.settings.num_steps(cell.task)) + 1
             path = self.out / "batches" / f"{cell.task}_{cell.size}_{cell.seed}_{most}.pt"
@@ -98,16 +108,23 @@ class Bench:
                 run.num_steps = most
                 return run
 
-            self._held = key, cached_batches(path, make).to(self.device)
-        return self._held[1]
+            self._held[key] = cached_batches(path, make).to(self.device)
+        return self._held[key]
 
-    def train(self, cell: Cell) -> tuple[Run, Row]:
-        """Train a cell, and return it with its row."""
+    def forget(self, cells: Iterable[Cell]) -> None:
+        """Free the batches that none of `cells` needs."""
+        needed = {(cell.task, cell.seed) for cell in cells}
+        self._held = {key: data for key, data in self._held.items() if key in needed}
+
+    def training(self, cell: Cell) -> Generator[None, None, tuple[Run, Row]]:
+        """Train a cell, stopping after each step; ends with its run and row."""
         data = self.batches(cell)
         start = time.monotonic()
         run = self.make(cell)
         points = sorted({-(-cell.steps * part // NUM_POINTS) for part in range(1, NUM_POINTS + 1)})
-        curve = run.train(data, self.device, evaluate_at=points)
+        curve = yield from run.training(
+            data, self.device, evaluate_at=points, captured=TASKS[cell.task].graph
+        )
         last = {n: v for n, v in curve.points[-1].items() if n not in ("step", "seconds")}
         row = {
             **asdict(cell),
@@ -157,17 +174,41 @@ def fill(
     deadline: float,
     *,
     equal_time: bool = True,
+    together: int = 1,
 ) -> Iterator[Row]:
-    """Run cells until all are there or the time is over; each row is kept as it ends."""
+    """Run cells until all are there or the time is over, `together` of them in turns; each row is
+    kept as it ends."""
     path = bench.out / CELLS
     bench.out.mkdir(parents=True, exist_ok=True)
-    while cells := next_cells(read(path), bench.settings, pairs, equal_time=equal_time):
-        if time.monotonic() >= deadline:
-            print(f"the time is over: {len(cells)} cells or more are left", flush=True)
+    running: dict[Cell, Generator[None, None, tuple[Run, Row]]] = {}
+    while True:
+        waiting = [
+            cell
+            for cell in next_cells(read(path), bench.settings, pairs, equal_time=equal_time)
+            if cell not in running
+        ]
+        bench.forget([*running, *waiting[:1]])
+        over = time.monotonic() >= deadline
+        for cell in waiting[: 0 if over else together - len(running)]:
+            running[cell] = bench.training(cell)
+        if not running:
+            if waiting:
+                print(f"the time is over: {len(waiting)} cells or more are left", flush=True)
             return
-        row = bench.train(cells[0])[1]
+        cell, row = first_end(running)
+        del running[cell]
         append(path, row)
         yield row
+
+
+def first_end(running: dict[Cell, Generator[None, None, tuple[Run, Row]]]) -> tuple[Cell, Row]:
+    """Take steps of all cells in turns until one of them has ended, and return it with its row."""
+    while True:
+        for cell, training in running.items():
+            try:
+                next(training)
+            except StopIteration as end:
+                return cell, end.value[1]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -196,6 +237,13 @@ def make_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="cells of equal time, too; without, for processes that share a device",
+    )
+    run.add_argument(
+        "--together",
+        type=int,
+        default=1,
+        metavar="N",
+        help="cells that train at the same time; more than one needs --no-equal-time",
     )
     run.add_argument("--part", default="0/1", metavar="I/N", help="every Nth pair from the Ith")
     table = verbs.add_parser("table", help="print and draw the table")
@@ -271,7 +319,8 @@ def export(bench: Bench, tasks: Sequence[str], variants: Sequence[str], folder: 
         seed = weights.best_seed(line)
         row = results(rows, bench.settings, line.task, line.variant)[seed]
         cell = bench.settings.cell(line.task, line.variant, line.rate, seed)
-        run, again = bench.train(cell)
+        run, again = finish(bench.training(cell))
+        bench.forget(())
         target = folder / f"{line.task}_{line.variant}"
         saved.append(weights.save(target, run.task, line, row, again))
     return saved
@@ -315,12 +364,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if SOFTMAX not in variants:
         parser.error(f"--variants needs {SOFTMAX}, which the others are compared with")
+    if options.together < 1:
+        parser.error(f"--together must be at least 1, got {options.together}")
+    if options.together > 1 and options.equal_time:
+        parser.error(
+            "--together needs --no-equal-time, because cells that share a device disturb each "
+            "other's times"
+        )
     part, slash, parts = options.part.partition("/")
     if not slash or not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
         parser.error(f"--part must be I/N with 0 <= I < N, got {options.part}")
     pairs = [(task, variant) for task in tasks for variant in variants][int(part) :: int(parts)]
     deadline = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
-    for row in fill(bench, pairs, deadline, equal_time=options.equal_time):
+    for row in fill(
+        bench, pairs, deadline, equal_time=options.equal_time, together=options.together
+    ):
         metric = TASKS[row["task"]].metric
         print(
             f"{row['task']} {row['variant']} rate {row['rate']:g} seed {row['seed']} equal "

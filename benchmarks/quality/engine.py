@@ -10,11 +10,11 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,15 @@ from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.settings import load
 from diffmm.recipes.trainer import RecipeCLI
 from diffmm.training.optimizer import parameter_groups
+from diffmm.training.writing import Writing
 
 Batch = dict[str, Tensor]
 Row = dict[str, Any]
 Watch = Callable[["Run", int, Batch], None]
 """Called before each step with the run, the number of the step and its batch."""
+Training = Generator[None, None, "Curve"]
+"""A training that stops after each step, and ends with its result."""
+Result = TypeVar("Result")
 
 WARMUP_STEPS = 3
 """Steps after which all memory is allocated and the optimizer has its state."""
@@ -92,6 +96,9 @@ class Run:
             values = {**load([find_recipe(recipe)], given), "run_dir": run_dir}
             cli: Any = RecipeCLI(values)
         self.task, self.data, self.trainer = cli.model, cli.datamodule, cli.trainer
+        self.task.trainer = self.trainer
+        if isinstance(self.task, Writing):
+            self.task.job = self.task.make_job(self.data)  # names the tokenizer
         self.num_steps: int = steps or self.trainer.max_steps
         if compile:
             self.compile()
@@ -145,6 +152,7 @@ class Run:
         *,
         watch: Watch | None = None,
         evaluate_at: Sequence[int] = (),
+        captured: bool = True,
     ) -> Curve:
         """Train with the recipe's gradient clipping and schedule.
 
@@ -153,7 +161,23 @@ class Run:
             device: `"cpu"` or `"cuda"`.
             watch: Called before each step; the steps are then not a CUDA graph.
             evaluate_at: Numbers of steps after which the validation metrics are measured.
+            captured: Whether the step is a CUDA graph, on a CUDA device.
         """
+        return finish(
+            self.training(data, device, watch=watch, evaluate_at=evaluate_at, captured=captured)
+        )
+
+    def training(
+        self,
+        data: Data,
+        device: str,
+        *,
+        watch: Watch | None = None,
+        evaluate_at: Sequence[int] = (),
+        captured: bool = True,
+    ) -> Training:
+        """`train` as a generator that stops after each step, so that several runs can take turns.
+        Each has a CUDA stream of its own, where its kernels run beside those of the others."""
         model = self.task.model.to(device).train()
         optimizer = self.optimizer(device)
         peaks = [float(group["lr"]) for group in optimizer.param_groups]
@@ -161,7 +185,12 @@ class Run:
         losses = torch.zeros(self.num_steps, device=device)
         graph, loss = None, torch.zeros((), device=device)
         points: list[dict[str, float]] = []
-        clock = _Clock(device)
+        # Graph capture requires warmup steps on another stream than the default one.
+        stream = torch.cuda.Stream() if device == "cuda" else None
+        captured = captured and stream is not None and watch is None
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        clock = _Clock(stream)
 
         def step() -> Tensor:
             with self.trainer.precision_plugin.forward_context():
@@ -173,42 +202,38 @@ class Run:
             return loss.detach()
 
         for number in range(self.num_steps):
-            if number == WARMUP_STEPS + 1:
-                clock.start()
-            for name, value in data.train.items():
-                batch[name].copy_(value[number])
-            factor = self.task.schedule_config.factor(number)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"].fill_(peak * factor)
-            if watch is not None:
-                watch(self, number, batch)
-            if graph is not None:
-                graph.replay()
-            elif device == "cuda" and watch is None and number == WARMUP_STEPS:
-                optimizer.zero_grad(set_to_none=True)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    loss = step()
-                graph.replay()
-            elif device == "cuda":
-                # Graph capture requires warmup steps on another stream.
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
+            with torch.cuda.stream(stream):  # does nothing for `None`
+                if number == WARMUP_STEPS + 1:
+                    clock.start()
+                for name, value in data.train.items():
+                    batch[name].copy_(value[number])
+                factor = self.task.schedule_config.factor(number)
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"].fill_(peak * factor)
+                if watch is not None:
+                    watch(self, number, batch)
+                if graph is not None:
+                    graph.replay()
+                elif captured and number == WARMUP_STEPS:
+                    optimizer.zero_grad(set_to_none=True)
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, stream=stream):
+                        loss = step()
+                    graph.replay()
+                else:
                     optimizer.zero_grad(set_to_none=True)
                     loss = step()
-                torch.cuda.current_stream().wait_stream(side)
-            else:
-                optimizer.zero_grad(set_to_none=True)
-                loss = step()
-            losses[number] = loss
-            if number + 1 in evaluate_at:
-                clock.stop()
-                points.append({"step": number + 1, **self.evaluate(data)})
-                model.train()
-                if number >= WARMUP_STEPS:
-                    clock.start()
+                losses[number] = loss
+                if number + 1 in evaluate_at:
+                    clock.stop()
+                    points.append({"step": number + 1, **self.evaluate(data)})
+                    model.train()
+                    if number >= WARMUP_STEPS:
+                        clock.start()
+            yield
         clock.stop()
+        if stream is not None:
+            torch.cuda.current_stream().wait_stream(stream)
         rate = clock.seconds / max(1, self.num_steps - WARMUP_STEPS - 1)
         timed = [{**point, "seconds": rate * point["step"]} for point in points]
         return Curve(losses.tolist(), timed, rate)
@@ -218,6 +243,7 @@ class Run:
     def evaluate(self, data: Data) -> dict[str, float]:
         """Return the task's validation metrics, computed without compilation."""
         self.task.model.eval()
+        self.task.on_validation_epoch_start()
         metrics: dict[str, Any] = self.task.make_metrics()
         for metric in metrics.values():
             metric.to(next(self.task.model.parameters()).device)
@@ -233,17 +259,27 @@ class Run:
         return found
 
 
-class _Clock:
-    """Adds up the time between `start` and `stop`."""
+def finish(training: Generator[None, None, Result]) -> Result:
+    """The result of a training, after all of its steps."""
+    while True:
+        try:
+            next(training)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+
+class _Clock:
+    """Adds up the time between `start` and `stop`, each after all work on a CUDA stream."""
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self.stream = stream
         self.seconds = 0.0
         self._began: float | None = None
 
     def _now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        if self.stream is not None:
+            self.stream.synchronize()
         return time.perf_counter()
 
     def start(self) -> None:

@@ -8,11 +8,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import soundfile
+
 from benchmarks.letters import find_fonts, make_letters
 from benchmarks.quality.tasks import SEPARATOR
 from benchmarks.speech import SOUNDS, TRANSCRIPTS, make_speech
+from datamodules.pairs.audio_text import Sounds
 from datamodules.pairs.emoji import ANNOTATIONS, FONT, Emoji
 from datamodules.pairs.image_text import Images
+from datamodules.pairs.prompts import SpokenPrompts
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FONTS = Path("/usr/share/fonts")
@@ -21,6 +25,8 @@ VOCAB_SIZE = 16384
 MAX_FILE_BYTES = 200_000
 """Larger Python files are mostly tables."""
 VAL_FRACTION = 0.03
+MAX_SECONDS = 5.0
+"""Longer prompts are left out of the transcripts."""
 EMOJI_SIDE = 96
 """Pixels of a side of a picture, for crops of 64."""
 
@@ -36,7 +42,7 @@ class Sources:
         fonts: Folder of fonts; those below `VAL_FONTS` are for validation.
         per_class: Number of training images per letter.
         sounds: Folder of recorded prompts, one folder per language.
-        transcripts: File of their transcripts.
+        transcripts: File of the transcripts of the English ones.
         emoji: Font of emoji.
         annotations: Folder of the names of emoji (see `datamodules.pairs.Emoji`).
     """
@@ -66,6 +72,7 @@ def prepare(name: str, folder: Path, sources: Sources) -> None:
         "letters": _letters,
         "speech": _speech,
         "emoji": _emoji,
+        "transcripts": _transcripts,
     }[name]
     write(unfinished, sources)
     unfinished.rename(folder)
@@ -179,6 +186,23 @@ def _emoji(folder: Path, sources: Sources) -> None:
             picture = pairs.media.read(number).resize((EMOJI_SIDE, EMOJI_SIDE))
             picture.save(folder / split / f"{number:04d}.png", optimize=True)
             (folder / split / f"{number:04d}.txt").write_text("\n".join(texts), encoding="utf-8")
+
+
+def _transcripts(folder: Path, sources: Sources) -> None:
+    """Recorded English prompts with a text file of their transcript each."""
+    source = SpokenPrompts(
+        max_seconds=MAX_SECONDS, folder=str(sources.sounds), transcripts=str(sources.transcripts)
+    )
+    try:
+        splits = source.splits(Sounds())
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    for split, pairs in (("train", splits.train), ("val", splits.val)):
+        (folder / split).mkdir(parents=True)
+        for number, (text,) in enumerate(pairs.texts):
+            rate = pairs.media.info(number).sample_rate_hz
+            soundfile.write(folder / split / f"{number:04d}.flac", pairs.media.read(number), rate)
+            (folder / split / f"{number:04d}.txt").write_text(text, encoding="utf-8")
 
 
 def _speech(folder: Path, sources: Sources) -> None:

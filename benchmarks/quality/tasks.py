@@ -13,7 +13,8 @@ SMALL_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 TEXT_RATES = (1e-3, 2e-3, 4e-3)
 
 Size = Literal["full", "tiny"]
-Metric = Literal["loss", "accuracy", "media_to_text_recall_1"]
+Metric = Literal["loss", "accuracy", "media_to_text_recall_1", "exact_match", "word_error_rate"]
+LOWER_IS_BETTER = ("loss", "word_error_rate")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class TaskSpec:
         over_training: Whether the mean of the metric over the validations during training is
             compared, for a task that all variants solve in the end. It says how soon.
         parts: Metrics of the modalities alone, which the table shows, too.
+        graph: Whether a step can be a CUDA graph. That of torch's CTC loss cannot, which reads the
+            lengths on the host.
     """
 
     recipe: str
@@ -45,11 +48,12 @@ class TaskSpec:
     backbones: tuple[str, ...] = (BACKBONE,)
     over_training: bool = False
     parts: tuple[str, ...] = ()
+    graph: bool = True
 
     @property
     def sign(self) -> int:
         """1 if a larger metric is better, otherwise -1."""
-        return -1 if self.metric == "loss" else 1
+        return -1 if self.metric in LOWER_IS_BETTER else 1
 
     @property
     def unit(self) -> int:
@@ -179,12 +183,25 @@ EMOJI = (
     PADDED,
 )
 
+ENCODER_AND_DECODER = (f"{CONFIG}encoder.backbone.", f"{CONFIG}decoder.backbone.")
+
+TRANSCRIPTS = (
+    "--data.source={class_path: datamodules.pairs.PairFolder, "
+    "init_args: {train: DATA/transcripts/train, val: DATA/transcripts/val}}",
+    "--data.batching=fixed",
+    PADDED,
+)
+"""Recorded English prompts, of which those of validation have sentences of their own."""
+
 BOTH_TOWERS = (*TOWERS, f"{CONFIG}audio.backbone.")
 """Towers of images, texts and sounds."""
 
 SHORT = ("--data.batch_size=8", "--data.num_workers=0", "--trainer.limit_val_batches=4")
 FEW_LAYERS = (f"{BACKBONE}depth=2", f"{BACKBONE}dim=32")
 FEW_LAYERS_OF_TOWERS = tuple(f"{tower}{size}" for tower in TOWERS for size in ("depth=2", "dim=32"))
+ONE_LAYER_EACH = tuple(
+    f"{part}{size}" for part in ENCODER_AND_DECODER for size in ("depth=1", "dim=32")
+)
 
 
 def _images_and_sounds(shared_blocks: int) -> TaskSpec:
@@ -267,6 +284,24 @@ TASKS: dict[str, TaskSpec] = {
         (2.5e-4, 5e-4, 1e-3, 2e-3),
         prepared=True,
         backbones=TOWERS,
+    ),
+    "captions": TaskSpec(
+        "image_text/shapes_captions_tiny",
+        {"full": 3000, "tiny": 12},
+        "exact_match",
+        (PADDED,),
+        (*SHORT, *ONE_LAYER_EACH, "--vars.max_tokens=48", "--model.num_generated=8"),
+        backbones=ENCODER_AND_DECODER,
+    ),
+    "transcripts": TaskSpec(
+        "audio_text/prompts_ctc_tiny",
+        {"full": 2000, "tiny": 12},
+        "word_error_rate",
+        TRANSCRIPTS,
+        (*SHORT, f"{CONFIG}encoder.backbone.depth=2", f"{CONFIG}encoder.backbone.dim=32"),
+        prepared=True,
+        backbones=(f"{CONFIG}encoder.backbone.",),
+        graph=False,
     ),
     "shapes_and_sounds": _images_and_sounds(0),
     "shapes_and_sounds_partly_shared": _images_and_sounds(2),

@@ -9,12 +9,13 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import plan
-from benchmarks.quality.engine import append, read
+from benchmarks.quality.engine import Run, append, read
 from benchmarks.quality.plan import Settings, pending, results, steps_in_time, tune
 from benchmarks.quality.prepared import Sources, prepare, unpack
 from benchmarks.quality.table import draw, half_width, lines, markdown, write_csv
@@ -274,6 +275,44 @@ def test_a_task_with_images_and_sounds(tmp_path, monkeypatch, capsys):
     assert [cell.strip(" |") for cell in cells] == [f"{100 * value:.2f}" for value in both]
 
 
+def test_tasks_whose_models_write_texts(tmp_path, monkeypatch):
+    """Captions are generated, and transcripts are those of recorded prompts."""
+    monkeypatch.setattr(plan, "MAX_EXTENSIONS", 0)
+    folder = tmp_path / "en"
+    folder.mkdir()
+    texts = [f"word {number} of {number % 7}" for number in range(30)]
+    for number in range(len(texts)):
+        noise = np.random.default_rng(number).normal(0, 0.1, 4000)
+        soundfile.write(folder / f"p{number}.wav", noise, 8000)
+    told = "".join(f"p{number}: {text}\n" for number, text in enumerate(texts))
+    (tmp_path / "told.gz").write_bytes(gzip.compress(told.encode()))
+    sources = Sources(sounds=tmp_path, transcripts=tmp_path / "told.gz")
+    prepare("transcripts", tmp_path / "transcripts", sources)
+    written = {
+        split: {path.read_text() for path in (tmp_path / "transcripts" / split).glob("*.txt")}
+        for split in ("train", "val")
+    }
+    assert not written["train"] & written["val"]
+    assert written["train"] | written["val"] < set(texts)
+    sounds = list((tmp_path / "transcripts" / "val").glob("*.flac"))
+    assert len(sounds) == len(written["val"])
+    assert len(soundfile.read(sounds[0])[0]) == 4000
+
+    tiny = ["--size", "tiny", "--seeds", "0", "--rates", "1e-3", "--steps", "2"]
+    where = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    run = ["--tasks", "captions,transcripts", "--variants", "softmax,diff_v2", *tiny, *where]
+    quality.main(run)
+    rows = {(r["task"], r["variant"]): r for r in read(tmp_path / "out" / "cells.jsonl")}
+    assert len(rows) == 4
+    for (task, _), row in rows.items():
+        # Every validation generates texts, not only the first.
+        values = [point[TASKS[task].metric] for point in row["points"]]
+        assert len(values) == 2
+        assert all(math.isfinite(value) for value in values)
+    assert TASKS["transcripts"].sign == -1
+    assert TASKS["captions"].sign == 1
+
+
 def test_the_sharing_is_that_of_the_task(tmp_path):
     counts = {}
     for name in (
@@ -355,6 +394,28 @@ def test_a_tiny_table_from_first_to_last(tmp_path, capsys, monkeypatch):
     assert f"| mean over seeds | {line.mean:.2f} |" in card
 
 
+def test_cells_that_train_together_are_those_that_train_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "MAX_EXTENSIONS", 0)
+    order, loss = [], Run.loss
+    monkeypatch.setattr(Run, "loss", lambda self, b: (order.append(id(self)), loss(self, b))[1])
+    found = []
+    for together in ("1", "3"):
+        order.clear()
+        out = ["--out", str(tmp_path / together), "--together", together, "--no-equal-time"]
+        quality.main(["--tasks", "digits", "--variants", "softmax,diff_v2", *out, *TINY])
+        rows = read(tmp_path / together / "cells.jsonl")
+        for row in rows:
+            for timed in (row, *row["points"]):
+                for name in ("seconds", "seconds_per_step", "wall_seconds"):
+                    timed.pop(name, None)
+        found.append(sorted(rows, key=json.dumps))
+        assert len(order) == 6 * len(rows)
+        # Two rates and two seeds of each variant: the first four are known from the start.
+        assert len(set(order[:3])) == int(together)
+    assert found[0] == found[1]
+    assert len(found[0]) == 6
+
+
 def idx(array):
     return (
         bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + bytes(array)
@@ -430,6 +491,7 @@ def test_what_is_missing_is_named(tmp_path):
         ("letters", "no font"),
         ("speech", "none does not exist: install asterisk-core-sounds-en"),
         ("emoji", "none does not exist: install fonts-noto-color-emoji"),
+        ("transcripts", "none does not exist: install asterisk-core-sounds-en"),
     ):
         with pytest.raises(SystemExit, match=message):
             prepare(name, tmp_path / "data" / name, nowhere)
@@ -452,6 +514,8 @@ def test_what_is_missing_is_named(tmp_path):
         (["--seeds", "1,1"], "--seeds must be different numbers of at least 0, got '1,1'"),
         (["--rates", "fast"], "--rates must be numbers separated by commas, got 'fast'"),
         (["prepare", "x", "--text-mib", "0"], "--text-mib must be at least 1, got 0"),
+        (["--together", "0"], "--together must be at least 1, got 0"),
+        (["--together", "2"], "--together needs --no-equal-time"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
     ],
 )
