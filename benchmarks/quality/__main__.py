@@ -28,6 +28,7 @@ machine without them: each task is a folder of DATA of its own.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -65,12 +66,16 @@ class Bench:
         data: Folder of prepared data.
         out: Folder of the results.
         settings: What the table is made of.
+        equal_time: Whether cells of equal time are run, too, which have more steps.
     """
 
-    def __init__(self, data: Path, out: Path, settings: Settings) -> None:
+    def __init__(
+        self, data: Path, out: Path, settings: Settings, *, equal_time: bool = True
+    ) -> None:
         self.data = data
         self.out = out
         self.settings = settings
+        self.most_steps = MOST_STEPS if equal_time else 1.0
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._held: dict[tuple[str, int], Data] = {}
 
@@ -93,6 +98,8 @@ class Bench:
             f"--vars.steps={cell.steps}",
             f"--model.schedule.warmup_steps={min(100, cell.steps // 6)}",
         ]
+        if spec.prepared and cell.task != "text" and cell.size == "full":
+            given.append(f"--data.num_workers={min(8, os.cpu_count() or 1)}")
         return Run(spec.recipe, given, cell.steps, compile=cell.compiled)
 
     def batches(self, cell: Cell) -> Data:
@@ -100,7 +107,7 @@ class Bench:
         key = cell.task, cell.seed
         if key not in self._held:
             # Faster variants take more steps in the same time.
-            most = int(MOST_STEPS * self.settings.num_steps(cell.task)) + 1
+            most = int(self.most_steps * self.settings.num_steps(cell.task)) + 1
             path = self.out / "batches" / f"{cell.task}_{cell.size}_{cell.seed}_{most}.pt"
 
             def make() -> Run:
@@ -357,8 +364,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     tasks = names(parser, "--tasks", options.tasks, list(TASKS))
     variants = names(parser, "--variants", options.variants, list(ALL))
-    bench = Bench(options.data, options.out, settings)
     if options.verb == "weights":
+        bench = Bench(options.data, options.out, settings)
         for path in export(bench, tasks, variants, options.folder):
             print(path, flush=True)
         return
@@ -375,6 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not slash or not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
         parser.error(f"--part must be I/N with 0 <= I < N, got {options.part}")
     pairs = [(task, variant) for task in tasks for variant in variants][int(part) :: int(parts)]
+    bench = Bench(options.data, options.out, settings, equal_time=options.equal_time)
     deadline = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
     for row in fill(
         bench, pairs, deadline, equal_time=options.equal_time, together=options.together

@@ -135,7 +135,6 @@ TINY_TEXT = (
 FASHION = (
     "--data.source={class_path: datamodules.image.FashionMNIST, "
     "init_args: {root: DATA/fashion_mnist}}",
-    "--data.num_workers=4",
     "--data.batch_size=128",
     "--vars.image_size=28",
     f"{CONFIG}patch_size=4",
@@ -149,7 +148,6 @@ LETTERS = _Folder(
     "letters",
     (
         "--data.channels=1",
-        "--data.num_workers=2",
         "--data.transform={mean: [0.5], std: [0.25], crop_pct: 1.0, scale: [0.7, 1.0], "
         "ratio: [0.9, 1.1], hflip: 0.0, color_jitter: 0.0}",
         "--vars.image_size=24",
@@ -162,7 +160,6 @@ SPEECH = _Folder(
     "datamodules.audio.SoundFolder",
     "speech",
     (
-        "--data.num_workers=2",
         "--data.batching=fixed",
         "--data.batch_size=32",
         "--vars.clip_seconds=2.0",
@@ -177,7 +174,6 @@ PADDED = "--data.pad_texts=true"
 EMOJI = (
     "--data.source={class_path: datamodules.pairs.PairFolder, "
     "init_args: {train: DATA/emoji/train, val: DATA/emoji/val}}",
-    "--data.num_workers=2",
     "--data.transform={mean: [0.5], std: [0.5], interpolation: bicubic, crop_pct: 1.0, "
     "scale: [0.8, 1.0], ratio: [0.9, 1.1], hflip: 0.0, color_jitter: 0.0}",
     PADDED,

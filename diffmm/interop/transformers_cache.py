@@ -1,6 +1,5 @@
 """The key-value caches of Hugging Face transformers, as those that diffmm's layers write to."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,9 +67,8 @@ class TransformersCache(KVCache):
             return AttentionMask(causal=True, key_padding=real_tokens(attention_mask, self.end))
         assert self.size is not None
         length: Any = self.length
-        visible = torch.arange(self.size, device=length.device)[None] <= length
         real = real_tokens(attention_mask, self.size)
-        return AttentionMask(key_padding=visible if real is None else visible & real)
+        return AttentionMask(causal=True, key_padding=real, num_keys=length + 1)
 
 
 class TransformersLayerCache(LayerCache):
@@ -87,14 +85,6 @@ class TransformersLayerCache(LayerCache):
         if self.whole.end is not None:
             keys, values = keys[:, :, : self.whole.end], values[:, :, : self.whole.end]
         return keys.transpose(1, 2).unflatten(3, shape), values.transpose(1, 2)
-
-    def within(self, mask: AttentionMask, window: int) -> AttentionMask:
-        if not self.whole.attends_to_buffers:
-            return mask.within(window)
-        assert mask.key_padding is not None
-        places = torch.arange(mask.key_padding.shape[1], device=mask.key_padding.device)
-        near = places > self.whole.length - window
-        return replace(mask, key_padding=mask.key_padding & near)
 
 
 def real_tokens(attention_mask: Tensor | None, num_keys: int) -> Tensor | None:

@@ -1,13 +1,10 @@
 """The key-value cache for generation."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
-
-from diffmm.ops import AttentionMask
 
 
 class KVCache:
@@ -16,8 +13,8 @@ class KVCache:
     Buffers have the shape of each layer's keys and values, so all attentions share this class.
     `length` is a plain integer by default: under `torch.compile` it becomes a symbolic size after
     the second step, so decoding neither recompiles nor reads unwritten keys. After `freeze_shapes`
-    it is a tensor, and layers attend to whole buffers, so that all steps are the same computation,
-    as a CUDA graph needs; a mask must then hide the keys that are not yet written.
+    it is a tensor, and layers return whole buffers, so that all steps are the same computation, as
+    a CUDA graph needs; the mask must then have the number of keys (`AttentionMask.num_keys`).
 
     The cache is registered as a pytree, so that `torch.export` accepts it as an input. An exported
     program writes into the buffers but does not update `length`: call `advance` after each step.
@@ -106,19 +103,6 @@ class LayerCache:
         self.keys[:, self.length : end] = k
         self.values[:, self.length : end] = v
         return self.keys[:, :end], self.values[:, :end]
-
-    def within(self, mask: AttentionMask, window: int) -> AttentionMask:
-        """Restrict a mask over all keys so far to a window, as `AttentionMask.within` does.
-
-        If shapes are frozen, a mask covers the whole buffers, of which the query is not the last
-        token, so its window hides the keys before it. There must then be one query.
-        """
-        if not isinstance(self.length, Tensor):
-            return mask.within(window)
-        batch, num_keys = self.keys.shape[:2]
-        near = torch.arange(num_keys, device=self.keys.device) > self.length - window
-        real = near.expand(batch, -1) if mask.key_padding is None else mask.key_padding & near
-        return replace(mask, key_padding=real)
 
 
 def _flatten(cache: KVCache) -> tuple[list[Any], None]:

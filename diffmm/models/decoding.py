@@ -148,11 +148,11 @@ class LookupSteps(Steps):
 class GraphedSteps(Steps):
     """Replays one CUDA graph for all steps: nothing but the graph is launched per token.
 
-    The graph attends to the whole buffers of the cache, with a mask that it extends by one key per
-    step. Its random numbers, and thus its tokens, are those of `Steps`.
+    Each step attends to the keys of the cache that exist, whose number is on the device. Its random
+    numbers, and thus its tokens, are those of `Steps`.
 
     Args:
-        call, cache, positions, real, choice, tokens: See `Steps`; `real` is needed.
+        call, cache, positions, real, choice, tokens: See `Steps`.
     """
 
     def __init__(
@@ -160,14 +160,12 @@ class GraphedSteps(Steps):
         call: Callable[..., Tensor],
         cache: KVCache,
         positions: Tensor,
-        real: Tensor,
+        real: Tensor | None,
         choice: Choice,
         tokens: Tensor,
     ) -> None:
         super().__init__(call, cache, positions, real, choice, tokens)
         cache.freeze_shapes()
-        self.visible = real.clone()
-        self.visible[:, int(cache.length) :] = False
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def next(self) -> Tensor:
@@ -178,18 +176,17 @@ class GraphedSteps(Steps):
 
     def step(self) -> None:
         """One step, in place: all that the graph does."""
-        length = self.cache.length
-        assert isinstance(length, Tensor)
-        self.visible.index_fill_(1, length[None], True)
         super().next()
 
     def _mask(self, num_tokens: int = 1) -> AttentionMask:
-        return AttentionMask(key_padding=self.visible)
+        assert isinstance(self.cache.length, Tensor)
+        num_keys = self.cache.length + num_tokens
+        return AttentionMask(causal=True, key_padding=self.real, num_keys=num_keys)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         """Run the step twice, which compiles what is to be compiled, undo it, and capture it."""
         assert isinstance(self.cache.length, Tensor)
-        state = (self.cache.length, self.positions, self.visible, self.stopped, self.tokens)
+        state = (self.cache.length, self.positions, self.stopped, self.tokens)
         before = [tensor.clone() for tensor in state]
         device = self.tokens.device
         generator = self.choice.generator or torch.cuda.default_generators[device.index or 0]
@@ -254,10 +251,8 @@ def prepare(
     found = prompt.read(cache)
     logits = model.logits(found.features)
     real = None
-    if found.real is not None or cuda_graph:
-        real = torch.ones(batch, total, dtype=torch.bool, device=device)
     if found.real is not None:
-        assert real is not None
+        real = torch.ones(batch, total, dtype=torch.bool, device=device)
         real[:, : prompt.length] = found.real
     # The last token of an empty prompt is that of an image or a sound; steps replace it.
     last = prompt.tokens[:, -1] if prompt.tokens.shape[1] else prompt.tokens.new_zeros(batch)
@@ -266,7 +261,6 @@ def prepare(
         inputs = (call, cache, found.positions, real, choice, last)
         steps: Steps = LookupSteps(*inputs, ids=ids, count=num_guesses)
     elif cuda_graph:
-        assert real is not None
         steps = GraphedSteps(call, cache, found.positions, real, choice, last)
     else:
         steps = Steps(call, cache, found.positions, real, choice, last)

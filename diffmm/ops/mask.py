@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-TENSORS = ("prefix_lengths", "document_ids", "key_padding")
+PER_SAMPLE = ("prefix_lengths", "document_ids", "key_padding")
+TENSORS = (*PER_SAMPLE, "num_keys")
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class AttentionMask:
     attends to every key.
 
     With `N` queries and `M` keys, the queries are the **last** `N` positions: query `n` has
-    position `n + M - N` (bottom-right alignment, as decoding with a key-value cache needs).
+    position `n + M - N` (bottom-right alignment, as decoding with a key-value cache needs). With
+    `num_keys`, only that many of the keys exist, and take the place of `M` in all of this.
 
     The mask is registered as a pytree whose leaves are its tensors, so that `torch.export` accepts
     it as an input.
@@ -30,6 +32,9 @@ class AttentionMask:
             the mask is bidirectional over the prefix and causal after it. Requires `causal`.
         document_ids: `[B, M]` integers; a query attends only to keys of its own document.
         key_padding: `[B, M]` booleans, true where a key is real.
+        num_keys: Number of keys that exist, an integer tensor without axes, at least `N` and at
+            most `M`: the first ones of a buffer, such as that of a cache whose shape is always the
+            same. By default, all `M`.
 
     Raises:
         ValueError: If `window` is below 1, `prefix_lengths` is given without `causal`, or a tensor
@@ -46,6 +51,7 @@ class AttentionMask:
     prefix_lengths: Tensor | None = None
     document_ids: Tensor | None = None
     key_padding: Tensor | None = None
+    num_keys: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
@@ -58,11 +64,12 @@ class AttentionMask:
             ("prefix_lengths", self.prefix_lengths, 1),
             ("document_ids", self.document_ids, 2),
             ("key_padding", self.key_padding, 2),
+            ("num_keys", self.num_keys, 0),
         ):
             if tensor is None:
                 continue
             if tensor.ndim != num_dims:
-                wanted = "[B]" if num_dims == 1 else "[B, M]"
+                wanted = ("a tensor without axes", "[B]", "[B, M]")[num_dims]
                 raise ValueError(f"{name} must be {wanted}, got shape {tuple(tensor.shape)}")
             if (tensor.dtype == torch.bool) != (name == "key_padding") or (
                 tensor.is_floating_point()
@@ -73,17 +80,19 @@ class AttentionMask:
     @property
     def per_sample(self) -> bool:
         """Whether the mask differs between the samples of a batch."""
-        return any(getattr(self, name) is not None for name in TENSORS)
+        return any(getattr(self, name) is not None for name in PER_SAMPLE)
 
     @property
     def is_full(self) -> bool:
         """Whether every query attends to every key."""
-        return not (self.causal or self.window is not None or self.per_sample)
+        is_limited = self.causal or self.window is not None or self.num_keys is not None
+        return not (is_limited or self.per_sample)
 
     @property
     def is_causal(self) -> bool:
         """Whether every query attends to exactly the keys up to its own position."""
-        return self.causal and self.window is None and not self.per_sample
+        is_limited = self.window is not None or self.num_keys is not None
+        return self.causal and not (is_limited or self.per_sample)
 
     def within(self, window: int) -> "AttentionMask":
         """The same mask, restricted to a window (see `window`) where it has no smaller one."""
@@ -96,7 +105,7 @@ class AttentionMask:
         Raises:
             ValueError: If one does not; the message names the tensor and both shapes.
         """
-        for name in TENSORS:
+        for name in PER_SAMPLE:
             tensor = getattr(self, name)
             wanted = (batch,) if name == "prefix_lengths" else (batch, num_keys)
             if tensor is not None and tuple(tensor.shape) != wanted:
@@ -134,11 +143,14 @@ class AttentionMask:
             if device is None and tensor is not None:
                 device = tensor.device
         key = torch.arange(num_keys, device=device)
-        query = torch.arange(num_queries, device=device)[:, None] + (num_keys - num_queries)
+        end = num_keys if self.num_keys is None else self.num_keys
+        query = torch.arange(num_queries, device=device)[:, None] + (end - num_queries)
         if rows is not None:
             query = query[rows]
 
         visible = torch.ones(query.shape[0], num_keys, dtype=torch.bool, device=device)[None, None]
+        if self.num_keys is not None:
+            visible = visible & (key < self.num_keys)
         if self.causal:
             past = (key <= query)[None, None]
             if self.prefix_lengths is not None:

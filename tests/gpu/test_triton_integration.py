@@ -69,7 +69,10 @@ def test_operators_pass_opcheck(widths, name):
     )
     few = plain[0][:, :3], *plain[1:3], plain[3][:, :3]
     decode = torch.ops.diffmm.diff_attention_decode.default
-    torch.library.opcheck(decode, (*few, *flags, *given, 0.125))
+    torch.library.opcheck(decode, (*few, *flags, *given, None, 0.125))
+    if mask.document_ids is None:
+        end = torch.tensor(plain[1].shape[1] - 2, device="cuda")
+        torch.library.opcheck(decode, (*few, *flags, *given, end, 0.125))
 
 
 @pytest.mark.parametrize("name", ["full", "causal", "documents"])

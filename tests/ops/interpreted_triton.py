@@ -271,7 +271,8 @@ def test_operator_of_decoding_is_well_formed():
 
     q, k, v, lam = (x.detach() for x in make_inputs(1, 7, 2, 1, 2, 16, 32))
     documents = torch.zeros(BATCH, 7, dtype=torch.long)
-    for tensors in ((None, None), (documents, None), (None, documents == 0)):
+    end = torch.tensor(5)
+    for tensors in ((None, None, None), (documents, None, None), (None, documents == 0, end)):
         args = (q, k, v, lam, True, None, None, *tensors, 0.25)
         torch.library.opcheck(_decode, args, atol=1e-4, rtol=1e-3)
 

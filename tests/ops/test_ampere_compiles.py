@@ -31,7 +31,7 @@ def compiled(kernel, tile, D, E, C, **constants):
     constants |= {"CAUSAL": True, "C": C, "D": D, "E": E, "BLOCK_N": n, "BLOCK_M": m}
     constants |= {"BLOCK_D": block_d, "BLOCK_E": block_e, "PRECISION": "tf32", "FAR": False}
     constants["NUM_MAPS"] = 2
-    constants |= dict.fromkeys((*LOOKS, "padding"))
+    constants |= dict.fromkeys((*LOOKS, "padding", "num_keys"))
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}

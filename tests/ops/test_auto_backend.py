@@ -12,6 +12,7 @@ from diffmm.ops.softmax_attention import choose_backend as choose_for_softmax
 
 pytest.importorskip("triton", reason="without Triton, there is only one backend to choose")
 
+BUFFER = {"causal": True, "num_keys": torch.tensor(100)}
 HOPPER, AMPERE = 9, 8
 LONG = {"C": 1, "D": 64, "E": 64, "N": 8192, "M": 8192}
 
@@ -44,7 +45,8 @@ def choice(
      LONG | {"D": 72}, LONG | {"causal": True, "N": 8191}, LONG | {"window": 128},
      LONG | {"causal": True, "prefix_lengths": torch.ones(2, dtype=torch.long)},
      LONG | {"document_ids": torch.ones(2, 8192, dtype=torch.long)},
-     LONG | {"key_padding": torch.ones(2, 8192, dtype=torch.bool)}],
+     LONG | {"key_padding": torch.ones(2, 8192, dtype=torch.bool)}, BUFFER | {"N": 1},
+     BUFFER | {"N": 32, "C": 1}, BUFFER | {"N": 1, "M": 1 << 16, "C": 1}],
     ids=str,
 )  # fmt: skip
 def test_where_the_kernels_win(case, monkeypatch):
@@ -57,7 +59,9 @@ def test_where_the_kernels_win(case, monkeypatch):
      {"N": 1, "M": 1 << 16, "C": 1}, {"N": 1, "dtype": torch.float32}, {"N": 32, "M": 32},
      {"N": 1, "M": 1 << 16, "grad": True}, {"N": 33, "M": 1 << 16}, {"N": 300, "M": 256},
      {"D": 160, "E": 256}, {"D": 128, "E": 264}, {"D": 60, "E": 120}, {"D": 16, "E": 32},
-     {"scale": -1.0}, LONG, LONG | {"causal": True}, LONG | {"D": 40}, LONG | {"N": 8191}],
+     {"scale": -1.0}, BUFFER, BUFFER | {"N": 1, "grad": True},
+     BUFFER | {"N": 1, "document_ids": torch.ones(2, 256, dtype=torch.long)},
+     LONG, LONG | {"causal": True}, LONG | {"D": 40}, LONG | {"N": 8191}],
     ids=str,
 )  # fmt: skip
 def test_where_they_do_not_or_cannot(case, monkeypatch):
@@ -112,7 +116,8 @@ DOCUMENTS = {"causal": True, "document_ids": torch.ones(2, 256, dtype=torch.long
 @pytest.mark.parametrize(
     "case",
     [PADDING, DOCUMENTS, {"window": 9}, {"causal": True, "window": 9}, DOCUMENTS | {"grad": True},
-     {"causal": True, "N": 130}, PADDING | {"N": 1}, PADDING | {"N": 32}],
+     {"causal": True, "N": 130}, PADDING | {"N": 1}, PADDING | {"N": 32}, BUFFER | {"N": 1},
+     BUFFER | PADDING | {"N": 32}],
     ids=str,
 )  # fmt: skip
 def test_masks_that_torch_would_need_in_memory(case, monkeypatch):
@@ -123,7 +128,8 @@ def test_masks_that_torch_would_need_in_memory(case, monkeypatch):
     "case",
     [{}, {"causal": True}, {"causal": True, "N": 1}, {"N": 64}, PADDING | {"N": 127, "G": 1},
      PADDING | {"N": 1, "grad": True}, {"N": 1, "window": 9}, {"N": 300, "window": 9},
-     PADDING | {"dtype": torch.float32}],
+     PADDING | {"dtype": torch.float32}, BUFFER, BUFFER | DOCUMENTS | {"N": 1},
+     BUFFER | {"N": 1, "grad": True}],
     ids=str,
 )  # fmt: skip
 def test_masks_that_torch_has_kernels_for(case, monkeypatch):

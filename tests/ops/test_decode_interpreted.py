@@ -11,19 +11,23 @@ triton = pytest.importorskip("triton", reason="needs the package triton")
 pytest.importorskip("triton.experimental.gluon")
 
 
-def check(q, k, v, lam, mask, num_multiprocessors, monkeypatch, tolerance=1e-5):
+def attend(q, k, v, lam, mask, num_multiprocessors, monkeypatch):
     from gluon_interpreter import interpreted
 
     from diffmm.ops.diff_attention.triton import op
     from diffmm.ops.diff_attention.triton.tiles import GPU
 
     monkeypatch.setattr(op, "gpu_of", lambda tensor: GPU((9, 0), num_multiprocessors))
-    scale = q.shape[-1] ** -0.5
     with interpreted():
-        out = op._decode(
+        return op._decode(
             q, k, v, lam, mask.causal, mask.window, mask.prefix_lengths, mask.document_ids,
-            mask.key_padding, scale,
+            mask.key_padding, mask.num_keys, q.shape[-1] ** -0.5,
         )  # fmt: skip
+
+
+def check(q, k, v, lam, mask, num_multiprocessors, monkeypatch, tolerance=1e-5):
+    out = attend(q, k, v, lam, mask, num_multiprocessors, monkeypatch)
+    scale = q.shape[-1] ** -0.5
     wanted = reference(*(x.double() for x in (q, k, v, lam)), mask=mask, scale=scale)
     torch.testing.assert_close(out.double(), wanted, rtol=10 * tolerance, atol=tolerance)
 
@@ -54,6 +58,27 @@ def test_more_groups_than_programs(num_multiprocessors, C, monkeypatch):
 @pytest.mark.parametrize("mask", [AttentionMask(causal=True), AttentionMask(window=3)], ids=str)
 def test_more_queries_than_keys(mask, monkeypatch):
     check(*make_inputs(2, 9, 4, 2, 1, 2), mask, 2, monkeypatch)
+
+
+@pytest.mark.parametrize("C", [2, 1])
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize(("size", "num_keys"), [(150, 1), (150, 64), (150, 149), (5000, 3100)])
+def test_keys_that_do_not_exist_are_not_read(size, num_keys, window, C, monkeypatch):
+    """The work is divided by the number of keys that exist; the rest of the buffers is NaN."""
+    from diffmm.ops.diff_attention.triton import decode
+
+    q, k, v, lam = make_inputs(3, 1, size, 6, 3, C)
+    padding = torch.arange(size) >= torch.tensor([[0], [0], [40]])
+    if num_keys <= 40:
+        padding = None
+    k[:, num_keys:] = v[:, num_keys:] = torch.nan
+    mask = AttentionMask(True, window, None, None, padding, torch.tensor(num_keys))
+    real = None if padding is None else padding[:, :num_keys]
+    few = AttentionMask(True, window, None, None, real)
+    monkeypatch.setattr(decode, "FEW_KEYS", 1000)
+    found = attend(q, k, v, lam, mask, 7, monkeypatch)
+    wanted = reference(q, k[:, :num_keys], v[:, :num_keys], lam, mask=few, scale=32**-0.5)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_half_precision(monkeypatch):

@@ -1,6 +1,7 @@
 """The mask type, compared with plain loops."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +69,24 @@ def test_rows_are_those_of_the_mask(case, random):
     assert torch.equal(mask.to_bool(num_queries, num_keys, rows=rows), whole[:, :, rows])
 
 
+@given(masks(), st.integers(0, 4))
+@settings(deadline=None, max_examples=60)
+def test_num_keys_is_the_number_of_keys_in_a_buffer(case, surplus):
+    mask, batch, num_queries, num_keys = case
+    longer = {
+        name: tensor if tensor is None else torch.nn.functional.pad(tensor, (0, surplus), value=1)
+        for name, tensor in (("document_ids", mask.document_ids), ("key_padding", mask.key_padding))
+    }
+    of_buffer = replace(mask, **longer, num_keys=torch.tensor(num_keys))
+    found = of_buffer.to_bool(num_queries, num_keys + surplus)
+    assert torch.equal(found[..., :num_keys], mask.to_bool(num_queries, num_keys))
+    assert not found[..., num_keys:].any()
+    of_buffer.check(batch, num_keys + surplus)
+    assert not of_buffer.is_full
+    assert not of_buffer.is_causal
+    assert of_buffer.per_sample == mask.per_sample
+
+
 def test_more_queries_than_keys_leaves_the_first_without_any():
     assert AttentionMask(causal=True).to_bool(3, 2)[0, 0].tolist() == [
         [False, False],
@@ -105,6 +124,8 @@ def test_properties():
             {"key_padding": torch.zeros(2, 2, dtype=torch.int64)},
             "key_padding must hold booleans, got torch.int64",
         ),
+        ({"num_keys": torch.ones(1)}, r"num_keys must be a tensor without axes, got shape \(1,\)"),
+        ({"num_keys": torch.tensor(1.0)}, "num_keys must hold integers, got torch.float32"),
     ],
 )
 def test_bad_masks_are_refused(arguments, message):

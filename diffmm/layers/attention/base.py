@@ -220,11 +220,9 @@ class Attention(nn.Module):
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         return q, k, v
 
-    def narrowed(self, mask: AttentionMask, cache: LayerCache | None = None) -> AttentionMask:
+    def narrowed(self, mask: AttentionMask) -> AttentionMask:
         """Restrict the mask of a call to the layer's window."""
-        if self.window is None:
-            return mask
-        return mask.within(self.window) if cache is None else cache.within(mask, self.window)
+        return mask if self.window is None else mask.within(self.window)
 
     def finish(self, heads: Tensor) -> Tensor:
         """Process the heads before the output gate and projection."""
@@ -243,7 +241,7 @@ class Attention(nn.Module):
         own_value = v
         if cache is not None:
             k, v = cache.update(k, v)
-        heads = self.attend(x, q, k, v, self.narrowed(mask, cache))
+        heads = self.attend(x, q, k, v, self.narrowed(mask))
         if self.exclusive:
             heads = without_component(heads, own_value)
         heads = self.finish(heads)

@@ -44,7 +44,7 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
     among multiprocessors. Everything else uses `"sdpa"`. So does v2 with a head dimension of 40 to
     64, a value dimension of at most 64 and 8,192 or more keys, if torch's kernels support the mask
     directly (full, or causal with as many queries as keys); `"sdpa"` needs an eighth of the memory
-    there.
+    there. `num_keys` is supported for decoding without documents only.
 
     Measured in bfloat16, compiled for the shape, on an H100 (docs/performance.md): for 197 or more
     queries, forward and backward passes with `"triton"` take 0.47 to 0.93 of the time of `"sdpa"`
@@ -59,10 +59,10 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
     is_long_v2 = C == 1 and 32 < D <= 64 and E <= 64 and M >= 8192
     if is_long_v2 and (mask.is_full or (mask.is_causal and N == M)):
         return "sdpa"
-    decodes = (
-        (C == 2 or mask.per_sample) and N < M and N * H <= 64 * G and not torch.is_grad_enabled()
-    )
-    return "triton" if N >= 128 or decodes else "sdpa"
+    decodes = N < M and N * H <= 64 * G and not torch.is_grad_enabled()
+    if mask.num_keys is not None:
+        return "triton" if decodes and mask.document_ids is None else "sdpa"
+    return "triton" if N >= 128 or (decodes and (C == 2 or mask.per_sample)) else "sdpa"
 
 
 def diff_attention(

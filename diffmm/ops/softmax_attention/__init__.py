@@ -40,13 +40,15 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: 
     the time of a causal one and skips nothing. For such a mask, `"triton"` is selected on Hopper
     GPUs, in bfloat16 or float16 and with a head dimension of 32 to 128: for 128 or more queries,
     and for decoding (no gradients, fewer queries than keys, at most 64 queries per key group) if
-    the mask has tensors.
+    the mask has tensors. `num_keys` is supported for decoding without documents only.
     """
     (N, H), (M, G) = q.shape[1:3], k.shape[1:3]
     is_flag = mask.is_full or (mask.is_causal and N in (1, M))
     if is_flag or N > M or not is_for_hopper(q, v, scale):
         return "sdpa"
     decodes = N < M and N * H <= 64 * G and not torch.is_grad_enabled()
+    if mask.num_keys is not None:
+        return "triton" if decodes and mask.document_ids is None else "sdpa"
     return "triton" if N >= 128 or (decodes and mask.per_sample) else "sdpa"
 
 

@@ -45,6 +45,14 @@ FEW_KEYS = 1 << 14
 
 
 @triton.jit
+def _length(M, num_keys):
+    """The number of keys: at most `M`, and at least one, so that there is a tile."""
+    if num_keys is not None:
+        M = tl.maximum(tl.minimum(tl.load(num_keys).to(tl.int32), M), 1)
+    return M
+
+
+@triton.jit
 def _schedule(N, M, window, num_groups, num_programs, BLOCK_M: tl.constexpr):
     """The first tile of each group that the window allows, the number of tiles per group from
     there on, and the number of tiles per program."""
@@ -57,9 +65,9 @@ def _schedule(N, M, window, num_groups, num_programs, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "num_groups"])
 def _split_kernel(
-    q, k, v, part, part_lse, window, prefix, labels, padding, ranges,
+    q, k, v, part, part_lse, window, prefix, labels, padding, ranges, num_keys,
     q_b, q_n, q_h, q_c, k_b, k_m, k_g, k_c, v_b, v_m, v_g,
-    N, M, G, heads_per_group, num_groups, scale,
+    N, SIZE, G, heads_per_group, num_groups, scale,
     CAUSAL: tl.constexpr, NUM_MAPS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr, FAR: tl.constexpr,
@@ -68,6 +76,7 @@ def _split_kernel(
     is written to slot `program + g`, which is unique: from one split to the next the program, the
     group or both increase."""
     scale = tl.full((), scale, tl.float32)  # a compiled graph passes a double
+    M = _length(SIZE, num_keys)
     # Rows are ordered by component, head and query. With one key per component, a tile contains
     # the rows of one component.
     num_rows = heads_per_group * N
@@ -111,7 +120,7 @@ def _split_kernel(
         if labels is not None:
             labels_b += batch64 * (N + M)
         if padding is not None:
-            padding_b += batch64 * M
+            padding_b += batch64 * SIZE
         if ranges is not None:
             ranges_b += batch * NUM_RANGE
         low, _, _, high = key_bounds(0, N, M, window, prefix_b, ranges_b, CAUSAL, BLOCK_R, BLOCK_M)
@@ -172,7 +181,7 @@ def _add_splits(lse, values, m_i, l_i, acc):
 
 @triton.jit(do_not_specialize=[*UNSPECIALIZED, "num_groups", "num_programs"])
 def _join_kernel(
-    part, part_lse, lam, out, window, lam_b, lam_n, lam_h, N, M, G, heads_per_group,
+    part, part_lse, lam, out, window, num_keys, lam_b, lam_n, lam_h, N, SIZE, G, heads_per_group,
     num_groups, num_programs,
     NUM_MAPS: tl.constexpr, E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -181,6 +190,7 @@ def _join_kernel(
     pair, row, num_rows = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, group = (pair // G).to(tl.int64), pair % G
     head, query = (group * heads_per_group + row // N).to(tl.int64), (row % N).to(tl.int64)
+    M = _length(SIZE, num_keys)
     _, num_tiles, length = _schedule(N, M, window, num_groups, num_programs, BLOCK_M)
     begin = pair * num_tiles // length
     end = ((pair + 1) * num_tiles - 1) // length + 1
@@ -267,10 +277,11 @@ def decodes(N: int, H: int, G: int) -> bool:
 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None, mask: KernelMask, scale: float,
-    *, gpu: GPU,
+    *, num_keys: Tensor | None, gpu: GPU,
 ) -> Tensor:  # fmt: skip
     """Compute the output, `[B, N, H, E]`, for inference. Shapes are those of `diff_attention`;
-    without `lam`, queries `[B, N, H, 1, D]` have one map, that of softmax attention."""
+    without `lam`, queries `[B, N, H, 1, D]` have one map, that of softmax attention. `num_keys` is
+    that of `AttentionMask`: the work is divided on the device, and reads only keys that exist."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     (B, N, H, num_maps, D), (_, M, G, C, _), E = q.shape, k.shape, v.shape[-1]
     num_rows, block_d, block_e = N * (H // G), pad(D), pad(E)
@@ -287,7 +298,8 @@ def decode(
         split, join = wrap_triton(_split_kernel), wrap_triton(_join_kernel)
     split[(num_programs,)](
         q, k, v, part, part_lse, mask.window, mask.prefix, mask.labels, mask.padding,
-        ranges_of(mask, B, N, M, block_r), *q.stride()[:4], *k.stride()[:4], *v.stride()[:3],
+        ranges_of(mask, B, N, M, block_r), num_keys,
+        *q.stride()[:4], *k.stride()[:4], *v.stride()[:3],
         N, M, G, H // G, num_groups, scale * 1.4426950408889634,
         CAUSAL=mask.causal, NUM_MAPS=num_maps, C=C, D=D, E=E, BLOCK_R=block_r, BLOCK_M=cut.block_m,
         BLOCK_D=block_d, BLOCK_E=block_e, PRECISION=precision(q.dtype),
@@ -298,7 +310,7 @@ def decode(
     block_s = first_from(min(num_splits, 128), (2, 4, 8, 16, 32, 64, 128))
     width = min(block_e, 32)
     join[(num_groups, num_rows, cdiv(E, width))](
-        part, part_lse, lam, out, mask.window, *strides_of(lam), N, M, G, H // G,
+        part, part_lse, lam, out, mask.window, num_keys, *strides_of(lam), N, M, G, H // G,
         num_groups, num_programs, NUM_MAPS=num_maps, E=E, BLOCK_M=cut.block_m, BLOCK_S=block_s,
         BLOCK_E=width, num_warps=4,
     )  # fmt: skip

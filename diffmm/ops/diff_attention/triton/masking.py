@@ -25,6 +25,7 @@ NUM_RANGE = tl.constexpr(4)
 
 _BLOCK = 128
 _CHUNK = 1024
+_LONG_CHUNK = 8192
 _PART = 64
 
 
@@ -269,8 +270,9 @@ class KernelMask:
             return None
         num_blocks = cdiv(M if of_keys else N, block)
         ranges = given.new_empty(batch, num_blocks, NUM_RANGE.value, dtype=torch.int32)
+        chunk = _LONG_CHUNK if self.labels is None else _CHUNK
         _launchable(_ranges_kernel, given)[(num_blocks, batch)](
-            ranges, self.labels, self.padding, N, M, OF_KEYS=of_keys, BLOCK=block, CHUNK=_CHUNK
+            ranges, self.labels, self.padding, N, M, OF_KEYS=of_keys, BLOCK=block, CHUNK=chunk
         )
         return ranges
 

@@ -29,7 +29,7 @@ def triton_backend(
     Raises:
         ValueError: If the kernels do not support the device, dtype, width or scale.
     """
-    check_inputs(q, v, mask, scale)
+    check_inputs(q, k, v, mask, scale)
     return _run(q, k, v, lam, mask, scale)
 
 
@@ -41,7 +41,7 @@ def softmax_backend(
     Raises:
         ValueError: If the kernels do not support the device, dtype, width or scale.
     """
-    check_inputs(q, v, mask, scale)
+    check_inputs(q, k, v, mask, scale)
     return _run(q.unsqueeze(3), k.unsqueeze(3), v, None, mask, scale)
 
 
@@ -54,7 +54,12 @@ def _run(
     inputs = q, k, v, lam, mask.causal, mask.window, mask.prefix_lengths
     documents, padding = mask.document_ids, mask.key_padding
     if not for_backward and decodes(q.shape[1], q.shape[2], k.shape[2]):
-        return _decode(*inputs, documents, padding, scale)
+        return _decode(*inputs, documents, padding, mask.num_keys, scale)
+    if mask.num_keys is not None:
+        raise ValueError(
+            "backend 'triton' supports num_keys for decoding only (no gradients, at most 64 "
+            "queries per key group): use 'sdpa'"
+        )
     labels = None
     if documents is not None:
         # An operator of its own, so that all layers of a compiled model share one call.
@@ -62,7 +67,7 @@ def _run(
     return _attend(*inputs, labels, padding, scale, for_backward)[0]
 
 
-def check_inputs(q: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> None:
     """Check that the kernels support the inputs.
 
     Raises:
@@ -85,7 +90,11 @@ def check_inputs(q: Tensor, v: Tensor, mask: AttentionMask, scale: float) -> Non
     if not scale > 0:
         raise ValueError(f"backend 'triton' needs a positive scale, got {scale}")
     if mask.document_ids is not None:
-        N, M = q.shape[1], mask.document_ids.shape[1]
+        if mask.num_keys is not None:
+            raise ValueError(
+                "backend 'triton' does not support num_keys with documents: use 'sdpa'"
+            )
+        N, M = q.shape[1], k.shape[1]
         if N > M:
             raise ValueError(
                 f"document_ids needs a key for every query, got {N} queries and {M} keys"
@@ -276,6 +285,7 @@ def _decode(
     prefix_lengths: Tensor | None,
     document_ids: Tensor | None,
     key_padding: Tensor | None,
+    num_keys: Tensor | None,
     scale: float,
 ) -> Tensor:
     """Compute the output for a few queries, without gradients; `lam` is None for softmax
@@ -286,7 +296,7 @@ def _decode(
     with _on(q):
         attended = AttentionMask(causal, window, prefix_lengths, document_ids, key_padding)
         mask = KernelMask.of(attended, N, M)
-        return decode(q, k, v, lam, mask, scale, gpu=gpu_of(q))
+        return decode(q, k, v, lam, mask, scale, num_keys=num_keys, gpu=gpu_of(q))
 
 
 @_decode.register_fake
