@@ -66,7 +66,8 @@ class Bench:
         data: Folder of prepared data.
         out: Folder of the results.
         settings: What the table is made of.
-        equal_time: Whether cells of equal time are run, too, which have more steps.
+        equal_time: Whether cells of equal time are run, too, which have more steps. If not, cells
+            may share the device, and their times are not compared.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Bench:
         self.data = data
         self.out = out
         self.settings = settings
-        self.most_steps = MOST_STEPS if equal_time else 1.0
+        self.equal_time = equal_time
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._held: dict[tuple[str, int], Data] = {}
 
@@ -107,7 +108,10 @@ class Bench:
         key = cell.task, cell.seed
         if key not in self._held:
             # Faster variants take more steps in the same time.
-            most = int(self.most_steps * self.settings.num_steps(cell.task)) + 1
+            most = (
+                int((MOST_STEPS if self.equal_time else 1.0) * self.settings.num_steps(cell.task))
+                + 1
+            )
             path = self.out / "batches" / f"{cell.task}_{cell.size}_{cell.seed}_{most}.pt"
 
             def make() -> Run:
@@ -139,6 +143,7 @@ class Bench:
             "train_loss": tail_mean(curve.losses),
             "parameters": run.num_parameters,
             "seconds_per_step": curve.seconds_per_step,
+            "timed": self.equal_time,
             "points": curve.points,
             "wall_seconds": time.monotonic() - start,
             "device": device_name(self.device),

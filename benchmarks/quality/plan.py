@@ -7,7 +7,8 @@ For each task and variant:
 2. *Equal tokens.* All seeds at the best rate.
 3. *Equal time.* All seeds at the best rate, with as many steps as take the training time of the
    softmax model; the schedule has that length, too. A variant whose number of steps would differ by
-   less than `SAME_TIME` uses its cells of equal tokens.
+   less than `SAME_TIME` uses its cells of equal tokens. Cells that shared the device with others
+   have no comparable times.
 """
 
 import math
@@ -177,11 +178,11 @@ def results(
 
 def steps_in_time(rows: Sequence[Row], settings: Settings, task: str, variant: str) -> int | None:
     """Number of steps of a variant in the training time of softmax, from the median times of their
-    steps; `None` before all seeds of both have been run."""
+    steps; `None` before all seeds of both have been run, or if some shared the device."""
     pace = []
     for each in (SOFTMAX, variant):
         own = results(rows, settings, task, each)
-        if set(own) != set(settings.seeds):
+        if set(own) != set(settings.seeds) or not all(row["timed"] for row in own.values()):
             return None
         pace.append(statistics.median(row["seconds_per_step"] for row in own.values()))
     steps = settings.num_steps(task)

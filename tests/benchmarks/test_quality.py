@@ -45,6 +45,7 @@ SETTINGS = Settings(seeds=(0, 1, 2), tuning_seeds=(0,), rates=GRID, steps=100)
 def row_of(cell, value, pace=0.1):
     return {**asdict(cell), "loss": value, "accuracy": value, "parameters": 1000} | {
         "seconds_per_step": pace,
+        "timed": True,
         "device": "a device",
         "torch": "2",
     }
@@ -123,6 +124,16 @@ def test_equal_time_has_as_many_steps_as_fit():
     # About as fast as softmax: its cells of equal tokens.
     same = results(rows, SETTINGS, "text", "diff_v2", "time")
     assert {row["budget"] for row in same.values()} == {"tokens"}
+
+
+def test_times_of_cells_that_shared_the_device_are_not_compared():
+    rows = fill(bowl(2e-3), paces={"diff_v1": 0.2})
+    assert steps_in_time(rows, SETTINGS, "text", "diff_v1") == 50
+    assert results(rows, SETTINGS, "text", "diff_v1", "time")
+    shared = [{**row, "timed": row["seed"] != 1} for row in rows if row["budget"] == "tokens"]
+    assert steps_in_time(shared, SETTINGS, "text", "diff_v1") is None
+    assert not results(shared, SETTINGS, "text", "diff_v1", "time")
+    assert pending(shared, SETTINGS, "text", "diff_v1") == []
 
 
 def test_cells_of_equal_time_can_be_left_out():
