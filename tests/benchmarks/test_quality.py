@@ -15,6 +15,7 @@ from PIL import Image
 
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import plan
+from benchmarks.quality.cells import next_cells
 from benchmarks.quality.engine import Run, append, read
 from benchmarks.quality.plan import Settings, pending, results, steps_in_time, tune
 from benchmarks.quality.prepared import Sources, prepare, unpack
@@ -144,9 +145,9 @@ def test_cells_of_equal_time_can_be_left_out():
         if row["budget"] == "tokens"
     ]
     pairs = [("text", variant) for variant in paces]
-    wanted = quality.next_cells(rows, SETTINGS, pairs)
+    wanted = next_cells(rows, SETTINGS, pairs)
     assert {(cell.variant, cell.budget) for cell in wanted} == {("diff_v1", "time")}
-    assert quality.next_cells(rows, SETTINGS, pairs, equal_time=False) == []
+    assert next_cells(rows, SETTINGS, pairs, equal_time=False) == []
 
 
 def test_equal_time_waits_for_softmax():
