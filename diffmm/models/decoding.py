@@ -42,7 +42,7 @@ class Choice:
     def __call__(self, logits: Tensor, tokens: Tensor, stopped: Tensor, stops: Tensor) -> Tensor:
         """The next token of each row, `[B]`, from logits `[B, V]`: see `next_tokens`."""
         noise = self.sampling.noise(logits, self.generator)
-        choose = compiled_next_tokens if self.compile else next_tokens
+        choose = compiled_next_tokens() if self.compile else next_tokens
         return choose(self.sampling, logits, noise, tokens, stopped, stops, self.pad_id)
 
 

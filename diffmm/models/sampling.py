@@ -1,7 +1,9 @@
 """The choice of the next token from logits."""
 
+import functools
 import math
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -101,8 +103,11 @@ def next_tokens(
     return new
 
 
-compiled_next_tokens = torch.compile(next_tokens)
-"""`next_tokens` in few kernels."""
+@functools.cache
+def compiled_next_tokens() -> Callable[..., Tensor]:
+    """`next_tokens` in few kernels. (`torch.compile` imports torch's compiler, which takes longer
+    than all else that generation imports.)"""
+    return torch.compile(next_tokens)
 
 
 def check_count(name: str, value: int) -> None:

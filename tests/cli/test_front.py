@@ -45,6 +45,15 @@ def test_small_verbs_print_their_help_without_torch(verb):
     assert f"usage: diffmm {verb}" in done.stdout
 
 
+def test_generation_is_imported_without_a_compiler():
+    code = (
+        "import sys, diffmm.models.generation; "
+        "sys.exit('torch._inductor' if 'torch._inductor' in sys.modules else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_verb_has_a_module_that_runs_it():
     import importlib
 
