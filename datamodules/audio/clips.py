@@ -156,7 +156,7 @@ class FileClips(AudioClips):
         try:
             file = soundfile.SoundFile(_openable(path))
         except soundfile.SoundFileError as error:
-            raise self._bad(index, f"is not a readable sound file: {error}") from error
+            raise self._bad(index, f"is not a readable sound file: {_reason(error)}") from error
         with file:
             if file.format not in FORMATS:
                 raise self._bad(
@@ -171,10 +171,15 @@ class FileClips(AudioClips):
                 with _ForwardFile(_openable(path)) if unmeasured else nullcontext(file) as opened:
                     yield opened
             except soundfile.SoundFileError as error:
-                raise self._bad(index, f"cannot be decoded: {error}") from error
+                raise self._bad(index, f"cannot be decoded: {_reason(error)}") from error
 
     def _bad(self, index: int, what: str) -> BadSampleError:
         return BadSampleError(f"{self.describe(index)} {what}", self.paths[index])
+
+
+def _reason(error: soundfile.SoundFileError) -> str:
+    """The message without the file, which the messages of clips name, and the final period."""
+    return str(getattr(error, "error_string", error)).removesuffix(".")
 
 
 def _openable(path: AnyFile) -> Any:
