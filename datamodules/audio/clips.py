@@ -1,5 +1,6 @@
 """Audio clips, decoded one at a time, and sound files."""
 
+import os
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -183,7 +184,10 @@ def _reason(error: soundfile.SoundFileError) -> str:
 
 
 def _openable(path: AnyFile) -> Any:
-    return path.open() if isinstance(path, StoredFile) else path
+    if isinstance(path, StoredFile):
+        return path.open()
+    # As bytes, because soundfile cannot encode names that are not UTF-8. Windows has none.
+    return path if os.name == "nt" else os.fsencode(path)
 
 
 def _blocks(file: soundfile.SoundFile, num_samples: int) -> Iterator[NDArray[np.float32]]:
