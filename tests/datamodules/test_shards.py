@@ -152,6 +152,14 @@ def test_sounds_with_texts_in_json(tmp_path):
     assert data.splits.val.texts[0][1] == "b"
     assert len(list(data.train_dataloader())) == 2
     write_shard(tmp_path / "0.tar", [("0.wav", b"no sound"), ("0.json", b'{"text": "a"}')])
+    with pytest.raises(
+        ValueError, match=r"and texts \(.txt\), but with .json: set --data.source.t"
+    ):
+        WebDatasetPairs(str(tmp_path)).all_pairs(Sounds())
+    (tmp_path / "1").mkdir()
+    write_shard(tmp_path / "1/0.tar", [("0.wav", b"no sound"), ("0.txt", b"a")])
+    with pytest.raises(ValueError, match=r"\(.json\), but with .txt: leave out text_field \('a'\)"):
+        WebDatasetPairs(str(tmp_path / "1"), text_field="a").all_pairs(Sounds())
     media = WebDatasetPairs(str(tmp_path), text_field="text").all_pairs(Sounds()).media
     with pytest.raises(BadSampleError, match=r"0.wav\) is not a readable sound file: Format not"):
         media.read(0)
