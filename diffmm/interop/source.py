@@ -17,7 +17,7 @@ from diffmm.models.safetensors_files import (
     weights_in,
 )
 from diffmm.models.tokenizer_files import GENERATION_NAME, TOKENIZER_NAME
-from diffmm.models.weights import CONFIG_NAME, describes_model
+from diffmm.models.weights import CONFIG_NAME, describes_model, settings_beside
 
 OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
@@ -106,7 +106,8 @@ def is_of_others(source: str | Path) -> bool:
     file = weights_in(path) if path.is_dir() else path
     if file.is_file() and not (is_safetensors(file) and not describes_model(file)):
         return False
-    return (folder / CONFIG_NAME).is_file() or _is_open_clip(folder)
+    has_settings = (folder / CONFIG_NAME).is_file() and not settings_beside(file)
+    return has_settings or _is_open_clip(folder)
 
 
 def _is_open_clip(folder: Path) -> bool:

@@ -37,6 +37,7 @@ SHARDS = "model-*-of-*.safetensors"
 
 ABOUT_MODEL = (DESCRIPTION_KEY, JOB_KEY, QUANTIZATION_KEY)
 ENDING, INDEX_ENDING = ".safetensors", ".safetensors.index.json"
+SHARD = re.compile(r".*-\d+-of-(\d+)\.safetensors")
 SIZE = re.compile(r"(\d+|\d*\.\d+) ?[KMGT]B", re.IGNORECASE)
 SHOWN = 4
 
@@ -150,6 +151,11 @@ def check_size(max_shard_size: int | str) -> None:
 def _shards(file: Path) -> dict[Path, set[str] | None]:
     """The files of weights and the names of the tensors in each, which only an index says."""
     if not file.name.endswith(INDEX_ENDING):
+        if (part := SHARD.fullmatch(file.name)) and int(part[1]) > 1:
+            raise ValueError(
+                f"{file} is one of {int(part[1])} files of the same weights: give their folder, or "
+                f"their index ({INDEX_NAME})"
+            )
         return {file: None}
     try:
         index = json.loads(file.read_text(encoding="utf-8"))

@@ -360,7 +360,7 @@ def _read(file: Path) -> Contents:
                     for key in (DESCRIPTION_KEY, JOB_KEY, QUANTIZATION_KEY)
                 )
             else:  # other libraries leave out what they do not know
-                settings = _settings_beside(file)
+                settings = settings_beside(file)
                 description, job = (settings.get(key) for key in ("description", JOB_KEY))
                 quantization = None
         except json.JSONDecodeError as error:
@@ -398,10 +398,10 @@ def describes_model(file: Path) -> bool:
     Raises:
         ValueError: If a file is damaged.
     """
-    return DESCRIPTION_KEY in read_metadata(file) or bool(_settings_beside(file))
+    return DESCRIPTION_KEY in read_metadata(file) or bool(settings_beside(file))
 
 
-def _settings_beside(file: Path) -> dict[str, Any]:
+def settings_beside(file: Path) -> dict[str, Any]:
     """The settings of diffmm beside a file of weights; empty if there are none."""
     try:
         settings = json.loads((file.parent / CONFIG_NAME).read_text(encoding="utf-8"))

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 import diffmm
 from diffmm.cli import main
+from diffmm.interop import read_model
 from diffmm.models import BackboneConfig, ImageConfig, ImageModel, TextConfig, TextModel
 from diffmm.models.job import Job
 from diffmm.models.safetensors_files import INDEX_NAME, read_tensors, write_tensors
-from diffmm.models.weights import load_description, load_model, load_weights
+from diffmm.models.weights import load_description, load_model, load_weights, save_model
 
 BACKBONE = BackboneConfig(dim=16, depth=2, num_heads=2, rope="2d")
 CONFIG = ImageConfig(image_size=8, patch_size=4, num_classes=3, backbone=BACKBONE)
@@ -39,6 +40,21 @@ def same(one, other):
 def shards(tmp_path):
     """A folder of a model in several files."""
     return image_model().save_pretrained(tmp_path / "model", max_shard_size="3KB")
+
+
+@pytest.fixture
+def refusals(tmp_path, monkeypatch, capsys):
+    """The messages of a command that is refused and writes nothing."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+    def run(*arguments):
+        assert main([str(argument) for argument in arguments]) == 2
+        assert not list(work.iterdir())
+        return capsys.readouterr().err.splitlines()
+
+    return run
 
 
 def change_index(folder, change):
@@ -141,16 +157,14 @@ def relabel(shard):
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_damaged_file_is_named(damage, message, shards, tmp_path, capsys):
+def test_a_damaged_file_is_named(damage, message, shards, refusals):
     name = json.loads((shards / INDEX_NAME).read_text())["weight_map"]["head.weight"]
     damage(shards / name)
     expected = message.format(folder=shards, name=name, index=INDEX_NAME, shard=shards / name)
     with pytest.raises(ValueError, match=re.escape(expected)):
         diffmm.load(shards)
-    assert main(["convert", str(shards), str(tmp_path / "never")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = refusals("convert", shards, "never")
     assert line.startswith(f"diffmm: error: {expected}")
-    assert not (tmp_path / "never").exists()
 
 
 NO_NAME = "{index} names {value!r}, which is not the name of a safetensors file beside it"
@@ -189,13 +203,25 @@ def test_an_index_that_is_none_is_named(text, shards):
         diffmm.load(shards)
 
 
-def test_files_without_their_index_are_named(shards):
+def test_files_without_their_index_are_named(shards, refusals):
     (shards / INDEX_NAME).unlink()
     first = names_in(shards)[0]
-    with pytest.raises(FileNotFoundError, match=f"no {INDEX_NAME}, which {first} needs"):
+    with pytest.raises(FileNotFoundError, match=f"no {INDEX_NAME}, which {first} needs$"):
         diffmm.load(shards)
-    with pytest.raises(ValueError, match=f"{first} does not fit ImageModel: .* missing"):
-        diffmm.load(shards / first)
+    (line,) = refusals("convert", shards, "never")
+    assert line.endswith(f"no {INDEX_NAME}, which {first} needs")
+
+
+def test_one_of_several_files_is_no_model(shards):
+    first, count = names_in(shards)[0], len(names_in(shards)) - 1
+    message = f"{first} is one of {count} files of the same weights: give their folder, or their"
+    for read in (diffmm.load, read_model):
+        with pytest.raises(ValueError, match=message):
+            read(shards / first)
+    one = image_model()
+    save_model(one, shards.parent / "other-00001-of-00001.safetensors")
+    again = load_model(shards.parent / "other-00001-of-00001.safetensors")
+    assert same(again.state_dict(), one.state_dict())
 
 
 def test_one_file_is_preferred_to_an_index(tmp_path):
