@@ -242,6 +242,20 @@ def test_the_front_door_of_the_readme_runs(
     assert "seven.png" in capsys.readouterr().out
 
 
+def test_files_that_a_contributor_is_told_of_hold_what_is_said() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`((?:diffmm|datamodules|tests|docs)/[\w/]+\.\w+)`", text)
+    assert len(named) > 15
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+    pairs = text.split("## Adding a pair of modalities")[1].split("## ")[0]
+    rows = [row.split("|")[1:3] for row in pairs.splitlines() if row.startswith("| `")]
+    assert len(rows) == 5
+    for file, held in rows:
+        content = (ROOT / file.strip(" `")).read_text()
+        for name in re.findall(r"`(\w+)`", held):
+            assert re.search(rf"\b{name}\b", content), (file, name)
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
 def test_linked_files_exist(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())

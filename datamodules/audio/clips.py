@@ -1,5 +1,6 @@
 """Audio clips, decoded one at a time, and sound files."""
 
+import os
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -156,7 +157,7 @@ class FileClips(AudioClips):
         try:
             file = soundfile.SoundFile(_openable(path))
         except soundfile.SoundFileError as error:
-            raise self._bad(index, f"is not a readable sound file: {error}") from error
+            raise self._bad(index, f"is not a readable sound file: {_reason(error)}") from error
         with file:
             if file.format not in FORMATS:
                 raise self._bad(
@@ -171,14 +172,22 @@ class FileClips(AudioClips):
                 with _ForwardFile(_openable(path)) if unmeasured else nullcontext(file) as opened:
                     yield opened
             except soundfile.SoundFileError as error:
-                raise self._bad(index, f"cannot be decoded: {error}") from error
+                raise self._bad(index, f"cannot be decoded: {_reason(error)}") from error
 
     def _bad(self, index: int, what: str) -> BadSampleError:
         return BadSampleError(f"{self.describe(index)} {what}", self.paths[index])
 
 
+def _reason(error: soundfile.SoundFileError) -> str:
+    """The message without the file, which the messages of clips name, and the final period."""
+    return str(getattr(error, "error_string", error)).removesuffix(".")
+
+
 def _openable(path: AnyFile) -> Any:
-    return path.open() if isinstance(path, StoredFile) else path
+    if isinstance(path, StoredFile):
+        return path.open()
+    # As bytes, because soundfile cannot encode names that are not UTF-8. Windows has none.
+    return path if os.name == "nt" else os.fsencode(path)
 
 
 def _blocks(file: soundfile.SoundFile, num_samples: int) -> Iterator[NDArray[np.float32]]:

@@ -53,10 +53,10 @@ class CocoCaptions(ImagePairSource):
         path = Path(self.root, "annotations", f"captions_{split}.json")
         values = read_json(path)
         try:
-            files = {image["id"]: image["file_name"] for image in values["images"]}
+            files = {image["id"]: _text(image, "file_name") for image in values["images"]}
             texts: dict[int, list[str]] = {}
             for annotation in values["annotations"]:
-                texts.setdefault(annotation["image_id"], []).append(annotation["caption"])
+                texts.setdefault(annotation["image_id"], []).append(_text(annotation, "caption"))
             # In the order of the images; those without captions are left out.
             known = [image for image in files if image in texts]
             if unknown := texts.keys() - files.keys():
@@ -73,13 +73,26 @@ class CocoCaptions(ImagePairSource):
         images: dict[str, list[tuple[Path, list[str]]]] = {"train": [], "val": [], "test": []}
         try:
             for image in read_json(path)["images"]:
-                file = Path(self.root, image.get("filepath", ""), image["filename"])
-                texts = [sentence["raw"] for sentence in image["sentences"]]
+                folder = _text(image, "filepath") if "filepath" in image else ""
+                file = Path(self.root, folder, _text(image, "filename"))
+                texts = [_text(sentence, "raw") for sentence in image["sentences"]]
                 images[KARPATHY_SPLITS[image["split"]]].append((file, texts))
         except (KeyError, TypeError) as error:
             raise DataError(f"{path} is not a file of Karpathy's splits: {error!r}") from error
         train, val, test = (_paired(medium, images[name]) for name in ("train", "val", "test"))
         return PairSplits(train, val, test)
+
+
+def _text(values: Any, field: str) -> str:
+    """A text in a file of captions.
+
+    Raises:
+        KeyError, TypeError: If it is not there, or not a text.
+    """
+    value = values[field]
+    if not isinstance(value, str):
+        raise TypeError(f"{field} must be a text, got {value!r:.60}")
+    return value
 
 
 def _paired(medium: Medium[Media], images: Iterable[tuple[Path, list[str]]]) -> Pairs[Media]:

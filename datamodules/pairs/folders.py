@@ -1,5 +1,6 @@
 """Folders of image or sound files with texts in files or in their names."""
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from datamodules.pairs.sources import (
 from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.files import composed, list_files, read_lines
 from diffmm.checks import DataError, check_choice
+
+_logger = logging.getLogger(__name__)
 
 TEXT_EXTENSION = ".txt"
 
@@ -118,14 +121,21 @@ class PairFolder(PairSource):
                 f"such as {loose[0].name}"
             )
         # Of `dog.TXT` and `dog.txt`, the last in order is used: the latter.
-        texts = {_stem(file): file for file in files if file.suffix.lower() == TEXT_EXTENSION}
-        found = [Described(file, texts.get(_stem(file))) for file in media]
+        texts = {_key(file): file for file in files if file.suffix.lower() == TEXT_EXTENSION}
+        found = [Described(file, texts.get(_key(file))) for file in media]
         missing = [each.media for each in found if each.text is None]
         if missing and self.texts == "files":
             raise ValueError(
                 f"{len(missing):,} of the {len(media):,} {medium.noun} in {folder} have no text "
                 f"file, such as {missing[0]}: write {missing[0].stem}{TEXT_EXTENSION} beside it, "
                 f"or set --data.source.texts to names or folders, if the texts are their names"
+            )
+        if self.texts == "files" and (alone := texts.keys() - set(map(_key, media))):
+            _logger.warning(
+                "%s of the %s text files in %s are left out, because no %s is beside them, such "
+                "as %s",
+                *(f"{len(alone):,}", f"{len(texts):,}", folder, medium.noun[:-1]),
+                min(texts[key] for key in alone),
             )
         return found
 
@@ -184,6 +194,12 @@ def text_of_folder(file: Path) -> str:
 
 def _stem(file: Path) -> Path:
     return file.with_suffix("")
+
+
+def _key(file: Path) -> str:
+    """What an image or sound and its text file have in common, whichever form of Unicode the
+    programs that wrote them use for accents."""
+    return composed(str(_stem(file)))
 
 
 def _check_apart(train: "list[Described]", others: "list[Described]", split: str) -> None:

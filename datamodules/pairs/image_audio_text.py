@@ -1,5 +1,6 @@
 """The datamodule of images with texts and sounds with texts together."""
 
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,23 +11,25 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
 from datamodules.audio.augment import AudioAugment
-from datamodules.audio.clips import EXTENSIONS as SOUND_EXTENSIONS
 from datamodules.audio.evaluation import AudioReader
 from datamodules.image.files import EXTENSIONS as IMAGE_EXTENSIONS
 from datamodules.image.files import MAX_PIXELS
 from datamodules.image.reader import ImageReader
 from datamodules.image.transform import ImageTransform
-from datamodules.pairs.audio_text import AudioTextData, AudioTextReader
+from datamodules.pairs.audio_text import AudioTextData, AudioTextReader, Sounds
 from datamodules.pairs.data import PairData, PairDataset, collate_pairs
 from datamodules.pairs.image_text import ImageTextData, ImageTextReader
-from datamodules.pairs.sources import IMAGES, SOUNDS, PairSource
+from datamodules.pairs.sources import IMAGES, NUM_LOOKED_AT, SOUNDS, PairSource
 from datamodules.shared.bad_samples import BadSamples
 from datamodules.shared.examination import Examined
-from datamodules.shared.fingerprints import Fingerprint
+from datamodules.shared.fingerprints import Fingerprint, spread
 from datamodules.shared.loading import SeededDataModule
 from datamodules.shared.own_data import OwnData
 from datamodules.shared.sampling import MixedSampler, SampleKey
 from diffmm.batch import PairBatch
+
+SOUND_NAMES = (*Sounds.extensions, *Sounds.other_extensions)
+"""Extensions of sound files, also of those that are not looked for in folders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ class ImageAudioTextReader(ImageTextReader, AudioTextReader):
     """
 
     class_path: ClassVar[str] = "datamodules.pairs.ImageAudioTextReader"
-    extensions: ClassVar[tuple[str, ...]] = (*IMAGE_EXTENSIONS, *SOUND_EXTENSIONS)
+    extensions: ClassVar[tuple[str, ...]] = (*IMAGE_EXTENSIONS, *Sounds.extensions)
     kind: ClassVar[str] = "image or sound"
 
     def read(self, item: Any) -> dict[str, Any]:
@@ -49,7 +52,7 @@ class ImageAudioTextReader(ImageTextReader, AudioTextReader):
     def is_sound(self, item: Any) -> bool:
         """Whether an input is a sound, by its type or the extension of its file."""
         if isinstance(item, str | Path):
-            return Path(item).suffix.lower() in SOUND_EXTENSIONS
+            return Path(item).suffix.lower() in SOUND_NAMES
         return isinstance(item, tuple)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -190,7 +193,8 @@ class ImageAudioTextData(SeededDataModule):
         """
         raise ValueError(
             f"--data {path}: {cls.__name__} has images and sounds, which are two sources: set "
-            f"--data.image_source and --data.audio_source"
+            f"--data.image_source '{{class_path: datamodules.pairs.PairFolder, init_args: "
+            f"{{train: FOLDER}}}}', and --data.audio_source likewise"
         )
 
     def prepare_data(self) -> None:
@@ -214,12 +218,13 @@ class ImageAudioTextData(SeededDataModule):
         for name, part in self.parts.items():
             try:
                 summary = part.evaluate_on_pairs(path, split=split)
+                _check_names(path, name, part)
             except ValueError as error:
                 faults.append(str(error))
                 continue
             self.parts = {name: part}
             return summary
-        raise ValueError("; ".join(faults))
+        raise ValueError("; ".join(dict.fromkeys(faults)))
 
     def fingerprint(self) -> Fingerprint:
         return {
@@ -279,6 +284,22 @@ class ImageAudioTextData(SeededDataModule):
         dataset = part.dataset(getattr(part.splits, split), training=training)
         dataset.triage = part.triage()
         return dataset
+
+
+def _check_names(path: str, noun: str, part: PairData[Any]) -> None:
+    """Check that a table of images does not name sounds, or the reverse.
+
+    Raises:
+        ValueError: If it does; the message names a file.
+    """
+    other, extensions = {IMAGES: (SOUNDS, SOUND_NAMES), SOUNDS: (IMAGES, IMAGE_EXTENSIONS)}[noun]
+    media = part.splits.val.media
+    files = (media.file(index) for index in spread(range(len(media.labels)), NUM_LOOKED_AT))
+    for file in files:
+        if file is not None and os.fspath(file).lower().endswith(extensions):
+            raise ValueError(
+                f"{path} cannot be evaluated as {noun}: it has {other}, such as {file}"
+            )
 
 
 class JoinedPairs(ConcatDataset[dict[str, Any]]):

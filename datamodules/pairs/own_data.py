@@ -19,9 +19,9 @@ from datamodules.shared.own_data import (
     check_folder,
     find_columns,
     fitting_batch_size,
-    header_of,
     named_splits,
 )
+from datamodules.shared.table_files import header_of
 
 TEXT_COLUMNS = ("text", "caption", "captions", "sentence", "transcript", "description", "title")
 """Column names of texts that are recognized in a table, in order of preference."""

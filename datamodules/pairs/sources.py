@@ -83,7 +83,7 @@ class Pairs(Generic[Media]):
             choose: The index of the text, as a function of the number of texts.
 
         Raises:
-            BadSampleError: If it cannot be read or is empty.
+            BadSampleError: If it cannot be read, is empty or no valid Unicode.
         """
         file = self.media.file(index)
         try:
@@ -93,6 +93,11 @@ class Pairs(Generic[Media]):
         text = texts[choose(len(texts))].strip() if texts else ""
         if not text:
             raise BadSampleError(f"{self.media.describe(index)} has an empty text", file)
+        if not _is_unicode(text):
+            raise BadSampleError(
+                f"{self.media.describe(index)} has a text that is no valid Unicode: {text!a:.60}",
+                file,
+            )
         return text
 
     def fingerprint(self) -> Fingerprint:
@@ -104,9 +109,9 @@ class Pairs(Generic[Media]):
         return {"samples": len(self), **media, "contents of texts": texts}
 
     def known_texts(self, index: int) -> Sequence[str]:
-        """The texts of an image or sound; none if they cannot be read."""
+        """The texts of an image or sound that are valid; none if they cannot be read."""
         try:
-            return self.texts[index]
+            return [text for text in self.texts[index] if _is_unicode(text)]
         except BadSampleError:
             return ()
 
@@ -159,6 +164,16 @@ class PairSource(ABC):
             FileNotFoundError: If a path does not exist.
             ValueError: If a split is empty or a file is malformed.
         """
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be encoded, unlike half of a surrogate pair in JSON, or the name of a file
+    that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def checked_texts(value: Any, name: str) -> list[str]:

@@ -1,6 +1,5 @@
 """CSV files of image or sound files and their texts."""
 
-import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +13,8 @@ from datamodules.pairs.sources import (
     check_apart,
     hold_out_groups,
 )
-from datamodules.shared.files import check_file
+from datamodules.shared.table_files import NamedFiles, read_rows
 from datamodules.shared.tables import SPLIT_NAMES
-from diffmm.checks import DataError
 
 
 class PairRow(NamedTuple):
@@ -32,7 +30,7 @@ class PairTable(PairSource):
     """Tables of files and their texts, separated by commas (`.csv`) or tabs (`.tsv`).
 
     The first line has the names of the columns; other columns are ignored. Several rows of the same
-    file are several texts of it.
+    file are several texts of it, also under another name (`../photos/a.png`).
 
     Args:
         train: Table of the training pairs, in UTF-8.
@@ -89,7 +87,10 @@ class PairTable(PairSource):
 
     def splits(self, medium: Medium[Media]) -> PairSplits[Media]:
         tables = {"train": self.train, "val": self.val, "test": self.test}
-        rows = {name: list(self._rows(table)) if table else [] for name, table in tables.items()}
+        files = NamedFiles()
+        rows = {
+            name: list(self._rows(table, files)) if table else [] for name, table in tables.items()
+        }
         if self.split_column is not None:
             rows = {name: [row for row in rows["train"] if row.split == name] for name in rows}
             if not rows["train"]:
@@ -115,9 +116,9 @@ class PairTable(PairSource):
         Raises:
             FileNotFoundError, ValueError: As `splits`.
         """
-        return paired(medium, list(self._rows(self.train)))
+        return paired(medium, list(self._rows(self.train, NamedFiles())))
 
-    def _rows(self, table: str) -> Iterator[PairRow]:
+    def _rows(self, table: str, files: NamedFiles) -> Iterator[PairRow]:
         """Read the rows of a table.
 
         Raises:
@@ -125,49 +126,22 @@ class PairTable(PairSource):
             ValueError: If it is malformed; the message names the table and the problem.
         """
         path = Path(table)
-        check_file(path, "table")
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-        is_empty = True
-        try:
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                for row in self._read(path, csv.DictReader(file, delimiter=delimiter)):
-                    is_empty = False
-                    yield row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"table {path} is not a UTF-8 CSV file: {error}") from error
-        if is_empty:
-            raise ValueError(f"table {path} has no rows")
-
-    def _read(self, path: Path, reader: "csv.DictReader[str]") -> Iterator[PairRow]:
-        columns = reader.fieldnames or []
-        for column in (
-            self.file_column,
-            *self.text_columns,
-            self.split_column,
-            self.group_column,
-        ):
-            if column is not None and column not in columns:
-                raise ValueError(
-                    f"{path} has no column {column!r}, only {', '.join(columns) or 'nothing'}"
-                )
+        columns = (self.file_column, *self.text_columns, self.split_column, self.group_column)
         splits = {alias: name for name, aliases in SPLIT_NAMES.items() for alias in aliases}
-        for row in reader:
-            if any(row.get(None, ())):
-                raise ValueError(
-                    f"{path}, line {reader.line_num} has more fields than the first line: put "
-                    f"texts that contain the separator in double quotes"
-                )
+        folder = Path(self.media_folder or path.parent)
+        for line, row in read_rows(path, [column for column in columns if column is not None]):
             texts = [(row[column] or "").strip() for column in self.text_columns]
             texts = [text for text in texts if text]
-            if not row[self.file_column] or not texts:
-                raise ValueError(f"{path}, line {reader.line_num}: the file or the text is missing")
+            name = row[self.file_column]
+            if not name or not texts:
+                raise ValueError(f"{path}, line {line}: the file or the text is missing")
             split = "train"
             if self.split_column is not None:
                 written = row[self.split_column] or ""
                 split = splits.get(written.strip().lower(), "")
                 if not split:
                     raise ValueError(
-                        f"{path}, line {reader.line_num}: {self.split_column} must be one of "
+                        f"{path}, line {line}: {self.split_column} must be one of "
                         f"{', '.join(splits)}, got {written!r}"
                     )
             group = ""
@@ -175,12 +149,10 @@ class PairTable(PairSource):
                 group = (row[self.group_column] or "").strip()
                 if not group:
                     raise ValueError(
-                        f"{path}, line {reader.line_num}: {self.group_column} is missing, so that "
-                        f"it is unknown what is held out with this row"
+                        f"{path}, line {line}: {self.group_column} is missing, so that it is "
+                        f"unknown what is held out with this row"
                     )
-            yield PairRow(
-                Path(self.media_folder or path.parent) / row[self.file_column], texts, split, group
-            )
+            yield PairRow(files.find(folder, name), texts, split, group)
 
 
 def paired(medium: Medium[Media], rows: Sequence[PairRow]) -> Pairs[Media]:

@@ -111,8 +111,18 @@ class WebDatasetPairs(PairSource):
             raise ValueError(
                 f"{argument}: the shards in {pattern} have no samples with {medium.noun} "
                 f"({', '.join(extensions)}) and texts ({self.extension})"
+                f"{self._hint(paths[0], extensions)}"
             )
         return paths, indices
+
+    def _hint(self, path: Path, extensions: Sequence[str]) -> str:
+        """The end of a message if a shard has texts of the other kind; otherwise empty."""
+        other = ".json" if self.text_field is None else ".txt"
+        if not len(indexed(path, extensions, other, None).media):
+            return ""
+        if self.text_field is None:
+            return ", but with .json: set --data.source.text_field to the field of the text in them"
+        return f", but with .txt: leave out text_field ({self.text_field!r}) to use these"
 
     def _pairs(
         self, medium: Medium[Media], paths: Sequence[Path], indices: Sequence[ShardIndex]

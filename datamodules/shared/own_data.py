@@ -4,7 +4,6 @@ A datamodule that supports `--data` has a class method
 `own_data(path, given, *, inputs_may_change)`, which inspects the path and returns an `OwnData`.
 """
 
-import csv
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.files import check_file, list_files, loose_files
 from datamodules.shared.sources import EmptyClassesError, Labelled, Samples, Source, Splits
+from datamodules.shared.table_files import delimiter_of, header_of
 from datamodules.shared.tables import SPLIT_NAMES
 from diffmm.checks import did_you_mean
 
@@ -177,21 +177,6 @@ def _columns(table: Path, given: Mapping[str, Any]) -> dict[str, str]:
     )
 
 
-def header_of(table: Path) -> list[str]:
-    """The first line of a table, separated by commas (or tabs in a `.tsv` file).
-
-    Raises:
-        ValueError: If it is not a table in UTF-8.
-    """
-    check_file(table, "table")
-    delimiter = "\t" if table.suffix.lower() == ".tsv" else ","
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            return next(csv.reader(file, delimiter=delimiter), [])
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"table {table} is not a UTF-8 CSV file: {error}") from error
-
-
 def find_columns(
     header: Sequence[str], given: Mapping[str, Any], table: Path, **names_of: Sequence[str]
 ) -> dict[str, str]:
@@ -207,7 +192,10 @@ def find_columns(
         ValueError: If another column is missing.
     """
     columns = {}
+    separators = "tabs" if delimiter_of(table) == "\t" else "commas"
     for argument, names in names_of.items():
+        # The only column is a whole line, if other characters separate them.
+        near = did_you_mean(names[0], header) if len(header) > 1 else ""
         by_name = {column.strip().lower(): column for column in reversed(header)}
         column = next((by_name[name] for name in names if name in by_name), None)
         if given.get(argument) in header:
@@ -217,9 +205,8 @@ def find_columns(
         elif argument != "split_column":
             raise ValueError(
                 f"table {table} needs a column {names[0]!r} (or {', '.join(names[1:])}), separated "
-                f"by commas; its first line is {', '.join(header)!r}"
-                f"{did_you_mean(names[0], header)}; for another name, set "
-                f"--data.source.{argument}"
+                f"by {separators}; its first line is {', '.join(header)!r}{near}; for another "
+                f"name, set --data.source.{argument}"
             )
     return columns
 

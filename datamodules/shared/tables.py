@@ -1,15 +1,15 @@
 """Sources that are CSV files of file names and labels."""
 
-import csv
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from datamodules.shared.files import check_file, composed, read_lines
+from datamodules.shared.files import composed, read_lines
 from datamodules.shared.folders import held_out_samples
 from datamodules.shared.sources import Labels, Samples, Source, Splits
+from datamodules.shared.table_files import NamedFiles, read_rows
 from diffmm.checks import DataError, check_choice, did_you_mean
 
 SPLIT_NAMES = {
@@ -135,29 +135,17 @@ class TableSource(Source[Samples]):
             FileNotFoundError: If the table does not exist.
             ValueError: If it is malformed; the message names the table and the problem.
         """
-        path = Path(table)
-        check_file(path, "table")
-        try:
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                rows = list(self._read(path, csv.DictReader(file)))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"table {path} is not a UTF-8 CSV file: {error}") from error
-        if not rows:
-            raise ValueError(f"table {path} has no rows")
-        return rows
+        return list(self._read(Path(table)))
 
-    def _read(self, path: Path, reader: "csv.DictReader[str]") -> Iterator[Row]:
-        columns = reader.fieldnames or []
-        for column in (self.file_column, self.label_column, self.split_column):
-            if column is not None and column not in columns:
-                raise ValueError(
-                    f"{path} has no column {column!r}, only {', '.join(columns) or 'nothing'}"
-                )
+    def _read(self, path: Path) -> Iterator[Row]:
+        columns = (self.file_column, self.label_column, self.split_column)
         splits = {alias: name for name, aliases in SPLIT_NAMES.items() for alias in aliases}
-        for row in reader:
-            if not row[self.file_column] or row[self.label_column] is None:
-                raise ValueError(f"{path}, line {reader.line_num}: the file or labels are missing")
-            labels = composed(row[self.label_column]).split(self.label_separator)
+        files = NamedFiles()
+        for line, row in read_rows(path, [column for column in columns if column is not None]):
+            file, label = row[self.file_column], row[self.label_column]
+            if not file or label is None:
+                raise ValueError(f"{path}, line {line}: the file or labels are missing")
+            labels = composed(label).split(self.label_separator)
             names = list(dict.fromkeys(label.strip() for label in labels if label.strip()))
             split = "train"
             if self.split_column is not None:
@@ -165,10 +153,10 @@ class TableSource(Source[Samples]):
                 split = splits.get(written.strip().lower(), "")
                 if not split:
                     raise ValueError(
-                        f"{path}, line {reader.line_num}: {self.split_column} must be one of "
+                        f"{path}, line {line}: {self.split_column} must be one of "
                         f"{', '.join(splits)}, got {written!r}"
                     )
-            yield Row(path.parent / row[self.file_column], names, split)
+            yield Row(files.find(path.parent, file), names, split)
 
     def _labelled(
         self, table: str, rows: list[Row], class_names: list[str]

@@ -18,7 +18,8 @@ from diffmm.export.signature import Signature
 from diffmm.interop.conversion import FAMILIES, check_free, write_model
 from diffmm.models.description import unwrap
 from diffmm.models.job import Job
-from diffmm.models.weights import WEIGHTS_NAME, save_model
+from diffmm.models.safetensors_files import WEIGHTS_NAME
+from diffmm.models.weights import save_model
 from diffmm.new_folders import workspace
 
 HUGGING_FACE = (

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from diffmm.checks import check_choice
 from diffmm.interop.family import contents_of
 from diffmm.models.parameters import LAMBDA
 from diffmm.models.quantized_file import QUANTIZATION_KEY, SCALE, integers, pack
+from diffmm.models.safetensors_files import is_safetensors, read_tensors
 from diffmm.models.weights import find_weights, load_model, save_contents
 from diffmm.renamed import weights_with_new_names
 
@@ -150,14 +150,10 @@ def load_quantized(path: str | Path) -> nn.Module:
     tensor_class = _torchao().IntxUnpackedToInt8Tensor
     file = find_weights(path)
     model = load_model(file)  # with all checks
-    if file.suffix != ".safetensors":
+    weights, metadata = read_tensors(file) if is_safetensors(file) else ({}, {})
+    if QUANTIZATION_KEY not in metadata:
         raise ValueError(f"{path} has no quantized weights: use diffmm.load")
-    with safe_open(file, framework="pt") as opened:
-        settings = json.loads((opened.metadata() or {}).get(QUANTIZATION_KEY, "null"))
-        if settings is None:
-            raise ValueError(f"{path} has no quantized weights: use diffmm.load")
-        names = [name + end for name in settings["widths"] for end in ("", SCALE)]
-        weights = {name: opened.get_tensor(name) for name in names}
+    settings = json.loads(metadata[QUANTIZATION_KEY])
     dtype = DTYPES[settings["bits"]]
     layers = {}
     for name, (values, scale) in weights_with_new_names(integers(weights, settings)).items():

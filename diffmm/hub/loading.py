@@ -30,9 +30,9 @@ def load(
     """Load a trained model with its task: `load(run).predict("cat.jpg")`.
 
     Args:
-        path: A run, a checkpoint folder, a Lightning checkpoint, a `.safetensors` file or its
-            folder as written by `TrainedModel.save`, or the name of a repository on the Hugging
-            Face hub, `user/name` (if there is no folder `user`).
+        path: A run, a checkpoint folder, a Lightning checkpoint, a `.safetensors` file (or the
+            index of several) or its folder as written by `TrainedModel.save`, or the name of a
+            repository on the Hugging Face hub, `user/name` (if there is no folder `user`).
         device: Device of the model; `"auto"` is the accelerator, if there is one.
         reader: The preprocessing of inputs, such as a `datamodules.image.ImageReader`; by default
             that of the file.

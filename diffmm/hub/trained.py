@@ -149,7 +149,11 @@ class TrainedModel:
         return save_model(self.model, path)
 
     def save_pretrained(
-        self, folder: str | Path, *, metrics: Mapping[str, float] | None = None
+        self,
+        folder: str | Path,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        max_shard_size: int | str | None = None,
     ) -> Path:
         """Write a folder for the Hugging Face hub: weights, settings, tokenizer or preprocessing,
         and a model card.
@@ -158,18 +162,22 @@ class TrainedModel:
             folder: The folder; see `diffmm.models.pretrained.Pretrained.save_pretrained`.
             metrics: Values for the model card by the names of metrics; by default those of the run
                 that the model is from, if it is from one.
+            max_shard_size: As in `diffmm.models.pretrained.Pretrained.save_pretrained`.
 
         Raises:
             ValueError: As `diffmm.models.pretrained.Pretrained.save_pretrained`, or if the metrics
                 of the run cannot be read; the message names the file.
         """
-        return write_folder(self.model, folder, metrics=self._metrics(metrics))
+        return write_folder(
+            self.model, folder, metrics=self._metrics(metrics), max_shard_size=max_shard_size
+        )
 
     def push_to_hub(
         self,
         name: str,
         *,
         metrics: Mapping[str, float] | None = None,
+        max_shard_size: int | str | None = None,
         private: bool = False,
         token: str | bool | None = None,
         revision: str | None = None,
@@ -180,6 +188,7 @@ class TrainedModel:
         Args:
             name: Name of the repository, `user/name`.
             metrics: As in `save_pretrained`.
+            max_shard_size: As in `save_pretrained`.
             private: As in `diffmm.models.pretrained.Pretrained.push_to_hub`.
             token: As there.
             revision: As there.
@@ -193,6 +202,7 @@ class TrainedModel:
         return model.push_to_hub(
             name,
             metrics=self._metrics(metrics),
+            max_shard_size=max_shard_size,
             private=private,
             token=token,
             revision=revision,

@@ -18,12 +18,13 @@ from diffmm.interop.motif import MOTIF
 from diffmm.interop.open_clip import OPEN_CLIP
 from diffmm.interop.open_clip_text import OPEN_CLIP_TEXT
 from diffmm.interop.qwen import QWEN2, QWEN3
-from diffmm.interop.source import CONFIG_NAME, WEIGHTS_NAME, Source, read_source
+from diffmm.interop.source import Source, read_source
 from diffmm.interop.timm_models import TIMM
 from diffmm.interop.unilm_decoders import UNILM_V1, UNILM_V2
 from diffmm.interop.whisper import WHISPER
+from diffmm.models.safetensors_files import WEIGHTS_NAME, write_tensors
 from diffmm.models.tokenizer_files import GENERATION_NAME, tokenizer_files
-from diffmm.models.weights import Contents, write_tensors
+from diffmm.models.weights import CONFIG_NAME, Contents
 from diffmm.new_folders import appearing
 
 FAMILIES: dict[str, Family] = {

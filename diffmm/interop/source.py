@@ -1,19 +1,24 @@
 """Weights of other implementations on disk or on the Hugging Face hub."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffmm.chat_templates import template_in
 from diffmm.models.hub_files import resolve
+from diffmm.models.safetensors_files import (
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    is_safetensors,
+    read_tensors,
+    weights_in,
+)
 from diffmm.models.tokenizer_files import GENERATION_NAME, TOKENIZER_NAME
-from diffmm.models.weights import CONFIG_NAME, WEIGHTS_NAME, describes_model
+from diffmm.models.weights import CONFIG_NAME, describes_model, settings_beside
 
-INDEX_NAME = "model.safetensors.index.json"
 OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"
 PREPROCESSOR_NAME = "preprocessor_config.json"
@@ -47,7 +52,7 @@ def read_source(source: str | Path) -> Source:
 
     Args:
         source: A folder with `config.json` and safetensors (one file, or several with an index),
-            one of those safetensors files, or the name of a repository on the Hugging Face hub.
+            one of those files, or the name of a repository on the Hugging Face hub.
 
     Raises:
         FileNotFoundError: If there is no such file or folder, and it is not a name on the hub.
@@ -59,7 +64,7 @@ def read_source(source: str | Path) -> Source:
     if is_clip and file is None and (folder / OPEN_CLIP_WEIGHTS_NAME).is_file():
         file = folder / OPEN_CLIP_WEIGHTS_NAME
     config = read_json(folder / (OPEN_CLIP_CONFIG_NAME if is_clip else CONFIG_NAME))
-    weights = dict(read_tensors(file) if file is not None else _all_tensors(folder))
+    weights = read_tensors(file or _weights_in(folder)).tensors
     tokenizer = folder / TOKENIZER_NAME
     text = None
     if tokenizer.is_file():
@@ -98,10 +103,11 @@ def is_of_others(source: str | Path) -> bool:
     if not path.exists():
         return False
     folder = path if path.is_dir() else path.parent
-    file = path / WEIGHTS_NAME if path.is_dir() else path
-    if file.is_file() and (file.suffix != ".safetensors" or describes_model(file)):
+    file = weights_in(path) if path.is_dir() else path
+    if file.is_file() and not (is_safetensors(file) and not describes_model(file)):
         return False
-    return (folder / CONFIG_NAME).is_file() or _is_open_clip(folder)
+    has_settings = (folder / CONFIG_NAME).is_file() and not settings_beside(file)
+    return has_settings or _is_open_clip(folder)
 
 
 def _is_open_clip(folder: Path) -> bool:
@@ -130,39 +136,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """The names and tensors in a safetensors file.
-
-    Raises:
-        ValueError: If the file is damaged, truncated or of another format.
-    """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                yield name, opened.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
-
-
-def _all_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a folder: of one file, or of those that its index names."""
-    if (folder / WEIGHTS_NAME).is_file():
-        yield from read_tensors(folder / WEIGHTS_NAME)
-        return
-    if not (folder / INDEX_NAME).is_file():
+def _weights_in(folder: Path) -> Path:
+    """The weights of a folder: one file, or the index of several."""
+    file = weights_in(folder)
+    if not file.is_file():
         pickles = [name for name in PICKLES if (folder / name).is_file()]
         hint = f", only {pickles[0]}: save its weights as safetensors" if pickles else ""
         raise ValueError(f"{folder} has no {WEIGHTS_NAME} and no {INDEX_NAME}{hint}")
-    places = read_json(folder / INDEX_NAME).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(each, str) for each in places.values()):
-        raise ValueError(f"{folder / INDEX_NAME} has no weight_map of tensors to files")
-    for name in sorted(set(places.values())):
-        # A file of weights must not make us read files elsewhere.
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{folder} has no file {name}, which its {INDEX_NAME} names")
-        expected = {tensor for tensor, file in places.items() if file == name}
-        found = dict(read_tensors(folder / name))
-        if found.keys() != expected:
-            differing = ", ".join(sorted(found.keys() ^ expected)[:4])
-            raise ValueError(f"{folder / name} and {INDEX_NAME} disagree about {differing}")
-        yield from found.items()
+    return file

@@ -220,14 +220,14 @@ def mel_filters(
         highest_hz: Upper edge of the highest band; half the sample rate by default.
         slaney: Whether the bands are Slaney's, with equal areas, instead of HTK's.
     """
-    from torchaudio.functional import melscale_fbanks  # not needed by text and image models
-
     # torchaudio uses the default dtype, which may be half, and the default device, which may be
-    # the meta device, and reads the values.
+    # the meta device, and reads the values; it also has constants, made when it is imported.
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
         with torch.device("cpu"):
+            from torchaudio.functional import melscale_fbanks  # not for text and image models
+
             return melscale_fbanks(
                 num_fft // 2 + 1,
                 0.0,

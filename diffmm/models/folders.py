@@ -1,6 +1,7 @@
 """Folders for the hub: a model's weights, its settings, its tokenizer or preprocessing, its card.
 
-model.safetensors         the weights, with the description of the model and its job
+model.safetensors         the weights, with the description of the model and its job; or
+                          model-00001-of-00002.safetensors, ..., model.safetensors.index.json
 config.json               the same description and job, as other libraries read them
 preprocessor_config.json  of an image or audio model: how its inputs are prepared
 tokenizer.json, tokenizer_config.json, generation_config.json    of a text model
@@ -19,6 +20,7 @@ import diffmm
 from diffmm.models.description import describe, unwrap
 from diffmm.models.hub_files import CARD_NAME
 from diffmm.models.model_card import model_card
+from diffmm.models.safetensors_files import INDEX_NAME, JOB_KEY, SHARDS, WEIGHTS_NAME, check_size
 from diffmm.models.text import TextModel
 from diffmm.models.tokenizer_files import (
     CHAT_TEMPLATE_NAME,
@@ -27,15 +29,15 @@ from diffmm.models.tokenizer_files import (
     TOKENIZER_NAME,
     tokenizer_files,
 )
-from diffmm.models.weights import CONFIG_NAME, JOB_KEY, MODEL_TYPE, WEIGHTS_NAME, save_model
+from diffmm.models.weights import CONFIG_NAME, MODEL_TYPE, saved_contents, write_contents
 from diffmm.new_folders import appearing
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
 
 OWN_FILES = (
     WEIGHTS_NAME,
-    f"{WEIGHTS_NAME}.index.json",
-    "model-*-of-*.safetensors",
+    INDEX_NAME,
+    SHARDS,
     CONFIG_NAME,
     PREPROCESSOR_NAME,
     TOKENIZER_NAME,
@@ -58,6 +60,7 @@ def write_folder(
     *,
     name: str | None = None,
     metrics: Mapping[str, float] | None = None,
+    max_shard_size: int | str | None = None,
 ) -> Path:
     """Write a model's folder for the hub.
 
@@ -70,23 +73,29 @@ def write_folder(
         folder: The folder.
         name: The model's name in its card; that of the folder by default.
         metrics: Metrics for its card.
+        max_shard_size: Maximum size of a file of weights, as in
+            `diffmm.models.safetensors_files.write_tensors`; by default there is one file.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: As `diffmm.models.weights.save_model`, or if the folder is a file or a metric is
-            not a number.
+        ValueError: As `diffmm.models.weights.save_model`, or if the folder is a file, a metric is
+            not a number, or `max_shard_size` is not a size.
     """
     model, folder = unwrap(model), Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give the name of a folder")
+    if max_shard_size is not None:
+        check_size(max_shard_size)
     texts = {
         **settings_files(model),
         CARD_NAME: model_card(model, name or folder.resolve().name, metrics or {}),
     }
     with appearing(folder, kept=[CARD_NAME], removed=OWN_FILES) as unfinished:
-        save_model(model, unfinished / WEIGHTS_NAME)
+        write_contents(
+            saved_contents(model), unfinished / WEIGHTS_NAME, max_shard_size=max_shard_size
+        )
         for file, text in texts.items():
             (unfinished / file).write_text(text, encoding="utf-8")
     return folder

@@ -49,7 +49,11 @@ class Pretrained:
         return model
 
     def save_pretrained(
-        self, folder: str | Path, *, metrics: Mapping[str, float] | None = None
+        self,
+        folder: str | Path,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        max_shard_size: int | str | None = None,
     ) -> Path:
         """Write a folder for the hub: weights, settings, tokenizer or preprocessing, model card.
 
@@ -60,24 +64,28 @@ class Pretrained:
         Args:
             folder: The folder.
             metrics: Values for the model card by the names of metrics.
+            max_shard_size: Maximum size of a file of weights: a number of bytes, or text such as
+                `"5GB"`. Larger models are written as several files with an index. By default there
+                is one file.
 
         Returns:
             The folder.
 
         Raises:
-            ValueError: If the model cannot be described, `folder` is a file, or a metric is not a
-                number.
+            ValueError: If the model cannot be described, `folder` is a file, a metric is not a
+                number, or `max_shard_size` is not a size.
         """
         from diffmm.models.folders import write_folder
 
         model: Any = self
-        return write_folder(model, folder, metrics=metrics)
+        return write_folder(model, folder, metrics=metrics, max_shard_size=max_shard_size)
 
     def push_to_hub(
         self,
         name: str,
         *,
         metrics: Mapping[str, float] | None = None,
+        max_shard_size: int | str | None = None,
         private: bool = False,
         token: str | bool | None = None,
         revision: str | None = None,
@@ -91,13 +99,15 @@ class Pretrained:
         Args:
             name: Name of the repository, `user/name`.
             metrics: As in `save_pretrained`.
+            max_shard_size: As in `save_pretrained`.
             private: Whether a new repository is private.
             token: Token of a login with write access; by default the stored one.
             revision: The branch; by default the main one.
             commit_message: Message of the commit.
 
         Raises:
-            ValueError: If the hub cannot be reached or refuses the upload; the message says why.
+            ValueError: As `save_pretrained`, or if the hub cannot be reached or refuses the upload;
+                the message says why.
         """
         from huggingface_hub import HfApi
 
@@ -106,7 +116,13 @@ class Pretrained:
         model: Any = self
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as temporary:
-            folder = write_folder(model, Path(temporary, "model"), name=name, metrics=metrics)
+            folder = write_folder(
+                model,
+                Path(temporary, "model"),
+                name=name,
+                metrics=metrics,
+                max_shard_size=max_shard_size,
+            )
             try:
                 api.create_repo(name, private=private, exist_ok=True)
                 has_card = api.file_exists(name, CARD_NAME, revision=revision)

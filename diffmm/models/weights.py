@@ -1,9 +1,10 @@
 """Saving and loading of weights, together with the model's description as plain data.
 
 A file of weights is either a Lightning checkpoint (`.ckpt`, written in training, with the model's
-description under the key `"model"` and its job under `"job"`) or a safetensors file written by
-`save_model`. Both are read as tensors and plain values only, so opening a file never runs code from
-it. A checkpoint folder stands for the file in it, and a run for its newest complete checkpoint.
+description under the key `"model"` and its job under `"job"`) or a safetensors file, or several
+with an index, with both in the metadata or in a `config.json`. All are read as tensors and plain
+values only, so opening a file never runs code from it. A checkpoint folder stands for the file in
+it, and a run for its newest complete checkpoint.
 """
 
 import json
@@ -12,8 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffmm.checkpoint_folders import STATE_NAME, find_state
@@ -25,6 +24,18 @@ from diffmm.models.description import build, configured, describe, unwrap
 from diffmm.models.hub_files import resolve
 from diffmm.models.job import Job, text_reader
 from diffmm.models.quantized_file import QUANTIZATION_KEY, dequantized
+from diffmm.models.safetensors_files import (
+    DESCRIPTION_KEY,
+    INDEX_NAME,
+    JOB_KEY,
+    SHARDS,
+    WEIGHTS_NAME,
+    is_safetensors,
+    read_metadata,
+    read_tensors,
+    weights_in,
+    write_tensors,
+)
 from diffmm.new_folders import workspace
 from diffmm.renamed import weights_with_new_names, with_new_names
 
@@ -40,17 +51,8 @@ __all__ = [
     "read_contents",
     "save_contents",
     "save_model",
-    "write_tensors",
+    "write_contents",
 ]
-
-DESCRIPTION_KEY = "model"
-"""Key of the model's description in a checkpoint or in the safetensors metadata."""
-
-JOB_KEY = "job"
-"""Key of the model's job (see `diffmm.models.job`)."""
-
-WEIGHTS_NAME = "model.safetensors"
-"""Name of the file in a folder written by `save_model`."""
 
 CONFIG_NAME = "config.json"
 """Name of the file of settings beside the weights in a folder for the hub, and in folders of other
@@ -87,6 +89,15 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
         ValueError: If the model's class is not in `diffmm.models`, the job does not match it, its
             adapters cannot be merged, or the path ends like a file of another format.
     """
+    return save_contents(saved_contents(model), path)
+
+
+def saved_contents(model: nn.Module) -> "Contents":
+    """What `save_model` writes of a model.
+
+    Raises:
+        ValueError: As `save_model`.
+    """
     model = unwrap(model)
     base: Any = getattr(model, "get_base_model", None)  # of PEFT
     model = model if base is None else base()
@@ -94,7 +105,7 @@ def save_model(model: nn.Module, path: str | Path) -> Path:
     if job is not None:
         job.check_fit(model)
         job = job.plain()
-    return save_contents(Contents(own_weights(model), describe(model), job), path)
+    return Contents(own_weights(model), describe(model), job)
 
 
 def own_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -129,28 +140,39 @@ def save_contents(
         OSError: If it cannot be written; nothing is left behind then.
     """
     file = weights_file(path)
+    with workspace(file) as folder:
+        write_contents(contents, folder / file.name, quantization=quantization)
+        (folder / file.name).replace(file)
+    return file
+
+
+def write_contents(
+    contents: "Contents",
+    file: Path,
+    *,
+    quantization: dict[str, Any] | None = None,
+    max_shard_size: int | str | None = None,
+) -> None:
+    """Write the file of `save_contents`, in place.
+
+    Args:
+        contents: As in `save_contents`.
+        file: The path of the file.
+        quantization: As in `save_contents`.
+        max_shard_size: As in `diffmm.models.safetensors_files.write_tensors`: several files are
+            written beside `file`, with an index.
+
+    Raises:
+        ValueError: If `max_shard_size` is not a size.
+        OSError: If a file cannot be written.
+    """
     metadata = {"format": "pt", DESCRIPTION_KEY: json.dumps(contents.description)}
     if contents.job is not None:
         metadata[JOB_KEY] = json.dumps(contents.job)
     if quantization is not None:
         metadata[QUANTIZATION_KEY] = json.dumps(quantization)
     weights = {name: tensor.contiguous() for name, tensor in contents.weights.items()}
-    with workspace(file) as folder:
-        write_tensors(weights, folder / file.name, metadata)
-        (folder / file.name).replace(file)
-    return file
-
-
-def write_tensors(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        OSError: If it cannot be written, such as on a full disk.
-    """
-    try:
-        save_file(tensors, file, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{file.name} cannot be written: {error}") from error
+    write_tensors(weights, file, metadata, max_shard_size=max_shard_size)
 
 
 def weights_file(path: str | Path) -> Path:
@@ -178,8 +200,9 @@ def load_model(path: str | Path) -> nn.Module:
 
     Args:
         path: A run, a checkpoint folder, a Lightning checkpoint, a `.safetensors` file or a
-            folder with a `model.safetensors`, the latter two as written by `save_model`, or the
-            name of a repository on the Hugging Face hub, `user/name`.
+            folder with a `model.safetensors`, the latter two as written by `save_model`, a
+            `model.safetensors.index.json` of several such files or its folder, or the name of a
+            repository on the Hugging Face hub, `user/name`.
 
     Raises:
         FileNotFoundError: If the file does not exist.
@@ -318,30 +341,30 @@ def find_weights(path: str | Path) -> Path:
     path = find_state(resolve(path))
     if path.suffix == Path(STATE_NAME).suffix and path.is_dir():
         return path  # a sharded checkpoint
-    file = path / WEIGHTS_NAME if path.is_dir() else path
+    file = weights_in(path) if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"there is no file of weights at {file}")
+        shard = min((each.name for each in file.parent.glob(SHARDS)), default=None)
+        part = f", and no {INDEX_NAME}, which {shard} needs" if shard and path.is_dir() else ""
+        raise FileNotFoundError(f"there is no file of weights at {file}{part}")
     return file
 
 
 def _read(file: Path) -> Contents:
     """Read the weights by the model's names, and the description and the job if there are any."""
-    if file.suffix == ".safetensors":
+    if is_safetensors(file):
+        weights, metadata = read_tensors(file)
         try:
-            with safe_open(file, framework="pt") as opened:
-                metadata = opened.metadata() or {}
-                weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             if DESCRIPTION_KEY in metadata:
                 description, job, quantization = (
                     json.loads(metadata[key]) if key in metadata else None
                     for key in (DESCRIPTION_KEY, JOB_KEY, QUANTIZATION_KEY)
                 )
             else:  # other libraries leave out what they do not know
-                settings = _settings_beside(file)
+                settings = settings_beside(file)
                 description, job = (settings.get(key) for key in ("description", JOB_KEY))
                 quantization = None
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} has damaged metadata: {error}") from error
         if quantization is not None:
             try:
                 weights = dequantized(weights, quantization)
@@ -370,20 +393,15 @@ def _read(file: Path) -> Contents:
 
 
 def describes_model(file: Path) -> bool:
-    """Whether a safetensors file, or the settings beside it, describe a model of diffmm.
+    """Whether a safetensors file or index, or the settings beside it, describe a model of diffmm.
 
     Raises:
-        ValueError: If the file is damaged.
+        ValueError: If a file is damaged.
     """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
-    return DESCRIPTION_KEY in metadata or bool(_settings_beside(file))
+    return DESCRIPTION_KEY in read_metadata(file) or bool(settings_beside(file))
 
 
-def _settings_beside(file: Path) -> dict[str, Any]:
+def settings_beside(file: Path) -> dict[str, Any]:
     """The settings of diffmm beside a file of weights; empty if there are none."""
     try:
         settings = json.loads((file.parent / CONFIG_NAME).read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ReduceOp
 from torchmetrics import Metric
 
 from diffmm.batch import MEDIA, InputShapes, media_of
@@ -21,7 +22,7 @@ from diffmm.training.lightning_internals import needs_all_gradients
 from diffmm.training.optimizer import OptimizerConfig
 from diffmm.training.retrieval import Retrieval
 from diffmm.training.schedule import ScheduleConfig
-from diffmm.training.sharding import DATA_PARALLEL
+from diffmm.training.sharding import DATA_PARALLEL, is_sharded
 from diffmm.training.task import Task
 
 
@@ -39,7 +40,9 @@ class Contrastive(Task):
     of each. All are compared with all texts, so that they share one space: the text of a sound is a
     negative of an image. A batch may also have media of one modality, and those of several
     processes may differ. As the other tower has no gradients then, DDP must look for unused
-    parameters (strategy `ddp_find_unused_parameters_true`).
+    parameters (strategy `ddp_find_unused_parameters_true`). Sharded models need no setting: a
+    process runs a tower that only others have media for on a blank image or sound, and leaves out
+    its embedding.
 
     In addition to the metrics of every task, it logs `val/loss` and `val/media_to_text_recall_1`,
     `..._5`, `..._10`, `val/text_to_media_recall_1`, `..._5` and `..._10`: recall over the whole
@@ -103,6 +106,7 @@ class Contrastive(Task):
                 f"init_bias={model.config.init_bias}: leave it out"
             )
         self.loss = loss
+        self._host_group: Any = None
         super().__init__(
             model,
             optimizer,
@@ -190,11 +194,32 @@ class Contrastive(Task):
 
     def embeddings(self, batch: Any) -> Embeddings:
         """Return the model's embeddings of a batch."""
+        # Blank media are of the modality that the batch lacks.
+        given = {**batch, **self._blank_media(batch)}
         texts = batch["tokens"], batch["num_tokens"]
-        if "waveforms" not in batch:
-            return self.model(*texts, batch["images"])
-        sounds = batch["waveforms"], batch.get("num_samples")
-        return self.model(*texts, *sounds, batch.get("images"))
+        if "waveforms" not in given:
+            return self.model(*texts, given["images"])
+        sounds = given["waveforms"], given.get("num_samples")
+        found = self.model(*texts, *sounds, given.get("images"))
+        first = 0 if "images" in batch else len(given.get("images", ()))
+        return found._replace(media=found.media[first : first + len(batch["tokens"])])
+
+    def _blank_media(self, batch: Any) -> dict[str, Tensor]:
+        """An image or sound of zeros if this process has none but others have, and the model is
+        sharded: all processes gather the weights of a tower together."""
+        if not {"image", "audio"} <= set(self.model.towers) or not is_sharded(self.model):
+            return {}
+        if self._host_group is None:
+            # Not that of the devices, which would have to finish their work first.
+            self._host_group = torch.distributed.new_group(backend="gloo")
+        given = torch.tensor([field in batch for field in MEDIA], dtype=torch.int32)
+        torch.distributed.all_reduce(given, ReduceOp.MAX, group=self._host_group)
+        blank: dict[str, Tensor] = {}
+        for (field, name), is_given in zip(MEDIA.items(), given.tolist(), strict=True):
+            if is_given and field not in batch:
+                for key, (shape, dtype) in self.model.config.towers[name].input_shapes(1).items():
+                    blank[key] = torch.zeros(shape, dtype=dtype, device=batch["tokens"].device)
+        return blank
 
     def pairs(self, batch: Any, found: Embeddings) -> Pairs:
         """Return the pairs of a batch, given its embeddings."""

@@ -14,7 +14,8 @@ from diffmm.checkpoint_folders import find_state
 from diffmm.checks import did_you_mean
 from diffmm.models.checkpoint_files import read_checkpoint
 from diffmm.models.description import configured
-from diffmm.models.weights import DESCRIPTION_KEY, load_model, load_weights
+from diffmm.models.safetensors_files import DESCRIPTION_KEY
+from diffmm.models.weights import load_model, load_weights
 from diffmm.training.finetuning import FineTuneConfig
 
 TASK_KEY = "task"

@@ -31,7 +31,8 @@ from diffmm.models.adapters import SCALE_KEY, scale_of
 from diffmm.models.backbone import Backbone
 from diffmm.models.description import MODELS, describe, unwrap
 from diffmm.models.job import Job
-from diffmm.models.weights import DESCRIPTION_KEY, JOB_KEY, load_weights
+from diffmm.models.safetensors_files import DESCRIPTION_KEY, JOB_KEY
+from diffmm.models.weights import load_weights
 from diffmm.renamed import STATES, weights_with_new_names
 from diffmm.training.accumulation import AccumulatedLoss, LossSum
 from diffmm.training.batches import AnyBatches

@@ -391,6 +391,18 @@ def test_the_advice_on_another_encoding_can_be_copied(run, tmp_path):
     assert run(*command, *advised(mistake, "source.encoding")).code == 0
 
 
+def test_the_advice_on_two_sources_can_be_copied(run, tmp_path):
+    for number in range(6):
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+    command = ("check", "multimodal/shapes_and_sounds_tiny", "--data.batch_size", "4")
+    (mistake,) = run(*command, "--data", tmp_path).mistakes
+    value = re.search(r"--data.image_source '(.*)'", mistake)[1].replace("FOLDER", str(tmp_path))
+    result = run(*command, "--data.image_source", value, "--read-data")
+    assert result.code == 0, result.err
+    assert "5 images with 1 text each; 8,000 sounds" in result.out
+
+
 def test_images_beside_the_folders_of_classes_are_not_ignored_silently(run, photos, caplog):
     for number in range(3):
         Image.new("RGB", (9, 9)).save(photos / f"loose {number}.png")

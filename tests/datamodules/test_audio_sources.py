@@ -106,7 +106,7 @@ def test_unreadable_sounds_are_named(tmp_path):
     (tmp_path / "cut.flac").write_bytes(content[: len(content) // 2])
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), 16000, subtype="FLOAT")
     expected = {
-        "text.wav": "is not a readable sound",
+        "text.wav": "is not a readable sound file: Format not recognised$",
         "nothing.flac": "is not a readable sound",
         "silent.wav": "has no samples",
         "cut.flac": "cannot be decoded|ends after",

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 
@@ -152,8 +153,6 @@ def test_bad_samples_are_replaced_by_their_own_kind(tmp_path):
 
 
 def test_the_reader_reads_both(tmp_path):
-    import soundfile
-
     data = made()
     described = data.describe_inputs()["reader"]
     assert described["class_path"] == ImageAudioTextReader.class_path
@@ -163,6 +162,9 @@ def test_the_reader_reads_both(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "b.png")
     assert reader.read(tmp_path / "a.wav")["num_samples"] == 2000
     assert reader.read(str(tmp_path / "b.png"))["images"].shape == (3, 8, 8)
+    soundfile.write(tmp_path / "c.mp3", np.zeros(4000, np.float32), 16000)
+    assert reader.read(tmp_path / "c.mp3")["num_samples"] == 2000
+    (tmp_path / "c.mp3").unlink()
     assert reader.read((np.zeros(100, np.float32), RATE_HZ))["num_samples"] == 100
     assert [path.name for path in reader.files(tmp_path)] == ["a.wav", "b.png"]
     both = [reader.read(tmp_path / name) for name in ("b.png", "a.wav")]
@@ -179,12 +181,35 @@ def test_other_pairs_of_one_kind_are_evaluated(tmp_path):
     (batch,) = data.val_dataloader()
     assert "waveforms" not in batch
     assert data.describe_inputs() == made().describe_inputs()
-    with pytest.raises(ValueError, match="set --data.image_source and --data.audio_source"):
+    with pytest.raises(ValueError, match="set --data.image_source .*, and --data.audio_source l"):
         ImageAudioTextData.own_data(str(tmp_path), {}, inputs_may_change=False)
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match="has no images .* has no sounds"):
         made().evaluate_on_pairs(str(empty), split="val")
+
+
+def test_tables_of_one_kind_are_evaluated(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(4000, np.float32), RATE_HZ)
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+
+    def table(*names):
+        rows = [f"{name},text {number}" for number, name in enumerate(names)]
+        (tmp_path / "table.csv").write_text("\n".join(["file,text", *rows]))
+        return str(tmp_path / "table.csv")
+
+    for name, field in (("a.wav", "waveforms"), ("b.png", "images")):
+        data = made()
+        data.evaluate_on_pairs(table(name), split="val")
+        (batch,) = data.val_dataloader()
+        assert set(batch) & {"waveforms", "images"} == {field}
+    with pytest.raises(
+        ValueError, match=r"as images: it has sounds, such as .*a.wav; .* has images"
+    ):
+        made().evaluate_on_pairs(table("a.wav", "b.png"), split="val")
+    (tmp_path / "table.csv").write_text("file,text,text\n")
+    with pytest.raises(ValueError, match=r"^.*table.csv has 2 columns 'text': rename .* of them$"):
+        made().evaluate_on_pairs(str(tmp_path / "table.csv"), split="val")
 
 
 def test_a_report_names_both_and_the_data_are_recognized():

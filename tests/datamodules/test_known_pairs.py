@@ -70,9 +70,10 @@ def test_karpathys_splits(tmp_path):
     assert list(splits.train.texts) == [["A train."], ["A restval."]]
     assert [len(pairs) for pairs in (splits.train, splits.val, splits.test)] == [2, 1, 2]
     assert splits.val.media.paths == [tmp_path / "val2014/COCO_val2014_000000000002.jpg"]
-    path.write_text(json.dumps({"images": [{"filename": "a.jpg"}]}))
-    with pytest.raises(ValueError, match="dataset_coco.json is not a file of Karpathy's splits"):
-        source.splits(Images())
+    for bad in ({"filename": "a.jpg"}, {"filename": 5}, "a.jpg", {**images[0], "filepath": 1}):
+        path.write_text(json.dumps({"images": [bad]}))
+        with pytest.raises(ValueError, match="dataset_coco.json is not a file of Karpathy's split"):
+            source.splits(Images())
 
 
 def test_faults_of_coco_are_named(tmp_path):
@@ -88,6 +89,14 @@ def test_faults_of_coco_are_named(tmp_path):
         (
             '{"images": [], "annotations": [{"image_id": 7, "caption": "a"}]}',
             "has captions of unknown images, such as 7",
+        ),
+        (
+            '{"images": [{"id": 1, "file_name": 5}], "annotations": []}',
+            "is not a file of COCO captions: .*file_name must be a text, got 5",
+        ),
+        (
+            '{"images": [], "annotations": [{"image_id": 1, "caption": null}]}',
+            "is not a file of COCO captions: .*caption must be a text, got None",
         ),
     ):
         path.write_text(content)

@@ -324,6 +324,24 @@ def test_bad_images_and_texts_are_handled_as_the_run_says(tmp_path, caplog):
     assert pair_data(source, bad_samples=lenient).examine(12).faults == []
 
 
+def test_texts_that_are_no_unicode_are_bad_samples(tmp_path, caplog):
+    """Such as the name of a file in another encoding, or half of a pair in JSON."""
+    for letter in "abcdefg":
+        picture(tmp_path / "train" / f"dog {letter}.png")
+    picture(tmp_path / "train" / "\udcff\udcfe.png")
+    picture(tmp_path / "val" / "cat.png")
+    source = PairFolder(str(tmp_path / "train"), str(tmp_path / "val"), texts="names")
+    with pytest.raises(
+        BadSampleError, match=r"train/.* has a text that is no valid Unicode: '.udc"
+    ):
+        train_batches(pair_data(source))
+    data = pair_data(source, bad_samples=BadSamples("substitute", max_bad_fraction=0.5))
+    with caplog.at_level(logging.CRITICAL):  # xdist cannot send the name of the file
+        texts = [text for batch in train_batches(data) for text in texts_of(data, batch)]
+    assert len(texts) == 8
+    assert set(texts) <= {f"dog {letter}" for letter in "abcdefg"}
+
+
 def test_texts_are_cut_and_this_is_told_once(photos, caplog):
     data = pair_data(PairTable(str(photos / "all.csv"), val_fraction=0.25), max_tokens=5)
     with caplog.at_level(logging.WARNING):

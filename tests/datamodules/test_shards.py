@@ -14,6 +14,7 @@ from PIL import Image
 
 from datamodules import AudioTextData, ImageTextData
 from datamodules.pairs import WebDatasetPairs
+from datamodules.pairs.audio_text import Sounds
 from datamodules.pairs.image_text import Images
 from datamodules.pairs.shards import indexed, list_shards
 from datamodules.shared.bad_samples import BadSampleError, BadSamples
@@ -150,6 +151,18 @@ def test_sounds_with_texts_in_json(tmp_path):
     assert batch["media_index"].tolist() == [0, 0]
     assert data.splits.val.texts[0][1] == "b"
     assert len(list(data.train_dataloader())) == 2
+    write_shard(tmp_path / "0.tar", [("0.wav", b"no sound"), ("0.json", b'{"text": "a"}')])
+    with pytest.raises(
+        ValueError, match=r"and texts \(.txt\), but with .json: set --data.source.t"
+    ):
+        WebDatasetPairs(str(tmp_path)).all_pairs(Sounds())
+    (tmp_path / "1").mkdir()
+    write_shard(tmp_path / "1/0.tar", [("0.wav", b"no sound"), ("0.txt", b"a")])
+    with pytest.raises(ValueError, match=r"\(.json\), but with .txt: leave out text_field \('a'\)"):
+        WebDatasetPairs(str(tmp_path / "1"), text_field="a").all_pairs(Sounds())
+    media = WebDatasetPairs(str(tmp_path), text_field="text").all_pairs(Sounds()).media
+    with pytest.raises(BadSampleError, match=r"0.wav\) is not a readable sound file: Format not"):
+        media.read(0)
 
 
 def test_damaged_samples_are_bad_samples(tmp_path):

@@ -80,6 +80,15 @@ def test_whole_files_are_read_at_any_place(name: str, clip) -> None:
         np.testing.assert_array_equal(clips.read(0, start, length), NOISE[start : start + length])
 
 
+@pytest.mark.parametrize(
+    "name", ["\udcff.wav", "\U0001f600 a\nb.flac"], ids=["of other bytes", "of odd characters"]
+)
+def test_names_need_not_be_utf_8(name: str, clip) -> None:
+    assert np.array_equal(clip(FLAC, name).read(0), clip(FLAC, "a.flac").read(0))
+    with pytest.raises(BadSampleError, match="is not a readable sound file"):
+        clip(b"no sound", name).read(0)
+
+
 @pytest.mark.parametrize("length", [1, 4096, 8192, 8193])
 def test_a_flac_without_its_length_of_whole_blocks(length: int, clip) -> None:
     clips = clip(without_length(sound("FLAC", waveform=NOISE[:length])))

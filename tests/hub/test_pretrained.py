@@ -208,7 +208,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     model.job = None
     with pytest.raises(ValueError, match="the metric 'val/loss' must be a number, got None"):
         model.save_pretrained(tmp_path / "bad", metrics={"val/loss": None})
-    monkeypatch.setattr(folders, "save_model", lambda *_: 1 / 0)
+    monkeypatch.setattr(folders, "write_contents", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.save_pretrained(tmp_path / "bad/worse")
     assert not list(tmp_path.iterdir())

@@ -204,13 +204,22 @@ def test_resized_embeddings_are_saved(tied, saved, tmp_path):
     theirs, tokens = saved(ours), prompts()
     theirs.resize_token_embeddings(270, mean_resizing=False)
     assert (theirs.head.weight is theirs.embedding.weight) == tied
-    theirs.save_pretrained(tmp_path / "resized")
+    theirs.save_pretrained(tmp_path / "resized", max_shard_size="20KB")
+    assert len(list((tmp_path / "resized").glob("model-*.safetensors"))) > 1
     again = diffmm.load(tmp_path / "resized")
     assert again.model.config.vocab_size == 270
     assert again.job == ours.job
     logits = again.model(tokens)
     assert torch.equal(logits, theirs(tokens).logits)
     torch.testing.assert_close(logits[..., :260], ours(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_weights_in_several_files_are_read(tmp_path):
+    ours = decoder()
+    ours.save_pretrained(tmp_path / "several", max_shard_size="20KB")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "several")
+    tokens = prompts()
+    assert torch.equal(theirs(tokens).logits, ours(tokens))
 
 
 def test_gradient_checkpointing_changes_no_gradient(saved):

@@ -1,6 +1,8 @@
 """The log-mel spectrogram: exact lengths and exact precision."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -97,6 +99,20 @@ def test_meta_device() -> None:
     with torch.device("meta"):
         layer = spectrogram()
         assert layer(torch.randn(2, 800))[0].shape == (2, 40, 10)
+
+
+def test_the_meta_device_does_not_reach_the_constants_of_torchaudio() -> None:
+    """They are made when it is imported, which is when the first spectrogram is made."""
+    program = (
+        "import torch\n"
+        "from diffmm.layers.spectrogram import mel_filters\n"
+        "with torch.device('meta'):\n"
+        "    mel_filters(64, 8000, 8)\n"
+        "from torchaudio.compliance import kaldi\n"
+        "print(kaldi.fbank(torch.zeros(1, 800), sample_frequency=8000).device)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.stdout == "cpu\n", ended.stderr
 
 
 @pytest.mark.parametrize(("num_samples", "window"), [(800, 256), (901, 200)])

@@ -176,7 +176,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("diffmm.models.weights.save_file", write_half)
+    monkeypatch.setattr("diffmm.models.safetensors_files.save_file", write_half)
     with pytest.raises(OSError, match="disk full"):
         save_model(text_model(), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]

@@ -7,6 +7,7 @@ python run_resume.py FOLDER, a folder with a run of one process
 import json
 import sys
 import warnings
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,27 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
+from datamodules import ImageAudioTextData
+from datamodules.pairs import RenderedShapes, SynthesizedSounds
 from datamodules.shared.loading import SeededDataModule
 from datamodules.shared.sampling import SeededDataset, sample_generator
 from diffmm.checkpoint_folders import find_state
+from diffmm.models import (
+    AudioConfig,
+    BackboneConfig,
+    ContrastiveConfig,
+    ContrastiveModel,
+    ImageConfig,
+    TextTowerConfig,
+)
 from diffmm.recipes.trainer import leave_processes
-from diffmm.training import Checkpoints, FSDP2Strategy
+from diffmm.training import (
+    Checkpoints,
+    Contrastive,
+    FSDP2Strategy,
+    OptimizerConfig,
+    ScheduleConfig,
+)
 
 NUM_STEPS, GLOBAL_BATCH = 11, 16
 
@@ -55,14 +72,12 @@ class Model(LightningModule):
     def __init__(self, dropout: float) -> None:
         super().__init__()
         self.model = torch.nn.Sequential(torch.nn.Dropout(dropout), torch.nn.Linear(8, 8))
-        self.batches: list[list[int]] = []
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             fully_shard(self.model, mesh=self.device_mesh["data_parallel"])  # type: ignore[index]
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        self.batches.append(batch["index"].tolist())
         return self.model(batch["values"]).square().mean()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -70,6 +85,45 @@ class Model(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), 0.1)
+
+
+def both_media(batch_size: int, dropout: float) -> tuple[Contrastive, ImageAudioTextData]:
+    """A contrastive task of images and sounds, of which every batch has both: four batches per
+    epoch, in which the sounds begin again."""
+    settings: dict[str, Any] = {"dim": 16, "depth": 1, "num_heads": 2, "dropout": dropout}
+    image = ImageConfig(backbone=BackboneConfig(**settings, rope="2d"), image_size=8, patch_size=4)
+    audio = AudioConfig(
+        backbone=BackboneConfig(**settings, rope="2d"),
+        sample_rate_hz=8000,
+        num_mels=8,
+        window_seconds=0.064,
+        hop_seconds=0.032,
+        patch_size=(4, 4),
+    )
+    text = TextTowerConfig(259, 80, BackboneConfig(**settings), pool="eos", eos_id=256)
+    model = ContrastiveConfig(image=image, audio=audio, text=text, embed_dim=8, shared_blocks=1)
+    data = ImageAudioTextData(
+        RenderedShapes(35, 8, picture_size=16),
+        SynthesizedSounds(19, 8, sample_rate_hz=8000, clip_seconds=(0.5, 0.6)),
+        image_size=8,
+        sample_rate_hz=8000,
+        max_tokens=80,
+        batch_size=batch_size,
+    )
+    schedule = ScheduleConfig(NUM_STEPS, warmup_steps=2)
+    return Contrastive(ContrastiveModel(model), OptimizerConfig(1e-2), schedule), data
+
+
+class Record(Callback):
+    """The samples of every batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.batches.append(batch["index"].tolist())
 
 
 class Stop(Callback):
@@ -90,20 +144,24 @@ def run(
     dropout: float = 0.1,
     devices: int = 1,
     sharded: bool = False,
+    has_media: bool = False,
     quiet: bool = True,
     **settings: Any,
 ) -> dict[str, Any]:
-    """The samples of every batch of all processes, and the weights."""
+    """The samples of every batch of all processes, and the weights; of `Model`, or with
+    `has_media` of `both_media`."""
     if quiet:
         warnings.filterwarnings("ignore")
     seed_everything(0, verbose=False)
-    task = Model(dropout)
+    record, size = Record(), GLOBAL_BATCH // devices
+    task: LightningModule
+    task, data = both_media(size, dropout) if has_media else (Model(dropout), Data(size))
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
         strategy=FSDP2Strategy() if sharded else "ddp" if devices > 1 else "auto",
         default_root_dir=folder,
-        callbacks=[Checkpoints(every_n_steps=100), *([Stop(stop)] if stop else [])],
+        callbacks=[record, Checkpoints(every_n_steps=100), *([Stop(stop)] if stop else [])],
         max_steps=NUM_STEPS,
         check_val_every_n_epoch=None,
         val_check_interval=4,
@@ -114,20 +172,17 @@ def run(
         **settings,
     )
     state = None if resume is None else find_state(resume)
-    try:
-        data = Data(GLOBAL_BATCH // devices)
+    with suppress(StoppedError):
         trainer.fit(task, datamodule=data, ckpt_path=state, weights_only=True)
-    except StoppedError:
-        pass
-    every: list[Any] = [task.batches] * devices
+    every: list[Any] = [record.batches] * devices
     if devices > 1:
-        torch.distributed.all_gather_object(every, task.batches)
-    weight = task.model[1].weight
-    if hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor()
+        torch.distributed.all_gather_object(every, record.batches)
+    weights: list[Any] = list(task.parameters())
+    if sharded:
+        weights = [weight.full_tensor() for weight in weights]
     return {
         "batches": [sorted(chain(*parts)) for parts in zip(*every, strict=True)],
-        "weights": weight.tolist(),
+        "weights": [weight.flatten().tolist() for weight in weights],
     }
 
 
@@ -152,6 +207,7 @@ if __name__ == "__main__":
         "sharded, within a step": compare(
             folder / "sharded_within", stop=8, sharded=True, accumulate_grad_batches=3
         ),
+        "both media": compare(folder / "both_media", stop=6, sharded=True, has_media=True),
         "of one process": run(folder / "grown", resume=folder / "one", dropout=0.0, devices=2),
         "for one process": run(folder / "two", stop=5, dropout=0.0, devices=2),
     }

@@ -7,6 +7,7 @@ with the same number of processes.
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch._inductor import config as inductor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, StackDataset
 
+from datamodules import ImageAudioTextData
+from datamodules.pairs import RenderedShapes, SynthesizedSounds
 from diffmm.batch import IGNORE_INDEX
 from diffmm.models import (
     AudioConfig,
@@ -52,6 +55,10 @@ from diffmm.training.task import Task
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs/examples"))
 importlib.reload(importlib.import_module("own_attention"))
 
+Samples = StackDataset | Callable[[int], Any]
+"""Samples, or a function of the number of shares that returns a datamodule or a batch per step and
+share."""
+
 GLOBAL_BATCH, NUM_SAMPLES = 8, 16
 CURVES = ("train/loss", "train/grad_norm")
 
@@ -64,9 +71,10 @@ def task_and_data(
     learning_rate: float = 1e-2,
     compile: bool = False,
     splits_heads: bool = False,
-) -> tuple[Task, StackDataset]:
+) -> tuple[Task, Samples]:
     """A case is an attention variant in a text model with tied embeddings, `image`, `pairs`, two
-    towers that share their last block, `captions` of images, or `transcripts` by CTC."""
+    towers that share their last block, `both media`, three such towers, `media apart`, the same
+    with other media on each process, `captions` of images, or `transcripts` by CTC."""
     seed_everything(0, verbose=False)
     settings: dict[str, Any] = {
         "optimizer": OptimizerConfig(learning_rate, eps=1e-4, lambda_learning_rate=3e-2),
@@ -102,6 +110,28 @@ def task_and_data(
         batch = {"images": torch.randn(NUM_SAMPLES, 3, 8, 8), "tokens": tokens}
         batch |= {"num_tokens": torch.full((NUM_SAMPLES,), 5), "media_index": index // 2 * 2}
         return Contrastive(ContrastiveModel(towers), **settings), StackDataset(**batch, index=index)
+    if case in ("both media", "media apart"):
+        own = BackboneConfig(dim, 2, 8, rope="2d", **shared)
+        sound = AudioConfig(
+            backbone=own,
+            sample_rate_hz=8000,
+            num_mels=8,
+            window_seconds=0.064,
+            hop_seconds=0.032,
+            patch_size=(4, 4),
+            clip_seconds=0.6,
+        )
+        towers = ContrastiveConfig(
+            image=ImageConfig(backbone=own, image_size=8, patch_size=4),
+            audio=sound,
+            text=TextTowerConfig(
+                259, 80, BackboneConfig(dim, 2, 8, **shared), pool="eos", eos_id=256
+            ),
+            embed_dim=16,
+            shared_blocks=1,
+        )
+        task = Contrastive(ContrastiveModel(towers), **settings)
+        return task, both_media if case == "both media" else media_apart
     if case == "captions":
         image = ImageConfig(
             backbone=BackboneConfig(dim, 2, 8, rope="2d", **shared), image_size=8, patch_size=4
@@ -143,6 +173,38 @@ def task_and_data(
     return CausalLM(model, **settings), StackDataset(**batch, index=index)
 
 
+def both_media(count: int, num_sounds: int = 5) -> ImageAudioTextData:
+    """Eight images with texts, and sounds with texts. Every batch has both: of two per epoch, both
+    have the same four of five sounds."""
+    return ImageAudioTextData(
+        RenderedShapes(8, 5, picture_size=16),
+        SynthesizedSounds(num_sounds, 7, sample_rate_hz=8000, clip_seconds=(0.5, 0.6)),
+        image_size=8,
+        sample_rate_hz=8000,
+        max_tokens=80,
+        batch_size=GLOBAL_BATCH // count,
+    )
+
+
+MEDIA = ("iiii iiss", "iiss ssss", "iiii iiii", "ssss iiii")
+"""The images and sounds of both processes in every step."""
+
+
+def media_apart(count: int) -> list[list[Any]]:
+    """Batches of which some lack images or sounds that the other process has."""
+    data = both_media(1, num_sounds=8)
+    data.setup()
+    pairs: Any = data.train_dataloader().dataset
+    steps = []
+    for media in MEDIA:
+        places = enumerate(media.replace(" ", ""), 3 * len(steps))
+        keys = [place % 8 + (8 if kind == "s" else 0) for place, kind in places]
+        size = GLOBAL_BATCH // count
+        shares = [sorted(keys[size * rank : size * (rank + 1)]) for rank in range(count)]
+        steps.append([pairs.collate([pairs[key] for key in share]) for share in shares])
+    return steps
+
+
 def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
 
@@ -169,13 +231,16 @@ class Recorded(Callback):
 class Shares:
     """Give each process its own share of the samples, once its rank is known."""
 
-    def __init__(self, samples: StackDataset, accumulate: int) -> None:
+    def __init__(self, samples: Samples, accumulate: int) -> None:
         self.samples, self.accumulate = samples, accumulate
         self.trainer: Trainer | None = None
 
     def __iter__(self) -> Any:
         assert self.trainer is not None
         rank, count = data_share(self.trainer)
+        if not isinstance(self.samples, StackDataset):
+            steps = self.samples(count)[self.trainer.global_step :]
+            return iter([step[rank] for step in steps])
         sampler = DistributedSampler(self.samples, count, rank, shuffle=False)
         size = GLOBAL_BATCH // count // self.accumulate
         return iter(DataLoader(self.samples, size, sampler=sampler))
@@ -183,7 +248,7 @@ class Shares:
 
 def fit(
     task: Task,
-    samples: StackDataset,
+    samples: Samples,
     *,
     strategy: str,
     num_processes: int,
@@ -211,13 +276,15 @@ def fit(
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    shares = Shares(samples, accumulate)
+    shares: Any = Shares(samples, accumulate)
     shares.trainer = trainer
+    if samples is both_media:
+        shares = both_media(num_processes // (2 if strategy == "fsdp2_tp2" else 1))
     trainer.fit(task, shares, ckpt_path=ckpt_path, weights_only=True)
     return trainer, recorded
 
 
-def refusal(task: Task, samples: StackDataset, ckpt_path: Path, setting: dict[str, Any]) -> str:
+def refusal(task: Task, samples: Samples, ckpt_path: Path, setting: dict[str, Any]) -> str:
     """The error when a checkpoint of a deeper model is resumed."""
     task.model.backbone.blocks = task.model.backbone.blocks[:1]  # type: ignore[union-attr, index, operator]
     try:
@@ -228,7 +295,7 @@ def refusal(task: Task, samples: StackDataset, ckpt_path: Path, setting: dict[st
 
 
 def validated(
-    task: Task, samples: StackDataset, ckpt_path: Path, strategy: str, num_processes: int
+    task: Task, samples: Samples, ckpt_path: Path, strategy: str, num_processes: int
 ) -> float:
     """The loss of a checkpoint's weights, by Lightning's own validation."""
     trainer = Trainer(
@@ -239,7 +306,12 @@ def validated(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    loader = DataLoader(samples, GLOBAL_BATCH // 4)
+    if isinstance(samples, StackDataset):
+        loader: Any = DataLoader(samples, GLOBAL_BATCH // 4)
+    elif samples is both_media:
+        loader = both_media(4)
+    else:  # whose processes have different media in each step
+        loader = DataLoader([step for (step,) in samples(1)], batch_size=None)
     (metrics,) = trainer.validate(
         task, loader, ckpt_path=ckpt_path, weights_only=True, verbose=False
     )

@@ -34,7 +34,13 @@ def two(folder):
 
 @pytest.mark.parametrize(
     ("name", "stop"),
-    [("epochs", 7), ("within a step", 8), ("sharded", 4), ("sharded, within a step", 8)],
+    [
+        ("epochs", 7),
+        ("within a step", 8),
+        ("sharded", 4),
+        ("sharded, within a step", 8),
+        ("both media", 6),
+    ],
 )
 def test_two_processes_go_on_with_the_same_bits(two, name, stop):
     assert two[name] == {"same batches": True, "same weights": True, "stopped after": stop}

@@ -18,7 +18,7 @@ from diffmm.training import FSDP2Strategy, Task
 
 SCRIPT = Path(__file__).with_name("run_sharded.py")
 CASES = ("softmax", "diff_v1", "diff_v2", "diff_grouped", "uniform_noise", "image", "pairs",
-         "captions", "transcripts")  # fmt: skip
+         "both media", "media apart", "captions", "transcripts")  # fmt: skip
 NAMES = ("case", "strategy", "num_processes", "variant")
 COMPILED, ACCUMULATED = "_compiled", "_accumulated"
 RUNS = [
@@ -30,6 +30,9 @@ RUNS = [
     ("image", "fsdp2_tp2", 2, ""),
     ("pairs", "fsdp2_tp2", 2, COMPILED),
     ("pairs", "fsdp2", 2, ""),
+    ("both media", "fsdp2_tp2", 2, ""),
+    ("both media", "fsdp2", 2, ""),
+    ("media apart", "fsdp2", 2, ""),
     ("captions", "fsdp2_tp2", 2, COMPILED),
     ("captions", "fsdp2", 2, ""),
     ("transcripts", "fsdp2_tp2", 2, COMPILED),

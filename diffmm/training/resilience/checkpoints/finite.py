@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor
 
 from diffmm.checkpoint_folders import DIRECTORY_NAME, checkpoints
 from diffmm.training.resilience.coordinator import Coordinator
-from diffmm.training.sharding import by_mesh
 
 
 class NonFiniteWeightsError(RuntimeError):
@@ -58,9 +57,13 @@ def check_weights(trainer: Trainer, step: int | None = None) -> None:
 
 def largest_magnitude(tensors: Iterable[Tensor]) -> Tensor:
     """Return the largest magnitude in all tensors, a float32 scalar; infinite if any number is not
-    finite."""
-    groups = by_mesh(tensor.detach() for tensor in tensors if tensor.numel())
-    norms = [nn.utils.get_total_norm(group, math.inf) for group in groups]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    finite. If any are sharded, all processes must call it with the same ones."""
+    tensors = [tensor.detach() for tensor in tensors]
+    shares = [each.to_local() if isinstance(each, DTensor) else each for each in tensors]
+    # A weight with fewer rows than there are processes has none on some of them.
+    norm = nn.utils.get_total_norm([share for share in shares if share.numel()], math.inf)
     # A maximum over processes may ignore NaN, so NaN is mapped to infinity.
-    return torch.stack([norm.float() for norm in whole]).max().nan_to_num(math.inf, math.inf)
+    largest = norm.float().to(tensors[0].device).nan_to_num(math.inf, math.inf)
+    if any(isinstance(tensor, DTensor) for tensor in tensors):
+        torch.distributed.all_reduce(largest, ReduceOp.MAX)
+    return largest
