@@ -30,8 +30,6 @@ NUM_SAMPLES = 32
 
 def run(verb: str, arguments: Sequence[str]) -> int:
     """Analyze models."""
-    from diffmm.cli.analyze_subjects import Request
-
     options = make_parser().parse_args(arguments)
     check_output(options.output, ".html")
     for name in ("csv", "png"):
@@ -45,6 +43,8 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if options.span is not None and options.text is None:
         raise InputError(f"--span {options.span} marks the answer in a text: give --text TEXT")
     span = None if options.span is None else parse_span(options.span)
+    from diffmm.cli.analyze_subjects import Request
+
     request = Request(
         num_samples=options.samples,
         data=options.data,

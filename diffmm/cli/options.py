@@ -80,9 +80,9 @@ def print_help(
     parser: argparse.ArgumentParser, options: argparse.Namespace, overrides: Sequence[str]
 ) -> int:
     """Print the help of a verb with the settings of its recipe or all settings, or of a class."""
-    from diffmm.recipes.trainer import print_settings
-
     if options.help_all or not options.help:
+        from diffmm.recipes.trainer import print_settings
+
         if options.help_all:
             parser.print_help()
             print()
