@@ -431,7 +431,7 @@ class CaptioningModel(Pretrained, nn.Module):
         document_ids: Tensor | None,
         media_documents: Tensor | None,
     ) -> None:
-        if tokens.ndim != 2 or len(tokens) != len(found):
+        if tokens.ndim != 2 or tokens.shape[0] != found.shape[0]:
             raise ValueError(
                 f"tokens must be [B, N] with B={len(found)} as the media, got shape "
                 f"{tuple(tokens.shape)}"

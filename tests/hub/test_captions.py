@@ -97,7 +97,7 @@ def test_texts_begin_with_a_prompt_and_several_media_share_one(trained):
 def test_what_is_refused(trained):
     for call, message in (
         (lambda: trained.generate([]), "no image or sound to describe: give at least one"),
-        (lambda: trained.generate(FILES * 8), "96 tokens of media and prompt leave nothing of the"),
+        (lambda: trained.generate(FILES * 8), "96 tokens of media and 0 of the prompt leave noth"),
         (lambda: trained.generate(FILES[0], chat=True), "chat does not apply"),
         (lambda: trained.predict("none.png"), "none.png"),
         (lambda: trained.similarity(FILES, "a"), "only contrastive models compare"),
