@@ -95,6 +95,12 @@ MAKERS = {
     "image and text": lambda: ContrastiveModel(contrastive_config()),
     "captions": lambda: captioning(image_config()),
     "transcripts": lambda: captioning(audio_config(), projector="mlp"),
+    "cross-attention": lambda: captioning(
+        image_config(),
+        media="cross_attention",
+        cross_attention_every=2,
+        cross_attention_gate=True,
+    ),
     "ctc": lambda: CTCModel(
         CTCConfig(
             encoder=audio_config(num_classes=0, patch_size=(4, audio_config().num_mels)),

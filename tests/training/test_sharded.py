@@ -18,7 +18,7 @@ from diffmm.training import FSDP2Strategy, Task
 
 SCRIPT = Path(__file__).with_name("run_sharded.py")
 CASES = ("softmax", "diff_v1", "diff_v2", "diff_grouped", "uniform_noise", "image", "pairs",
-         "captions", "transcripts")  # fmt: skip
+         "captions", "cross-attention", "transcripts")  # fmt: skip
 NAMES = ("case", "strategy", "num_processes", "variant")
 COMPILED, ACCUMULATED = "_compiled", "_accumulated"
 RUNS = [
@@ -32,6 +32,8 @@ RUNS = [
     ("pairs", "fsdp2", 2, ""),
     ("captions", "fsdp2_tp2", 2, COMPILED),
     ("captions", "fsdp2", 2, ""),
+    ("cross-attention", "fsdp2_tp2", 2, ""),
+    ("cross-attention", "fsdp2", 2, ""),
     ("transcripts", "fsdp2_tp2", 2, COMPILED),
     ("transcripts", "fsdp2", 2, ""),
     ("uniform_noise", "ddp", 2, ""),
