@@ -139,6 +139,13 @@ class LayerInputs:
         narrowed = layer.narrowed(mask)
         return cls(index, name, q, k, lam, layer.scale, narrowed, layer.softcap, weights)
 
+    @property
+    def query_padding(self) -> Tensor | None:
+        """`[B, N]` booleans, true where a query is no padding; None if all count as real, as in
+        cross-attention, whose mask is that of other tokens."""
+        padding = self.mask.key_padding
+        return None if padding is None or self.is_cross else padding[:, -self.q.shape[1] :]
+
     def blocks(
         self, *, rows: Tensor | None = None, max_bytes: int | None = None
     ) -> Iterator[MapBlock]:
@@ -173,8 +180,8 @@ class LayerInputs:
         ).to_bool(num_queries, num_keys, device, rows=rows)
         batch = len(self.q)
         is_real = visible.any(dim=-1)[:, 0].expand(batch, -1)
-        if self.mask.key_padding is not None and not self.is_cross:
-            is_real = is_real & self.mask.key_padding[:, rows + (num_keys - num_queries)]
+        if self.query_padding is not None:
+            is_real = is_real & self.query_padding[:, rows]
         return MapBlock(
             rows=rows,
             scores=self._scores(self.q[:, rows]),
