@@ -151,17 +151,20 @@ class LayerCache:
 
 
 def _flatten(cache: KVCache) -> tuple[list[Any], None]:
-    return [cache.keys, cache.values, cache.length, cache.contexts], None
+    parts = [cache.keys, cache.values, cache.length]
+    return [*parts, cache.contexts] if cache.contexts else parts, None
 
 
 def _flatten_with_names(cache: KVCache) -> tuple[list[tuple[Any, Any]], None]:
     names = [_pytree.GetAttrKey(name) for name in ("keys", "values", "length", "contexts")]
-    return list(zip(names, _flatten(cache)[0], strict=True)), None
+    parts = _flatten(cache)[0]
+    return list(zip(names[: len(parts)], parts, strict=True)), None
 
 
 def _unflatten(parts: Any, _: None) -> KVCache:
     cache = KVCache.__new__(KVCache)
-    cache.keys, cache.values, cache.length, cache.contexts = parts
+    cache.keys, cache.values, cache.length, *contexts = parts
+    cache.contexts = contexts[0] if contexts else {}
     return cache
 
 

@@ -1,7 +1,7 @@
 """The captioning model: an encoder of images or sounds, and a decoder that describes them."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +9,14 @@ from torch import Tensor, nn
 from diffmm.batch import InputShapes
 from diffmm.checks import Settings, check_choice
 from diffmm.layers.cache import KVCache
-from diffmm.layers.cross_attention import Context, context_mask
 from diffmm.layers.linear import Embedding, Linear, init_weights
 from diffmm.models.audio import AudioConfig
+from diffmm.models.captioning_rows import Row, Tokens, before_texts, make_row
 from diffmm.models.cross_attention import add_cross_attention
 from diffmm.models.image import ImageConfig
 from diffmm.models.pretrained import Pretrained
 from diffmm.models.prompt import Read
 from diffmm.models.text import TextConfig, TextModel
-from diffmm.ops import AttentionMask
 
 PROJECTORS = ("linear", "mlp")
 MEDIA = ("prefix", "cross_attention")
@@ -137,29 +136,6 @@ class CaptioningConfig(Settings):
         return {"tokens": ((batch_size, num_tokens), torch.int64), **media}
 
 
-class Row(NamedTuple):
-    """One sequence per row of the decoder: a prefix of `P` tokens, which are those of all media or,
-    with cross-attention, one start token per document; then the texts."""
-
-    x: Tensor
-    """Inputs of the decoder's blocks, `[B, P + N, dim]`."""
-    mask: AttentionMask
-    """Bidirectional over media, causal over the texts, separate for each document."""
-    positions: Tensor | None
-    """Positions within each document, `[B, P + N]`; None for 0, 1, 2, ..."""
-    real: Tensor | None
-    """`[B, P + N]` booleans, false for padding of the media and before prompts; None if there is
-    none."""
-    documents: Tensor | None
-    """The document of each token, `[B, P + N]`; None if there is one document per row."""
-    num_prefix: int
-    """Number of tokens of the prefix, `P`."""
-    num_documents: int
-    """Upper bound of the number of documents in a row."""
-    context: Context | None
-    """The tokens of the media that cross-attention reads; None without it."""
-
-
 class CaptioningModel(Pretrained, nn.Module):
     """Describes images, or transcribes sounds: a decoder of texts reads the encoder's patch
     features, in one of two ways.
@@ -172,9 +148,8 @@ class CaptioningModel(Pretrained, nn.Module):
       its blocks (Vaswani et al. 2017; Whisper, Radford et al. 2022; with every `n`-th block and a
       gate, Flamingo, Alayrac et al. 2022), differential if the decoder's attention is. A row is
       `[start | text]` with a learned start token, which predicts the first token of the text. Media
-      take no part of `max_length`, and their order within a document has no effect: an encoder of
-      sounds or large images needs positions in its features (`learned_positions`), which rotary
-      ones leave out.
+      take no part of `max_length`, and their order within a document has no effect: an encoder
+      should have positions in its features (`learned_positions`), which rotary ones leave out.
 
     With one document per row, several images or sounds of a row belong to one text. Packed rows
     have several documents, each with media and a text, which neither attend to each other nor share
@@ -263,7 +238,7 @@ class CaptioningModel(Pretrained, nn.Module):
         features = self.decoder.backbone(
             row.x, mask=row.mask, positions=row.positions, context=row.context
         )
-        features = _before(row, features)
+        features = before_texts(row, features)
         return (
             self.decoder.logits(features)
             if targets is None
@@ -293,54 +268,33 @@ class CaptioningModel(Pretrained, nn.Module):
         Raises:
             ValueError: As there.
         """
-        found, media_real = self.media_tokens(media, num_samples)
-        (batch, num_items, per_item), length = found.shape[:3], tokens.shape[1]
+        found, real = self.media_tokens(media, num_samples)
         self._check(tokens, found, document_ids, media_documents)
-        text = self.decoder.embed(tokens)
-        found = found.flatten(1, 2).to(text.dtype)
-        media_real = None if media_real is None else media_real.flatten(1)
-        num_documents, owners, documents = 1, None, None
-        kind: dict[str, Any] = {"dtype": torch.int64, "device": text.device}
+        (batch, num_items, per_item), length = found.shape[:3], tokens.shape[1]
+        num_documents, owners = 1, None
         if document_ids is not None or media_documents is not None:
+            kind: dict[str, Any] = {"dtype": torch.int64, "device": found.device}
             num_documents = num_items
             if media_documents is None:
                 media_documents = torch.zeros(batch, num_items, **kind)
+            if document_ids is None:
+                document_ids = torch.zeros(batch, length, **kind)
             owners = media_documents.repeat_interleave(per_item, dim=1)
-            documents = torch.zeros(batch, length, **kind) if document_ids is None else document_ids
-        prefix, prefix_real, prefix_documents = found, media_real, owners
-        if self.start is not None:
-            prefix = self.start.weight.to(text.dtype).expand(batch, num_documents, -1)
-            prefix_real = None
-            prefix_documents = torch.arange(num_documents, **kind).expand(batch, -1)
-        num_prefix, longest = prefix.shape[1], self.config.decoder.max_length
-        if num_prefix + length > longest:
+        text = self.decoder.embed(tokens)
+        real = None if real is None else real.flatten(1)
+        row = make_row(
+            Tokens(found.flatten(1, 2).to(text.dtype), real, owners),
+            Tokens(text, key_padding, document_ids),
+            start=None if self.start is None else self.start.weight,
+            num_documents=num_documents,
+        )
+        longest = self.config.decoder.max_length
+        if row.x.shape[1] > longest:
             raise ValueError(
-                f"{self.prefix_name(num_prefix)} and {length} of text are longer than the "
+                f"{self.prefix_name(row.num_prefix)} and {length} of text are longer than the "
                 f"decoder's max_length={longest}: shorten them or increase max_length"
             )
-        x = torch.cat([prefix, text], dim=1)
-        real = None
-        if prefix_real is not None or key_padding is not None:
-            every = torch.ones(batch, num_prefix, dtype=torch.bool, device=x.device)
-            text_real = every.new_ones(batch, length) if key_padding is None else key_padding
-            real = torch.cat([every if prefix_real is None else prefix_real, text_real], dim=1)
-        if documents is not None:
-            assert prefix_documents is not None
-            documents = torch.cat([prefix_documents, documents], dim=1)
-        context = None
-        if self.start is not None:
-            context = Context(found, context_mask(media_real, owners, documents))
-        mask = AttentionMask(
-            causal=True,
-            # A start token attends to itself alone, whether it is a prefix or not.
-            prefix_lengths=torch.full((batch,), num_prefix, device=x.device)
-            if context is None
-            else None,
-            document_ids=documents,
-            key_padding=real,
-        )
-        positions = _positions(real, documents, num_documents)
-        return Row(x, mask, positions, real, documents, num_prefix, num_documents, context)
+        return row
 
     def media_tokens(
         self, media: Tensor, num_samples: Tensor | None = None
@@ -448,38 +402,3 @@ class CaptioningModel(Pretrained, nn.Module):
                 f"packed rows are not supported by a decoder with window={window}, which counts "
                 f"the tokens of other documents: use one pair per row, or no window"
             )
-
-
-def _positions(real: Tensor | None, documents: Tensor | None, num_documents: int) -> Tensor | None:
-    """The position of each token within its document, `[B, L]`: the number of real tokens before
-    it. None for 0, 1, 2, ..."""
-    if documents is None:
-        return None if real is None else (real.cumsum(dim=1) - 1).clamp(min=0)
-    own = _members(documents, real, num_documents)
-    counts = own.cumsum(dim=1).take_along_dim(documents[..., None].long(), dim=2).squeeze(2)
-    return (counts - 1).clamp(min=0)
-
-
-def _members(documents: Tensor, real: Tensor | None, num_documents: int) -> Tensor:
-    """`[B, L, num_documents]` booleans, true where a token is real and of the document."""
-    own = documents[..., None] == torch.arange(num_documents, device=documents.device)
-    return own if real is None else own & real[..., None]
-
-
-def _before(row: Row, features: Tensor) -> Tensor:
-    """The features, `[B, N, dim]`, of the token before each token of the texts: of the document's
-    last real token of the prefix before its first one, and of the token before it otherwise."""
-    first, length = row.num_prefix, features.shape[1]
-    if row.documents is None and row.real is None:
-        return features[:, first - 1 : length - 1]
-    documents = row.documents
-    if documents is None:
-        documents = torch.zeros(features.shape[:2], dtype=torch.int64, device=features.device)
-    prefix, texts = documents[:, :first], documents[:, first:].long()
-    own = _members(prefix, None if row.real is None else row.real[:, :first], row.num_documents)
-    places = torch.arange(length, device=features.device)
-    last = torch.where(own, places[:first, None], 0).amax(dim=1)
-    is_first = torch.ones_like(texts, dtype=torch.bool)
-    is_first[:, 1:] = texts[:, 1:] != texts[:, :-1]
-    before = torch.where(is_first, last.take_along_dim(texts, dim=1), places[first:] - 1)
-    return features.take_along_dim(before[..., None], dim=1)
