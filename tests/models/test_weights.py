@@ -112,6 +112,16 @@ MAKERS = {
 }
 
 
+def test_captioning_models_described_before_cross_attention_are_the_same():
+    model = MAKERS["captions"]()
+    description = describe(model)
+    for name in ("media", "cross_attention_every", "cross_attention_gate"):
+        del description["config"][name]
+    built = build(description)
+    assert built.config == model.config
+    assert not any("cross_attention" in n or "start" in n for n in built.state_dict())
+
+
 def same_weights(one, other):
     one, other = one.state_dict(), other.state_dict()
     return list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)
