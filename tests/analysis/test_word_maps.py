@@ -1,7 +1,5 @@
 """Maps of the words that a model writes about an image or sound."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,6 @@ from diffmm.analysis.map_figures import map_figures
 from diffmm.analysis.report import draw_exhibit
 from diffmm.analysis.text_spans import words_of
 from diffmm.analysis.word_maps import WordsExhibit, reading_layers, word_maps
-from diffmm.models import CaptioningModel
 from diffmm.models.generation import generate
 from diffmm.tokenizers import ByteTokenizer, load_tokenizer
 
@@ -28,9 +25,8 @@ MEDIA = pytest.mark.parametrize("media", ["prefix", "cross_attention"])
 
 
 def captioner(attention="diff_v2", media="prefix", **changes):
-    """The model of a recipe."""
-    found = diffmm.create_model("image_text/shapes_captions_tiny", attention=attention)
-    return CaptioningModel(replace(found.config, media=media, **changes)).eval()
+    recipe = "image_text/shapes_captions_tiny"
+    return diffmm.create_model(recipe, attention=attention, media=media, **changes).eval()
 
 
 def transcriber():

@@ -252,6 +252,8 @@ class Attention(nn.Module):
         if keys_and_values is None:
             q, k, v = self.project(x, rope)
         else:
+            assert rope is None
+            assert cache is None
             q, (k, v) = self.queries(x), keys_and_values
         own_value = v
         if cache is not None:
