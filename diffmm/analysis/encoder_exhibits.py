@@ -13,7 +13,7 @@ from diffmm.analysis.exhibits import (
     sound_view,
     spectrogram_of,
 )
-from diffmm.analysis.word_maps import WordsExhibit, media_rows, word_maps, writer_of
+from diffmm.analysis.word_maps import WordsExhibit, media_rows, reading_layers, word_maps
 from diffmm.models import AudioModel, CaptioningModel, CTCModel, ImageModel
 from diffmm.tokenizers import Tokenizer
 
@@ -75,7 +75,7 @@ def words_exhibit(
     """
     written = {}
     for name, model in models.items():
-        depth = writer_of(model).config.backbone.depth
+        depth = len(reading_layers(model))
         last = {-(-depth * number // NUM_LAYERS) - 1 for number in range(1, NUM_LAYERS + 1)}
         written[name] = word_maps(model, sample, tokenizer, layers=last)
     return WordsExhibit(whole.truth, whole.views, whole, written)
@@ -91,5 +91,5 @@ def _exhibit(
 
 def _caption_view(model: CaptioningModel, sample: Tensor, tokens: Tensor) -> View:
     sample, ids = sample.to(model.decoder.embedding.weight.device), tokens.tolist()
-    last = model.config.decoder.backbone.depth - 1
+    last = len(reading_layers(model)) - 1
     return media_rows(model, sample, ids, range(len(ids)), [last])[last].mean()

@@ -47,9 +47,9 @@ class LambdaMeter:
         if layer.lam is None:
             return
         real = layer.lam
-        padding = layer.mask.key_padding
+        padding = layer.query_padding
         if padding is not None:
-            real = real[padding[:, None, -real.shape[2] :].expand_as(real)]
+            real = real[padding[:, None].expand_as(real)]
         self._found.setdefault(layer.name, []).append(_summary(real))
 
     def layers(self) -> list[LayerLambda]:

@@ -1,7 +1,7 @@
 """Attention maps in blocks of query rows, for sequences whose whole maps do not fit in memory."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -81,6 +81,7 @@ class LayerInputs:
         mask: Which keys each query attends to.
         softcap: Bound of the scores; None means no bound.
         weights: Name of the layer in the first of the parts that share it.
+        is_cross: Whether the keys are those of other tokens than the queries (cross-attention).
     """
 
     index: int
@@ -92,6 +93,7 @@ class LayerInputs:
     mask: AttentionMask
     softcap: float | None = None
     weights: str = ""
+    is_cross: bool = False
 
     @classmethod
     def of(
@@ -101,13 +103,19 @@ class LayerInputs:
         *,
         mask: AttentionMask,
         rope: Rotation | None = None,
+        keys_and_values: tuple[Tensor, Tensor] | None = None,
         index: int = 0,
         name: str = "",
         weights: str = "",
     ) -> "LayerInputs":
-        """The queries, keys and lambda of `layer` for its input `x`, `[B, N, dim]`."""
-        q, k, _ = layer.project(x, rope)
-        return cls.projected(layer, x, q, k, mask=mask, index=index, name=name, weights=weights)
+        """The queries, keys and lambda of `layer` for its input `x`, `[B, N, dim]`, with the keys
+        and values of other tokens if given, as in `Attention.forward`."""
+        if keys_and_values is None:
+            q, k, _ = layer.project(x, rope)
+        else:
+            q, (k, _) = layer.queries(x), keys_and_values
+        found = cls.projected(layer, x, q, k, mask=mask, index=index, name=name, weights=weights)
+        return replace(found, is_cross=keys_and_values is not None)
 
     @classmethod
     def projected(
@@ -130,6 +138,13 @@ class LayerInputs:
             lam = lam.to(dtype).expand(q.shape[:3]).transpose(1, 2)
         narrowed = layer.narrowed(mask)
         return cls(index, name, q, k, lam, layer.scale, narrowed, layer.softcap, weights)
+
+    @property
+    def query_padding(self) -> Tensor | None:
+        """`[B, N]` booleans, true where a query is no padding; None if all count as real, as in
+        cross-attention, whose mask is that of other tokens."""
+        padding = self.mask.key_padding
+        return None if padding is None or self.is_cross else padding[:, -self.q.shape[1] :]
 
     def blocks(
         self, *, rows: Tensor | None = None, max_bytes: int | None = None
@@ -165,8 +180,8 @@ class LayerInputs:
         ).to_bool(num_queries, num_keys, device, rows=rows)
         batch = len(self.q)
         is_real = visible.any(dim=-1)[:, 0].expand(batch, -1)
-        if self.mask.key_padding is not None:
-            is_real = is_real & self.mask.key_padding[:, rows + (num_keys - num_queries)]
+        if self.query_padding is not None:
+            is_real = is_real & self.query_padding[:, rows]
         return MapBlock(
             rows=rows,
             scores=self._scores(self.q[:, rows]),
@@ -245,7 +260,6 @@ def visit_layers(
     def hook_of(names: Sequence[str]) -> Callable[..., None]:
         def hook(layer: Attention, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
             nonlocal count
-            rope = kwargs.get("rope")
             index, count = count, count + 1
             name = next((name for name in names if name.startswith(running)), names[0])
             visit(
@@ -253,7 +267,8 @@ def visit_layers(
                     layer,
                     args[0],
                     mask=kwargs["mask"],
-                    rope=rope,
+                    rope=kwargs.get("rope"),
+                    keys_and_values=kwargs.get("keys_and_values"),
                     index=index,
                     name=name,
                     weights=names[0],

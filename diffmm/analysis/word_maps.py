@@ -13,6 +13,7 @@ from diffmm.analysis.exhibits import Array, Exhibit, ImageExhibit, SoundExhibit,
 from diffmm.analysis.map_blocks import LayerInputs, visit_layers
 from diffmm.analysis.text_spans import words_of
 from diffmm.models import AudioModel, CaptioningModel, CTCModel, ImageModel, TextModel
+from diffmm.models.cross_attention import cross_attentions
 from diffmm.models.generation import generate
 from diffmm.models.modes import evaluating
 from diffmm.tokenizers import Tokenizer
@@ -103,8 +104,9 @@ def word_maps(
 
     Of a captioning model, these are the maps of the decoder from the tokens that predict those of
     the word, which are one place before them: they show what the model looks at when it chooses
-    the word. Their weights sum to less than 1, because the decoder attends to the text, too. Of a
-    CTC model, they are the maps of the encoder from the times at which it says the word.
+    the word. Their weights sum to less than 1, because the decoder attends to the text, too; with
+    cross-attention, the maps are those of its layers, which attend to nothing else. Of a CTC model,
+    they are the maps of the encoder from the times at which it says the word.
 
     Only the rows of these queries are computed, so that memory is proportional to `H M` per token
     of a word (see `diffmm.analysis.map_blocks`).
@@ -117,16 +119,15 @@ def word_maps(
             have maps for what they hear, without this argument.
         words: Words of the text to show, each where it is first; by default the first ones.
         max_words: Maximum number of words if they are not given.
-        layers: Indices of the decoder's (or of a CTC model's encoder's) layers, counted from the
-            end if negative; all by default.
+        layers: Indices of the layers in `reading_layers`, counted from the end if negative; all by
+            default.
         max_new_tokens: Maximum number of tokens of a generated caption.
 
     Raises:
         ValueError: If the sample has the wrong number of axes, a word is not in the text, a layer
             does not exist, or tokens are given for a CTC model.
     """
-    part = writer_of(model)
-    chosen = _indices(layers, part.config.backbone.depth, type(part).__name__)
+    chosen = _indices(layers, len(reading_layers(model)), type(writer_of(model)).__name__)
     _check_sample(model, sample)
     sample = sample.to(next(model.parameters()).device)
     if isinstance(model, CTCModel):
@@ -161,6 +162,16 @@ def writer_of(model: CaptioningModel | CTCModel) -> TextModel | AudioModel:
     return model.decoder if isinstance(model, CaptioningModel) else model.encoder
 
 
+def reading_layers(model: CaptioningModel | CTCModel) -> list[str]:
+    """Names of the attention layers whose maps are those of words, in order: the decoder's
+    cross-attention if it has one, and otherwise the attention of the decoder or CTC's encoder."""
+    name = "decoder" if isinstance(model, CaptioningModel) else "encoder"
+    backbone = writer_of(model).backbone
+    blocks: dict[int, str] = dict.fromkeys(cross_attentions(backbone), "cross_attention.attention")
+    blocks = blocks or dict.fromkeys(range(len(backbone.blocks)), "attention")
+    return [f"{name}.backbone.blocks.{index}.{layer}" for index, layer in blocks.items()]
+
+
 def media_rows(
     model: CaptioningModel | CTCModel,
     sample: Tensor,
@@ -176,29 +187,25 @@ def media_rows(
         tokens: Ids of a caption; ignored by a CTC model.
         places: The queries: of a captioning model the indices of the predicted tokens, of a CTC
             model times.
-        layers: Indices of the layers, from 0.
+        layers: Indices of the layers in `reading_layers`, from 0.
     """
     encoder = model.encoder
     inputs: tuple[Tensor, ...]
     if isinstance(model, CaptioningModel):
         inputs = torch.tensor([[*tokens]], device=sample.device), sample[None]
         num_media = model.num_media_tokens(sample[None])
-        first, keys, prefix = num_media - 1, slice(0, num_media), "decoder."
+        first, keys = model.num_prefix_tokens(sample[None]) - 1, slice(0, num_media)
     else:
         inputs = (sample[None],)
         first = encoder.num_prefix_tokens
-        keys, prefix = slice(first, None), "encoder."
+        keys = slice(first, None)
     grid = _grid(encoder, sample)
     rows = torch.tensor(places, device=sample.device) + first
     found: dict[int, MediaRows] = {}
-    count = 0
+    names = reading_layers(model)
 
     def visit(layer: LayerInputs) -> None:
-        nonlocal count
-        if not layer.name.startswith(prefix):
-            return
-        index, count = count, count + 1
-        if index not in layers:
+        if layer.name not in names or (index := names.index(layer.name)) not in layers:
             return
         parts: dict[str, list[Tensor]] = {}
         for block in layer.blocks(rows=rows):
@@ -216,7 +223,7 @@ def _caption(
     model: CaptioningModel, sample: Tensor, tokenizer: Tokenizer, max_new_tokens: int
 ) -> list[int]:
     """The most likely caption, without its end of text."""
-    room = model.config.decoder.max_length - model.num_media_tokens(sample[None])
+    room = model.config.decoder.max_length - model.num_prefix_tokens(sample[None])
     found = generate(
         model,
         media=sample[None],

@@ -27,12 +27,12 @@ def medium_input(gr: Any, reader: Any) -> Any:
     )
 
 
-def layer_slider(gr: Any, model: Any, label: str = "Layer") -> Any:
-    """The number of the attention layer whose maps are shown, from 1; the last by default."""
-    depth = model.config.backbone.depth
-    most = max(depth, 2)  # Gradio takes no empty range
+def layer_slider(gr: Any, count: int, label: str = "Layer") -> Any:
+    """The number of the attention layer, of `count`, whose maps are shown, from 1; the last by
+    default."""
+    most = max(count, 2)  # Gradio takes no empty range
     return gr.Slider(
-        1, most, value=depth, step=1, label=label, visible=depth > 1, elem_classes="layer"
+        1, most, value=count, step=1, label=label, visible=count > 1, elem_classes="layer"
     )
 
 

@@ -90,10 +90,13 @@ def room(model: CaptioningModel, reader: Any, media: Tensor, num_tokens: int) ->
     Raises:
         ValueError: If they leave nothing.
     """
-    longest, used = model.config.decoder.max_length, model.num_media_tokens(media) + num_tokens
+    longest = model.config.decoder.max_length
+    num_prefix = model.num_prefix_tokens(media)
+    used = num_prefix + num_tokens
     if used >= longest:
+        before = model.prefix_name(num_prefix)
         raise ValueError(
-            f"{used} tokens of media and prompt leave nothing of the decoder's max_length="
+            f"{before} and {num_tokens} of the prompt leave nothing of the decoder's max_length="
             f"{longest}: give fewer or shorter ones"
         )
     return min(reader.max_tokens, longest - used)

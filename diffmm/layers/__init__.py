@@ -4,6 +4,7 @@ from diffmm.layers import attention
 from diffmm.layers.attention import *  # noqa: F403 (every attention layer, as its package lists them)
 from diffmm.layers.block import Block
 from diffmm.layers.cache import KVCache
+from diffmm.layers.cross_attention import Context, CrossAttention
 from diffmm.layers.feed_forward import (
     GELU,
     FeedForward,
@@ -22,7 +23,9 @@ __all__ = [
     *attention.__all__,
     "GELU",
     "Block",
+    "Context",
     "CosineNorm",
+    "CrossAttention",
     "FeedForward",
     "KVCache",
     "LayerNorm",

@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffmm.layers.attention import Attention
 from diffmm.layers.cache import LayerCache
+from diffmm.layers.cross_attention import Context, CrossAttention
 from diffmm.layers.rope import Rotation
 from diffmm.ops import AttentionMask
 
@@ -22,6 +23,9 @@ class Block(nn.Module):
     With one norm instead of two, both are in the same branch (ViT-22B, Dehghani et al. 2023):
 
         x = x + (attention(norm(x)) + feed_forward(norm(x)))
+
+    Between attention and feed-forward, a block of a decoder may read other tokens by its
+    `cross_attention` (see `diffmm.layers.CrossAttention`), which is None by default.
 
     Args:
         attention: Any layer in `diffmm.layers.attention`.
@@ -52,6 +56,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm, self.feed_forward_norm = norms
         self.attention = attention
+        self.cross_attention: CrossAttention | None = None
         self.feed_forward = feed_forward
         self.attention_branch, self.feed_forward_branch = (
             ResidualBranch(dim, dropout, drop_path, layer_scale, post_norm)
@@ -67,14 +72,16 @@ class Block(nn.Module):
         mask: AttentionMask,
         rope: Rotation | None = None,
         cache: LayerCache | None = None,
+        context: Context | None = None,
         recompute: bool = False,
     ) -> Tensor:
         """Map `[B, N, dim]` to `[B, N, dim]`. With `recompute` (activation checkpointing, which
-        excludes a cache) the backward pass recomputes all intermediate activations."""
+        excludes a cache) the backward pass recomputes all intermediate activations. The context is
+        what `cross_attention` reads."""
         if recompute:
             # Checkpoint inside the block, so that a compiled block recomputes in compiled code.
-            return checkpoint(self.compute, x, mask, rope, use_reentrant=False)
-        return self.compute(x, mask, rope, cache)
+            return checkpoint(self.compute, x, mask, rope, None, context, use_reentrant=False)
+        return self.compute(x, mask, rope, cache, context)
 
     def compute(
         self,
@@ -82,6 +89,7 @@ class Block(nn.Module):
         mask: AttentionMask,
         rope: Rotation | None,
         cache: LayerCache | None = None,
+        context: Context | None = None,
     ) -> Tensor:
         """The computation of `forward`, which activation checkpointing runs twice."""
         assert self.attention_branch is not None
@@ -90,6 +98,8 @@ class Block(nn.Module):
         if self.feed_forward_norm is None or self.feed_forward_branch is None:
             return x + self.attention_branch(attended + self.feed_forward(normed))
         x = x + self.attention_branch(attended)
+        if self.cross_attention is not None:
+            x = self.cross_attention(x, context, cache)
         return x + self.feed_forward_branch(self.feed_forward(self.feed_forward_norm(x)))
 
 

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from diffmm.ops import AttentionMask
+
+KeptContext = tuple[Tensor, Tensor, AttentionMask]
+"""Keys and values of a context, `[B, M, ...]`, and which of them each token attends to."""
+
 
 class KVCache:
     """Keys and values of the tokens seen so far, in preallocated buffers per layer.
@@ -19,6 +24,9 @@ class KVCache:
     The cache is registered as a pytree, so that `torch.export` accepts it as an input. An exported
     program writes into the buffers but does not update `length`: call `advance` after each step.
     A copy made by `tree_map` has its own `length`.
+
+    Of layers with cross-attention, `contexts` has the keys and values of what they read, by the
+    index of the layer; they are computed once.
 
     Args:
         key_shapes: Key shape of each layer, without the batch and token axes.
@@ -45,6 +53,7 @@ class KVCache:
         self.keys = buffers(key_shapes)
         self.values = buffers(value_shapes)
         self.length: int | Tensor = 0
+        self.contexts: dict[int, KeptContext] = {}
 
     def freeze_shapes(self) -> None:
         """Turn `length` into a tensor on the device of the buffers."""
@@ -62,7 +71,10 @@ class KVCache:
                 f"create one with the model's new_cache"
             )
         pairs = zip(self.keys, self.values, strict=True)
-        return [LayerCache(keys, values, self.length) for keys, values in pairs]
+        return [
+            LayerCache(keys, values, self.length, self.contexts, index)
+            for index, (keys, values) in enumerate(pairs)
+        ]
 
     def advance(self, num_tokens: int) -> None:
         """Add `num_tokens` to `length`, after all layers have written them."""
@@ -76,10 +88,29 @@ class LayerCache:
         keys: Key buffer, `[B, max_length, ...]`.
         values: Value buffer, `[B, max_length, ...]`.
         length: Number of tokens already written; a tensor if shapes are frozen.
+        contexts: The cache's contexts, by the index of the layer.
+        index: Index of the layer.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, length: int | Tensor) -> None:
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        length: int | Tensor,
+        contexts: dict[int, KeptContext],
+        index: int,
+    ) -> None:
         self.keys, self.values, self.length = keys, values, length
+        self.contexts, self.index = contexts, index
+
+    @property
+    def context(self) -> KeptContext | None:
+        """The keys and values of the layer's context; None if there are none."""
+        return self.contexts.get(self.index)
+
+    def keep_context(self, context: KeptContext) -> None:
+        """Keep the keys and values of the layer's context for later calls."""
+        self.contexts[self.index] = context
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append new keys and values, `[B, N, ...]`, and return all of them; the whole buffers if
@@ -106,17 +137,20 @@ class LayerCache:
 
 
 def _flatten(cache: KVCache) -> tuple[list[Any], None]:
-    return [cache.keys, cache.values, cache.length], None
+    parts = [cache.keys, cache.values, cache.length]
+    return [*parts, cache.contexts] if cache.contexts else parts, None
 
 
 def _flatten_with_names(cache: KVCache) -> tuple[list[tuple[Any, Any]], None]:
-    names = [_pytree.GetAttrKey(name) for name in ("keys", "values", "length")]
-    return list(zip(names, _flatten(cache)[0], strict=True)), None
+    names = [_pytree.GetAttrKey(name) for name in ("keys", "values", "length", "contexts")]
+    parts = _flatten(cache)[0]
+    return list(zip(names[: len(parts)], parts, strict=True)), None
 
 
 def _unflatten(parts: Any, _: None) -> KVCache:
     cache = KVCache.__new__(KVCache)
-    cache.keys, cache.values, cache.length = parts
+    cache.keys, cache.values, cache.length, *contexts = parts
+    cache.contexts = contexts[0] if contexts else {}
     return cache
 
 

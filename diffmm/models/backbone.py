@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from diffmm.layers.attention import Attention
 from diffmm.layers.block import Block
 from diffmm.layers.cache import KVCache
+from diffmm.layers.cross_attention import Context
 from diffmm.layers.linear import init_weights
 from diffmm.models.backbone_config import BackboneConfig
 from diffmm.ops import AttentionMask
@@ -59,6 +60,7 @@ class Backbone(nn.Module):
         mask: AttentionMask,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
+        context: Context | None = None,
         indices: Collection[int] | None = None,
         stop_early: bool = False,
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
@@ -71,6 +73,8 @@ class Backbone(nn.Module):
                 2-D rope); by default 0, 1, 2, ..., continuing after the cached tokens. Unused
                 without rope.
             cache: Keys and values of earlier tokens; those of `x` are appended.
+            context: What the blocks' cross-attention reads, where they have one (see
+                `diffmm.models.cross_attention`). Later calls with the same cache leave it out.
             indices: Blocks whose outputs, before the final norm, are also returned.
             stop_early: Skip the blocks after the last of `indices`.
 
@@ -80,12 +84,14 @@ class Backbone(nn.Module):
 
         Raises:
             ValueError: If `x` has another shape, `mask` is not an `AttentionMask`, 2-D rope has no
-                positions, or the cache has a different number of
-                layers or no room for these tokens.
+                positions, the cache has a different number of layers or no room for these tokens,
+                or there is a context and no block reads it.
         """
         if x.ndim != 3 or x.shape[2] != self.config.dim:
             raise ValueError(f"x must be [B, N, {self.config.dim}], got shape {tuple(x.shape)}")
         check_mask(mask)
+        if context is not None and all(block.cross_attention is None for block in self.blocks):
+            raise ValueError("no block has cross-attention, which reads a context: leave it out")
         rope = None
         if self.rope is not None:
             if positions is None:
@@ -102,7 +108,7 @@ class Backbone(nn.Module):
         caches = [None] * count if cache is None else cache.layers(count)
         intermediates = []
         for index, (block, own) in enumerate(zip(self.blocks, caches, strict=True)):
-            x = block(x, mask=mask, rope=rope, cache=own, recompute=recompute)
+            x = block(x, mask=mask, rope=rope, cache=own, context=context, recompute=recompute)
             if indices is not None and index in indices:
                 intermediates.append(x)
             if index == last:

@@ -1,7 +1,7 @@
 """The captioning model: an encoder of images or sounds, and a decoder that describes them."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +9,17 @@ from torch import Tensor, nn
 from diffmm.batch import InputShapes
 from diffmm.checks import Settings, check_choice
 from diffmm.layers.cache import KVCache
-from diffmm.layers.linear import Linear, init_weights
+from diffmm.layers.linear import Embedding, Linear, init_weights
 from diffmm.models.audio import AudioConfig
+from diffmm.models.captioning_rows import Row, Tokens, before_texts, make_row
+from diffmm.models.cross_attention import add_cross_attention
 from diffmm.models.image import ImageConfig
 from diffmm.models.pretrained import Pretrained
 from diffmm.models.prompt import Read
 from diffmm.models.text import TextConfig, TextModel
-from diffmm.ops import AttentionMask
 
 PROJECTORS = ("linear", "mlp")
+MEDIA = ("prefix", "cross_attention")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +30,16 @@ class CaptioningConfig(Settings):
         encoder: Configuration of the encoder of images or sounds, without a head
             (`num_classes=0`). Its special tokens are not passed on to the decoder.
         decoder: Configuration of the decoder (`causal=True`). Its `max_length` is that of the
-            tokens of the media and of the text together.
+            tokens of the media and of the text together, or with cross-attention of the text and
+            the start token before it.
         projector: The map from the encoder's features to the decoder's inputs: `"linear"`, or
             `"mlp"` for two linear layers with a GELU between them (LLaVA 1.5, Liu et al. 2023).
+        media: How the decoder reads the media: as a `"prefix"` of the text, or by
+            `"cross_attention"` in its blocks (see `CaptioningModel`).
+        cross_attention_every: Distance between blocks with cross-attention: 1 for all blocks, 2 for
+            every second one, and so on; at most the decoder's depth.
+        cross_attention_gate: Whether each cross-attention has a gate that is closed at the start
+            (see `diffmm.layers.CrossAttention`), for decoders that start from a language model.
 
     Raises:
         ValueError: If a field is out of range; the message names the field and the value.
@@ -39,10 +48,14 @@ class CaptioningConfig(Settings):
     encoder: ImageConfig | AudioConfig
     decoder: TextConfig
     projector: Literal["linear", "mlp"] = "linear"
+    media: Literal["prefix", "cross_attention"] = "prefix"
+    cross_attention_every: int = 1
+    cross_attention_gate: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("projector", self.projector, PROJECTORS)
+        check_choice("media", self.media, MEDIA)
         if self.encoder.num_classes:
             raise ValueError(
                 f"the encoder of a captioning model has no head: set its num_classes to 0, got "
@@ -56,6 +69,44 @@ class CaptioningConfig(Settings):
             )
         if not self.decoder.causal:
             raise ValueError("the decoder of a captioning model needs causal=True, got False")
+        self._check_cross_attention()
+
+    def _check_cross_attention(self) -> None:
+        if self.has_cross_attention:
+            depth = self.decoder.backbone.depth
+            if not 1 <= self.cross_attention_every <= depth:
+                raise ValueError(
+                    f"cross_attention_every must be between 1 and the decoder's depth={depth}, "
+                    f"got {self.cross_attention_every}"
+                )
+            if self.decoder.backbone.parallel:
+                raise ValueError(
+                    "cross-attention is between attention and feed-forward, but parallel=True "
+                    "computes them at once: set parallel to False, or media to 'prefix'"
+                )
+            return
+        for name in ("cross_attention_every", "cross_attention_gate"):
+            if (value := getattr(self, name)) != self.__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"{name}={value!r} is not used by media='prefix', only by "
+                    f"media='cross_attention'"
+                )
+
+    @property
+    def has_cross_attention(self) -> bool:
+        """Whether the decoder reads the media by cross-attention."""
+        return self.media == "cross_attention"
+
+    def make_decoder(self) -> TextModel:
+        """Build the decoder, with cross-attention if it has one."""
+        decoder = TextModel(self.decoder)
+        if self.has_cross_attention:
+            add_cross_attention(
+                decoder.backbone,
+                every=self.cross_attention_every,
+                gated=self.cross_attention_gate,
+            )
+        return decoder
 
     @property
     def towers(self) -> dict[str, ImageConfig | AudioConfig | TextConfig]:
@@ -76,49 +127,39 @@ class CaptioningConfig(Settings):
         """Shapes and dtypes of a batch of images, or of sounds of `length` samples, with texts that
         make the decoder's sequences as long as possible."""
         media = self.encoder.input_shapes(batch_size, length)
-        with torch.device("meta"):
-            encoder = self.encoder.make()
-            inputs = (torch.empty(shape, dtype=dtype) for shape, dtype in media.values())
-            num_tokens = max(1, self.decoder.max_length - encoder.num_patches(*inputs))
+        num_prefix = 1
+        if not self.has_cross_attention:
+            with torch.device("meta"):
+                inputs = (torch.empty(shape, dtype=dtype) for shape, dtype in media.values())
+                num_prefix = self.encoder.make().num_patches(*inputs)
+        num_tokens = max(1, self.decoder.max_length - num_prefix)
         return {"tokens": ((batch_size, num_tokens), torch.int64), **media}
 
 
-class Row(NamedTuple):
-    """The tokens of media and texts as one sequence per row: `M` tokens of all media, then the
-    texts."""
-
-    x: Tensor
-    """Inputs of the decoder's blocks, `[B, M + N, dim]`."""
-    mask: AttentionMask
-    """Bidirectional over the media, causal over the texts, separate for each document."""
-    positions: Tensor | None
-    """Positions within each document, `[B, M + N]`; None for 0, 1, 2, ..."""
-    real: Tensor | None
-    """`[B, M + N]` booleans, false for padding of the media and before prompts; None if there is
-    none."""
-    documents: Tensor | None
-    """The document of each token, `[B, M + N]`; None if there is one document per row."""
-    num_media: int
-    """Number of tokens of media, `M`."""
-    num_documents: int
-    """Upper bound of the number of documents in a row."""
-
-
 class CaptioningModel(Pretrained, nn.Module):
-    """Describes images, or transcribes sounds: the decoder reads the encoder's patch features in
-    front of the text, as a prefix in which all tokens attend to all (prefix LM, Raffel et al. 2020,
-    section 3.2.1; PaliGemma, Beyer et al. 2024).
+    """Describes images, or transcribes sounds: a decoder of texts reads the encoder's patch
+    features, in one of two ways.
 
-    A row of the decoder is `[tokens of all media | texts]`. The last token of the media predicts
-    the first token of the text. With one document per row, several images or sounds of a row are
-    the prefix of one text. Packed rows have several documents, each with media and a text, which
-    neither attend to each other nor share positions: each has the same logits as in a row of its
-    own.
+    * `media="prefix"`: in front of the text, as a prefix in which all tokens attend to all (prefix
+      LM, Raffel et al. 2020, section 3.2.1; PaliGemma, Beyer et al. 2024). A row of the decoder is
+      `[tokens of all media | texts]`. The last token of the media predicts the first token of the
+      text.
+    * `media="cross_attention"`: by cross-attention between the attention and the feed-forward of
+      its blocks (Vaswani et al. 2017; Whisper, Radford et al. 2022; with every `n`-th block and a
+      gate, Flamingo, Alayrac et al. 2022), differential if the decoder's attention is. A row is
+      `[start | text]` with a learned start token, which predicts the first token of the text. Media
+      take no part of `max_length`, and their order within a document has no effect: an encoder
+      should have positions in its features (`learned_positions`), which rotary ones leave out.
+
+    With one document per row, several images or sounds of a row belong to one text. Packed rows
+    have several documents, each with media and a text, which neither attend to each other nor share
+    positions: each has the same logits as in a row of its own.
 
     Attributes:
         encoder: An `ImageModel` or `AudioModel`.
         projector: Maps the encoder's features to the decoder's inputs.
         decoder: A `TextModel`.
+        start: The start token, `[1, dim]`; None for a prefix of media.
 
     >>> config = diffmm.models.CaptioningConfig(
     ...     encoder=diffmm.models.ImageConfig(
@@ -142,7 +183,7 @@ class CaptioningModel(Pretrained, nn.Module):
         super().__init__()
         self.config = config
         self.encoder = config.encoder.make()
-        self.decoder = TextModel(config.decoder)
+        self.decoder = config.make_decoder()
         width, dim = config.encoder.backbone.dim, config.decoder.backbone.dim
         layers = [Linear(width, dim)]
         if config.projector == "mlp":
@@ -150,6 +191,10 @@ class CaptioningModel(Pretrained, nn.Module):
         for layer in layers:
             init_weights(layer, layer.in_features**-0.5)
         self.projector = nn.Sequential(layers[0], *(m for f in layers[1:] for m in (nn.GELU(), f)))
+        self.start: Embedding | None = None
+        if config.has_cross_attention:
+            self.start = Embedding(1, dim)
+            init_weights(self.start, config.decoder.backbone.init_std)
 
     @property
     def input_fields(self) -> tuple[str, ...]:
@@ -184,14 +229,16 @@ class CaptioningModel(Pretrained, nn.Module):
                 `diffmm.batch.IGNORE_INDEX` for padding.
 
         Raises:
-            ValueError: If a tensor has the wrong shape, media and text are longer than
+            ValueError: If a tensor has the wrong shape, a row is longer than the decoder's
                 `max_length`, or packed rows are given to a decoder with a window.
         """
         row = self.row(
             tokens, media, num_samples, document_ids=document_ids, media_documents=media_documents
         )
-        features = self.decoder.backbone(row.x, mask=row.mask, positions=row.positions)
-        features = _before(row, features)
+        features = self.decoder.backbone(
+            row.x, mask=row.mask, positions=row.positions, context=row.context
+        )
+        features = before_texts(row, features)
         return (
             self.decoder.logits(features)
             if targets is None
@@ -222,34 +269,32 @@ class CaptioningModel(Pretrained, nn.Module):
             ValueError: As there.
         """
         found, real = self.media_tokens(media, num_samples)
+        self._check(tokens, found, document_ids, media_documents)
         (batch, num_items, per_item), length = found.shape[:3], tokens.shape[1]
-        num_media = num_items * per_item
-        self._check(tokens, found, num_media, document_ids, media_documents)
-        text = self.decoder.embed(tokens)
-        x = torch.cat([found.flatten(1, 2).to(text.dtype), text], dim=1)
-        if real is not None or key_padding is not None:
-            every = torch.ones(batch, num_media, dtype=torch.bool, device=x.device)
-            text_real = every.new_ones(batch, length) if key_padding is None else key_padding
-            real = torch.cat([every if real is None else real.flatten(1), text_real], dim=1)
-        documents = None
+        num_documents, owners = 1, None
         if document_ids is not None or media_documents is not None:
-            kind: dict[str, Any] = {"dtype": torch.int64, "device": x.device}
+            kind: dict[str, Any] = {"dtype": torch.int64, "device": found.device}
+            num_documents = num_items
             if media_documents is None:
                 media_documents = torch.zeros(batch, num_items, **kind)
             if document_ids is None:
                 document_ids = torch.zeros(batch, length, **kind)
-            documents = torch.cat(
-                [media_documents.repeat_interleave(per_item, dim=1), document_ids], dim=1
-            )
-        mask = AttentionMask(
-            causal=True,
-            prefix_lengths=torch.full((batch,), num_media, device=x.device),
-            document_ids=documents,
-            key_padding=real,
+            owners = media_documents.repeat_interleave(per_item, dim=1)
+        text = self.decoder.embed(tokens)
+        real = None if real is None else real.flatten(1)
+        row = make_row(
+            Tokens(found.flatten(1, 2).to(text.dtype), real, owners),
+            Tokens(text, key_padding, document_ids),
+            start=None if self.start is None else self.start.weight,
+            num_documents=num_documents,
         )
-        num_documents = 1 if documents is None else num_items
-        positions = _positions(real, documents, num_documents)
-        return Row(x, mask, positions, real, documents, num_media, num_documents)
+        longest = self.config.decoder.max_length
+        if row.x.shape[1] > longest:
+            raise ValueError(
+                f"{self.prefix_name(row.num_prefix)} and {length} of text are longer than the "
+                f"decoder's max_length={longest}: shorten them or increase max_length"
+            )
+        return row
 
     def media_tokens(
         self, media: Tensor, num_samples: Tensor | None = None
@@ -285,10 +330,21 @@ class CaptioningModel(Pretrained, nn.Module):
         )
 
     def num_media_tokens(self, media: Tensor) -> int:
-        """Number of tokens of the media in a row, including padding."""
+        """Number of tokens of the media of a row, including padding."""
         single = 4 if isinstance(self.config.encoder, ImageConfig) else 2
         items = media if media.ndim == single else media[:, 0]
         return self.encoder.num_patches(items) * (1 if items is media else media.shape[1])
+
+    def num_prefix_tokens(self, media: Tensor) -> int:
+        """Number of tokens before the text in a row with one document: those of the media, or with
+        cross-attention the start token."""
+        return self.num_media_tokens(media) if self.start is None else 1
+
+    def prefix_name(self, num_tokens: int) -> str:
+        """What `num_tokens` tokens before a text are, for messages."""
+        if self.start is None:
+            return f"{num_tokens} tokens of media"
+        return f"{num_tokens} start token{'s' if num_tokens > 1 else ''}"
 
     def read_prefix(
         self,
@@ -300,7 +356,7 @@ class CaptioningModel(Pretrained, nn.Module):
         key_padding: Tensor | None = None,
     ) -> Read:
         """Read media and prompts, with an empty key-value cache of the decoder, to which their keys
-        and values are appended.
+        and values are appended; with cross-attention, it keeps those of the media, too.
 
         Args:
             cache: The cache, made by `decoder.new_cache`.
@@ -310,7 +366,9 @@ class CaptioningModel(Pretrained, nn.Module):
             key_padding: `[B, N]` booleans, true where a token is real; None if all are.
         """
         row = self.row(tokens, media, num_samples, key_padding=key_padding)
-        features = self.decoder.backbone(row.x, mask=row.mask, positions=row.positions, cache=cache)
+        features = self.decoder.backbone(
+            row.x, mask=row.mask, positions=row.positions, cache=cache, context=row.context
+        )
         length = row.x.shape[1]
         if row.real is None or row.positions is None:
             positions = torch.arange(length - 1, length, device=row.x.device)
@@ -324,20 +382,13 @@ class CaptioningModel(Pretrained, nn.Module):
         self,
         tokens: Tensor,
         found: Tensor,
-        num_media: int,
         document_ids: Tensor | None,
         media_documents: Tensor | None,
     ) -> None:
-        longest = self.config.decoder.max_length
-        if tokens.ndim != 2 or len(tokens) != len(found):
+        if tokens.ndim != 2 or tokens.shape[0] != found.shape[0]:
             raise ValueError(
                 f"tokens must be [B, N] with B={len(found)} as the media, got shape "
                 f"{tuple(tokens.shape)}"
-            )
-        if num_media + tokens.shape[1] > longest:
-            raise ValueError(
-                f"{num_media} tokens of media and {tokens.shape[1]} of text are longer than the "
-                f"decoder's max_length={longest}: shorten them or increase max_length"
             )
         for name, given, wanted in (
             ("document_ids", document_ids, tuple(tokens.shape)),
@@ -351,38 +402,3 @@ class CaptioningModel(Pretrained, nn.Module):
                 f"packed rows are not supported by a decoder with window={window}, which counts "
                 f"the tokens of other documents: use one pair per row, or no window"
             )
-
-
-def _positions(real: Tensor | None, documents: Tensor | None, num_documents: int) -> Tensor | None:
-    """The position of each token within its document, `[B, L]`: the number of real tokens before
-    it. None for 0, 1, 2, ..."""
-    if documents is None:
-        return None if real is None else (real.cumsum(dim=1) - 1).clamp(min=0)
-    own = _members(documents, real, num_documents)
-    counts = own.cumsum(dim=1).take_along_dim(documents[..., None].long(), dim=2).squeeze(2)
-    return (counts - 1).clamp(min=0)
-
-
-def _members(documents: Tensor, real: Tensor | None, num_documents: int) -> Tensor:
-    """`[B, L, num_documents]` booleans, true where a token is real and of the document."""
-    own = documents[..., None] == torch.arange(num_documents, device=documents.device)
-    return own if real is None else own & real[..., None]
-
-
-def _before(row: Row, features: Tensor) -> Tensor:
-    """The features, `[B, N, dim]`, of the token before each token of the texts: of the document's
-    last real token of media before its first one, and of the token before it otherwise."""
-    first, length = row.num_media, features.shape[1]
-    if row.documents is None and row.real is None:
-        return features[:, first - 1 : length - 1]
-    documents = row.documents
-    if documents is None:
-        documents = torch.zeros(features.shape[:2], dtype=torch.int64, device=features.device)
-    media, texts = documents[:, :first], documents[:, first:].long()
-    own = _members(media, None if row.real is None else row.real[:, :first], row.num_documents)
-    places = torch.arange(length, device=features.device)
-    last = torch.where(own, places[:first, None], 0).amax(dim=1)
-    is_first = torch.ones_like(texts, dtype=torch.bool)
-    is_first[:, 1:] = texts[:, 1:] != texts[:, :-1]
-    before = torch.where(is_first, last.take_along_dim(texts, dim=1), places[first:] - 1)
-    return features.take_along_dim(before[..., None], dim=1)

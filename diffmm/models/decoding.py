@@ -254,7 +254,7 @@ def prepare(
     if found.real is not None:
         real = torch.ones(batch, total, dtype=torch.bool, device=device)
         real[:, : prompt.length] = found.real
-    # The last token of an empty prompt is that of an image or a sound; steps replace it.
+    # The last token of an empty prompt is no token of a text; steps replace it.
     last = prompt.tokens[:, -1] if prompt.tokens.shape[1] else prompt.tokens.new_zeros(batch)
     if num_guesses:
         ids = prompt.tokens[0].tolist()

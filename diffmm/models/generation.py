@@ -14,7 +14,7 @@ from diffmm.models.description import unwrap
 from diffmm.models.host_copy import HostCopy
 from diffmm.models.prompt import Prompt, text_prompt
 from diffmm.models.sampling import Sampling, check_count
-from diffmm.models.text import TextModel
+from diffmm.models.text import TextConfig, TextModel
 
 MIN_STEPS_OF_GRAPH = 8
 """Number of new tokens from which a CUDA graph is captured by default."""
@@ -118,12 +118,13 @@ def stream(
             several prompts, or media are missing or not wanted.
     """
     inner: Any = unwrap(model)
-    decoder, num_media = _check_model(inner, media)
+    decoder, num_prefix = _check_model(inner, media)
     if tokens is None:
         if media is None:
             raise ValueError("a text model needs prompts, got none")
         tokens = torch.empty(len(media), 0, dtype=torch.int64, device=media.device)
-    _check_prompt(decoder.config.max_length, tokens, key_padding, max_new_tokens, num_media)
+    before = "" if media is None else f" after {inner.prefix_name(num_prefix)}"
+    _check_prompt(decoder.config, tokens, key_padding, max_new_tokens, num_prefix, before)
     sampling = Sampling(temperature, top_k, top_p)
     if pad_id is None:
         pad_id = next(iter(stop_ids), 0)
@@ -162,7 +163,7 @@ def stream(
             num_samples=num_samples,
             key_padding=key_padding,
         )
-        prompt = Prompt(tokens, read, num_media)
+        prompt = Prompt(tokens, read, num_prefix)
 
     @torch.no_grad()
     def generated() -> Iterator[Tensor]:
@@ -208,7 +209,7 @@ _COMPILED: weakref.WeakKeyDictionary[TextModel, Callable[..., Tensor]] = weakref
 
 
 def _check_model(model: Any, media: Tensor | None) -> tuple[TextModel, int]:
-    """Check a model, and return its decoder and the number of tokens of the media."""
+    """Check a model, and return its decoder and the number of tokens before the prompts."""
     is_captioning = isinstance(model, CaptioningModel)
     if is_captioning and media is None:
         raise ValueError("a captioning model needs media, the images or sounds, got none")
@@ -222,26 +223,26 @@ def _check_model(model: Any, media: Tensor | None) -> tuple[TextModel, int]:
         )
     if model.training:
         raise ValueError("the model is in training mode: call model.eval() before generating")
-    return decoder, 0 if media is None else model.num_media_tokens(media)
+    return decoder, 0 if media is None else model.num_prefix_tokens(media)
 
 
 def _check_prompt(
-    max_length: int,
+    config: TextConfig,
     tokens: Tensor,
     key_padding: Tensor | None,
     max_new_tokens: int,
-    num_media: int,
+    num_prefix: int,
+    before: str,
 ) -> None:
-    if tokens.ndim != 2 or 0 in (tokens.shape[0], tokens.shape[1] + num_media):
+    if tokens.ndim != 2 or 0 in (tokens.shape[0], tokens.shape[1] + num_prefix):
         raise ValueError(
             f"prompts must be [B, N] with at least one token, got shape {tuple(tokens.shape)}"
         )
     check_count("max_new_tokens", max_new_tokens)
-    if num_media + tokens.shape[1] + max_new_tokens > max_length:
-        media = f" after {num_media} tokens of media" if num_media else ""
+    if num_prefix + tokens.shape[1] + max_new_tokens > config.max_length:
         raise ValueError(
-            f"a prompt of {tokens.shape[1]} tokens{media} plus max_new_tokens={max_new_tokens} "
-            f"exceeds the model's max_length={max_length}: shorten the prompt or reduce "
+            f"a prompt of {tokens.shape[1]} tokens{before} plus max_new_tokens={max_new_tokens} "
+            f"exceeds the model's max_length={config.max_length}: shorten the prompt or reduce "
             f"max_new_tokens"
         )
     if key_padding is None:

@@ -16,19 +16,19 @@ class Prompt:
     """What comes before the generated tokens.
 
     Attributes:
-        tokens: The prompts, `[B, N]` ids, which may be empty if `num_media` is not 0.
+        tokens: The prompts, `[B, N]` ids, which may be empty if `num_prefix` is not 0.
         read: Processes the prompts with an empty cache, and returns what follows from them.
-        num_media: Number of tokens of images or sounds before each prompt.
+        num_prefix: Number of tokens before each prompt: of images or sounds, or a start token.
     """
 
     tokens: Tensor
     read: Callable[[KVCache], "Read"]
-    num_media: int = 0
+    num_prefix: int = 0
 
     @property
     def length(self) -> int:
         """Number of tokens in the cache after the prompt."""
-        return self.num_media + self.tokens.shape[1]
+        return self.num_prefix + self.tokens.shape[1]
 
 
 class Read(NamedTuple):

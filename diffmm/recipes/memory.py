@@ -211,7 +211,8 @@ class _Meter(torch.autograd.graph.saved_tensors_hooks):
 def fake_shapes(task: Any, data: Any) -> InputShapes | None:
     """Shapes and dtypes of a training batch; `None` for unknown kinds of models or data."""
     config: Any = getattr(getattr(task, "model", None), "config", None)
-    config = getattr(config, "encoder", config)
+    if not hasattr(config, "input_shapes"):  # of a masked autoencoder
+        config = getattr(config, "encoder", None)
     size = getattr(data, "batch_size", None)
     if size is None or not hasattr(config, "input_shapes") or not isinstance(task, Task):
         return None

@@ -82,10 +82,10 @@ def split_heads(model: nn.Module, mesh: DeviceMesh) -> None:
     for text in texts:
         _check_share("vocab_size", text.config.vocab_size, mesh.size())
     for block in blocks:
-        assert isinstance(block.attention, Attention)
-        parallelize_module(block.attention, mesh, _plan(block.attention))
-        # The remaining parameters are lambda vectors, which are replicated on every device.
-        distribute_module(block.attention, mesh)
+        for attention in _attentions(block):
+            parallelize_module(attention, mesh, _plan(attention))
+            # The remaining parameters are lambda vectors, which are replicated on every device.
+            distribute_module(attention, mesh)
         parallelize_module(block.feed_forward, mesh, _plan(block.feed_forward))
     for text in texts:
         plan: dict[str, ParallelStyle] = {
@@ -129,11 +129,15 @@ def _whole_input() -> ParallelStyle:
     return PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate())
 
 
+def _attentions(block: Block) -> list[Attention]:
+    """The attention layers of a block."""
+    return [module for module in block.modules() if isinstance(module, Attention)]
+
+
 def _check_shares(block: Block, num_devices: int) -> None:
-    attention = block.attention
-    assert isinstance(attention, Attention)
-    for name, count in attention.shares.items():
-        _check_share(f"{type(attention).__name__}'s {name}", count, num_devices)
+    for attention in _attentions(block):
+        for name, count in attention.shares.items():
+            _check_share(f"{type(attention).__name__}'s {name}", count, num_devices)
     down_proj: Any = block.feed_forward.down_proj
     _check_share("feed_forward_width", down_proj.in_features, num_devices)
 

@@ -1,6 +1,7 @@
 """What tasks have in common whose models write texts about images or sounds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from diffmm.batch import IGNORE_INDEX
+from diffmm.models.cross_attention import without_cross_attention
 from diffmm.models.job import Job
+from diffmm.models.text import TextModel
 from diffmm.models.weights import load_weights
 from diffmm.tokenizers import Tokenizer, load_tokenizer, until
 from diffmm.training.batches import check_range
@@ -36,6 +39,7 @@ class Writing(Task):
 
     def start_parts(self, settings: Mapping[str, FineTuneConfig | None]) -> None:
         """Freeze parts of the model, which start from weights of their own, as their settings say.
+        Cross-attention in a decoder is new to those weights and stays trained.
 
         Raises:
             ValueError: If one has adapters.
@@ -44,7 +48,9 @@ class Writing(Task):
         for name, config in self.starts.items():
             if config.lora is not None:
                 raise ValueError(f"{name}.lora is not supported: give finetune.lora for all parts")
-            self.frozen += freeze(getattr(self.model, name), config)
+            part: nn.Module = getattr(self.model, name)
+            with language_model(part):
+                self.frozen += freeze(part, config)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -57,7 +63,8 @@ class Writing(Task):
             if config.weights is not None:
                 part: nn.Module = getattr(self.model, name)
                 skip_head = name == "encoder" or config.new_head
-                load_weights(part, config.weights, skip_head=skip_head)
+                with language_model(part):
+                    load_weights(part, config.weights, skip_head=skip_head)
 
     def make_job(self, data: Any) -> Job:
         return replace(super().make_job(data), class_names=None)
@@ -108,6 +115,14 @@ class Writing(Task):
         """Decode texts, `[B, T]` ids, up to the end of each."""
         tokenizer = self.data_tokenizer
         return [tokenizer.decode(ids) for ids in until(tokens.tolist(), tokenizer.eos_id)]
+
+
+@contextmanager
+def language_model(part: nn.Module) -> Iterator[None]:
+    """Take the cross-attention out of a decoder in the body of the `with` statement; other parts
+    stay as they are."""
+    with without_cross_attention(part.backbone) if isinstance(part, TextModel) else nullcontext():
+        yield
 
 
 def add_augmentation(encoder: nn.Module, augment: nn.Module | None) -> None:

@@ -27,17 +27,21 @@ def test_an_encoder_has_maps_but_no_answer():
     assert heard.clip_seconds == 8000 / sound.config.sample_rate_hz
 
 
-def test_a_caption_attends_to_patches():
+@pytest.mark.parametrize("media", ["prefix", "cross_attention"])
+def test_a_caption_attends_to_patches(media):
     """The weights are those of the decoder's last layer, from the tokens that predict the text, and
     do not depend on its last token, which predicts nothing."""
-    model = diffmm.create_model("image_text/shapes_captions_tiny", attention="diff_v2").eval()
+    recipe = "image_text/shapes_captions_tiny"
+    model = diffmm.create_model(recipe, attention="diff_v2", media=media).eval()
     size = model.encoder.config.image_size
     image, tokens = torch.rand(3, size, size), torch.tensor([104, 105, 256])
     found = caption_exhibit({"own": model}, image, tokens, "hi").views["own"]
     assert list(found.maps) == NAMES
     layer = attention_maps(model, tokens[None], image[None], layers=[-1])[0]
-    num_media = layer.combined.shape[-1] - 3
-    rows = layer.combined[0].mean(dim=0)[[num_media - 1, num_media, num_media + 1], :num_media]
+    num_media, num_prefix = (each(image[None]) for each in
+                             (model.num_media_tokens, model.num_prefix_tokens))  # fmt: skip
+    places = [num_prefix - 1, num_prefix, num_prefix + 1]
+    rows = layer.combined[0].mean(dim=0)[places, :num_media]
     expected = rows.mean(dim=0).view(model.encoder.config.grid)
     assert found.maps["A₁ − λA₂"] == pytest.approx(expected.numpy(), rel=1e-5)
     other = torch.tensor([104, 105, 97])

@@ -7,9 +7,17 @@ import torch
 
 import diffmm
 from diffmm.analysis.attention_maps import attention_maps
+from diffmm.analysis.lambdas import LambdaMeter
 from diffmm.analysis.map_blocks import default_bytes, visit_layers
 from diffmm.layers.attention import ATTENTIONS
-from diffmm.models import BackboneConfig, TextConfig, TextModel
+from diffmm.models import (
+    AudioConfig,
+    BackboneConfig,
+    CaptioningConfig,
+    CaptioningModel,
+    TextConfig,
+    TextModel,
+)
 from diffmm.ops import AttentionMask
 
 PADDING = torch.tensor([[True] * 7, [False] * 2 + [True] * 5])
@@ -93,6 +101,49 @@ def test_chosen_rows_padding_and_first_keys():
     assert block.first_key[0].tolist() == [0, 0, 3]
     # The document of query 2 starts with padding, and key 3 is outside the window of query 6.
     assert block.first_key[1, 1:].tolist() == [2, 3]
+
+
+def test_padding_of_a_context_is_not_that_of_the_queries():
+    """Two sounds, the second one half as long, and texts with more tokens than each."""
+    encoder = AudioConfig(
+        backbone=BackboneConfig(dim=32, depth=1, num_heads=4, rope="1d"),
+        sample_rate_hz=8000,
+        num_mels=8,
+        stem="frame",
+        patch_size=None,
+    )
+    decoder = TextConfig(40, 64, text_model("diff_v2").config.backbone)
+    model = CaptioningModel(
+        CaptioningConfig(encoder=encoder, decoder=decoder, media="cross_attention")
+    )
+    tokens, sounds = torch.randint(40, (2, 30)), torch.randn(2, 2000)
+    num_samples = torch.tensor([2000, 1000])
+    real = model.media_tokens(sounds, num_samples)[1][:, 0]
+    assert real.shape[1] < 31
+    assert not real.all()
+    lambdas, names = LambdaMeter(), []
+    lams = {}
+
+    def visit(layer):
+        lambdas.add(layer)
+        lams[layer.name] = layer.lam
+        names.append(layer.name)
+        (block,) = layer.blocks()
+        if layer.is_cross:
+            assert block.is_real.all()
+            for weights in block.components:
+                torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 8, 31))
+                assert not weights[1, :, :, ~real[1]].any()
+
+    visit_layers(model, tokens, sounds, num_samples, visit=visit)
+    crossed = [f"decoder.backbone.blocks.{i}.cross_attention.attention" for i in (0, 1)]
+    assert names[1:] == [
+        *("decoder.backbone.blocks.0.attention", crossed[0]),
+        *("decoder.backbone.blocks.1.attention", crossed[1]),
+    ]
+    found = {layer.name: layer.mean for layer in lambdas.layers()}
+    for name in crossed:
+        assert found[name] == pytest.approx(lams[name].mean().item(), rel=1e-5)
 
 
 def test_a_long_sequence_never_has_a_whole_map():

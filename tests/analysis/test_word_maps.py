@@ -12,7 +12,7 @@ from diffmm.analysis.figures import png
 from diffmm.analysis.map_figures import map_figures
 from diffmm.analysis.report import draw_exhibit
 from diffmm.analysis.text_spans import words_of
-from diffmm.analysis.word_maps import WordsExhibit, word_maps
+from diffmm.analysis.word_maps import WordsExhibit, reading_layers, word_maps
 from diffmm.models.generation import generate
 from diffmm.tokenizers import ByteTokenizer, load_tokenizer
 
@@ -21,8 +21,12 @@ NAMES = ["A₁", "A₂", "A₁ − λA₂"]
 SHARP = 1e4
 
 
-def captioner(attention="diff_v2"):
-    return diffmm.create_model("image_text/shapes_captions_tiny", attention=attention).eval()
+MEDIA = pytest.mark.parametrize("media", ["prefix", "cross_attention"])
+
+
+def captioner(attention="diff_v2", media="prefix", **changes):
+    recipe = "image_text/shapes_captions_tiny"
+    return diffmm.create_model(recipe, attention=attention, media=media, **changes).eval()
 
 
 def transcriber():
@@ -52,14 +56,18 @@ def look_at(layer, monkeypatch, num_patches, first_key, targets, lam):
     monkeypatch.setattr(layer, "lam", lambda x: torch.full((*x.shape[:2], layer.num_heads), lam))
 
 
-def test_each_word_is_over_the_patches_that_its_tokens_attend_to(monkeypatch):
-    """The token at `i` is predicted at row `M - 1 + i`, which here attends to patch `i` in the
-    first map and to patch `i + 1` in the second."""
-    model = captioner()
+@MEDIA
+def test_each_word_is_over_the_patches_that_its_tokens_attend_to(monkeypatch, media):
+    """The token at `i` is predicted at row `M - 1 + i`, or `i` after a start token, which here
+    attends to patch `i` in the first map and to patch `i + 1` in the second."""
+    model = captioner(media=media)
     layer = model.decoder.backbone.attentions[1]
     rows, columns = model.encoder.config.grid
     num = rows * columns
-    look_at(layer, monkeypatch, num, 0, (lambda r: r - (num - 1), lambda r: r - num + 2), 0.25)
+    first = num - 1
+    if media == "cross_attention":
+        layer, first = model.decoder.backbone.blocks[1].cross_attention.attention, 0
+    look_at(layer, monkeypatch, num, 0, (lambda r: r - first, lambda r: r - first + 1), 0.25)
     text = [*b"ab", ord(" "), *b"c", 256]
     found = word_maps(model, image_for(model), BYTES, text, layers=[-1])
     assert (found.text, [each.word for each in found.words]) == ("ab c", ["ab", "c"])
@@ -97,6 +105,27 @@ def test_a_word_of_ctc_is_over_what_the_encoder_attends_to_at_its_times(monkeypa
 
 
 @pytest.mark.parametrize("attention", ["softmax", "diff_v1", "diff_v2"])
+def test_cross_attention_has_all_of_its_weight_on_the_patches(attention):
+    model = captioner(attention, "cross_attention", cross_attention_every=2)
+    image, text = image_for(model), list(b"a red one")
+    assert reading_layers(model) == ["decoder.backbone.blocks.1.cross_attention.attention"]
+    found = word_maps(model, image, BYTES, text, words=["one", "a"])
+    whole = attention_maps(model, torch.tensor([text]), image[None])
+    *_, own, last = whole
+    assert own.components[0].shape[-2:] == (len(text) + 1, len(text) + 1)
+    assert last.components[0].shape[-2:] == (len(text) + 1, model.num_media_tokens(image[None]))
+    for word in found.words:
+        (view,) = word.layers.values()
+        expected = last.combined[0].mean(dim=0)[word.tokens].mean(dim=0)
+        *maps, combined = view.maps.values()
+        assert combined.ravel() == pytest.approx(expected.numpy(), rel=1e-4, abs=1e-7)
+        for weights in maps:
+            assert weights.sum() == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="layers contains 1, but the TextModel has 1 attention la"):
+        word_maps(model, image, BYTES, text, layers=[1])
+
+
+@pytest.mark.parametrize("attention", ["softmax", "diff_v1", "diff_v2"])
 def test_rows_are_those_of_whole_maps(attention):
     model = captioner(attention)
     image, text = image_for(model), list(b"a red one")
@@ -114,9 +143,10 @@ def test_rows_are_those_of_whole_maps(attention):
             assert (view.lam is None) == (attention == "softmax")
 
 
-def test_without_a_text_the_caption_is_generated():
+@MEDIA
+def test_without_a_text_the_caption_is_generated(media):
     torch.manual_seed(0)
-    model = captioner()
+    model = captioner(media=media)
     torch.nn.init.normal_(model.decoder.embedding.weight)
     image = image_for(model)
     found = word_maps(model, image, BYTES, max_new_tokens=9)

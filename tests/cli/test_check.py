@@ -11,11 +11,18 @@ from diffmm.recipes.memory import HALF_PRECISIONS, estimate_memory, fake_shapes
 from diffmm.recipes.mistakes import find_mistakes
 from diffmm.recipes.settings import load
 
-TINY = ("text/stdlib_tiny", "image/digits_tiny", "audio/sound_events_multilabel_tiny")
+CAPTIONS = "image_text/shapes_captions_tiny"
+MEDIA = "--model.model.config.media"
+TINY = (
+    *("text/stdlib_tiny", "image/digits_tiny", "audio/sound_events_multilabel_tiny"),
+    *(CAPTIONS, f"{CAPTIONS} {MEDIA} cross_attention"),
+)
 
 
 def findings(name, *overrides):
-    found = find_mistakes({**load([find_recipe(name)], overrides), "run_dir": "runs"})
+    """What is found in a recipe; the name may be followed by overrides, too."""
+    name, *given = name.split()
+    found = find_mistakes({**load([find_recipe(name)], [*given, *overrides]), "run_dir": "runs"})
     assert not found.mistakes
     return found
 
@@ -41,6 +48,19 @@ def test_reports_size_step_and_memory(run):
     assert lines["step"] == f"{samples}, {tokens} ({size} per batch x 3 batches)"
     assert lines["memory"].startswith("about ")
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("media", "num_tokens"), [("prefix", 64), ("cross_attention", 99)])
+def test_reports_captioning_with_both_kinds_of_media(run, media, num_tokens):
+    """The texts fill what the media leave of the decoder's length."""
+    result = run("check", CAPTIONS, MEDIA, media)
+    assert result.code == 0, result.err
+    assert f"32 samples, {32 * num_tokens:,} tokens (32 per batch)" in result.out
+    model = findings(CAPTIONS, MEDIA, media).model.model
+    assert f"{sum(p.numel() for p in model.parameters()):,} (" in result.out
+    result = run("check", CAPTIONS, MEDIA, "cross")
+    assert result.code == 2
+    assert "config.media must be one of 'prefix', 'cross_attention', got 'cross'" in result.err
 
 
 def test_muon_has_one_momentum_where_adamw_has_two_moments():

@@ -77,10 +77,18 @@ def labeled_sounds(model):
         ("image_text/shapes_captions_tiny", pairs, [WordsExhibit] * 2, ["dog", "ox"]),
         ("audio_text/prompts_ctc_tiny", pairs, [WordsExhibit] * 2, ["dog", "ox"]),
         ("audio_text/prompts_transcription_tiny", pairs, [WordsExhibit] * 2, ["dog", "ox"]),
+        (
+            "audio_text/prompts_transcription_tiny media=cross_attention",
+            pairs,
+            [WordsExhibit] * 2,
+            ["dog", "ox"],
+        ),
     ],
 )
 def test_samples_of_other_models(recipe, data_for, kinds, truths):
-    models = {"1": diffmm.create_model(recipe, attention="diff_v2").eval()}
+    recipe, *settings = recipe.split()
+    changes = dict(each.split("=") for each in settings)
+    models = {"1": diffmm.create_model(recipe, attention="diff_v2", **changes).eval()}
     found = drawn_samples(models, data_for(models["1"]))
     assert [type(exhibit) for exhibit in found] == kinds
     assert [exhibit.truth for exhibit in found] == truths

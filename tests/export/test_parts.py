@@ -50,9 +50,13 @@ def contrastive(**towers):
     return ContrastiveModel(ContrastiveConfig(text=text, embed_dim=6, **towers)).eval()
 
 
-def captioner(encoder):
-    text = TextConfig(vocab_size=40, max_length=60, backbone=backbone("1d", "diff_v1"))
-    model = CaptioningModel(CaptioningConfig(encoder=encoder, decoder=text)).eval()
+MEDIA = pytest.mark.parametrize("media", ["prefix", "cross_attention"])
+
+
+def captioner(encoder, media="prefix"):
+    decoder = backbone("1d", "diff_v1")
+    text = TextConfig(vocab_size=40, max_length=60, backbone=decoder, tie_embeddings=False)
+    model = CaptioningModel(CaptioningConfig(encoder=encoder, decoder=text, media=media)).eval()
     torch.nn.init.normal_(model.decoder.embedding.weight)
     return model
 
@@ -140,19 +144,22 @@ def written(encoder, decoder, count, **media):
     found = encoder(**media)
     batch = len(found["logits"])
     num_padding = found.pop("num_padding", torch.zeros(batch, dtype=torch.int64))
+    context = {name: found.pop(name) for name in list(found) if "context" in name}
     ids = []
     for _ in range(count):
         ids.append(found.pop("logits")[:, -1].argmax(dim=-1))
         past = {name.replace("present", "past"): value for name, value in found.items()}
-        found = decoder(tokens=ids[-1][:, None], num_padding=num_padding, **past)
+        found = decoder(tokens=ids[-1][:, None], num_padding=num_padding, **past, **context)
     return torch.stack(ids, dim=1)
 
 
-def test_a_captioning_model_writes_with_its_programs(tmp_path):
-    model = captioner(IMAGE)
+@MEDIA
+def test_a_captioning_model_writes_with_its_programs(tmp_path, media):
+    model = captioner(IMAGE, media)
     path, line = export(model, tmp_path / "caption.onnx", "onnx")
     assert path == tmp_path
-    assert "caption_decoder.onnx: inputs tokens, num_padding, past_key_0 and 1 more" in line
+    more = 1 if media == "prefix" else 3
+    assert f"caption_decoder.onnx: inputs tokens, num_padding, past_key_0 and {more} more" in line
     encoder, about = opened(path / "caption_encoder.onnx")
     decoder, _ = opened(path / "caption_decoder.onnx")
     assert about["max_length"] == 60
@@ -163,9 +170,10 @@ def test_a_captioning_model_writes_with_its_programs(tmp_path):
         assert written(encoder, decoder, 9, images=images).equal(expected)
 
 
-def test_sounds_of_several_lengths_are_described():
-    """Padding is moved in front of the sounds, where it changes nothing."""
-    model = captioner(SOUND)
+@MEDIA
+def test_sounds_of_several_lengths_are_described(media):
+    """Padding is moved in front of the sounds, or hidden after them, and changes nothing."""
+    model = captioner(SOUND, media)
     programs = []
     for signature in signatures_of(model).values():
         program = trace(signature).module()
@@ -179,6 +187,7 @@ def test_sounds_of_several_lengths_are_described():
         programs.append(call)
     waveforms, num_samples = torch.randn(3, 2000), torch.tensor([2000, 700, 1400])
     found = written(*programs, 8, waveforms=waveforms, num_samples=num_samples)
+    assert len(found.unique()) > 1
     for row, length in enumerate(num_samples.tolist()):
         alone = waveforms[row, :length][None]
         expected = generate(model, media=alone, max_new_tokens=8, temperature=0.0)

@@ -24,19 +24,24 @@ from diffmm.models import (
     ImageConfig,
     TextConfig,
 )
+from diffmm.models.cross_attention import cross_attentions
 from diffmm.models.generation import generate
 from diffmm.models.job import Job
 from diffmm.models.weights import save_model
 
+MEDIA = ["prefix", "cross_attention"]
+BOTH = pytest.mark.parametrize("trained", MEDIA, indirect=True)
 FILES = [f"media/{number}.png" for number in range(3)]
 
 
-def saved(encoder, data, path, max_length=90):
+def saved(encoder, data, path, max_length=90, media="prefix"):
     """An untrained model whose texts depend on its input, and never end."""
     torch.manual_seed(0)
     text = TextConfig(259, max_length, BackboneConfig(32, 2, 4, init_std=0.15, rope="1d"))
-    model = CaptioningModel(CaptioningConfig(encoder=encoder, decoder=text))
+    model = CaptioningModel(CaptioningConfig(encoder=encoder, decoder=text, media=media))
     torch.nn.init.normal_(model.decoder.embedding.weight)
+    for layer in cross_attentions(model.decoder.backbone).values():
+        torch.nn.init.normal_(layer.attention.out_proj.weight)
     model.job = Job(reader=data.describe_inputs()["reader"], recipe="image_text/test")
     save_model(model, path)
     return path
@@ -47,7 +52,7 @@ def backbone():
 
 
 @pytest.fixture
-def trained(tmp_path, monkeypatch):
+def trained(tmp_path, monkeypatch, request):
     """A model in `run`, with three pictures in `media`."""
     monkeypatch.chdir(tmp_path)
     Path("media").mkdir()
@@ -56,7 +61,8 @@ def trained(tmp_path, monkeypatch):
         Image.fromarray(pixels).save(file)
     data = ImageTextData(RenderedShapes(4, 4), image_size=16, max_tokens=12)
     encoder = ImageConfig(backbone=backbone(), image_size=16, patch_size=8)
-    return diffmm.load(saved(encoder, data, Path("run")))
+    media = getattr(request, "param", "prefix")
+    return diffmm.load(saved(encoder, data, Path("run"), media=media))
 
 
 def by_hand(trained, media, prompt=None):
@@ -66,6 +72,7 @@ def by_hand(trained, media, prompt=None):
     return [bytes(id for id in row if id < 256).decode(errors="replace") for row in rows.tolist()]
 
 
+@BOTH
 def test_captions_of_files_lists_and_folders(trained):
     images = torch.stack([trained.reader.read(file)["images"] for file in FILES])
     expected = by_hand(trained, images)
@@ -79,6 +86,7 @@ def test_captions_of_files_lists_and_folders(trained):
     assert (picture.text, picture.file) == (expected[2], None)
 
 
+@BOTH
 def test_texts_begin_with_a_prompt_and_several_media_share_one(trained):
     images = torch.stack([trained.reader.read(file)["images"] for file in FILES])
     prompt = torch.tensor([list(b"a small")])
@@ -97,7 +105,7 @@ def test_texts_begin_with_a_prompt_and_several_media_share_one(trained):
 def test_what_is_refused(trained):
     for call, message in (
         (lambda: trained.generate([]), "no image or sound to describe: give at least one"),
-        (lambda: trained.generate(FILES * 8), "96 tokens of media and prompt leave nothing of the"),
+        (lambda: trained.generate(FILES * 8), "96 tokens of media and 0 of the prompt leave noth"),
         (lambda: trained.generate(FILES[0], chat=True), "chat does not apply"),
         (lambda: trained.predict("none.png"), "none.png"),
         (lambda: trained.similarity(FILES, "a"), "only contrastive models compare"),
@@ -127,7 +135,8 @@ def test_the_command_line_writes_texts(trained, capsys):
     assert "--top-k is for classes, but this model gives one text" in capsys.readouterr().err
 
 
-def test_sounds_of_any_length_are_transcribed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("media", MEDIA)
+def test_sounds_of_any_length_are_transcribed(tmp_path, monkeypatch, media):
     monkeypatch.chdir(tmp_path)
     data = AudioTextData(sample_rate_hz=8000, max_tokens=12)
     encoder = AudioConfig(
@@ -138,7 +147,7 @@ def test_sounds_of_any_length_are_transcribed(tmp_path, monkeypatch):
         hop_seconds=0.016,
         patch_size=(16, 8),
     )
-    trained = diffmm.load(saved(encoder, data, Path("run")))
+    trained = diffmm.load(saved(encoder, data, Path("run"), media=media))
     files = [f"{number}.wav" for number in range(3)]
     for number, file in enumerate(files):
         sound = 0.5 * np.sin(np.arange(4000 + 3000 * number) * (0.02, 2.0, 0.3)[number])
@@ -149,6 +158,7 @@ def test_sounds_of_any_length_are_transcribed(tmp_path, monkeypatch):
     assert len(trained.generate(files, "a")) > 0
 
 
+@BOTH
 def test_maps_of_words_are_those_of_the_caption(trained):
     found = trained.word_maps(FILES[0], words=None, layers=[-1])
     assert found.text == trained.generate(FILES[0])
@@ -156,12 +166,16 @@ def test_maps_of_words_are_those_of_the_caption(trained):
     assert given.text == "a red dog"
     assert [(each.word, each.tokens) for each in given.words] == [("red", [2, 3, 4])]
     every = trained.attention_maps(FILES[0], text="a red dog")
-    assert [layer.name.split(".")[0] for layer in every] == ["encoder"] * 2 + ["decoder"] * 2
-    rows = every[-1].combined[0].mean(dim=0)[[3 + i for i in (2, 3, 4)], :4].mean(dim=0)
+    is_crossed = trained.model.config.has_cross_attention
+    num_decoder, first = (4, 0) if is_crossed else (2, 3)
+    parts = [layer.name.split(".")[0] for layer in every]
+    assert parts == ["encoder"] * 2 + ["decoder"] * num_decoder
+    rows = every[-1].combined[0].mean(dim=0)[[first + i for i in (2, 3, 4)], :4].mean(dim=0)
     maps = given.words[0].layers[1].maps["A₁ − λA₂"]
     np.testing.assert_allclose(maps, rows.view(2, 2), atol=1e-6)
     own = trained.attention_maps(FILES[0], layers=[-1])[0]
-    assert own.combined.shape[-1] == 4 + 12  # the caption does not end before max_tokens
+    # The caption does not end before max_tokens.
+    assert own.combined.shape[-2:] == ((1 + 12, 4) if is_crossed else (4 + 12, 4 + 12))
     classifier = diffmm.TrainedModel(trained.model.encoder, trained.job)
     for call, message in (
         (lambda: classifier.word_maps(FILES[0]), "only captioning and CTC models have maps of"),

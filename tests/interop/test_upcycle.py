@@ -85,6 +85,17 @@ def test_other_modalities(recipe, attention):
     assert torch.allclose(*outputs, atol=1e-5)
 
 
+@pytest.mark.parametrize("media", ["prefix", "cross_attention"])
+@pytest.mark.parametrize("attention", ["diff_v1", "diff_v2"])
+def test_captions(attention, media):
+    recipe = "image_text/shapes_captions_tiny"
+    model = diffmm.create_model(recipe, attention="softmax", media=media).eval()
+    twin = upcycle(model, attention)
+    assert twin.config.media == media
+    inputs = torch.randint(256, (2, 7)), torch.randn(2, 3, 48, 48)
+    assert torch.allclose(twin(*inputs), model(*inputs), atol=1e-5)
+
+
 def test_seeds():
     model = softmax_model()
     first, again, other = (upcycle(model, "diff_v1", seed=seed) for seed in (0, 0, 1))

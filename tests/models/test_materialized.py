@@ -158,10 +158,19 @@ def captioning():
     return OfPictures(config), torch.randn(2, 3, 16, 16)
 
 
+def cross_captioning():
+    text = TextConfig(50, 30, backbone("1d", layer_scale=0.1))
+    config = CaptioningConfig(
+        encoder=image_config(0), decoder=text, media="cross_attention", cross_attention_gate=True
+    )
+    return OfPictures(config), torch.randn(2, 3, 16, 16)
+
+
 MODELS = (
     *(tower, text, untied_text, image, audio, frames, masked, distilled, kaldi, whisper),
     contrastive,
     captioning,
+    cross_captioning,
 )
 
 

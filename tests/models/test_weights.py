@@ -95,6 +95,12 @@ MAKERS = {
     "image and text": lambda: ContrastiveModel(contrastive_config()),
     "captions": lambda: captioning(image_config()),
     "transcripts": lambda: captioning(audio_config(), projector="mlp"),
+    "cross-attention": lambda: captioning(
+        image_config(),
+        media="cross_attention",
+        cross_attention_every=2,
+        cross_attention_gate=True,
+    ),
     "ctc": lambda: CTCModel(
         CTCConfig(
             encoder=audio_config(num_classes=0, patch_size=(4, audio_config().num_mels)),
@@ -104,6 +110,16 @@ MAKERS = {
     ),
     "all shared": lambda: ContrastiveModel(contrastive_config(shared_blocks=2)),
 }
+
+
+def test_captioning_models_described_before_cross_attention_are_the_same():
+    model = MAKERS["captions"]()
+    description = describe(model)
+    for name in ("media", "cross_attention_every", "cross_attention_gate"):
+        del description["config"][name]
+    built = build(description)
+    assert built.config == model.config
+    assert not any("cross_attention" in n or "start" in n for n in built.state_dict())
 
 
 def same_weights(one, other):

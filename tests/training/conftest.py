@@ -141,12 +141,12 @@ class Make:
         )
 
     def captioning(
-        self, attention: str = "diff_v1", audio: bool = False, **changes: Any
+        self, attention: str = "diff_v1", audio: bool = False, media: Any = "prefix", **changes: Any
     ) -> CaptioningModel:
         encoder = (self.audio_config if audio else self.image_config)(attention, **changes)
         text = backbone(attention, **{**changes, "rope": "1d"})
         decoder = TextConfig(VOCAB, 64, text, tie_embeddings=False)
-        return CaptioningModel(CaptioningConfig(encoder=encoder, decoder=decoder))
+        return CaptioningModel(CaptioningConfig(encoder=encoder, decoder=decoder, media=media))
 
     def ctc(self, attention: str = "diff_v1", **changes: Any) -> CTCModel:
         # One token per time.
@@ -167,7 +167,8 @@ class Make:
             model: nn.Module = getattr(self, name)(attention, **changes)
             return Classification(model, **settings)
         if name.endswith("_captions"):
-            captioning = self.captioning(attention, name == "audio_captions", **changes)
+            media = "cross_attention" if "_cross_" in name else "prefix"
+            captioning = self.captioning(attention, name.startswith("audio"), media, **changes)
             return Captioning(captioning, **{"max_new_tokens": 12, **settings})
         if name == "audio_ctc":
             ctc = self.ctc(attention, **changes)
@@ -194,7 +195,7 @@ class Make:
             num_bytes = 2 * (targets != IGNORE_INDEX).sum(dim=1)
             return {"tokens": tokens, "targets": targets, "num_bytes": num_bytes, "index": index}
         if name.endswith("_captions"):
-            return self.batch(f"{name.removesuffix('_captions')}_text", size)
+            return self.batch(f"{name.partition('_')[0]}_text", size)
         if name == "audio_ctc":  # short texts, most of which fit their sounds
             pairs = self.batch("audio_text", size)
             pairs["num_tokens"] = pairs["num_tokens"].clamp(max=5)

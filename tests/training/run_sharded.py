@@ -132,12 +132,13 @@ def task_and_data(
         )
         task = Contrastive(ContrastiveModel(towers), **settings)
         return task, both_media if case == "both media" else media_apart
-    if case == "captions":
+    if case in ("captions", "cross-attention"):
         image = ImageConfig(
             backbone=BackboneConfig(dim, 2, 8, rope="2d", **shared), image_size=8, patch_size=4
         )
         text = TextConfig(24, 16, BackboneConfig(dim, 2, 8, rope="1d", **shared))
-        captioning = CaptioningModel(CaptioningConfig(encoder=image, decoder=text))
+        media: Any = "prefix" if case == "captions" else "cross_attention"
+        captioning = CaptioningModel(CaptioningConfig(encoder=image, decoder=text, media=media))
         tokens = torch.randint(3, 24, (NUM_SAMPLES, 6))
         tokens[index % 2 == 0, 3:] = 2
         tokens[:, 5] = 2

@@ -37,7 +37,10 @@ def test_targets_have_no_padding():
     assert until(BATCH["tokens"].tolist(), EOS) == [[4, 5], [4, 5, 6], [7]]
 
 
-@pytest.mark.parametrize("name", ["image_captions", "audio_captions"])
+@pytest.mark.parametrize(
+    "name",
+    [f"{kind}_{road}captions" for kind in ("image", "audio") for road in ("", "cross_")],
+)
 def test_texts_that_are_known_by_heart_match(name, make, fit):
     batch = make.batch(name)
     task = make.task(name, optimizer=OptimizerConfig(1e-2))
@@ -53,7 +56,7 @@ def test_texts_that_are_known_by_heart_match(name, make, fit):
         assert torch.equal(row[: end + 1], text[: end + 1])
         assert (row[end:] == make.vocab_size - 1).all()
     # The first token of another picture or sound's text is another one.
-    media = "images" if name == "image_captions" else "waveforms"
+    media = "images" if name.startswith("image") else "waveforms"
     batch = {**batch, media: batch[media].flip(0)}
     assert not is_exact(task.generate(batch), batch).all()
 
@@ -104,21 +107,27 @@ def test_word_error_rate_by_hand(make, fit, monkeypatch):
     assert metrics["val/exact_match"] == 0.0
 
 
-def test_parts_start_from_weights_and_stay_frozen(make, fit, tmp_path):
+@pytest.mark.parametrize("name", ["image_captions", "image_cross_captions"])
+def test_parts_start_from_weights_and_stay_frozen(name, make, fit, tmp_path):
     """The encoder of a classifier is frozen as a whole; the decoder starts from a language model,
-    without its head, and its first block is frozen."""
+    without its head, and its first block is frozen, except its cross-attention."""
     classifier, text = make.image(), make.text()
     files = [str(save_model(model, tmp_path / f"{number}.safetensors"))
              for number, model in enumerate((classifier, text))]  # fmt: skip
     task = make.task(
-        "image_captions",
+        name,
         encoder=FineTuneConfig(weights=files[0], freeze="all"),
         decoder=FineTuneConfig(weights=files[1], new_head=False, freeze=1),
     )
-    trainer = fit(task, [make.batch("image_captions")], max_steps=2)
+    new = {key: weight.clone() for key, weight in task.model.decoder.state_dict().items()
+           if "cross_attention" in key}  # fmt: skip
+    trainer = fit(task, [make.batch(name)], max_steps=2)
     for name, weight in task.model.encoder.state_dict().items():
         assert torch.equal(weight, classifier.state_dict()[name]), name
     for name, weight in task.model.decoder.state_dict().items():
+        if name in new:
+            assert not torch.equal(weight, new[name]), name
+            continue
         is_frozen = name.startswith(("embedding", "backbone.blocks.0"))
         assert torch.equal(weight, text.state_dict()[name]) == is_frozen, name
     assert not any(module.training for module in task.model.encoder.modules())

@@ -1,6 +1,7 @@
 """A run that was stopped anywhere resumes with the same samples, hooks and bits."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,9 +220,10 @@ def both_media():
     )
 
 
-def captions():
+def captions(**changes):
     image = ImageConfig(backbone=backbone("2d"), image_size=8, patch_size=4)
-    model = CaptioningConfig(encoder=image, decoder=TextConfig(259, 68, backbone("1d")))
+    decoder = TextConfig(259, 68, backbone("1d"))
+    model = CaptioningConfig(encoder=image, decoder=decoder, **changes)
     task = Captioning(CaptioningModel(model), *settings(), max_new_tokens=4, num_generated=8)
     return task, pairs()[1]
 
@@ -297,6 +299,7 @@ def go(tmp_path):
             "pairs": pairs,
             "both media": both_media,
             "captions": captions,
+            "cross-attention": partial(captions, media="cross_attention"),
             "transcripts": transcripts,
             "text": lambda: text(TextFolder(str(texts))),
             "stream": lambda: stream(texts),
@@ -381,7 +384,10 @@ def test_a_run_that_stopped_after_any_batch_goes_on_exactly(go, tmp_path, schedu
 
 @pytest.mark.parametrize(
     "modality",
-    ["text", "stream", "audio", "image", "pairs", "both media", "captions", "transcripts"],
+    [
+        *("text", "stream", "audio", "image", "pairs", "both media", "captions", "transcripts"),
+        "cross-attention",
+    ],
 )
 @pytest.mark.parametrize("workers", [(0, 0), (0, 2), (2, 0)])
 def test_every_checkpoint_of_a_run_leads_to_the_same_bits(go, tmp_path, modality, workers):

@@ -74,7 +74,11 @@ def test_targets_of_faint_patterns_are_those_of_float32(make, fit, precision, na
 
 @pytest.mark.parametrize("precision", HALF)
 @pytest.mark.parametrize(
-    "name", ["causal_lm", "image", "audio", "image_text", "image_captions", "audio_ctc"]
+    "name",
+    [
+        *("causal_lm", "image", "audio", "image_text", "image_captions", "audio_ctc"),
+        "image_cross_captions",
+    ],
 )
 def test_weights_in_16_bits_learn_as_those_in_32(make, fit, precision, name):
     batch, losses = make.batch(name), []

@@ -18,7 +18,7 @@ from diffmm.training import FSDP2Strategy, Task
 
 SCRIPT = Path(__file__).with_name("run_sharded.py")
 CASES = ("softmax", "diff_v1", "diff_v2", "diff_grouped", "uniform_noise", "image", "pairs",
-         "both media", "media apart", "captions", "transcripts")  # fmt: skip
+         "both media", "media apart", "captions", "cross-attention", "transcripts")  # fmt: skip
 NAMES = ("case", "strategy", "num_processes", "variant")
 COMPILED, ACCUMULATED = "_compiled", "_accumulated"
 RUNS = [
@@ -35,6 +35,8 @@ RUNS = [
     ("media apart", "fsdp2", 2, ""),
     ("captions", "fsdp2_tp2", 2, COMPILED),
     ("captions", "fsdp2", 2, ""),
+    ("cross-attention", "fsdp2_tp2", 2, ""),
+    ("cross-attention", "fsdp2", 2, ""),
     ("transcripts", "fsdp2_tp2", 2, COMPILED),
     ("transcripts", "fsdp2", 2, ""),
     ("uniform_noise", "ddp", 2, ""),

@@ -18,6 +18,7 @@ from diffmm.training import CausalLM, Classification, MaskedLM, OptimizerConfig,
 TASKS = (
     *("causal_lm", "masked_lm", "image", "audio", "image_mae", "audio_mae"),
     *("image_text", "audio_text", "image_captions", "audio_captions", "audio_ctc"),
+    "audio_cross_captions",
 )
 ATTENTIONS = ("softmax", "diff_v1", "diff_v2")
 

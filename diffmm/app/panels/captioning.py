@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from diffmm.analysis.word_maps import writer_of
+from diffmm.analysis.word_maps import reading_layers
 from diffmm.app.answers import (
     NUM_MAP_WORDS,
     growing,
@@ -110,7 +110,7 @@ def build(gr: Any, trained: TrainedModel) -> None:
             visible=takes_text,
             elem_id="beginning",
         )
-        layer = layer_slider(gr, writer_of(model))
+        layer = layer_slider(gr, len(reading_layers(model)))
     with right:
         shown = answer_field(gr)
         seen = answer_field(gr, "maps")

@@ -70,7 +70,8 @@ def build(gr: Any, trained: TrainedModel) -> None:
     left, right = two_columns(gr)
     with left:
         file = medium_input(gr, trained.reader)
-        layer = layer_slider(gr, trained.model)
+        config: Any = trained.model.config
+        layer = layer_slider(gr, config.backbone.depth)
     with right:
         shown = answer_field(gr)
 

@@ -125,7 +125,7 @@ def build(gr: Any, trained: TrainedModel) -> None:
         )
         temperature = gr.Slider(0.0, 2.0, value=0.8, step=0.05, label="Temperature")
         seed = gr.Number(0, label="Seed", precision=0, minimum=0)
-        layer = layer_slider(gr, model)
+        layer = layer_slider(gr, model.config.backbone.depth)
     with right:
         shown = answer_field(gr)
         seen = answer_field(gr, "maps")

@@ -120,9 +120,9 @@ def build(gr: Any, trained: TrainedModel) -> None:
         )
         button = gr.Button("Compare", variant="primary", elem_id="compare")
         towers = [model.towers[name] for name in towers_of(model, reader)]
-        shallowest = min(towers, key=lambda tower: tower.config.backbone.depth)
-        layer = layer_slider(gr, shallowest, f"Layer ({reader.kind})")
-        text_layer = layer_slider(gr, model.text, "Layer (text)")
+        depth = min(tower.config.backbone.depth for tower in towers)
+        layer = layer_slider(gr, depth, f"Layer ({reader.kind})")
+        text_layer = layer_slider(gr, model.text.config.backbone.depth, "Layer (text)")
     with right:
         shown = answer_field(gr)
 

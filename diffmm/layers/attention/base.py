@@ -210,12 +210,19 @@ class Attention(nn.Module):
         """Initialize the layer so that the root mean square of its heads is at most `size`, that
         of a value. Averages of values already satisfy this."""
 
+    def queries(self, x: Tensor) -> Tensor:
+        """Compute the queries of `x` in the shape that `attend` takes, before rope."""
+        # -1, because under tensor parallelism a process has only a part of the heads.
+        return self.q_norm(self.q_proj(x).unflatten(-1, (-1, *self.q_shape[1:])))
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the keys, before rope, and the values of `x`, likewise."""
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, *self.k_shape[1:])))
+        return k, self.v_proj(x).unflatten(-1, (-1, *self.v_shape[1:]))
+
     def project(self, x: Tensor, rope: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the queries, keys and values of `x` in the shapes that `attend` takes."""
-        # -1, because under tensor parallelism a process has only a part of the heads.
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, *self.q_shape[1:])))
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, *self.k_shape[1:])))
-        v = self.v_proj(x).unflatten(-1, (-1, *self.v_shape[1:]))
+        q, (k, v) = self.queries(x), self.keys_and_values(x)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         return q, k, v
@@ -235,9 +242,17 @@ class Attention(nn.Module):
         mask: AttentionMask,
         rope: Rotation | None = None,
         cache: LayerCache | None = None,
+        keys_and_values: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Map `[B, N, dim]` to `[B, N, dim]`. With a cache, `mask` covers all keys so far."""
-        q, k, v = self.project(x, rope)
+        """Map `[B, N, dim]` to `[B, N, dim]`. With a cache, `mask` covers all keys so far. Given
+        the keys and values of other tokens (`diffmm.layers.CrossAttention`), `x` attends to these,
+        without rope and cache."""
+        if keys_and_values is None:
+            q, k, v = self.project(x, rope)
+        else:
+            assert rope is None
+            assert cache is None
+            q, (k, v) = self.queries(x), keys_and_values
         own_value = v
         if cache is not None:
             k, v = cache.update(k, v)
