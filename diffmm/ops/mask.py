@@ -1,6 +1,7 @@
 """The attention mask: which keys each query attends to."""
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ class AttentionMask:
     `num_keys`, only that many of the keys exist, and take the place of `M` in all of this.
 
     The mask is registered as a pytree whose leaves are its tensors, so that `torch.export` accepts
-    it as an input.
+    it as an input; `num_keys` is a leaf only if it is given.
 
     Args:
         causal: Whether a query attends only to keys up to its own position.
@@ -168,23 +169,25 @@ class AttentionMask:
 
 
 def _flatten(mask: AttentionMask) -> tuple[list[Any], tuple[bool, int | None]]:
-    return [getattr(mask, name) for name in TENSORS], (mask.causal, mask.window)
+    names = PER_SAMPLE if mask.num_keys is None else TENSORS
+    return [getattr(mask, name) for name in names], (mask.causal, mask.window)
 
 
 def _flatten_with_names(
     mask: AttentionMask,
 ) -> tuple[list[tuple[Any, Any]], tuple[bool, int | None]]:
     tensors, rest = _flatten(mask)
-    names = [_pytree.GetAttrKey(name) for name in TENSORS]
+    names = [_pytree.GetAttrKey(name) for name in TENSORS[: len(tensors)]]
     return list(zip(names, tensors, strict=True)), rest
 
 
 def _unflatten(tensors: Any, rest: tuple[bool, int | None]) -> AttentionMask:
     # Without `__post_init__`, because torch also builds pytrees with leaves that are not tensors.
     mask = object.__new__(AttentionMask)
-    fields = dict(zip(("causal", "window", *TENSORS), (*rest, *tensors), strict=True))
-    for name, value in fields.items():
+    for name, value in zip(("causal", "window"), rest, strict=True):
         object.__setattr__(mask, name, value)
+    for name, tensor in itertools.zip_longest(TENSORS, tensors):
+        object.__setattr__(mask, name, tensor)
     return mask
 
 

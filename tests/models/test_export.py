@@ -99,7 +99,7 @@ def test_text_with_a_cache_and_a_mask(attention, strict):
     cache, real = started(2)
     shapes = {
         "tokens": BATCH,
-        "mask": [None, None, {**BATCH, 1: Dim.DYNAMIC}, None],
+        "mask": [None, None, {**BATCH, 1: Dim.DYNAMIC}],
         "cache": [[BATCH] * 2, [BATCH] * 2, Dim.DYNAMIC],
     }
     arguments = {"mask": mask(5), "cache": cache}

@@ -7,8 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils import _pytree
 
 from diffmm.ops import AttentionMask
+from diffmm.ops.mask import TENSORS
 
 
 def sees(mask: AttentionMask, batch: int, query: int, key: int, num_queries: int, num_keys: int):
@@ -85,6 +87,20 @@ def test_num_keys_is_the_number_of_keys_in_a_buffer(case, surplus):
     assert not of_buffer.is_full
     assert not of_buffer.is_causal
     assert of_buffer.per_sample == mask.per_sample
+
+
+def test_num_keys_is_a_leaf_of_the_pytree_if_it_is_given():
+    """A program that was exported with a mask without it still takes one."""
+    padding = torch.ones(1, 4, dtype=torch.bool)
+    for mask, count in (
+        (AttentionMask(window=2, key_padding=padding), 3),
+        (AttentionMask(causal=True, num_keys=torch.tensor(3)), 4),
+    ):
+        leaves, spec = _pytree.tree_flatten(mask)
+        assert len(leaves) == count
+        assert _pytree.tree_unflatten(leaves, spec) == mask
+        named = _pytree.tree_flatten_with_path(mask)[0]
+        assert [path[0].name for path, _ in named] == list(TENSORS[:count])
 
 
 def test_more_queries_than_keys_leaves_the_first_without_any():
