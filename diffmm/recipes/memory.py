@@ -30,6 +30,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffmm.batch import InputShapes
 from diffmm.layers.block import Block
@@ -109,7 +110,7 @@ def saved_bytes(task: LightningModule, batch: dict[str, Any], precision: str) ->
     """Size of the tensors that autograd saves for one training loss, in bytes."""
     floating = torch.bfloat16 if precision in HALF_PRECISIONS else torch.float32
     task.to(floating)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), _LongestTexts():
         empty_weights(task)
         task.trainer = plain_trainer()
         tensors = {
@@ -120,6 +121,21 @@ def saved_bytes(task: LightningModule, batch: dict[str, Any], precision: str) ->
         with meter, torch.autocast("cpu", torch.bfloat16, enabled="mixed" in precision):
             task.training_loss(tensors, 0)  # type: ignore[operator]
     return meter.total
+
+
+class _LongestTexts(TorchDispatchMode):
+    """Gives the results of the CTC loss, whose sizes follow from the lengths of the texts: those of
+    texts as long as the batch has room for."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is not torch.ops.aten._ctc_loss.Tensor:
+            return func(*args, **(kwargs or {}))
+        log_probs, targets = args[:2]
+        times, batch, _ = log_probs.shape
+        states = 2 * targets.shape[1] + 1  # each id, and a blank before, between and after them
+        return log_probs.new_empty(batch), log_probs.new_empty(batch, times, states)
 
 
 def empty_weights(task: nn.Module) -> None:
@@ -221,6 +237,9 @@ def fake_shapes(task: Any, data: Any) -> InputShapes | None:
     mixed = {"num_sounds": data.num_sounds} if hasattr(data, "num_sounds") else {}
     inputs: InputShapes = config.input_shapes(size, next(filter(None, lengths), None), **mixed)
     shapes = {"index": ((size,), torch.int64), **inputs, **task.target_shapes(inputs)}
+    longest = getattr(getattr(data, "reader", None), "max_tokens", None)
+    if "tokens" in shapes and "tokens" not in inputs and longest is not None:
+        shapes["tokens"] = (size, longest), torch.int64
     if getattr(data, "packing", None) == "packed" and data.document_mask:
         shapes["document_ids"] = inputs["tokens"]
     return shapes

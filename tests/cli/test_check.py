@@ -63,6 +63,12 @@ def test_reports_captioning_with_both_kinds_of_media(run, media, num_tokens):
     assert "config.media must be one of 'prefix', 'cross_attention', got 'cross'" in result.err
 
 
+def test_reports_transcripts(run):
+    result = run("check", "audio_text/prompts_ctc_tiny")
+    assert result.code == 0, result.err
+    assert "16 samples, 1,536 tokens (16 per batch)" in result.out
+
+
 def test_muon_has_one_momentum_where_adamw_has_two_moments():
     name = "text/stdlib_tiny"
     adamw, muon = estimate(name), estimate(name, "--model.optimizer.kind", "muon")
@@ -145,6 +151,30 @@ def test_activations_are_what_a_real_step_keeps(name):
         task.training_loss(batch, 0)
     sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
     assert sum(sizes) + 1.5 * max(sizes) == pytest.approx(expected, rel=0.02)
+
+
+def test_activations_of_a_ctc_loss_are_those_of_the_longest_texts():
+    name = "audio_text/prompts_ctc_tiny"
+    found = findings(name)
+    shapes = fake_shapes(found.model, found.data)
+    expected = estimate_memory(found.model, shapes, precision="32-true").activations
+    task = findings(name).model.to_empty(device="cpu")
+    for parameter in (*task.parameters(), *task.buffers()):
+        parameter.data.fill_(0.01)
+    batch = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+    batch["num_tokens"] += shapes["tokens"][0][1]
+    batch["num_samples"] = torch.full_like(batch["num_tokens"], batch["waveforms"].shape[1])
+    sizes: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        task.training_loss(batch, 0)
+    kept = sum(sizes.values()) - sum(p.untyped_storage().nbytes() for p in task.parameters())
+    assert kept + 1.5 * max(sizes.values()) == pytest.approx(expected, rel=0.02)
 
 
 def test_activations_grow_with_the_batch_and_shrink_by_recomputing_and_half_precision():
