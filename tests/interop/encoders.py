@@ -30,8 +30,9 @@ def compare_gradients(
     run: Callable[[nn.Module, torch.dtype], Tensor],
     family: str,
     renamed: Mapping[str, str] | None = None,
-) -> None:
-    """Compare the output of both models, and the gradients of all parameters.
+) -> float:
+    """Compare the output of both models, and the gradients of all parameters; returns the largest
+    magnitude of a gradient.
 
     The output is compared in float32, and the gradients in float64: those of a bias of keys are
     sums that cancel, as are those of lambda. Gradients that are 0 in exact arithmetic are compared
@@ -53,6 +54,7 @@ def compare_gradients(
         assert gradients[name].shape == parameter.shape, name
         error = (gradients[name] - parameter.grad).abs().max()
         assert error < 1e-6 * parameter.grad.abs().max() + 1e-9 * largest, f"{name}: {error:.1e}"
+    return float(largest)
 
 
 def assert_same_files(first: Path, second: Path, file: str = "model.safetensors") -> None:

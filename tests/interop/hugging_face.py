@@ -40,8 +40,9 @@ def assert_same(actual: Tensor, truth: Tensor, name: str = "", tolerance: float 
     assert error < tolerance, f"{name} is off by {error:.1e} of its largest number"
 
 
-def compare(theirs: nn.Module, ours: nn.Module, family: str, length: int = LENGTH) -> None:
-    """Compare logits and the gradient of every parameter."""
+def compare(theirs: nn.Module, ours: nn.Module, family: str, length: int = LENGTH) -> float:
+    """Compare logits and the gradient of every parameter; returns the largest magnitude of a
+    gradient."""
     tokens = torch.randint(0, ours.config.vocab_size, (2, length))
     logits = [theirs(tokens).logits, ours(tokens)]
     assert_same(logits[1], logits[0], "logits")
@@ -57,12 +58,14 @@ def compare(theirs: nn.Module, ours: nn.Module, family: str, length: int = LENGT
     assert parameters.keys() == gradients.keys()
     for name, parameter in parameters.items():
         assert_same(gradients[name], parameter.grad, name)
+    return max(float(parameter.grad.abs().max()) for parameter in parameters.values())
 
 
-def compare_generation(theirs: nn.Module, ours: nn.Module, new: int = 12) -> None:
-    """Compare greedy generation with a cache, token by token."""
+def compare_generation(theirs: nn.Module, ours: nn.Module, new: int = 12) -> Tensor:
+    """Compare greedy generation with a cache, token by token, and return the tokens, `[2, new]`."""
     tokens = torch.randint(0, ours.config.vocab_size, (2, 7))
     settings = {"do_sample": False, "max_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}
     truth = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
     found = generate(ours, tokens, max_new_tokens=new, temperature=0)
     assert torch.equal(found, truth[:, 7:])
+    return found
