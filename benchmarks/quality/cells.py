@@ -67,11 +67,9 @@ class Bench:
         """The batches of a cell, which all variants of a task and seed share."""
         key = cell.task, cell.seed
         if key not in self._held:
-            # Faster variants take more steps in the same time.
-            most = (
-                int((MOST_STEPS if self.equal_time else 1.0) * self.settings.num_steps(cell.task))
-                + 1
-            )
+            most = self.settings.num_steps(cell.task)
+            if self.equal_time:  # faster variants take more steps in the same time
+                most = int(MOST_STEPS * most) + 1
             path = self.out / "batches" / f"{cell.task}_{cell.size}_{cell.seed}_{most}.pt"
 
             def make() -> Run:

@@ -152,7 +152,6 @@ class Run:
         *,
         watch: Watch | None = None,
         evaluate_at: Sequence[int] = (),
-        captured: bool = True,
     ) -> Curve:
         """Train with the recipe's gradient clipping and schedule.
 
@@ -161,11 +160,8 @@ class Run:
             device: `"cpu"` or `"cuda"`.
             watch: Called before each step; the steps are then not a CUDA graph.
             evaluate_at: Numbers of steps after which the validation metrics are measured.
-            captured: Whether the step is a CUDA graph, on a CUDA device.
         """
-        return finish(
-            self.training(data, device, watch=watch, evaluate_at=evaluate_at, captured=captured)
-        )
+        return finish(self.training(data, device, watch=watch, evaluate_at=evaluate_at))
 
     def training(
         self,
@@ -177,7 +173,8 @@ class Run:
         captured: bool = True,
     ) -> Training:
         """`train` as a generator that stops after each step, so that several runs can take turns.
-        Each has a CUDA stream of its own, where its kernels run beside those of the others."""
+        Each has a CUDA stream of its own, where its kernels run beside those of the others. Only if
+        `captured` is the step a CUDA graph."""
         model = self.task.model.to(device).train()
         optimizer = self.optimizer(device)
         peaks = [float(group["lr"]) for group in optimizer.param_groups]
