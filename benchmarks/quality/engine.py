@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from diffmm.batch import inputs_of
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.settings import load
 from diffmm.recipes.trainer import RecipeCLI
@@ -174,7 +175,7 @@ class Run:
     ) -> Training:
         """`train` as a generator that stops after each step, so that several runs can take turns.
         Each has a CUDA stream of its own, where its kernels run beside those of the others. Only if
-        `captured` is the step a CUDA graph."""
+        `captured` is the step a CUDA graph; otherwise the model is one, and the loss is not."""
         model = self.task.model.to(device).train()
         optimizer = self.optimizer(device)
         peaks = [float(group["lr"]) for group in optimizer.param_groups]
@@ -184,9 +185,13 @@ class Run:
         points: list[dict[str, float]] = []
         # Graph capture requires warmup steps on another stream than the default one.
         stream = torch.cuda.Stream() if device == "cuda" else None
-        captured = captured and stream is not None and watch is None
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream())
+        if stream is not None and watch is None and not captured:
+            with torch.cuda.stream(stream):
+                inputs = tuple(inputs_of(model, batch))
+                torch.cuda.make_graphed_callables(model, inputs, allow_unused_input=True)
+        captured = captured and stream is not None and watch is None
         clock = _Clock(stream)
 
         def step() -> Tensor:

@@ -35,7 +35,7 @@ class TaskSpec:
             compared, for a task that all variants solve in the end. It says how soon.
         parts: Metrics of the modalities alone, which the table shows, too.
         graph: Whether a step can be a CUDA graph. That of torch's CTC loss cannot, which reads the
-            lengths on the host.
+            lengths on the host; then the model is one.
     """
 
     recipe: str

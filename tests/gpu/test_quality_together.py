@@ -1,10 +1,12 @@
-"""Cells that train at the same time, in CUDA graphs and streams of their own."""
+"""Cells of the quality table in CUDA graphs, alone and in streams of their own."""
 
 import pytest
 
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import plan
-from benchmarks.quality.engine import read
+from benchmarks.quality.cells import Bench
+from benchmarks.quality.engine import finish, read
+from benchmarks.quality.plan import Settings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,3 +27,17 @@ def test_graphs_of_several_runs_do_not_disturb_each_other(tmp_path, monkeypatch)
     assert len(set(rows["1"].values())) == 4
     for cell, loss in rows["1"].items():
         assert rows["4"][cell] == pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["softmax", "diff_v1"])
+def test_the_model_alone_in_a_graph_trains_as_the_whole_step(tmp_path, attention):
+    bench = Bench(tmp_path, tmp_path, Settings(size="tiny", steps=40))
+    cell = bench.settings.cell("digits", attention, 2e-3, 0)
+    data = bench.batches(cell)
+    step, model = (
+        finish(bench.make(cell).training(data, "cuda", captured=captured, evaluate_at=[40]))
+        for captured in (True, False)
+    )
+    assert step.losses[-1] < 0.9 * step.losses[0]
+    assert model.losses == pytest.approx(step.losses, rel=1e-3)
+    assert model.points[-1]["loss"] == pytest.approx(step.points[-1]["loss"], rel=1e-3)
