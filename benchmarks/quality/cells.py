@@ -59,7 +59,7 @@ class Bench:
             f"--vars.steps={cell.steps}",
             f"--model.schedule.warmup_steps={min(100, cell.steps // 6)}",
         ]
-        if spec.prepared and cell.task != "text" and cell.size == "full":
+        if cell.task != "text" and cell.size == "full":
             given.append(f"--data.num_workers={min(8, os.cpu_count() or 1)}")
         return Run(spec.recipe, given, cell.steps, compile=cell.compiled)
 

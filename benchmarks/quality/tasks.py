@@ -177,6 +177,7 @@ EMOJI = (
     "--data.transform={mean: [0.5], std: [0.5], interpolation: bicubic, crop_pct: 1.0, "
     "scale: [0.8, 1.0], ratio: [0.9, 1.1], hflip: 0.0, color_jitter: 0.0}",
     PADDED,
+    "--trainer.precision=bf16-mixed",
 )
 
 ENCODER_AND_DECODER = (f"{CONFIG}encoder.backbone.", f"{CONFIG}decoder.backbone.")

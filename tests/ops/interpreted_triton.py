@@ -358,7 +358,7 @@ def test_ranges_of_looked_up_masks(name, num_queries):
         (found.query_ranges(BATCH, num_queries, num_keys, block), sees.transpose(1, 2)),
     ):
         for b, tile in itertools.product(range(BATCH), range(ranges.shape[1])):
-            low, high, full_low, full_high = ranges[b, tile].tolist()
+            low, high, full_low, full_high, _ = ranges[b, tile].tolist()
             own = pairs[b, tile * block : (tile + 1) * block]
             outside = own.clone()
             outside[:, low:high] = False
@@ -366,6 +366,39 @@ def test_ranges_of_looked_up_masks(name, num_queries):
             assert own[:, full_low:full_high].all()
             if name in ("documents", "padding", "both") and own.any(0).equal(own.all(0)):
                 assert max(full_high - full_low, 0) == int(own[0].sum())
+
+
+@pytest.mark.parametrize("num_queries", [300, 260])
+@pytest.mark.parametrize("name", ["documents", "padding", "hole", "shuffled", "in two pieces"])
+def test_documents_in_runs(name, num_queries):
+    """Where a tile says so, each query of a causal mask attends to all keys from the one that is
+    its label to itself. All tiles say so that can, and no other."""
+    num_keys, block = 300, 32
+    keys = torch.arange(num_keys)
+    documents = torch.stack([keys // 110 + 2**40, (keys > 200).long()])
+    real = torch.ones(BATCH, num_keys, dtype=torch.bool)
+    if name == "padding":
+        real = torch.stack([keys < 270, keys >= 40])
+    if name == "hole":
+        real[:, 130] = False
+    if name == "shuffled":
+        documents = torch.randint(3, (BATCH, num_keys))
+    if name == "in two pieces":
+        documents[1, 100:140] = 7
+    mask = AttentionMask(causal=True, document_ids=documents, key_padding=real)
+    sees = mask.to_bool(num_queries, num_keys)[:, 0]
+    found = KernelMask.of(mask, num_queries, num_keys)
+    ranges = found.key_ranges(BATCH, num_queries, num_keys, block)
+    said = 0
+    for b, tile in itertools.product(range(BATCH), range(ranges.shape[1])):
+        queries = torch.arange(tile * block, min((tile + 1) * block, num_queries))
+        first = found.labels[b, queries]
+        runs = (keys >= first[:, None]) & (keys <= queries[:, None])
+        can = num_queries == num_keys and sees[b, queries].equal(runs)
+        assert ranges[b, tile, 4] == can
+        said += can
+    few = {"documents": 20, "padding": 10, "hole": 10, "shuffled": 0, "in two pieces": 14}
+    assert (said >= few[name]) == (num_queries == num_keys) or name == "shuffled"
 
 
 @pytest.mark.parametrize("most_groups", [16, 64])

@@ -18,6 +18,7 @@ from torch import Tensor
 from diffmm.ops.diff_attention.triton.masking import (
     NUM_RANGE,
     KernelMask,
+    first_keys,
     key_bounds,
     visible,
 )
@@ -59,14 +60,16 @@ def _finish(acc, m_i, l_i):
 @triton.jit
 def _step(
     q1, q2, k_desc, v_desc, batch, group, m0, queries, N, M, scale,
-    acc1, m_i1, l_i1, acc2, m_i2, l_i2, window, prefix, labels, padding,
+    acc1, m_i1, l_i1, acc2, m_i2, l_i2, window, prefix, labels, padding, first,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, COMPONENTS: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     HAS_SECOND: tl.constexpr = COMPONENTS == "both" or COMPONENTS == "second"
     seen = None
-    if MASKED:
-        keys = m0 + tl.arange(0, BLOCK_M)
+    keys = m0 + tl.arange(0, BLOCK_M)
+    if MASKED == "runs":
+        seen = (keys[None, :] >= first[:, None]) & (keys[None, :] <= queries[:, None])
+    elif MASKED == "exactly":
         seen = visible(
             queries[:, None], keys[None, :], N, M, window, prefix, labels, padding, CAUSAL
         )
@@ -134,18 +137,30 @@ def _forward_kernel(
     for m0 in range(full_low, full_high, BLOCK_M):
         acc1, m_i1, l_i1, acc2, m_i2, l_i2 = _step(
             q1, q2, k_desc, v_desc, batch, group, m0, queries, N, M, scale,
-            acc1, m_i1, l_i1, acc2, m_i2, l_i2, window, prefix, labels, padding,
-            CAUSAL, False, COMPONENTS, C, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
+            acc1, m_i1, l_i1, acc2, m_i2, l_i2, window, prefix, labels, padding, 0,
+            CAUSAL, "not", COMPONENTS, C, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
         )  # fmt: skip
     num_left = (full_low - low) // BLOCK_M
-    num_right = tl.cdiv(tl.maximum(high - full_high, 0), BLOCK_M)
-    for step in range(0, num_left + num_right):
+    num_masked = num_left + tl.cdiv(tl.maximum(high - full_high, 0), BLOCK_M)
+    num_in_runs = 0
+    if CAUSAL and labels is not None and prefix is None:
+        num_in_runs = tl.where(tl.load(ranges + 4) != 0, num_masked, 0)
+        first = first_keys(queries, N, window, labels)
+        for step in range(0, num_in_runs):
+            left, right = low + step * BLOCK_M, full_high + (step - num_left) * BLOCK_M
+            m0 = tl.where(step < num_left, left, right)
+            acc1, m_i1, l_i1, acc2, m_i2, l_i2 = _step(
+                q1, q2, k_desc, v_desc, batch, group, m0, queries, N, M, scale,
+                acc1, m_i1, l_i1, acc2, m_i2, l_i2, window, prefix, labels, padding, first,
+                CAUSAL, "runs", COMPONENTS, C, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
+            )  # fmt: skip
+    for step in range(num_in_runs, num_masked):
         left, right = low + step * BLOCK_M, full_high + (step - num_left) * BLOCK_M
         m0 = tl.where(step < num_left, left, right)
         acc1, m_i1, l_i1, acc2, m_i2, l_i2 = _step(
             q1, q2, k_desc, v_desc, batch, group, m0, queries, N, M, scale,
-            acc1, m_i1, l_i1, acc2, m_i2, l_i2, window, prefix, labels, padding,
-            CAUSAL, True, COMPONENTS, C, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
+            acc1, m_i1, l_i1, acc2, m_i2, l_i2, window, prefix, labels, padding, 0,
+            CAUSAL, "exactly", COMPONENTS, C, BLOCK_M, BLOCK_D, BLOCK_E, PRECISION,
         )  # fmt: skip
 
     o_rows = ((batch64 * N + queries[:, None]) * H + head) * E + widths[None, :]

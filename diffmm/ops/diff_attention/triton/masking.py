@@ -6,6 +6,7 @@ window and prefix masks limit the loops by arithmetic. Document and padding mask
 
     low, high              the positions to visit
     full_low, full_high    those that the tile sees as a whole, so that they need no mask
+    in_runs                for queries: whether their documents are in runs (see `_ranges_kernel`)
 
 Documents are compared by `labels`, 32-bit numbers of their first query, which padding is a part of.
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 from diffmm.ops.diff_attention.triton.tiles import cdiv, is_traced
 from diffmm.ops.mask import AttentionMask
 
-NUM_RANGE = tl.constexpr(4)
+NUM_RANGE = tl.constexpr(5)
 
 _BLOCK = 128
 _CHUNK = 1024
@@ -51,6 +52,20 @@ def visible(query, key, N, M, window, prefix, labels, padding, CAUSAL: tl.conste
     if padding is not None:
         sees = sees & (tl.load(padding + key, mask=key < M, other=0) != 0)
     return sees
+
+
+@triton.jit
+def first_keys(query, N, window, labels):
+    """The first key that each query of a tile attends to if the tile's documents are in runs, the
+    mask is causal and there are as many keys as queries: its label, or the start of its window.
+
+    A query then attends to all keys from the first to itself, which takes two comparisons, whereas
+    `visible` reads the label of each key in each thread.
+    """
+    first = tl.load(labels + tl.minimum(query, N - 1))
+    if window is not None:
+        first = tl.maximum(first, query - window + 1)
+    return first
 
 
 @triton.jit
@@ -153,8 +168,10 @@ def _labels_kernel(
             for part in range(start, tl.minimum(start + CHUNK, N), PART):
                 few = part + tl.arange(0, PART)
                 of_few = tl.load(documents + few + M - N, mask=few < N, other=0).to(tl.int64)
-                same = (own[:, None] == of_few[None, :]) & (few < N)[None, :]
-                label = tl.minimum(label, tl.min(tl.where(same, few[None, :], N), 1))
+                hit = (few < N) & (of_few >= lowest) & (of_few <= highest)
+                if tl.max(hit.to(tl.int32), 0) > 0:
+                    same = (own[:, None] == of_few[None, :]) & (few < N)[None, :]
+                    label = tl.minimum(label, tl.min(tl.where(same, few[None, :], N), 1))
     labels += batch * (N + M)
     position = key - (M - N)
     tl.store(labels + position, label, mask=inside & (position >= 0))
@@ -171,7 +188,12 @@ def _ranges_kernel(
     OF_KEYS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Find the range of keys for a tile of queries or, with `OF_KEYS`, that of queries for a tile
-    of keys. Without labels, those of all queries, and of all keys that are not padding, are 0."""
+    of keys. Without labels, those of all queries, and of all keys that are not padding, are 0.
+
+    A tile of queries is `in_runs` if there are as many keys as queries, and all keys from the start
+    of its first document to its own end are real, and each begins a document or continues that of
+    the key before it.
+    """
     block, num_blocks = tl.program_id(0), tl.num_programs(0)
     batch = tl.program_id(1).to(tl.int64)
     num_own, num_other = N, M
@@ -182,7 +204,8 @@ def _ranges_kernel(
     seen = mine >= 0
     lowest = tl.min(tl.where(seen, mine, N), 0)
     highest = tl.max(mine, 0)
-    first, last, full_first, full_last, count = num_other, 0, num_other, 0, 0
+    end = tl.minimum(block * BLOCK + BLOCK, num_own)
+    first, last, full_first, full_last, count, gaps = num_other, 0, num_other, 0, 0, 0
     for start in range(0, num_other, CHUNK):
         other = start + tl.arange(0, CHUNK)
         theirs = _labels_of(labels, padding, other, batch, N, M, not OF_KEYS)
@@ -193,6 +216,11 @@ def _ranges_kernel(
         full_first = tl.minimum(full_first, tl.min(tl.where(equal, other, num_other), 0))
         full_last = tl.maximum(full_last, tl.max(tl.where(equal, other + 1, 0), 0))
         count += tl.sum(equal.to(tl.int32), 0)
+        if not OF_KEYS and labels is not None:
+            before = _labels_of(labels, padding, other - 1, batch, N, M, True)
+            goes_on = (theirs >= 0) & ((theirs == other) | (theirs == before))
+            gap = (other >= lowest) & (other < end) & (goes_on == 0)
+            gaps += tl.sum(gap.to(tl.int32), 0)
     # The whole tile has one label, and those with the same label are in one piece.
     is_one = tl.min(tl.where(own < num_own, mine, lowest), 0) == highest
     is_one = is_one & (highest >= 0) & (count == full_last - full_first)
@@ -201,12 +229,13 @@ def _ranges_kernel(
     tl.store(ranges + 1, last)
     tl.store(ranges + 2, full_first)
     tl.store(ranges + 3, tl.where(is_one, full_last, 0))
+    tl.store(ranges + 4, ((gaps == 0) & (N == M)).to(tl.int32))
 
 
 @triton.jit
 def _labels_of(labels, padding, index, batch, N, M, OF_KEYS: tl.constexpr):
-    """The labels of some keys or queries; -1 beyond the last."""
-    inside = index < (M if OF_KEYS else N)
+    """The labels of some keys or queries; -1 before the first and beyond the last."""
+    inside = (index >= 0) & (index < (M if OF_KEYS else N))
     if labels is not None:
         place = labels + batch * (N + M) + index
         if OF_KEYS:

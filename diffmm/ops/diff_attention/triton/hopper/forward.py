@@ -31,6 +31,7 @@ from diffmm.ops.diff_attention.triton.hopper.common import (
 from diffmm.ops.diff_attention.triton.masking import (
     NUM_RANGE,
     KernelMask,
+    first_keys,
     key_bounds,
     visible,
 )
@@ -62,15 +63,20 @@ def _load_keys(
 
 @gluon.jit
 def _softmax(
-    s, m_i, l_i, masked, m0, query, N, M, scale, window, prefix, labels, padding,
-    CAUSAL: gl.constexpr,
+    s, m_i, l_i, masked, m0, query, N, M, scale, window, prefix, labels, padding, in_runs,
+    first, CAUSAL: gl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys to an online softmax; return its weights, and `alpha` for the
     accumulator."""
     layout: gl.constexpr = s.type.layout
-    if masked:
-        key = m0 + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, layout))
-        seen = visible(query[:, None], key[None, :], N, M, window, prefix, labels, padding, CAUSAL)
+    key = m0 + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, layout))
+    if masked & in_runs:
+        runs = (key[None, :] >= first[:, None]) & (key[None, :] <= query[:, None])
+        s = gl.where(runs, s, -float("inf"))
+    if masked & (in_runs == 0):
+        seen = visible(
+            query[:, None], key[None, :], N, M, window, prefix, labels, padding, CAUSAL
+        )
         s = gl.where(seen, s, -float("inf"))
     m_new = gl.maximum(m_i, gl.max(s, 1) * scale)
     # A row without any visible key so far keeps a maximum of -inf and weights exp2(-inf) = 0.
@@ -84,7 +90,7 @@ def _softmax(
 def _attend(
     q, k, v, held, k_full, v_full, empty, second_ready, lam, out, second,
     lse, low, full_low, full_high, num_steps, n0, N, M, H, batch, head, scale, window, prefix,
-    labels, padding, lam_b, lam_n, lam_h,
+    labels, padding, in_runs, lam_b, lam_n, lam_h,
     which: gl.constexpr, CAUSAL: gl.constexpr, C: gl.constexpr, E: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -101,6 +107,9 @@ def _attend(
     if second is None:
         n0 += which * BLOCK
     query = n0 + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, scores))
+    first = query
+    if in_runs:
+        first = first_keys(query, N, window, labels)
     m_i = gl.full([BLOCK], -float("inf"), gl.float32, gl.SliceLayout(1, scores))
     l_i = gl.full([BLOCK], 0.0, gl.float32, gl.SliceLayout(1, scores))
     acc = gl.zeros([BLOCK, BLOCK_E], gl.float32, wide)
@@ -116,7 +125,7 @@ def _attend(
         masked = (low < full_low) | (low + KEYS > full_high)
         weights, alpha, m_i, l_i = _softmax(
             s, m_i, l_i, masked, low, query, N, M, scale, window, prefix, labels, padding,
-            CAUSAL,
+            in_runs, first, CAUSAL,
         )  # fmt: skip
         weights = gl.convert_layout(weights.to(dtype), operand)
         for step in range(num_steps - 1):
@@ -134,7 +143,7 @@ def _attend(
             masked = (m0 < full_low) | (m0 + KEYS > full_high)
             later_weights, alpha, m_i, l_i = _softmax(
                 s_next, m_i, l_i, masked, m0, query, N, M, scale, window, prefix, labels,
-                padding, CAUSAL,
+                padding, in_runs, first, CAUSAL,
             )  # fmt: skip
             acc = warpgroup_mma_wait(0, deps=[acc_next])
             mbarrier.arrive(empty.index(stage), count=1)
@@ -199,6 +208,10 @@ def _forward_kernel(
         n0, N, M, window, prefix, ranges, CAUSAL, QUERIES, KEYS
     )
     num_steps = tl.cdiv(tl.maximum(high - low, 0), KEYS)
+    if CAUSAL and labels is not None and prefix is None:
+        in_runs = gl.load(ranges + 4) != 0
+    else:
+        in_runs: gl.constexpr = False
 
     dtype: gl.constexpr = q_desc.dtype
     q = gl.allocate_shared_memory(dtype, [2, 1, BLOCK, 1, 1, BLOCK_D], q_desc.layout)
@@ -231,13 +244,13 @@ def _forward_kernel(
             (_attend, (
                 q, k, v, held, k_full, v_full, empty, bars.index(1), lam, out, second, lse, low,
                 full_low, full_high, num_steps, n0, N, M, H, batch, head, scale, window, prefix,
-                labels, padding, lam_b, lam_n, lam_h, gl.constexpr(0), CAUSAL, C,
+                labels, padding, in_runs, lam_b, lam_n, lam_h, gl.constexpr(0), CAUSAL, C,
                 E, STAGES,
             )),
             (_attend, (
                 q, k, v, held, k_full, v_full, empty, bars.index(1), lam, out, second, lse, low,
                 full_low, full_high, num_steps, n0, N, M, H, batch, head, scale, window, prefix,
-                labels, padding, lam_b, lam_n, lam_h, gl.constexpr(1), CAUSAL, C,
+                labels, padding, in_runs, lam_b, lam_n, lam_h, gl.constexpr(1), CAUSAL, C,
                 E, STAGES,
             )),
             (_load_keys, (
