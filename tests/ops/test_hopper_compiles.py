@@ -26,6 +26,10 @@ def layout(rank, swizzle=128, bits=16):
 LOOKS = {"window": "i32", "prefix": "*i32", "labels": "*i32", "ranges": "*i32"}
 
 
+DOCUMENTS = {"window": None, "prefix": None}
+"""Constants of a mask of documents alone, whose tiles may be in runs."""
+
+
 def compiled(kernel, dtype, D, E, *, keys=64, looked_up=False, num_maps=2, **constants):
     from triton.backends.compiler import GPUTarget
 
@@ -42,7 +46,7 @@ def compiled(kernel, dtype, D, E, *, keys=64, looked_up=False, num_maps=2, **con
     }  # fmt: skip
     constants |= {"D": D, "E": E, "BLOCK_D": D, "BLOCK_E": E, "KEYS": keys}
     if looked_up:
-        types |= LOOKS
+        types |= {name: kind for name, kind in LOOKS.items() if name not in constants}
     else:
         constants |= dict.fromkeys(LOOKS)
     constants |= {"NUM_MAPS": num_maps, "padding": None}  # a part of the labels
@@ -72,14 +76,14 @@ def key_kernel(dtype, widths, *, causal, looked_up=False, num_maps=2, **grouped)
     )  # fmt: skip
 
 
-def forward_kernel(dtype, widths, *, causal, looked_up=False, num_maps=2):
+def forward_kernel(dtype, widths, *, causal, looked_up=False, num_maps=2, **constants):
     from diffmm.ops.diff_attention.triton.hopper.forward import _forward_kernel, keys_and_stages
 
     D, E, C = widths
     keys, stages = keys_and_stages(D, E, C)
     return compiled(
         _forward_kernel, dtype, D, E, keys=keys, looked_up=looked_up, num_maps=num_maps, C=C,
-        CAUSAL=causal, STAGES=stages,
+        CAUSAL=causal, STAGES=stages, **constants,
     )  # fmt: skip
 
 
@@ -101,7 +105,7 @@ def check(kernel, folder, most_bytes):
 
 
 WIDE, V2, V1 = (128, 256, 2), (128, 128, 1), (64, 128, 2)  # D, E, C
-MOST_OF_ONE_MAP = {False: (0, 0), True: (96, 200)}  # of the key kernel and the forward kernel
+MOST_OF_ONE_MAP = {False: (0, 0), True: (96, 64)}  # of the key kernel and the forward kernel
 OTHERS = [(64, 64, 1), (64, 64, 2), (128, 128, 2), (128, 256, 1), (64, 256, 2), (128, 64, 1)]
 
 
@@ -127,12 +131,14 @@ def test_other_widths(widths, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("widths", "most", "forward"), [(WIDE, 128, 64), (V2, 352, 200), (V1, 320, None)], ids=str
+    ("widths", "most", "forward"), [(WIDE, 128, 8), (V2, 352, 64), (V1, 320, None)], ids=str
 )
 def test_looked_up_masks(widths, most, forward, tmp_path):
     check(key_kernel("bf16", widths, causal=True, looked_up=True), tmp_path, most)
     if forward is not None:
-        check(forward_kernel("bf16", widths, causal=True, looked_up=True), tmp_path, forward)
+        for kind in ({}, DOCUMENTS):
+            made = forward_kernel("bf16", widths, causal=True, looked_up=True, **kind)
+            check(made, tmp_path, forward)
 
 
 @pytest.mark.parametrize("looked_up", [False, True])
@@ -144,4 +150,6 @@ def test_one_map(width, looked_up, tmp_path):
     for grouped in ({}, {"heads_per_group": 1}):
         check(key_kernel("bf16", (width, width, 1), **settings, **grouped), tmp_path, most)
     if width == 128:
-        check(forward_kernel("bf16", (width, width, 1), **settings), tmp_path, most_forward)
+        for kind in ({}, DOCUMENTS) if looked_up else ({},):
+            made = forward_kernel("bf16", (width, width, 1), **settings, **kind)
+            check(made, tmp_path, most_forward)

@@ -168,8 +168,8 @@ def _labels_kernel(
             for part in range(start, tl.minimum(start + CHUNK, N), PART):
                 few = part + tl.arange(0, PART)
                 of_few = tl.load(documents + few + M - N, mask=few < N, other=0).to(tl.int64)
-                hit = (few < N) & (of_few >= lowest) & (of_few <= highest)
-                if tl.max(hit.to(tl.int32), 0) > 0:
+                near = (few < N) & (of_few >= lowest) & (of_few <= highest)
+                if tl.max(near.to(tl.int32), 0) > 0:
                     same = (own[:, None] == of_few[None, :]) & (few < N)[None, :]
                     label = tl.minimum(label, tl.min(tl.where(same, few[None, :], N), 1))
     labels += batch * (N + M)

@@ -74,9 +74,7 @@ def _softmax(
         runs = (key[None, :] >= first[:, None]) & (key[None, :] <= query[:, None])
         s = gl.where(runs, s, -float("inf"))
     if masked & (in_runs == 0):
-        seen = visible(
-            query[:, None], key[None, :], N, M, window, prefix, labels, padding, CAUSAL
-        )
+        seen = visible(query[:, None], key[None, :], N, M, window, prefix, labels, padding, CAUSAL)
         s = gl.where(seen, s, -float("inf"))
     m_new = gl.maximum(m_i, gl.max(s, 1) * scale)
     # A row without any visible key so far keeps a maximum of -inf and weights exp2(-inf) = 0.
@@ -211,7 +209,7 @@ def _forward_kernel(
     if CAUSAL and labels is not None and prefix is None:
         in_runs = gl.load(ranges + 4) != 0
     else:
-        in_runs: gl.constexpr = False
+        in_runs: gl.constexpr = False  # type: ignore[no-redef]
 
     dtype: gl.constexpr = q_desc.dtype
     q = gl.allocate_shared_memory(dtype, [2, 1, BLOCK, 1, 1, BLOCK_D], q_desc.layout)
