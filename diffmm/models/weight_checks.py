@@ -126,13 +126,25 @@ def check_meaning(model: nn.Module, description: dict[str, Any] | None, file: Pa
     not their shapes. Weights without a description are not checked.
 
     Raises:
-        ValueError: If settings differ.
+        ValueError: If settings differ, or the description is damaged.
     """
+    if description is None:
+        return
     config: Any = getattr(model, "config", None)
-    source = (description or {}).get("config", {})
+    source = _fields(_fields(description, file).get("config", {}), file)
     encoders = getattr(config, "towers", {"encoder": getattr(config, "encoder", config)})
     for name, encoder in encoders.items():
-        _check_encoder(encoder, source.get(name) or source, file)
+        _check_encoder(encoder, _fields(source.get(name) or source, file), file)
+
+
+def _fields(values: Any, file: Path) -> dict[str, Any]:
+    """Part of a description, which must be settings by name."""
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{file} describes a model that cannot be built: it has {values!r:.200} in place of "
+            f"settings by name"
+        )
+    return values
 
 
 def _check_encoder(config: Any, source: dict[str, Any], file: Path) -> None:
