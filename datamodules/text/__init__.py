@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from datamodules.text.conversations import ConversationData, Conversations
+    from datamodules.text.conversation_source import Conversations
+    from datamodules.text.conversations import ConversationData
     from datamodules.text.data import TextData
     from datamodules.text.datasets import HuggingFaceText
     from datamodules.text.reader import TextReader
@@ -34,7 +35,7 @@ __all__ = [
 _HOMES = {
     "AssociativeRecall": "datamodules.text.retrieval.sources",
     "ConversationData": "datamodules.text.conversations",
-    "Conversations": "datamodules.text.conversations",
+    "Conversations": "datamodules.text.conversation_source",
     "Corpus": "datamodules.text.sources",
     "HuggingFaceText": "datamodules.text.datasets",
     "ManyShot": "datamodules.text.retrieval.sources",

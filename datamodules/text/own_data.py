@@ -1,4 +1,4 @@
-"""Settings of `TextData` for a user's own texts."""
+"""Settings of `TextData` and `ConversationData` for a user's own texts and conversations."""
 
 import glob
 from collections import Counter
@@ -8,6 +8,7 @@ from typing import Any
 
 from datamodules.shared.files import list_files
 from datamodules.shared.own_data import OwnData, absolute, check_folder, named_splits
+from datamodules.text.conversation_source import ENDINGS
 
 PLAIN = (".txt", ".md", ".rst", ".tex", ".html", ".py", ".c", ".cpp", ".java", ".js", ".rs", ".go")
 """Extensions of plain text files; if a folder has several, the first one in this order is used."""
@@ -99,3 +100,28 @@ def _in_words(size: float) -> str:
             return f"{size:.4g} {unit}"
         size = size / 1024
     raise AssertionError
+
+
+def own_conversations(path: str) -> OwnData:
+    """Settings for a file of conversations, or a folder of `train` and `val` files; see
+    `ConversationData.own_data`."""
+    whole = absolute(path)
+    files = [whole] if whole.is_file() else sorted(whole.iterdir())
+    files = [file for file in files if file.suffix.lower() in ENDINGS]
+    splits = named_splits(path, files) if whole.is_dir() else {}
+    if not files or (whole.is_dir() and "train" not in splits):
+        raise ValueError(
+            f"--data {path} must be a file of conversations ({', '.join(ENDINGS)}), or a folder "
+            f"with such a file called train and perhaps one called val"
+        )
+    settings: dict[str, Any] = {"source": _conversations(splits.get("train", str(files[0])))}
+    if "val" in splits:
+        settings["validation_source"] = _conversations(splits["val"])
+    num_bytes = sum(file.stat().st_size for file in files)
+    return OwnData(settings, {}, f"{path} has {len(splits) or 1} file(s), {num_bytes:,} bytes")
+
+
+def _conversations(file: str) -> dict[str, Any]:
+    """The config node of a source of this file."""
+    arguments = {"name": ENDINGS[Path(file).suffix.lower()], "data_files": [file]}
+    return {"class_path": "datamodules.text.Conversations", "init_args": arguments}

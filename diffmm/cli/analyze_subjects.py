@@ -18,8 +18,9 @@ from diffmm.batch import IGNORE_INDEX, MEDIA, samples_of, size_of
 from diffmm.checks import article
 from diffmm.cli.compare_maps import validation_data
 from diffmm.cli.evaluate import use_other_data
+from diffmm.hub.devices import find_device
 from diffmm.hub.loading import load
-from diffmm.hub.trained import TrainedModel, find_device
+from diffmm.hub.trained import TrainedModel
 from diffmm.layers.attention import ATTENTIONS, Attention
 from diffmm.models.text import TextModel
 from diffmm.recipes.catalog import find_recipe

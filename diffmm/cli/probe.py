@@ -120,7 +120,7 @@ def probe(options: argparse.Namespace) -> None:
     """
     from diffmm.analysis.probing import fit_probes, neighbor_scores
     from diffmm.hub.loading import load
-    from diffmm.models.weights import weights_file
+    from diffmm.models.contents import weights_file
 
     if options.weight_decay is not None and not 0 <= options.weight_decay < math.inf:
         raise InputError(

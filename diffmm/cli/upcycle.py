@@ -70,7 +70,8 @@ def upcycle(options: argparse.Namespace) -> None:
     """
     from diffmm.hub.loading import load
     from diffmm.interop import upcycle as interop
-    from diffmm.models.weights import save_model, weights_file
+    from diffmm.models.contents import weights_file
+    from diffmm.models.weights import save_model
 
     target = Path(options.target)
     file = weights_file(target)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from diffmm.checks import check_choice
 from diffmm.interop.family import contents_of
+from diffmm.models.contents import find_weights, save_contents
 from diffmm.models.parameters import LAMBDA
 from diffmm.models.quantized_file import QUANTIZATION_KEY, SCALE, integers, pack
 from diffmm.models.safetensors_files import is_safetensors, read_tensors
-from diffmm.models.weights import find_weights, load_model, save_contents
+from diffmm.models.weights import load_model
 from diffmm.renamed import weights_with_new_names
 
 BITS = {"int8": 8, "int4": 4}

@@ -9,7 +9,8 @@ import torch
 
 from diffmm.checkpoint_folders import find_state
 from diffmm.checks import check_choice
-from diffmm.hub.trained import TrainedModel, find_device
+from diffmm.hub.devices import find_device
+from diffmm.hub.trained import TrainedModel
 from diffmm.models.hub_files import resolve
 from diffmm.models.job import Job, text_reader
 from diffmm.models.weights import load_model

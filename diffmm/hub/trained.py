@@ -10,56 +10,37 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diffmm.checks import DataError, article, reason_of
+from diffmm.checks import article
+from diffmm.hub.devices import find_device
 from diffmm.hub.features import features_of
 from diffmm.hub.metrics import metrics_at
-from diffmm.hub.predictions import OnError, Predictor
+from diffmm.hub.predictions import OnError
+from diffmm.hub.predictors import predictor_of
 from diffmm.hub.readers import check_inputs, make_reader
-from diffmm.hub.texts import Captioner, Transcriber, described
+from diffmm.hub.writing import tokenizer_of, written
 from diffmm.hub.zero_shot import (
     TEMPLATES,
-    ZeroShotPredictor,
     embed_classes,
     embed_media,
     embed_texts,
     towers_of,
 )
-from diffmm.models.captioning import CaptioningModel
 from diffmm.models.contrastive import ContrastiveModel, ZeroShotClassifier
-from diffmm.models.ctc import CTCModel
 from diffmm.models.folders import write_folder
-from diffmm.models.generation import stream
 from diffmm.models.job import Job
 from diffmm.models.pretrained import COMMIT_MESSAGE
 from diffmm.models.text import TextModel
 from diffmm.models.weights import save_model
+from diffmm.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from diffmm.analysis.attention_maps import LayerMaps
     from diffmm.analysis.word_maps import Written
-    from diffmm.tokenizers import Tokenizer
-
-MAX_NEW_TOKENS = 200
 
 
-def find_device(name: str | torch.device) -> torch.device:
-    """The device of this name; `"auto"` is the accelerator, if there is one.
-
-    Raises:
-        ValueError: If the device does not exist.
-    """
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(name)!r} is not available: {reason_of(error)}") from error
-    return torch.device(name)
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+def _check_count(name: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 class TrainedModel:
@@ -232,16 +213,14 @@ class TrainedModel:
             ValueError: If the model has no classes, the file does not say how its inputs are
                 prepared, or an input cannot be read; the message names it.
         """
-        is_many = isinstance(inputs, list) or (
-            isinstance(inputs, str | os.PathLike)
-            and not isinstance(self.model, TextModel)
-            and Path(inputs).is_dir()
-        )
         if isinstance(self.model, TextModel):
-            return [self.generate(item) for item in inputs] if is_many else self.generate(inputs)
+            if isinstance(inputs, list):
+                return [self.generate(prompt) for prompt in inputs]
+            return self.generate(inputs)
+        is_folder = isinstance(inputs, str | os.PathLike) and Path(inputs).is_dir()
         items = inputs if isinstance(inputs, list) else [inputs]
         predictions = list(self.stream(items, top_k=top_k, batch_size=batch_size))
-        return predictions if is_many else predictions[0]
+        return predictions if isinstance(inputs, list) or is_folder else predictions[0]
 
     @torch.inference_mode()
     def features(self, inputs: Any, *, batch_size: int = 32) -> Tensor:
@@ -263,7 +242,7 @@ class TrainedModel:
         >>> trained.features(["seven.png", "seven.png"]).shape
         torch.Size([2, 64])
         """
-        _check_batch_size(batch_size)
+        _check_count("batch_size", batch_size)
         return features_of(self.model, self.reader, inputs, batch_size, self.origin)
 
     def similarity(
@@ -284,7 +263,7 @@ class TrainedModel:
             ValueError: If the model is not a contrastive one, an input cannot be read, or a text is
                 too long; the message names it.
         """
-        _check_batch_size(batch_size)
+        _check_count("batch_size", batch_size)
         model, texts = self._contrastive, [texts] if isinstance(texts, str) else list(texts)
         items = inputs if isinstance(inputs, list) else [inputs]
         media = embed_media(model, self.reader, items, batch_size)
@@ -371,64 +350,25 @@ class TrainedModel:
         Raises:
             ValueError: As `predict`.
         """
-        for name, value in (("top_k", top_k), ("batch_size", batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        _check_count("top_k", top_k)
+        _check_count("batch_size", batch_size)
         if not isinstance(num_workers, int) or num_workers < 0:
             raise ValueError(f"num_workers must be an integer of at least 0, got {num_workers}")
         if num_workers and not isinstance(inputs, Sequence):
             raise ValueError(f"num_workers={num_workers} needs a list of inputs, not an iterator")
-        settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers}
-        if isinstance(self.model, CaptioningModel):
-            _ = self.tokenizer  # an error before anything is read
-            captioner = Captioner(self.model, self.reader)
-            return captioner.stream(inputs, on_error=on_error, **settings)
-        if isinstance(self.model, CTCModel):
-            if not hasattr(self.reader, "encoder"):
-                raise ValueError(f"the reader of {self.origin} has no tokenizer: give another one")
-            transcriber = Transcriber(self.model, self.reader)
-            return transcriber.stream(inputs, on_error=on_error, **settings)
-        if getattr(self.model, "num_classes", 0) < 1:
-            hint = "; it generates text (generate)" if isinstance(self.model, TextModel) else ""
-            if isinstance(self.model, ContrastiveModel):
-                hint = ": name them (zero_shot; on the command line: --labels a,b,c)"
-            name = article(type(self.model).__name__)
-            raise ValueError(f"{self.origin} contains {name}, which has no classes{hint}")
-        is_zero_shot = isinstance(self.model, ZeroShotClassifier)
-        predictor = (ZeroShotPredictor if is_zero_shot else Predictor)(
-            self.model,
-            self.reader,
-            self.class_names,
-            multi_label=self.job.multi_label,
-            top_k=top_k,
+        predictor = predictor_of(self, top_k)
+        return predictor.stream(
+            inputs, batch_size=batch_size, num_workers=num_workers, on_error=on_error
         )
-        return predictor.stream(inputs, on_error=on_error, **settings)
 
     @property
-    def tokenizer(self) -> "Tokenizer":
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer of a text model or a captioning model.
 
         Raises:
             ValueError: If the model is another one, or the file names no tokenizer.
         """
-        decoder = self.model.decoder if isinstance(self.model, CaptioningModel) else self.model
-        if not isinstance(decoder, TextModel):
-            raise ValueError(
-                f"{self.origin} contains {article(type(self.model).__name__)}: only text models "
-                f"generate text"
-            )
-        if self.job.reader is None:
-            raise ValueError(f"{self.origin} names no tokenizer: give one (--tokenizer bytes)")
-        if not hasattr(self.reader, "encoder"):
-            raise ValueError(f"the reader of {self.origin} has no tokenizer: give another reader")
-        tokenizer: Tokenizer = self.reader.encoder
-        if tokenizer.vocab_size > decoder.config.vocab_size:
-            raise ValueError(
-                f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, but the model of "
-                f"{self.origin} has {decoder.config.vocab_size}: give the one it was trained "
-                f"with (--tokenizer)"
-            )
-        return tokenizer
+        return tokenizer_of(self)
 
     def generate(self, prompt: Any, text: str = "", **settings: Any) -> str:
         """Generate text after a prompt, or about an image or sound. Arguments and errors as in
@@ -485,65 +425,18 @@ class TrainedModel:
                 is given one; the prompt is empty or not a conversation; or a number is out of
                 range.
         """
-        from diffmm.tokenizers import StreamDecoder
-
-        tokenizer = self.tokenizer
-        if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-            raise ValueError(f"seed must be a 64-bit integer, got {seed}")
-        device = next(self.model.parameters()).device
-        sampling: dict[str, Any] = {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "generator": torch.Generator(device).manual_seed(seed),
-            "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
-        }
-        decoder = StreamDecoder(tokenizer)
-        if isinstance(self.model, CaptioningModel):
-            if chat:
-                raise ValueError(f"{self.origin} describes images or sounds: chat does not apply")
-            sampling["temperature"] = 0.0 if temperature is None else temperature
-            items = prompt if isinstance(prompt, list) else [prompt]
-            found = described(
-                self.model, self.reader, items, text, max_new_tokens=max_new_tokens, **sampling
-            )
-            for new in found:
-                yield decoder.feed(new.tolist())
-            yield decoder.flush()
-            return
-        assert isinstance(self.model, TextModel)
-        if text:
-            raise ValueError(
-                "text is the beginning of a caption: a text model continues its prompt"
-            )
-        stop_ids: Sequence[int] = self.reader.end_ids
-        if chat or isinstance(prompt, list | tuple):
-            ids = self._conversation(prompt)
-            stop_ids = [*self.reader.chat.stop_ids, *self.reader.stop_ids]
-        else:
-            ids = self.reader.read(prompt)["tokens"]
-        if max_new_tokens is None:
-            max_new_tokens = max(1, min(MAX_NEW_TOKENS, self.model.config.max_length - len(ids)))
-        sampling["temperature"] = 0.8 if temperature is None else temperature
-        steps = stream(
-            self.model,
-            torch.as_tensor(ids, device=device)[None],
+        return written(
+            self,
+            prompt,
+            text,
+            chat=chat,
             max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids,
-            **sampling,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            prompt_lookup_num_tokens=prompt_lookup_num_tokens,
         )
-        for new in steps:
-            yield decoder.feed(new.tolist())
-        yield decoder.flush()
-
-    def _conversation(self, messages: Any) -> Sequence[int]:
-        """The tokens of messages that an answer follows."""
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        try:
-            return self.reader.chat.prompt(messages)
-        except DataError as error:
-            raise DataError(f"the conversation {error}") from error
 
     def attention_maps(
         self, item: Any, layers: Sequence[int] | None = None, *, text: str | None = None

@@ -22,9 +22,9 @@ from diffmm.interop.source import Source, read_source
 from diffmm.interop.timm_models import TIMM
 from diffmm.interop.unilm_decoders import UNILM_V1, UNILM_V2
 from diffmm.interop.whisper import WHISPER
+from diffmm.models.contents import CONFIG_NAME, Contents
 from diffmm.models.safetensors_files import WEIGHTS_NAME, write_tensors
 from diffmm.models.tokenizer_files import GENERATION_NAME, tokenizer_files
-from diffmm.models.weights import CONFIG_NAME, Contents
 from diffmm.new_folders import appearing
 
 FAMILIES: dict[str, Family] = {

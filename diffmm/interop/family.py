@@ -13,10 +13,11 @@ from diffmm.interop.settings import TheirSettings
 from diffmm.interop.source import CONFIG_NAME, PREPROCESSOR_NAME, Source
 from diffmm.layers.patch import as_size
 from diffmm.models import BackboneConfig, TextModel
+from diffmm.models.contents import Contents
 from diffmm.models.description import MODELS, build, describe
 from diffmm.models.encoder import EncoderConfig
 from diffmm.models.job import Job
-from diffmm.models.weights import Contents, own_weights
+from diffmm.models.weights import own_weights
 
 SIZES = ("image_size", "patch_size", "patch_stride")
 """Settings that a number or a pair of numbers can give."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from diffmm.chat_templates import template_in
+from diffmm.models.contents import CONFIG_NAME, describes_model, settings_beside
 from diffmm.models.hub_files import resolve
 from diffmm.models.safetensors_files import (
     INDEX_NAME,
@@ -17,7 +18,6 @@ from diffmm.models.safetensors_files import (
     weights_in,
 )
 from diffmm.models.tokenizer_files import GENERATION_NAME, TOKENIZER_NAME
-from diffmm.models.weights import CONFIG_NAME, describes_model, settings_beside
 
 OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
 OPEN_CLIP_WEIGHTS_NAME = "open_clip_model.safetensors"

@@ -35,8 +35,8 @@ from transformers.utils import can_return_tuple
 
 from diffmm.interop.transformers_cache import TransformersCache, real_tokens
 from diffmm.models import Backbone, BackboneConfig, TextModel
+from diffmm.models.contents import MODEL_TYPE
 from diffmm.models.description import build, configured
-from diffmm.models.weights import MODEL_TYPE
 from diffmm.ops import AttentionMask
 from diffmm.ops.softmax_attention.reference import capped
 

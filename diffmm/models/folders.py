@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 import diffmm
+from diffmm.models.contents import CONFIG_NAME, MODEL_TYPE, write_contents
 from diffmm.models.description import describe, unwrap
 from diffmm.models.hub_files import CARD_NAME
 from diffmm.models.model_card import model_card
@@ -29,7 +30,7 @@ from diffmm.models.tokenizer_files import (
     TOKENIZER_NAME,
     tokenizer_files,
 )
-from diffmm.models.weights import CONFIG_NAME, MODEL_TYPE, saved_contents, write_contents
+from diffmm.models.weights import saved_contents
 from diffmm.new_folders import appearing
 
 PREPROCESSOR_NAME = "preprocessor_config.json"

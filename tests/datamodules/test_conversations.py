@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from datamodules.shared.bad_samples import BadSampleError, BadSamples
 from datamodules.text import ConversationData, Conversations
 from datamodules.text.chat import DEFAULT_TEMPLATE, ChatTemplate, find_template
-from datamodules.text.conversations import packed
+from datamodules.text.conversation_windows import packed
 from diffmm.batch import IGNORE_INDEX
 from diffmm.checks import DataError
 from diffmm.tokenizers import HuggingFaceTokenizer, load_tokenizer
@@ -265,15 +265,20 @@ def test_samples_are_whole_conversations(tmp_path):
     assert sorted(seen) == sorted(row["messages"][1]["content"] for row in rows)
 
 
+def texts_of(data, split):
+    """The bytes of the conversations of a split."""
+    return {bytes(each.ids[each.ids < 256].tolist()) for each in data._conversations[split]}
+
+
 def test_splits_do_not_depend_on_the_order(tmp_path):
     rows = write_rows(tmp_path / "chats.jsonl", 60)
     data = data_of(tmp_path / "chats.jsonl", validation_fraction=0.3)
     data.setup("fit")
-    val = {bytes(turn.ids[turn.ids < 256].tolist()) for turn in data._turns["validation"]}
+    val = texts_of(data, "validation")
     (tmp_path / "again.jsonl").write_text("\n".join(map(json.dumps, reversed(rows))))
     again = data_of(tmp_path / "again.jsonl", validation_fraction=0.3)
     again.setup("fit")
-    assert {bytes(turn.ids[turn.ids < 256].tolist()) for turn in again._turns["validation"]} == val
+    assert texts_of(again, "validation") == val
     assert 5 < len(val) < 30
     assert data.fingerprint() != again.fingerprint()
     batch = next(iter(data.train_dataloader()))
@@ -293,7 +298,7 @@ def test_long_conversations_are_cut_and_counted(tmp_path, caplog):
     (tmp_path / "chats.jsonl").write_text("\n".join(lines))
     data = data_of(tmp_path / "chats.jsonl", validation_fraction=0.0)
     data.setup("fit")
-    assert [len(turn.ids) for turn in data._turns["training"]] == [129, 30]
+    assert [len(each.ids) for each in data._conversations["training"]] == [129, 30]
     message = (
         "of 3 conversations, 2 are longer than sequence_length=128 and are cut, and 1 are left"
     )
@@ -306,7 +311,7 @@ def test_conversations_without_an_answer_are_counted(tmp_path, caplog):
     (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = data_of(tmp_path / "chats.jsonl", validation_fraction=0.0)
     data.setup("fit")
-    assert len(data._turns["training"]) == 20
+    assert len(data._conversations["training"]) == 20
     assert "of 25 conversations, 0 are longer" in caplog.text
     assert "and 5 are left out" in caplog.text
     (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, rows[20:])))
@@ -329,7 +334,7 @@ def test_bad_rows_are_named_or_skipped(tmp_path):
         data_of(path).setup("fit")
     data = data_of(path, validation_fraction=0.0, bad_samples=BadSamples("substitute"))
     data.setup("fit")
-    assert len(data._turns["training"]) == 29
+    assert len(data._conversations["training"]) == 29
 
 
 @pytest.mark.parametrize(

@@ -425,6 +425,22 @@ def test_weights_that_fit_but_mean_something_else_are_refused(tmp_path, source, 
     )
 
 
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ([1], r"has \[1\] in place of settings by name"),
+        ({"config": 3}, "has 3 in place of settings by name"),
+        ({"config": {"encoder": "none"}}, "has 'none' in place of settings by name"),
+        ({"config": {"backbone": 3}}, "BackboneConfig needs its fields by name, got 3"),
+    ],
+)
+def test_a_damaged_description_is_named(tmp_path, description, message):
+    file = save_checkpoint(text_model(), tmp_path / "run.ckpt", {"model": description})
+    assert_refused_untouched(
+        text_model(), file, f"run.ckpt describes a model that cannot be built: .*{message}"
+    )
+
+
 def test_settings_of_training_may_differ(tmp_path):
     source = text_model()
     target = text_model(dropout=0.1, drop_path=0.2, num_kv_heads=4, head_dim=8, rope_base=5e5)

@@ -7,7 +7,8 @@ import torch
 
 from diffmm.app.answers import NUM_MAP_TOKENS, growing, maps_section, page, problem, prompt_maps
 from diffmm.app.components import answer_field, layer_slider, respond_to, two_columns
-from diffmm.hub.trained import MAX_NEW_TOKENS, TrainedModel
+from diffmm.hub.trained import TrainedModel
+from diffmm.hub.writing import MAX_NEW_TOKENS
 from diffmm.models.text import TextModel
 
 CONTINUE, REPLY = "Continue", "Answer"
