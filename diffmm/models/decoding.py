@@ -204,6 +204,9 @@ class GraphedSteps(Steps):
         torch.cuda.synchronize(device)
         with no_collection(), torch.cuda.graph(graph):
             self.step()
+        # torch begins a capture by setting the offset of the random numbers to 0, on the stream of
+        # the capture, which a replay on this stream would not wait for.
+        torch.cuda.synchronize(device)
         return graph
 
 

@@ -41,6 +41,26 @@ def test_the_graph_chooses_the_same_tokens(attention, compile):
         assert torch.equal(found, wanted)
 
 
+def test_the_first_replay_waits_for_the_capture(monkeypatch):
+    """On a busy GPU, what torch does at the start of a capture comes late."""
+    begin = torch.cuda.CUDAGraph.capture_begin
+
+    def late(*args, **kwargs):
+        torch.cuda._sleep(10**9)
+        return begin(*args, **kwargs)
+
+    model = make_model("diff_v2").double()
+    tokens = torch.randint(300, (3, 7), device="cuda")
+    found = []
+    for graph in (False, True):
+        if graph:
+            monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", late)
+        generator = torch.Generator("cuda").manual_seed(1)
+        settings = {"max_new_tokens": 20, "generator": generator, "cuda_graph": graph}
+        found.append(generate(model, tokens, **settings))
+    assert torch.equal(*found)
+
+
 def test_rows_stop_and_the_default_generator_is_left_where_it_should_be():
     model = make_model("diff_v2")
     tokens = torch.randint(300, (2, 5), device="cuda")

@@ -10,8 +10,8 @@ SHARED_BYTES = 99 * 1024
 LOOKS = {"window": "i32", "prefix": "*i32", "labels": "*i32", "ranges": "*i32"}
 
 
-def compiled(kernel, tile, D, E, C, **constants):
-    """A kernel for bfloat16 and a causal mask, without other masks."""
+def compiled(kernel, tile, D, E, C, *, capability=86, looks=(), options=None, **constants):
+    """A kernel for bfloat16 and a causal mask, with the other masks in `looks`."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -32,6 +32,8 @@ def compiled(kernel, tile, D, E, C, **constants):
     constants |= {"BLOCK_D": block_d, "BLOCK_E": block_e, "PRECISION": "tf32", "FAR": False}
     constants["NUM_MAPS"] = 2
     constants |= dict.fromkeys((*LOOKS, "padding", "num_keys"))
+    constants = {name: value for name, value in constants.items() if name not in looks}
+    types |= {name: LOOKS[name] for name in looks}
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
@@ -41,8 +43,8 @@ def compiled(kernel, tile, D, E, C, **constants):
         if signature[name].startswith("*") or name in strides
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", 86, 32), options=options)
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **(options or {})}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 @pytest.mark.parametrize("widths", [(64, 128, 2), (128, 256, 2), (128, 128, 1)], ids=str)

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="needs the package triton")
 gluon = pytest.importorskip("triton.experimental.gluon._runtime")
@@ -153,3 +154,22 @@ def test_one_map(width, looked_up, tmp_path):
         for kind in ({}, DOCUMENTS) if looked_up else ({},):
             made = forward_kernel("bf16", (width, width, 1), **settings, **kind)
             check(made, tmp_path, most_forward)
+
+
+@pytest.mark.parametrize("looks", [("window",), ("labels", "ranges")], ids=str)
+def test_three_programs_of_one_narrow_map(looks, tmp_path):
+    """The plain forward kernel, with heads of 64."""
+    from test_ampere_compiles import compiled
+
+    from diffmm.ops.diff_attention.triton.forward import _forward_kernel
+    from diffmm.ops.diff_attention.triton.tiles import tiles_for
+
+    tile = tiles_for(torch.bfloat16, 64, 64, (9, 0)).forward
+    constants = {"COMPONENTS": "single", "lam": None, "second": None}
+    limit = {"maxnreg": tile.one_map_registers}
+    made = compiled(
+        _forward_kernel, tile, 64, 64, 1, capability=90, looks=looks, options=limit, **constants
+    )
+    check(made, tmp_path, 0)
+    used = int(re.search(r"Used (\d+) registers", report(made, tmp_path))[1])
+    assert 3 * used * 32 * tile.num_warps <= 65536

@@ -198,6 +198,7 @@ def forward(
     second = q.new_empty(B, N, H, E) if has_second else None
     lse = q.new_empty(B, H, num_maps, N, dtype=torch.float32)
     ranges = mask.key_ranges(B, N, M, tile.block_n)
+    has_short_loops = lam is None and (mask.window is not None or mask.labels is not None)
     launches = ("second", "first") if tile.split else ("both",)
     for components in launches if lam is not None else ("single",):
         _forward_kernel[(cdiv(N, tile.block_n), B * H)](
@@ -208,5 +209,6 @@ def forward(
             CAUSAL=mask.causal, COMPONENTS=components, C=C, D=D, E=E,
             BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_D=block_d, BLOCK_E=block_e,
             PRECISION=precision(q.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+            maxnreg=tile.one_map_registers if has_short_loops else None,
         )  # fmt: skip
     return out, second, lse

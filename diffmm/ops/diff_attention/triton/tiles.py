@@ -61,6 +61,8 @@ class Tile:
         num_stages: Number of pipeline stages of the loads.
         split: Whether the forward kernel computes the maps in two launches, for values too wide
             for two accumulators.
+        one_map_registers: Registers per thread that the forward kernel of one map may have with a
+            window or documents; None for as many as the compiler likes.
     """
 
     block_n: int
@@ -68,6 +70,7 @@ class Tile:
     num_warps: int
     num_stages: int
     split: bool = False
+    one_map_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,13 @@ def tiles_for(dtype: torch.dtype, D: int, E: int, capability: tuple[int, int]) -
         )
     if D > 64:
         return Tiles(Tile(64, 64, 4, 2), key_grad=Tile(32, 64, 4, 2), query_grad=Tile(64, 32, 4, 3))
-    return Tiles(Tile(64, 64, 4, 3), key_grad=Tile(32, 64, 4, 2), query_grad=Tile(64, 64, 4, 2))
+    # A third program per multiprocessor, which the loops of narrow values need without spilling.
+    registers = 168 if E <= 64 else None
+    return Tiles(
+        Tile(64, 64, 4, 3, one_map_registers=registers),
+        key_grad=Tile(32, 64, 4, 2),
+        query_grad=Tile(64, 64, 4, 2),
+    )
 
 
 def cdiv(total: int, part: int) -> int:
