@@ -1,0 +1,192 @@
+"""The figures in docs/results.md and the README are those of docs/results/cells.jsonl."""
+
+import re
+import statistics
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality.engine import read
+from benchmarks.quality.plan import Settings
+from benchmarks.quality.table import Line, lines
+from diffmm.runs.seeds import half_width
+
+ROOT = Path(__file__).parents[1]
+DOC = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+ROWS = read(ROOT / "docs" / "results" / "cells.jsonl")
+
+SECTIONS = {
+    "Text": "text",
+    "Needles in a text": "needles",
+    "Fashion-MNIST": "fashion_mnist",
+    "Letters": "letters",
+    "Digits": "digits",
+    "Sound events": "sound_events",
+    "Spoken languages": "speech",
+    "Transcripts": "transcripts",
+    "Image-text retrieval": "shapes",
+    "Captions": "captions",
+}
+UPCYCLED = "Fine-tuning a softmax model as a differential one"
+LABELS = {
+    "softmax, exclusive": "softmax_exclusive",
+    "softmax with a gate": "softmax_gate",
+    "diff_grouped with a gate": "diff_grouped_gate",
+}
+DIFFERENTIAL = {"v1": "diff_v1", "v2": "diff_v2", "grouped": "diff_grouped"}
+
+
+def table_below(heading: str) -> list[dict[str, str]]:
+    """The rows of the first table below a heading, by column."""
+    (section,) = re.findall(rf"^##+ {re.escape(heading)}\n(.*?)(?=^##|\Z)", DOC, re.M | re.S)
+    found = re.search(r"(?:^\|.*\n)+", section, re.M)
+    assert found, heading
+    header, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in found[0].splitlines()
+    )
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def variant_of(label: str) -> str:
+    return (
+        "softmax_half_heads" if re.match(r"softmax, \d heads", label) else LABELS.get(label, label)
+    )
+
+
+@cache
+def lines_of(task: str, num_seeds: int = 4, budget: str = "tokens") -> dict[str, Line]:
+    """The lines of a task, by variant."""
+    own = [row for row in ROWS if row["task"] == task]
+    found = lines(own, Settings(seeds=range(num_seeds), compiled=task == "text"))
+    return {line.variant: line for line in found if line.budget == budget}
+
+
+def as_shown(mean: float, half: float | None, text: str, *, is_clear: bool) -> str:
+    """A difference with as many decimals as `text` has; bold if clear."""
+    decimals = len(re.sub(r"\*", "", text).split(" ±")[0].partition(".")[2])
+    shown = f"{mean:+.{decimals}f} ± {half:.{decimals}f}"
+    return f"**{shown}**" if is_clear else shown
+
+
+@pytest.mark.parametrize("heading", SECTIONS)
+def test_tables_are_those_of_the_runs(heading: str) -> None:
+    task = SECTIONS[heading]
+    rows = table_below(heading)
+    assert [row["attention"] for row in rows][:4] == ["softmax", *DIFFERENTIAL.values()]
+    (column,) = (name for name in rows[0] if name.startswith("seeds"))
+    num_seeds = int(column[-1]) + 1
+    for row in rows:
+        line = lines_of(task, num_seeds)[variant_of(row["attention"])]
+        assert float(row["rate"]) == line.rate
+        decimals = len(row["mean"].partition(".")[2])
+        assert row[column] == " ".join(f"{v:.{decimals}f}" for v in line.values.values())
+        assert len(line.values) == num_seeds
+        assert row["mean"] == f"{line.mean:.{decimals}f}"
+        if "training time" in row:
+            assert row["training time"] == f"{line.seconds:.1f} s"
+        if row["attention"] == "softmax":
+            assert row["difference"] == ""
+            continue
+        assert line.mean_difference is not None
+        is_clear = line.verdict in ("better", "worse")
+        text = row["difference"]
+        assert text == as_shown(line.mean_difference, line.half_width, text, is_clear=is_clear)
+
+
+def test_the_summary_has_a_line_per_table() -> None:
+    summary = table_below("Should I use it?")
+    headings = [re.findall(r"\[(.*?)\]\(#(.*?)\)", row["task"])[0] for row in summary]
+    tables = [heading for heading, _ in headings[:-1]]
+    assert tables == list(SECTIONS)
+    assert headings[-1][1] == UPCYCLED.lower().replace(" ", "-")
+    assert all(anchor == name.lower().replace(" ", "-") for name, anchor in headings[:-1])
+    for row, heading in zip(summary, [*tables, UPCYCLED], strict=True):
+        below = {part["attention"]: part for part in table_below(heading)}
+        (column,) = (name for name in below["softmax"] if "seeds" in name)
+        assert int(row["seeds"]) == int(column[-1]) + 1
+        shown = {name: below[variant]["difference"] for name, variant in DIFFERENTIAL.items()}
+        assert {name: row[name] for name in DIFFERENTIAL} == shown
+        exclusive = below.get("softmax, exclusive", {"difference": ""})
+        assert row["softmax, exclusive"] == exclusive["difference"]
+        # No difference is clearly worse, as the text below the summary says.
+        sign = -1 if "lower is better" in row["measure"] else 1
+        clear = [name for name, text in shown.items() if text.startswith("**")]
+        assert all(sign * float(shown[name].strip("*").split()[0]) > 0 for name in clear)
+        words = {0: "none", 3: "all three"}.get(len(clear), ", ".join(clear))
+        assert row["clearly better"] == words
+
+
+def test_differences_after_upcycling_are_those_of_the_seeds() -> None:
+    rows = {row["attention"]: row for row in table_below(UPCYCLED)}
+    values = {
+        name: [float(value) for value in row["after, seeds 0 to 2"].split()]
+        for name, row in rows.items()
+    }
+    for name, row in rows.items():
+        # The values of the seeds are rounded.
+        assert float(row["mean"]) == pytest.approx(statistics.fmean(values[name]), abs=0.011)
+        if name == "softmax":
+            continue
+        gaps = [a - b for a, b in zip(values[name], values["softmax"], strict=True)]
+        mean, half = (float(part) for part in row["difference"].split(" ± "))
+        assert mean == pytest.approx(statistics.fmean(gaps), abs=0.011)
+        assert half == pytest.approx(half_width(gaps), abs=0.05)
+        assert abs(mean) < half
+
+
+def test_comparisons_of_text_models_with_each_other() -> None:
+    found = lines_of("text")
+    text = " ".join(DOC.split())
+
+    def gap(one: str, other: str) -> tuple[str, str, bool]:
+        """Mean, half width, and whether `one` is better with every seed."""
+        gaps = [found[one].values[seed] - found[other].values[seed] for seed in range(4)]
+        width = half_width(gaps)
+        assert width is not None
+        return f"{statistics.fmean(gaps):.3f}", f"{width:.3f}", max(gaps) < 0
+
+    mean, half, _ = gap("softmax_exclusive", "diff_v2")
+    assert f"better than v2 by {mean.strip('-')} ± {half}" in text
+    assert gap("softmax_exclusive", "diff_v1")[2]
+    assert gap("softmax_exclusive", "diff_grouped")[2]
+    wide = {name: gap(name, "softmax_half_heads") for name in DIFFERENTIAL.values()}
+    assert [wide[name][2] for name in DIFFERENTIAL.values()] == [False, True, True]
+    for name, words in (
+        ("diff_v2", "v2 is still better with every seed"),
+        ("diff_v1", "while v1"),
+        ("diff_grouped", "and grouped"),
+    ):
+        assert f"{words} ({wide[name][0]} ± {wide[name][1]})" in text
+    smallest = max(
+        gap for name in DIFFERENTIAL.values() for gap in found[name].differences.values()
+    )
+    assert f"with every seed, by {-smallest:.2f} nats or more" in text
+
+
+def test_equal_time() -> None:
+    in_time = lines_of("text", budget="time")
+    v1 = lines_of("text")["diff_v1"]
+    assert in_time["diff_v1"] == replace(v1, budget="time")
+    v2 = in_time["diff_v2"]
+    assert list(v2.values) == [0]
+    assert v2.mean_difference is not None
+    assert f"v2 completes {v2.steps} steps" in DOC
+    text = " ".join(DOC.split())
+    assert f"a loss of {v2.mean:.3f}, which is {-v2.mean_difference:.3f} below softmax" in text
+
+
+def test_the_readme_says_what_the_tables_say() -> None:
+    text = {name: line.mean_difference for name, line in lines_of("text").items()}
+    v1, v2, grouped, exclusive = (
+        f"{-(text[name] or 0):.2f}"
+        for name in ("diff_v1", "diff_v2", "diff_grouped", "softmax_exclusive")
+    )
+    assert f"end {v1} (v1), {grouped} (grouped) and {v2} nats (v2) below softmax" in README
+    assert f"ends {exclusive} below" in README
+    sounds = {name: line.mean_difference or 0 for name, line in lines_of("sound_events").items()}
+    three = [sounds[name] for name in DIFFERENTIAL.values()]
+    assert f"{min(three):.0f} to {max(three):.0f} points better than softmax" in README
+    assert f"exclusive softmax is {sounds['softmax_exclusive']:.0f}" in README
