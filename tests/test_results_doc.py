@@ -1,4 +1,4 @@
-"""The figures in docs/results.md and the README are those of docs/results/cells.jsonl."""
+"""The figures in docs/results.md and the README are those of the runs in docs/results."""
 
 import re
 import statistics
@@ -11,6 +11,7 @@ import pytest
 from benchmarks.quality.engine import read
 from benchmarks.quality.plan import Settings
 from benchmarks.quality.table import Line, lines
+from benchmarks.upcycling import best_factor, rows_of
 from diffmm.runs.seeds import half_width
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +31,8 @@ SECTIONS = {
     "Image-text retrieval": "shapes",
     "Captions": "captions",
 }
-UPCYCLED = "Fine-tuning a softmax model as a differential one"
+UPCYCLED = {"Upcycled on digits": "digits", "Upcycled on spoken languages": "speech"}
+UPCYCLING_ROWS = read(ROOT / "docs" / "results" / "upcycling.jsonl")
 LABELS = {
     "softmax, exclusive": "softmax_exclusive",
     "softmax with a gate": "softmax_gate",
@@ -99,11 +101,10 @@ def test_tables_are_those_of_the_runs(heading: str) -> None:
 def test_the_summary_has_a_line_per_table() -> None:
     summary = table_below("Should I use it?")
     headings = [re.findall(r"\[(.*?)\]\(#(.*?)\)", row["task"])[0] for row in summary]
-    tables = [heading for heading, _ in headings[:-1]]
-    assert tables == list(SECTIONS)
-    assert headings[-1][1] == UPCYCLED.lower().replace(" ", "-")
-    assert all(anchor == name.lower().replace(" ", "-") for name, anchor in headings[:-1])
-    for row, heading in zip(summary, [*tables, UPCYCLED], strict=True):
+    tables = [heading for heading, _ in headings]
+    assert tables == [*SECTIONS, *UPCYCLED]
+    assert all(anchor == name.lower().replace(" ", "-") for name, anchor in headings)
+    for row, heading in zip(summary, tables, strict=True):
         below = {part["attention"]: part for part in table_below(heading)}
         (column,) = (name for name in below["softmax"] if "seeds" in name)
         assert int(row["seeds"]) == int(column[-1]) + 1
@@ -119,21 +120,31 @@ def test_the_summary_has_a_line_per_table() -> None:
         assert row["clearly better"] == words
 
 
-def test_differences_after_upcycling_are_those_of_the_seeds() -> None:
-    rows = {row["attention"]: row for row in table_below(UPCYCLED)}
-    values = {
-        name: [float(value) for value in row["after, seeds 0 to 2"].split()]
-        for name, row in rows.items()
-    }
-    for name, row in rows.items():
-        # The values of the seeds are rounded.
-        assert float(row["mean"]) == pytest.approx(statistics.fmean(values[name]), abs=0.011)
+@pytest.mark.parametrize("heading", UPCYCLED)
+def test_tables_of_upcycled_models_are_those_of_the_runs(heading: str) -> None:
+    task = UPCYCLED[heading]
+    values: dict[str, list[float]] = {}
+    for row in table_below(heading):
+        name = row["attention"]
+        factor = best_factor(UPCYCLING_ROWS, task, name, 0)
+        own = {
+            run["seed"]: run
+            for seed in range(3)
+            for run in rows_of(UPCYCLING_ROWS, task, name, seed)
+            if run["factor"] == factor
+        }
+        values[name] = [100 * own[seed]["metric"] for seed in range(3)]
+        before = statistics.fmean(100 * own[seed]["before"] for seed in range(3))
+        assert row["before"] == f"{before:.2f}"
+        assert row["after, seeds 0 to 2"] == " ".join(f"{value:.2f}" for value in values[name])
+        assert row["mean"] == f"{statistics.fmean(values[name]):.2f}"
         if name == "softmax":
             continue
         gaps = [a - b for a, b in zip(values[name], values["softmax"], strict=True)]
-        mean, half = (float(part) for part in row["difference"].split(" ± "))
-        assert mean == pytest.approx(statistics.fmean(gaps), abs=0.011)
-        assert half == pytest.approx(half_width(gaps), abs=0.05)
+        half = half_width(gaps)
+        assert half is not None
+        mean = statistics.fmean(gaps)
+        assert row["difference"] == f"{mean:+.2f} ± {half:.2f}"
         assert abs(mean) < half
 
 
