@@ -77,11 +77,13 @@ def same(weights, others):
 
 
 VARIANTS = {
-    "text": ("text/stdlib_tiny", {}),
     "text, accumulated": ("text/stdlib_tiny", {"trainer.accumulate_grad_batches": 2}),
     "images, workers": ("image/digits_tiny", {"data.num_workers": 2, "data.batch_size": 500}),
     "sound": ("audio/sound_events_tiny", {"data.source.num_clips": 64}),
-    "masked images": ("image/digits_mae_tiny", {"data.batch_size": 500}),
+    "masked images": (
+        "image/digits_mae_tiny",
+        {"data.batch_size": 50, "trainer.limit_train_batches": 3},
+    ),
 }
 
 
