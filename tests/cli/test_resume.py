@@ -82,7 +82,7 @@ VARIANTS = {
     "sound": ("audio/sound_events_tiny", {"data.source.num_clips": 64}),
     "masked images": (
         "image/digits_mae_tiny",
-        {"data.batch_size": 50, "trainer.limit_train_batches": 3},
+        {"data.batch_size": 50, "trainer.limit_train_batches": 2},
     ),
 }
 
