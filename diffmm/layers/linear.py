@@ -2,10 +2,17 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 INIT_STD = 0.02
 """Default standard deviation of initial weights."""
+
+
+def draw_normal(tensor: Tensor, std: float) -> None:
+    """Fill a tensor with draws from a normal distribution with this standard deviation, truncated
+    to [-2, 2]. On the meta device there is nothing to fill, and torch takes milliseconds for it."""
+    if not tensor.is_meta:
+        nn.init.trunc_normal_(tensor, std=std)
 
 
 class Started(nn.Module):
@@ -26,7 +33,7 @@ class Started(nn.Module):
         if self.init_std is None:
             super().reset_parameters()  # type: ignore[misc]
             return
-        nn.init.trunc_normal_(self.weight, std=self.init_std)
+        draw_normal(self.weight, self.init_std)
         if getattr(self, "bias", None) is not None:
             nn.init.zeros_(self.bias)
 
@@ -63,7 +70,7 @@ def init_weights(module: nn.Module, std: float) -> None:
         module.init_std = std
         module.reset_parameters()
     elif isinstance(module, (*PROJECTIONS, nn.Embedding)):
-        nn.init.trunc_normal_(module.weight, std=std)
+        draw_normal(module.weight, std)
         bias: Any = getattr(module, "bias", None)
         if bias is not None:
             nn.init.zeros_(bias)

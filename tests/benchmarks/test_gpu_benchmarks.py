@@ -1,7 +1,11 @@
 """The GPU benchmarks run on the CPU with tiny sizes and print their tables."""
 
+import contextlib
 import functools
+import io
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -119,17 +123,25 @@ def test_advice_names_the_lengths_where_auto_is_slower():
 def test_fit_beside_the_bare_step(tmp_path, capsys, monkeypatch):
     from benchmarks import fit
 
-    def run_here(name, attention, way, options):
-        return fit.run_one(fit.CASES[name], attention, way, options)
+    run = subprocess.run
 
+    def run_here(command, **options):
+        """What the process of a measurement would do and print; a process for `diffmm fit`."""
+        if command[2] == "diffmm.cli":
+            return run(command, **options)
+        assert command[:3] == [sys.executable, "-m", "benchmarks.fit"]
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            fit.main(command[3:])
+        return subprocess.CompletedProcess(command, 0, printed.getvalue(), "")
+
+    monkeypatch.setattr(fit.subprocess, "run", run_here)
     arguments = ["--smoke", "--attentions", "diff_v2", "--steps", "3", "--out", str(tmp_path)]
-    with monkeypatch.context() as patch:
-        patch.setattr(fit, "run_apart", run_here)
-        fit.main([*arguments, "--only", "text42m", "--ways", "fit,graph"])
-    rows = json.loads((tmp_path / "fit.json").read_text())
-    assert [row["way"] for row in rows] == ["fit", "graph"]
-    fit.main([*arguments, "--only", "vit", "--ways", "outside"])
-    rows += json.loads((tmp_path / "fit.json").read_text())
+    rows = []
+    for case, ways in (("text42m", "fit,graph"), ("vit", "outside")):
+        fit.main([*arguments, "--only", case, "--ways", ways])
+        rows += json.loads((tmp_path / "fit.json").read_text())
+    assert [row["way"] for row in rows] == ["fit", "graph", "outside"]
     assert all(row["rate"] > 0 for row in rows)
     assert "failed" not in capsys.readouterr().out
 

@@ -77,11 +77,13 @@ def same(weights, others):
 
 
 VARIANTS = {
-    "text": ("text/stdlib_tiny", {}),
     "text, accumulated": ("text/stdlib_tiny", {"trainer.accumulate_grad_batches": 2}),
     "images, workers": ("image/digits_tiny", {"data.num_workers": 2, "data.batch_size": 500}),
     "sound": ("audio/sound_events_tiny", {"data.source.num_clips": 64}),
-    "masked images": ("image/digits_mae_tiny", {"data.batch_size": 500}),
+    "masked images": (
+        "image/digits_mae_tiny",
+        {"data.batch_size": 50, "trainer.limit_train_batches": 2},
+    ),
 }
 
 
@@ -116,9 +118,8 @@ def test_every_step_is_logged_once(run, interrupted, kept):
     """Steps that the killed run had logged and that are repeated are logged once."""
     _, directory = interrupted
     cut_back(directory, kept)
-    for _ in range(2):
-        assert run("fit", "--resume", directory).code == 0
-        cut_back(directory, kept)
+    assert run("fit", "--resume", directory).code == 0
+    cut_back(directory, kept)
     assert run("fit", "--resume", directory).code == 0
     steps = []
     for file in sorted((directory / "csv").rglob("metrics.csv")):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forked import run_diffmm
 
 from diffmm.checkpoint_folders import find_state
 from diffmm.cli.fit import make_parser
@@ -56,7 +57,7 @@ def two_nodes(*arguments):
 
 
 @pytest.mark.slow
-def test_two_machines_train_and_predict_together(run, recipe):
+def test_two_machines_train_and_predict_together(run, recipe, tmp_path):
     path = recipe(**{"trainer.strategy": "fsdp2"})
     printed = two_nodes("fit", "--config", path, "--name", "two", "--resume", "auto")
     assert "run: runs/recipe/two" in printed[0]
@@ -66,9 +67,11 @@ def test_two_machines_train_and_predict_together(run, recipe):
     checkpoint = state.parent
     # Two processes cannot share this number of samples evenly.
     settings = ("--config", path, "--weights", "runs/recipe/two", "--data.batch_size", "7")
-    printed = two_nodes("predict", *settings, "--output", "two.pt")
-    assert "two.pt" in printed[0]
-    assert "two.pt" not in printed[1]
+    predict = ["predict", *settings, "--trainer.devices", "2", "--output", "two.pt"]
+    first, second = run_diffmm(predict, Path.cwd(), tmp_path, count=2)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert "two.pt" in first.out
+    assert "two.pt" not in second.out
     one_process = (*settings, "--trainer.strategy", "auto", "--output", "one.pt")
     assert run("predict", *one_process).code == 0
     one, two = (torch.load(name, weights_only=True) for name in ("one.pt", "two.pt"))

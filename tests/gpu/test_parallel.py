@@ -54,7 +54,7 @@ def runs(tmp_path_factory):
     torch.cuda.empty_cache()
     wanted = [
         {"case": case, "strategy": strategy, "num_processes": 2, "variant": variant(backend)}
-        | {"backend": backend, "compile": True, **SMALL, **HALF}
+        | {"backend": backend, "compile": "inductor", **SMALL, **HALF}
         for case, backend, strategy in RUNS
     ]
     done = subprocess.run(

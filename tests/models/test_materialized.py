@@ -232,6 +232,16 @@ def test_reset_parameters_starts_a_model_anew_in_any_order(make):
                 assert found[name].equal(tensor), name
 
 
+def test_weights_without_memory_are_not_drawn(monkeypatch):
+    """Torch takes milliseconds for a truncated normal distribution on the meta device."""
+    drawn = []
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda weight, **_: drawn.append(weight))
+    on_meta(text)
+    assert drawn == []
+    text()
+    assert len(drawn) > 10
+
+
 def test_lambda_vectors_start_anew_at_a_tenth():
     layer = text()[0].backbone.blocks[1].attention
     torch.manual_seed(4)

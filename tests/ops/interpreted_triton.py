@@ -117,11 +117,13 @@ def check_softmax(N, M, H, G, D, E, mask, dtype=torch.float32, tolerance=2e-6):
 
 
 NAMES = list(masks(70))
+# The code that reads masks is that of two maps.
+OF_ONE_MAP = ("full", "causal window", "prefix", "shuffled documents", "everything", "nothing")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_one_map_with_every_mask(name):
-    check_softmax(70, 70, 1, 1, 16, 16 << NAMES.index(name) % 2, masks(70)[name])
+@pytest.mark.parametrize("name", OF_ONE_MAP)
+def test_one_map(name):
+    check_softmax(70, 70, 1, 1, 16, 16 << OF_ONE_MAP.index(name) % 2, masks(70)[name])
 
 
 def test_one_map_of_other_lengths():
@@ -137,9 +139,13 @@ def test_every_mask(name):
     check(make_inputs(70, 70, H, 1, C, 16, 32), masks(70)[name])
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "window" not in name])
+# Each kind of range that depends on the number of queries.
+OF_FEWER = ("full", "causal", "prefix", "causal documents", "causal holes", "everything")
+
+
+@pytest.mark.parametrize("name", OF_FEWER)
 def test_fewer_queries_than_keys(name):
-    C = 1 + NAMES.index(name) % 2
+    C = 1 + OF_FEWER.index(name) % 2
     check(make_inputs(33, 70, 1, 1, C, 16, 16), masks(70)[name])
 
 
@@ -208,11 +214,12 @@ def test_offsets_of_more_than_32_bits(axis, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decoding(name, monkeypatch):
-    """All pairs of a mask, a shape and a number of keys per head."""
+    """Two of three shapes for each mask, and all pairs of a shape and a number of keys per head."""
     from diffmm.ops.diff_attention.triton import decode
 
     mask, index = masks(70)[name], NAMES.index(name)
-    for shape, (N, H, G) in enumerate(((1, 1, 1), (3, 4, 2), (1, 8, 1))):
+    shapes = list(enumerate(((1, 1, 1), (3, 4, 2), (1, 8, 1))))
+    for shape, (N, H, G) in shapes[: index % 3] + shapes[index % 3 + 1 :]:
         monkeypatch.setattr(decode, "FEW_KEYS", (1 << 14) * (shape < 2))
         C = 1 + (index + shape) % 2
         q, k, v, lam = (x.detach() for x in make_inputs(N, 70, H, G, C, 16, 32))
@@ -247,7 +254,7 @@ def test_operator_is_well_formed():
         torch.library.opcheck(_document_labels, (documents, padding, 5))
     labels = _document_labels(documents, None, 5)
     assert torch.equal(labels[:, 5:], torch.zeros(BATCH, 7, dtype=torch.int32))
-    for for_backward, tensors in itertools.product((False, True), ((None, None), (labels, None))):
+    for for_backward, tensors in ((False, (labels, None)), (True, (None, None))):
         args = (q, k, v, lam, True, None, None, *tensors, 0.25, for_backward)
         if not for_backward:
             args = (*(x.detach() for x in args[:4]), *args[4:])
@@ -259,11 +266,10 @@ def test_operator_of_the_backward_pass_is_well_formed():
 
     q, k, v, lam = (x.detach() for x in make_inputs(5, 7, 2, 1, 2, 16, 32))
     labels = torch.zeros(BATCH, 5 + 7, dtype=torch.int32)
-    for tensors in ((None, None), (labels, None)):
-        mask = (True, None, None, *tensors, 0.25)
-        out, second, lse = _attend(q, k, v, lam, *mask, True)
-        args = (torch.randn_like(out), q, k, v, lam, out, second, lse, *mask)
-        torch.library.opcheck(_attend_backward, args, atol=1e-4, rtol=1e-3)
+    mask = (True, None, None, labels, None, 0.25)
+    out, second, lse = _attend(q, k, v, lam, *mask, True)
+    args = (torch.randn_like(out), q, k, v, lam, out, second, lse, *mask)
+    torch.library.opcheck(_attend_backward, args, atol=1e-4, rtol=1e-3)
 
 
 def test_operator_of_decoding_is_well_formed():

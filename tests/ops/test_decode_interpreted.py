@@ -38,8 +38,7 @@ def make_inputs(B, N, M, H, G, C, D=32, E=64, dtype=torch.float32):
     return q, k, v, torch.rand(B, N, H)
 
 
-@pytest.mark.parametrize("C", [2, 1])
-@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize(("C", "padding"), [(1, False), (2, True)])
 def test_many_splits(C, padding, monkeypatch):
     """More than one step of the second kernel; the first splits of the second sample have no
     visible keys."""

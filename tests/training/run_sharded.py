@@ -8,8 +8,10 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -334,6 +336,7 @@ def run(
     precision: str = "32-true",
     accumulate: int = 1,
     source: str = "auto_1",
+    compile: Literal["", "eager", "inductor"] = "",
     **changes: Any,
 ) -> None:
     """Save the loss curve, the gradients of the first step and the weights after two steps, with a
@@ -347,21 +350,24 @@ def run(
         accumulate: Number of micro-batches per step and process.
         variant: Suffix that distinguishes runs with otherwise equal names.
         source: Strategy and number of processes of the checkpoint to resume from.
+        compile: Backend of `torch.compile` for all steps, or `"eager"`, which runs what Dynamo
+            traced as it is, for the first two: most graphs differ only in that.
     """
     setting: dict[str, Any] = {"strategy": strategy, "num_processes": num_processes}
     setting |= {"accelerator": accelerator, "precision": precision, "accumulate": accumulate}
     name = f"{case}_{strategy}_{num_processes}{variant}"
     changes |= {"splits_heads": "tp" in strategy}
-    task, samples = task_and_data(case, **changes)
-    trainer, recorded = fit(task, samples, max_steps=2, **setting)
+    task, samples = task_and_data(case, compile=bool(compile), **changes)
+    with patch.object(nn.Module, "compile", partialmethod(nn.Module.compile, backend=compile)):
+        trainer, recorded = fit(task, samples, max_steps=2, **setting)
     results = {"curves": recorded.curves, "gradients": recorded.gradients}
     results["weights"] = weights_of(task)
     trainer.save_checkpoint(folder / f"{name}.ckpt")
-    task, samples = task_and_data(case, **changes)
+    task, samples = task_and_data(case, compile=compile == "inductor", **changes)
     fit(task, samples, max_steps=4, ckpt_path=folder / f"{case}_{source}.ckpt", **setting)
     results["resumed"] = weights_of(task)
     if accelerator == "cpu":
-        task, samples = task_and_data(case, **{**changes, "compile": False})
+        task, samples = task_and_data(case, **changes)
         path = folder / f"{name}.ckpt"
         results["validated"] = validated(task, samples, path, strategy, num_processes)
     if case == "diff_v1" and strategy == "fsdp2":

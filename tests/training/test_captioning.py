@@ -37,10 +37,7 @@ def test_targets_have_no_padding():
     assert until(BATCH["tokens"].tolist(), EOS) == [[4, 5], [4, 5, 6], [7]]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [f"{kind}_{road}captions" for kind in ("image", "audio") for road in ("", "cross_")],
-)
+@pytest.mark.parametrize("name", ["image_captions", "audio_cross_captions"])
 def test_texts_that_are_known_by_heart_match(name, make, fit):
     batch = make.batch(name)
     task = make.task(name, optimizer=OptimizerConfig(1e-2))

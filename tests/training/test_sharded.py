@@ -20,20 +20,21 @@ SCRIPT = Path(__file__).with_name("run_sharded.py")
 CASES = ("softmax", "diff_v1", "diff_v2", "diff_grouped", "uniform_noise", "image", "pairs",
          "both media", "media apart", "captions", "cross-attention", "transcripts")  # fmt: skip
 NAMES = ("case", "strategy", "num_processes", "variant")
-COMPILED, ACCUMULATED = "_compiled", "_accumulated"
+COMPILED, TRACED, ACCUMULATED = "_compiled", "_traced", "_accumulated"
+COMPILERS = {COMPILED: "inductor", TRACED: "eager"}
 RUNS = [
     ("diff_v1", "fsdp2", 2, ""),
-    ("diff_v1", "fsdp2_tp2", 2, COMPILED),
+    ("diff_v1", "fsdp2_tp2", 2, TRACED),
     ("softmax", "fsdp2_tp2", 2, ""),
     ("diff_v2", "fsdp2_tp2", 2, ""),
     ("diff_grouped", "fsdp2_tp2", 2, ""),
     ("image", "fsdp2_tp2", 2, ""),
-    ("pairs", "fsdp2_tp2", 2, COMPILED),
+    ("pairs", "fsdp2_tp2", 2, TRACED),
     ("pairs", "fsdp2", 2, ""),
     ("both media", "fsdp2_tp2", 2, ""),
     ("both media", "fsdp2", 2, ""),
     ("media apart", "fsdp2", 2, ""),
-    ("captions", "fsdp2_tp2", 2, COMPILED),
+    ("captions", "fsdp2_tp2", 2, TRACED),
     ("captions", "fsdp2", 2, ""),
     ("cross-attention", "fsdp2_tp2", 2, ""),
     ("cross-attention", "fsdp2", 2, ""),
@@ -41,14 +42,14 @@ RUNS = [
     ("transcripts", "fsdp2", 2, ""),
     ("uniform_noise", "ddp", 2, ""),
     ("uniform_noise", "fsdp2", 2, ""),
-    ("uniform_noise", "fsdp2_tp2", 2, COMPILED),
+    ("uniform_noise", "fsdp2_tp2", 2, TRACED),
     ("diff_v2", "ddp", 2, ""),
     ("softmax", "fsdp2", 2, ACCUMULATED),
     ("diff_v2", "fsdp2_tp2", 2, ACCUMULATED),
     ("diff_v1", "fsdp2_tp2", 4, ""),
 ]
 SOURCES = {
-    ("diff_v1", "fsdp2_tp2", 2, COMPILED): "fsdp2_2",
+    ("diff_v1", "fsdp2_tp2", 2, TRACED): "fsdp2_2",
     ("uniform_noise", "fsdp2", 2, ""): "ddp_2",
     ("diff_v2", "ddp", 2, ""): "fsdp2_tp2_2",
     ("diff_v1", "fsdp2_tp2", 4, ""): "fsdp2_2",
@@ -72,7 +73,7 @@ def runs(tmp_path_factory, script):
         wanted = [
             {
                 **dict(zip(NAMES, run, strict=True)),
-                "compile": run[3] == COMPILED,
+                "compile": COMPILERS.get(run[3], ""),
                 "source": SOURCES.get(run, "auto_1"),
                 "accumulate": 2 if run[3] == ACCUMULATED else 1,
             }
