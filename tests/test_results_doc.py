@@ -1,5 +1,6 @@
 """The figures in docs/results.md and the README are those of the runs in docs/results."""
 
+import csv
 import re
 import statistics
 from dataclasses import replace
@@ -146,6 +147,44 @@ def test_tables_of_upcycled_models_are_those_of_the_runs(heading: str) -> None:
         mean = statistics.fmean(gaps)
         assert row["difference"] == f"{mean:+.2f} ± {half:.2f}"
         assert abs(mean) < half
+
+
+def test_the_table_of_cancellation_is_that_of_the_runs() -> None:
+    with (ROOT / "docs" / "results" / "cancellation.csv").open(encoding="utf-8") as file:
+        runs = list(csv.DictReader(file))
+
+    def values(blocks: str, part: str, column: str) -> list[float]:
+        own = [row for row in runs if (row["shared_blocks"], row["part"]) == (blocks, part)]
+        assert [row["seed"] for row in own] == ["0", "1", "2"]
+        return [float(row[column]) for row in own]
+
+    least_on_sounds = []
+    for row in table_below("Is what the second map cancels a modality's own?"):
+        blocks = row["shared blocks"]
+        for part, recall, cancelled in (
+            ("image", "recall, images", "cancelled, images"),
+            ("text", None, "texts"),
+            ("audio", "recall, sounds", "sounds"),
+        ):
+            mean = statistics.fmean(values(blocks, part, "cancelled"))
+            assert row[cancelled] == f"{mean:.2f}"
+            if recall:
+                mean = 100 * statistics.fmean(values(blocks, part, "recall_1"))
+                assert row[recall] == f"{mean:.1f}"
+        # The order of the modalities, as the text says.
+        images, texts, sounds = (
+            values(blocks, part, "cancelled") for part in ("image", "text", "audio")
+        )
+        found = list(zip(images, texts, sounds, strict=True))
+        assert all(image > max(text, sound) for image, text, sound in found)
+        least_on_sounds += [sound < text for _, text, sound in found]
+        for name, column in (
+            ("between modalities, seeds 0 to 2", "variance by modality"),
+            ("heads of a modality, seeds 0 to 2", "heads of a modality"),
+        ):
+            shared = [] if blocks == "0" else values(blocks, "shared layers", column)
+            assert row[name] == " ".join(f"{value:.2f}" for value in shared)
+    assert (sum(least_on_sounds), len(least_on_sounds)) == (8, 9)
 
 
 def test_comparisons_of_text_models_with_each_other() -> None:
