@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -22,6 +23,16 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
         return
     listed = ", ".join(map(repr, choices))
     raise ValueError(f"{name} must be one of {listed}, got {value!r}{did_you_mean(value, choices)}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Check that a value is an integer of at least 1.
+
+    Raises:
+        ValueError: If it is not; the message names the argument and the value.
+    """
+    if not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def reason_of(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import math
 import pkgutil
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 
 import datamodules
@@ -18,7 +19,7 @@ from datamodules.pairs import ImageAudioTextReader
 from datamodules.pairs.image_text import ImageTextReader
 from datamodules.shared.bad_samples import BadSamples
 from datamodules.text.retrieval.sources import AssociativeRecall, ManyShot, Needles
-from diffmm.checks import Settings, number_fault, reason_of
+from diffmm.checks import Settings, check_count, number_fault, reason_of
 from diffmm.layers.rope_scaling import RopeScaling
 from diffmm.models import (
     AudioConfig,
@@ -136,3 +137,11 @@ def test_the_reason_of_an_error_is_one_line():
     assert reason_of(ValueError("\n first\nsecond")) == "first"
     assert reason_of(TimeoutError()) == "TimeoutError"
     assert reason_of(OSError(" \n")) == "OSError"
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, "2", None])
+def test_a_count_is_an_integer_of_at_least_1(value):
+    for valid in (1, np.int64(3)):
+        check_count("top_k", valid)
+    with pytest.raises(ValueError, match=f"top_k must be an integer of at least 1, got {value!r}"):
+        check_count("top_k", value)

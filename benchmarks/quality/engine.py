@@ -187,11 +187,11 @@ class Run:
         stream = torch.cuda.Stream() if device == "cuda" else None
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream())
-        if stream is not None and watch is None and not captured:
+        in_graphs = stream is not None and watch is None
+        if in_graphs and not captured:
             with torch.cuda.stream(stream):
-                inputs = tuple(inputs_of(model, batch))
+                inputs = inputs_of(model, batch)
                 torch.cuda.make_graphed_callables(model, inputs, allow_unused_input=True)
-        captured = captured and stream is not None and watch is None
         clock = _Clock(stream)
 
         def step() -> Tensor:
@@ -216,7 +216,7 @@ class Run:
                     watch(self, number, batch)
                 if graph is not None:
                     graph.replay()
-                elif captured and number == WARMUP_STEPS:
+                elif in_graphs and captured and number == WARMUP_STEPS:
                     optimizer.zero_grad(set_to_none=True)
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph, stream=stream):

@@ -1,7 +1,6 @@
 """The evaluation preprocessing of audio."""
 
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from datamodules.audio.clips import EXTENSIONS, LOUDEST, AudioClips, ClipInfo, FileClips, mono
 from datamodules.audio.reader import ClipReader, Waveform
 from datamodules.shared.reader import Reader
-from diffmm.checks import Settings, check_choice
+from diffmm.checks import Settings, check_choice, check_count
 
 POSITIONS = {"start": 0.0, "center": 0.5, "full": 0.0}
 """The position at which a long clip is cropped."""
@@ -146,8 +145,7 @@ def _clip_of(item: Any) -> _ArrayClip:
             f"{type(item).__name__}"
         )
     waveform, rate_hz = item
-    if not isinstance(rate_hz, Integral) or rate_hz < 1:
-        raise ValueError(f"sample_rate_hz must be an integer of at least 1, got {rate_hz!r}")
+    check_count("sample_rate_hz", rate_hz)
     samples = np.asarray(waveform.detach().cpu() if isinstance(waveform, Tensor) else waveform)
     if samples.ndim not in (1, 2) or not samples.size or samples.dtype.kind != "f":
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diffmm.checks import article
+from diffmm.checks import article, check_count
 from diffmm.hub.devices import find_device
 from diffmm.hub.features import features_of
 from diffmm.hub.metrics import metrics_at
@@ -36,11 +36,6 @@ from diffmm.tokenizers import Tokenizer
 if TYPE_CHECKING:
     from diffmm.analysis.attention_maps import LayerMaps
     from diffmm.analysis.word_maps import Written
-
-
-def _check_count(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 class TrainedModel:
@@ -242,7 +237,7 @@ class TrainedModel:
         >>> trained.features(["seven.png", "seven.png"]).shape
         torch.Size([2, 64])
         """
-        _check_count("batch_size", batch_size)
+        check_count("batch_size", batch_size)
         return features_of(self.model, self.reader, inputs, batch_size, self.origin)
 
     def similarity(
@@ -263,7 +258,7 @@ class TrainedModel:
             ValueError: If the model is not a contrastive one, an input cannot be read, or a text is
                 too long; the message names it.
         """
-        _check_count("batch_size", batch_size)
+        check_count("batch_size", batch_size)
         model, texts = self._contrastive, [texts] if isinstance(texts, str) else list(texts)
         items = inputs if isinstance(inputs, list) else [inputs]
         media = embed_media(model, self.reader, items, batch_size)
@@ -350,8 +345,8 @@ class TrainedModel:
         Raises:
             ValueError: As `predict`.
         """
-        _check_count("top_k", top_k)
-        _check_count("batch_size", batch_size)
+        check_count("top_k", top_k)
+        check_count("batch_size", batch_size)
         if not isinstance(num_workers, int) or num_workers < 0:
             raise ValueError(f"num_workers must be an integer of at least 0, got {num_workers}")
         if num_workers and not isinstance(inputs, Sequence):

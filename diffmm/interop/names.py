@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffmm.models.weight_checks import of_another_shape
+
 BLOCK = "{}"
 """Stands for the number of a block in the names of a table."""
 
@@ -146,11 +148,7 @@ class Table:
         faults = {
             "missing": [name for name in expected if name not in tensors],
             "not expected": [name for name in tensors if name not in known],
-            "of another shape": [
-                f"{name} {tuple(tensors[name].shape)}, needed {tuple(tensor.shape)}"
-                for name, tensor in expected.items()
-                if name in tensors and tensors[name].shape != tensor.shape
-            ],
+            "of another shape": of_another_shape(tensors, expected),
             "of a dtype that cannot be converted": [
                 f"{name} {str(tensors[name].dtype).removeprefix('torch.')}"
                 for name in expected

@@ -191,7 +191,7 @@ class GraphedSteps(Steps):
         device = self.tokens.device
         generator = self.choice.generator or torch.cuda.default_generators[device.index or 0]
         numbers = generator.get_state()
-        # Not on a stream of its own, as for training: the graph would be slower by a twelfth.
+        # Not on a stream of its own, as for training: the graph would be slower.
         for _ in range(2):
             self.step()
         for tensor, value in zip(state, before, strict=True):

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffmm.checks import check_count
 from diffmm.models.captioning import CaptioningModel
 from diffmm.models.decoding import Choice, prepare
 from diffmm.models.description import unwrap
 from diffmm.models.host_copy import HostCopy
 from diffmm.models.prompt import Prompt, text_prompt
-from diffmm.models.sampling import Sampling, check_count
+from diffmm.models.sampling import Sampling
 from diffmm.models.text import TextConfig, TextModel
 
 MIN_STEPS_OF_GRAPH = 8

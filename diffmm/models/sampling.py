@@ -2,13 +2,13 @@
 
 import functools
 import math
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from diffmm.checks import check_count
 from diffmm.ops.kth_largest import kth_largest
 
 GREEDY_BELOW = 1e-6
@@ -108,13 +108,3 @@ def compiled_next_tokens() -> Callable[..., Tensor]:
     """`next_tokens` in few kernels. (`torch.compile` imports torch's compiler, which takes longer
     than all else that generation imports.)"""
     return torch.compile(next_tokens)
-
-
-def check_count(name: str, value: int) -> None:
-    """Check that a number is an integer of at least 1.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value}")

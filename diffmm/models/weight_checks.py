@@ -3,7 +3,7 @@
 Every error names the file, and the weights or settings that differ.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,7 @@ def check_fit(
     faults = {
         "missing": [name for name in expected if name not in weights],
         "unexpected": [name for name in weights if name not in expected],
-        "of another shape": [
-            f"{name} {tuple(weights[name].shape)}, needed {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in weights and weights[name].shape != tensor.shape
-        ],
+        "of another shape": of_another_shape(weights, expected),
     }
     if any(faults.values()):
         details = "; ".join(_listed(kind, names) for kind, names in faults.items() if names)
@@ -101,6 +97,15 @@ def check_fit(
         advice = ". Only the head differs: skip_head=True keeps the new one" if only_head else ""
         raise ValueError(f"{file} does not fit {type(model).__name__}: {details}{advice}")
     return weights
+
+
+def of_another_shape(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """The weights whose shape is not the expected one, each with both shapes."""
+    return [
+        f"{name} {tuple(weights[name].shape)}, needed {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
 
 
 def _with_aliases(
