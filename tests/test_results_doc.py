@@ -23,6 +23,8 @@ ROWS = read(ROOT / "docs" / "results" / "cells.jsonl")
 SECTIONS = {
     "Text": "text",
     "Needles in a text": "needles",
+    "Associative recall": "recall",
+    "Many-shot classification": "many_shot",
     "Fashion-MNIST": "fashion_mnist",
     "Letters": "letters",
     "Digits": "digits",
@@ -31,6 +33,10 @@ SECTIONS = {
     "Transcripts": "transcripts",
     "Image-text retrieval": "shapes",
     "Captions": "captions",
+    "Emoji": "emoji",
+    "Separate towers": "shapes_and_sounds",
+    "Two of four blocks shared": "shapes_and_sounds_partly_shared",
+    "One backbone": "shapes_and_sounds_shared",
 }
 UPCYCLED = {"Upcycled on digits": "digits", "Upcycled on spoken languages": "speech"}
 UPCYCLING_ROWS = read(ROOT / "docs" / "results" / "upcycling.jsonl")
@@ -79,17 +85,20 @@ def test_tables_are_those_of_the_runs(heading: str) -> None:
     task = SECTIONS[heading]
     rows = table_below(heading)
     assert [row["attention"] for row in rows][:4] == ["softmax", *DIFFERENTIAL.values()]
-    (column,) = (name for name in rows[0] if name.startswith("seeds"))
-    num_seeds = int(column[-1]) + 1
+    (seeds,) = (name for name in rows[0] if name.startswith("seeds"))
+    num_seeds = int(seeds[-1]) + 1
     for row in rows:
         line = lines_of(task, num_seeds)[variant_of(row["attention"])]
         assert float(row["rate"]) == line.rate
         decimals = len(row["mean"].partition(".")[2])
-        assert row[column] == " ".join(f"{v:.{decimals}f}" for v in line.values.values())
+        assert row[seeds] == " ".join(f"{v:.{decimals}f}" for v in line.values.values())
         assert len(line.values) == num_seeds
         assert row["mean"] == f"{line.mean:.{decimals}f}"
         if "training time" in row:
             assert row["training time"] == f"{line.seconds:.1f} s"
+        for column, part in (("pictures", "image_to_text"), ("sounds", "audio_to_text")):
+            if column in row:
+                assert row[column] == f"{line.parts[f'{part}_recall_1']:.1f}"
         if row["attention"] == "softmax":
             assert row["difference"] == ""
             continue
@@ -102,7 +111,7 @@ def test_tables_are_those_of_the_runs(heading: str) -> None:
 def test_the_summary_has_a_line_per_table() -> None:
     summary = table_below("Should I use it?")
     headings = [re.findall(r"\[(.*?)\]\(#(.*?)\)", row["task"])[0] for row in summary]
-    tables = [heading for heading, _ in headings]
+    tables = [f"{name[0].upper()}{name[1:]}" for name, _ in headings]
     assert tables == [*SECTIONS, *UPCYCLED]
     assert all(anchor == name.lower().replace(" ", "-") for name, anchor in headings)
     for row, heading in zip(summary, tables, strict=True):
@@ -113,12 +122,17 @@ def test_the_summary_has_a_line_per_table() -> None:
         assert {name: row[name] for name in DIFFERENTIAL} == shown
         exclusive = below.get("softmax, exclusive", {"difference": ""})
         assert row["softmax, exclusive"] == exclusive["difference"]
-        # No difference is clearly worse, as the text below the summary says.
-        sign = -1 if "lower is better" in row["measure"] else 1
-        clear = [name for name, text in shown.items() if text.startswith("**")]
-        assert all(sign * float(shown[name].strip("*").split()[0]) > 0 for name in clear)
-        words = {0: "none", 3: "all three"}.get(len(clear), ", ".join(clear))
-        assert row["clearly better"] == words
+        assert row["clear"] == in_words(shown, lower="lower is better" in row["measure"])
+
+
+def in_words(shown: dict[str, str], *, lower: bool) -> str:
+    """Which differences are clear, and in which direction: "v1 better, grouped worse"."""
+    found = []
+    for word, sign in (("better", "-" if lower else "+"), ("worse", "+" if lower else "-")):
+        clear = [name for name, text in shown.items() if text.startswith(f"**{sign}")]
+        if clear:
+            found.append(f"{'all three' if len(clear) == 3 else ', '.join(clear)} {word}")
+    return "; ".join(found) or "none"
 
 
 @pytest.mark.parametrize("heading", UPCYCLED)

@@ -41,8 +41,12 @@ HALF_HEADS = {
 }
 """Half as many heads of twice the size, that of the values of a head of v1."""
 
+FEWER_KEYS = {"softmax_fewer_keys": {"attention": "softmax"}}
+"""As few key heads as the grouped variants, whose attention needs them."""
+
 CONTROLS: dict[str, dict[str, str]] = {
     **HALF_HEADS,
+    **FEWER_KEYS,
     "v1_exclusive": {"attention": "diff_v1", "exclusive": "true"},
     "v2_exclusive": {"attention": "diff_v2", "exclusive": "true"},
 }
@@ -68,8 +72,9 @@ def overrides(
     """The overrides of a recipe for a variant, in addition to those of its task: those of each of
     the model's backbones, which are of equal size.
 
-    Grouped differential attention needs grouped keys. Its feed-forward layers get the parameters
-    that it has less than the softmax model of the task. Alternatives are registered first.
+    Grouped differential attention needs grouped keys. Its feed-forward layers, and those of
+    softmax with as few keys, get the parameters that it has less than the softmax model of the
+    task. Alternatives are registered first.
     """
     if variant in ALTERNATIVES:
         from benchmarks.quality import alternatives  # registers attentions
@@ -80,8 +85,9 @@ def overrides(
     if variant in HALF_HEADS:
         softmax = softmax_backbone(recipe, given, backbones[0])
         settings["num_heads"] = str(max(1, softmax.num_heads // 2))
-    if attention == "diff_grouped":
-        settings |= _grouped(softmax_backbone(recipe, given, backbones[0]), settings)
+    if attention == "diff_grouped" or variant in FEWER_KEYS:
+        softmax = softmax_backbone(recipe, given, backbones[0])
+        settings |= _with_fewer_keys(softmax, {**settings, "attention": attention})
     return [
         f"--vars.attention={attention}",
         *(f"{prefix}{name}={value}" for prefix in backbones for name, value in settings.items()),
@@ -97,11 +103,10 @@ def softmax_backbone(recipe: str, given: Sequence[str], prefix: str = BACKBONE) 
     return BackboneConfig(**config)
 
 
-def _grouped(softmax: BackboneConfig, settings: dict[str, str]) -> dict[str, str]:
+def _with_fewer_keys(softmax: BackboneConfig, settings: dict[str, str]) -> dict[str, str]:
     num_kv_heads = max(1, softmax.num_heads // SIGNAL_PER_NOISE)
-    arguments: dict[str, Any] = {**vars(softmax), **settings, "attention": "diff_grouped"}
-    grouped = BackboneConfig(**{**arguments, "num_kv_heads": num_kv_heads})
-    more = _attention_parameters(softmax) - _attention_parameters(grouped)
+    arguments: dict[str, Any] = {**vars(softmax), **settings, "num_kv_heads": num_kv_heads}
+    more = _attention_parameters(softmax) - _attention_parameters(BackboneConfig(**arguments))
     per_width = FEED_FORWARDS[softmax.feed_forward].num_matrices * softmax.dim
     step = 8 if softmax.dim >= 128 else 1
     width = step * round((softmax.resolved_feed_forward_width + more / per_width) / step)
