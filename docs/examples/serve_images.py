@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def classify(file: str, image: Image.Image) -> dict[str, float]:
@@ -14,6 +14,7 @@ def classify(file: str, image: Image.Image) -> dict[str, float]:
     how = about["reader"]["init_args"]
     height, width = how["image_size"]
     assert (how["crop_mode"], height) == ("center", width), "other crops: see timm's transforms"
+    image = plain(image)
     short = int(height / how["crop_pct"])
     size = [int(short * side / min(image.size)) for side in image.size]
     image = image.convert("L" if how["channels"] == 1 else "RGB")
@@ -27,3 +28,16 @@ def classify(file: str, image: Image.Image) -> dict[str, float]:
     scores = 1 / (1 + np.exp(-logits[0])) if about["multi_label"] else odds / odds.sum()
     ranked = sorted(zip(scores, about["class_names"], strict=True), reverse=True)
     return {name: float(score) for score, name in ranked}
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """The image upright, with 8 bits per channel, over white where it is transparent."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    assert image.mode not in ("F", "LAB"), f"mode {image.mode}: save it with 8 or 16 bits"
+    return image

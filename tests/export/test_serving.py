@@ -158,6 +158,40 @@ def test_images_of_all_sizes(size, session):
     torch.testing.assert_close(torch.tensor(program.inputs["images"][0]), wanted)
 
 
+def odd_images(folder):
+    """Files that a camera, a scanner or an icon set may hold."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[274] = 6  # the camera was turned
+    Image.fromarray(pixels[..., :3]).save(folder / "turned.jpg", exif=turned)
+    Image.fromarray(pixels).save(folder / "transparent.png")
+    Image.fromarray(pixels).convert("LA").save(folder / "transparent_gray.png")
+    Image.fromarray(pixels[..., :3]).quantize(16).save(folder / "palette.png", transparency=3)
+    Image.fromarray(pixels[..., :3]).convert("CMYK").save(folder / "print.jpg")
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 256).save(folder / "scan.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_odd_images_are_what_predict_reads(channels, session, tmp_path):
+    reader = ImageReader(
+        image_size=(16, 16),
+        channels=channels,
+        interpolation="bicubic",
+        crop_pct=1.0,
+        crop_mode="center",
+        mean=(0.5,) * channels,
+        std=(0.5,) * channels,
+    )
+    files = odd_images(tmp_path)
+    assert len(files) == 6
+    for file in files:
+        program = session({"reader": reader.describe()}, [[0, 1]])
+        example("serve_images").classify("", Image.open(file))
+        found, wanted = torch.tensor(program.inputs["images"][0]), reader.read(file)["images"]
+        torch.testing.assert_close(found, wanted, msg=lambda text, file=file: f"{file}: {text}")
+
+
 @pytest.mark.parametrize("crop", ["full", "start", "center"])
 def test_crops_of_sounds(crop, session, tmp_path):
     sound = str(tmp_path / "a.wav")
