@@ -2,10 +2,12 @@
 
     python -m diffmm.hub.lm_eval --model diffmm --model_args run=RUN --tasks TASK,...
 
-takes the arguments of `lm_eval`, which itself finds only the models of its own package. In Python,
-importing this module registers the model `diffmm` for `lm_eval.simple_evaluate`.
+takes the arguments of `lm_eval`, which itself finds only the models of its own package; without
+`--device`, the accelerator is used if there is one. In Python, importing this module registers the
+model `diffmm` for `lm_eval.simple_evaluate`.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, Literal
@@ -223,8 +225,16 @@ def before_any(text: str, stops: Sequence[str]) -> str:
     return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
+def with_device(arguments: Sequence[str]) -> list[str]:
+    """The arguments of an evaluation with a device: the harness would take `cuda:0` by default."""
+    named = any(each.split("=")[0] in ("--device", "--config", "-C") for each in arguments)
+    evaluates = len(arguments) > 1 and (arguments[0] == "run" or arguments[0].startswith("-"))
+    return [*arguments, "--device", "auto"] if evaluates and not named else list(arguments)
+
+
 def main() -> None:
     """Run the command line of the harness; bad `--model_args` end it with one line."""
+    sys.argv[1:] = with_device(sys.argv[1:])
     try:
         cli_evaluate()
     except ModelArgumentsError as error:

@@ -59,6 +59,11 @@ def written(
             )
         sampling["temperature"] = 0.8 if temperature is None else temperature
         is_chat = chat or isinstance(prompt, list | tuple)
+        if isinstance(prompt, list | tuple) and any(isinstance(each, str) for each in prompt):
+            raise ValueError(
+                "the prompt is a list with texts: give one text per call, or the messages of a "
+                'conversation, such as [{"role": "user", "content": "..."}]'
+            )
         steps = _continued(model, trained.reader, prompt, is_chat=is_chat, **sampling)
     decoder = StreamDecoder(tokenizer)
     for new in steps:

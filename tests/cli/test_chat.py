@@ -48,6 +48,9 @@ def test_what_is_no_conversation(tmp_path):
     plain = diffmm.load(save_model(text_model(None), tmp_path / "plain"))
     with pytest.raises(ValueError, match="the model was not trained on conversations"):
         plain.chat("Who?")
+    for texts in (["def a", "x"], ("def a",)):
+        with pytest.raises(ValueError, match="the prompt is a list with texts: give one text per"):
+            plain.generate(texts)
     trained = diffmm.load(save_model(text_model(DEFAULT_TEMPLATE), tmp_path / "chat"))
     with pytest.raises(ValueError, match="the conversation has message 0 with the role None"):
         trained.chat([{"content": "Who?"}])

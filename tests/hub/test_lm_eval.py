@@ -132,7 +132,7 @@ def test_the_command_runs_offline_tasks(run, tmp_path, monkeypatch, capsys):
         (tmp_path / f"{name}.yaml").write_text(json.dumps({**source, **task}))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     arguments = ["--model", "diffmm", "--model_args", f"run={file}", "--tasks", ",".join(TASKS)]
-    arguments += ["--include_path", str(tmp_path), "--device", "cpu", "--batch_size", "2"]
+    arguments += ["--include_path", str(tmp_path), "--batch_size", "2"]
     monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
     main()
     shown = capsys.readouterr().out
@@ -143,6 +143,26 @@ def test_the_command_runs_offline_tasks(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
     with pytest.raises(SystemExit, match="error: --model_args: .*nowhere"):
         main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more"),
+    [
+        ("--model diffmm --tasks a", "--device auto"),
+        ("run --tasks a", "--device auto"),
+        ("run --tasks a --device=cuda:1", ""),
+        ("--tasks a --device cuda:1", ""),
+        ("--config a.yaml --tasks a", ""),
+        ("-C a.yaml --tasks a", ""),
+        ("ls tasks", ""),
+        ("--help", ""),
+        ("", ""),
+    ],
+)
+def test_the_device_is_the_accelerator_if_there_is_one(arguments, more):
+    from diffmm.hub.lm_eval import with_device
+
+    assert with_device(arguments.split()) == [*arguments.split(), *more.split()]
 
 
 @pytest.mark.parametrize(
