@@ -9,9 +9,9 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffmm
 
@@ -68,6 +68,7 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         Finding("python", f"{platform.python_version()} on {platform.machine()}"),
         *package_findings(requirements(), installed_version),
         *import_findings(requirements(), python),
+        extras_finding(extras(), installed_version),
         gpu_finding(python, has_nvidia_gpu()),
     ]
     width = max(len(finding.name) for finding in findings)
@@ -88,11 +89,38 @@ def requirements() -> list[str]:
     except importlib.metadata.PackageNotFoundError:
         declared = None
     if declared is None:
-        import tomllib
-
-        project = Path(diffmm.__file__).parent.parent / "pyproject.toml"
-        declared = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
+        declared = _project()["dependencies"]
     return [requirement for requirement in declared if "extra ==" not in requirement]
+
+
+def extras() -> dict[str, list[str]]:
+    """Return the requirements of each extra for users, from where `requirements` finds its."""
+    from packaging.requirements import Requirement
+
+    try:
+        about = importlib.metadata.metadata("diffmm")
+    except importlib.metadata.PackageNotFoundError:
+        declared: dict[str, list[str]] = dict(_project()["optional-dependencies"])
+    else:
+        needed = [Requirement(text) for text in importlib.metadata.requires("diffmm") or []]
+        declared = {
+            extra: [
+                f"{each.name}{each.specifier}"
+                for each in needed
+                if each.marker and each.marker.evaluate({"extra": extra})
+            ]
+            for extra in about.get_all("Provides-Extra") or []
+        }
+    declared.pop("dev", None)
+    return declared
+
+
+def _project() -> dict[str, Any]:
+    import tomllib
+
+    file = Path(diffmm.__file__).parent.parent / "pyproject.toml"
+    project: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+    return project
 
 
 def installed_version(name: str) -> str | None:
@@ -145,6 +173,21 @@ def package_findings(
             )
         )
     return findings
+
+
+def extras_finding(
+    needed: Mapping[str, Sequence[str]], version_of: Callable[[str], str | None]
+) -> Finding:
+    """Which extras are installed; those that are not are no problem."""
+    missing = {
+        extra: [finding for finding in package_findings(texts, version_of) if finding.problem]
+        for extra, texts in needed.items()
+    }
+    text = ", ".join(extra for extra in needed if not missing[extra]) or "none"
+    absent = [extra for extra in needed if missing[extra]]
+    if absent:
+        text += f" (without {', '.join(absent)}: pip install 'diffmm[{absent[0]}]')"
+    return Finding("extras", text)
 
 
 def import_findings(needed: Sequence[str], python: Callable[[str], Outcome]) -> list[Finding]:

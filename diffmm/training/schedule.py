@@ -39,8 +39,9 @@ class ScheduleConfig(Settings):
         total_steps: Number of optimizer steps until the learning rate reaches `final_fraction` of
             its peak, where it stays; usually the trainer's `max_steps`.
         kind: Shape of the decay: "cosine", "linear", "constant" (stays at the peak) or "wsd".
-        warmup_steps: Number of warmup steps. Step `s`, counted from 0, has
-            `(s + 1) / (warmup_steps + 1)` times the peak, so that no step has a learning rate of 0.
+        warmup_steps: Number of warmup steps, or, as a float below 1, their fraction of
+            `total_steps`, rounded. Step `s` of `W` warmup steps, counted from 0, has
+            `(s + 1) / (W + 1)` times the peak, so that no step has a learning rate of 0.
         final_fraction: Final learning rate as a fraction of the peak, in [0, 1].
         decay_fraction: Part of `total_steps` in which "wsd" decays, in (0, 1], rounded to whole
             steps, at least one; 0.1 by default. Only for "wsd".
@@ -54,7 +55,7 @@ class ScheduleConfig(Settings):
 
     total_steps: int
     kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    warmup_steps: int = 0
+    warmup_steps: int | float = 0
     final_fraction: float = 0.0
     decay_fraction: float | None = None
     decay_shape: Literal["linear", "1-sqrt"] | None = None
@@ -67,7 +68,12 @@ class ScheduleConfig(Settings):
                 f"total_steps must be at least 1, got {self.total_steps}: give the number of "
                 f"optimizer steps of the whole run"
             )
-        if not 0 <= self.warmup_steps < self.total_steps:
+        if self.warmup_steps >= 1 and self.warmup_steps != int(self.warmup_steps):
+            raise ValueError(
+                f"warmup_steps must be a number of steps, or a fraction of total_steps below 1, "
+                f"got {self.warmup_steps}"
+            )
+        if not 0 <= self.num_warmup_steps < self.total_steps or self.warmup_steps < 0:
             raise ValueError(
                 f"warmup_steps must be in [0, total_steps), got {self.warmup_steps} "
                 f"of {self.total_steps}: a shorter run also needs a shorter warmup "
@@ -90,7 +96,7 @@ class ScheduleConfig(Settings):
             raise ValueError(f"decay_fraction must be in (0, 1], got {self.decay_fraction}")
         if self.decay_shape is not None:
             check_choice("decay_shape", self.decay_shape, ("linear", "1-sqrt"))
-        if self.warmup_steps > self.decay_start:
+        if self.num_warmup_steps > self.decay_start:
             raise ValueError(
                 f"the decay starts at step {self.decay_start} of {self.total_steps}, before the "
                 f"warmup ends: choose warmup_steps of at most {self.decay_start}, got "
@@ -98,19 +104,26 @@ class ScheduleConfig(Settings):
             )
 
     @property
+    def num_warmup_steps(self) -> int:
+        """The number of warmup steps."""
+        if self.warmup_steps < 1:
+            return round(self.warmup_steps * self.total_steps)
+        return int(self.warmup_steps)
+
+    @property
     def decay_start(self) -> int:
         """The step, counted from 0, from which on the learning rate decays."""
         if self.kind == "constant":
             return self.total_steps
         if self.kind != "wsd":
-            return self.warmup_steps
+            return self.num_warmup_steps
         fraction = DECAY_FRACTION if self.decay_fraction is None else self.decay_fraction
         return self.total_steps - max(1, round(fraction * self.total_steps))
 
     def factor(self, step: int) -> float:
         """Return the factor on the peak learning rate at optimizer step `step`, counted from 0."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
+        if step < self.num_warmup_steps:
+            return (step + 1) / (self.num_warmup_steps + 1)
         if self.kind == "constant" or step < self.decay_start:
             return 1.0
         done = min(1.0, (step - self.decay_start) / (self.total_steps - self.decay_start))

@@ -8,6 +8,8 @@ from diffmm.cli import doctor
 from diffmm.cli.doctor import (
     MATCHING,
     Outcome,
+    extras,
+    extras_finding,
     gpu_finding,
     import_findings,
     package_findings,
@@ -39,6 +41,22 @@ def test_requirements_are_those_of_the_package_without_extras():
     names = [text.split(">")[0].split("<")[0].split("[")[0] for text in requirements()]
     assert {"torch", "torchvision", "torchaudio", "lightning", "timm"} <= set(names)
     assert "pytest" not in names
+
+
+def test_extras_are_those_of_the_package_for_users():
+    found = extras()
+    assert {"onnx", "app", "lm-eval", "peft"} <= set(found)
+    assert "dev" not in found
+    assert any(text.startswith("gradio") and ">=" in text for text in found["app"])
+
+
+def test_which_extras_are_installed_is_told_and_is_no_problem():
+    needed = {"app": ["gradio>=6"], "onnx": ["onnx>=1.17", "onnxruntime"], "old": ["torch>=9"]}
+    versions = {"gradio": "6.31", "onnx": "1.18", "torch": "2.11.0"}
+    found = extras_finding(needed, versions.get)
+    assert found == ("extras", "app (without onnx, old: pip install 'diffmm[onnx]')", None, ())
+    assert extras_finding({"app": ["gradio>=6"]}, versions.get).text == "app"
+    assert extras_finding({"app": ["x"]}, versions.get).text.startswith("none (without app: ")
 
 
 def test_versions_inside_of_their_bounds_are_well():

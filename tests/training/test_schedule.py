@@ -82,6 +82,16 @@ def test_wsd_resumes_and_extends_bitwise(make, fit, tmp_path, total_steps, stop)
     assert rates == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
+@pytest.mark.parametrize(("fraction", "steps"), [(0.1, 10), (0.0667, 7), (0.0, 0), (5.0, 5)])
+def test_a_warmup_may_be_a_fraction_of_all_steps(kind, fraction, steps):
+    schedule = ScheduleConfig(100, kind, warmup_steps=fraction)
+    wanted = ScheduleConfig(100, kind, warmup_steps=steps)
+    assert schedule.num_warmup_steps == steps
+    factors = [schedule.factor(step) for step in range(101)]
+    assert factors == [wanted.factor(step) for step in range(101)]
+
+
 def test_every_group_keeps_its_proportion():
     weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": [weights[0]], "lr": 1.0},
@@ -123,6 +133,9 @@ def test_a_resumed_run_follows_its_configuration(make, fit, tmp_path):
         ({"total_steps": -1}, "total_steps must be at least 1, got -1"),
         ({"warmup_steps": 10}, r"warmup_steps must be in \[0, total_steps\), got 10 of 10"),
         ({"warmup_steps": -1}, "warmup_steps must be in"),
+        ({"warmup_steps": -0.01}, "warmup_steps must be in"),
+        ({"warmup_steps": 0.99}, "warmup_steps must be in"),
+        ({"warmup_steps": 1.5}, "warmup_steps must be a number of steps, or a fraction of total"),
         ({"final_fraction": 2.0}, r"final_fraction must be in \[0, 1\], got 2.0"),
         ({"kind": "cosin"}, "kind must be one of .* got 'cosin'; did you mean 'cosine'?"),
         ({"decay_fraction": 0.2}, "decay_fraction=0.2 is only for kind='wsd', got kind='cosine'"),
