@@ -49,6 +49,8 @@ NOISE = (
     "Checkpoint directory .* exists and is not empty",
     # `Task` raises an error in the case that this warns of.
     "You're using the WeightAveraging callback with a model that overrides",
+    # Steps are counted over all epochs, so that a short epoch is logged, too.
+    "The number of training batches .* is smaller than the logging interval",
 )
 """Warnings of the libraries that a user cannot act on."""
 

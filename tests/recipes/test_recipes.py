@@ -1,5 +1,6 @@
 """All shipped recipes: header, values and model; the tiny ones are trained for a step."""
 
+import csv
 import re
 from functools import cache
 from pathlib import Path
@@ -235,3 +236,17 @@ def test_tiny_recipes_train(name, attention, tmp_path):
     changed = [not a.equal(b) for a, b in zip(before, after, strict=True)]
     assert sum(changed) > 0.9 * len(changed)
     assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_a_short_epoch_is_logged_and_not_warned_of(tmp_path):
+    given = ["--data.batch_size", "4", "--trainer.callbacks", "[]", "--trainer.max_steps", "8"]
+    given += ["--trainer.limit_train_batches", "3", "--trainer.log_every_n_steps", "4"]
+    given += ["--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false"]
+    recipe = values("image/digits_tiny", *given)
+    silence_noise()
+    cli = RecipeCLI({**recipe, "run_dir": str(tmp_path)})
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    (file,) = tmp_path.rglob("metrics.csv")
+    with file.open() as rows:
+        steps = [row["step"] for row in csv.DictReader(rows) if row["train/loss"]]
+    assert steps == ["3", "7"]
