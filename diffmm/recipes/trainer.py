@@ -54,6 +54,9 @@ NOISE = (
 )
 """Warnings of the libraries that a user cannot act on."""
 
+NOISY_LINES = ("litlogger", "litmodels", "TPU available", "was configured so 100% of the batches")
+"""Parts of lines of Lightning that say nothing about a run: advertisements, and defaults."""
+
 
 class SettingsCLI(LightningCLI):
     """Lightning's settings, and the additional keys of a recipe."""
@@ -124,7 +127,8 @@ class RecipeCLI(SettingsCLI):
             self.config["seed_everything"] = False  # Lightning then seeds nothing
 
     def instantiate_trainer(self, **changes: Any) -> Trainer:
-        """Keep a recipe's `limit_val_batches: 1` (one batch) an integer.
+        """Keep a recipe's `limit_val_batches: 1` (one batch) an integer, and leave out Lightning's
+        summary of the model unless the recipe asks for one (see `ProgressLines`).
 
         The parser tries the types of `Optional[Union[int, float]]` in order and may convert the
         value to `1.0` (all batches), because Python caches unions and returns the types in the
@@ -136,6 +140,9 @@ class RecipeCLI(SettingsCLI):
             for key, value in values.items()
             if type(value) is int and type(self.config_init.trainer.get(key)) is float
         }
+        names = [callback.get("class_path", "") for callback in values.get("callbacks") or []]
+        if not any(name.endswith("ModelSummary") for name in names):
+            changes.setdefault("enable_model_summary", values.get("enable_model_summary", False))
         return super().instantiate_trainer(**{**whole, **changes})
 
 
@@ -184,14 +191,14 @@ def parser_settings() -> dict[str, Any]:
 
 
 def silence_noise() -> None:
-    """Suppress `NOISE` and Lightning's advertisement of a logger."""
+    """Suppress `NOISE` and `NOISY_LINES`."""
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_useful)
 
 
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()
+def _is_useful(record: logging.LogRecord) -> bool:
+    return not any(part in record.getMessage() for part in NOISY_LINES)
 
 
 def leave_processes(code: int) -> None:

@@ -10,8 +10,8 @@ SECONDS = 10.0
 
 
 class ProgressLines(Callback):
-    """Prints one line with the metrics per validation and, at regular intervals from the first
-    step on, one with the training loss.
+    """Prints one line about the model, one with the metrics per validation and, at regular
+    intervals from the first step on, one with the training loss.
 
     Args:
         seconds: Interval between two lines with the training loss, in seconds; `None` prints
@@ -22,6 +22,10 @@ class ProgressLines(Callback):
         self.seconds = seconds
         self._began = (0.0, 0)
         self._printed_at: float | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            print(about_model(pl_module), flush=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = (time.monotonic(), trainer.global_step)
@@ -77,6 +81,16 @@ def print_line(trainer: Trainer, text: str) -> None:
         print(line, flush=True)
     else:
         bar.print(line)
+
+
+def about_model(task: LightningModule) -> str:
+    """The class of a task's model, and its number of parameters."""
+    model = getattr(task, "model", task)
+    parameters = list(model.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    part = "" if trained == total else f", of which {trained:,} are trained"
+    return f"model: {type(model).__name__}, {total:,} parameters{part}"
 
 
 def duration(seconds: float) -> str:

@@ -92,6 +92,27 @@ def test_what_help_shows_are_overrides_that_change_nothing(name):
     assert resolve({**same, **run_dir}) == resolve({**values, **run_dir})
 
 
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"trainer.enable_model_summary": True}, "Trainable params"),
+        (
+            {
+                "trainer.callbacks": [
+                    {"class_path": "lightning.pytorch.callbacks.ModelSummary"},
+                    {"class_path": "lightning.pytorch.callbacks.RichProgressBar"},
+                ]
+            },
+            "Trainable params",
+        ),
+        ({"model.finetune": {"freeze": "all_but_head"}}, " parameters, of which "),
+    ],
+)
+def test_a_recipe_may_ask_for_lightning_s_summary(run, recipe, settings, shown, caplog):
+    result = run("fit", "--config", recipe(**{"trainer.max_steps": 1, **settings}))
+    assert shown in result.out + result.err + caplog.text
+
+
 def test_no_secret_is_shown(run, recipe, monkeypatch):
     monkeypatch.setenv("DIFFMM_TEST_SECRET", "987654321")
     path = recipe(**{"data.seed": "${oc.env:DIFFMM_TEST_SECRET}"})
@@ -106,6 +127,9 @@ def test_progress_in_a_pipe_is_lines_and_each_validation_one(run, recipe, monkey
     path = recipe(**{"trainer.max_steps": 4, "trainer.num_sanity_val_steps": 1})
     result = run("fit", "--config", path)
     assert result.code == 0
+    assert "TPU" not in result.out + result.err
+    (about,) = (line for line in result.out.splitlines() if line.startswith("model: "))
+    assert re.fullmatch(r"model: ImageModel, [\d,]+ parameters", about)
     lines = [line for line in result.out.splitlines() if line.startswith("step ")]
     number = r"[\d.e-]+"
     validation = rf"val/loss {number}  val/accuracy {number}  val/accuracy_top5 {number}"
