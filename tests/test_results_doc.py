@@ -44,6 +44,12 @@ LABELS = {
     "softmax, exclusive": "softmax_exclusive",
     "softmax with a gate": "softmax_gate",
     "diff_grouped with a gate": "diff_grouped_gate",
+    "v1, exclusive": "v1_exclusive",
+    "v1, shared queries": "v1_shared_q",
+    "v1, shared keys": "v1_shared_k",
+    "v1, constant lambda": "v1_constant_lambda",
+    "v1, no headwise norm": "v1_no_norm",
+    "v1, addition": "v1_add",
 }
 DIFFERENTIAL = {"v1": "diff_v1", "v2": "diff_v2", "grouped": "diff_grouped"}
 
@@ -228,6 +234,26 @@ def test_comparisons_of_text_models_with_each_other() -> None:
         gap for name in DIFFERENTIAL.values() for gap in found[name].differences.values()
     )
     assert f"with every seed, by {-smallest:.2f} nats or more" in text
+
+
+def test_comparisons_of_ablations_with_v1() -> None:
+    found = lines_of("sound_events")
+    (text,) = re.findall(r"\*\*What of v1 helps\.\*\*(.*?)\n\n", DOC, re.S)
+    shown = []
+    for one, other in (
+        ("v1_add", "diff_v1"),
+        ("v1_shared_q", "diff_v1"),
+        ("v1_shared_k", "diff_v1"),
+        ("v1_constant_lambda", "diff_v1"),
+        ("v1_no_norm", "diff_v1"),
+        ("v1_exclusive", "diff_v1"),
+        ("v1_exclusive", "softmax_exclusive"),
+    ):
+        gaps = [found[one].values[seed] - found[other].values[seed] for seed in range(4)]
+        width = half_width(gaps)
+        assert width is not None
+        shown.append(f"{abs(statistics.fmean(gaps)):.1f} ± {width:.1f}")
+    assert re.findall(r"\d+\.\d ± \d+\.\d", text) == shown
 
 
 def test_equal_time() -> None:
