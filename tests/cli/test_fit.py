@@ -2,7 +2,6 @@
 
 import csv
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -165,23 +164,6 @@ def test_further_processes_share_the_run_directory(monkeypatch, tmp_path):
     with command_for_processes(tmp_path, is_new=True):
         assert sys.argv == ["diffmm", "fit", "--config", "x", "--run_dir", str(tmp_path)]
     assert sys.argv == ["diffmm", "fit", "--config", "x"]
-
-
-@pytest.mark.slow
-def test_two_processes_write_one_run(recipe, tmp_path):
-    path = recipe(**{"trainer.devices": 2, "trainer.strategy": "ddp"})
-    done = subprocess.run(
-        [sys.executable, "-m", "diffmm.cli", "fit", "--config", str(path)],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    (directory,) = (tmp_path / "runs" / "recipe").iterdir()
-    assert (directory / "config.yaml").is_file()
-    assert done.stdout.count("run: ") == 1
 
 
 def test_weights_that_are_not_finite_end_the_run_with_one_line(run, recipe, monkeypatch):
