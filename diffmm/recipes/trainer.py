@@ -117,12 +117,16 @@ class RecipeCLI(SettingsCLI):
             super().instantiate_classes()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_string(yaml.safe_dump(self.values, sort_keys=False))
+        text = yaml.safe_dump(self.values, sort_keys=False)
+        # Classes have their defaults themselves: for the parser to add and check those takes longer
+        # than all else that it does.
+        self.config = parser.parse_string(text, defaults=False)
         if not self.build:
             self.config["seed_everything"] = False  # Lightning then seeds nothing
 
     def instantiate_trainer(self, **changes: Any) -> Trainer:
-        """Keep a recipe's `limit_val_batches: 1` (one batch) an integer.
+        """Keep a recipe's `limit_val_batches: 1` (one batch) an integer, and add `callbacks`, which
+        Lightning warns about if they are missing.
 
         The parser tries the types of `Optional[Union[int, float]]` in order and may convert the
         value to `1.0` (all batches), because Python caches unions and returns the types in the
@@ -134,7 +138,8 @@ class RecipeCLI(SettingsCLI):
             for key, value in values.items()
             if type(value) is int and type(self.config_init.trainer.get(key)) is float
         }
-        return super().instantiate_trainer(**{**whole, **changes})
+        callbacks: dict[str, Any] = {} if "callbacks" in values else {"callbacks": None}
+        return super().instantiate_trainer(**{**callbacks, **whole, **changes})
 
 
 def print_settings(arguments: Sequence[str], prog: str) -> None:

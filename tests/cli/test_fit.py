@@ -15,7 +15,7 @@ from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.settings import load
 from diffmm.recipes.trainer import RecipeCLI
 from diffmm.runs.directories import new_run
-from diffmm.training import Classification
+from diffmm.training import Classification, OptimizerConfig
 
 
 def built(name, *overrides):
@@ -157,6 +157,19 @@ def test_a_failure_in_training_is_a_failure_and_keeps_the_run(run, recipe, monke
     with pytest.raises(ValueError, match="a bug"):
         run("fit", "--config", recipe(), "--name", "first")
     assert Path("runs/recipe/first/config.yaml").is_file()
+
+
+def test_what_a_recipe_leaves_out_is_left_to_the_classes(tmp_path):
+    """The parser adds no defaults, which takes long, and nothing warns about a missing key."""
+    values = load([find_recipe("image/digits_tiny")])
+    del values["trainer"]["callbacks"], values["seed_everything"]
+    values["run_dir"] = str(tmp_path)
+    cli = RecipeCLI(values)
+    optimizer = values["model"]["init_args"]["optimizer"]
+    assert vars(cli.config.trainer).keys() == values["trainer"].keys()
+    assert vars(cli.config.model.init_args.optimizer).keys() == optimizer.keys()
+    assert cli.model.optimizer_config == OptimizerConfig(2e-3, weight_decay=0.05)
+    assert cli.trainer.callbacks
 
 
 def test_further_processes_share_the_run_directory(monkeypatch, tmp_path):
