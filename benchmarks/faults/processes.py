@@ -17,12 +17,13 @@ from pathlib import Path
 
 PRELOADED = (
     "benchmarks.faults.recorder",
-    "datamodules",
+    "datamodules.text.data",
     "datasets",
     "diffmm.cli.fit",
     "diffmm.recipes.out_of_memory",
     "diffmm.recipes.trainer",
     "diffmm.training",
+    "torch.utils.tensorboard",
 )
 
 

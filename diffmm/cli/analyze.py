@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from diffmm.checkpoint_folders import write_text
 from diffmm.cli.compare import check_output, text_table
 from diffmm.recipes.errors import InputError, refusing, warn
+from diffmm.recipes.importing import importing
 from diffmm.recipes.trust import add_trust_option
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     if options.span is not None and options.text is None:
         raise InputError(f"--span {options.span} marks the answer in a text: give --text TEXT")
     span = None if options.span is None else parse_span(options.span)
-    from diffmm.cli.analyze_subjects import Request
+    with importing():
+        from diffmm.cli.analyze_subjects import Request
 
     request = Request(
         num_samples=options.samples,

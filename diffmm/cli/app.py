@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffmm.checkpoint_folders import find_state
 from diffmm.recipes.errors import refusing, warn
+from diffmm.recipes.importing import importing
 from diffmm.recipes.trust import add_trust_option
 from diffmm.runs.directories import import_modules_of_run
 
@@ -18,8 +19,9 @@ it."""
 def run(verb: str, arguments: Sequence[str]) -> int:
     """Serve the page until Ctrl-C."""
     options = make_parser().parse_args(arguments)
-    from diffmm.app.server import serve
-    from diffmm.hub.loading import load
+    with importing():
+        from diffmm.app.server import serve
+        from diffmm.hub.loading import load
 
     with refusing():
         state = find_state(Path(options.run), warn=warn)

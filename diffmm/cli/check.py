@@ -7,6 +7,7 @@ from typing import Any
 from diffmm.cli.options import add_data_option, recipe_values
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError, refusing, warn
+from diffmm.recipes.importing import importing
 from diffmm.recipes.trust import add_trust_option
 
 DESCRIPTION = """Build a recipe's model without memory or data, print its size, and report every
@@ -35,9 +36,10 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     values = recipe_values(paths, overrides, options.data, inputs_may_change=True, trust=trust)
     values["run_dir"] = "runs"
 
-    from diffmm.recipes.mistakes import find_mistakes
-    from diffmm.recipes.summary import report
-    from diffmm.recipes.trainer import RecipeCLI
+    with importing():
+        from diffmm.recipes.mistakes import find_mistakes
+        from diffmm.recipes.summary import report
+        from diffmm.recipes.trainer import RecipeCLI
 
     findings = find_mistakes(values, trust=trust)
     if findings.mistakes:

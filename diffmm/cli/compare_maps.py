@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffmm.batch import size_of
+from diffmm.recipes.importing import importing
 
 if TYPE_CHECKING:
     from diffmm.analysis.exhibits import Exhibit
@@ -64,7 +65,8 @@ def validation_data(
     Raises:
         ValueError, OSError: If the data are missing, or need code that is not trusted.
     """
-    from diffmm.recipes.mistakes import find_mistakes, make_data
+    with importing():
+        from diffmm.recipes.mistakes import find_mistakes, make_data
 
     values = {**values, "run_dir": str(run_dir)}
     if mistakes := find_mistakes(values, trust=trust).mistakes:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffmm.checkpoint_folders import find_state
 from diffmm.recipes.errors import refusing, warn
+from diffmm.recipes.importing import importing
 
 OURS = "diffmm"
 """The name of diffmm's own format."""
@@ -59,10 +60,11 @@ def convert(source: str, target: Path, to: str, family: str | None = None) -> st
         ValueError, FileNotFoundError: If a file or an option is invalid, or the weights cannot be
             held exactly; the message names the tensor or the setting.
     """
-    from diffmm.checks import check_choice
-    from diffmm.interop import conversion
-    from diffmm.interop.source import is_of_others
-    from diffmm.models import weights
+    with importing():
+        from diffmm.checks import check_choice
+        from diffmm.interop import conversion
+        from diffmm.interop.source import is_of_others
+        from diffmm.models import weights
 
     check_choice("--to", to, (OURS, *conversion.FAMILIES))
     conversion.check_free(target)

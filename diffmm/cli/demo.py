@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from diffmm import __version__
 from diffmm.recipes.catalog import description, find_recipe
 from diffmm.recipes.errors import InputError
+from diffmm.recipes.importing import importing
 from diffmm.recipes.settings import load, override
 
 if TYPE_CHECKING:
@@ -130,9 +131,10 @@ def train_twins(
     modality: Modality, number: int, directory: Path, max_steps: int | None
 ) -> "Section":
     """Train the three runs of a modality, and return their section of the report."""
-    from diffmm.analysis.report import Section
-    from diffmm.cli.demo_runs import train
-    from diffmm.cli.demo_samples import SAMPLES
+    with importing():
+        from diffmm.analysis.report import Section
+        from diffmm.cli.demo_runs import train
+        from diffmm.cli.demo_samples import SAMPLES
 
     recipe = find_recipe(modality.recipe)
     runs = []

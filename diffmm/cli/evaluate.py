@@ -15,6 +15,7 @@ from diffmm.cli.prediction_files import check_output
 from diffmm.cli.zero_shot import is_zero_shot, validate_zero_shot
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError, refusing
+from diffmm.recipes.importing import importing
 from diffmm.recipes.settings import load, merge
 from diffmm.recipes.trust import add_trust_option
 from diffmm.runs.directories import CONFIG_NAME, config_around, near_run
@@ -181,10 +182,11 @@ def evaluate(
     Raises:
         InputError: If the recipe has mistakes, or the weights have another architecture.
     """
-    from diffmm.cli.predictions import gathered, written_predictions
-    from diffmm.models.weights import load_weights
-    from diffmm.recipes.trainer import RecipeCLI, leave_processes, refusing_before_training
-    from diffmm.training.lightning_internals import leave_signals_alone
+    with importing():
+        from diffmm.cli.predictions import gathered, written_predictions
+        from diffmm.models.weights import load_weights
+        from diffmm.recipes.trainer import RecipeCLI, leave_processes, refusing_before_training
+        from diffmm.training.lightning_internals import leave_signals_alone
 
     quiet = merge(values, {**QUIET, "run_dir": "runs"})
     callbacks = quiet["trainer"].get("callbacks")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffmm.cli.zero_shot import class_folders
 from diffmm.recipes.errors import InputError, refusing
+from diffmm.recipes.importing import importing
 
 
 def evaluate_weights(
@@ -26,13 +27,14 @@ def evaluate_weights(
         InputError: If the weights or the data cannot be read, or the weights are not those of a
             classifier, or do not say what its classes are or how its inputs are prepared.
     """
-    from lightning.pytorch import Trainer
+    with importing():
+        from lightning.pytorch import Trainer
 
-    from diffmm.cli.evaluate import report
-    from diffmm.hub.loading import load
-    from diffmm.recipes.trainer import silence_noise
-    from diffmm.training import Classification, OptimizerConfig, ScheduleConfig
-    from diffmm.training.lightning_internals import leave_signals_alone
+        from diffmm.cli.evaluate import report
+        from diffmm.hub.loading import load
+        from diffmm.recipes.trainer import silence_noise
+        from diffmm.training import Classification, OptimizerConfig, ScheduleConfig
+        from diffmm.training.lightning_internals import leave_signals_alone
 
     silence_noise()
     with refusing():

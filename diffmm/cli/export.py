@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffmm.checkpoint_folders import find_state
 from diffmm.recipes.errors import InputError, refusing, warn
+from diffmm.recipes.importing import importing
 from diffmm.recipes.trust import add_trust_option
 from diffmm.runs.directories import import_modules_of_run
 
@@ -77,9 +78,10 @@ def export(options: argparse.Namespace) -> None:
     Raises:
         ValueError, OSError: If the run cannot be read, or the format cannot hold the model.
     """
-    from diffmm.export import formats, quantized
-    from diffmm.export.signature import is_decoder
-    from diffmm.hub.loading import load
+    with importing():
+        from diffmm.export import formats, quantized
+        from diffmm.export.signature import is_decoder
+        from diffmm.hub.loading import load
 
     check_options(options)
     formats.path_of(Path(options.target), options.to)

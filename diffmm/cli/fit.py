@@ -18,6 +18,7 @@ from diffmm.cli.options import (
 )
 from diffmm.recipes.catalog import find_recipe, header
 from diffmm.recipes.errors import InputError, RunFailedError, refusing, warn
+from diffmm.recipes.importing import importing
 from diffmm.recipes.lengths import Longer, epoch_of, lengthened, outlook, step_of
 from diffmm.recipes.settings import load, override
 from diffmm.recipes.trust import add_trust_option
@@ -245,15 +246,16 @@ def train(
         RunFailedError: If there were too many non-finite steps or bad samples, non-finite weights,
             failed saves, or not enough memory.
     """
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
+    with importing():
+        from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from diffmm.recipes.out_of_memory import advice, is_out_of_memory
-    from diffmm.recipes.trainer import RecipeCLI, refusing_before_training
-    from diffmm.runs.saving import ConfigSaver
-    from diffmm.training.last_validation import LastValidation
-    from diffmm.training.progress import show_progress
-    from diffmm.training.resilience.checkpoints import NonFiniteWeightsError, SaveFailedError
-    from diffmm.training.resilience.non_finite import TooManyNonFiniteStepsError
+        from diffmm.recipes.out_of_memory import advice, is_out_of_memory
+        from diffmm.recipes.trainer import RecipeCLI, refusing_before_training
+        from diffmm.runs.saving import ConfigSaver
+        from diffmm.training.last_validation import LastValidation
+        from diffmm.training.progress import show_progress
+        from diffmm.training.resilience.checkpoints import NonFiniteWeightsError, SaveFailedError
+        from diffmm.training.resilience.non_finite import TooManyNonFiniteStepsError
 
     cli = RecipeCLI({**values, "run_dir": str(run_dir)}, trust=trust)
     task: Any = cli.model

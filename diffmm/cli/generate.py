@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffmm.checkpoint_folders import find_state
 from diffmm.recipes.errors import refusing, warn
+from diffmm.recipes.importing import importing
 from diffmm.recipes.trust import add_trust_option
 from diffmm.runs.directories import import_modules_of_run
 
@@ -84,7 +85,8 @@ def generate(options: argparse.Namespace) -> None:
     Raises:
         ValueError, FileNotFoundError: If a file or an option is invalid; the message names it.
     """
-    from diffmm.hub.loading import load
+    with importing():
+        from diffmm.hub.loading import load
 
     state = find_state(Path(options.checkpoint), warn=warn)
     if options.trust:

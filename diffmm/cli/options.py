@@ -8,6 +8,7 @@ from typing import Any
 
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError
+from diffmm.recipes.importing import importing
 from diffmm.recipes.settings import load
 from diffmm.runs.claims import is_first_process
 
@@ -46,7 +47,8 @@ def recipe_values(
     """
     if data is None:
         return load(paths, overrides)
-    from diffmm.recipes.own_data import on_own_data
+    with importing():
+        from diffmm.recipes.own_data import on_own_data
 
     own = on_own_data(paths, overrides, data, inputs_may_change=inputs_may_change, trust=trust)
     if is_first_process():
@@ -81,7 +83,8 @@ def print_help(
 ) -> int:
     """Print the help of a verb with the settings of its recipe or all settings, or of a class."""
     if options.help_all or not options.help:
-        from diffmm.recipes.trainer import print_settings
+        with importing():
+            from diffmm.recipes.trainer import print_settings
 
         if options.help_all:
             parser.print_help()

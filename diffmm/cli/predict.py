@@ -18,6 +18,7 @@ from diffmm.cli.prediction_files import (
     writing,
 )
 from diffmm.recipes.errors import InputError, message_of, refusing, warn
+from diffmm.recipes.importing import importing
 from diffmm.recipes.settings import merge
 from diffmm.recipes.trust import add_trust_option
 from diffmm.runs.directories import import_modules_of_run
@@ -205,7 +206,8 @@ def loaded(
 ) -> "TrainedModel":
     """Load the model, with its purpose as stored in its file or, with `--config`, as described by
     the data."""
-    from diffmm.hub.loading import load
+    with importing():
+        from diffmm.hub.loading import load
 
     state = find_state(Path(weights), warn=warn)
     if options.trust:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffmm.checkpoint_folders import find_state
 from diffmm.recipes.errors import InputError, refusing, warn
+from diffmm.recipes.importing import importing
 from diffmm.recipes.settings import load_file
 from diffmm.recipes.trust import add_trust_option
 from diffmm.runs.directories import config_around, import_modules_of_run
@@ -118,9 +119,10 @@ def probe(options: argparse.Namespace) -> None:
         ValueError, InputError, OSError: If the model has no features to measure, the data cannot be
             read, or the target exists.
     """
-    from diffmm.analysis.probing import fit_probes, neighbor_scores
-    from diffmm.hub.loading import load
-    from diffmm.models.contents import weights_file
+    with importing():
+        from diffmm.analysis.probing import fit_probes, neighbor_scores
+        from diffmm.hub.loading import load
+        from diffmm.models.contents import weights_file
 
     if options.weight_decay is not None and not 0 <= options.weight_decay < math.inf:
         raise InputError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffmm.checkpoint_folders import DIRECTORY_NAME
 from diffmm.recipes.errors import InputError, refusing
+from diffmm.recipes.importing import importing
 from diffmm.recipes.settings import load, merge
 from diffmm.recipes.trust import add_trust_option
 from diffmm.runs.directories import find_run
@@ -68,9 +69,10 @@ def replay_file(run: Path, file: Path, weights: str | None, *, trust: bool) -> N
     Raises:
         InputError: If the file is not a saved batch, or the weights do not fit.
     """
-    from diffmm.models.weights import load_weights
-    from diffmm.recipes.trainer import RecipeCLI
-    from diffmm.training.resilience.replay import load_batches, replay
+    with importing():
+        from diffmm.models.weights import load_weights
+        from diffmm.recipes.trainer import RecipeCLI
+        from diffmm.training.resilience.replay import load_batches, replay
 
     config, newest = find_run(str(run))
     with refusing():

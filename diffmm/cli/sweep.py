@@ -13,6 +13,7 @@ from diffmm.checkpoint_folders import write_text
 from diffmm.cli.options import add_data_option
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError, warn
+from diffmm.recipes.importing import importing
 from diffmm.recipes.settings import load, load_file, split_overrides
 from diffmm.runs.directories import CONFIG_NAME, given_directory, named_run
 from diffmm.runs.records import begin, note, read_record, varied_settings
@@ -150,8 +151,9 @@ def check_runs(folder: Path, runs: Sequence[Combination], values: Sequence[dict[
         InputError: If the values of a run have mistakes, or its folder holds a run with other
             values; the message names the run, unless it is true for all of them.
     """
-    from diffmm.recipes.mistakes import find_mistakes
-    from diffmm.recipes.trainer import silence_noise
+    with importing():
+        from diffmm.recipes.mistakes import find_mistakes
+        from diffmm.recipes.trainer import silence_noise
 
     silence_noise()
     faults: dict[str, list[str]] = {}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffmm.checkpoint_folders import find_state
 from diffmm.recipes.errors import InputError, refusing, warn
+from diffmm.recipes.importing import importing
 from diffmm.recipes.trust import add_trust_option
 from diffmm.runs.directories import import_modules_of_run
 
@@ -68,10 +69,11 @@ def upcycle(options: argparse.Namespace) -> None:
         ValueError, InputError, OSError: If the source cannot be read or converted, or the target
             exists.
     """
-    from diffmm.hub.loading import load
-    from diffmm.interop import upcycle as interop
-    from diffmm.models.contents import weights_file
-    from diffmm.models.weights import save_model
+    with importing():
+        from diffmm.hub.loading import load
+        from diffmm.interop import upcycle as interop
+        from diffmm.models.contents import weights_file
+        from diffmm.models.weights import save_model
 
     target = Path(options.target)
     file = weights_file(target)

@@ -8,6 +8,7 @@ from typing import Any
 
 from diffmm.checkpoint_folders import find_state
 from diffmm.recipes.errors import refusing, warn
+from diffmm.recipes.importing import importing
 
 SPLITS = {
     "train": "train",
@@ -82,10 +83,11 @@ def validate_zero_shot(
     Raises:
         InputError: If a file cannot be read, or a class has none.
     """
-    import torch
+    with importing():
+        import torch
 
-    from diffmm.cli.evaluate import report
-    from diffmm.hub.loading import load
+        from diffmm.cli.evaluate import report
+        from diffmm.hub.loading import load
 
     folders = class_folders(path, split)
     names = [folder.name.replace("_", " ").strip() for folder in folders]

@@ -122,13 +122,17 @@ class RecipeCLI(SettingsCLI):
             super().instantiate_classes()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_string(yaml.safe_dump(self.values, sort_keys=False))
+        text = yaml.safe_dump(self.values, sort_keys=False)
+        # Classes have their defaults themselves: for the parser to add and check those takes longer
+        # than all else that it does.
+        self.config = parser.parse_string(text, defaults=False)
         if not self.build:
             self.config["seed_everything"] = False  # Lightning then seeds nothing
 
     def instantiate_trainer(self, **changes: Any) -> Trainer:
-        """Keep a recipe's `limit_val_batches: 1` (one batch) an integer, and leave out Lightning's
-        summary of the model unless the recipe asks for one (see `ProgressLines`).
+        """Keep a recipe's `limit_val_batches: 1` (one batch) an integer, add `callbacks`, which
+        Lightning warns about if they are missing, and leave out its summary of the model unless the
+        recipe asks for one (see `ProgressLines`).
 
         The parser tries the types of `Optional[Union[int, float]]` in order and may convert the
         value to `1.0` (all batches), because Python caches unions and returns the types in the
@@ -140,10 +144,12 @@ class RecipeCLI(SettingsCLI):
             for key, value in values.items()
             if type(value) is int and type(self.config_init.trainer.get(key)) is float
         }
-        names = [callback.get("class_path", "") for callback in values.get("callbacks") or []]
-        if not any(name.endswith("ModelSummary") for name in names):
-            changes.setdefault("enable_model_summary", values.get("enable_model_summary", False))
-        return super().instantiate_trainer(**{**whole, **changes})
+        callbacks = values.get("callbacks") or []
+        given = [callbacks] if isinstance(callbacks, dict) else callbacks
+        more: dict[str, Any] = {} if "callbacks" in values else {"callbacks": None}
+        if not any(each.get("class_path", "").endswith("ModelSummary") for each in given):
+            more["enable_model_summary"] = values.get("enable_model_summary", False)
+        return super().instantiate_trainer(**{**more, **whole, **changes})
 
 
 def print_settings(arguments: Sequence[str], prog: str) -> None:

@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from diffmm.recipes.catalog import header
+from diffmm.recipes.importing import importing
 from diffmm.recipes.references import UNKNOWN, resolve, walk
 from diffmm.recipes.settings import load_file
 from diffmm.runs.directories import CONFIG_NAME, saved_config
@@ -124,7 +125,8 @@ def summarize(paths: Sequence[Path]) -> list[Summary]:
 
 
 def _summary(path: Path, name: str) -> Summary:
-    from diffmm.recipes.mistakes import find_mistakes
+    with importing():
+        from diffmm.recipes.mistakes import find_mistakes
 
     values = load_file(saved_config(path))
     resolved = resolve({**values, "run_dir": str(path)})[0]

@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from timm.data.mixup import Mixup
 from torch import Tensor
 
 from diffmm.checks import Settings, check_choice
@@ -71,6 +70,8 @@ def mix(inputs: Tensor, config: MixingConfig, *, key: tuple[int, ...]) -> tuple[
         raise ValueError(f"mixing pairs the samples of a batch, so it must be even, got {size}")
     if config.cutmix_alpha and inputs.ndim != 4:
         raise ValueError("cutmix is for images: set cutmix_alpha to 0 and use mixup")
+    from timm.data.mixup import Mixup  # which imports all of timm: only where a recipe mixes
+
     mixup = Mixup(
         mixup_alpha=config.mixup_alpha,
         cutmix_alpha=config.cutmix_alpha,

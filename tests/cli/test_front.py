@@ -94,3 +94,17 @@ def test_help_of_a_class_shows_its_arguments(run):
     result = run("fit", "--model.help", "diffmm.training.CausalLM")
     assert result.code == 0
     assert "--model.optimizer.learning_rate" in result.out
+
+
+def test_verbs_import_large_packages_without_garbage_collections():
+    """See `diffmm.recipes.importing`. `compare` does so where it summarizes runs, and `doctor`
+    imports packages in a process of its own."""
+    import importlib
+
+    modules = {verb.module for verb in VERBS.values()}
+    others = {
+        name
+        for name in modules
+        if not hasattr(importlib.import_module(f"diffmm.cli.{name}"), "importing")
+    }
+    assert others == {"compare", "doctor", "recipes"}

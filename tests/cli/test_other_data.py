@@ -24,6 +24,7 @@ def trained(recipe_in, tmp_path_factory):
     path = recipe_in(
         folder,
         **{"trainer.max_steps": 60, "trainer.val_check_interval": 60},
+        **{"model.model.config.backbone.depth": 2},
         **{"trainer.limit_val_batches": 1.0, "model.schedule.warmup_steps": 5, "vars.steps": 60},
     )
     with pytest.MonkeyPatch.context() as patch:

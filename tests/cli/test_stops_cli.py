@@ -147,21 +147,24 @@ def processes_of(group):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
-@pytest.mark.parametrize("target", ["rank 1", "group"])
-def test_two_processes_with_workers_stop_together(recipe, tmp_path, start, wait_until, target):
-    """Processes started by Lightning; the signal is sent to all, as by a terminal or a scheduler,
-    or to one."""
+def test_two_processes_with_workers_write_one_run_and_stop_together(
+    recipe, tmp_path, start, wait_until
+):
+    """Processes started by Lightning; the signal is sent to all, as by a terminal or a scheduler.
+    Signals to one of several processes: tests/training/test_stops.py."""
     changes = {"trainer.devices": 2, "trainer.strategy": "ddp", "data.num_workers": 1}
     path = recipe(**{**changes, "trainer.max_steps": 10**6})
-    command = [sys.executable, "-m", "diffmm.cli", "fit", "--config", str(path), "--run_dir", "run"]
+    command = [sys.executable, "-m", "diffmm.cli", "fit", "--config", str(path)]
+    runs = tmp_path / "runs" / "recipe"
     with start(command, {"OMP_NUM_THREADS": "1"}, tmp_path) as fit:
-        wait_until((tmp_path / "run" / "csv" / "version_0" / "metrics.csv").exists, 90)
-        if target == "group":
-            os.killpg(fit.pid, signal.SIGTERM)
-        else:
-            os.kill(processes_of(fit.pid)[1], signal.SIGTERM)
+        wait_until(lambda: any(runs.glob("*/csv/version_0/metrics.csv")), 90)
+        assert len(processes_of(fit.pid)) == 2
+        os.killpg(fit.pid, signal.SIGTERM)
         out, err = fit.finish(60)
         assert fit.returncode == 143, err
-        assert out.splitlines().count("stopped: resume with `diffmm fit --resume run`") == 1
-        assert state_of(tmp_path / "run")[0] > 0
+        (directory,) = runs.iterdir()
+        assert (directory / "config.yaml").is_file()
+        told = f"stopped: resume with `diffmm fit --resume {directory.relative_to(tmp_path)}`"
+        assert out.splitlines().count(told) == 1
+        assert state_of(directory)[0] > 0
         wait_until(lambda: processes_of(fit.pid) == {}, 20)

@@ -29,15 +29,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         settings = {
-            "max_steps": 120,
-            "val_check_interval": 120,
-            "num_sanity_val_steps": 0,
-            "enable_model_summary": "false",
-            "callbacks.1": "lightning.pytorch.callbacks.ModelSummary",  # no progress bar
+            "vars.steps": 50,
+            "model.schedule.warmup_steps": 10,
+            "trainer.val_check_interval": 50,
+            "trainer.num_sanity_val_steps": 0,
+            "trainer.enable_model_summary": "false",
+            "trainer.callbacks.1": "lightning.pytorch.callbacks.ModelSummary",  # no progress bar
         }
-        arguments = [
-            part for name, value in settings.items() for part in (f"--trainer.{name}", str(value))
-        ]
+        arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
         assert main(["fit", "--config", "image/digits_tiny", "--name", "first", *arguments]) == 0
     from datamodules.image import Digits
 

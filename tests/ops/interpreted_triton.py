@@ -1,10 +1,13 @@
 """Run by `test_triton_interpret.py` with TRITON_INTERPRET=1: kernels against float64 on the CPU."""
 
 import itertools
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from attention_checks import far_apart
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -27,6 +30,28 @@ def _numpy_scalars(monkeypatch):
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+@pytest.fixture(autouse=True)
+def _patched_once(monkeypatch):
+    """Triton replaces its language by an interpreted one at every launch, and looks for what is
+    left to replace at every call of a function, which takes a quarter of the time."""
+    patch = interpreter._patch_lang
+    modules = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda function: patch(modules))
+
+    def call(function, *arguments, **named):
+        return function.rewrite()(*arguments, **named)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+
+
+@pytest.fixture
+def wrapping(monkeypatch):
+    """Do not look for overflow of integers, which takes a fifth of the time: it wraps, as on a GPU,
+    and results are compared."""
+    options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
 
 
 @pytest.fixture(autouse=True)
@@ -121,17 +146,20 @@ NAMES = list(masks(70))
 OF_ONE_MAP = ("full", "causal window", "prefix", "shuffled documents", "everything", "nothing")
 
 
+@pytest.mark.usefixtures("wrapping")
 @pytest.mark.parametrize("name", OF_ONE_MAP)
 def test_one_map(name):
     check_softmax(70, 70, 1, 1, 16, 16 << OF_ONE_MAP.index(name) % 2, masks(70)[name])
 
 
+@pytest.mark.usefixtures("wrapping")
 def test_one_map_of_other_lengths():
     check_softmax(33, 70, 4, 2, 24, 40, masks(70)["causal documents"])
     check_softmax(40, 17, 2, 1, 16, 32, AttentionMask(causal=True))
     check_softmax(5, 0, 2, 1, 16, 32, AttentionMask())
 
 
+@pytest.mark.usefixtures("wrapping")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_mask(name):
     index = NAMES.index(name)
@@ -143,12 +171,14 @@ def test_every_mask(name):
 OF_FEWER = ("full", "causal", "prefix", "causal documents", "causal holes", "everything")
 
 
+@pytest.mark.usefixtures("wrapping")
 @pytest.mark.parametrize("name", OF_FEWER)
 def test_fewer_queries_than_keys(name):
     C = 1 + OF_FEWER.index(name) % 2
     check(make_inputs(33, 70, 1, 1, C, 16, 16), masks(70)[name])
 
 
+@pytest.mark.usefixtures("wrapping")
 @pytest.mark.parametrize("mask", [AttentionMask(causal=True), AttentionMask(window=7)])
 def test_more_queries_than_keys(mask):
     check(make_inputs(40, 17, 2, 1, 2, 16, 32), mask)
@@ -212,6 +242,7 @@ def test_offsets_of_more_than_32_bits(axis, tmp_path):
         torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("wrapping")
 @pytest.mark.parametrize("name", NAMES)
 def test_decoding(name, monkeypatch):
     """Two of three shapes for each mask, and all pairs of a shape and a number of keys per head."""
@@ -283,6 +314,7 @@ def test_operator_of_decoding_is_well_formed():
         torch.library.opcheck(_decode, args, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.usefixtures("wrapping")
 def test_one_graph_serves_every_length():
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -340,6 +372,7 @@ def test_refuses_documents_of_queries_that_stand_before_every_key():
         diff_attention(*make_inputs(5, 4, 2, 1, 2, 16, 32), mask=mask, backend="triton")
 
 
+@pytest.mark.usefixtures("wrapping")
 @pytest.mark.parametrize("num_queries", [300, 260])
 @pytest.mark.parametrize("name", ["documents", "shuffled", "padding", "holes", "both"])
 def test_ranges_of_looked_up_masks(name, num_queries):
@@ -374,6 +407,7 @@ def test_ranges_of_looked_up_masks(name, num_queries):
                 assert max(full_high - full_low, 0) == int(own[0].sum())
 
 
+@pytest.mark.usefixtures("wrapping")
 @pytest.mark.parametrize("num_queries", [300, 260])
 @pytest.mark.parametrize("name", ["documents", "padding", "hole", "shuffled", "in two pieces"])
 def test_documents_in_runs(name, num_queries):
@@ -407,6 +441,7 @@ def test_documents_in_runs(name, num_queries):
     assert (said >= few[name]) == (num_queries == num_keys) or name == "shuffled"
 
 
+@pytest.mark.usefixtures("wrapping")
 @pytest.mark.parametrize("most_groups", [16, 64])
 @pytest.mark.parametrize(("rows", "size"), [(1, 1), (3, 50), (2, 128), (1, 200)])
 def test_kth_largest(rows, size, most_groups, monkeypatch):

@@ -23,6 +23,13 @@ PRELOADED = (
     "datamodules",
     "diffmm.hub.loading",
     "diffmm.recipes.trainer",
+    # What training imports when it begins.
+    "datamodules.image.data",
+    "diffmm.cli.fit",
+    "diffmm.recipes.out_of_memory",
+    "diffmm.training",
+    "sklearn.datasets",
+    "torch.utils.tensorboard",
 )
 
 

@@ -135,6 +135,7 @@ def task_and_data(
         task = Contrastive(ContrastiveModel(towers), **settings)
         return task, both_media if case == "both media" else media_apart
     if case in ("captions", "cross-attention"):
+        shared["attention"] = "diff_v2"
         image = ImageConfig(
             backbone=BackboneConfig(dim, 2, 8, rope="2d", **shared), image_size=8, patch_size=4
         )
@@ -150,7 +151,7 @@ def task_and_data(
         return Captioning(captioning, **settings), StackDataset(**batch)
     if case == "transcripts":
         sound = AudioConfig(
-            backbone=BackboneConfig(dim, 2, 8, rope="1d", **shared),
+            backbone=BackboneConfig(dim, 2, 8, attention="diff_v2", rope="1d", **shared),
             sample_rate_hz=8000,
             num_mels=8,
             stem="frame",

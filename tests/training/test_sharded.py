@@ -26,7 +26,7 @@ RUNS = [
     ("diff_v1", "fsdp2", 2, ""),
     ("diff_v1", "fsdp2_tp2", 2, TRACED),
     ("softmax", "fsdp2_tp2", 2, ""),
-    ("diff_v2", "fsdp2_tp2", 2, ""),
+    ("diff_v2", "fsdp2_tp2", 2, ACCUMULATED),
     ("diff_grouped", "fsdp2_tp2", 2, ""),
     ("image", "fsdp2_tp2", 2, ""),
     ("pairs", "fsdp2_tp2", 2, TRACED),
@@ -45,13 +45,12 @@ RUNS = [
     ("uniform_noise", "fsdp2_tp2", 2, TRACED),
     ("diff_v2", "ddp", 2, ""),
     ("softmax", "fsdp2", 2, ACCUMULATED),
-    ("diff_v2", "fsdp2_tp2", 2, ACCUMULATED),
     ("diff_v1", "fsdp2_tp2", 4, ""),
 ]
 SOURCES = {
     ("diff_v1", "fsdp2_tp2", 2, TRACED): "fsdp2_2",
     ("uniform_noise", "fsdp2", 2, ""): "ddp_2",
-    ("diff_v2", "ddp", 2, ""): "fsdp2_tp2_2",
+    ("diff_v2", "ddp", 2, ""): f"fsdp2_tp2_2{ACCUMULATED}",
     ("diff_v1", "fsdp2_tp2", 4, ""): "fsdp2_2",
 }
 """The run whose checkpoint a run resumes from; by default, that of one process."""
