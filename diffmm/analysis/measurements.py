@@ -154,15 +154,18 @@ def _scores(
     batches: Sequence[Batch],
     spans: Callable[[Batch], Spans | None],
     max_bytes: int | None,
-) -> AttentionScores:
+) -> AttentionScores | None:
+    """The attention scores; None for images and sounds, which have no answers."""
     meter = ScoreMeter(max_bytes=max_bytes)
     given = [(batch, each) for batch in batches if (each := spans(batch)) is not None]
-    if not given:
+    if not isinstance(model, TextModel) and not given:
+        return None
+    if isinstance(model, TextModel) and not given:
         raise ValueError(
             "the data do not say which tokens hold an answer (a field evidence)"
             + (
                 ": give a text and the characters of its answer (--text TEXT --span A:B)"
-                if isinstance(model, TextModel) and model.config.causal
+                if model.config.causal
                 else ""
             )
         )

@@ -86,7 +86,6 @@ def test_runs_give_tables_and_files(run, runs, tmp_path):
     assert [
         line.partition(": the data")[0].removesuffix(" data") for line in warnings_of(result)
     ] == [
-        "attention scores: image",
         "attention scores: text",
         "attention maps: the runs have different",
     ]

@@ -16,7 +16,7 @@ __all__ = ["AnalysisSection", "Analyzed", "Table", "figures_of", "sections_of", 
 
 
 def sections_of(runs: Sequence[Analyzed]) -> list[AnalysisSection]:
-    """The sections of an analysis of some runs."""
+    """The sections of an analysis of some runs that have results or problems."""
     makers = (
         score_section,
         concentration_section,
@@ -26,7 +26,8 @@ def sections_of(runs: Sequence[Analyzed]) -> list[AnalysisSection]:
         quantization_section,
         gradient_section,
     )
-    return [make(runs) for make in makers]
+    made = [make(runs) for make in makers]
+    return [each for each in made if each.summary or each.figures or each.problems]
 
 
 def figures_of(sections: Iterable[AnalysisSection]) -> list[Chart | HeatMap]:
