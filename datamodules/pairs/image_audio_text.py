@@ -242,6 +242,13 @@ class ImageAudioTextData(SeededDataModule):
                 text = f"{noun}: {text}" if name == "read" else text
                 lines[name] = f"{lines[name]}; {text}" if name in lines else text
         faults = [fault for each in found.values() for fault in each.faults]
+        for noun, part in self.parts.items():
+            # The batch of a part is not the one that is set.
+            for fault in part.why_no_batch(num_samples := len(part.splits.train)):
+                faults[faults.index(fault)] = (
+                    f"{num_samples} {noun} for training do not fill one batch, which has "
+                    f"{part.batch_size} of them: set a smaller --data.batch_size or use more data"
+                )
         return Examined(lines, faults, [doubt for each in found.values() for doubt in each.doubts])
 
     def train_dataloader(self) -> DataLoader[Any]:
