@@ -28,7 +28,6 @@ from datamodules.shared.own_data import OwnData
 from datamodules.shared.sampling import MixedSampler, SampleKey
 from diffmm.batch import PairBatch
 
-SOUND_NAMES = (*Sounds.extensions, *Sounds.other_extensions)
 """Extensions of sound files, also of those that are not looked for in folders."""
 
 
@@ -52,7 +51,7 @@ class ImageAudioTextReader(ImageTextReader, AudioTextReader):
     def is_sound(self, item: Any) -> bool:
         """Whether an input is a sound, by its type or the extension of its file."""
         if isinstance(item, str | Path):
-            return Path(item).suffix.lower() in SOUND_NAMES
+            return Path(item).suffix.lower() in Sounds.extensions
         return isinstance(item, tuple)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -299,7 +298,9 @@ def _check_names(path: str, noun: str, part: PairData[Any]) -> None:
     Raises:
         ValueError: If it does; the message names a file.
     """
-    other, extensions = {IMAGES: (SOUNDS, SOUND_NAMES), SOUNDS: (IMAGES, IMAGE_EXTENSIONS)}[noun]
+    other, extensions = {IMAGES: (SOUNDS, Sounds.extensions), SOUNDS: (IMAGES, IMAGE_EXTENSIONS)}[
+        noun
+    ]
     media = part.splits.val.media
     files = (media.file(index) for index in spread(range(len(media.labels)), NUM_LOOKED_AT))
     for file in files:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datamodules.shared.bad_samples import BadSampleError
-from datamodules.shared.files import check_file, list_files, loose_files
+from datamodules.shared.files import check_file, list_files, list_folders, loose_files
 from datamodules.shared.sources import EmptyClassesError, Labelled, Samples, Source, Splits
 from datamodules.shared.table_files import delimiter_of, header_of
 from datamodules.shared.tables import SPLIT_NAMES
@@ -112,8 +112,8 @@ def locate(path: str, noun: str, extensions: Sequence[str], given: Mapping[str, 
         columns = _columns(Path(tables["train"]), given)
         columns.pop("split_column", None)
         return Located(True, {**tables, **columns})
-    folders = _folders(whole)
-    splits = named_splits(path, [folder for folder in folders if _folders(folder)])
+    folders = list_folders(whole)
+    splits = named_splits(path, [folder for folder in folders if list_folders(folder)])
     if "train" in splits and (len(splits) > 1 or len(folders) == 1):
         return Located(False, splits)
     if not folders:
@@ -158,11 +158,6 @@ def named_splits(path: str, entries: Sequence[Path]) -> dict[str, str]:
                     )
                 found[split] = str(entry)
     return found
-
-
-def _folders(folder: Path) -> list[Path]:
-    """The subfolders that are not hidden."""
-    return [entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."]
 
 
 def _columns(table: Path, given: Mapping[str, Any]) -> dict[str, str]:

@@ -9,8 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datamodules.shared.files import glob_files, list_files
-from datamodules.shared.folders import shown
+from datamodules.shared.files import (
+    extension_of,
+    extensions_in_words,
+    glob_files,
+    list_files,
+    skipped_in_words,
+)
 from datamodules.shared.own_data import (
     OwnData,
     absolute,
@@ -144,7 +149,7 @@ def _source(path: str, place: Path, pattern: str | list[str] | None) -> _Texts:
     files = list_files(place, ("",)) if place.is_dir() else [place]
     by_ending: dict[str, list[Path]] = {}
     for file in files:
-        by_ending.setdefault(_ending(file), []).append(file)
+        by_ending.setdefault(extension_of(file), []).append(file)
     if pattern is not None:
         patterns = [pattern] if isinstance(pattern, str) else pattern
         chosen = sorted({file for each in patterns for file in glob_files(folder, each)})
@@ -200,15 +205,13 @@ def _summary(
     path: str, count: str, files: Sequence[Path], chosen: Sequence[Path], *, advises: bool
 ) -> str:
     """Which files are read, and which are not."""
-    endings = _listed(Counter(map(_ending, chosen)))
+    endings = extensions_in_words(Counter(map(extension_of, chosen)))
     size = _in_words(sum(file.stat().st_size for file in chosen))
     text = f"{path} has {count} {'text' if count == '1' else 'texts'} ({endings}, {size})"
     read = set(chosen)
-    others = Counter(_ending(file) for file in files if file not in read)
+    others = Counter(extension_of(file) for file in files if file not in read)
     if others:
-        num = others.total()
-        text += f", and {num:,} other file{'' if num == 1 else 's'} that "
-        text += f"{'is' if num == 1 else 'are'} skipped ({_listed(others)})"
+        text += f", and {skipped_in_words(others)}"
         plain = Counter({e: count for e, count in others.items() if e not in ROWS})
         if advises and plain:
             which = "those instead" if plain.most_common(1)[0][0] else "all files"
@@ -231,27 +234,15 @@ def _why_no_text(path: str, place: Path, by_ending: Mapping[str, Sequence[Path]]
         return f"--data {path}: {place} has no files; texts end in one of {known}"
     return (
         f"--data {path}: no file in {place} ends in one of {known} (there are {counts.total():,} "
-        f"others: {_listed(counts)}): if they are plain text, set --data.source.pattern "
-        f"{_example(counts)}"
+        f"others: {extensions_in_words(counts)}): if they are plain text, set "
+        f"--data.source.pattern {_example(counts)}"
     )
-
-
-def _listed(endings: Counter[str]) -> str:
-    """Extensions in words, the most frequent first."""
-    names = [ending or "no extension" for ending, _ in endings.most_common()]
-    return shown(names, 8)
 
 
 def _example(endings: Counter[str]) -> str:
     """A pattern of the most frequent extension, as an example."""
     ending = endings.most_common(1)[0][0]
     return f"'**/*{ending}'"
-
-
-def _ending(file: Path) -> str:
-    """The extension of a file in lower case, both of them if it is packed (`.jsonl.gz`)."""
-    parts = file.suffixes[-2:] if file.suffix.lower() == ".gz" else [file.suffix]
-    return "".join(parts).lower()
 
 
 def _num_rows(file: Path, ending: str, most: int) -> int:
