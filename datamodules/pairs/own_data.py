@@ -21,12 +21,10 @@ from datamodules.shared.own_data import (
     fitting_batch_size,
     named_splits,
 )
-from datamodules.shared.table_files import header_of
+from datamodules.shared.table_files import TABLES, header_of
 
 TEXT_COLUMNS = ("text", "caption", "captions", "sentence", "transcript", "description", "title")
 """Column names of texts that are recognized in a table, in order of preference."""
-
-TABLES = (".csv", ".tsv")
 
 KEPT_OF_TABLES = (
     "val",

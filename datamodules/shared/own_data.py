@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.files import check_file, list_files, list_folders, loose_files
 from datamodules.shared.sources import EmptyClassesError, Labelled, Samples, Source, Splits
-from datamodules.shared.table_files import delimiter_of, header_of
+from datamodules.shared.table_files import TABLES, header_of
 from datamodules.shared.tables import SPLIT_NAMES
 from diffmm.checks import did_you_mean
 
@@ -100,14 +100,14 @@ def locate(path: str, noun: str, extensions: Sequence[str], given: Mapping[str, 
     """
     whole = absolute(path)
     if whole.is_file():
-        if whole.suffix.lower() != ".csv":
+        if whole.suffix.lower() not in TABLES:
             raise ValueError(
                 f"--data {path} is a single file: use a folder with one folder of {noun} per "
                 f"class, or a CSV file of files and labels"
             )
         return Located(True, {"train": str(whole), **_columns(whole, given)})
     check_folder(whole)
-    tables = named_splits(path, [entry for entry in whole.iterdir() if entry.suffix == ".csv"])
+    tables = named_splits(path, loose_files(whole, TABLES))
     if "train" in tables:
         columns = _columns(Path(tables["train"]), given)
         columns.pop("split_column", None)
@@ -187,7 +187,7 @@ def find_columns(
         ValueError: If another column is missing.
     """
     columns = {}
-    separators = "tabs" if delimiter_of(table) == "\t" else "commas"
+    separators = "tabs" if table.suffix.lower() == ".tsv" else "commas, semicolons or tabs"
     for argument, names in names_of.items():
         # The only column is a whole line, if other characters separate them.
         near = did_you_mean(names[0], header) if len(header) > 1 else ""

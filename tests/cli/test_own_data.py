@@ -155,6 +155,16 @@ def test_a_table_by_the_names_of_its_columns(photos):
     assert "10 images of 2 classes (a, b): 6 for training, 4 for validation" in lines[0]
 
 
+@pytest.mark.parametrize(("name", "mark"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t")])
+def test_tables_of_semicolons_and_tabs(run, photos, name, mark):
+    table = photos.parent / name
+    rows = [mark.join((f"photos/hund/bild {n}.png", "ab"[n % 2])) for n in range(10)]
+    table.write_text("\n".join([mark.join(("File", "Label")), *rows]) + "\n", "utf-8-sig")
+    result = run("check", "image/digits_tiny", "--data", table, *SMALL)
+    assert result.code == 0, result.err
+    assert "10 images of 2 classes (a, b)" in result.out
+
+
 def test_settings_of_the_command_line_win(photos):
     given = ("--vars.num_classes", "7", "--data.source.val_fraction", "0.3")
     values, lines = own("image/finetune", photos, *given)
@@ -407,8 +417,8 @@ def odd(kind, folder):
     elif kind == "one file":
         write_images(folder / "photos", 1)
         return folder / "photos" / "bild 0.png"
-    elif kind == "semicolons":
-        (folder / "a.csv").write_text("file;label\na.png;b\n")
+    elif kind == "semicolons and commas":
+        (folder / "a.csv").write_text("file;label,x\na.png;b\n")
         return folder / "a.csv"
     elif kind == "a reference":
         folder = folder / "${vars.seed}"
@@ -425,7 +435,7 @@ def odd(kind, folder):
         ("class in val alone", "has classes that"),
         ("val twice", "has both val and valid: rename one of them"),
         ("one file", "is a single file: use a folder with one folder of images per class, or a"),
-        ("semicolons", "needs a column 'file' (or path, filename"),
+        ("semicolons and commas", "needs a column 'file' (or path, filename"),
         ("a reference", "the name contains ${, which recipes use for references"),
         ("nothing", "has no folders and no images"),
     ],

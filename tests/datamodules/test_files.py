@@ -95,7 +95,7 @@ def test_sounds_of_all_formats_are_found_in_folders_and_others_are_counted(tmp_p
     assert len(splits.train.labels) + len(splits.val.labels) == 10
     said = f"{tmp_path} has 4 other files that are skipped (.m4a, no extension, .txt)"
     assert [record.message for record in caplog.records] == [said]
-    reader = AudioReader(sample_rate_hz=8000, resample=True, clip_samples=8000, eval_crop="center")
+    reader = AudioReader(sample_rate_hz=8000)
     assert len(list(reader.files(tmp_path))) == 10
     assert reader.skipped(tmp_path) == said.partition(" has ")[2]
     (tmp_path / "c").mkdir()
