@@ -1,6 +1,7 @@
 """Tables as people write them have their right rows, or are refused by line."""
 
 import os
+import re
 import unicodedata
 
 import pytest
@@ -118,9 +119,8 @@ def test_one_label_per_file_whatever_the_rows(photos):
         f"{photos / '0.png'} is 'a' in {table}, line 2, and 'b' in {table}, line 4: keep one of "
         f"these lines"
     )
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         ImageTable(table).splits()
-    assert str(caught.value) == message
     assert ImageTable(table, multi_label=True).splits().class_names == ["a", "b"]
     other = photos / "val.csv"
     other.write_text("file,label\n1.png,a\n")
@@ -133,14 +133,14 @@ def test_one_label_per_file_whatever_the_rows(photos):
 
 def test_all_faults_of_rows_come_before_what_follows_from_them(photos):
     table = write_table(photos, "0.png,", "1.png,a", "gone.png,b", "2.png,a;b")
-    with pytest.raises(ValueError) as caught:
-        ImageTable(table).splits()
-    assert str(caught.value) == (
+    message = (
         f"{table}, line 2: the label is missing; "
         f"{table}, line 5: {photos / '2.png'} has 2 labels, but exactly one is required, unless "
         f"the data are multi-label; "
         f"{table}, line 4: {photos / 'gone.png'} does not exist"
     )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ImageTable(table).splits()
     table = write_table(photos, "1.png,a", "gone.png,b")
     with pytest.raises(
         ValueError, match=r"^\S*, line 3: \S*gone.png does not exist; the val split"
