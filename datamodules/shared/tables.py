@@ -22,6 +22,8 @@ SPLIT_NAMES = {
 
 _SHOWN = 8
 """Maximum number of faults in a message."""
+_MOST_FILES = 100_000
+"""Maximum number of files whose existence is checked for a message."""
 
 
 class Row(NamedTuple):
@@ -216,7 +218,7 @@ def _missing_files(places: Sequence[tuple[str, Row]]) -> list[str]:
     """The rows of tables whose files cannot be used."""
     return [
         f"{table}, line {row.line}: {row.file} {fault}"
-        for table, row in places
+        for table, row in places[:_MOST_FILES]
         if (fault := why_no_file(row.file))
     ]
 

@@ -57,8 +57,8 @@ MOST_LISTED = 2**26
 """Size in bytes above which the rows of a list in JSON are not counted, but taken to be many."""
 
 MOST_PER_TOKEN = 64
-"""Average number of bytes per token that no tokenizer exceeds: samples of more text than a batch of
-such tokens are not counted."""
+"""Number of bytes per token of which more are rare: the samples of files larger than a batch
+of such tokens are not counted, since they fill it."""
 
 NumSamples = Callable[[Mapping[str, Any]], int]
 """Number of training samples of a datamodule, given its arguments."""

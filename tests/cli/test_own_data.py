@@ -349,6 +349,17 @@ def test_the_few_texts_of_a_table_are_split_by_position(run, tmp_path, name):
     assert "has at least 100 texts" in first
 
 
+def test_few_texts_can_be_streamed_if_that_is_asked_for(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [f"Text {number}." for number in range(3)])
+    streaming = ("--data.source.streaming", "true")
+    values, _ = own("text/finetune", tmp_path / "a.jsonl", *streaming)
+    assert "split_by" not in values["data"]["init_args"]
+    # That the recipe streams its own data does not matter.
+    assert "streaming: true" in find_recipe("text/fineweb_edu_350m").read_text()
+    values, _ = own("text/fineweb_edu_350m", tmp_path / "a.jsonl")
+    assert values["data"]["init_args"]["split_by"] == "position"
+
+
 def test_no_message_about_texts_is_code(run, tmp_path):
     write_rows(tmp_path / "a.jsonl", [f"Text {number}." for number in range(3)])
     given = ("--data.split_by", "key", "--data.validation_fraction", "0.000001")
