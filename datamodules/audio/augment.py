@@ -19,7 +19,7 @@ class AudioAugment(Settings):
         gain_db: Range from which a change of a clip's level is drawn, in decibels.
         snr_db: Range from which the signal-to-noise ratio of added background noise is drawn, in
             decibels.
-        noise_folder: Folder of noise recordings (WAV, FLAC, OGG) at any depth, without hidden
+        noise_folder: Folder of noise recordings (WAV, FLAC, OGG, MP3) at any depth, without hidden
             files. White noise by default.
 
     Raises:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules.shared.sampling import EpochSampler, SampleKey, sample_rng
+from datamodules.shared.sampling import EpochSampler, SampleKey, sample_rng, why_no_batch
 
 
 class BucketSampler(EpochSampler):
@@ -39,11 +39,8 @@ class BucketSampler(EpochSampler):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if len(lengths) < batch_size * world_size:
-            raise ValueError(
-                f"{len(lengths)} training samples do not fill one batch: batch_size is "
-                f"{batch_size} on {world_size} process(es); reduce it or use more data"
-            )
+        if fault := why_no_batch(len(lengths), batch_size, world_size):
+            raise ValueError(fault)
         super().__init__(
             len(lengths),
             shuffle=True,

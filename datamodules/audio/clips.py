@@ -16,7 +16,9 @@ from datamodules.shared.files import why_no_file
 from datamodules.shared.sources import Labelled, Labels
 from datamodules.shared.stored import AnyFile, StoredFile
 
-EXTENSIONS = (".wav", ".flac", ".ogg")
+EXTENSIONS = (".wav", ".flac", ".ogg", ".mp3", ".oga", ".opus", ".wave")
+"""Extensions of the sound files to find in a folder, in lower case: those of `FORMATS`."""
+
 FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "OGG", "MP3")
 """Accepted formats, by libsndfile's names. They are detected from the content of a file, whatever
 its extension. (MP3 files often have another one.)"""

@@ -15,7 +15,7 @@ class AudioSource(Source[AudioClips]):
 
 
 class SoundFolder(FolderSource[AudioClips], AudioSource):
-    """WAV, FLAC or OGG files in one folder per class: `train/<class>/.../*.wav`.
+    """WAV, FLAC, OGG or MP3 files in one folder per class: `train/<class>/.../*.wav`.
 
     Hidden files and folders are skipped. Folders whose names differ only in Unicode normalization
     are one class, as they would be one folder on some file systems. `FileClips` documents how files

@@ -12,8 +12,11 @@ from datamodules.shared.files import why_no_file
 from datamodules.shared.stored import AnyFile
 from diffmm.checks import DataError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp", ".gif")
-"""Extensions of the image files to find in a folder, in lower case."""
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp", ".gif"),
+    *(".jpe", ".jfif", ".pgm", ".pbm", ".pnm"),
+)
+"""Extensions of the image files to find in a folder, in lower case: those of `FORMATS`."""
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Accepted formats, by Pillow's names. They are detected from the content of a file, whatever its

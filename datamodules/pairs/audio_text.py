@@ -28,7 +28,6 @@ class Sounds(Medium[AudioClips]):
 
     noun = SOUNDS
     extensions = EXTENSIONS
-    other_extensions = (".mp3",)
 
     def of_files(self, files: Sequence[AnyFile]) -> FileClips:
         return FileClips(files, [()] * len(files))

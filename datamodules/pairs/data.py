@@ -214,7 +214,7 @@ class PairData(SeededDataModule, Generic[Media]):
         if self.splits.test is not self.splits.val:
             parts["test"] = self.splits.test
         lines: dict[str, str] = {}
-        faults: list[str] = []
+        faults = self.why_no_batch(len(self.splits.train))
         doubts: list[str] = []
         num_read = 0
         for split, pairs in parts.items():

@@ -28,7 +28,6 @@ from datamodules.shared.own_data import OwnData
 from datamodules.shared.sampling import MixedSampler, SampleKey
 from diffmm.batch import PairBatch
 
-SOUND_NAMES = (*Sounds.extensions, *Sounds.other_extensions)
 """Extensions of sound files, also of those that are not looked for in folders."""
 
 
@@ -52,7 +51,7 @@ class ImageAudioTextReader(ImageTextReader, AudioTextReader):
     def is_sound(self, item: Any) -> bool:
         """Whether an input is a sound, by its type or the extension of its file."""
         if isinstance(item, str | Path):
-            return Path(item).suffix.lower() in SOUND_NAMES
+            return Path(item).suffix.lower() in Sounds.extensions
         return isinstance(item, tuple)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -242,6 +241,13 @@ class ImageAudioTextData(SeededDataModule):
                 text = f"{noun}: {text}" if name == "read" else text
                 lines[name] = f"{lines[name]}; {text}" if name in lines else text
         faults = [fault for each in found.values() for fault in each.faults]
+        for noun, part in self.parts.items():
+            # The batch of a part is not the one that is set.
+            for fault in part.why_no_batch(num_samples := len(part.splits.train)):
+                faults[faults.index(fault)] = (
+                    f"{num_samples} {noun} for training do not fill one batch, which has "
+                    f"{part.batch_size} of them: set a smaller --data.batch_size or use more data"
+                )
         return Examined(lines, faults, [doubt for each in found.values() for doubt in each.doubts])
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -292,7 +298,9 @@ def _check_names(path: str, noun: str, part: PairData[Any]) -> None:
     Raises:
         ValueError: If it does; the message names a file.
     """
-    other, extensions = {IMAGES: (SOUNDS, SOUND_NAMES), SOUNDS: (IMAGES, IMAGE_EXTENSIONS)}[noun]
+    other, extensions = {IMAGES: (SOUNDS, Sounds.extensions), SOUNDS: (IMAGES, IMAGE_EXTENSIONS)}[
+        noun
+    ]
     media = part.splits.val.media
     files = (media.file(index) for index in spread(range(len(media.labels)), NUM_LOOKED_AT))
     for file in files:

@@ -8,7 +8,7 @@ from datamodules.pairs.folders import TEXT_EXTENSION, PairFolder
 from datamodules.pairs.sources import Media, Medium, Pairs, PairSource, PairSplits
 from datamodules.pairs.tables import PairTable
 from datamodules.pairs.webdataset import WebDatasetPairs
-from datamodules.shared.files import glob_files, list_files, loose_files
+from datamodules.shared.files import glob_files, list_files, list_folders, loose_files
 from datamodules.shared.fingerprints import spread
 from datamodules.shared.folders import shown
 from datamodules.shared.own_data import (
@@ -21,12 +21,10 @@ from datamodules.shared.own_data import (
     fitting_batch_size,
     named_splits,
 )
-from datamodules.shared.table_files import header_of
+from datamodules.shared.table_files import TABLES, header_of
 
 TEXT_COLUMNS = ("text", "caption", "captions", "sentence", "transcript", "description", "title")
 """Column names of texts that are recognized in a table, in order of preference."""
-
-TABLES = (".csv", ".tsv")
 
 KEPT_OF_TABLES = (
     "val",
@@ -176,8 +174,7 @@ def _tables(path: str, whole: Path) -> dict[str, str]:
 
 
 def _folders(path: str, whole: Path) -> dict[str, str]:
-    folders = [entry for entry in whole.iterdir() if entry.is_dir() and entry.name[0] != "."]
-    splits = named_splits(path, folders)
+    splits = named_splits(path, list_folders(whole))
     return splits if "train" in splits else {"train": str(whole)}
 
 

@@ -28,12 +28,10 @@ class Medium(ABC, Generic[Media]):
     Attributes:
         noun: `IMAGES` or `SOUNDS`.
         extensions: Extensions of the files to find in a folder, in lower case.
-        other_extensions: Further extensions of members of archives.
     """
 
     noun: ClassVar[str]
     extensions: ClassVar[tuple[str, ...]]
-    other_extensions: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def of_files(self, files: Sequence[AnyFile]) -> Media:

@@ -27,7 +27,8 @@ class PairRow(NamedTuple):
 
 
 class PairTable(PairSource):
-    """Tables of files and their texts, separated by commas (`.csv`) or tabs (`.tsv`).
+    """Tables of files and their texts, separated by commas, semicolons or tabs (`.csv`; which of
+    them, the first line tells), or by tabs (`.tsv`).
 
     The first line has the names of the columns; other columns are ignored. Several rows of the same
     file are several texts of it, also under another name (`../photos/a.png`).

@@ -104,7 +104,7 @@ class WebDatasetPairs(PairSource):
         self, pattern: str, argument: str, medium: Medium[Media]
     ) -> tuple[list[Path], list[ShardIndex]]:
         paths = list_shards(pattern, argument)
-        extensions = (*medium.extensions, *medium.other_extensions)
+        extensions = medium.extensions
         indices = [indexed(path, extensions, self.extension, self.cache_dir) for path in paths]
         report_incomplete(paths, indices, self.extension)
         if not any(len(index.media) for index in indices):

@@ -8,6 +8,7 @@ import heapq
 import os
 import stat
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +24,13 @@ _KINDS = {
 }
 
 _AT_ONCE = 50_000
+
+_MOST_SHOWN = 8
+"""Maximum number of extensions that a message lists."""
+
+_OF_SYSTEMS = frozenset(("__MACOSX", "Thumbs.db", "desktop.ini"))
+"""Names of files and folders that systems add to those of users: a Mac's archives have a folder of
+attributes, and Windows stores thumbnails and settings. They are treated as hidden."""
 
 
 def why_no_file(path: str | AnyFile) -> str | None:
@@ -88,8 +96,35 @@ def read_lines(path: str | Path, role: str) -> list[str]:
 
 def is_hidden(path: Path) -> bool:
     """Whether a name in `path` starts with a dot, as in `._a.png` or
-    `.ipynb_checkpoints/a.png`."""
-    return any(part.startswith(".") for part in path.parts)
+    `.ipynb_checkpoints/a.png`, or is added by a system, as `__MACOSX`."""
+    return any(map(is_hidden_name, path.parts))
+
+
+def is_hidden_name(name: str) -> bool:
+    """Whether the name of a file or folder is hidden, as in `is_hidden`."""
+    return name.startswith(".") or name in _OF_SYSTEMS
+
+
+def extension_of(path: Path) -> str:
+    """The extension of a file in lower case, both of them if it is packed (`.jsonl.gz`)."""
+    parts = path.suffixes[-2:] if path.suffix.lower() == ".gz" else [path.suffix]
+    return "".join(parts).lower()
+
+
+def extensions_in_words(counts: Counter[str]) -> str:
+    """The most frequent extensions, such as `.mp3, no extension and 3 more`."""
+    names = [extension or "no extension" for extension, _ in counts.most_common()]
+    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
+    return ", ".join(names[:_MOST_SHOWN]) + more
+
+
+def skipped_in_words(counts: Counter[str]) -> str:
+    """Files with other extensions, such as `2 other files that are skipped (.avif)`."""
+    one = counts.total() == 1
+    return (
+        f"{counts.total():,} other {'file that is' if one else 'files that are'} skipped "
+        f"({extensions_in_words(counts)})"
+    )
 
 
 def composed(name: str) -> str:
@@ -113,6 +148,11 @@ def list_files(folder: str | Path, extensions: Sequence[str]) -> list[Path]:
         if name.lower().endswith(tuple(extensions))
     ]
     return [Path(parent, name) for parent, name in sorted(found)]
+
+
+def list_folders(folder: Path) -> list[Path]:
+    """List the folders directly in `folder`, without hidden ones."""
+    return [e for e in folder.iterdir() if e.is_dir() and not is_hidden_name(e.name)]
 
 
 def loose_files(folder: str | Path, extensions: Sequence[str]) -> list[Path]:
@@ -155,7 +195,7 @@ def _names_in_order(folder: Path) -> Iterator[str]:
         with os.scandir(folder) as entries:
             names = heapq.nsmallest(
                 _AT_ONCE,
-                (e.name for e in entries if e.name > last and not e.name.startswith(".")),
+                (e.name for e in entries if e.name > last and not is_hidden_name(e.name)),
             )
         yield from names
         if len(names) < _AT_ONCE:
@@ -187,7 +227,7 @@ def _walk(folder: str) -> Iterator[tuple[str, str]]:
             continue
         with os.scandir(parent) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
+                if is_hidden_name(entry.name):
                     continue
                 if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                     todo.append((entry.path, above | {identity}))

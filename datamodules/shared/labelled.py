@@ -185,7 +185,9 @@ class LabelledData(SeededDataModule, Generic[Samples]):
             return self.dataset(samples, training=False).sample(0, index)  # type: ignore[arg-type]
 
         tolerates = self.bad_samples.policy != "raise"
-        return examine_labelled(self.splits, read, limit=limit, tolerates=tolerates)
+        found = examine_labelled(self.splits, read, limit=limit, tolerates=tolerates)
+        too_few = self.why_no_batch(len(self.splits.train.labels))
+        return found._replace(faults=[*found.faults, *too_few])
 
     def as_evaluated(self, split: Literal["train", "val", "test"]) -> DataLoader[Any]:
         """The samples of a split in order, prepared as in evaluation."""

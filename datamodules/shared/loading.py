@@ -12,7 +12,7 @@ from datamodules.shared.bad_samples import BadSamples, Triage
 from datamodules.shared.evaluation import EvaluationLoader, EvaluationSampler
 from datamodules.shared.fingerprints import Fingerprint, changes
 from datamodules.shared.reader import Reader
-from datamodules.shared.sampling import EpochSampler, SeededDataset
+from datamodules.shared.sampling import EpochSampler, SeededDataset, why_no_batch
 from diffmm.workers import WorkerLoader, ignore_stop_signals
 
 Collate = Callable[[list[Any]], Any]
@@ -89,11 +89,8 @@ class SeededDataModule(LightningDataModule):
             ValueError: If there are fewer samples than one batch per process.
         """
         assert isinstance(dataset, Sized)
-        if len(dataset) < self.batch_size * self.world_size:
-            raise ValueError(
-                f"{len(dataset)} training samples do not fill one batch: batch_size is "
-                f"{self.batch_size} on {self.world_size} process(es); reduce it or use more data"
-            )
+        for fault in self.why_no_batch(len(dataset)):
+            raise ValueError(fault)
         sampler = EpochSampler(
             len(dataset),
             shuffle=True,
@@ -102,6 +99,12 @@ class SeededDataModule(LightningDataModule):
             world_size=self.world_size,
         )
         return self._sampled_loader(dataset, collate, sampler)
+
+    def why_no_batch(self, num_samples: int) -> list[str]:
+        """Why so many training samples do not fill a batch, for the faults of an examination;
+        empty if they do."""
+        fault = why_no_batch(num_samples, self.batch_size, self.world_size)
+        return [] if fault is None else [fault]
 
     def evaluation_loader(
         self, dataset: Dataset[Any], collate: Collate | None = None

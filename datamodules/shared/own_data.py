@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datamodules.shared.bad_samples import BadSampleError
-from datamodules.shared.files import check_file, list_files, loose_files
+from datamodules.shared.files import check_file, list_files, list_folders, loose_files
 from datamodules.shared.sources import EmptyClassesError, Labelled, Samples, Source, Splits
-from datamodules.shared.table_files import delimiter_of, header_of
+from datamodules.shared.table_files import TABLES, header_of
 from datamodules.shared.tables import SPLIT_NAMES
 from diffmm.checks import did_you_mean
 
@@ -100,20 +100,20 @@ def locate(path: str, noun: str, extensions: Sequence[str], given: Mapping[str, 
     """
     whole = absolute(path)
     if whole.is_file():
-        if whole.suffix.lower() != ".csv":
+        if whole.suffix.lower() not in TABLES:
             raise ValueError(
                 f"--data {path} is a single file: use a folder with one folder of {noun} per "
                 f"class, or a CSV file of files and labels"
             )
         return Located(True, {"train": str(whole), **_columns(whole, given)})
     check_folder(whole)
-    tables = named_splits(path, [entry for entry in whole.iterdir() if entry.suffix == ".csv"])
+    tables = named_splits(path, loose_files(whole, TABLES))
     if "train" in tables:
         columns = _columns(Path(tables["train"]), given)
         columns.pop("split_column", None)
         return Located(True, {**tables, **columns})
-    folders = _folders(whole)
-    splits = named_splits(path, [folder for folder in folders if _folders(folder)])
+    folders = list_folders(whole)
+    splits = named_splits(path, [folder for folder in folders if list_folders(folder)])
     if "train" in splits and (len(splits) > 1 or len(folders) == 1):
         return Located(False, splits)
     if not folders:
@@ -160,11 +160,6 @@ def named_splits(path: str, entries: Sequence[Path]) -> dict[str, str]:
     return found
 
 
-def _folders(folder: Path) -> list[Path]:
-    """The subfolders that are not hidden."""
-    return [entry for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."]
-
-
 def _columns(table: Path, given: Mapping[str, Any]) -> dict[str, str]:
     """The columns of a table of labels."""
     return find_columns(
@@ -192,7 +187,7 @@ def find_columns(
         ValueError: If another column is missing.
     """
     columns = {}
-    separators = "tabs" if delimiter_of(table) == "\t" else "commas"
+    separators = "tabs" if table.suffix.lower() == ".tsv" else "commas, semicolons or tabs"
     for argument, names in names_of.items():
         # The only column is a whole line, if other characters separate them.
         near = did_you_mean(names[0], header) if len(header) > 1 else ""

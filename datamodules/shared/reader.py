@@ -5,12 +5,13 @@ prediction recreates it from them, so evaluation and prediction use the same cod
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.shared.files import walk_files
+from datamodules.shared.files import extension_of, skipped_in_words, walk_files
 
 
 class Reader(ABC):
@@ -47,6 +48,16 @@ class Reader(ABC):
         """Iterate lazily over the files in a folder that have one of `extensions` (see
         `walk_files`)."""
         return walk_files(folder, self.extensions)
+
+    def skipped(self, folder: str | Path) -> str | None:
+        """The number and the extensions of the files in a folder that `files` leaves out, in words;
+        `None` if there are none."""
+        others = Counter(
+            extension_of(file)
+            for file in walk_files(folder, ("",))
+            if not file.name.lower().endswith(self.extensions)
+        )
+        return skipped_in_words(others) if others else None
 
     def describe(self) -> dict[str, Any]:
         """The class path and the arguments that recreate this reader, as plain values."""

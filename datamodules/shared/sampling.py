@@ -122,6 +122,24 @@ class SeededDataset(Dataset[Sample], ABC):
         return None
 
 
+def why_no_batch(num_samples: int, batch_size: int, world_size: int) -> str | None:
+    """Why samples do not fill a batch on every process, and what to set; `None` if they do.
+
+    Args:
+        num_samples: Number of training samples.
+        batch_size: Number of samples per batch and process.
+        world_size: Number of processes.
+    """
+    if num_samples >= batch_size * world_size:
+        return None
+    most = num_samples // world_size
+    smaller = f"set --data.batch_size {1 << (most.bit_length() - 1)} or " if most else ""
+    return (
+        f"{num_samples} training samples do not fill one batch: batch_size is {batch_size} on "
+        f"{world_size} process(es); {smaller}use more data"
+    )
+
+
 class EpochSampler(DistributedSampler[SampleKey]):
     """Each process's part of every epoch, as `(epoch, index)`, the same number on every process.
 
@@ -274,7 +292,7 @@ class MixedSampler(EpochSampler):
             if count < size:
                 raise ValueError(
                     f"{count} training samples do not fill one batch, which has {size} of them on "
-                    f"{world_size} process(es): reduce the batch size or use more data"
+                    f"{world_size} process(es): set a smaller --data.batch_size or use more data"
                 )
         self.num_batches = max(n // size for n, size in zip(self.counts, self.sizes, strict=True))
         super().__init__(

@@ -2,6 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.shared.files import composed, is_hidden, list_files, loose_files
+from datamodules.shared.files import (
+    composed,
+    extension_of,
+    is_hidden,
+    list_files,
+    loose_files,
+    skipped_in_words,
+)
 from datamodules.shared.fingerprints import Fingerprint, digest, of_files
 from datamodules.shared.stored import AnyFile
 
@@ -160,19 +168,32 @@ class ClassFolder(NamedTuple):
         _report_loose(folder, tuple(extensions))
         classes = cls(sorted(folders), [], [])
         empty = []
+        others: Counter[str] = Counter()
         for number, name in enumerate(classes.class_names):
-            found = [path for part in folders[name] for path in list_files(part, extensions)]
+            listed = [path for part in folders[name] for path in list_files(part, ("",))]
+            found = [path for path in listed if path.name.lower().endswith(tuple(extensions))]
             if not found:
                 empty.append(str(folder / name))
             classes.paths.extend(found)
             classes.labels.extend([(number,)] * len(found))
+            read = set(found)
+            others.update(extension_of(path) for path in listed if path not in read)
         if empty:
+            also = f" ({folder} has {skipped_in_words(others)})" if others else ""
             raise EmptyClassesError(
                 f"{' and '.join(empty)} {'has' if len(empty) == 1 else 'have'} no files ending in "
-                f"{', '.join(extensions)}",
+                f"{', '.join(extensions)}{also}",
                 classes.paths,
             )
+        if others:
+            _report_skipped(folder, skipped_in_words(others))
         return classes
+
+
+@lru_cache
+def _report_skipped(folder: Path, skipped: str) -> None:
+    """Log, once per process, which files in the folders of classes are not read."""
+    _logger.warning("%s has %s", folder, skipped)
 
 
 @lru_cache

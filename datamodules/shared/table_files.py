@@ -4,11 +4,15 @@ import csv
 import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from datamodules.shared.files import check_file
 from diffmm.checks import DataError
+
+TABLES = (".csv", ".tsv")
+"""Extensions of tables, in lower case."""
 
 
 class TableRow(NamedTuple):
@@ -24,8 +28,21 @@ class TableRow(NamedTuple):
 
 
 def delimiter_of(table: Path) -> str:
-    """The character between the values of a table: a tab in a `.tsv` file, otherwise a comma."""
-    return "\t" if table.suffix.lower() == ".tsv" else ","
+    """The character between the values of a table: a tab in a `.tsv` file. Otherwise a comma,
+    unless the first line has several names only if it is divided at semicolons (which Excel writes
+    in many languages), or only if it is divided at tabs.
+
+    Raises:
+        UnicodeDecodeError: If the first line is not UTF-8.
+    """
+    if table.suffix.lower() == ".tsv":
+        return "\t"
+    several = []
+    for delimiter in (",", ";", "\t"):
+        with table.open(newline="", encoding="utf-8-sig") as file, suppress(csv.Error):
+            if len(next(csv.reader(file, delimiter=delimiter, strict=True), [])) > 1:
+                several.append(delimiter)
+    return several[0] if len(several) == 1 else ","
 
 
 def header_of(table: Path) -> list[str]:
@@ -39,8 +56,14 @@ def header_of(table: Path) -> list[str]:
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             return next(csv.reader(file, delimiter=delimiter_of(table), strict=True), [])
-    except (csv.Error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise _not_utf_8(table, error) from error
+    except csv.Error as error:
         raise DataError(f"table {table} is not a UTF-8 CSV file: {error}") from error
+
+
+def _not_utf_8(table: Path, error: UnicodeDecodeError) -> DataError:
+    return DataError(f"table {table} is not a UTF-8 CSV file: {error}: save it as UTF-8")
 
 
 def read_rows(table: Path, columns: Sequence[str]) -> Iterator[TableRow]:
@@ -79,7 +102,7 @@ def read_rows(table: Path, columns: Sequence[str]) -> Iterator[TableRow]:
                 line = reader.line_num
                 yield TableRow(line, values)
     except UnicodeDecodeError as error:
-        raise DataError(f"table {table} is not a UTF-8 CSV file: {error}") from error
+        raise _not_utf_8(table, error) from error
     except csv.Error as error:
         raise DataError(
             f"table {table} is not a UTF-8 CSV file: {error}, in the row that begins after line "

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from datamodules.shared.files import composed, read_lines
+from datamodules.shared.files import composed, read_lines, why_no_file
 from datamodules.shared.folders import held_out_samples
 from datamodules.shared.sources import Labels, Samples, Source, Splits
 from datamodules.shared.table_files import NamedFiles, read_rows
@@ -20,9 +20,16 @@ SPLIT_NAMES = {
 """Accepted names of each split, as values of a column or as folders."""
 
 
+_SHOWN = 8
+"""Maximum number of faults in a message."""
+_MOST_FILES = 100_000
+"""Maximum number of files whose existence is checked for a message."""
+
+
 class Row(NamedTuple):
     """A row of a table."""
 
+    line: int
     file: Path
     labels: list[str]
     split: str
@@ -32,8 +39,10 @@ class Row(NamedTuple):
 class TableSource(Source[Samples]):
     """CSV files of file names and labels.
 
-    The first line of each file has the column names; other columns are ignored. Labels that differ
-    only in Unicode normalization are the same.
+    The first line of each file has the column names; other columns are ignored. Values are
+    separated by commas, semicolons or tabs (see `delimiter_of`). Labels that differ only in Unicode
+    normalization are the same. A file may be in several rows, of the same label unless the data are
+    multi-label.
     """
 
     def __init__(
@@ -74,6 +83,9 @@ class TableSource(Source[Samples]):
     def splits(self) -> Splits[Samples]:
         tables = {"train": self.train, "val": self.val, "test": self.test}
         rows = {name: self._rows(table) if table else [] for name, table in tables.items()}
+        places = [(path, row) for name, path in tables.items() if path for row in rows[name]]
+        if not self.multi_label and (faults := _wrong_labels(places)):
+            raise ValueError(_listed([*faults, *_missing_files(places)]))
         if self.split_column is not None:
             rows = {name: [row for row in rows["train"] if row.split == name] for name in rows}
             if not rows["train"]:
@@ -88,9 +100,12 @@ class TableSource(Source[Samples]):
         )
         assert train is not None
         if val is None:
-            training, validation = held_out_samples(
-                self.samples, *train, fraction=self.val_fraction, origin=self.train
-            )
+            try:
+                training, validation = held_out_samples(
+                    self.samples, *train, fraction=self.val_fraction, origin=self.train
+                )
+            except ValueError as error:
+                raise ValueError(_listed([*_missing_files(places), str(error)])) from error
         else:
             training, validation = self.samples(*train), self.samples(*val)
         testing = validation if test is None else self.samples(*test)
@@ -156,7 +171,7 @@ class TableSource(Source[Samples]):
                         f"{path}, line {line}: {self.split_column} must be one of "
                         f"{', '.join(splits)}, got {written!r}"
                     )
-            yield Row(files.find(path.parent, file), names, split)
+            yield Row(line, files.find(path.parent, file), names, split)
 
     def _labelled(
         self, table: str, rows: list[Row], class_names: list[str]
@@ -164,7 +179,7 @@ class TableSource(Source[Samples]):
         """The files of a split and their label indices; `None` without rows."""
         numbers = {name: number for number, name in enumerate(class_names)}
         labels = []
-        for file, names, _ in rows:
+        for _, file, names, _ in rows:
             for name in names:
                 if name not in numbers:
                     raise ValueError(
@@ -173,3 +188,43 @@ class TableSource(Source[Samples]):
                     )
             labels.append(tuple(numbers[name] for name in names))
         return ([row.file for row in rows], labels) if rows else None
+
+
+def _wrong_labels(places: Sequence[tuple[str, Row]]) -> list[str]:
+    """The rows of tables that have no label or several, or another one than an earlier row of the
+    same file."""
+    faults = []
+    first: dict[Path, tuple[str, Row]] = {}
+    for table, row in places:
+        place = f"{table}, line {row.line}"
+        if not row.labels:
+            faults.append(f"{place}: the label is missing")
+        elif len(row.labels) > 1:
+            faults.append(
+                f"{place}: {row.file} has {len(row.labels)} labels, but exactly one is required, "
+                f"unless the data are multi-label"
+            )
+        else:
+            earlier, other = first.setdefault(row.file, (table, row))
+            if other.labels != row.labels:
+                faults.append(
+                    f"{row.file} is {other.labels[0]!r} in {earlier}, line {other.line}, and "
+                    f"{row.labels[0]!r} in {table}, line {row.line}: keep one of these lines"
+                )
+    return faults
+
+
+def _missing_files(places: Sequence[tuple[str, Row]]) -> list[str]:
+    """The rows of tables whose files cannot be used."""
+    return [
+        f"{table}, line {row.line}: {row.file} {fault}"
+        for table, row in places[:_MOST_FILES]
+        if (fault := why_no_file(row.file))
+    ]
+
+
+def _listed(faults: Sequence[str]) -> str:
+    """The first faults in one line, and how many more there are."""
+    left = len(faults) - _SHOWN
+    more = [f"and {left:,} more"] if left > 0 else []
+    return "; ".join([*faults[:_SHOWN], *more])

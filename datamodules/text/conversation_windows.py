@@ -4,6 +4,7 @@ import json
 import logging
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,15 +78,21 @@ def tokenize(
             )
         )
     if num_cut or num_empty:
-        _logger.warning(
-            "of %d conversations, %d are longer than sequence_length=%d and are cut, and %d "
-            "are left out, because they have no answer in the rest",
-            len(conversations),
-            num_cut,
-            sequence_length,
-            num_empty,
-        )
+        _report(len(conversations), num_cut, num_empty, sequence_length)
     return found
+
+
+@lru_cache
+def _report(num_all: int, num_cut: int, num_empty: int, sequence_length: int) -> None:
+    """Log, once per process, how many conversations are cut and left out."""
+    _logger.warning(
+        "of %d conversations, %d are longer than sequence_length=%d and are cut, and %d "
+        "are left out, because they have no answer in the rest",
+        num_all,
+        num_cut,
+        sequence_length,
+        num_empty,
+    )
 
 
 class ConversationWindows(SeededDataset[dict[str, Tensor]]):

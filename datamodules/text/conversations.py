@@ -100,7 +100,21 @@ class ConversationData(SeededDataModule):
             FileNotFoundError: If the path does not exist.
             ValueError: If it has no conversations.
         """
-        return own_conversations(path)
+        return own_conversations(path, given, cls._num_training_samples)
+
+    @classmethod
+    def _num_training_samples(cls, arguments: Mapping[str, Any]) -> int:
+        """The number of training samples with these arguments, in which sources are nodes of a
+        recipe."""
+        made = {
+            name: Conversations(**node["init_args"])
+            for name in ("source", "validation_source")
+            if (node := arguments.get(name)) is not None
+        }
+        plain = {name: value for name, value in arguments.items() if name != "bad_samples"}
+        data = cls(**{**plain, **made})
+        data.setup()
+        return len(data.windows("training"))
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -185,7 +199,7 @@ class ConversationData(SeededDataModule):
                 f"{len(conversations):,} conversations, {total:,} tokens, {answers:,} of them in "
                 f"answers, {len(windows):,} samples of {self.sequence_length} tokens"
             )
-        return Examined(lines, [], [])
+        return Examined(lines, self.why_no_batch(len(self.windows("training"))), [])
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Samples of the training conversations, shuffled."""

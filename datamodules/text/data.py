@@ -148,8 +148,10 @@ class TextData(SeededDataModule):
                 f"validation_fraction and test_fraction must be at least 0 and their sum below 1, "
                 f"got {validation_fraction} and {test_fraction}"
             )
-        if split_by == "position" and _streams(source):
-            raise ValueError(f"split_by position needs all tokens, but {source!r} is streamed")
+        if split_by == "position" and source is not None and _streams(source):
+            raise ValueError(
+                f"split_by position needs all tokens, but {source.place()} is streamed"
+            )
         self.source: Corpus = source or StandardLibrary()
         self.own_sources = {"validation": validation_source, "test": test_source}
         self.tokenizer_name = tokenizer
@@ -168,9 +170,10 @@ class TextData(SeededDataModule):
         self._opened: dict[Corpus, Shards] = {}
         self._stream: StreamLoader | None = None
         for corpus in (self.source, validation_source, test_source):
-            if cache_dir is not None and _streams(corpus):
+            if cache_dir is not None and corpus is not None and _streams(corpus):
                 raise ValueError(
-                    f"cache_dir stores tokenized text, but {corpus!r} is streamed: leave it out"
+                    f"cache_dir stores tokenized text, but {corpus.place()} is streamed: leave it "
+                    f"out"
                 )
 
     @classmethod
@@ -186,7 +189,23 @@ class TextData(SeededDataModule):
             FileNotFoundError: If the path does not exist.
             ValueError: If it has no text.
         """
-        return own_texts(path, given)
+        return own_texts(path, given, cls._num_training_samples)
+
+    @classmethod
+    def _num_training_samples(cls, arguments: Mapping[str, Any]) -> int:
+        """The number of training samples with these arguments, in which sources are nodes of a
+        recipe."""
+        classes = {"TextFolder": TextFolder, "HuggingFaceText": HuggingFaceText}
+        made = {
+            name: classes[node["class_path"].rpartition(".")[2]](**node["init_args"])
+            for name in ("source", "validation_source", "test_source")
+            if (node := arguments.get(name)) is not None
+        }
+        # A cache is for the run; its way of handling bad samples changes few of these.
+        plain = {k: v for k, v in arguments.items() if k not in ("cache_dir", "bad_samples")}
+        dataset = cls(**{**plain, **made})._dataset("training")
+        assert isinstance(dataset, TextWindows)
+        return len(dataset)
 
     @cached_property
     def evaluation_reader(self) -> TextReader:
@@ -242,6 +261,7 @@ class TextData(SeededDataModule):
             FileNotFoundError, ValueError: As `setup`.
         """
         lines = {}
+        faults = []
         for split in ("training", "validation", "test"):
             corpus, low, high = self._share(split)
             dataset = self._dataset(split)
@@ -253,10 +273,12 @@ class TextData(SeededDataModule):
                     f"{len(documents):,} documents, {int(documents.lengths.sum()):,} tokens, "
                     f"{len(dataset):,} windows"
                 )
+                if split == "training":
+                    faults += self.why_no_batch(len(dataset))
             elif dataset is not None:
                 windows = list(islice(iter(dataset), limit))
                 lines[split] = f"streamed: the first {len(windows)} windows can be read"
-        return Examined(lines, [], [])
+        return Examined(lines, faults, [])
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Packed or padded windows of the training documents, shuffled."""
@@ -310,7 +332,8 @@ class TextData(SeededDataModule):
         if not len(windows):
             way_out = "split_by: position, " if self.split_by == "key" else ""
             raise ValueError(
-                f"the {split} split is empty: {corpus!r} has {len(documents)} documents with text; "
+                f"the {split} split is empty: {corpus.place()} has {len(documents)} "
+                f"documents with text; "
                 f"use more documents (a separator splits files into several), {way_out}"
                 f"other fractions, or a validation_source and a test_source"
             )
@@ -329,8 +352,8 @@ class TextData(SeededDataModule):
         trainer: Any = self.trainer
         if trainer is not None and trainer.overfit_batches and trainer.state.fn == "fit":
             raise ValueError(
-                f"overfit_batches repeats the first batches, which a stream cannot do: set "
-                f"--data.source.streaming false for {source!r}"
+                "overfit_batches repeats the first batches, which a stream cannot do: set "
+                "--data.source.streaming false"
             )
         shards = self._shards(source)
         # Evaluation does not depend on the number of processes and workers.
@@ -438,5 +461,5 @@ class TextData(SeededDataModule):
         return path
 
 
-def _streams(corpus: Corpus | None) -> bool:
+def _streams(corpus: Corpus) -> bool:
     return isinstance(corpus, HuggingFaceText) and corpus.streaming

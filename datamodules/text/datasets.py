@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from datamodules.shared.bad_samples import BadSampleError
+from datamodules.shared.folders import shown
 from datamodules.text.sources import TextSource, without_mark
 from datamodules.text.token_documents import Document
 from diffmm.checks import DataError
@@ -76,6 +77,12 @@ class HuggingFaceText(TextSource):
 
     def state(self) -> str:
         return self._load()._fingerprint
+
+    def place(self) -> str:
+        if self.data_files is None:
+            config = "" if self.config is None else f" ({self.config})"
+            return f"split {self.split!r} of dataset {self.name!r}{config}"
+        return shown([self.data_files] if isinstance(self.data_files, str) else self.data_files, 3)
 
     def builder(self) -> Any:
         """The library's builder of the dataset, which describes it without reading it.
@@ -150,7 +157,7 @@ class HuggingFaceText(TextSource):
         except Exception as error:  # of the hub, the network or a parser
             cause = error.__cause__ or error  # the library wraps errors of parsers
             raise BadSampleError(
-                f"the datasets library cannot load {self!r}: {type(cause).__name__}: {cause}"
+                f"the datasets library cannot load {self.place()}: {type(cause).__name__}: {cause}"
             ) from error
 
     def _documents(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Document]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from datamodules.shared.bad_samples import BadSampleError, BadSamples, Triage
 from datamodules.shared.files import composed, glob_files, why_no_file
+from datamodules.shared.folders import shown
 from datamodules.text.token_documents import Document, TokenDocuments, key_number, tokenize
 from datamodules.text.token_files import read_token_files
 from diffmm.checks import DataError
@@ -28,6 +29,10 @@ class Corpus(ABC):
     @abstractmethod
     def load(self, tokenizer: Tokenizer) -> TokenDocuments:
         """Load all documents as tokens."""
+
+    def place(self) -> str:
+        """Where the texts are, for messages: a folder, files, or a dataset."""
+        return type(self).__name__
 
     def __repr__(self) -> str:
         arguments = ", ".join(
@@ -106,6 +111,9 @@ class StandardLibrary(TextSource):
     def state(self) -> str:
         return sys.version
 
+    def place(self) -> str:
+        return "the standard library"
+
 
 class TextFolder(TextSource):
     """The text files of a folder, one document per file.
@@ -114,8 +122,8 @@ class TextFolder(TextSource):
 
     Args:
         root: Path of the folder.
-        pattern: Pattern of the files, as in `pathlib`; `**/` includes subfolders. Hidden files and
-            folders are skipped.
+        pattern: Pattern of the files, as in `pathlib`, or several patterns; `**/` includes
+            subfolders. Hidden files and folders are skipped.
         separator: A string at which each file is split into documents; None makes each file one
             document.
         encoding: Text encoding of the files.
@@ -129,7 +137,7 @@ class TextFolder(TextSource):
     def __init__(
         self,
         root: str,
-        pattern: str = "**/*.txt",
+        pattern: str | list[str] = "**/*.txt",
         separator: str | None = None,
         encoding: str = "utf-8",
     ) -> None:
@@ -179,6 +187,10 @@ class TextFolder(TextSource):
         stats = [(str(file), None if why_no_file(file) else file.stat()) for file in self._files()]
         return repr([(name, stat and (stat.st_size, stat.st_mtime_ns)) for name, stat in stats])
 
+    def place(self) -> str:
+        patterns = [self.pattern] if isinstance(self.pattern, str) else self.pattern
+        return f"{self.root} ({', '.join(patterns)})"
+
     def _files(self) -> list[Path]:
         folder = Path(self.root)
         if folder.exists() and not folder.is_dir():
@@ -188,9 +200,11 @@ class TextFolder(TextSource):
             )
         if not folder.is_dir():
             raise FileNotFoundError(f"text folder {self.root} does not exist")
-        files = glob_files(folder, self.pattern)
+        patterns = [self.pattern] if isinstance(self.pattern, str) else self.pattern
+        files = sorted({file for pattern in patterns for file in glob_files(folder, pattern)})
         if not files:
-            raise FileNotFoundError(f"no file in {self.root} matches {self.pattern!r}")
+            listed = " or ".join(map(repr, patterns))
+            raise FileNotFoundError(f"no file in {self.root} matches {listed}")
         return files
 
 
@@ -213,6 +227,9 @@ class TokenFiles(Corpus):
 
     def load(self, tokenizer: Tokenizer) -> TokenDocuments:
         return read_token_files(self.paths, tokenizer, self.triage)
+
+    def place(self) -> str:
+        return shown(self.paths, 3)
 
 
 def without_mark(text: str) -> str:

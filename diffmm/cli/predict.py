@@ -175,7 +175,16 @@ def predict_files(
         print(f"{output}: {count:,} predictions")
     if unreadable.count:
         warn(f"{unreadable.count:,} files could not be read and were skipped")
+    report_skipped(trained, paths)
     return 0
+
+
+def report_skipped(trained: "TrainedModel", paths: Sequence[str]) -> None:
+    """Warn of files in the folders that are left out because of their extension."""
+    reader: Any = trained.reader
+    for path in paths:
+        if Path(path).is_dir() and (skipped := reader.skipped(path)):
+            warn(f"{path} has {skipped}: only {', '.join(reader.extensions)} are read")
 
 
 class Unreadable:

@@ -18,8 +18,12 @@ from diffmm.recipes.trust import why_untrusted
 
 Place = tuple[str | int, ...]
 
-LOCATIONS = ("train", "val", "test", "root")
-"""Arguments of the recipe's own source that locate its data; they do not apply to the user's."""
+LOCATIONS = (
+    *("train", "val", "test", "root", "data_files"),
+    *("pattern", "separator", "encoding", "document_start", "streaming"),
+)
+"""Arguments of the recipe's own source that locate its data and say how its texts are read; they do
+not apply to the user's."""
 
 INPUT_SIZE = ("image_size",)
 """Settings of image models; their number of channels is a setting of the same node."""

@@ -1,10 +1,12 @@
 """`--data PATH`: a recipe on the user's own folder or table."""
 
+import gzip
 import json
 import re
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import soundfile
 import yaml
@@ -12,6 +14,7 @@ from PIL import Image
 
 from datamodules.image.own_data import OWN_TRANSFORM
 from datamodules.image.transform import ImageTransform
+from datamodules.text import TextFolder
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError
 from diffmm.recipes.own_data import on_own_data
@@ -152,6 +155,16 @@ def test_a_table_by_the_names_of_its_columns(photos):
     assert "10 images of 2 classes (a, b): 6 for training, 4 for validation" in lines[0]
 
 
+@pytest.mark.parametrize(("name", "mark"), [("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t")])
+def test_tables_of_semicolons_and_tabs(run, photos, name, mark):
+    table = photos.parent / name
+    rows = [mark.join((f"photos/hund/bild {n}.png", "ab"[n % 2])) for n in range(10)]
+    table.write_text("\n".join([mark.join(("File", "Label")), *rows]) + "\n", "utf-8-sig")
+    result = run("check", "image/digits_tiny", "--data", table, *SMALL)
+    assert result.code == 0, result.err
+    assert "10 images of 2 classes (a, b)" in result.out
+
+
 def test_settings_of_the_command_line_win(photos):
     given = ("--vars.num_classes", "7", "--data.source.val_fraction", "0.3")
     values, lines = own("image/finetune", photos, *given)
@@ -228,11 +241,12 @@ def test_texts(run, tmp_path):
     texts.mkdir()
     for number in range(3):
         (texts / f"größe {number}.TXT").write_text(f"Text number {number}. " * 60)
-    (texts / "notes.md").write_text("left out")
+    (texts / "notes.log").write_text("left out")
     command = ("fit", "--config", "text/stdlib_tiny", "--data", texts, "--name", "a", *QUICK)
     result = run(*command, "--vars.sequence_length", "16", "--data.batch_size", "2")
     assert result.code == 0, result.err
-    assert f"data: {texts} has 3 texts (.txt, 2.637 KiB), and other files" in result.out
+    said = f"data: {texts} has 3 texts (.txt, 2.637 KiB), and 1 other file that is skipped (.log); "
+    assert f"{said}--data.source.pattern '**/*.log' reads those instead" in result.out
     values, _ = own("text/finetune", texts)
     assert source(values)["init_args"] == {"root": str(texts), "pattern": "**/*.[tT][xX][tT]"}
     assert values["data"]["init_args"]["split_by"] == "position"
@@ -257,6 +271,144 @@ def test_texts_in_rows_and_in_splits(tmp_path):
     assert "for train" in lines[0]
 
 
+def write_texts(folder, **texts):
+    for name, text in texts.items():
+        stem, _, ending = name.partition("_")
+        (folder / (f"{stem}.{ending}" if ending else stem)).write_text(text)
+
+
+def test_all_kinds_of_plain_text_in_a_folder_are_read_and_a_pattern_chooses_others(run, tmp_path):
+    long = "A text about something. " * 40
+    write_texts(tmp_path, a_txt="ten bytes.", b_md=long, c_py=long, d_jsonl="{}", LICENSE=long)
+    values, (first, _) = own("text/finetune", tmp_path)
+    pattern = source(values)["init_args"]["pattern"]
+    assert pattern == ["**/*.txt", "**/*.md", "**/*.py"]
+    documents = TextFolder(**source(values)["init_args"]).documents()
+    assert [document.key for document in documents] == ["a.txt", "b.md", "c.py"]
+    assert f"{tmp_path} has 3 texts (.txt, .md, .py, 1.885 KiB), and 2 other files that " in first
+    assert "skipped (no extension, .jsonl); --data.source.pattern '**/*' reads all files;" in first
+    chosen = ("--data.source.pattern", "**/*.py")
+    values, (first, _) = own("text/finetune", tmp_path, *chosen)
+    assert source(values)["init_args"]["pattern"] == "**/*.py"
+    assert f"{tmp_path} has 1 text (.py, 960 bytes), and 4 other files that are skipped" in first
+    result = run("check", "text/finetune", "--data", tmp_path, *chosen)
+    assert result.code == 0, result.err
+    assert "training     1 documents, 865 tokens" in result.out
+
+
+def test_a_folder_of_unknown_extensions_gets_advice_that_can_be_copied(tmp_path):
+    write_texts(tmp_path, a_log="A line. " * 90, b_log="Another line. " * 90, c_gz="packed")
+    with pytest.raises(InputError, match=r"3 others: \.log, \.gz\).*pattern '\*\*/\*\.log'$"):
+        own("text/finetune", tmp_path)
+    _, (first, *_) = own("text/finetune", tmp_path, "--data.source.pattern", "**/*.log")
+    assert "has 2 texts (.log, 1.934 KiB)" in first
+    with pytest.raises(InputError, match=r"no file in \S* matches '\*\.rst'"):
+        own("text/finetune", tmp_path, "--data.source.pattern", "*.rst")
+    with pytest.raises(InputError, match="is a file: --data.source.pattern is for a folder"):
+        own("text/finetune", tmp_path / "a.log", "--data.source.pattern", "*.rst")
+
+
+@pytest.mark.parametrize("name", ["a.log", "a.txt.gz", "a.parquet.gz"])
+def test_a_text_file_that_is_not_read_says_what_to_do(tmp_path, name):
+    (tmp_path / name).write_text("text")
+    advice = "unpack them" if name.endswith(".gz") else "rename it so that it ends in .txt"
+    with pytest.raises(InputError, match=advice):
+        own("text/finetune", tmp_path / name)
+
+
+def write_rows(file, texts):
+    """Write a table of texts in the format of the file's extension."""
+    rows = [json.dumps({"text": text}) for text in texts]
+    if file.name == "list.json":
+        file.write_text(f"[{', '.join(rows)}]")
+    elif file.suffix == ".parquet":
+        pandas.DataFrame({"text": texts}).to_parquet(file)
+    elif file.suffix == ".csv":
+        pandas.DataFrame({"text": texts}).to_csv(file, index=False)
+    elif file.suffix == ".gz":
+        file.write_bytes(gzip.compress("\n".join(rows).encode()))
+    else:
+        file.write_text("\n".join(rows), "utf-8-sig" if file.stem == "marked" else "utf-8")
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "marked.jsonl", "list.json", "a.parquet", "a.csv", "a.jsonl.gz"]
+)
+def test_the_few_texts_of_a_table_are_split_by_position(run, tmp_path, name):
+    file = tmp_path / name
+    write_rows(file, [f"Text {number}. " * 200 for number in range(3)])
+    result = run("check", "text/finetune", "--data", file)
+    assert result.code == 0, result.err
+    ending = name.partition(".")[2]
+    assert f"data: {file} has 3 texts (.{ending}, " in result.out
+    assert "validation and test use the end of them" in result.out
+    assert "validation   1 documents" in result.out
+    write_rows(file, [f"Text {number}." for number in range(120)])
+    values, (first, *_) = own("text/finetune", file)
+    assert "split_by" not in values["data"]["init_args"]
+    assert "has at least 100 texts" in first
+
+
+def test_few_texts_can_be_streamed_if_that_is_asked_for(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [f"Text {number}." for number in range(3)])
+    streaming = ("--data.source.streaming", "true")
+    values, _ = own("text/finetune", tmp_path / "a.jsonl", *streaming)
+    assert "split_by" not in values["data"]["init_args"]
+    # That the recipe streams its own data does not matter.
+    assert "streaming: true" in find_recipe("text/fineweb_edu_350m").read_text()
+    values, _ = own("text/fineweb_edu_350m", tmp_path / "a.jsonl")
+    assert values["data"]["init_args"]["split_by"] == "position"
+
+
+def test_no_message_about_texts_is_code(run, tmp_path):
+    write_rows(tmp_path / "a.jsonl", [f"Text {number}." for number in range(3)])
+    given = ("--data.split_by", "key", "--data.validation_fraction", "0.000001")
+    (mistake,) = run("check", "text/finetune", "--data", tmp_path / "a.jsonl", *given).mistakes
+    said = f"the validation split is empty: {tmp_path / 'a.jsonl'} has 3 documents with text; use"
+    assert mistake.startswith(said)
+    (tmp_path / "b.jsonl").write_text("{no json")
+    (mistake,) = run("check", "text/finetune", "--data", tmp_path / "b.jsonl").mistakes
+    assert mistake.startswith(f"the datasets library cannot load {tmp_path / 'b.jsonl'}: ")
+
+
+def talks(count):
+    for number in range(count):
+        messages = [
+            {"role": "user", "content": f"What is {number}?"},
+            {"role": "assistant", "content": "A number. " * 30},
+        ]
+        yield json.dumps({"messages": messages})
+
+
+@pytest.mark.parametrize("recipe", ["text/finetune", "text/instruct"])
+def test_a_batch_has_at_most_as_many_samples_as_there_are(run, tmp_path, recipe):
+    if recipe == "text/finetune":
+        data, count, size = tmp_path / "a.py", 11, 8
+        data.write_text("x = 1\n" * 1100)
+    else:
+        data, count, size = tmp_path / "a.jsonl", 6, 4
+        data.write_text("\n".join(talks(8)))
+    short = ("--vars.sequence_length", "512", "--data.validation_fraction", "0.1")
+    result = run("check", recipe, "--data", data, *short)
+    assert result.code == 0, result.err
+    assert f"data.batch_size {size}" in result.out
+    (mistake,) = run("check", recipe, "--data", data, *short, "--data.batch_size", "32").mistakes
+    assert mistake == (
+        f"{count} training samples do not fill one batch: batch_size is 32 on 1 process(es); set "
+        f"--data.batch_size {size} or use more data"
+    )
+    values, lines = own(recipe, data, *short, "--vars.sequence_length", "16")
+    assert "batch_size" not in str(lines)
+    assert values["data"]["init_args"]["batch_size"] > size
+
+
+def test_check_reports_that_images_do_not_fill_a_batch(run, photos):
+    given = ("--vars.image_size", "8", "--data.batch_size", "32")
+    (mistake,) = run("check", "image/digits_tiny", "--data", photos, *given).mistakes
+    assert mistake.startswith("27 training samples do not fill one batch: batch_size is 32 on 1 ")
+    assert advised(mistake, "batch_size") == ["--data.batch_size", "16"]
+
+
 def odd(kind, folder):
     """Create data of the given kind, and return its path."""
     if kind == "one class":
@@ -276,8 +428,8 @@ def odd(kind, folder):
     elif kind == "one file":
         write_images(folder / "photos", 1)
         return folder / "photos" / "bild 0.png"
-    elif kind == "semicolons":
-        (folder / "a.csv").write_text("file;label\na.png;b\n")
+    elif kind == "semicolons and commas":
+        (folder / "a.csv").write_text("file;label,x\na.png;b\n")
         return folder / "a.csv"
     elif kind == "a reference":
         folder = folder / "${vars.seed}"
@@ -294,7 +446,7 @@ def odd(kind, folder):
         ("class in val alone", "has classes that"),
         ("val twice", "has both val and valid: rename one of them"),
         ("one file", "is a single file: use a folder with one folder of images per class, or a"),
-        ("semicolons", "needs a column 'file' (or path, filename"),
+        ("semicolons and commas", "needs a column 'file' (or path, filename"),
         ("a reference", "the name contains ${, which recipes use for references"),
         ("nothing", "has no folders and no images"),
     ],

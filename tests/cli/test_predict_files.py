@@ -72,6 +72,14 @@ def rows_of(path: Path) -> list[dict]:
     return [{k: float(v) if "score" in k else v for k, v in row.items()} for row in rows]
 
 
+def test_files_that_a_folder_search_skips_are_counted(run, weights, pictures):
+    (pictures / "c" / "e.avif").write_text("another format")
+    result = run("predict", weights, pictures, "--output", "out.csv")
+    assert result.code == 0, result.err
+    assert "pictures has 2 other files that are skipped (.avif, .txt): only .jpg, " in result.err
+    assert run("predict", weights, pictures / "a.PNG").err.count("skipped") == 0
+
+
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
 def test_rows_are_file_label_score_and_the_next(run, weights, pictures, ending):
     result = run("predict", weights, pictures, "--output", f"out{ending}", "--top-k", "2")
@@ -188,7 +196,7 @@ def test_bad_files_can_be_skipped(run, weights, pictures):
     assert result.code == 0, result.err
     assert [row["file"] for row in rows_of(Path("out.csv"))] == FILES
     warnings = result.err.splitlines()
-    assert len(warnings) == 3
+    assert len(warnings) == 4
     assert warnings[0].startswith("diffmm: warning: pictures/c/e.png cannot be decoded")
     assert warnings[1].startswith("diffmm: warning: pictures/pipe.png is a named pipe")
     assert warnings[2] == "diffmm: warning: 2 files could not be read and were skipped"

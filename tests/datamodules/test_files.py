@@ -12,15 +12,28 @@ from PIL import Image
 
 from datamodules.audio.augment import AudioAugment, Augmenter
 from datamodules.audio.clips import FileClips
+from datamodules.audio.evaluation import AudioReader
+from datamodules.audio.own_data import own_sounds
 from datamodules.audio.sources import SoundFolder, SoundTable, SpeechCommands
+from datamodules.image.files import EXTENSIONS as IMAGE_EXTENSIONS
+from datamodules.image.files import read_image
+from datamodules.image.reader import ImageReader
 from datamodules.image.sources import FileImages, ImageFolder
 from datamodules.shared.bad_samples import BadSampleError, BadSamples, Triage
-from datamodules.shared.files import check_file, glob_files, list_files, read_lines, why_no_file
+from datamodules.shared.files import (
+    check_file,
+    glob_files,
+    list_files,
+    read_lines,
+    walk_files,
+    why_no_file,
+)
 from datamodules.text.data import StandardLibrary, TextFolder, TokenFiles, write_token_file
 from diffmm.tokenizers import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("within_a_minute")
 
+NOISE = np.random.default_rng(0).uniform(-0.5, 0.5, 8000)
 BYTES = load_tokenizer("bytes")
 ACCENTED = "café"
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, ACCENTED) for form in ("NFC", "NFD"))
@@ -55,6 +68,47 @@ def tree(tmp_path: Path):
         return folder
 
     return build
+
+
+@pytest.mark.parametrize("name", ["__MACOSX", "Thumbs.db", "desktop.ini"])
+def test_what_systems_add_is_no_data(tree, name) -> None:
+    folder = tree(".wav")
+    write(folder / name / "0.wav")
+    write(folder / "a" / name / "1.wav")
+    assert SoundFolder(str(folder)).splits().class_names == ["a", "b"]
+    assert len(list_files(folder, ("",))) == len(list(walk_files(folder, ("",)))) == 4
+    assert not [path for path in glob_files(folder, "**/*") if name in path.parts]
+    assert "2 classes (a, b)" in own_sounds(str(folder), {}, inputs_may_change=True).summary
+
+
+def test_sounds_of_all_formats_are_found_in_folders_and_others_are_counted(tmp_path, caplog):
+    for name in ("0.wav", "1.MP3", "2.ogg", "3.flac", "4.opus"):
+        for label in "ab":
+            path = tmp_path / label / name
+            path.parent.mkdir(exist_ok=True)
+            subtype = "OPUS" if path.suffix == ".opus" else None
+            format = "OGG" if path.suffix == ".opus" else path.suffix[1:].upper()
+            soundfile.write(path, NOISE, 8000, subtype, format=format)
+    for name in ("a/5.m4a", "b/5.m4a", "b/notes.txt", "b/LICENSE"):
+        write(tmp_path / name)
+    splits = SoundFolder(str(tmp_path)).splits()
+    assert len(splits.train.labels) + len(splits.val.labels) == 10
+    said = f"{tmp_path} has 4 other files that are skipped (.m4a, no extension, .txt)"
+    assert [record.message for record in caplog.records] == [said]
+    reader = AudioReader(sample_rate_hz=8000)
+    assert len(list(reader.files(tmp_path))) == 10
+    assert reader.skipped(tmp_path) == said.partition(" has ")[2]
+    (tmp_path / "c").mkdir()
+    write(tmp_path / "c" / "0.m4a")
+    with pytest.raises(ValueError, match=r"c has no files ending in .* 5 other files .*\.m4a"):
+        SoundFolder(str(tmp_path)).splits()
+
+
+@pytest.mark.parametrize("extension", IMAGE_EXTENSIONS)
+def test_images_of_all_extensions_are_found_and_read(tmp_path, extension) -> None:
+    Image.new("1" if extension == ".pbm" else "L", (4, 4)).save(tmp_path / f"0{extension}")
+    (file,) = list_files(tmp_path, ImageReader.extensions)
+    assert read_image(file).size == (4, 4)
 
 
 def names(paths, folder: Path) -> list[str]:

@@ -240,3 +240,8 @@ def test_settings_that_do_not_fit_are_refused(settings, message):
 def test_too_few_samples_for_a_batch():
     with pytest.raises(ValueError, match="8 training samples do not fill one batch, which has 10"):
         made(batch_size=20).train_dataloader()
+    assert made(batch_size=20).examine(2).faults == [
+        "8 sounds for training do not fill one batch, which has 10 of them: set a smaller "
+        "--data.batch_size or use more data"
+    ]
+    assert not made(batch_size=8).examine(2).faults

@@ -1,6 +1,7 @@
 """Tables as people write them have their right rows, or are refused by line."""
 
 import os
+import re
 import unicodedata
 
 import pytest
@@ -22,6 +23,11 @@ AS_WRITTEN = {
     "without an end": PLAIN.rstrip("\n").encode(),
     "blank lines": PLAIN.replace("\n0", "\n\n\n0").encode() + b"\n\n",
     "other columns": PLAIN.replace("file,text", "file,text,file 2,file 2").encode(),
+    "semicolons": PLAIN.replace(",text", ";text").replace("g,", "g;").encode(),
+    "tabs": PLAIN.replace(",text", "\ttext").replace("g,", "g\t").encode(),
+    "semicolons and quotes": PLAIN.replace("file,text", '"file";"text"')
+    .replace("g,", "g;")
+    .encode(),
     "empty fields at the end": PLAIN.replace("a dog", "a dog,,").encode(),
 }
 
@@ -52,10 +58,17 @@ BAD = {
     ),
     "quoted within": ('file,text\n0.png,"a" b\n', r" .*expected after .*begins after line 1: put"),
     "unquoted": ("file,text\n0.png,a, b\n", r", line 2 has more fields than the first line: put"),
-    "another encoding": ("file,text\n0.png,\udce9\n", r" is not a UTF-8 CSV file: "),
+    "another encoding": (
+        "file,text\n0.png,\udce9\n",
+        r" is not a UTF-8 CSV file: .*: save it as UTF-8$",
+    ),
+    "another encoding of names": (
+        "file,text,gr\udcf6\udcdfe\n0.png,a,1\n",
+        r" is not a UTF-8 CSV file: .*: save it as UTF-8$",
+    ),
     "header alone": ("file,text\n", " has no rows"),
     "nothing": ("", r" has no column 'file', only nothing"),
-    "semicolons": ("file;text\n0.png;a\n", " has no column 'file', only file;text"),
+    "semicolons and commas": ("file;text,a\n0.png;a\n", " has no column 'file', only file;text, a"),
 }
 
 
@@ -74,7 +87,11 @@ def test_what_would_be_read_wrongly_is_refused(name, tmp_path):
 def test_the_separator_of_a_table_is_named(tmp_path):
     wanted = {"file_column": ("file",), "text_column": ("text", "caption")}
     for name, header, message in (
-        ("a.csv", ["file;text"], "separated by commas; its first line is 'file;text'; for another"),
+        (
+            "a.csv",
+            ["file.text"],
+            "separated by commas, semicolons or tabs; its first line is 'file",
+        ),
         ("a.tsv", ["file,text"], "separated by tabs; its first line is 'file,text'; for another"),
         ("a.csv", ["fille", "text"], "is 'fille, text'; did you mean 'fille'.; for another name"),
     ):
@@ -89,6 +106,49 @@ def photos(tmp_path):
     for number in range(4):
         Image.new("RGB", (4, 4)).save(folder / f"{number}.png")
     return folder
+
+
+def write_table(folder, *rows):
+    (folder / "a.csv").write_text("\n".join(["file,label", *rows]) + "\n")
+    return str(folder / "a.csv")
+
+
+def test_one_label_per_file_whatever_the_rows(photos):
+    table = write_table(photos, "0.png,a", "1.png,b", "./0.png,b", "0.png,a", "2.png,b")
+    message = (
+        f"{photos / '0.png'} is 'a' in {table}, line 2, and 'b' in {table}, line 4: keep one of "
+        f"these lines"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ImageTable(table).splits()
+    assert ImageTable(table, multi_label=True).splits().class_names == ["a", "b"]
+    other = photos / "val.csv"
+    other.write_text("file,label\n1.png,a\n")
+    table = write_table(photos, "0.png,a", "1.png,b")
+    with pytest.raises(
+        ValueError, match=r"1.png is 'b' in \S*a.csv, line 3, and 'a' in \S*val.csv"
+    ):
+        ImageTable(table, str(other)).splits()
+
+
+def test_all_faults_of_rows_come_before_what_follows_from_them(photos):
+    table = write_table(photos, "0.png,", "1.png,a", "gone.png,b", "2.png,a;b")
+    message = (
+        f"{table}, line 2: the label is missing; "
+        f"{table}, line 5: {photos / '2.png'} has 2 labels, but exactly one is required, unless "
+        f"the data are multi-label; "
+        f"{table}, line 4: {photos / 'gone.png'} does not exist"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ImageTable(table).splits()
+    table = write_table(photos, "1.png,a", "gone.png,b")
+    with pytest.raises(
+        ValueError, match=r"^\S*, line 3: \S*gone.png does not exist; the val split"
+    ):
+        ImageTable(table).splits()
+    table = write_table(photos, *(f"{number}.png," for number in range(20)))
+    with pytest.raises(ValueError, match=r"line 9: the label is missing; and 28 more$"):
+        ImageTable(table).splits()
 
 
 def test_a_file_of_several_names_is_one_file(photos, monkeypatch):

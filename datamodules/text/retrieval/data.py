@@ -167,7 +167,7 @@ class RetrievalData(SeededDataModule):
                 f"{len(samples):,} samples of {self.sequence_length} tokens, "
                 f"{answers / max(1, len(drawn)):.3g} answer tokens each"
             )
-        return Examined(lines, [], [])
+        return Examined(lines, self.why_no_batch(len(self.samples(TRAIN))), [])
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self.training_loader(self.samples(TRAIN))
