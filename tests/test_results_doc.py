@@ -45,6 +45,7 @@ LABELS = {
     "softmax with a gate": "softmax_gate",
     "diff_grouped with a gate": "diff_grouped_gate",
     "v1, exclusive": "v1_exclusive",
+    "v2, exclusive": "v2_exclusive",
     "v1, shared queries": "v1_shared_q",
     "v1, shared keys": "v1_shared_k",
     "v1, constant lambda": "v1_constant_lambda",
@@ -248,6 +249,8 @@ def test_comparisons_of_ablations_with_v1() -> None:
         ("v1_no_norm", "diff_v1"),
         ("v1_exclusive", "diff_v1"),
         ("v1_exclusive", "softmax_exclusive"),
+        ("v2_exclusive", "diff_v2"),
+        ("v2_exclusive", "softmax_exclusive"),
     ):
         gaps = [found[one].values[seed] - found[other].values[seed] for seed in range(4)]
         width = half_width(gaps)
