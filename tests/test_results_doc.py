@@ -156,6 +156,7 @@ def test_tables_of_upcycled_models_are_those_of_the_runs(heading: str) -> None:
             if run["factor"] == factor
         }
         values[name] = [100 * own[seed]["metric"] for seed in range(3)]
+        assert row["parameters"] == f"{own[0]['parameters']:,}"
         before = statistics.fmean(100 * own[seed]["before"] for seed in range(3))
         assert row["before"] == f"{before:.2f}"
         assert row["after, seeds 0 to 2"] == " ".join(f"{value:.2f}" for value in values[name])
@@ -237,26 +238,62 @@ def test_comparisons_of_text_models_with_each_other() -> None:
     assert f"with every seed, by {-smallest:.2f} nats or more" in text
 
 
-def test_comparisons_of_ablations_with_v1() -> None:
+def gaps_to(one: Line, other: Line) -> str:
+    """The mean and the interval of a difference without its sign, as the text has it."""
+    gaps = [one.values[seed] - other.values[seed] for seed in range(4)]
+    width = half_width(gaps)
+    assert width is not None
+    return f"{abs(statistics.fmean(gaps)):.1f} ± {width:.1f}"
+
+
+def test_comparisons_on_sound_events() -> None:
     found = lines_of("sound_events")
-    (text,) = re.findall(r"\*\*What of v1 helps\.\*\*(.*?)\n\n", DOC, re.S)
-    shown = []
-    for one, other in (
-        ("v1_add", "diff_v1"),
-        ("v1_shared_q", "diff_v1"),
-        ("v1_shared_k", "diff_v1"),
-        ("v1_constant_lambda", "diff_v1"),
-        ("v1_no_norm", "diff_v1"),
-        ("v1_exclusive", "diff_v1"),
-        ("v1_exclusive", "softmax_exclusive"),
-        ("v2_exclusive", "diff_v2"),
-        ("v2_exclusive", "softmax_exclusive"),
-    ):
-        gaps = [found[one].values[seed] - found[other].values[seed] for seed in range(4)]
+    (section,) = re.findall(r"^### Sound events\n(.*?)^### ", DOC, re.M | re.S)
+    text = " ".join(section.split("\n\n**All three")[1].split())
+    pairs = [(name, "softmax_half_heads") for name in DIFFERENTIAL.values()]
+    pairs += [(f"v1_{name}", "diff_v1") for name in ("shared_k", "add", "shared_q")]
+    pairs += [(f"v1_{name}", "diff_v1") for name in ("constant_lambda", "no_norm", "exclusive")]
+    pairs += [("v1_exclusive", "softmax_exclusive"), ("v2_exclusive", "diff_v2")]
+    pairs += [("v2_exclusive", "softmax_exclusive")]
+    shown = [gaps_to(found[one], found[other]) for one, other in pairs]
+    assert re.findall(r"\d+\.\d ± \d+\.\d", text) == shown
+    for one, other in pairs[:3]:
+        assert all(found[one].values[seed] > found[other].values[seed] for seed in range(4))
+    # Only shared keys are clearly worse than v1.
+    clear = [float(gap.split()[0]) > float(gap.split()[2]) for gap in shown[3:8]]
+    assert clear == [True, False, False, False, False]
+    kept = [name for name in found if name.startswith("v1_") and found[name].verdict == "better"]
+    assert sorted(kept) == ["v1_constant_lambda", "v1_exclusive", "v1_no_norm"]
+
+
+def test_limits() -> None:
+    text = " ".join(DOC.split())
+    summary = table_below("Should I use it?")
+    assert f"these {len(summary) * len(DIFFERENTIAL)} intervals" in text
+    clear = {name: sum(row[name].startswith("**") for row in summary) for name in DIFFERENTIAL}
+    worse = [row["clear"] for row in summary if "worse" in row["clear"]]
+    assert clear["v2"] == max(clear["v1"], clear["v2"], clear["grouped"] - len(worse))
+    assert set(worse) == {"grouped worse"}
+
+    def is_clear(task: str, variant: str) -> bool:
+        """Without seed 0, which chooses the rate."""
+        gaps = [gap for seed, gap in lines_of(task)[variant].differences.items() if seed > 0]
         width = half_width(gaps)
         assert width is not None
-        shown.append(f"{abs(statistics.fmean(gaps)):.1f} ± {width:.1f}")
-    assert re.findall(r"\d+\.\d ± \d+\.\d", text) == shown
+        return abs(statistics.fmean(gaps)) > width
+
+    for task in ("text", "sound_events"):
+        assert all(is_clear(task, variant) for variant in DIFFERENTIAL.values())
+    assert is_clear("recall", "diff_grouped")
+    for task in ("fashion_mnist", "many_shot"):
+        assert not any(is_clear(task, variant) for variant in DIFFERENTIAL.values())
+    seconds = {name: line.seconds for name, line in lines_of("text").items()}
+    longer = [
+        f"{100 * (seconds[name] / seconds['softmax'] - 1):.0f} %"
+        for name in ("softmax_exclusive", "diff_v1", "diff_v2")
+    ]
+    assert f"{longer[0]} longer than with softmax if it is exclusive" in text
+    assert f"{longer[1]} with v1, and {longer[2]} with v2" in text
 
 
 def test_equal_time() -> None:
