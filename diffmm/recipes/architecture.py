@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmm.models.description import MODELS, config_class, configured
+from diffmm.models.image import ImageConfig
 from diffmm.models.weights import load_description
 from diffmm.recipes.references import resolve
 from diffmm.recipes.settings import override, parse_overrides
@@ -14,7 +15,9 @@ from diffmm.recipes.settings import override, parse_overrides
 CONFIG = ("model", "init_args", "model", "init_args", "config")
 """Where a recipe has the config of its model."""
 
-OF_THE_TASK = ("num_classes", "image_size", "in_channels", "clip_seconds", "max_length", "causal")
+IMAGE_SIZE = "image_size"
+
+OF_THE_TASK = ("num_classes", IMAGE_SIZE, "clip_seconds", "max_length", "causal")
 """Fields of a config that follow from the data and the task. Weights fit, are resampled, or the
 mistake is reported when they are loaded."""
 
@@ -32,8 +35,9 @@ def with_architecture(
 ) -> str | None:
     """Set the architecture of a recipe's model to that of pretrained weights, in place.
 
-    Settings that `overrides` contain are kept, as are those of the data, the task and the training.
-    A setting that refers to a variable (`attention: ${vars.attention}`) sets the variable.
+    Settings that `overrides` contain are kept, as are those of the data, the task and the training,
+    except for the number of channels. A setting that refers to a variable (`attention:
+    ${vars.attention}`) sets the variable.
 
     Args:
         values: Values of the recipe with the overrides.
@@ -41,8 +45,8 @@ def with_architecture(
         overrides: Overrides of the command line.
 
     Returns:
-        A line that says what was changed; None if nothing was, or if the file does not describe a
-        model of the recipe's kind.
+        A line that says what was changed, and whether images have another size than those of the
+        weights; None if neither, or if the file does not describe a model of the recipe's kind.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -65,6 +69,9 @@ def with_architecture(
     resolved: Any = resolve(values)[0]
     for part in CONFIG:
         resolved = resolved[part]
+    size = resolved.get(IMAGE_SIZE)
+    if size is not None:  # it may be a multiple of the weights' patches alone
+        resolved = {**resolved, IMAGE_SIZE: resolved.get("patch_size", ImageConfig.patch_size)}
     ours = asdict(configured(config_class(class_path), resolved))
     given = {_short(key) for key, _ in parse_overrides(overrides)}
     changed = []
@@ -87,10 +94,21 @@ def with_architecture(
             continue
         override(values, target, value)
         changed.append(f"{name} {value}")
-    if not changed:
-        return None
-    more = f" and {len(changed) - MOST_SHOWN} more" if len(changed) > MOST_SHOWN else ""
-    return f"architecture of the weights: {', '.join(changed[:MOST_SHOWN])}{more}"
+    lines = []
+    if changed:
+        more = f" and {len(changed) - MOST_SHOWN} more" if len(changed) > MOST_SHOWN else ""
+        lines.append(f"architecture of the weights: {', '.join(changed[:MOST_SHOWN])}{more}")
+    if size is not None and _sides(size) != _sides(theirs[IMAGE_SIZE]):
+        lines.append(
+            f"images have {_sides(size)} pixels, those of the weights had "
+            f"{_sides(theirs[IMAGE_SIZE])}: --vars.image_size sets their size"
+        )
+    return "; ".join(lines) or None
+
+
+def _sides(size: Any) -> str:
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return f"{height} x {width}"
 
 
 def _leaves(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[Any, Any]]:

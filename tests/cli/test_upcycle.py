@@ -52,6 +52,18 @@ def test_what_the_recipe_already_has_is_not_mentioned(run, recipe):
     assert "architecture" not in result.out + result.err
 
 
+def test_gray_weights_with_small_patches_in_the_recipe_for_one_s_own_images(run):
+    softmax_weights()
+    command = ("finetune", "--config", "image/finetune", "--weights", "softmax", "--print_config")
+    result = run(*command, "--vars.image_size", "8")  # no multiple of the recipe's patches of 16
+    assert result.code == 0, result.err
+    for setting in ("channels: 1", "patch_size: 2", "image_size: 8"):
+        assert f" {setting}" in result.out
+    assert "images have" not in result.err
+    result = run(*command)
+    assert "images have 224 x 224 pixels, those of the weights had 8 x 8: --vars" in result.err
+
+
 def test_settings_of_the_command_line_are_kept(run, recipe):
     softmax_weights()
     path = recipe("image/digits_tiny")
@@ -59,7 +71,10 @@ def test_settings_of_the_command_line_are_kept(run, recipe):
     base = ("--model.model.config.backbone.rope_base", "50", "--vars.image_size", "16")
     result = run(*command, *base)
     assert result.code == 0, result.err
-    assert "architecture of the weights: attention softmax\n" in result.err
+    assert (
+        "architecture of the weights: attention softmax; images have 16 x 16 pixels, those of the "
+        "weights had 8 x 8: --vars.image_size sets their size\n"
+    ) in result.err
     assert "rope_base: 50" in result.out
     (mistake,) = run(*command, "--vars.attention", "diff_v1").mistakes
     assert mistake == (
