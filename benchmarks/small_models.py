@@ -153,6 +153,8 @@ def norm_gain(gain: float | None) -> Change:
 
 
 BACKBONE = f"{CONFIG}backbone."
+ROW = frozenset({"task", "attention", "setting", "rate", "seed"})
+"""Names of what every row has."""
 PARTS: dict[str, tuple[tuple[str, ...], Change | None]] = {
     "plain": ((), None),
     "former": (
@@ -387,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     part, parts = map(int, options.part.split("/"))
     path = options.out / "cells.jsonl"
-    done = read(path)
+    done = read(path, ROW)
     data: dict[tuple[str, int], Data] = {}
     for cell in cells[part::parts]:
         if (
@@ -411,7 +413,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(row), flush=True)
         append(path, row)
     if not options.trace:
-        print(table(read(path)))
+        print(table(read(path, ROW)))
 
 
 def batches(cell: Cell, options: argparse.Namespace) -> Data:

@@ -41,6 +41,7 @@ from benchmarks.quality.prepared import Sources, prepare
 from benchmarks.quality.table import draw, lines, markdown, write_csv
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.variants import ALL, SOFTMAX, VARIANTS
+from diffmm.recipes.errors import InputError
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -220,5 +221,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
 
 
+def command() -> None:
+    """`main`, whose interruption and whose errors of files and settings end it with one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: the same command continues with the next cell") from None
+    except (InputError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
 if __name__ == "__main__":
-    main()
+    command()

@@ -8,9 +8,10 @@ models takes longer than running them.
 
 import json
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,9 @@ Watch = Callable[["Run", int, Batch], None]
 Training = Generator[None, None, "Curve"]
 """A training that stops after each step, and ends with its result."""
 Result = TypeVar("Result")
+
+IDENTITY = frozenset({"task", "size", "variant", "seed"})
+"""Names of what every row has."""
 
 WARMUP_STEPS = 3
 """Steps after which all memory is allocated and the optimizer has its state."""
@@ -327,10 +331,16 @@ def append(path: Path, row: Row) -> None:
         file.write(line)
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a file of JSON lines, without lines that were cut off."""
+def read(path: Path, names: Set[str] = IDENTITY) -> list[Row]:
+    """The rows of a file of JSON lines. Lines without the `names`, such as one that was cut off,
+    are left out with a warning."""
     rows = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+    for number, line in enumerate(path.read_text("utf-8").splitlines() if path.exists() else [], 1):
+        row = None
         with suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+            row = json.loads(line)
+        if isinstance(row, dict) and row.keys() >= names:
+            rows.append(row)
+        elif line:
+            print(f"{path}, line {number} is not a complete run: left out", file=sys.stderr)
     return rows

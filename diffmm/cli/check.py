@@ -8,6 +8,8 @@ from diffmm.cli.options import add_data_option, recipe_values
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError, refusing, warn
 from diffmm.recipes.importing import importing
+from diffmm.recipes.lengths import cut_schedule
+from diffmm.recipes.references import resolve
 from diffmm.recipes.trust import add_trust_option
 
 DESCRIPTION = """Build a recipe's model without memory or data, print its size, and report every
@@ -48,6 +50,9 @@ def run(verb: str, arguments: Sequence[str]) -> int:
     RecipeCLI(values, build=False, trust=trust)
     for name, text in report(findings.model, findings.data, values).items():
         print(f"{name:<12} {text}")
+    max_steps = (resolve(values)[0].get("trainer") or {}).get("max_steps")
+    if doubt := cut_schedule(findings.model, max_steps):
+        warn(doubt)
     if options.data or options.read_data:
         read_data(values, findings.model, trust=trust)
     return 0

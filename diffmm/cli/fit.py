@@ -19,7 +19,14 @@ from diffmm.cli.options import (
 from diffmm.recipes.catalog import find_recipe, header
 from diffmm.recipes.errors import InputError, RunFailedError, refusing, warn
 from diffmm.recipes.importing import importing
-from diffmm.recipes.lengths import Longer, epoch_of, lengthened, outlook, step_of
+from diffmm.recipes.lengths import (
+    Longer,
+    cut_schedule,
+    epoch_of,
+    lengthened,
+    outlook,
+    step_of,
+)
 from diffmm.recipes.settings import load, override
 from diffmm.recipes.trust import add_trust_option
 from diffmm.runs.claims import claimed, is_first_process
@@ -272,6 +279,8 @@ def train(
     first_step = step_of(checkpoint)
     epoch = epoch_of(checkpoint)
     line = longer and outlook(cli.model, trainer, longer.schedule, first_step, epoch=epoch)
+    if is_new and trainer.is_global_zero and (doubt := cut_schedule(task, trainer.max_steps)):
+        warn(doubt)
     code, message = 0, ""
     try:
         with (

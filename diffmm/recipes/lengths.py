@@ -94,6 +94,20 @@ def epoch_of(checkpoint: Path | None) -> int:
     return int((manifest or {}).get("epoch", 0))
 
 
+def cut_schedule(task: Any, max_steps: Any) -> str | None:
+    """A warning that a run of `max_steps` ends in the middle of its task's schedule, or None."""
+    schedule = getattr(task, "schedule_config", None)
+    if schedule is None or not isinstance(max_steps, int) or not max_steps > 0:
+        return None
+    if max_steps >= schedule.total_steps or schedule.kind == "constant":
+        return None
+    return (
+        f"trainer.max_steps {max_steps} ends the run before its schedule of "
+        f"{schedule.total_steps} steps: for a shorter schedule, set --vars.steps (or "
+        f"--model.schedule.total_steps) instead"
+    )
+
+
 def outlook(
     task: Any, trainer: Any, schedule: dict[str, Any] | None, step: int, *, epoch: int = 0
 ) -> str:

@@ -144,10 +144,8 @@ class RecipeCLI(SettingsCLI):
             for key, value in values.items()
             if type(value) is int and type(self.config_init.trainer.get(key)) is float
         }
-        callbacks = values.get("callbacks") or []
-        given = [callbacks] if isinstance(callbacks, dict) else callbacks
         more: dict[str, Any] = {} if "callbacks" in values else {"callbacks": None}
-        if not any(each.get("class_path", "").endswith("ModelSummary") for each in given):
+        if "ModelSummary" not in str(values.get("callbacks")):  # of several forms
             more["enable_model_summary"] = values.get("enable_model_summary", False)
         return super().instantiate_trainer(**{**more, **whole, **changes})
 

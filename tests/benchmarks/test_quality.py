@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import struct
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -223,16 +224,48 @@ def test_the_table_shows_every_seed(tmp_path):
         draw(found[:1], tmp_path / "quality.png")
 
 
-def test_a_line_that_was_cut_off_is_run_again(tmp_path):
+def test_a_line_that_was_cut_off_is_run_again(tmp_path, capsys):
     path = tmp_path / "cells.jsonl"
+    rows = [{"task": "digits", "size": "tiny", "variant": "softmax", "seed": n} for n in range(3)]
     assert read(path) == []
-    append(path, {"a": 1})
-    append(path, {"a": 2})
+    append(path, rows[0])
+    append(path, rows[1])
     path.write_bytes(path.read_bytes()[:-3])
-    assert read(path) == [{"a": 1}]
+    assert read(path) == rows[:1]
     # What follows a line that was cut off is on a line of its own.
-    append(path, {"a": 3})
-    assert read(path) == [{"a": 1}, {"a": 3}]
+    append(path, rows[2])
+    capsys.readouterr()
+    assert read(path) == [rows[0], rows[2]]
+    assert capsys.readouterr().err == f"{path}, line 2 is not a complete run: left out\n"
+    for line in ("garbage", '{"task": "digits"}', "[1]"):
+        path.write_text(f"{json.dumps(rows[0])}\n{line}\n")
+        assert read(path) == rows[:1]
+        assert "line 2 is not a complete run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--tasks", "digits", "--variants", "softmax", "--rates", "0"], "error: .*learning_rate"),
+        (["--tasks", "digits", "--out", "FILE/out"], "error: .*FILE"),
+    ],
+)
+def test_mistakes_end_the_command_with_one_line(given, message, tmp_path, monkeypatch):
+    (tmp_path / "FILE").write_text("a file")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["quality", "--size", "tiny", *given])
+    with pytest.raises(SystemExit, match=message):
+        quality.command()
+
+
+def test_a_stopped_command_says_how_to_go_on(tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quality, "fill", stop)
+    monkeypatch.setattr(sys, "argv", ["quality", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="stopped: the same command continues"):
+        quality.command()
 
 
 @pytest.mark.parametrize("task", TASKS)
