@@ -25,7 +25,8 @@ def list_models(filter: str = "") -> list[str]:
     """List the names that `create_model` accepts, those of the shipped recipes, sorted.
 
     Args:
-        filter: A pattern with wildcards, such as `"image/*"`, or a substring of the names.
+        filter: A pattern with wildcards, such as `"image/*"`, or a substring of the names
+            (`"image"` is also one of `image_text/emoji`).
 
     >>> diffmm.list_models("imagenet_vit")
     ['image/imagenet_vit_b', 'image/imagenet_vit_s']

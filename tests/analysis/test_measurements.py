@@ -91,6 +91,9 @@ def test_sections_of_several_runs():
         ["diff_v1", "nothing", "-"],
         ["diff_v1", "attention logits", 8],
     ]
+    again = sections_of([*runs, Analyzed("more", runs[1].measured)])
+    (gradients,) = (each for each in again if each.title == "Gradients at the start")
+    assert {row[0] for row in gradients.summary.rows} == {"all 3 runs"}
     # Both models have the same twins.
     assert {row[0] for row in rows["Gradients at the start"]} == {"diff_v1, diff_v2"}
     names = [figure.name for figure in figures_of(sections)]

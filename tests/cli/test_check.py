@@ -33,6 +33,22 @@ def estimate(name, *overrides, precision="32-true", **settings):
     return estimate_memory(found.model, shapes, precision=precision, **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_cut"),
+    [
+        (["--trainer.max_steps", "150"], True),
+        (["--vars.steps", "150"], False),
+        (["--trainer.max_steps", "150", "--model.schedule.kind", "constant"], False),
+        (["--trainer.max_steps", "-1", "--trainer.max_epochs", "2"], False),
+    ],
+)
+def test_a_run_that_ends_before_its_schedule_is_doubted(run, settings, is_cut):
+    result = run("check", "image/digits_tiny", *settings)
+    assert result.code == 0, result.err
+    doubt = "trainer.max_steps 150 ends the run before its schedule of 450 steps: for a shorter"
+    assert (doubt in result.err) == is_cut
+
+
 def test_reports_size_step_and_memory(run):
     result = run("check", "text/stdlib_tiny", "--trainer.accumulate_grad_batches", "3")
     assert result.code == 0, result.err

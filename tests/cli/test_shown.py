@@ -128,6 +128,7 @@ def test_progress_in_a_pipe_is_lines_and_each_validation_one(run, recipe, monkey
     result = run("fit", "--config", path)
     assert result.code == 0
     assert "TPU" not in result.out + result.err
+    assert "max_steps 4 ends the run before its schedule of" in result.err
     (about,) = (line for line in result.out.splitlines() if line.startswith("model: "))
     assert re.fullmatch(r"model: ImageModel, [\d,]+ parameters", about)
     lines = [line for line in result.out.splitlines() if line.startswith("step ")]

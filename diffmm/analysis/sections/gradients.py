@@ -32,7 +32,8 @@ def gradient_section(runs: Sequence[Analyzed]) -> AnalysisSection:
         else:
             groups.append((run.measured.gradients, [run.name]))
     for number, (gradients, names) in enumerate(groups):
-        name = ", ".join(names)
+        is_all = len(names) == len(runs) > 2
+        name = f"all {len(names)} runs" if is_all else ", ".join(names)
         details += [
             [name, variant, layer.name, module, norm]
             for variant, layers in gradients.items()
