@@ -209,12 +209,18 @@ class PairData(SeededDataModule, Generic[Media]):
         Raises:
             FileNotFoundError, ValueError: As `splits` of the source.
         """
+        found = self.examine_pairs(limit)
+        too_few = self.why_no_batch(len(self.splits.train))
+        return found._replace(faults=[*too_few, *found.faults])
+
+    def examine_pairs(self, limit: int) -> Examined:
+        """`examine`, whatever the batch size."""
         self.setup()
         parts = {"train": self.splits.train, "val": self.splits.val}
         if self.splits.test is not self.splits.val:
             parts["test"] = self.splits.test
         lines: dict[str, str] = {}
-        faults = self.why_no_batch(len(self.splits.train))
+        faults: list[str] = []
         doubts: list[str] = []
         num_read = 0
         for split, pairs in parts.items():

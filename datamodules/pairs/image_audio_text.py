@@ -28,8 +28,6 @@ from datamodules.shared.own_data import OwnData
 from datamodules.shared.sampling import MixedSampler, SampleKey
 from diffmm.batch import PairBatch
 
-"""Extensions of sound files, also of those that are not looked for in folders."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImageAudioTextReader(ImageTextReader, AudioTextReader):
@@ -234,20 +232,19 @@ class ImageAudioTextData(SeededDataModule):
 
     def examine(self, limit: int) -> Examined:
         """Examine both, as `PairData.examine`."""
-        found = {noun: part.examine(limit) for noun, part in self.parts.items()}
+        found = {noun: part.examine_pairs(limit) for noun, part in self.parts.items()}
         lines: dict[str, str] = {}
         for noun, each in found.items():
             for name, text in each.lines.items():
                 text = f"{noun}: {text}" if name == "read" else text
                 lines[name] = f"{lines[name]}; {text}" if name in lines else text
-        faults = [fault for each in found.values() for fault in each.faults]
-        for noun, part in self.parts.items():
-            # The batch of a part is not the one that is set.
-            for fault in part.why_no_batch(num_samples := len(part.splits.train)):
-                faults[faults.index(fault)] = (
-                    f"{num_samples} {noun} for training do not fill one batch, which has "
-                    f"{part.batch_size} of them: set a smaller --data.batch_size or use more data"
-                )
+        faults = [
+            f"{count} {noun} for training do not fill one batch, which has {part.batch_size} of "
+            f"them: set a smaller --data.batch_size or use more data"
+            for noun, part in self.parts.items()
+            if (count := len(part.splits.train)) < part.batch_size * self.world_size
+        ]
+        faults += [fault for each in found.values() for fault in each.faults]
         return Examined(lines, faults, [doubt for each in found.values() for doubt in each.doubts])
 
     def train_dataloader(self) -> DataLoader[Any]:

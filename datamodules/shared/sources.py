@@ -169,15 +169,17 @@ class ClassFolder(NamedTuple):
         classes = cls(sorted(folders), [], [])
         empty = []
         others: Counter[str] = Counter()
+        ends = tuple(extensions)
         for number, name in enumerate(classes.class_names):
             listed = [path for part in folders[name] for path in list_files(part, ("",))]
-            found = [path for path in listed if path.name.lower().endswith(tuple(extensions))]
+            found = [path for path in listed if path.name.lower().endswith(ends)]
             if not found:
                 empty.append(str(folder / name))
             classes.paths.extend(found)
             classes.labels.extend([(number,)] * len(found))
-            read = set(found)
-            others.update(extension_of(path) for path in listed if path not in read)
+            others.update(
+                extension_of(path) for path in listed if not path.name.lower().endswith(ends)
+            )
         if empty:
             also = f" ({folder} has {skipped_in_words(others)})" if others else ""
             raise EmptyClassesError(

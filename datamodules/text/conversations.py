@@ -20,7 +20,7 @@ from datamodules.text.conversation_windows import (
     TokenizedConversation,
     tokenize,
 )
-from datamodules.text.own_data import own_conversations
+from datamodules.text.own_data import made_of, own_conversations
 from datamodules.text.reader import TextReader, within
 from datamodules.text.token_documents import in_split
 from diffmm.tokenizers import Tokenizer
@@ -106,13 +106,7 @@ class ConversationData(SeededDataModule):
     def _num_training_samples(cls, arguments: Mapping[str, Any]) -> int:
         """The number of training samples with these arguments, in which sources are nodes of a
         recipe."""
-        made = {
-            name: Conversations(**node["init_args"])
-            for name in ("source", "validation_source")
-            if (node := arguments.get(name)) is not None
-        }
-        plain = {name: value for name, value in arguments.items() if name != "bad_samples"}
-        data = cls(**{**plain, **made})
+        data = made_of(cls, arguments, {"Conversations": Conversations})
         data.setup()
         return len(data.windows("training"))
 

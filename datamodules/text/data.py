@@ -1,10 +1,8 @@
 """The datamodule of text for language models."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import cached_property, partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 from torch.utils.data import DataLoader
@@ -15,7 +13,7 @@ from datamodules.shared.fingerprints import Fingerprint, of_files
 from datamodules.shared.loading import SeededDataModule
 from datamodules.shared.own_data import OwnData, looked_at_numbers
 from datamodules.text.datasets import HuggingFaceText
-from datamodules.text.own_data import own_texts
+from datamodules.text.own_data import made_of, own_texts
 from datamodules.text.reader import TextReader, within
 from datamodules.text.shards import Shards
 from datamodules.text.sources import (
@@ -37,7 +35,7 @@ from datamodules.text.stream_loader import (
     continued,
 )
 from datamodules.text.token_documents import TokenDocuments
-from datamodules.text.token_files import is_finished, read_token_files, write_token_file
+from datamodules.text.token_files import read_token_files, write_token_file
 from datamodules.text.windows import Objective, Packing, TextWindows, WindowTask
 from diffmm.checks import check_choice
 from diffmm.tokenizers import Tokenizer
@@ -196,14 +194,7 @@ class TextData(SeededDataModule):
         """The number of training samples with these arguments, in which sources are nodes of a
         recipe."""
         classes = {"TextFolder": TextFolder, "HuggingFaceText": HuggingFaceText}
-        made = {
-            name: classes[node["class_path"].rpartition(".")[2]](**node["init_args"])
-            for name in ("source", "validation_source", "test_source")
-            if (node := arguments.get(name)) is not None
-        }
-        # A cache is for the run; its way of handling bad samples changes few of these.
-        plain = {k: v for k, v in arguments.items() if k not in ("cache_dir", "bad_samples")}
-        dataset = cls(**{**plain, **made})._dataset("training")
+        dataset = made_of(cls, arguments, classes)._dataset("training")
         assert isinstance(dataset, TextWindows)
         return len(dataset)
 
@@ -233,7 +224,7 @@ class TextData(SeededDataModule):
         for corpus in (self.source, *self.own_sources.values()):
             if self.cache_dir is not None and isinstance(corpus, TextSource):
                 corpus.triage = self.triage()
-                self._cached(corpus, self.cache_dir)
+                corpus.token_file(self.cache_dir, self.tokenizer)
 
     def setup(self, stage: str | None = None) -> None:
         """Load and check the documents of the stage's splits."""
@@ -445,20 +436,11 @@ class TextData(SeededDataModule):
         if corpus not in self._documents:
             corpus.triage = self.triage()
             if self.cache_dir is not None and isinstance(corpus, TextSource):
-                path = self._cached(corpus, self.cache_dir)
+                path = corpus.token_file(self.cache_dir, self.tokenizer)
                 self._documents[corpus] = read_token_files([path], self.tokenizer)
             else:
                 self._documents[corpus] = corpus.load(self.tokenizer)
         return self._documents[corpus]
-
-    def _cached(self, source: TextSource, cache_dir: str) -> Path:
-        """The token file of a source, written now if it does not exist."""
-        name = f"{type(source).__name__}-{source.fingerprint()}-{self.tokenizer.fingerprint}.bin"
-        path = Path(cache_dir, name)
-        if not is_finished(path):
-            with suppress(FileExistsError):  # another process may have written it
-                write_token_file(path, source.documents(), self.tokenizer)
-        return path
 
 
 def _streams(corpus: Corpus) -> bool:

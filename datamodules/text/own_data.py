@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from datamodules.shared.files import (
     extension_of,
@@ -59,6 +59,8 @@ MOST_LISTED = 2**26
 MOST_PER_TOKEN = 64
 """Number of bytes per token of which more are rare: the samples of files larger than a batch
 of such tokens are not counted, since they fill it."""
+
+Data = TypeVar("Data")
 
 NumSamples = Callable[[Mapping[str, Any]], int]
 """Number of training samples of a datamodule, given its arguments."""
@@ -141,6 +143,26 @@ def _batch_size(
         count = num_samples({**given, **settings, "source": whole})
         return fitting_batch_size(given, default, count)
     return {}
+
+
+def made_of(
+    datamodule: Callable[..., Data], arguments: Mapping[str, Any], sources: Mapping[str, Any]
+) -> Data:
+    """A datamodule with the arguments of a recipe, to count its samples.
+
+    It has no cache, which is for the run, and the default way of handling bad samples, which
+    changes few of them.
+
+    Args:
+        datamodule: Class of the datamodule.
+        arguments: Its arguments, in which sources are config nodes.
+        sources: Classes of sources by name.
+    """
+    values = {k: v for k, v in arguments.items() if k not in ("cache_dir", "bad_samples")}
+    for name in ("source", "validation_source", "test_source"):
+        if (node := values.get(name)) is not None:
+            values[name] = sources[node["class_path"].rpartition(".")[2]](**node["init_args"])
+    return datamodule(**values)
 
 
 def _source(path: str, place: Path, pattern: str | list[str] | None) -> _Texts:

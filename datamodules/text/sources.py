@@ -6,13 +6,14 @@ import sysconfig
 import tokenize as python_source
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from datamodules.shared.bad_samples import BadSampleError, BadSamples, Triage
 from datamodules.shared.files import composed, glob_files, why_no_file
 from datamodules.shared.folders import shown
 from datamodules.text.token_documents import Document, TokenDocuments, key_number, tokenize
-from datamodules.text.token_files import read_token_files
+from datamodules.text.token_files import is_finished, read_token_files, write_token_file
 from diffmm.checks import DataError
 from diffmm.tokenizers import Tokenizer
 
@@ -56,6 +57,15 @@ class TextSource(Corpus):
         """The name of these documents in a cache."""
         content = f"{self!r} {self.state()}{' tolerant' if self.triage.tolerates else ''}"
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def token_file(self, folder: str, tokenizer: Tokenizer) -> Path:
+        """The token file of these documents in a cache, written now if it does not exist."""
+        name = f"{type(self).__name__}-{self.fingerprint()}-{tokenizer.fingerprint}.bin"
+        path = Path(folder, name)
+        if not is_finished(path):
+            with suppress(FileExistsError):  # another process may have written it
+                write_token_file(path, self.documents(), tokenizer)
+        return path
 
     def load(self, tokenizer: Tokenizer) -> TokenDocuments:
         """Load all documents as tokens, in memory."""

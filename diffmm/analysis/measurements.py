@@ -158,16 +158,13 @@ def _scores(
     """The attention scores; None for images and sounds, which have no answers."""
     meter = ScoreMeter(max_bytes=max_bytes)
     given = [(batch, each) for batch in batches if (each := spans(batch)) is not None]
-    if not isinstance(model, TextModel) and not given:
-        return None
-    if isinstance(model, TextModel) and not given:
+    if not given:
+        if not isinstance(model, TextModel):
+            return None
+        way_out = ": give a text and the characters of its answer (--text TEXT --span A:B)"
         raise ValueError(
-            "the data do not say which tokens hold an answer (a field evidence)"
-            + (
-                ": give a text and the characters of its answer (--text TEXT --span A:B)"
-                if model.config.causal
-                else ""
-            )
+            f"the data do not say which tokens hold an answer (a field evidence)"
+            f"{way_out if model.config.causal else ''}"
         )
     for batch, each in given:
 
