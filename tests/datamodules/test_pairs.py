@@ -322,6 +322,8 @@ def test_bad_images_and_texts_are_handled_as_the_run_says(tmp_path, caplog):
         for name in ("image 3 (", "05.txt is empty", "07.txt is not UTF-8"):
             assert name in caplog.text
     assert pair_data(source, bad_samples=lenient).examine(12).faults == []
+    (fault,) = pair_data(source, bad_samples=lenient, batch_size=16).examine(12).faults
+    assert fault.startswith("12 training samples do not fill one batch: batch_size is 16 on 1 ")
 
 
 def test_texts_that_are_no_unicode_are_bad_samples(tmp_path, caplog):
