@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIDE = 64
 SUFFIXES = (".ttf", ".otf")
-# Fonts of symbols, or with letters that cannot be distinguished.
-NOT_LETTERS = ("Dingbats", "D050000L", "Symbol", "StandardSymbols")
+# Fonts of symbols and pictures, or with letters that cannot be distinguished.
+NOT_LETTERS = ("Dingbats", "D050000L", "Emoji", "Symbol", "StandardSymbols")
 
 
 def find_fonts(folders: Sequence[str]) -> list[Path]:

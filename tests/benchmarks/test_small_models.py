@@ -24,7 +24,8 @@ def fonts(tmp_path):
     folder = tmp_path / "fonts"
     folder.mkdir()
     (folder / "Aileron.ttf").write_bytes(ImageFont.load_default(20).font_bytes)
-    (folder / "Symbol.ttf").write_bytes(b"is left out")
+    for name in ("Symbol", "NotoColorEmoji"):
+        (folder / f"{name}.ttf").write_bytes(b"is left out")
     return str(folder)
 
 
