@@ -13,7 +13,7 @@ from torch import Tensor
 from diffmm.layers.cache import KVCache
 from diffmm.models.prompt import Prompt
 from diffmm.models.prompt_lookup import PromptLookup
-from diffmm.models.sampling import Sampling, compiled_next_tokens, next_tokens
+from diffmm.models.sampling import Noise, Sampling, compiled_next_tokens, next_tokens
 from diffmm.models.text import TextModel
 from diffmm.ops import AttentionMask
 
@@ -39,11 +39,18 @@ class Choice:
     generator: torch.Generator | None
     compile: bool = False
 
-    def __call__(self, logits: Tensor, tokens: Tensor, stopped: Tensor, stops: Tensor) -> Tensor:
-        """The next token of each row, `[B]`, from logits `[B, V]`: see `next_tokens`."""
-        noise = self.sampling.noise(logits, self.generator)
+    def __call__(
+        self,
+        logits: Tensor,
+        noise: Tensor | None,
+        step: Tensor,
+        tokens: Tensor,
+        stopped: Tensor,
+        stops: Tensor,
+    ) -> Tensor:
+        """The next token of each row, `[B]`: see `next_tokens`."""
         choose = compiled_next_tokens() if self.compile else next_tokens
-        return choose(self.sampling, logits, noise, tokens, stopped, stops, self.pad_id)
+        return choose(self.sampling, logits, noise, step, tokens, stopped, stops, self.pad_id)
 
 
 class Steps:
@@ -56,6 +63,10 @@ class Steps:
         real: `[B, total]` booleans, true where a token is real; None if all are.
         choice: How tokens are chosen.
         tokens: Last token of each prompt, `[B]`.
+        logits: Logits after it, `[B, V]`.
+
+    Attributes:
+        first: The first new tokens, `[B]`.
     """
 
     def __init__(
@@ -66,6 +77,7 @@ class Steps:
         real: Tensor | None,
         choice: Choice,
         tokens: Tensor,
+        logits: Tensor,
     ) -> None:
         device = positions.device
         self.call, self.cache, self.positions, self.real = call, cache, positions.clone(), real
@@ -73,13 +85,22 @@ class Steps:
         self.stops = torch.tensor(list(choice.stop_ids), device=device, dtype=tokens.dtype)
         self.stopped = torch.zeros(len(tokens), dtype=torch.bool, device=device)
         self.tokens = tokens.clone()
+        self.noise = Noise(choice.sampling, logits, choice.generator)
+        self.noise.advance()
+        self.first = self.choose(logits)
 
     def choose(self, logits: Tensor) -> Tensor:
         """Choose the tokens that follow, `[B]`, update `tokens` and `stopped`, and return them."""
-        return self.choice(logits, self.tokens, self.stopped, self.stops)
+        step = self.positions.flatten()[:1]
+        return self.choice(logits, self.noise.rows, step, self.tokens, self.stopped, self.stops)
 
     def next(self) -> Tensor:
         """Process the last tokens, and return those that follow, `[B]`."""
+        self.noise.advance()
+        return self.step()
+
+    def step(self) -> Tensor:
+        """`next`, without new random numbers."""
         self.positions += 1
         logits = self.call(
             self.tokens[:, None], mask=self._mask(), positions=self.positions, cache=self.cache
@@ -103,7 +124,7 @@ class LookupSteps(Steps):
     equal to the last bit (a forward pass of several tokens may round differently).
 
     Args:
-        call, cache, positions, real, choice, tokens: See `Steps`.
+        call, cache, positions, real, choice, tokens, logits: See `Steps`.
         ids: The prompt, in which tokens are looked up.
         count: Maximum number of guesses per forward pass, at least 1.
     """
@@ -116,7 +137,7 @@ class LookupSteps(Steps):
         self.logits: Tensor | None = None
         self.num_passes = 0
 
-    def next(self) -> Tensor:
+    def step(self) -> Tensor:
         token = int(self.tokens)
         self.lookup.append(token)
         self.positions += 1
@@ -148,11 +169,11 @@ class LookupSteps(Steps):
 class GraphedSteps(Steps):
     """Replays one CUDA graph for all steps: nothing but the graph is launched per token.
 
-    Each step attends to the keys of the cache that exist, whose number is on the device. Its random
-    numbers, and thus its tokens, are those of `Steps`.
+    Each step attends to the keys of the cache that exist, whose number is on the device. Its tokens
+    are those of `Steps`.
 
     Args:
-        call, cache, positions, real, choice, tokens: See `Steps`.
+        call, cache, positions, real, choice, tokens, logits: See `Steps`.
     """
 
     def __init__(
@@ -163,20 +184,18 @@ class GraphedSteps(Steps):
         real: Tensor | None,
         choice: Choice,
         tokens: Tensor,
+        logits: Tensor,
     ) -> None:
-        super().__init__(call, cache, positions, real, choice, tokens)
+        super().__init__(call, cache, positions, real, choice, tokens, logits)
         cache.freeze_shapes()
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def next(self) -> Tensor:
         if self._graph is None:
             self._graph = self._capture()
+        self.noise.advance()
         self._graph.replay()
         return self.tokens.clone()
-
-    def step(self) -> None:
-        """One step, in place: all that the graph does."""
-        super().next()
 
     def _mask(self, num_tokens: int = 1) -> AttentionMask:
         assert isinstance(self.cache.length, Tensor)
@@ -188,25 +207,16 @@ class GraphedSteps(Steps):
         assert isinstance(self.cache.length, Tensor)
         state = (self.cache.length, self.positions, self.stopped, self.tokens)
         before = [tensor.clone() for tensor in state]
-        device = self.tokens.device
-        generator = self.choice.generator or torch.cuda.default_generators[device.index or 0]
-        numbers = generator.get_state()
         # Not on a stream of its own, as for training: the graph would be slower.
         for _ in range(2):
             self.step()
         for tensor, value in zip(state, before, strict=True):
             tensor.copy_(value)
-        generator.set_state(numbers)
 
         graph = torch.cuda.CUDAGraph()
-        if self.choice.generator is not None:
-            graph.register_generator_state(generator)
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(self.tokens.device)
         with no_collection(), torch.cuda.graph(graph):
             self.step()
-        # torch begins a capture by setting the offset of the random numbers to 0, on the stream of
-        # the capture, which a replay on this stream would not wait for.
-        torch.cuda.synchronize(device)
         return graph
 
 
@@ -231,8 +241,8 @@ def prepare(
     *,
     cuda_graph: bool,
     num_guesses: int = 0,
-) -> tuple[Steps, Tensor]:
-    """Process the prompts, and return the steps that follow and the first new tokens, `[B]`.
+) -> Steps:
+    """Process the prompts, and return the steps that follow.
 
     Args:
         model: The decoder, uncompiled.
@@ -256,12 +266,7 @@ def prepare(
         real[:, : prompt.length] = found.real
     # The last token of an empty prompt is no token of a text; steps replace it.
     last = prompt.tokens[:, -1] if prompt.tokens.shape[1] else prompt.tokens.new_zeros(batch)
+    inputs = (call, cache, found.positions, real, choice, last, logits)
     if num_guesses:
-        ids = prompt.tokens[0].tolist()
-        inputs = (call, cache, found.positions, real, choice, last)
-        steps: Steps = LookupSteps(*inputs, ids=ids, count=num_guesses)
-    elif cuda_graph:
-        steps = GraphedSteps(call, cache, found.positions, real, choice, last)
-    else:
-        steps = Steps(call, cache, found.positions, real, choice, last)
-    return steps, steps.choose(logits)
+        return LookupSteps(*inputs, ids=prompt.tokens[0].tolist(), count=num_guesses)
+    return (GraphedSteps if cuda_graph else Steps)(*inputs)

@@ -168,7 +168,7 @@ def stream(
 
     @torch.no_grad()
     def generated() -> Iterator[Tensor]:
-        steps, new = prepare(
+        steps = prepare(
             decoder,
             steps_of,
             prompt,
@@ -177,6 +177,7 @@ def stream(
             cuda_graph=cuda_graph,
             num_guesses=prompt_lookup_num_tokens or 0,
         )
+        new = steps.first
         for number in range(1, max_new_tokens + 1):
             has_stopped = HostCopy(steps.stopped.all()) if stop_ids else None
             # On a GPU, the next step is launched before the host waits for this one.

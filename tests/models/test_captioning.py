@@ -350,10 +350,8 @@ def test_steps_of_a_graph_choose_the_same_tokens(monkeypatch, road):
         )
         choice = Choice(Sampling(0.0), (), 3, None)
         with torch.no_grad():
-            steps, new = prepare(
-                model.decoder, model.decoder, prompt, 9, choice, cuda_graph=cuda_graph
-            )
-            return torch.stack([new, *(steps.next() for _ in range(8))], dim=1)
+            steps = prepare(model.decoder, model.decoder, prompt, 9, choice, cuda_graph=cuda_graph)
+            return torch.stack([steps.first, *(steps.next() for _ in range(8))], dim=1)
 
     assert torch.equal(tokens_by(True), tokens_by(False))
 

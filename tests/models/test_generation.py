@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffmm.models import BackboneConfig, TextConfig, TextModel
 from diffmm.models.generation import generate, stream
-from diffmm.models.sampling import Sampling
+from diffmm.models.sampling import Noise, Sampling
 
 ATTENTIONS = ("softmax", "diff_v1", "diff_v2")
 
@@ -139,7 +139,23 @@ def test_the_same_generator_draws_the_same():
 
 def sample(logits, *settings, **options):
     sampling = Sampling(*settings, **options)
-    return sampling.choose(logits, sampling.noise(logits, None))
+    noise = Noise(sampling, logits, None)
+    noise.advance()
+    return sampling.choose(logits, None if noise.rows is None else noise.rows[0])
+
+
+def test_each_step_has_random_numbers_of_its_own():
+    """Also after all rows have been used, which is when they are made anew."""
+    noise = Noise(Sampling(), torch.empty(2, 50000), torch.Generator().manual_seed(0))
+    assert len(noise.rows) == 2
+    used = []
+    for step in range(5):
+        noise.advance()
+        used.append(noise.rows[step % 2].clone())
+    assert len({tuple(numbers[0, :3].tolist()) for numbers in used}) == 5
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(used[1], torch.empty(2, 2, 50000).exponential_(generator=generator).log()[1])
+    assert Noise(Sampling(0.0), torch.empty(2, 5), None).rows is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -335,8 +351,8 @@ def test_steps_of_a_graph_choose_the_same_tokens(attention, padded, monkeypatch)
         choice = decoding.Choice(Sampling(0.7, 9), (3, 5), 3, generator)
         with torch.no_grad():
             prompt = text_prompt(model.forward_features, tokens, key_padding)
-            steps, new = decoding.prepare(model, model, prompt, 30, choice, cuda_graph=cuda_graph)
-            return torch.stack([new, *(steps.next() for _ in range(29))], dim=1), steps
+            steps = decoding.prepare(model, model, prompt, 30, choice, cuda_graph=cuda_graph)
+            return torch.stack([steps.first, *(steps.next() for _ in range(29))], dim=1), steps
 
     monkeypatch.setattr(decoding.GraphedSteps, "_capture", lambda steps: Replayed(steps))
     wanted, _ = tokens_by(cuda_graph=False)
