@@ -75,12 +75,18 @@ def check_fit(
         The weights with all names of tied ones.
 
     Raises:
-        ValueError: If they do not fit, tied weights differ, or a tensor is incomplete.
+        ValueError: If they do not fit, tied weights differ, or a tensor is incomplete or has
+            numbers that are not finite.
     """
     for name, tensor in weights.items():
         if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             raise ValueError(
                 f"{file} contains less data of {name} than its shape {tuple(tensor.shape)} needs"
+            )
+        if count := _num_not_finite(tensor):
+            raise ValueError(
+                f"{file} has {count} of {tensor.numel()} numbers in {name} that are not finite, as "
+                f"a training that diverged writes them: choose an earlier checkpoint"
             )
     weights = _with_aliases(model, weights, file, skipped)
     state = model.state_dict()
@@ -97,6 +103,15 @@ def check_fit(
         advice = ". Only the head differs: skip_head=True keeps the new one" if only_head else ""
         raise ValueError(f"{file} does not fit {type(model).__name__}: {details}{advice}")
     return weights
+
+
+def _num_not_finite(tensor: Tensor) -> int:
+    """The number of elements that are infinite or not a number."""
+    if not tensor.is_floating_point():
+        return 0
+    if tensor.itemsize == 1:
+        tensor = tensor.bfloat16()  # torch has no `isfinite` for all float8
+    return tensor.numel() - int(tensor.isfinite().sum())
 
 
 def of_another_shape(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

@@ -375,6 +375,21 @@ def test_a_tensor_that_says_more_than_it_holds_is_refused(tmp_path):
     assert_refused_untouched(model, file, message)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, number):
+    model, file = text_model(), tmp_path / "run.safetensors"
+    good = text_model()
+    name = "backbone.blocks.0.attention.k_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[:, :2] = number
+    save_model(model, file)
+    count, total = 2 * len(model.get_parameter(name)), model.get_parameter(name).numel()
+    message = f"run.safetensors has {count} of {total} numbers in {name} that are not finite"
+    with pytest.raises(ValueError, match=message):
+        load_model(file)
+    assert_refused_untouched(good, file, message)
+
+
 def test_models_of_others_have_no_description():
     backbone = Backbone(BackboneConfig(dim=32, depth=1, num_heads=4))
     with pytest.raises(
