@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from benchmarks.quality.engine import Data, Row, Run, append, cached_batches, read
-from benchmarks.quality.prepared import unpack
+from benchmarks.quality.prepared import check_same_data, fingerprint, unpack
 from benchmarks.quality.tasks import BACKBONE, TASKS, Size
 from benchmarks.quality.variants import SIGNAL_PER_NOISE, softmax_backbone
 from diffmm.interop.upcycle import upcycle
@@ -66,6 +66,8 @@ class Bench:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.steps = self.spec.steps[size]
         self.more = max(1, self.steps // 3)
+        self.fingerprint = fingerprint(self.folder, task)
+        self.name = f"{task}_{size}_{self.fingerprint or 'generated'}"
 
     def make(self, seed: int, rate: float, steps: int) -> Run:
         """An untrained softmax model with a schedule of `steps`."""
@@ -87,13 +89,13 @@ class Bench:
     def batches(self, seed: int) -> Data:
         """The batches of both trainings."""
         total = self.steps + self.more
-        path = self.out / "batches" / f"upcycling_{self.task}_{self.size}_{seed}_{total}.pt"
+        path = self.out / "batches" / f"upcycling_{self.name}_{seed}_{total}.pt"
         rate = RATES[self.task]
         return cached_batches(path, lambda: self.make(seed, rate, total)).to(self.device)
 
     def base(self, seed: int, data: Data) -> Path:
         """The weights of the softmax model, trained if they do not exist."""
-        path = self.out / "weights" / f"{self.task}_{self.size}_{seed}.safetensors"
+        path = self.out / "weights" / f"{self.name}_{seed}.safetensors"
         if not path.exists():
             run = self.make(seed, RATES[self.task], self.steps)
             if self.compile:
@@ -125,6 +127,7 @@ class Bench:
             "seed": seed,
             "variant": variant,
             "factor": factor,
+            "data": self.fingerprint,
             "before": before[self.spec.metric],
             "metric": curve.points[-1][self.spec.metric],
             "points": curve.points,
@@ -264,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     deadline = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
     for task in tasks:
         bench = Bench(task, options.size, options.data, options.out, compile=options.compile)
+        check_same_data(read(path), task, bench.fingerprint, path)
         while left := pending(read(path), task, seeds, variants):
             if time.monotonic() >= deadline:
                 print(f"the time is over: {len(left)} runs or more are left", flush=True)

@@ -24,7 +24,8 @@ trains the best seed of each variant again and exports its weights with a model 
 The tasks text, fashion_mnist, letters, speech, emoji and transcripts need prepared data, which
 `prepare` makes from Python's packages and Debian's (dataset-fashion-mnist, fonts,
 asterisk-core-sounds-*, fonts-noto-color-emoji, unicode-cldr-core) and which can be carried to a
-machine without them: each task is a folder of DATA of its own.
+machine without them: each task is a folder of DATA of its own. Cells keep a fingerprint of it, and
+`OUT/cells.jsonl` takes no cells of other data, with which they could not be compared.
 """
 
 import argparse

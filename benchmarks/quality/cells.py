@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.quality.engine import Data, Row, Run, append, cached_batches, read, tail_mean
 from benchmarks.quality.plan import MOST_STEPS, Cell, Settings, pending
-from benchmarks.quality.prepared import unpack
+from benchmarks.quality.prepared import check_same_data, fingerprint, unpack
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.variants import overrides
 
@@ -43,11 +43,6 @@ class Bench:
     def make(self, cell: Cell) -> Run:
         """The untrained model of a cell."""
         spec = TASKS[cell.task]
-        if spec.prepared and not (self.data / cell.task).is_dir():
-            raise SystemExit(
-                f"{self.data / cell.task} does not exist: make it with `python -m "
-                f"benchmarks.quality prepare {self.data} --tasks {cell.task}`"
-            )
         if cell.task == "text":
             unpack(self.data, self.out)
         of_task = spec.given(cell.size, self.data.resolve(), self.out.resolve())
@@ -70,14 +65,15 @@ class Bench:
             most = self.settings.num_steps(cell.task)
             if self.equal_time:  # faster variants take more steps in the same time
                 most = int(MOST_STEPS * most) + 1
-            path = self.out / "batches" / f"{cell.task}_{cell.size}_{cell.seed}_{most}.pt"
+            of_data = fingerprint(self.data, cell.task) or "generated"
+            name = f"{cell.task}_{cell.size}_{cell.seed}_{most}_{of_data}.pt"
 
             def make() -> Run:
                 run = self.make(cell)
                 run.num_steps = most
                 return run
 
-            self._held[key] = cached_batches(path, make).to(self.device)
+            self._held[key] = cached_batches(self.out / "batches" / name, make).to(self.device)
         return self._held[key]
 
     def forget(self, cells: Iterable[Cell]) -> None:
@@ -87,6 +83,9 @@ class Bench:
 
     def training(self, cell: Cell) -> Generator[None, None, tuple[Run, Row]]:
         """Train a cell, stopping after each step; ends with its run and row."""
+        kept = self.out / CELLS
+        of_data = fingerprint(self.data, cell.task)
+        check_same_data(read(kept), cell.task, of_data, kept)
         data = self.batches(cell)
         start = time.monotonic()
         run = self.make(cell)
@@ -97,6 +96,7 @@ class Bench:
         last = {n: v for n, v in curve.points[-1].items() if n not in ("step", "seconds")}
         row = {
             **asdict(cell),
+            "data": of_data,
             **last,
             "train_loss": tail_mean(curve.losses),
             "parameters": run.num_parameters,

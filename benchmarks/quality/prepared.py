@@ -1,17 +1,20 @@
 """Data that machines without a network are given: prepared once, compact, carried as files."""
 
+import functools
 import hashlib
 import lzma
+import os
 import shutil
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import soundfile
 
 from benchmarks.letters import find_fonts, make_letters
-from benchmarks.quality.tasks import SEPARATOR
+from benchmarks.quality.tasks import SEPARATOR, TASKS
 from benchmarks.speech import SOUNDS, TRANSCRIPTS, make_speech
 from datamodules.pairs.audio_text import Sounds
 from datamodules.pairs.emoji import ANNOTATIONS, FONT, Emoji
@@ -78,20 +81,65 @@ def prepare(name: str, folder: Path, sources: Sources) -> None:
     unfinished.rename(folder)
 
 
+@functools.cache
+def fingerprint(data: Path, task: str) -> str | None:
+    """A short hash of the names and contents of a task's prepared files; None for a task that needs
+    none.
+
+    Raises:
+        SystemExit: If they do not exist.
+    """
+    folder = data / task
+    if not TASKS[task].prepared:
+        return None
+    if not folder.is_dir():
+        raise SystemExit(
+            f"{folder} does not exist: make it with `python -m benchmarks.quality prepare {data} "
+            f"--tasks {task}`"
+        )
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            total.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return total.hexdigest()[:12]
+
+
+def check_same_data(
+    rows: Iterable[Mapping[str, Any]], task: str, data: str | None, file: Path
+) -> None:
+    """Check that the runs of a task in `file` were made with the data of this fingerprint. Those
+    that were kept without one are not checked.
+
+    Raises:
+        SystemExit: If one was made with other data.
+    """
+    for row in rows:
+        if row["task"] == task and row.get("data", data) != data:
+            raise SystemExit(
+                f"{file} has runs of {task} that were made with other data ({row['data']}) than "
+                f"these ({data}), and cannot be compared with them: set --data to their data, or "
+                f"--out to a new folder"
+            )
+
+
 def unpack(data: Path, cache: Path) -> None:
     """Decompress the text of prepared data into `cache/text`, unless it is there.
 
     Raises:
         SystemExit: If the text was not prepared.
     """
+    found, mark = str(fingerprint(data, "text")), cache / "text" / "fingerprint"
+    if mark.exists() and mark.read_text() == found:
+        return
+    mark.unlink(missing_ok=True)
+    mark.parent.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val"):
         packed, plain = data / "text" / f"{split}.txt.xz", cache / "text" / f"{split}.txt"
-        if plain.exists():
-            continue
-        plain.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = plain.with_suffix(".unfinished")
+        unfinished = plain.with_suffix(f".{os.getpid()}")  # other processes may do the same
         unfinished.write_bytes(lzma.decompress(packed.read_bytes()))
         unfinished.replace(plain)
+    mark.write_text(found)
 
 
 def python_files(folders: Sequence[Path]) -> Iterator[tuple[int, str]]:

@@ -3,7 +3,9 @@
 import csv
 import gzip
 import json
+import lzma
 import math
+import shutil
 import struct
 import sys
 from dataclasses import asdict, replace
@@ -19,7 +21,7 @@ from benchmarks.quality import plan
 from benchmarks.quality.cells import next_cells
 from benchmarks.quality.engine import Run, append, read
 from benchmarks.quality.plan import Settings, pending, results, steps_in_time, tune
-from benchmarks.quality.prepared import Sources, prepare, unpack
+from benchmarks.quality.prepared import Sources, fingerprint, prepare, unpack
 from benchmarks.quality.table import draw, half_width, lines, markdown, write_csv
 from benchmarks.quality.tasks import SEPARATOR, TASKS
 from benchmarks.quality.variants import ABLATIONS, ALL, ALTERNATIVES, VARIANTS, overrides
@@ -514,10 +516,29 @@ def test_prepared_text_and_images_are_carried(tmp_path, monkeypatch):
             "1",
         ]
     )
-    assert {row["task"] for row in read(tmp_path / "out" / "cells.jsonl")} == {
-        "text",
-        "fashion_mnist",
+    kept = tmp_path / "out" / "cells.jsonl"
+    rows = {row["task"]: row for row in read(kept)}
+    assert {name: row["data"] for name, row in rows.items()} == {
+        name: fingerprint(data, name) for name in ("text", "fashion_mnist")
     }
+
+    # Other data: rows are not compared, and what was unpacked is not used.
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    packed = other / "text" / "val.txt.xz"
+    packed.write_bytes(lzma.compress(b"x = 1\n" * 500))
+    again = [*run, *TINY, "--tasks", "text", "--seeds", "0,1", "--rates", "1e-3", "--steps", "1"]
+    again[again.index(str(data))] = str(other)
+    message = rf"cells.jsonl has runs of text .* \({rows['text']['data']}\) than these"
+    with pytest.raises(SystemExit, match=message):
+        quality.main(again)
+    assert len(read(kept)) == 2
+    unpack(other, tmp_path / "cache")
+    assert (tmp_path / "cache" / "text" / "val.txt").read_text() == "x = 1\n" * 500
+    older = [{name: value for name, value in row.items() if name != "data"} for row in read(kept)]
+    kept.write_text("".join(f"{json.dumps(row)}\n" for row in older))
+    quality.main(again)  # kept before fingerprints were
+    assert len(read(kept)) == 3
 
 
 def test_what_is_missing_is_named(tmp_path):
