@@ -112,7 +112,8 @@ class ChatTemplate:
 
         Raises:
             DataError: As `render`; or if the template changes earlier messages when others follow,
-                so that it is unknown which tokens are answers.
+                so that it is unknown which tokens are answers; or if it does not show the call of a
+                tool, so that an empty answer would be learned.
         """
         text = self.render(messages)
         spans = []
@@ -126,11 +127,26 @@ class ChatTemplate:
                     "is changed by the chat template when messages follow, so that it is unknown "
                     "which tokens are answers: use another template"
                 )
+            if message.get("tool_calls") and not self._shows_calls(messages[: number + 1], after):
+                raise DataError(
+                    f"has message {number} ({ANSWER_ROLE}) that calls a tool, which the chat "
+                    f"template does not show: use a template that does, or leave it out"
+                )
             spans.append((len(before), len(after)))
         ids, places = self.tokenizer.encode_marked(text)
         starts = [start for start, _ in places]
         is_answer = [any(low <= start < high for low, high in spans) for start in starts]
         return EncodedChat(ids, is_answer)
+
+    def _shows_calls(self, messages: Sequence[Message], text: str) -> bool:
+        """Whether the text of messages would be another one if the last did not call tools."""
+        last = {name: value for name, value in messages[-1].items() if name != "tool_calls"}
+        try:
+            return text != self.render(
+                [*messages[:-1], last | {"content": last.get("content") or ""}]
+            )
+        except DataError:  # a template may need the calls
+            return True
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens of messages that an answer follows.

@@ -391,9 +391,17 @@ def test_rows_of_parquet(tmp_path):
 
 def test_an_answer_may_be_a_call_of_a_tool():
     template = ChatTemplate(DEFAULT_TEMPLATE, load_tokenizer("bytes"))
-    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    call = {"role": "assistant", "tool_calls": [{"name": "f"}]}
     messages = [*CHAT[:1], call, {"role": "tool", "content": "3"}, CHAT[1]]
     assert "### Assistant:\n<|endoftext|>\n\n### Tool:\n3" in template.render(messages)
+    with pytest.raises(
+        DataError, match=r"message 1 \(assistant\) that calls a tool, which the chat"
+    ):
+        template.encode(messages)
+    shows = "{% for m in messages %}{{ m.content or m.tool_calls[0].name + '()' }};{% endfor %}"
+    encoded = ChatTemplate(shows, load_tokenizer("bytes")).encode(messages)
+    answer = bytes(id for id, learned in zip(*encoded, strict=True) if learned)
+    assert answer.startswith(b"f();")
 
 
 def test_files_must_be_named():
