@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datamodules.pairs.audio_text import AudioTextData, AudioTextReader
+    from datamodules.pairs.clip_art import ClipArt
     from datamodules.pairs.clotho import Clotho
     from datamodules.pairs.coco import CocoCaptions
     from datamodules.pairs.data import PairData
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AudioTextData",
     "AudioTextReader",
+    "ClipArt",
     "Clotho",
     "CocoCaptions",
     "Emoji",
@@ -47,6 +49,7 @@ __all__ = [
 _HOMES = {
     "AudioTextData": "datamodules.pairs.audio_text",
     "AudioTextReader": "datamodules.pairs.audio_text",
+    "ClipArt": "datamodules.pairs.clip_art",
     "Clotho": "datamodules.pairs.clotho",
     "CocoCaptions": "datamodules.pairs.coco",
     "Emoji": "datamodules.pairs.emoji",

@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from datamodules import AudioTextData
-from datamodules.pairs import Emoji, SpokenPrompts
+from datamodules.pairs import ClipArt, Emoji, SpokenPrompts
 from datamodules.pairs import emoji as emoji_module
 from datamodules.pairs.audio_text import Sounds
+from datamodules.pairs.clip_art import group_of as group_of_title
 from datamodules.pairs.emoji import group_of
 from datamodules.pairs.image_text import Images
 from datamodules.pairs.prompts import connected, spoken
@@ -154,6 +157,69 @@ def test_what_is_missing_for_emoji_is_named(cldr, drawn, tmp_path, monkeypatch):
     (cldr / "annotations/en.xml").write_text("<ldml>")
     with pytest.raises(ValueError, match="en.xml is not an XML file"):
         Emoji(font=drawn, annotations=str(cldr)).splits(Images())
+
+
+def draw_clip_art(path, title=None, **settings):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = PngInfo()
+    if title is not None:
+        text.add_text("Title", title)
+    Image.new("RGBA", (6, 4), (200, 0, 0, 0)).save(path, pnginfo=text, **settings)
+
+
+@pytest.fixture
+def clip_art(tmp_path):
+    """Sixteen pictures of twelve titles, and some that are left out."""
+    words = ["ant", "bee", "cat", "dog", "emu", "fox", "gnu", "hen", "ibis", "jay"]
+    for number, word in enumerate(words):
+        draw_clip_art(tmp_path / "animals" / "some_birds" / f"{number}.png", f"{word}_no. {number}")
+    for number in range(3):
+        draw_clip_art(tmp_path / "food" / f"cake{number}.png", f"Red  Cake {number}")
+        draw_clip_art(tmp_path / f"top{number}.png", f"Caf&eacute;-{number}")
+    for number in range(4):
+        draw_clip_art(tmp_path / "themes" / f"{number}.png", f"A theme {number}")
+    draw_clip_art(tmp_path / "untitled.png")
+    draw_clip_art(tmp_path / "number.png", "007")
+    (tmp_path / "link.png").symlink_to(tmp_path / "top0.png")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return tmp_path
+
+
+def test_clip_art_is_held_out_by_title(clip_art):
+    splits = ClipArt(root=str(clip_art), val_fraction=0.25, test_fraction=0.25).splits(Images())
+    found = {
+        name: dict(zip(pairs.media.paths, pairs.texts, strict=True))
+        for name, pairs in vars(splits).items()
+    }
+    assert sum(map(len, found.values())) == 16
+    titles = [{group_of_title(texts[0]) for texts in each.values()} for each in found.values()]
+    assert sum(map(len, titles)) == len(set.union(*titles)) == 12
+    assert [len(each) for each in titles] == [6, 3, 3]
+    for name, each in found.items():
+        for path, texts in each.items():
+            folders = {"some_birds": "animals, some birds", "food": "food"}.get(path.parent.name)
+            assert texts[1:] == ([folders] if folders and name == "train" else [])
+    everything = {path.name: texts[0] for each in found.values() for path, texts in each.items()}
+    assert everything["0.png"] == "ant no. 0"
+    assert everything["cake1.png"] == "Red Cake 1"
+    assert everything["top2.png"] == "Café-2"
+    # Transparent pixels are white.
+    assert np.asarray(splits.val.media.read(0)).min() == 255
+    more = ClipArt(root=str(clip_art), categories=False, most_alike=4).splits(Images())
+    assert sum(map(len, vars(more).values())) == 20
+    assert all(len(texts) == 1 for texts in more.train.texts)
+
+
+def test_what_is_missing_for_clip_art_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none does not exist: install openclipart-png"):
+        ClipArt(root=str(tmp_path / "none")).splits(Images())
+    draw_clip_art(tmp_path / "untitled.png")
+    with pytest.raises(ValueError, match="has no PNG files with titles: set --data.source.root"):
+        ClipArt(root=str(tmp_path)).splits(Images())
+    with pytest.raises(ValueError, match="most_alike must be .*, got 0"):
+        ClipArt(most_alike=0)
+    with pytest.raises(ValueError, match=r"below 1 together, got 0.9 and 0.1"):
+        ClipArt(val_fraction=0.9)
 
 
 @pytest.fixture

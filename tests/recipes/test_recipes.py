@@ -73,6 +73,7 @@ PROMISED = {
     "audio_text/prompts_transcription_tiny": 0.74,
     "image_text/coco_captions": 36.2,
     "image_text/cc3m_clip_b16": 149.8,
+    "image_text/clip_art": 9.7,
     "image_text/emoji": 9.7,
     "text/finetune": 10.76,
     "text/instruct": 10.76,
