@@ -15,6 +15,7 @@ from diffmm.analysis.measurements import Measurements, measure, spans_of
 from diffmm.analysis.sections import Analyzed
 from diffmm.analysis.text_spans import tokens_of_span
 from diffmm.batch import MEDIA, samples_of, size_of
+from diffmm.checkpoint_folders import find_state
 from diffmm.checks import article
 from diffmm.cli.weights_data import text_batch, validation_batches
 from diffmm.hub.devices import find_device
@@ -22,8 +23,8 @@ from diffmm.hub.loading import load
 from diffmm.hub.trained import TrainedModel
 from diffmm.layers.attention import ATTENTIONS, Attention
 from diffmm.models.text import TextModel
-from diffmm.recipes.errors import InputError, message_of, refusing
-from diffmm.runs.directories import CONFIG_NAME, find_run, import_modules_of_run, near_run
+from diffmm.recipes.errors import InputError, message_of, refusing, warn
+from diffmm.runs.directories import CONFIG_NAME, import_modules_of_run, near_run
 from diffmm.runs.metrics import read_curves
 from diffmm.runs.summaries import find_runs, short_names
 
@@ -109,11 +110,10 @@ def _subject(path: Path, name: str, request: Request) -> Subject:
         import_modules_of_run(path)
     subject = Subject(Analyzed(name, Measurements(), curves, why_no_curves), is_run)
     try:
-        if is_run and find_run(str(path))[1] is None:
-            raise InputError("the run has no complete checkpoint")
         if path.is_dir() and not any(path.iterdir()):
             raise InputError("the folder is empty: it has no run and no file of weights")
-        trained = load(path, device=request.device, tokenizer=request.tokenizer)
+        state = find_state(path, warn=warn)
+        trained = load(state, device=request.device, tokenizer=request.tokenizer)
         layers = [part for part in trained.model.modules() if isinstance(part, Attention)]
         subject.attention = ", ".join(dict.fromkeys(map(label_of, layers))) or "none"
         subject.num_parameters = sum(p.numel() for p in trained.model.parameters())
