@@ -55,12 +55,14 @@ LETTERS = (
     "ratio: [0.9, 1.1], hflip: 0.0, color_jitter: 0.0}",
     "--vars.image_size=24",
     "--vars.steps=900",
+    "--model.schedule.warmup_steps=100",
     f"{CONFIG}patch_size=4",
     f"{CONFIG}num_classes=26",
 )
 LARGER = (
     "--trainer.precision=bf16-mixed",
     "--vars.steps=600",
+    "--model.schedule.warmup_steps=100",
     "--vars.sequence_length=512",
     "--data.batch_size=32",
     f"{CONFIG}backbone.dim=512",

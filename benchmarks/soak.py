@@ -72,6 +72,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         settings = {"vars.steps": 10**9, "trainer.val_check_interval": 200}
+        settings["model.schedule.warmup_steps"] = 100
         settings["trainer.callbacks.0.init_args.every_n_steps"] = 50
         settings |= dict(options.set)
         command = [sys.executable, "-m", "diffmm.cli", "fit", "--config", options.recipe]

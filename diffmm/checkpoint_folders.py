@@ -21,6 +21,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeGuard
 
+RUN_CONFIG_NAME = "config.yaml"
+"""Name of the recipe in a run."""
+
 DIRECTORY_NAME = "checkpoints"
 """Name of a run's folder of checkpoints."""
 
@@ -306,6 +309,23 @@ def find_state(path: Path, *, warn: Callable[[str], object] = warnings.warn) -> 
         if latest is not None:
             return latest
     return path
+
+
+def why_no_weights(path: Path) -> str | None:
+    """Why a folder in which `find_state` finds nothing has no weights: it is a run without a
+    checkpoint, or a folder of runs. `None` for other paths."""
+    if (path / RUN_CONFIG_NAME).is_file():
+        return (
+            f"{path} has no checkpoint yet: continue the run until it has one "
+            f"(diffmm fit --resume {path})"
+        )
+    for pattern in ("*", "*/*"):
+        runs = sorted(found.parent for found in path.glob(f"{pattern}/{RUN_CONFIG_NAME}"))
+        if runs:
+            names = [run.relative_to(path).as_posix() for run in runs[:3]]
+            listed = ", ".join([*names, *["..."] * (len(runs) > len(names))])
+            return f"{path} is a folder of runs ({listed}): name one of them, such as {runs[0]}"
+    return None
 
 
 def unfinished_after(directory: Path, step: int) -> list[str]:

@@ -134,6 +134,12 @@ class AudioData(LabelledData[AudioClips]):
         # An error for another sample rate protects training data; new inputs are resampled.
         return replace(self.reader, resample=True)
 
+    def read_with(self, reader: Reader) -> None:
+        if type(reader) is not AudioReader:
+            super().read_with(reader)
+            return
+        self.reader = reader
+
     @classmethod
     def own_data(cls, path: str, given: Mapping[str, Any], *, inputs_may_change: bool) -> OwnData:
         """Settings for a folder of sounds by class, or a CSV file of sounds.
@@ -151,20 +157,35 @@ class AudioData(LabelledData[AudioClips]):
         """
         return own_sounds(path, given, inputs_may_change=inputs_may_change)
 
-    def evaluate_on(self, path: str, class_names: Sequence[str], *, split: str) -> str:
+    def evaluate_on(
+        self,
+        path: str,
+        class_names: Sequence[str],
+        *,
+        split: str,
+        multi_label: bool | None = None,
+    ) -> str:
         self.reader = self.evaluation_reader
-        return super().evaluate_on(path, class_names, split=split)
+        return super().evaluate_on(path, class_names, split=split, multi_label=multi_label)
 
     @classmethod
     def prepared_by(
-        cls, reader: Reader, path: str, *, batch_size: int = 64, num_workers: int = 0
+        cls,
+        reader: Reader,
+        path: str,
+        *,
+        multi_label: bool = False,
+        batch_size: int = 64,
+        num_workers: int = 0,
     ) -> Self:
         assert isinstance(reader, AudioReader)
         located = locate(path, "sounds", EXTENSIONS, {})
         arguments: dict[str, Any] = located.arguments
         samples, rate_hz = reader.clip_samples, reader.sample_rate_hz
         return cls(
-            SoundTable(**arguments) if located.is_table else SoundFolder(**arguments),
+            SoundTable(**arguments, multi_label=multi_label)
+            if located.is_table
+            else SoundFolder(**arguments),
             sample_rate_hz=rate_hz,
             resample=True,
             clip_seconds=None if samples is None else samples / rate_hz,

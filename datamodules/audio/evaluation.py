@@ -154,7 +154,9 @@ def _clip_of(item: Any) -> _ArrayClip:
         )
     samples = samples.astype(np.float32)
     peak = float(np.abs(samples).max())
-    if not peak <= LOUDEST:
+    if not np.isfinite(peak):
+        raise ValueError("a waveform has samples that are not finite")
+    if peak > LOUDEST:
         raise ValueError(f"a waveform has samples up to {peak:g}, but full scale is 1: rescale it")
     return _ArrayClip(samples if samples.ndim == 1 else mono(_channels_last(samples)), int(rate_hz))
 

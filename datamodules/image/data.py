@@ -107,6 +107,12 @@ class ImageData(LabelledData[LabelledImages]):
     def evaluation_reader(self) -> ImageReader:
         return self.reader
 
+    def read_with(self, reader: Reader) -> None:
+        if type(reader) is not ImageReader:
+            super().read_with(reader)
+            return
+        self.reader = reader
+
     @classmethod
     def own_data(cls, path: str, given: Mapping[str, Any], *, inputs_may_change: bool) -> OwnData:
         """Settings for a folder of images by class, or a CSV file of images.
@@ -133,15 +139,22 @@ class ImageData(LabelledData[LabelledImages]):
 
     @classmethod
     def prepared_by(
-        cls, reader: Reader, path: str, *, batch_size: int = 64, num_workers: int = 0
+        cls,
+        reader: Reader,
+        path: str,
+        *,
+        multi_label: bool = False,
+        batch_size: int = 64,
+        num_workers: int = 0,
     ) -> Self:
         assert isinstance(reader, ImageReader)
         located = locate(path, "images", EXTENSIONS, {})
-        make = ImageTable if located.is_table else ImageFolder
         arguments: dict[str, Any] = {**located.arguments, "max_pixels": reader.max_pixels}
         names = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
         return cls(
-            make(**arguments),
+            ImageTable(**arguments, multi_label=multi_label)
+            if located.is_table
+            else ImageFolder(**arguments),
             image_size=reader.image_size,
             channels=reader.channels,
             transform=ImageTransform(**{name: getattr(reader, name) for name in names}),

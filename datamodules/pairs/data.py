@@ -17,6 +17,7 @@ from datamodules.shared.bad_samples import BadSamples
 from datamodules.shared.examination import Examined, read_some
 from datamodules.shared.fingerprints import Fingerprint, spread
 from datamodules.shared.loading import Collate, SeededDataModule
+from datamodules.shared.reader import Reader
 from datamodules.shared.sampling import SeededDataset, sample_rng
 from diffmm.batch import PairBatch
 
@@ -145,6 +146,12 @@ class PairData(SeededDataModule, Generic[Media]):
     @property
     def evaluation_reader(self) -> ReadsTexts:
         return self.reader
+
+    def read_with(self, reader: Reader) -> None:
+        if type(reader) is not type(self.reader):
+            super().read_with(reader)
+            return
+        self.reader = reader
 
     def prepare_data(self) -> None:
         if self._splits is None:

@@ -25,6 +25,7 @@ from datamodules.shared.examination import Examined
 from datamodules.shared.fingerprints import Fingerprint, spread
 from datamodules.shared.loading import SeededDataModule
 from datamodules.shared.own_data import OwnData
+from datamodules.shared.reader import Reader
 from datamodules.shared.sampling import MixedSampler, SampleKey
 from diffmm.batch import PairBatch
 
@@ -180,6 +181,15 @@ class ImageAudioTextData(SeededDataModule):
     def evaluation_reader(self) -> ImageAudioTextReader:
         # As in `AudioTextData`.
         return replace(self.reader, resample=True)
+
+    def read_with(self, reader: Reader) -> None:
+        if type(reader) is not ImageAudioTextReader:
+            super().read_with(reader)
+            return
+        self.reader = reader
+        for part in self.parts.values():
+            names = [field.name for field in fields(part.reader)]
+            part.read_with(type(part.reader)(**{name: getattr(reader, name) for name in names}))
 
     @classmethod
     def own_data(cls, path: str, given: Mapping[str, Any], *, inputs_may_change: bool) -> OwnData:

@@ -113,7 +113,14 @@ class LabelledData(SeededDataModule, Generic[Samples]):
     def describe_inputs(self) -> dict[str, Any]:
         return {**super().describe_inputs(), "class_names": self.class_names}
 
-    def evaluate_on(self, path: str, class_names: Sequence[str], *, split: str) -> str:
+    def evaluate_on(
+        self,
+        path: str,
+        class_names: Sequence[str],
+        *,
+        split: str,
+        multi_label: bool | None = None,
+    ) -> str:
         """Evaluate on other labeled data than those of the source, which are then not read.
         Inputs are prepared as for the source's own validation data.
 
@@ -123,6 +130,8 @@ class LabelledData(SeededDataModule, Generic[Samples]):
             class_names: Names of the model's classes, in order; labels are matched by name.
             split: The split to evaluate if there are several, `"val"` or `"test"`; without splits,
                 all samples are evaluated.
+            multi_label: Whether the model's inputs may have any number of classes; by default as in
+                the source.
 
         Returns:
             A one-line summary.
@@ -134,7 +143,9 @@ class LabelledData(SeededDataModule, Generic[Samples]):
         """
         own = self.other_source(path, split)
         samples = own.labelled_as(class_names, split)
-        self.source = Evaluated(class_names, samples, bool(getattr(self.source, "multi_label", 0)))
+        if multi_label is None:
+            multi_label = bool(getattr(self.source, "multi_label", False))
+        self.source = Evaluated(class_names, samples, multi_label)
         self._splits = self.source.splits()
         num_present = len({label for labels in samples.labels for label in labels})
         return (
@@ -144,7 +155,13 @@ class LabelledData(SeededDataModule, Generic[Samples]):
 
     @classmethod
     def prepared_by(
-        cls, reader: Reader, path: str, *, batch_size: int = 64, num_workers: int = 0
+        cls,
+        reader: Reader,
+        path: str,
+        *,
+        multi_label: bool = False,
+        batch_size: int = 64,
+        num_workers: int = 0,
     ) -> Self:
         """The labeled data at a path, with the preprocessing of a reader.
 
@@ -152,6 +169,7 @@ class LabelledData(SeededDataModule, Generic[Samples]):
             reader: The reader, such as that of a trained model.
             path: A folder with one folder per class (or such folders in `train`, `val` and
                 `test`), or a CSV file of files and labels.
+            multi_label: Whether a row of a CSV file may have any number of labels.
             batch_size: Number of samples per batch.
             num_workers: Number of data loader workers.
 

@@ -152,6 +152,20 @@ class SeededDataModule(LightningDataModule):
         """The preprocessing of evaluation and prediction; None if a datamodule has no reader."""
         return None
 
+    def read_with(self, reader: Reader) -> None:
+        """Prepare the inputs of evaluation with another reader, such as that of trained weights.
+        Call it before `setup`.
+
+        Raises:
+            ValueError: If the datamodule cannot, and the reader differs from its own.
+        """
+        own = self.evaluation_reader
+        if own is None or own.describe() != reader.describe():
+            raise ValueError(
+                f"{type(self).__name__} prepares its inputs in another way than the model's "
+                f"{type(reader).__name__}: give the run of the model, or other data"
+            )
+
     def describe_inputs(self) -> dict[str, Any]:
         """The preprocessing of inputs and the names of the classes, as plain values that are saved
         with a model's weights; available after `setup`."""

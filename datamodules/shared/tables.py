@@ -94,8 +94,9 @@ class TableSource(Source[Samples]):
                     f"contains 'train'"
                 )
         class_names = self._class_names(rows["train"])
+        of = "the training rows" if self.classes is None else self.classes
         train, val, test = (
-            self._labelled(tables[name] or self.train, found, class_names)
+            self._labelled(tables[name] or self.train, found, class_names, of)
             for name, found in rows.items()
         )
         assert train is not None
@@ -125,7 +126,9 @@ class TableSource(Source[Samples]):
         rows = self._rows(self.train)
         if self.split_column is not None:
             rows = [row for row in rows if row.split == split]
-        labelled = self._labelled(self.train, rows, [composed(name) for name in class_names])
+        labelled = self._labelled(
+            self.train, rows, [composed(name) for name in class_names], "the model"
+        )
         if labelled is None:
             raise ValueError(
                 f"{self.train} has no rows to evaluate: column {self.split_column!r} never "
@@ -174,9 +177,10 @@ class TableSource(Source[Samples]):
             yield Row(line, files.find(path.parent, file), names, split)
 
     def _labelled(
-        self, table: str, rows: list[Row], class_names: list[str]
+        self, table: str, rows: list[Row], class_names: list[str], of: str
     ) -> tuple[list[Path], list[Labels]] | None:
-        """The files of a split and their label indices; `None` without rows."""
+        """The files of a split and their label indices; `None` without rows. `of` says whose the
+        classes are, for the message."""
         numbers = {name: number for number, name in enumerate(class_names)}
         labels = []
         for _, file, names, _ in rows:
@@ -184,7 +188,7 @@ class TableSource(Source[Samples]):
                 if name not in numbers:
                     raise ValueError(
                         f"{table}: {file} has label {name!r}, which is not one of the "
-                        f"{len(class_names)} classes{did_you_mean(name, class_names)}"
+                        f"{len(class_names)} classes of {of}{did_you_mean(name, class_names)}"
                     )
             labels.append(tuple(numbers[name] for name in names))
         return ([row.file for row in rows], labels) if rows else None

@@ -12,7 +12,8 @@ from datamodules.shared.examination import Examined
 from datamodules.shared.fingerprints import Fingerprint, of_files
 from datamodules.shared.loading import SeededDataModule
 from datamodules.shared.own_data import OwnData, looked_at_numbers
-from datamodules.text.datasets import HuggingFaceText
+from datamodules.shared.reader import Reader
+from datamodules.text.datasets import HuggingFaceText, streams
 from datamodules.text.own_data import made_of, own_texts
 from datamodules.text.reader import TextReader, within
 from datamodules.text.shards import Shards
@@ -146,7 +147,7 @@ class TextData(SeededDataModule):
                 f"validation_fraction and test_fraction must be at least 0 and their sum below 1, "
                 f"got {validation_fraction} and {test_fraction}"
             )
-        if split_by == "position" and source is not None and _streams(source):
+        if split_by == "position" and source is not None and streams(source):
             raise ValueError(
                 f"split_by position needs all tokens, but {source.place()} is streamed"
             )
@@ -168,7 +169,7 @@ class TextData(SeededDataModule):
         self._opened: dict[Corpus, Shards] = {}
         self._stream: StreamLoader | None = None
         for corpus in (self.source, validation_source, test_source):
-            if cache_dir is not None and corpus is not None and _streams(corpus):
+            if cache_dir is not None and corpus is not None and streams(corpus):
                 raise ValueError(
                     f"cache_dir stores tokenized text, but {corpus.place()} is streamed: leave it "
                     f"out"
@@ -201,6 +202,13 @@ class TextData(SeededDataModule):
     @cached_property
     def evaluation_reader(self) -> TextReader:
         return TextReader(tokenizer=self.tokenizer_name)
+
+    def read_with(self, reader: Reader) -> None:
+        if type(reader) is not TextReader:
+            super().read_with(reader)
+            return
+        # The vocabulary of these weights may be another than that of the recipe.
+        self.evaluation_reader, self.vocab_size = reader, None
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -383,7 +391,7 @@ class TextData(SeededDataModule):
             turn=0,
             turn_size=self.batch_size,
             global_batch_size=self.batch_size * self.world_size,
-            num_shares=self.stream_shares or self._num_loaders,
+            num_shares=self.stream_shares or self.world_size * max(1, self.num_workers),
             places={},
             stream={
                 "source": repr(source),
@@ -415,11 +423,6 @@ class TextData(SeededDataModule):
             loading=self._loading(partial(collate_with_places, self._task.collate)),
         )
 
-    @property
-    def _num_loaders(self) -> int:
-        """Number of loading processes of all training processes together."""
-        return self.world_size * max(1, self.num_workers)
-
     def _share(self, split: Split) -> tuple[Corpus, float, float]:
         """The source of a split and the range of its keys or tokens, as fractions."""
         if own := self.own_sources.get(split):
@@ -441,7 +444,3 @@ class TextData(SeededDataModule):
             else:
                 self._documents[corpus] = corpus.load(self.tokenizer)
         return self._documents[corpus]
-
-
-def _streams(corpus: Corpus) -> bool:
-    return isinstance(corpus, HuggingFaceText) and corpus.streaming

@@ -203,3 +203,8 @@ def _joined(rows: Iterable[str], start: re.Pattern[str]) -> Iterator[str]:
         parts.append(row)
     if parts:
         yield "".join(parts)
+
+
+def streams(corpus: object) -> bool:
+    """Whether a source of text is streamed."""
+    return isinstance(corpus, HuggingFaceText) and corpus.streaming

@@ -181,11 +181,26 @@ def analyze(
             print(text_table(section.summary.head, section.summary.texts()))
         for problem in section.problems:
             warn(f"{section.title.lower()}: {problem}")
-    if csv_dir is None and png_dir is None and page is None:
-        return
+    if csv_dir is not None or png_dir is not None or page is not None:
+        _write_files(paths, request, subjects, sections, page, csv_dir, png_dir)
+    if not any(section.summary or section.figures for section in sections):
+        raise InputError("nothing was measured, for the reasons above")
+
+
+def _write_files(
+    paths: Sequence[str],
+    request: "Request",
+    subjects: Sequence["Subject"],
+    sections: Sequence["AnalysisSection"],
+    page: Path | None,
+    csv_dir: Path | None,
+    png_dir: Path | None,
+) -> None:
+    """Write the files that are given, as in `analyze`."""
     from diffmm.analysis.map_figures import map_figures
     from diffmm.runs.summaries import find_runs, summarize
 
+    is_own = request.text is None and request.data is None
     runs = summarize(find_runs(paths)) if all(s.is_run for s in subjects) else []
     exhibits, why_none = _exhibits(runs, request)
     if runs and is_own and why_none and not any(subject.problem for subject in subjects):

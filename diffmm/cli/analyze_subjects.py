@@ -1,6 +1,6 @@
 """The models that `diffmm analyze` measures, with their data."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,29 +14,19 @@ from diffmm.analysis.lambdas import lambda_curves
 from diffmm.analysis.measurements import Measurements, measure, spans_of
 from diffmm.analysis.sections import Analyzed
 from diffmm.analysis.text_spans import tokens_of_span
-from diffmm.batch import IGNORE_INDEX, MEDIA, samples_of, size_of
+from diffmm.batch import MEDIA, samples_of, size_of
+from diffmm.checkpoint_folders import find_state
 from diffmm.checks import article
-from diffmm.cli.compare_maps import validation_data
-from diffmm.cli.evaluate import use_other_data
+from diffmm.cli.weights_data import text_batch, validation_batches
 from diffmm.hub.devices import find_device
 from diffmm.hub.loading import load
 from diffmm.hub.trained import TrainedModel
 from diffmm.layers.attention import ATTENTIONS, Attention
 from diffmm.models.text import TextModel
-from diffmm.recipes.catalog import find_recipe
-from diffmm.recipes.errors import InputError, message_of, refusing
-from diffmm.recipes.settings import load_file
-from diffmm.runs.directories import (
-    CONFIG_NAME,
-    config_around,
-    find_run,
-    import_modules_of_run,
-    near_run,
-)
+from diffmm.recipes.errors import InputError, message_of, refusing, warn
+from diffmm.runs.directories import CONFIG_NAME, import_modules_of_run, near_run
 from diffmm.runs.metrics import read_curves
 from diffmm.runs.summaries import find_runs, short_names
-
-TEXT_ENDING = ".txt"
 
 
 @dataclass(frozen=True)
@@ -120,11 +110,10 @@ def _subject(path: Path, name: str, request: Request) -> Subject:
         import_modules_of_run(path)
     subject = Subject(Analyzed(name, Measurements(), curves, why_no_curves), is_run)
     try:
-        if is_run and find_run(str(path))[1] is None:
-            raise InputError("the run has no complete checkpoint")
         if path.is_dir() and not any(path.iterdir()):
             raise InputError("the folder is empty: it has no run and no file of weights")
-        trained = load(path, device=request.device, tokenizer=request.tokenizer)
+        state = find_state(path, warn=warn)
+        trained = load(state, device=request.device, tokenizer=request.tokenizer)
         layers = [part for part in trained.model.modules() if isinstance(part, Attention)]
         subject.attention = ", ".join(dict.fromkeys(map(label_of, layers))) or "none"
         subject.num_parameters = sum(p.numel() for p in trained.model.parameters())
@@ -145,21 +134,20 @@ def _batches(
 ) -> tuple[list[Batch], Callable[[Batch], Spans | None]]:
     """Batches on the model's device, and what gives the answers and queries of one."""
     device = next(trained.model.parameters()).device
-    is_text = isinstance(trained.model, TextModel)
     if request.text is not None:
-        if not is_text:
+        if not isinstance(trained.model, TextModel):
             name = article(type(trained.model).__name__)
             raise InputError(f"it is {name}: --text needs a text model")
         ids = trained.tokenizer.encode(request.text)
-        batch = _text_batch(ids, trained.model)
+        batch = text_batch(ids, trained.model)
         return [_moved(batch, device)], _spans_of_text(trained, ids, request, device)
-    if request.data is not None and is_text:
-        batches: Iterable[Any] = _text_files(trained, Path(request.data), request.num_samples)
-        special: Iterable[int] = ()
-    else:
-        data = _data(trained, path, request)
-        batches = data.val_dataloader()
-        special = getattr(getattr(data, "tokenizer", None), "special_ids", ())
+    batches, special = validation_batches(
+        trained,
+        path,
+        request.data,
+        trust=request.trust,
+        way_out=", or a text with --text TEXT" * isinstance(trained.model, TextModel),
+    )
     found: list[Batch] = []
     # Of images and sounds, each has that many samples.
     media = [field for field in MEDIA if field in getattr(trained.model, "input_fields", ())]
@@ -175,51 +163,7 @@ def _batches(
             break
     if not found:
         raise InputError(f"the data of {path} have no samples")
-    return found, lambda batch: spans_of(batch, frozenset(special))
-
-
-def _data(trained: TrainedModel, path: Path, request: Request) -> Any:
-    """The data of a run, or of the shipped recipe that trained the weights."""
-    config = config_around(path)
-    if config is None:
-        recipe = trained.job.recipe
-        if recipe is None:
-            raise InputError(
-                f"{path} is not in a run and does not name the recipe that trained it, so that "
-                f"there are no data: analyze the run, or give --text TEXT to a text model"
-            )
-        config = find_recipe(recipe)
-
-    def use_other(data: Any) -> None:
-        if request.data is not None:
-            use_other_data(data, request.data, str(path), "validate")
-
-    return validation_data(load_file(config), config.parent, trust=request.trust, prepare=use_other)
-
-
-def _text_files(trained: TrainedModel, path: Path, num_samples: int) -> list[dict[str, Tensor]]:
-    """The starts of text files, as many tokens as the model takes, each a batch."""
-    if not path.exists():
-        raise InputError(f"--data {path}: there is no such file or folder")
-    files = sorted(path.rglob(f"*{TEXT_ENDING}")) if path.is_dir() else [path]
-    if not files:
-        raise InputError(f"--data {path}: there are no {TEXT_ENDING} files in it")
-    assert isinstance(trained.model, TextModel)
-    most = trained.model.config.max_length
-    return [
-        _text_batch(trained.reader.read(file)["tokens"].tolist()[:most], trained.model)
-        for file in files[:num_samples]
-    ]
-
-
-def _text_batch(ids: Sequence[int], model: Any) -> dict[str, Tensor]:
-    """A batch of one text; a causal model predicts each token but the first."""
-    tokens = torch.tensor([list(ids)])
-    if not model.config.causal:
-        return {"tokens": tokens}
-    targets = tokens.roll(-1, dims=1)
-    targets[:, -1] = IGNORE_INDEX
-    return {"tokens": tokens, "targets": targets}
+    return found, lambda batch: spans_of(batch, special)
 
 
 def _spans_of_text(

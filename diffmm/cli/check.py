@@ -9,12 +9,14 @@ from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError, refusing, warn
 from diffmm.recipes.importing import importing
 from diffmm.recipes.lengths import cut_schedule
+from diffmm.recipes.locations import data_paths
 from diffmm.recipes.references import resolve
 from diffmm.recipes.trust import add_trust_option
 
 DESCRIPTION = """Build a recipe's model without memory or data, print its size, and report every
 mistake in the recipe. With --read-data or --data, also count the samples of each split and class,
-check that their files exist and read some of them. Exits with 2 if there is a mistake."""
+check that their files exist and read some of them; without, only say if a folder or file that the
+data name does not exist. Exits with 2 if there is a mistake."""
 
 EPILOG = """Memory is that of a training step on each device: weights, gradients and AdamW's
 moments are exact; activations are what autograd saves in an uncompiled step, plus the largest
@@ -55,6 +57,14 @@ def run(verb: str, arguments: Sequence[str]) -> int:
         warn(doubt)
     if options.data or options.read_data:
         read_data(values, findings.model, trust=trust)
+    elif missing := [each for each in data_paths(values) if not each.exists]:
+        way = "--data PATH, or " if hasattr(findings.data, "own_data") else ""
+        settings = " ".join(dict.fromkeys(f"--{each.setting} PATH" for each in missing))
+        places = ", ".join(dict.fromkeys(each.path for each in missing))
+        warn(
+            f"the data were not checked: {places} {'does' if len(missing) == 1 else 'do'} not "
+            f"exist, which a run needs; name your data with {way}{settings}"
+        )
     return 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffmm.checkpoint_folders import write_text
+from diffmm.checkpoint_folders import why_no_weights, write_text
 from diffmm.cli.evaluate_weights import evaluate_weights
 from diffmm.cli.options import add_help_options, print_help, wants_help
 from diffmm.cli.prediction_files import check_output
@@ -162,6 +162,8 @@ def recipe_values(
         return load([saved], overrides)
     if not path.exists():
         raise InputError(f"there is no file of weights at {weights}{near_run(path)}")
+    if (why := why_no_weights(path)) is not None:
+        raise InputError(why)
     raise InputError(
         f"{weights} is not in a run, because there is no {CONFIG_NAME}: diffmm {verb} needs its "
         f"recipe (--config RECIPE), or labeled data if it is a classifier (--data FOLDER)"

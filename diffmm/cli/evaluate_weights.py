@@ -1,7 +1,6 @@
 """`diffmm validate WEIGHTS --data DATA` for a classifier in no run, such as a converted one."""
 
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 from diffmm.cli.zero_shot import class_folders
@@ -31,6 +30,7 @@ def evaluate_weights(
         from lightning.pytorch import Trainer
 
         from diffmm.cli.evaluate import report
+        from diffmm.cli.weights_data import labelled_data
         from diffmm.hub.loading import load
         from diffmm.recipes.trainer import silence_noise
         from diffmm.training import Classification, OptimizerConfig, ScheduleConfig
@@ -49,9 +49,7 @@ def evaluate_weights(
                 f"labels are matched: if the folders in alphabetical order are its classes, add "
                 f"--sorted-classes"
             )
-        module, _, name = reader.data_class.rpartition(".")
-        data = getattr(import_module(module), name).prepared_by(reader, path)
-        summary = data.evaluate_on(path, names, split=split)
+        data, summary = labelled_data(trained, path, names, split)
     print(f"data: {summary}", flush=True)
     task = Classification(
         trained.model,

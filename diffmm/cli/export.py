@@ -58,6 +58,12 @@ def make_parser() -> argparse.ArgumentParser:
         "after on the run's validation data are printed (--to safetensors)",
     )
     parser.add_argument(
+        "--data",
+        metavar="PATH",
+        help="other data for --quantize: labeled images or sounds as in `diffmm validate`, or a "
+        "text file or a folder of them; for weights that are in no run",
+    )
+    parser.add_argument(
         "--limit",
         type=int,
         metavar="N",
@@ -97,7 +103,7 @@ def export(options: argparse.Namespace) -> None:
     if kind is not None:
         model = quantized.quantize(model, kind)
         if limit:
-            print(effect_of(trained, model, state, limit, trust=options.trust))
+            print(effect_of(trained, model, state, limit, path=options.data, trust=options.trust))
     path, line = formats.export(model, options.target, options.to, cache=not options.no_cache)
     print(f"{path}: {options.to}, {line}")
 
@@ -128,15 +134,26 @@ def check_options(options: argparse.Namespace) -> None:
         check_choice("--quantize", kind, BITS)
     elif limit is not None:
         raise InputError(f"--limit {limit} is for --quantize: leave it out")
+    if options.data is not None and (kind is None or limit == 0):
+        raise InputError(
+            f"--data {options.data} is for what --quantize measures, and nothing is measured: "
+            f"leave it out"
+        )
     if limit is not None and limit < 0:
         raise InputError(f"--limit must be at least 0, got {limit}")
 
 
 def effect_of(
-    trained: "TrainedModel", quantized: "nn.Module", state: Path, limit: int, *, trust: bool
+    trained: "TrainedModel",
+    quantized: "nn.Module",
+    state: Path,
+    limit: int,
+    *,
+    path: str | None,
+    trust: bool,
 ) -> str:
     """A line with the metrics of a model and of its quantized copy, on batches of the validation
-    data of its run or of the shipped recipe that trained it.
+    data of its run or of the shipped recipe that trained it, or of the data at `path`.
 
     Raises:
         InputError, ValueError, OSError: If there are no such data.
@@ -144,25 +161,13 @@ def effect_of(
     from torch import Tensor
 
     from diffmm.analysis.batches import evaluate
-    from diffmm.cli.compare_maps import validation_data
-    from diffmm.recipes.catalog import find_recipe, recipe_names
-    from diffmm.recipes.settings import load_file
-    from diffmm.runs.directories import config_around
+    from diffmm.cli.weights_data import validation_batches
 
-    config = config_around(state)
-    # The name comes with the weights, which may be a stranger's: it is never taken as a path.
-    if config is None and trained.job.recipe in recipe_names():
-        config = find_recipe(trained.job.recipe)
-    if config is None:
-        raise InputError(
-            f"{state} is not in a run and does not name the shipped recipe that trained it, so "
-            f"that there are no data to measure the quantized model on: give the run, or --limit 0"
-        )
-    data = validation_data(load_file(config), config.parent, trust=trust)
+    found, _ = validation_batches(trained, state, path, trust=trust, way_out=", or --limit 0")
     device = next(trained.model.parameters()).device
     batches: list[Any] = [
         {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
-        for batch in islice(data.val_dataloader(), limit)
+        for batch in islice(found, limit)
     ]
     before, after = (evaluate(each, batches) for each in (trained.model, quantized))
     changes = ", ".join(f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in before)

@@ -181,8 +181,8 @@ def _tower(model: ContrastiveModel, name: str) -> Signature:
     embeddings = Port("embeddings", torch.float32, ("batch", model.config.embed_dim))
     facts: dict[str, Any] = {
         "part": name,
-        "scale": float(model.scale),
-        "bias": None if model.bias is None else float(model.bias),
+        "scale": model.scale.item(),
+        "bias": None if model.bias is None else model.bias.item(),
         **found.facts,
     }
     module = Embedder(found.module).eval()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from diffmm.checkpoint_folders import STATE_NAME, find_state
+from diffmm.checkpoint_folders import STATE_NAME, find_state, why_no_weights
 from diffmm.models.adapters import SCALE_KEY, merged
 from diffmm.models.checkpoint_files import read_checkpoint
 from diffmm.models.hub_files import resolve
@@ -71,6 +71,8 @@ def find_weights(path: str | Path) -> Path:
         return path  # a sharded checkpoint
     file = weights_in(path) if path.is_dir() else path
     if not file.is_file():
+        if (why := why_no_weights(path)) is not None:
+            raise FileNotFoundError(why)
         shard = min((each.name for each in file.parent.glob(SHARDS)), default=None)
         part = f", and no {INDEX_NAME}, which {shard} needs" if shard and path.is_dir() else ""
         raise FileNotFoundError(f"there is no file of weights at {file}{part}")

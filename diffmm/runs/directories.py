@@ -12,13 +12,20 @@ from typing import Any
 
 import yaml
 
-from diffmm.checkpoint_folders import DIRECTORY_NAME, STATE_NAME, best, find_state, write_text
+from diffmm.checkpoint_folders import (
+    DIRECTORY_NAME,
+    RUN_CONFIG_NAME,
+    STATE_NAME,
+    best,
+    find_state,
+    write_text,
+)
 from diffmm.recipes.errors import InputError, refusing, warn
 from diffmm.recipes.imports import import_modules
 from diffmm.recipes.references import resolve
 from diffmm.recipes.settings import load_file
 
-CONFIG_NAME = "config.yaml"
+CONFIG_NAME = RUN_CONFIG_NAME
 RUNS = Path("runs")
 
 DEPTH = 3

@@ -169,7 +169,7 @@ def test_data_with_evidence_have_attention_scores(run, runs, tmp_path, monkeypat
     evidence[:, 4:6] = True
     batch = {"tokens": tokens, "targets": targets, "evidence": evidence}
     data = SimpleNamespace(val_dataloader=lambda: [batch, batch], tokenizer=ByteTokenizer())
-    monkeypatch.setattr("diffmm.cli.analyze_subjects.validation_data", lambda *a, **k: data)
+    monkeypatch.setattr("diffmm.cli.weights_data.validation_data", lambda *a, **k: data)
     result = run("analyze", runs / "text", "--samples", "2", "--csv", tmp_path / "csv")
     assert result.code == 0
     assert warnings_of(result) == []
@@ -248,7 +248,8 @@ def test_a_run_without_a_checkpoint_shows_its_curves(run, runs, tmp_path):
     shutil.copytree(runs / "image", copy, ignore=shutil.ignore_patterns("checkpoints"))
     result = run("analyze", copy, "--png", tmp_path / "png")
     assert result.code == 0
-    assert warnings_of(result) == [f"{copy}: the run has no complete checkpoint"]
+    (warning,) = warnings_of(result)
+    assert warning.startswith(f"{copy}: {copy} has no checkpoint yet: continue the run")
     names = [file.stem for file in (tmp_path / "png").iterdir()]
     assert names == ["figure_lambda_over_training_of_run_1"]
 
@@ -272,7 +273,7 @@ def test_weights_use_the_data_of_their_recipe_and_other_data_can_be_given(run, r
     trained.model.job = trained.job
     result = run("analyze", trained.save(tmp_path / "nameless"))
     assert result.code == 2
-    assert "does not name the recipe that trained it" in result.err
+    assert "does not name the shipped recipe that trained it" in result.err
 
 
 def test_a_text_longer_than_the_model_takes_is_said(run, runs):

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffmm.recipes.locations import DataPath
+
 
 def write_image(path):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,6 +39,46 @@ def test_counts_by_split_and_class(run):
     assert lines["read"].startswith("128 samples")
     assert "test" not in lines
     assert "train" not in lines_of(run("check", "image/digits_tiny"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "place", "way"),
+    [
+        ("image/finetune", "data/images does", "--data PATH, or --data.source.train PATH"),
+        (
+            "image/imagenet_vit_s",
+            "data/imagenet/train, data/imagenet/val do",
+            "--data PATH, or --vars.imagenet PATH",
+        ),
+        ("text/instruct", "data/conversations.jsonl does", "--data PATH, or --data.source.data_f"),
+    ],
+)
+def test_a_place_for_data_that_does_not_exist_is_said(run, recipe, place, way):
+    """It is no mistake: the recipe is right, and the data may be elsewhere."""
+    result = run("check", recipe)
+    assert result.code == 0
+    (line,) = [line for line in result.err.splitlines() if "not checked" in line]
+    assert f"the data were not checked: {place} not exist, which a run needs; name your" in line
+    assert f"name your data with {way}" in line
+    (mistake, *_) = run("check", recipe, "--read-data").mistakes
+    assert place.partition(",")[0].removesuffix(" does") in mistake
+
+
+@pytest.mark.parametrize("recipe", ["image/digits_tiny", "image/cifar10", "text/wikitext103"])
+def test_generated_installed_and_downloaded_data_need_no_place(run, recipe):
+    assert "not checked" not in run("check", recipe).err
+
+
+def test_a_place_for_data_that_exists_is_not_mentioned(run):
+    write_image(Path("data/images/a/0.png"))
+    assert "not checked" not in run("check", "image/finetune").err
+
+
+def test_patterns_exist_where_their_folder_does(tmp_path):
+    path = f"{tmp_path}/shards/{{000..031}}.tar"
+    assert not DataPath("vars.shards", path).exists
+    (tmp_path / "shards").mkdir()
+    assert DataPath("vars.shards", path).exists
 
 
 def test_files_that_are_missing_and_classes_of_one_split(run, table):

@@ -289,9 +289,9 @@ def test_a_page_without_maps_says_why(run, trained):
     write_run(Path("a"), log=True)
     result = run("compare", *trained.iterdir(), "a", "--output", "page.html")
     assert result.code == 0
-    assert "the page has no attention maps: there is no file of weights" in result.err
+    assert "the page has no attention maps: a has no checkpoint yet" in result.err
     page = Path("page.html").read_text()
-    assert "No attention maps: there is no file of weights" in page
+    assert "No attention maps: a has no checkpoint yet" in page
     assert "val/accuracy" in page
     write_run(Path("b"), {"data.source.val_fraction": 0.5})
     result = run("compare", "a", "b", "--output", "page.html")

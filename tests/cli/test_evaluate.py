@@ -17,6 +17,7 @@ from diffmm.checkpoint_folders import find_state
 from diffmm.cli import main
 from diffmm.cli.evaluate import use_other_data
 from diffmm.cli.predictions import joined
+from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError
 
 
@@ -257,3 +258,39 @@ def test_pairs_are_evaluated_without_classes(tmp_path):
     (tmp_path / "a.txt").write_text("nothing\nblack")
     summary = use_other_data(data, str(tmp_path), "no weights", "validate")
     assert summary == f"{tmp_path} has 1 image with 2 texts"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("validate", "RUN"),
+        ("validate", "RUN", "--data", "photos"),
+        ("predict", "RUN", "photos"),
+        ("analyze", "RUN", "--text", "a"),
+        ("export", "RUN", "new.safetensors", "--to", "safetensors"),
+        ("generate", "RUN", "a prompt"),
+    ],
+)
+def test_a_run_without_a_checkpoint_and_a_folder_of_runs_are_named(run, arguments):
+    for name in ("a", "b", "c", "d"):
+        folder = Path("runs/image/digits_tiny") / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(find_recipe("image/digits_tiny").read_text())
+    Path("photos").mkdir()
+    Image.new("L", (8, 8)).save("photos/a.png")
+    one = "runs/image/digits_tiny/a"
+    (mistake,) = run(*(one if a == "RUN" else a for a in arguments)).mistakes
+    assert mistake.endswith(
+        f"{one} has no checkpoint yet: continue the run until it has one "
+        f"(diffmm fit --resume {one})"
+    )
+    for folder, runs in (
+        ("runs/image/digits_tiny", "a, b, c, ..."),
+        ("runs/image", "digits_tiny/a, digits_tiny/b, digits_tiny/c, ..."),
+    ):
+        result = run(*(folder if a == "RUN" else a for a in arguments))
+        if arguments[0] != "analyze" or folder == "runs/image":
+            (mistake,) = result.mistakes
+            assert mistake.endswith(
+                f"{folder} is a folder of runs ({runs}): name one of them, such as {one}"
+            )

@@ -71,8 +71,8 @@ def test_a_run_goes_on_for_longer_as_if_its_end_had_not_been_validated(run, reci
 
 
 def test_a_shorter_run_is_told_which_key_shortens_its_warmup(run):
-    result = run("fit", "--config", "image/digits_tiny", "--vars.steps", "60")
+    command = ("--vars.steps", "60", "--model.schedule.warmup_steps")
+    result = run("fit", "--config", "image/digits_tiny", *command, "100")
     assert result.code == 2
     assert "--model.schedule.warmup_steps 6" in result.mistakes[0]
-    command = ("check", "image/digits_tiny", "--vars.steps", "60")
-    assert run(*command, "--model.schedule.warmup_steps", "6").code == 0
+    assert run("check", "image/digits_tiny", *command, "6").code == 0

@@ -110,7 +110,7 @@ def test_the_runs_own_data_are_not_needed(run, recipe):
     )
     Path("labels.csv").write_text("file,label\nnew/cat/1.png,cow\n")
     (mistake,) = run("validate", "runs/recipe/a", "--data", "labels.csv").mistakes
-    assert "label 'cow', which is not one of the 2 classes" in mistake
+    assert "label 'cow', which is not one of the 2 classes of the model" in mistake
     (mistake,) = run("validate", "runs/recipe/a", "--data", "nowhere").mistakes
     assert mistake.startswith("--data nowhere: no such file or folder")
 

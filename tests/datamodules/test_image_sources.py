@@ -256,6 +256,9 @@ def test_a_table_of_images(table, tmp_path):
 def test_a_table_with_a_class_in_val_that_is_not_in_train(table, tmp_path):
     other = tmp_path / "val.csv"
     other.write_text("file,label\na.png,katzen\n")
-    message = r"val.csv: .*a.png has label 'katzen', which is not one of the 2 .*mean 'katze'\?"
+    message = (
+        r"val.csv: .*a.png has label 'katzen', which is not one of the 2 classes of the training "
+        r"rows; .*mean 'katze'\?"
+    )
     with pytest.raises(ValueError, match=message):
         ImageTable(table, str(other)).splits()

@@ -166,8 +166,9 @@ def test_a_datamodule_without_a_reader_says_so():
         ((np.zeros((32, 1)), 8000), "a waveform [32, 1] is too short"),
         ((np.zeros((90, 33)), 8000), "would have 33 channels, but at most 32 are read"),
         ((np.zeros(0), 8000), "with at least one sample"),
+        ((torch.full((8,), torch.nan), 8000), "a waveform has samples that are not finite"),
+        ((np.full(8, np.inf), 8000), "a waveform has samples that are not finite"),
         ((np.full(8, 3e4), 8000), "samples up to 30000, but full scale is 1"),
-        ((torch.full((8,), torch.nan), 8000), "samples up to nan"),
         ("nowhere.wav", "nowhere.wav does not exist"),
     ],
 )

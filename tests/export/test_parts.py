@@ -103,6 +103,16 @@ def test_towers_of_a_contrastive_model(tmp_path):
         export(model, path, "onnx")
 
 
+def test_scale_and_bias_of_trainable_weights_give_no_warning():
+    torch.set_warn_always(True)  # some warnings of torch appear once per process
+    try:
+        with torch.enable_grad():
+            parts = signatures_of(contrastive(image=IMAGE, init_bias=-2.0))
+    finally:
+        torch.set_warn_always(False)
+    assert parts["image"].facts["bias"] == -2.0
+
+
 @pytest.mark.parametrize(
     ("text", "inputs"),
     [

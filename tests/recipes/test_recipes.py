@@ -174,6 +174,17 @@ def test_the_model_has_the_promised_size(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_a_short_trial_needs_no_other_setting(name):
+    """`--vars.steps 30`: the warmup is a fraction of the steps."""
+    assert find_mistakes(values(name, "--vars.steps", "30")).mistakes == []
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("_tiny")])
+def test_tiny_recipes_warm_up_for_100_steps(name):
+    assert built(name).model.schedule_config.num_warmup_steps == 100
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_what_belongs_together_agrees(name):
     recipe = values(name)
     found = built(name)
