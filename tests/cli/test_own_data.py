@@ -503,7 +503,8 @@ def test_several_labels_per_sample(tmp_path):
     with pytest.raises(InputError, match="multi_label=False, but the recipe's model has True"):
         own("audio/audioset_ast", tmp_path / "sounds", *given)
     table = tmp_path / "a.csv"
-    table.write_text("file,label\n" + "sounds/a/0.wav,x;y\n" * 3 + "sounds/b/0.wav,y\n" * 7)
+    rows = [f"sounds/{label}/{n}.wav,{'x;y' if n < 2 else 'y'}" for label in "ab" for n in range(5)]
+    table.write_text("\n".join(["file,label", *rows]))
     values, lines = own("audio/audioset_ast", table, *given)
     assert source(values)["init_args"]["multi_label"] is True
     assert source(values)["init_args"]["file_column"] == "file"
