@@ -33,6 +33,7 @@ CANCELED = 0.01
 """Channels cancel out if the level of their mean is less than this part of the loudest one's."""
 
 _UNKNOWN = 2**63 - 1  # libsndfile's length of a file whose header has none
+_BAD_FILE = 7  # libsndfile's error for a file that is missing, or named .mp3 but is no sound
 _AT_ONCE = 2**20  # samples of all channels per block
 _MP3_LEAD = 300 * 576
 """Samples that are decoded before a crop of an MP3 file. A frame may need 255 bytes of the frames
@@ -183,6 +184,8 @@ class FileClips(AudioClips):
 
 def _reason(error: soundfile.SoundFileError) -> str:
     """The message without the file, which the messages of clips name, and the final period."""
+    if getattr(error, "code", None) == _BAD_FILE:
+        return "Format not recognised"
     return str(getattr(error, "error_string", error)).removesuffix(".")
 
 

@@ -44,10 +44,10 @@ def note_of_training(evaluated: Any, source: Any) -> str:
         evaluated: The source whose `train` is the folder or table that is evaluated.
         source: The source of the run.
     """
-    ours, theirs = getattr(source, "train", None), evaluated.train
     if type(source) is not type(evaluated) or getattr(evaluated, "split_column", None) is not None:
         return ""
-    if not Path(theirs).exists() or os.path.realpath(ours) != os.path.realpath(theirs):
+    theirs = os.path.realpath(evaluated.train)
+    if not Path(theirs).exists() or os.path.realpath(source.train) != theirs:
         return ""
     has_own = source.val is not None or getattr(source, "split_column", None) is not None
     rest = "" if has_own else ", except for what it held out (leave out --data to evaluate that)"

@@ -240,7 +240,7 @@ def _in_two_splits(places: Sequence[tuple[str, Row]]) -> list[str]:
         return []
     file, where = next(iter(shared.items()))
     if len(shared) == 1:
-        return [f"{file} is {where}: keep one of these lines"]
+        return [f"{file} is {where}: keep it in one split"]
     return [
         f"{len(shared):,} files are in two splits, such as {file}, which is {where}: keep each "
         f"file in one split"

@@ -366,6 +366,9 @@ def test_no_message_about_texts_is_code(run, tmp_path):
     (mistake,) = run("check", "text/finetune", "--data", tmp_path / "a.jsonl", *given).mistakes
     said = f"the validation split is empty: {tmp_path / 'a.jsonl'} has 3 documents with text; use"
     assert mistake.startswith(said)
+    write_rows(tmp_path / "c.jsonl", [f"Text {number % 2}." for number in range(150)])
+    (mistake,) = run("check", "text/finetune", "--data", tmp_path / "c.jsonl", *given).mistakes
+    assert "has 150 documents with text, of which only 2 differ (equal ones are in the" in mistake
     (tmp_path / "b.jsonl").write_text("{no json")
     (mistake,) = run("check", "text/finetune", "--data", tmp_path / "b.jsonl").mistakes
     assert mistake.startswith(f"the datasets library cannot load {tmp_path / 'b.jsonl'}: ")

@@ -99,6 +99,7 @@ def test_reading_a_stretch_and_the_mean_of_channels(tmp_path):
 
 def test_unreadable_sounds_are_named(tmp_path):
     (tmp_path / "text.wav").write_text("this is no sound")
+    (tmp_path / "text.mp3").write_text("this is no sound" * 100)
     (tmp_path / "nothing.flac").write_bytes(b"")
     soundfile.write(tmp_path / "silent.wav", np.zeros(0), 16000)
     write_sound(tmp_path / "whole.flac", seconds=1.0)
@@ -107,6 +108,7 @@ def test_unreadable_sounds_are_named(tmp_path):
     soundfile.write(tmp_path / "nan.wav", np.full(100, np.nan), 16000, subtype="FLOAT")
     expected = {
         "text.wav": "is not a readable sound file: Format not recognised$",
+        "text.mp3": "is not a readable sound file: Format not recognised$",
         "nothing.flac": "is not a readable sound",
         "silent.wav": "has no samples",
         "cut.flac": "cannot be decoded|ends after",

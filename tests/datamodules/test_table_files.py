@@ -179,7 +179,7 @@ def test_a_file_is_in_one_split(multi_label, photos):
     )
     message = (
         f"{photos / '0.png'} is in the train split ({photos / 'a.csv'}, line 2) and the val split "
-        f"({photos / 'a.csv'}, line 5): keep one of these lines"
+        f"({photos / 'a.csv'}, line 5): keep it in one split"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         source.splits()
