@@ -252,8 +252,9 @@ def _merged(table: str, rows: Sequence[Row]) -> list[Row]:
     by_file: dict[Path, Row] = {}
     for row in rows:
         first = by_file.setdefault(row.file, row)
-        labels = list(dict.fromkeys([*first.labels, *row.labels]))
-        by_file[row.file] = first._replace(labels=labels)
+        if first is not row:
+            labels = list(dict.fromkeys([*first.labels, *row.labels]))
+            by_file[row.file] = first._replace(labels=labels)
     if repeated := len(rows) - len(by_file):
         _report_repeated(table, rows[0].split, repeated)
     return list(by_file.values())
