@@ -35,6 +35,17 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
+_OF_SYSTEMS = frozenset(("__MACOSX", "Thumbs.db", "desktop.ini"))
+"""Names of files and folders that systems add to those of users: a Mac's archives have a folder of
+attributes, and Windows stores thumbnails and settings. They are treated as hidden."""
+
+
+def is_hidden_name(name: str) -> bool:
+    """Whether the name of a file or folder starts with a dot, or is added by a system, as
+    `__MACOSX`."""
+    return name.startswith(".") or name in _OF_SYSTEMS
+
+
 def reason_of(error: BaseException) -> str:
     """The first line of an error's message; the name of its class if there is no message."""
     lines = str(error).strip().splitlines()

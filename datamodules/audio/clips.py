@@ -33,7 +33,12 @@ CANCELED = 0.01
 """Channels cancel out if the level of their mean is less than this part of the loudest one's."""
 
 _UNKNOWN = 2**63 - 1  # libsndfile's length of a file whose header has none
+_BAD_FILE = 7  # libsndfile's error for a file that is missing, or named .mp3 but is no sound
 _AT_ONCE = 2**20  # samples of all channels per block
+_MP3_LEAD = 300 * 576
+"""Samples that are decoded before a crop of an MP3 file. A frame may need 255 bytes of the frames
+before it (511 in MPEG-1, whose frames are larger), each of which has at least one: 255 frames, of
+576 samples where they are this small, and those that overlap with the crop."""
 
 
 class ClipInfo(NamedTuple):
@@ -69,7 +74,8 @@ class _ForwardFile(soundfile.SoundFile):
     """A sound file that is read sequentially, without seeking.
 
     `soundfile` seeks to the current position after each block, which libsndfile cannot do at the
-    end of a FLAC file without a length in its header.
+    end of a FLAC file without a length in its header, and after which MP3 frames lack what they
+    need of earlier ones.
     """
 
     def seekable(self) -> bool:
@@ -129,11 +135,7 @@ class FileClips(AudioClips):
                     f"has {num_samples:,} samples of {file.channels} channels, which exceeds the "
                     f"limit of {MAX_SAMPLES:,} in all: set --data.clip_seconds",
                 )
-            if file.seekable():
-                file.seek(start)
-            else:
-                for _ in _blocks(file, start):
-                    pass
+            _move(file, start)
             frames = np.concatenate([*_blocks(file, num_samples)])
         if len(frames) < num_samples:
             raise self._bad(
@@ -169,9 +171,9 @@ class FileClips(AudioClips):
                 raise self._bad(index, "has no samples")
             if fault := what_is_missing(path, file.format):
                 raise self._bad(index, fault)
-            unmeasured = file.frames == _UNKNOWN
+            forward = file.format == "MP3" or file.frames == _UNKNOWN
             try:
-                with _ForwardFile(_openable(path)) if unmeasured else nullcontext(file) as opened:
+                with _ForwardFile(_openable(path)) if forward else nullcontext(file) as opened:
                     yield opened
             except soundfile.SoundFileError as error:
                 raise self._bad(index, f"cannot be decoded: {_reason(error)}") from error
@@ -182,6 +184,8 @@ class FileClips(AudioClips):
 
 def _reason(error: soundfile.SoundFileError) -> str:
     """The message without the file, which the messages of clips name, and the final period."""
+    if getattr(error, "code", None) == _BAD_FILE:
+        return "Format not recognised"
     return str(getattr(error, "error_string", error)).removesuffix(".")
 
 
@@ -190,6 +194,20 @@ def _openable(path: AnyFile) -> Any:
         return path.open()
     # As bytes, because soundfile cannot encode names that are not UTF-8. Windows has none.
     return path if os.name == "nt" else os.fsencode(path)
+
+
+def _move(file: soundfile.SoundFile, start: int) -> None:
+    """Move from the beginning of a file to sample `start`, such that what follows is decoded as in
+    the whole file."""
+    place = 0
+    if file.format == "MP3":
+        place = max(0, start - _MP3_LEAD)
+    elif file.seekable():
+        place = start
+    if place:
+        file.seek(place)
+    for _ in _blocks(file, start - place):
+        pass
 
 
 def _blocks(file: soundfile.SoundFile, num_samples: int) -> Iterator[NDArray[np.float32]]:

@@ -169,6 +169,10 @@ class PairData(SeededDataModule, Generic[Media]):
             raise RuntimeError("the pairs are available after setup()")
         return self._splits
 
+    @property
+    def has_test_split(self) -> bool:
+        return self.splits.test is not self.splits.val
+
     def evaluate_on_pairs(self, path: str, *, split: str) -> str:
         """Evaluate on other pairs than those of the source, which are then not read. Inputs are
         prepared as for the source's own validation data, and texts are found as by it, such as in
@@ -224,7 +228,7 @@ class PairData(SeededDataModule, Generic[Media]):
         """`examine`, whatever the batch size."""
         self.setup()
         parts = {"train": self.splits.train, "val": self.splits.val}
-        if self.splits.test is not self.splits.val:
+        if self.has_test_split:
             parts["test"] = self.splits.test
         lines: dict[str, str] = {}
         faults: list[str] = []

@@ -213,6 +213,10 @@ class ImageAudioTextData(SeededDataModule):
             part.trainer = self.trainer
             part.setup(stage)
 
+    @property
+    def has_test_split(self) -> bool:
+        return all(part.has_test_split for part in self.parts.values())
+
     def evaluate_on_pairs(self, path: str, *, split: str) -> str:
         """Evaluate on other images or sounds, as `PairData.evaluate_on_pairs`; those of the other
         modality are then not evaluated.

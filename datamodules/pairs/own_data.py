@@ -11,6 +11,7 @@ from datamodules.pairs.webdataset import WebDatasetPairs
 from datamodules.shared.files import glob_files, list_files, list_folders, loose_files
 from datamodules.shared.fingerprints import spread
 from datamodules.shared.folders import shown
+from datamodules.shared.other_data import note_of_training
 from datamodules.shared.own_data import (
     FILE_COLUMNS,
     LABEL_COLUMNS,
@@ -111,19 +112,21 @@ def pairs_to_evaluate(
     Raises:
         FileNotFoundError, ValueError: As `own_pairs`, and if there are splits, but not this one.
     """
+    note = ""
     given = {name: getattr(source, name) for name in KEPT_TO_EVALUATE if hasattr(source, name)}
     if isinstance(source, PairTable):
         given["text_column"] = source.text_columns
     located, settings = locate_pairs(path, given, medium)
     if not {"val", "test", "split_column"} & settings.keys():
         pairs = located.all_pairs(medium)
+        note = note_of_training(located, source)
     elif "split_column" in settings or split in settings:
         pairs = getattr(located.splits(medium), split)
     else:
         raise ValueError(
             f"--data {path} has other splits, but no {split}: give the folder or table to evaluate"
         )
-    return pairs, f"{path} has {counted(pairs, medium.noun)}"
+    return pairs, f"{path} has {counted(pairs, medium.noun)}{note}"
 
 
 def locate_pairs(path: str, arguments: Mapping[str, Any], medium: Medium[Media]) -> LocatedPairs:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from datamodules.shared.stored import AnyFile, StoredFile
-from diffmm.checks import DataError
+from diffmm.checks import DataError, is_hidden_name
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -27,10 +27,6 @@ _AT_ONCE = 50_000
 
 _MOST_SHOWN = 8
 """Maximum number of extensions that a message lists."""
-
-_OF_SYSTEMS = frozenset(("__MACOSX", "Thumbs.db", "desktop.ini"))
-"""Names of files and folders that systems add to those of users: a Mac's archives have a folder of
-attributes, and Windows stores thumbnails and settings. They are treated as hidden."""
 
 
 def why_no_file(path: str | AnyFile) -> str | None:
@@ -95,14 +91,8 @@ def read_lines(path: str | Path, role: str) -> list[str]:
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a name in `path` starts with a dot, as in `._a.png` or
-    `.ipynb_checkpoints/a.png`, or is added by a system, as `__MACOSX`."""
+    """Whether a name in `path` is hidden, as in `._a.png` or `.ipynb_checkpoints/a.png`."""
     return any(map(is_hidden_name, path.parts))
-
-
-def is_hidden_name(name: str) -> bool:
-    """Whether the name of a file or folder is hidden, as in `is_hidden`."""
-    return name.startswith(".") or name in _OF_SYSTEMS
 
 
 def extension_of(path: Path) -> str:

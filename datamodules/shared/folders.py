@@ -14,6 +14,7 @@ from datamodules.shared.sources import (
     Splits,
     check_same_classes,
     hold_out,
+    report_similar,
 )
 from diffmm.checks import did_you_mean
 
@@ -49,6 +50,7 @@ class FolderSource(Source[Samples]):
 
     def splits(self) -> Splits[Samples]:
         class_names, paths, labels = ClassFolder.read(self.train, self.extensions)
+        report_similar(self.train, tuple(class_names))
         if self.val is None:
             train, val = held_out_samples(
                 self.samples, paths, labels, fraction=self.val_fraction, origin=self.train

@@ -11,6 +11,7 @@ from datamodules.shared.examination import Examined, examine_labelled
 from datamodules.shared.fingerprints import Fingerprint
 from datamodules.shared.folders import FolderSource
 from datamodules.shared.loading import SeededDataModule
+from datamodules.shared.other_data import note_of_training
 from datamodules.shared.reader import Reader
 from datamodules.shared.sampling import SeededDataset
 from datamodules.shared.sources import Labelled, Samples, Source, Splits
@@ -101,6 +102,10 @@ class LabelledData(SeededDataModule, Generic[Samples]):
         return self._splits
 
     @property
+    def has_test_split(self) -> bool:
+        return self.splits.test is not self.splits.val
+
+    @property
     def class_names(self) -> list[str]:
         """The names of the classes in order of their indices, available after `setup`."""
         return list(self.splits.class_names)
@@ -145,12 +150,13 @@ class LabelledData(SeededDataModule, Generic[Samples]):
         samples = own.labelled_as(class_names, split)
         if multi_label is None:
             multi_label = bool(getattr(self.source, "multi_label", False))
+        note = note_of_training(own, self.source)
         self.source = Evaluated(class_names, samples, multi_label)
         self._splits = self.source.splits()
         num_present = len({label for labels in samples.labels for label in labels})
         return (
             f"{path} has {len(samples.labels):,} samples of {num_present} of the model's "
-            f"{len(class_names)} classes"
+            f"{len(class_names)} classes{note}"
         )
 
     @classmethod

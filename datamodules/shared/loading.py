@@ -172,6 +172,12 @@ class SeededDataModule(LightningDataModule):
         reader = self.evaluation_reader
         return {"reader": None if reader is None else reader.describe()}
 
+    @property
+    def has_test_split(self) -> bool:
+        """Whether the test samples are others than the validation samples; available after
+        `setup`."""
+        return True
+
     def triage(self) -> Triage:
         """The handling of bad samples in this process, with the current quarantine list."""
         return Triage(self.bad_samples, self.trainer.default_root_dir if self.trainer else None)

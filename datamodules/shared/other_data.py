@@ -1,5 +1,7 @@
 """Labeled data other than those of a run, to evaluate it on: `diffmm validate RUN --data PATH`."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 from datamodules.shared.own_data import Located
@@ -33,3 +35,20 @@ def table_settings(source: Source[Any]) -> dict[str, Any]:
     """The settings of a run's source that say how the labels of a table are written."""
     names = ("label_separator", "multi_label")
     return {name: getattr(source, name) for name in names if hasattr(source, name)}
+
+
+def note_of_training(evaluated: Any, source: Any) -> str:
+    """The end of a summary of evaluated data if a run was trained on them; otherwise empty.
+
+    Args:
+        evaluated: The source whose `train` is the folder or table that is evaluated.
+        source: The source of the run.
+    """
+    if type(source) is not type(evaluated) or getattr(evaluated, "split_column", None) is not None:
+        return ""
+    theirs = os.path.realpath(evaluated.train)
+    if not Path(theirs).exists() or os.path.realpath(source.train) != theirs:
+        return ""
+    has_own = source.val is not None or getattr(source, "split_column", None) is not None
+    rest = "" if has_own else ", except for what it held out (leave out --data to evaluate that)"
+    return f"; the run was trained on them{rest}"

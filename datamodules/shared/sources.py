@@ -210,6 +210,17 @@ def _report_loose(folder: Path, extensions: tuple[str, ...]) -> None:
         )
 
 
+@lru_cache
+def report_similar(origin: str, class_names: tuple[str, ...]) -> None:
+    """Log, once per process, which classes differ only in case."""
+    by_name: dict[str, list[str]] = {}
+    for name in class_names:
+        by_name.setdefault(name.casefold(), []).append(name)
+    similar = [" and ".join(map(repr, names)) for names in by_name.values() if len(names) > 1]
+    if similar:
+        _logger.warning("%s has classes that differ only in case: %s", origin, "; ".join(similar))
+
+
 def check_same_classes(
     reference: str, expected: Sequence[str], other: str, got: Sequence[str]
 ) -> None:

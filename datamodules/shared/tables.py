@@ -1,16 +1,20 @@
 """Sources that are CSV files of file names and labels."""
 
+import logging
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from datamodules.shared.files import composed, read_lines, why_no_file
 from datamodules.shared.folders import held_out_samples
-from datamodules.shared.sources import Labels, Samples, Source, Splits
+from datamodules.shared.sources import Labels, Samples, Source, Splits, report_similar
 from datamodules.shared.table_files import NamedFiles, read_rows
 from diffmm.checks import DataError, check_choice, did_you_mean
+
+_logger = logging.getLogger(__name__)
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -33,7 +37,7 @@ class Row(NamedTuple):
     file: Path
     labels: list[str]
     split: str
-    """The split of the row; `train` by default."""
+    """The split of the row: that of its table, or the value of the split column."""
 
 
 class TableSource(Source[Samples]):
@@ -41,8 +45,8 @@ class TableSource(Source[Samples]):
 
     The first line of each file has the column names; other columns are ignored. Values are
     separated by commas, semicolons or tabs (see `delimiter_of`). Labels that differ only in Unicode
-    normalization are the same. A file may be in several rows, of the same label unless the data are
-    multi-label.
+    normalization are the same. A file may be in several rows of one split, which are one sample:
+    with the same label or, if the data are multi-label, with the labels of all of them.
     """
 
     def __init__(
@@ -82,9 +86,13 @@ class TableSource(Source[Samples]):
 
     def splits(self) -> Splits[Samples]:
         tables = {"train": self.train, "val": self.val, "test": self.test}
-        rows = {name: self._rows(table) if table else [] for name, table in tables.items()}
+        files = NamedFiles()
+        rows = {
+            name: self._rows(table, name, files) if table else [] for name, table in tables.items()
+        }
         places = [(path, row) for name, path in tables.items() if path for row in rows[name]]
-        if not self.multi_label and (faults := _wrong_labels(places)):
+        faults = [] if self.multi_label else _wrong_labels(places)
+        if faults := faults or _in_two_splits(places):
             raise ValueError(_listed([*faults, *_missing_files(places)]))
         if self.split_column is not None:
             rows = {name: [row for row in rows["train"] if row.split == name] for name in rows}
@@ -94,6 +102,7 @@ class TableSource(Source[Samples]):
                     f"contains 'train'"
                 )
         class_names = self._class_names(rows["train"])
+        report_similar(self.classes or self.train, tuple(class_names))
         of = "the training rows" if self.classes is None else self.classes
         train, val, test = (
             self._labelled(tables[name] or self.train, found, class_names, of)
@@ -123,7 +132,9 @@ class TableSource(Source[Samples]):
         Raises:
             FileNotFoundError, ValueError: As `splits`, and if the split has no rows.
         """
-        rows = self._rows(self.train)
+        rows = self._rows(self.train, "train", NamedFiles())
+        if not self.multi_label and (faults := _wrong_labels([(self.train, r) for r in rows])):
+            raise ValueError(_listed(faults))
         if self.split_column is not None:
             rows = [row for row in rows if row.split == split]
         labelled = self._labelled(
@@ -146,26 +157,24 @@ class TableSource(Source[Samples]):
                 raise DataError(f"{self.classes} has the class {name!r} {count} times")
         return class_names
 
-    def _rows(self, table: str) -> list[Row]:
-        """Read the rows of a table.
+    def _rows(self, table: str, split: str, files: NamedFiles) -> list[Row]:
+        """Read the rows of a table, which are of `split` unless there is a split column.
 
         Raises:
             FileNotFoundError: If the table does not exist.
             ValueError: If it is malformed; the message names the table and the problem.
         """
-        return list(self._read(Path(table)))
+        return list(self._read(Path(table), split, files))
 
-    def _read(self, path: Path) -> Iterator[Row]:
+    def _read(self, path: Path, split: str, files: NamedFiles) -> Iterator[Row]:
         columns = (self.file_column, self.label_column, self.split_column)
         splits = {alias: name for name, aliases in SPLIT_NAMES.items() for alias in aliases}
-        files = NamedFiles()
         for line, row in read_rows(path, [column for column in columns if column is not None]):
             file, label = row[self.file_column], row[self.label_column]
             if not file or label is None:
                 raise ValueError(f"{path}, line {line}: the file or labels are missing")
             labels = composed(label).split(self.label_separator)
             names = list(dict.fromkeys(label.strip() for label in labels if label.strip()))
-            split = "train"
             if self.split_column is not None:
                 written = row[self.split_column] or ""
                 split = splits.get(written.strip().lower(), "")
@@ -181,6 +190,7 @@ class TableSource(Source[Samples]):
     ) -> tuple[list[Path], list[Labels]] | None:
         """The files of a split and their label indices; `None` without rows. `of` says whose the
         classes are, for the message."""
+        rows = _merged(table, rows)
         numbers = {name: number for number, name in enumerate(class_names)}
         labels = []
         for _, file, names, _ in rows:
@@ -216,6 +226,51 @@ def _wrong_labels(places: Sequence[tuple[str, Row]]) -> list[str]:
                     f"{row.labels[0]!r} in {table}, line {row.line}: keep one of these lines"
                 )
     return faults
+
+
+def _in_two_splits(places: Sequence[tuple[str, Row]]) -> list[str]:
+    """The first file of tables that is in two splits, and how many there are."""
+    first: dict[Path, tuple[str, Row]] = {}
+    shared: dict[Path, str] = {}
+    for table, row in places:
+        earlier, other = first.setdefault(row.file, (table, row))
+        if other.split != row.split:
+            shared.setdefault(
+                row.file,
+                f"in the {other.split} split ({earlier}, line {other.line}) and the {row.split} "
+                f"split ({table}, line {row.line})",
+            )
+    if not shared:
+        return []
+    file, where = next(iter(shared.items()))
+    if len(shared) == 1:
+        return [f"{file} is {where}: keep it in one split"]
+    return [
+        f"{len(shared):,} files are in two splits, such as {file}, which is {where}: keep each "
+        f"file in one split"
+    ]
+
+
+def _merged(table: str, rows: Sequence[Row]) -> list[Row]:
+    """One row per file, in the order of the first ones, with the labels of all of its rows."""
+    by_file: dict[Path, Row] = {}
+    for row in rows:
+        first = by_file.setdefault(row.file, row)
+        if first is not row:
+            labels = list(dict.fromkeys([*first.labels, *row.labels]))
+            by_file[row.file] = first._replace(labels=labels)
+    if repeated := len(rows) - len(by_file):
+        _report_repeated(table, rows[0].split, repeated)
+    return list(by_file.values())
+
+
+@lru_cache
+def _report_repeated(table: str, split: str, count: int) -> None:
+    """Log, once per process, how many rows of a split are of a file that has an earlier one."""
+    _logger.warning(
+        "%s: %s of the %s rows %s of an earlier row's file: they are one sample",
+        *(table, f"{count:,}", split, "is" if count == 1 else "are"),
+    )
 
 
 def _missing_files(places: Sequence[tuple[str, Row]]) -> list[str]:

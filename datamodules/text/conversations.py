@@ -152,6 +152,10 @@ class ConversationData(SeededDataModule):
                 )
         self._conversations = {"training": train, "validation": val}
 
+    @property
+    def has_test_split(self) -> bool:
+        return False
+
     def windows(self, split: str) -> ConversationWindows:
         """The samples of a split, `"training"` or `"validation"`; available after `setup`."""
         return ConversationWindows(

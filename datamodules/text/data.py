@@ -329,10 +329,11 @@ class TextData(SeededDataModule):
         documents = self._load(corpus)
         windows = TextWindows(self._part(corpus, low, high), self._task)
         if not len(windows):
-            way_out = "split_by: position, " if self.split_by == "key" else ""
+            by_key = self.split_by == "key"
+            way_out = "split_by: position, " if by_key else ""
+            count = documents.in_words() if by_key else f"{len(documents)} documents with text"
             raise ValueError(
-                f"the {split} split is empty: {corpus.place()} has {len(documents)} "
-                f"documents with text; "
+                f"the {split} split is empty: {corpus.place()} has {count}; "
                 f"use more documents (a separator splits files into several), {way_out}"
                 f"other fractions, or a validation_source and a test_source"
             )

@@ -1,5 +1,6 @@
 """Sources of text."""
 
+import codecs
 import hashlib
 import sys
 import sysconfig
@@ -189,7 +190,7 @@ class TextFolder(TextSource):
         except (UnicodeDecodeError, OSError) as error:
             raise DataError(
                 f"is not {self.encoding} text ({error}): set its encoding "
-                f"(--data.source.encoding latin-1), or a pattern that excludes it "
+                f"(--data.source.encoding {_likely_encoding(file)}), or a pattern that excludes it "
                 f"(--data.source.pattern)"
             ) from error
 
@@ -216,6 +217,15 @@ class TextFolder(TextSource):
             listed = " or ".join(map(repr, patterns))
             raise FileNotFoundError(f"no file in {self.root} matches {listed}")
         return files
+
+
+def _likely_encoding(file: Path) -> str:
+    """The encoding of the byte order mark at the beginning of a text file; `latin-1` without."""
+    with file.open("rb") as opened:
+        start = opened.read(4)
+    if start in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+        return "utf-32"
+    return "utf-16" if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin-1"
 
 
 class TokenFiles(Corpus):

@@ -96,6 +96,16 @@ class TokenDocuments:
     def _offsets(self) -> NDArray[np.int64]:
         return starts_of(np.array([len(array) for array in self.arrays], np.int64))
 
+    def in_words(self) -> str:
+        """How many documents there are, and how many keys if several have the same."""
+        num_different = len(np.unique(self.keys))
+        if num_different == len(self):
+            return f"{len(self)} documents with text"
+        return (
+            f"{len(self)} documents with text, of which only {num_different} differ (equal ones "
+            f"are in the same split)"
+        )
+
     def read(self, document: int, start: int, stop: int) -> NDArray[np.int64]:
         """Read the tokens `start` to `stop` of a document."""
         begin = self.starts[document]

@@ -14,7 +14,7 @@ from diffmm.cli.options import add_help_options, print_help, wants_help
 from diffmm.cli.prediction_files import check_output
 from diffmm.cli.zero_shot import is_zero_shot, validate_zero_shot
 from diffmm.recipes.catalog import find_recipe
-from diffmm.recipes.errors import InputError, refusing
+from diffmm.recipes.errors import InputError, refusing, warn
 from diffmm.recipes.importing import importing
 from diffmm.recipes.settings import load, merge
 from diffmm.recipes.trust import add_trust_option
@@ -215,10 +215,23 @@ def evaluate(
     if verb != "predict":
         if cli.trainer.is_global_zero:
             report(results, task, output)
+            if not results:
+                warn(f"no {'test' if verb == 'test' else 'validation'} split: nothing is measured")
+            elif verb == "test" and other_data is None:
+                warn_without_test_split(cli.datamodule)
     elif output is not None and (batches := gathered(results)) is not None:
         written_predictions(batches, cli.datamodule, task, output)
     leave_processes(0)
     return 0
+
+
+def warn_without_test_split(data: Any) -> None:
+    """Warn if the test samples of a run's datamodule are its validation samples."""
+    if not getattr(data, "has_test_split", True):
+        warn(
+            "no test split: the validation samples are used, among which the best checkpoint was "
+            "chosen"
+        )
 
 
 def use_other_data(data: Any, path: str, weights: str, verb: str) -> str:

@@ -1,12 +1,14 @@
 """`diffmm validate RUN --data FOLDER` for a contrastive model: classes by the names of folders."""
 
 import os
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from diffmm.checkpoint_folders import find_state
+from diffmm.checks import is_hidden_name
 from diffmm.recipes.errors import refusing, warn
 from diffmm.recipes.importing import importing
 
@@ -22,15 +24,21 @@ SPLITS = {
 }
 """Names of folders that are not classes if there are no others, and the splits they stand for."""
 
-NOT_OF_CLASSES = (".txt", ".csv", ".tsv", ".tar")
+NOT_OF_CLASSES = (".csv", ".tsv", ".tar")
 """Extensions of files that have texts of their own."""
+
+TEXT = ".txt"
+"""Extension of text files beside images or sounds."""
 
 CONTRASTIVE = "diffmm.models.ContrastiveModel"
 
 
 def class_folders(path: str | Path, split: str) -> list[Path]:
-    """The folders of classes in a folder that contains nothing else, or in that of a split in it;
-    empty for other paths, and if there are texts beside the images or sounds, at any depth.
+    """The folders of classes in a folder, or in that of a split in it.
+
+    Hidden files and folders are skipped, and so are files beside the folders that are of no kind
+    found in them. The result is empty for other paths, and if there are texts: tables or shards, a
+    text file beside an image or sound of its name, or a folder of nothing else.
 
     Args:
         path: The folder.
@@ -39,17 +47,36 @@ def class_folders(path: str | Path, split: str) -> list[Path]:
     folder = Path(path)
     if not folder.is_dir():
         return []
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    if not all(entry.is_dir() for entry in entries):
-        return []
-    if all(entry.name.lower() in SPLITS for entry in entries):
-        splits = [entry for entry in entries if SPLITS[entry.name.lower()] == split]
+    entries = sorted(entry for entry in folder.iterdir() if not is_hidden_name(entry.name))
+    folders = [entry for entry in entries if entry.is_dir()]
+    loose = [entry for entry in entries if not entry.is_dir()]
+    if folders and all(entry.name.lower() in SPLITS for entry in folders):
+        splits = [entry for entry in folders if SPLITS[entry.name.lower()] == split]
         return class_folders(splits[0], split) if len(splits) == 1 else []
-    files = (name for entry in entries for *_, names in os.walk(entry) for name in names)
-    has_texts = any(
-        name.lower().endswith(NOT_OF_CLASSES) and not name.startswith(".") for name in files
-    )
-    return [] if has_texts else entries
+    inside = [list(_walk(entry)) for entry in folders]
+    kinds = [{path.suffix.lower() for path in paths} for paths in inside]
+    if {TEXT} in kinds or any(map(_has_texts, [loose, *inside])):
+        return []
+    media = set().union(*kinds) - {TEXT}
+    return [] if any(path.suffix.lower() in media for path in loose) else folders
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """The files in a folder at any depth, without hidden ones."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_hidden_name(name)]
+        yield from (Path(parent, name) for name in names if not is_hidden_name(name))
+
+
+def _has_texts(paths: Sequence[Path]) -> bool:
+    """Whether there are tables or shards, or text files beside other files of their names."""
+    if any(path.suffix.lower() in NOT_OF_CLASSES for path in paths):
+        return True
+    names: dict[bool, set[str]] = {True: set(), False: set()}
+    for path in paths:
+        name = unicodedata.normalize("NFC", str(path.with_suffix("")))
+        names[path.suffix.lower() == TEXT].add(name)
+    return not names[True].isdisjoint(names[False])
 
 
 def is_zero_shot(weights: str, path: str, split: str) -> bool:

@@ -130,11 +130,15 @@ def test_many_classes_and_one_that_training_lacks(run, tmp_path):
     names = [f"class {number:02}" for number in range(13)]
     for name in names[1:]:
         write_image(tmp_path / f"{name}.png")
+        write_image(tmp_path / f"{name} again.png")
+    write_image(tmp_path / "third.png")
     (tmp_path / "classes.txt").write_text("\n".join(names))
-    rows = [f"{name}.png,{name}" for name in [*names[1:], names[3]]]
-    (tmp_path / "a.csv").write_text("\n".join(["file,label", *rows]))
-    table = str(tmp_path / "a.csv")
-    given = ("--data.source.classes", tmp_path / "classes.txt", "--data.source.val", table)
+    rows = [f"{name}.png,{name}" for name in names[1:]]
+    (tmp_path / "a.csv").write_text("\n".join(["file,label", *rows, f"third.png,{names[3]}"]))
+    others = [f"{name} again.png,{name}" for name in names[1:]]
+    (tmp_path / "b.csv").write_text("\n".join(["file,label", *others]))
+    table, other = str(tmp_path / "a.csv"), str(tmp_path / "b.csv")
+    given = ("--data.source.classes", tmp_path / "classes.txt", "--data.source.val", other)
     result = run("check", "image/digits_tiny", "--data", table, *given)
     assert lines_of(result)["train"] == (
         "13 samples: 13 classes, from 0 (class 00) to 2 (class 03)"

@@ -56,6 +56,21 @@ def test_a_run_alone_is_enough(run, trained, verb):
         assert result.out.count("true class \\ predicted") == 1
 
 
+def test_a_test_on_validation_samples_says_so(run, trained):
+    path, weights = trained
+    told = "diffmm: warning: no test split: the validation samples are used, among which the best"
+    assert told in run("test", weights).err
+    assert told not in run("validate", weights).err
+    assert told not in run("check", path, "--read-data").err
+
+
+@pytest.mark.filterwarnings("ignore:Total length of .list. across ranks is zero")
+def test_a_test_without_samples_says_so(run, recipe, text_changes):
+    run("fit", "--config", recipe("text/stdlib_tiny", **text_changes), "--name", "first")
+    result = run("test", "runs/recipe/first", "--data.test_fraction", "0")
+    assert "diffmm: warning: no test split: nothing is measured" in result.err
+
+
 def table_of(out: str) -> list[str]:
     """The lines with metrics and classes, without progress lines."""
     return [line for line in out.splitlines() if re.match(r"│|\d ", line)]

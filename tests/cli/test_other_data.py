@@ -59,6 +59,7 @@ def test_classes_are_matched_by_name_and_inputs_prepared_as_in_the_run(run, digi
     rows = {entry["class"]: entry for entry in expected["classes"] if entry["class"] in "37"}
     found, out = results(run, verb, digits_run, "--data", "photos")
     assert "data: photos has 73 samples of 2 of the model's 10 classes" in out
+    assert "no test split" not in run(verb, digits_run, "--data", "photos").err
     entries = {entry["class"]: entry for entry in found["classes"]}
     assert len(entries) == 10
     for name, entry in rows.items():
@@ -100,8 +101,12 @@ def test_the_runs_own_data_are_not_needed(run, recipe):
             Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).save(path)
     settings = ("--data.batch_size", "4", "--name", "a")
     assert run("fit", "--config", recipe(), "--data", "own", *settings).code == 0
+    told = "; the run was trained on them, except for what it held out (leave out --data to"
+    assert told in results(run, "validate", "runs/recipe/a", "--data", "own")[1]
     Path("own").rename("new")
-    assert results(run, "validate", "runs/recipe/a", "--data", "new")[0]["metrics"]
+    found, out = results(run, "validate", "runs/recipe/a", "--data", "new")
+    assert found["metrics"]
+    assert told not in out
     Path("new/dog").rename("new/dogs")
     (mistake,) = run("validate", "runs/recipe/a", "--data", "new").mistakes
     assert mistake.endswith(

@@ -366,6 +366,9 @@ def test_no_message_about_texts_is_code(run, tmp_path):
     (mistake,) = run("check", "text/finetune", "--data", tmp_path / "a.jsonl", *given).mistakes
     said = f"the validation split is empty: {tmp_path / 'a.jsonl'} has 3 documents with text; use"
     assert mistake.startswith(said)
+    write_rows(tmp_path / "c.jsonl", [f"Text {number % 2}." for number in range(150)])
+    (mistake,) = run("check", "text/finetune", "--data", tmp_path / "c.jsonl", *given).mistakes
+    assert "has 150 documents with text, of which only 2 differ (equal ones are in the" in mistake
     (tmp_path / "b.jsonl").write_text("{no json")
     (mistake,) = run("check", "text/finetune", "--data", tmp_path / "b.jsonl").mistakes
     assert mistake.startswith(f"the datasets library cannot load {tmp_path / 'b.jsonl'}: ")
@@ -503,7 +506,8 @@ def test_several_labels_per_sample(tmp_path):
     with pytest.raises(InputError, match="multi_label=False, but the recipe's model has True"):
         own("audio/audioset_ast", tmp_path / "sounds", *given)
     table = tmp_path / "a.csv"
-    table.write_text("file,label\n" + "sounds/a/0.wav,x;y\n" * 3 + "sounds/b/0.wav,y\n" * 7)
+    rows = [f"sounds/{label}/{n}.wav,{'x;y' if n < 2 else 'y'}" for label in "ab" for n in range(5)]
+    table.write_text("\n".join(["file,label", *rows]))
     values, lines = own("audio/audioset_ast", table, *given)
     assert source(values)["init_args"]["multi_label"] is True
     assert source(values)["init_args"]["file_column"] == "file"

@@ -109,8 +109,12 @@ def test_every_new_argument_is_there(cls, arguments):
 def test_a_renamed_class_does_what_it_did(tmp_path):
     """Under its old name, the table has other default columns, and several labels per clip."""
     (tmp_path / "a.csv").write_text("path,tags\na.wav,x;y\n")
-    table = str(tmp_path / "a.csv")
-    old = {"train": table, "val": table, "labels_column": "tags"}
+    (tmp_path / "b.csv").write_text("path,tags\nb.wav,x\n")
+    old = {
+        "train": str(tmp_path / "a.csv"),
+        "val": str(tmp_path / "b.csv"),
+        "labels_column": "tags",
+    }
     with pytest.warns(FutureWarning, match="Manifest is now datamodules.audio.SoundTable"):
         node = with_new_names(
             {"class_path": "datamodules.audio_sources.Manifest", "init_args": old}, "here.yaml"

@@ -243,6 +243,7 @@ def test_samples_are_whole_conversations(tmp_path):
     data = data_of(tmp_path / "chats.jsonl", validation_fraction=0.0)
     data.setup("fit")
     assert data.val_dataloader() == []
+    assert not data.has_test_split
     decode, seen = load_tokenizer("bytes").decode, []
     windows = data.windows("training")
     for sample in (windows.sample(0, index) for index in range(len(windows))):

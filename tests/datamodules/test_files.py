@@ -167,18 +167,21 @@ def test_names_that_look_the_same_are_one_class(tmp_path: Path) -> None:
 
 
 def test_labels_that_look_the_same_are_one_class(tmp_path: Path) -> None:
-    write(tmp_path / "0.wav")
+    for number in range(3):
+        write(tmp_path / f"{number}.wav")
     manifest = tmp_path / "train.csv"
-    manifest.write_text(f"file,label\n0.wav,{COMPOSED}\n0.wav,{DECOMPOSED}\n", "utf-8")
+    manifest.write_text(f"file,label\n0.wav,{COMPOSED}\n1.wav,{DECOMPOSED}\n", "utf-8")
+    other = tmp_path / "val.csv"
+    other.write_text(f"file,label\n2.wav,{DECOMPOSED}\n", "utf-8")
     classes = tmp_path / "classes.txt"
     classes.write_text(f"\N{ZERO WIDTH NO-BREAK SPACE}{DECOMPOSED}\n", "utf-8")
     for named in (None, str(classes)):
-        splits = SoundTable(str(manifest), str(manifest), classes=named).splits()
+        splits = SoundTable(str(manifest), str(other), classes=named).splits()
         assert splits.class_names == [COMPOSED]
         assert splits.train.labels == [(0,), (0,)]
     classes.write_text(f"{COMPOSED}\n{DECOMPOSED}\n", "utf-8")
     with pytest.raises(ValueError, match=rf"classes.txt has the class '{COMPOSED}' 2 times"):
-        SoundTable(str(manifest), str(manifest), classes=str(classes)).splits()
+        SoundTable(str(manifest), str(other), classes=str(classes)).splits()
 
 
 def test_texts_fall_in_the_same_split_on_all_systems(tmp_path: Path) -> None:
@@ -267,7 +270,7 @@ def test_only_regular_files_are_opened(irregular, tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("file,label\nb.wav,x\n")
     csv = str(tmp_path / "b.csv")
     with pytest.raises(ValueError, match=rf"file of classes .*classes.txt {words}"):
-        SoundTable(csv, csv, classes=str(tmp_path / "classes.txt")).splits()
+        SoundTable(csv, classes=str(tmp_path / "classes.txt")).splits()
     irregular(tmp_path / "quarantine.txt")
     with pytest.raises(ValueError, match=rf"quarantine_file .*quarantine.txt {words}"):
         Triage(BadSamples("quarantine"), tmp_path)

@@ -36,6 +36,7 @@ def made(image_source=None, audio_source=None, **changes):
 
 def test_a_batch_has_both():
     data = made(audio_fraction=1 / 3)
+    assert data.has_test_split
     batch = next(iter(data.train_dataloader()))
     assert batch["images"].shape == (4, 3, 8, 8)
     assert len(batch["waveforms"]) == len(batch["num_samples"]) == data.num_sounds == 2

@@ -232,6 +232,7 @@ def test_every_text_is_evaluated_and_one_is_drawn_in_training(photos):
     rows = [("9.png", "nine"), ("9.png", "neuf")]
     val = table(photos / "val/val.csv", *rows)
     data = pair_data(PairTable(str(photos / "all.csv"), val))
+    assert not data.has_test_split
     (batch,) = data.val_dataloader()
     assert texts_of(data, batch) == ["nine", "neuf"]
     assert batch["media_index"].tolist() == [0, 0]
@@ -628,6 +629,10 @@ def test_other_pairs_are_evaluated_whole_or_by_split(photos, tmp_path):
         data.evaluate_on_pairs(str(folder), split="test")
     data.evaluate_on_pairs(str(folder / "train"), split="test")
     assert len(data.splits.test) == 1
+    data = pair_data(PairFolder(str(folder / "train"), str(folder / "val")))
+    summary = data.evaluate_on_pairs(str(folder / "train"), split="val")
+    assert summary.endswith("1 text; the run was trained on them")
+    assert "trained" not in data.evaluate_on_pairs(str(folder / "val"), split="val")
     sounds = tmp_path / "sounds"
     sounds.mkdir()
     soundfile.write(sounds / "1.wav", np.full(800, 0.1), 8000)

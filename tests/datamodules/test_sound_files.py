@@ -113,6 +113,38 @@ def test_the_content_decides_about_the_format(clip) -> None:
     assert clip(sound("MP3", waveform=NOISE), "a.wav").info(0).num_samples == 20_000
 
 
+def tone(num_samples: int, rate_hz: int = 16_000) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * 220 * np.arange(num_samples, dtype=np.float32) / rate_hz)
+
+
+# The smallest frames, of 8 kbit/s in stereo, need the most frames before them.
+SMALLEST = {"bitrate_mode": "CONSTANT", "compression_level": 0.99}
+MP3 = {
+    "a tone": (16_000, tone(120_000), {}),
+    "in stereo at 44.1 kHz": (
+        44_100,
+        np.stack([tone(300_000, 44_100), np.resize(NOISE, 300_000)], 1),
+        {},
+    ),
+    "of several blocks": (16_000, tone(2**20 + 2**17), {}),
+    "of the smallest frames": (24_000, np.resize(NOISE, (300_000, 2)), SMALLEST),
+}
+
+
+@pytest.mark.parametrize("name", MP3)
+def test_crops_of_an_mp3_are_those_of_the_whole(name: str, clip) -> None:
+    rate_hz, waveform, how = MP3[name]
+    content = sound("MP3", waveform=waveform, rate_hz=rate_hz, **how)
+    whole = audio_clips.mono(soundfile.read(BytesIO(content), dtype="float32", always_2d=True)[0])
+    clips = clip(content, "a.mp3")
+    total = clips.info(0).num_samples
+    assert total == len(whole)
+    np.testing.assert_allclose(clips.read(0), whole, atol=1e-6)
+    for start in (0, 50_000, total // 2, total - 20_000):
+        crop = whole[start : start + 16_000]
+        np.testing.assert_allclose(clips.read(0, start, 16_000), crop, atol=1e-6)
+
+
 FLIPPED = len(FLAC) // 2
 BAD = {
     "aiff.wav": (

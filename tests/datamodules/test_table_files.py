@@ -2,13 +2,14 @@
 
 import os
 import re
+import shutil
 import unicodedata
 
 import pytest
 from PIL import Image
 
 from datamodules.audio import SoundTable
-from datamodules.image import ImageTable
+from datamodules.image import ImageFolder, ImageTable
 from datamodules.pairs import PairFolder, PairTable
 from datamodules.pairs.image_text import Images
 from datamodules.shared.own_data import find_columns
@@ -129,6 +130,66 @@ def test_one_label_per_file_whatever_the_rows(photos):
         ValueError, match=r"1.png is 'b' in \S*a.csv, line 3, and 'a' in \S*val.csv"
     ):
         ImageTable(table, str(other)).splits()
+
+
+def test_rows_of_a_file_are_one_sample(photos, caplog):
+    rows = [f"{number}.png,{'ab'[number % 2]}" for number in range(4)]
+    table = write_table(photos, *rows, *rows, "./0.png,a")
+    splits = ImageTable(table, val_fraction=0.5).splits()
+    train, val = ({path.name for path in each.paths} for each in (splits.train, splits.val))
+    assert not train & val
+    assert len(splits.train.labels) == len(splits.val.labels) == 2
+    assert caplog.messages == [
+        f"{table}: 5 of the train rows are of an earlier row's file: they are one sample"
+    ]
+    table = write_table(photos, "0.png,b", "1.png,a", "0.png,a;b", "2.png,", "3.png,b")
+    source = ImageTable(table, multi_label=True, val_fraction=0.5)
+    splits = source.splits()
+    labels = {
+        path.name: found
+        for each in (splits.train, splits.val)
+        for path, found in zip(each.paths, each.labels, strict=True)
+    }
+    assert labels == {"0.png": (1, 0), "1.png": (0,), "2.png": (), "3.png": (1,)}
+    assert len(source.labelled_as(["a", "b"], "val").labels) == 4
+
+
+def test_classes_of_another_case_are_told_once(photos, tmp_path, caplog):
+    table = write_table(photos, "0.png,red", "1.png,Red", "2.png,blue", "3.png,Blue")
+    with pytest.raises(ValueError, match="the val split has no samples"):
+        ImageTable(table).splits()
+    for name in ("cat", "Cat", "dog"):
+        (tmp_path / "folders" / name).mkdir(parents=True)
+        for number in range(2):
+            shutil.copy(photos / "0.png", tmp_path / "folders" / name / f"{number}.png")
+    for _ in range(2):
+        assert len(ImageFolder(str(tmp_path / "folders")).splits().class_names) == 3
+    assert caplog.messages == [
+        f"{table} has classes that differ only in case: 'Blue' and 'blue'; 'Red' and 'red'",
+        f"{tmp_path / 'folders'} has classes that differ only in case: 'Cat' and 'cat'",
+    ]
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_a_file_is_in_one_split(multi_label, photos):
+    text = "file,label,split\n0.png,a,train\n1.png,b,train\n2.png,a,val\n./0.png,a,val\n"
+    (photos / "a.csv").write_text(text)
+    source = ImageTable(
+        str(photos / "a.csv"), split_column="split", multi_label=multi_label, val_fraction=0.5
+    )
+    message = (
+        f"{photos / '0.png'} is in the train split ({photos / 'a.csv'}, line 2) and the val split "
+        f"({photos / 'a.csv'}, line 5): keep it in one split"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        source.splits()
+    assert len(source.labelled_as(["a", "b"], "val").labels) == 2
+    (photos / "test.csv").write_text("file,label\n../photos/2.png,a\n1.png,b\n")
+    (photos / "val.csv").write_text("file,label\n1.png,b\n2.png,a\n")
+    (photos / "train.csv").write_text("file,label\n0.png,a\n3.png,b\n")
+    tables = [str(photos / f"{split}.csv") for split in ("train", "val", "test")]
+    with pytest.raises(ValueError, match=r"^2 files are in two splits, such as \S*2.png, which is"):
+        ImageTable(*tables, multi_label=multi_label).splits()
 
 
 def test_all_faults_of_rows_come_before_what_follows_from_them(photos):

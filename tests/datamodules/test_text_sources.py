@@ -117,6 +117,15 @@ def test_a_folder_that_cannot_be_read_is_named(folder: Path) -> None:
     assert texts_of(latin.load(BYTES)) == ["é"]
 
 
+@pytest.mark.parametrize("mark", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_the_encoding_of_a_byte_order_mark_is_advised(folder: Path, mark: str) -> None:
+    (folder / "a.txt").write_bytes(f"{MARK}Käse".encode(mark))
+    with pytest.raises(ValueError, match=rf"--data.source.encoding {mark[:6]}\)"):
+        TextFolder(str(folder), "a.txt").load(BYTES)
+    source = TextFolder(str(folder), "a.txt", encoding=mark[:6])
+    assert texts_of(source.load(BYTES)) == ["Käse"]
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-32-be"])
 def test_a_byte_order_mark_is_no_text(folder: Path, encoding: str) -> None:
     # Python writes such a file itself, and reads it if the name does not specify the byte order.

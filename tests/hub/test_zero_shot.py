@@ -191,6 +191,8 @@ def test_underscores_in_names_of_folders_are_spaces(trained, monkeypatch):
     for folder in ("golden_retriever", "tabby cat"):
         Path("classes", folder).mkdir(parents=True)
         Image.new("RGB", (20, 20)).save(Path("classes", folder, "1.png"))
+    Path("classes/README.txt").write_text("Two classes.")
+    Path("classes/__MACOSX").mkdir()
     assert main(["validate", "run", "--data", "classes"]) == 0
     assert given == ["golden retriever", "tabby cat"]
 
@@ -208,6 +210,19 @@ def test_folders_of_classes(tmp_path):
     (tmp_path / "all/dog/young/.1.txt").touch()
     assert found("all")
     (tmp_path / "all/dog/young/1.TXT").touch()
+    assert found("all") == []
+    (tmp_path / "all/dog/young/1.TXT").unlink()
+    (tmp_path / "all/__MACOSX").mkdir()
+    (tmp_path / "all/__MACOSX/1.txt").touch()
+    for name in ("README.txt", "dog/notes.txt", "LICENSE"):
+        (tmp_path / "all" / name).touch()
+    assert found("all") == ["all/cat", "all/dog"]
+    for name in ("loose.png", "labels.csv", "dog/notes.png", "dog/shard.tar"):
+        (tmp_path / "all" / name).touch()
+        assert found("all") == []
+        (tmp_path / "all" / name).unlink()
+    (tmp_path / "all/texts").mkdir()
+    (tmp_path / "all/texts/1.txt").touch()
     assert found("all") == []
     for split in ("train", "val"):
         (tmp_path / "pairs" / split).mkdir(parents=True)
