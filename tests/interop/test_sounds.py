@@ -1,6 +1,7 @@
 """AST and the encoder of Whisper: the same logits, features and gradients as transformers, from
 spectrograms and from waveforms, and weights that come back bit by bit."""
 
+import copy
 import json
 
 import pytest
@@ -176,8 +177,16 @@ def test_ast_comes_back_bit_by_bit(ast, tmp_path):
     assert_same_files(folder, back)
     again = transformers.ASTForAudioClassification.from_pretrained(back)
     x = torch.randn(1, extractor.max_length, extractor.num_mel_bins)
-    # The last bit depends on where the weights are in memory.
-    assert_same(again(x).logits, theirs(x).logits, "logits", 1e-6)
+    if theirs.config.hidden_act == "gelu_new":
+        # The same function with another rounding; one name is written for both.
+        assert again.config.hidden_act == "gelu_pytorch_tanh"
+        assert_same(again(x).logits, theirs(x).logits, "logits", 1e-6)
+        config = copy.deepcopy(theirs.config)
+        config.hidden_act = again.config.hidden_act
+        weights = theirs.state_dict()
+        theirs = transformers.ASTForAudioClassification(config).eval()
+        theirs.load_state_dict(weights)
+    assert torch.equal(again(x).logits, theirs(x).logits)
     assert list(again.config.id2label.values()) == ["cat", "dog", "bird"]
     prepared = transformers.ASTFeatureExtractor.from_pretrained(back)
     assert (prepared.mean, prepared.std) == (-3.0, 2.5)
