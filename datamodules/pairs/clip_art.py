@@ -11,7 +11,13 @@ from PIL import Image
 
 from datamodules.image.sources import FileImages, LabelledImages
 from datamodules.pairs.image_sources import ImagePairSource
-from datamodules.pairs.sources import Medium, Pairs, PairSplits, hold_out_groups
+from datamodules.pairs.sources import (
+    Medium,
+    Pairs,
+    PairSplits,
+    check_fractions,
+    three_splits,
+)
 from diffmm.checks import check_count
 
 FOLDER = "/usr/share/openclipart/png"
@@ -57,11 +63,7 @@ class ClipArt(ImagePairSource):
         root: str = FOLDER,
     ) -> None:
         check_count("most_alike", most_alike)
-        if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
-            raise ValueError(
-                f"val_fraction and test_fraction must be above 0 and below 1 together, got "
-                f"{val_fraction} and {test_fraction}"
-            )
+        check_fractions(val_fraction, test_fraction)
         self.categories = categories
         self.most_alike = most_alike
         self.val_fraction = val_fraction
@@ -79,9 +81,8 @@ class ClipArt(ImagePairSource):
         kept = [each for each in titled if each[2] and counts[each[2]] <= self.most_alike]
         if not kept:
             raise ValueError(f"{root} has no PNG files with titles: set --data.source.root")
-        rest, test = hold_out_groups([group for _, _, group in kept], self.test_fraction)
-        fraction = self.val_fraction / (1 - self.test_fraction)
-        train, val = hold_out_groups([kept[i][2] for i in rest], fraction)
+        groups = [group for _, _, group in kept]
+        train, val, test = three_splits(groups, self.val_fraction, self.test_fraction)
 
         def pairs(indices: list[int], *, categories: bool = False) -> Pairs[LabelledImages]:
             paths = [kept[i][0] for i in indices]
@@ -91,11 +92,7 @@ class ClipArt(ImagePairSource):
                     own += filter(None, [category_of(path, root)])
             return Pairs(FileImages(paths, [()] * len(paths)), texts)
 
-        return PairSplits(
-            pairs([rest[i] for i in train], categories=self.categories),
-            pairs([rest[i] for i in val]),
-            pairs(test),
-        )
+        return PairSplits(pairs(train, categories=self.categories), pairs(val), pairs(test))
 
 
 def read_titles(root: Path) -> Iterator[tuple[Path, str]]:

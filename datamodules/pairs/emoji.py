@@ -11,7 +11,13 @@ from PIL import Image, ImageDraw, ImageFont, features
 from datamodules.image.sources import LabelledImages
 from datamodules.image.transform import ImageTransform
 from datamodules.pairs.image_sources import ImagePairSource
-from datamodules.pairs.sources import Medium, Pairs, PairSplits, hold_out_groups
+from datamodules.pairs.sources import (
+    Medium,
+    Pairs,
+    PairSplits,
+    check_fractions,
+    three_splits,
+)
 from datamodules.shared.files import check_file
 from datamodules.shared.fingerprints import Fingerprint, digest
 from diffmm.checks import DataError, did_you_mean
@@ -110,11 +116,7 @@ class Emoji(ImagePairSource):
     ) -> None:
         if isinstance(languages, str) or not languages:
             raise ValueError(f"languages must be a list of at least one, got {languages!r}")
-        if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
-            raise ValueError(
-                f"val_fraction and test_fraction must be above 0 and below 1 together, got "
-                f"{val_fraction} and {test_fraction}"
-            )
+        check_fractions(val_fraction, test_fraction)
         self.languages = list(languages)
         self.keywords = keywords
         self.skin_tones = skin_tones
@@ -138,10 +140,7 @@ class Emoji(ImagePairSource):
         if not known:
             raise ValueError(f"{self.font} has none of the {len(names):,} emoji that have names")
         groups = [group_of(emoji) for emoji in known]
-        rest, test = hold_out_groups(groups, self.test_fraction)
-        fraction = self.val_fraction / (1 - self.test_fraction)
-        kept, held_out = hold_out_groups([groups[i] for i in rest], fraction)
-        parts = ([rest[i] for i in kept], [rest[i] for i in held_out], test)
+        parts = three_splits(groups, self.val_fraction, self.test_fraction)
         more = keywords if self.keywords else {}
         train, val, test_pairs = (
             self._pairs([known[i] for i in indices], names, more if indices is parts[0] else {})

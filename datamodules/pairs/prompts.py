@@ -15,7 +15,8 @@ from datamodules.pairs.sources import (
     Pairs,
     PairSource,
     PairSplits,
-    hold_out_groups,
+    check_fractions,
+    three_splits,
 )
 from datamodules.shared.files import check_file
 from diffmm.checks import DataError, check_choice
@@ -134,11 +135,7 @@ class SpokenPrompts(PairSource):
             check_choice("languages", language, LANGUAGES)
         if max_seconds <= 0:
             raise ValueError(f"max_seconds must be above 0, got {max_seconds}")
-        if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
-            raise ValueError(
-                f"val_fraction and test_fraction must be above 0 and below 1 together, got "
-                f"{val_fraction} and {test_fraction}"
-            )
+        check_fractions(val_fraction, test_fraction)
         self.languages = list(languages)
         self.max_seconds = max_seconds
         self.normalize = normalize
@@ -152,17 +149,14 @@ class SpokenPrompts(PairSource):
         if not prompts:
             raise ValueError(f"{self.folder} has no prompt of at most {self.max_seconds:g} seconds")
         groups = connected([(p.name, sentence_of(p.text)) for p in prompts])
-        rest, test = hold_out_groups(groups, self.test_fraction)
-        fraction = self.val_fraction / (1 - self.test_fraction)
-        kept, held_out = hold_out_groups([groups[i] for i in rest], fraction)
-        train, val, test_pairs = (
+        train, val, test = (
             Pairs(
                 medium.of_files([prompts[i].path for i in indices]),
                 [[prompts[i].text] for i in indices],
             )
-            for indices in ([rest[i] for i in kept], [rest[i] for i in held_out], test)
+            for indices in three_splits(groups, self.val_fraction, self.test_fraction)
         )
-        return PairSplits(train, val, test_pairs)
+        return PairSplits(train, val, test)
 
     def _prompts(self, language: str) -> list[Prompt]:
         path = Path(self.transcripts.format(language=language))

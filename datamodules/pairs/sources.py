@@ -214,6 +214,34 @@ def hold_out_groups(groups: Sequence[Hashable], fraction: float) -> tuple[list[i
     return lists
 
 
+def check_fractions(val_fraction: float, test_fraction: float) -> None:
+    """Check the fractions of `three_splits`.
+
+    Raises:
+        ValueError: If one is not above 0, or nothing is left for training.
+    """
+    if not (val_fraction > 0 and test_fraction > 0 and val_fraction + test_fraction < 1):
+        raise ValueError(
+            f"val_fraction and test_fraction must be above 0 and below 1 together, got "
+            f"{val_fraction} and {test_fraction}"
+        )
+
+
+def three_splits(
+    groups: Sequence[Hashable], val_fraction: float, test_fraction: float
+) -> tuple[list[int], list[int], list[int]]:
+    """Split indices for training, validation and testing as `hold_out_groups` does, with the
+    fractions of all groups.
+
+    Raises:
+        ValueError: If there are too few groups.
+    """
+    rest, test = hold_out_groups(groups, test_fraction)
+    fraction = val_fraction / (1 - test_fraction)
+    train, val = hold_out_groups([groups[i] for i in rest], fraction)
+    return [rest[i] for i in train], [rest[i] for i in val], test
+
+
 def check_apart(train: Sequence[Path], others: Sequence[Path], split: str) -> None:
     """Check that no file of the training split is in another split.
 
