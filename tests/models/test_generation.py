@@ -158,6 +158,22 @@ def test_each_step_has_random_numbers_of_its_own():
     assert Noise(Sampling(0.0), torch.empty(2, 5), None).rows is None
 
 
+@pytest.mark.parametrize("lookup", [None, 3])
+def test_steps_draw_independently(lookup):
+    """Of a model whose tokens are almost equally likely."""
+    found = generate(
+        make_model(max_length=64),
+        torch.zeros(1, 2, dtype=torch.long),
+        max_new_tokens=50,
+        temperature=1e9,
+        generator=torch.Generator().manual_seed(0),
+        prompt_lookup_num_tokens=lookup,
+    )
+    # 50 draws of 40 tokens have 28.7 different ones on average, with a deviation of 2.3.
+    assert 20 < len(found.unique()) < 38
+    assert len(set(zip(found[0, :-1].tolist(), found[0, 1:].tolist(), strict=True))) > 40
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0, 1e-300, 1e-40, 9e-7, 1e-6, 1e-3])
 def test_cold_samples_are_the_likeliest(temperature, dtype):
