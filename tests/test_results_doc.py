@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.quality.cells import read_cells
 from benchmarks.quality.engine import read
 from benchmarks.quality.plan import Settings
 from benchmarks.quality.table import Line, lines
@@ -18,7 +19,7 @@ from diffmm.runs.seeds import half_width
 ROOT = Path(__file__).parents[1]
 DOC = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-ROWS = read(ROOT / "docs" / "results" / "cells.jsonl")
+ROWS = read_cells(ROOT / "docs" / "results")
 
 SECTIONS = {
     "Text": "text",

@@ -10,12 +10,12 @@
 peak learning rate and a seed. All variants have the same number of parameters (the library's rule),
 see the same data in the same order, and have a learning rate tuned over the same grid, which is
 extended where the best rate is at its end (see `benchmarks.quality.plan`). Each cell is appended to
-`OUT/cells.jsonl` as it ends, with its validation metrics at several steps and times. Cells in that
-file are not run again, so that the table can be filled over many sittings (`--minutes` starts no
-cell after that time) and by several processes (`--part I/N` takes every Nth pair of task and
-variant). `--together N` trains N cells of small models at the same time, step by step in turns,
-each in a CUDA stream of its own. Cells that share a device disturb each other's times: both ways
-need `--no-equal-time`.
+`OUT/cells/TASK.jsonl` as it ends, with its validation metrics at several steps. Cells in that file
+are not run again, so that the table can be filled over many sittings (`--minutes` starts no cell
+after that time) and by several processes (`--part I/N` takes every Nth pair of task and variant).
+`--together N` trains N cells of small models at the same time, step by step in turns, each in a
+CUDA stream of its own. Cells that share a device disturb each other's times: both ways need
+`--no-equal-time`.
 `--size tiny` runs a table of tiny models in minutes on a CPU.
 
 `table` prints the table and writes `OUT/quality.md`, `quality.csv` and `quality.png`. `weights`
@@ -25,7 +25,7 @@ The tasks text, fashion_mnist, letters, speech, emoji and transcripts need prepa
 `prepare` makes from Python's packages and Debian's (dataset-fashion-mnist, fonts,
 asterisk-core-sounds-*, fonts-noto-color-emoji, unicode-cldr-core) and which can be carried to a
 machine without them: each task is a folder of DATA of its own. Cells keep a fingerprint of it, and
-`OUT/cells.jsonl` takes no cells of other data, with which they could not be compared.
+`OUT/cells` takes no cells of other data, with which they could not be compared.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.quality import weights
-from benchmarks.quality.cells import CELLS, Bench, fill
-from benchmarks.quality.engine import finish, read
+from benchmarks.quality.cells import CELLS, Bench, fill, read_cells
+from benchmarks.quality.engine import finish
 from benchmarks.quality.plan import Settings, results
 from benchmarks.quality.prepared import Sources, prepare
 from benchmarks.quality.table import draw, lines, markdown, write_csv
@@ -140,7 +140,7 @@ def export(bench: Bench, tasks: Sequence[str], variants: Sequence[str], folder: 
     Raises:
         SystemExit: If the table has no such cells.
     """
-    rows = read(bench.out / CELLS)
+    rows = read_cells(bench.out)
     found = [
         line
         for line in lines(rows, bench.settings)
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     settings = settings_of(parser, options)
     if options.verb == "table":
-        found = lines(read(options.out / CELLS), settings)
+        found = lines(read_cells(options.out), settings)
         if not found:
             raise SystemExit(f"{options.out / CELLS} has no complete cells of this size")
         text = markdown(found)

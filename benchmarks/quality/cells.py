@@ -16,7 +16,18 @@ from benchmarks.quality.variants import overrides
 
 NUM_POINTS = 6
 """Number of validations per cell, evenly spaced."""
-CELLS = "cells.jsonl"
+CELLS = "cells"
+"""Folder of results, with a file per task."""
+
+
+def kept_in(out: Path, task: str) -> Path:
+    """The file of a task's cells."""
+    return out / CELLS / f"{task}.jsonl"
+
+
+def read_cells(out: Path) -> list[Row]:
+    """The rows of all tasks."""
+    return [row for path in sorted((out / CELLS).glob("*.jsonl")) for row in read(path)]
 
 
 class Bench:
@@ -83,7 +94,7 @@ class Bench:
 
     def training(self, cell: Cell) -> Generator[None, None, tuple[Run, Row]]:
         """Train a cell, stopping after each step; ends with its run and row."""
-        kept = self.out / CELLS
+        kept = kept_in(self.out, cell.task)
         of_data = fingerprint(self.data, cell.task)
         check_same_data(read(kept), cell.task, of_data, kept)
         data = self.batches(cell)
@@ -93,7 +104,7 @@ class Bench:
         curve = yield from run.training(
             data, self.device, evaluate_at=points, captured=TASKS[cell.task].graph
         )
-        last = {n: v for n, v in curve.points[-1].items() if n not in ("step", "seconds")}
+        last = {n: v for n, v in curve.points[-1].items() if n != "step"}
         row = {
             **asdict(cell),
             "data": of_data,
@@ -148,13 +159,13 @@ def fill(
 ) -> Iterator[Row]:
     """Run cells until all are there or the time is over, `together` of them in turns; each row is
     kept as it ends."""
-    path = bench.out / CELLS
-    bench.out.mkdir(parents=True, exist_ok=True)
     running: dict[Cell, Generator[None, None, tuple[Run, Row]]] = {}
     while True:
         waiting = [
             cell
-            for cell in next_cells(read(path), bench.settings, pairs, equal_time=equal_time)
+            for cell in next_cells(
+                read_cells(bench.out), bench.settings, pairs, equal_time=equal_time
+            )
             if cell not in running
         ]
         bench.forget([*running, *waiting[:1]])
@@ -167,7 +178,7 @@ def fill(
             return
         cell, row = first_end(running)
         del running[cell]
-        append(path, row)
+        append(kept_in(bench.out, cell.task), row)
         yield row
 
 

@@ -61,10 +61,9 @@ class Curve:
 
     Attributes:
         losses: Training loss of every step.
-        points: Validation metrics with `step` and `seconds`, the training time up to that step. It
-            follows from the mean time of a step after the first few, so that it contains neither
-            evaluation nor compilation.
-        seconds_per_step: That mean; 0 if there were only a few steps.
+        points: Validation metrics, each with its `step`.
+        seconds_per_step: Mean time of a step after the first few, so that it contains neither
+            evaluation nor compilation; 0 if there were only a few steps.
     """
 
     losses: list[float]
@@ -241,8 +240,7 @@ class Run:
         if stream is not None:
             torch.cuda.current_stream().wait_stream(stream)
         rate = clock.seconds / max(1, self.num_steps - WARMUP_STEPS - 1)
-        timed = [{**point, "seconds": rate * point["step"]} for point in points]
-        return Curve(losses.tolist(), timed, rate)
+        return Curve(losses.tolist(), points, rate)
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")
@@ -322,11 +320,24 @@ def tail_mean(losses: Sequence[float]) -> float:
     return sum(tail) / len(tail)
 
 
+def rounded(value: Any) -> Any:
+    """A value of JSON, with nine significant digits of numbers that are no integers: all that
+    float32 has."""
+    if isinstance(value, float):
+        return float(f"{value:.9g}")
+    if isinstance(value, dict):
+        return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(part) for part in value]
+    return value
+
+
 def append(path: Path, row: Row) -> None:
     """Append a row to a file of JSON lines, in one write, so that processes can share it."""
-    line = json.dumps(row) + "\n"
+    line = json.dumps(rounded(row), separators=(",", ":")) + "\n"
     if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
         line = f"\n{line}"  # after a line that was cut off
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(line)
 

@@ -4,8 +4,8 @@ import pytest
 
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import plan
-from benchmarks.quality.cells import Bench
-from benchmarks.quality.engine import finish, read
+from benchmarks.quality.cells import Bench, read_cells
+from benchmarks.quality.engine import finish
 from benchmarks.quality.plan import Settings
 
 pytestmark = [
@@ -21,7 +21,7 @@ def test_graphs_of_several_runs_do_not_disturb_each_other(tmp_path, monkeypatch)
         out = ["--out", str(tmp_path / together), "--together", together, "--no-equal-time"]
         rates = ["--rates", "2e-3,4e-3", "--seeds", "0", "--steps", "60", "--size", "tiny"]
         quality.main(["--tasks", "digits", "--variants", "softmax,diff_v1", *rates, *out])
-        found = read(tmp_path / together / "cells.jsonl")
+        found = read_cells(tmp_path / together)
         rows[together] = {(r["variant"], r["rate"]): r["train_loss"] for r in found}
     assert len(rows["1"]) == 4
     assert len(set(rows["1"].values())) == 4
