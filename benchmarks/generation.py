@@ -9,20 +9,25 @@ The model is that of `benchmarks.decode` (492 M parameters in bfloat16), with on
   the continuation: the time of the GPU alone;
 * `generate`: `--new` tokens by `generate` with the compiled model, sampled with `top_k=50`, from
   the end of the prompt's processing on, which includes capturing the graph;
-* `replay`: the same, but from the tenth token on, without the capture;
+* `replay`: of the same tokens, those from the tenth on, without the capture;
+* `later`: `generate` again, after further calls;
 * `uncompiled`: `generate` without `torch.compile`;
 * `prompt`: the compiled processing of the prompt, and `forward`: the bare compiled forward pass of
   the features over as many tokens;
 * `hf`: `LlamaForCausalLM` of the same size with a static cache (softmax only), likewise.
 
-Ratios are to `step` (to `forward` for `prompt`); the medians over all rounds are shown. `--kernels`
-lists the kernels of a replayed step instead. With `--smoke`, tiny sizes on the CPU test this
-program.
+Each model, prompt length and round has a process of its own, like a command that generates: all
+graphs of a process are slower from its fourth capture on, which is that of `later`. Ratios are to
+`step` (to `forward` for `prompt`); the medians over all rounds are shown. `--kernels` lists the
+kernels of a replayed step instead. With `--smoke`, tiny sizes on the CPU test this program, in one
+process.
 """
 
 import argparse
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,17 +54,13 @@ def seconds_of(run: Any) -> float:
     return time.perf_counter() - start
 
 
-def token_seconds(model: Any, prompt: Tensor, new: int, *, after: int = 1) -> float:
-    """Seconds per new token after the first `after`; the prompt yields the first of all."""
-
-    def run() -> float:
-        tokens = stream(model, prompt, max_new_tokens=new, top_k=50)
-        for _ in range(after):
-            next(tokens)
-        return seconds_of(lambda: list(tokens)) / (new - after)
-
-    run()  # compiles
-    return run()
+def token_seconds(model: Any, prompt: Tensor, new: int) -> tuple[float, float]:
+    """Seconds per new token after the first, which the prompt yields, and after the ninth."""
+    tokens = stream(model, prompt, max_new_tokens=new, top_k=50)
+    next(tokens)
+    first = seconds_of(lambda: [next(tokens) for _ in range(8)])
+    rest = seconds_of(lambda: list(tokens))
+    return (first + rest) / (new - 1), rest / (new - 9)
 
 
 def kernel_lines(model: Any, prompt: Tensor, new: int) -> list[str]:
@@ -117,50 +118,58 @@ def hf_token_seconds(model: Any, prompt: Tensor, new: int) -> float:
 
 
 def measure(
-    size: TextSize, name: str, prompts: list[int], options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """The medians of one model, a row per prompt length and way."""
+    size: TextSize, name: str, length: int, options: argparse.Namespace
+) -> dict[str, float]:
+    """Seconds of each way, of one model and prompt length."""
+    torch._dynamo.config.cache_size_limit = 64
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    longest = max(prompts) + options.new + 512
-    rows = []
+    longest = length + options.new + 512
+    prompt = torch.randint(size.vocab_size, (options.batch, length), device=device)
+    if name == "hf":
+        with torch.device(device):
+            hf = size.hugging_face("softmax", longest).to(torch.bfloat16).eval()
+        return {"hf": hf_token_seconds(hf, prompt, options.new)}
     with torch.device(device):
         model = size.ours(name, "auto", longest).to(torch.bfloat16).eval()
     decoder = Decoder(model)
-    ways: dict[int, dict[str, list[float]]] = {length: {} for length in prompts}
-    hf = None
-    if name == "softmax" and options.hf:
-        with torch.device(device):
-            hf = size.hugging_face("softmax", longest).to(torch.bfloat16).eval()
-    for _ in range(options.rounds):
-        for length in prompts:
-            prompt = torch.randint(size.vocab_size, (options.batch, length), device=device)
-            if options.kernels:
-                token_seconds(decoder.compiled, prompt, options.new)
-                lines = kernel_lines(decoder.compiled, prompt, options.new)
-                print(f"{name}, prompt of {length}:", *lines, sep="\n", flush=True)
-                continue
-            context = length + options.new // 2
-            turn = decoder.take_turn(options.batch, context, min(48, options.new // 2))
-            found = {
-                "step": turn.get("graph", turn["compiled"]),
-                "generate": token_seconds(decoder.compiled, prompt, options.new),
-                "replay": token_seconds(decoder.compiled, prompt, options.new, after=10),
-                "uncompiled": token_seconds(model, prompt, options.new),
-                **prompt_seconds(model, decoder.compiled, prompt),
+    token_seconds(decoder.compiled, prompt, options.new)  # compiles
+    if options.kernels:
+        lines = kernel_lines(decoder.compiled, prompt, options.new)
+        print(f"{name}, prompt of {length}:", *lines, sep="\n", flush=True)
+        return {}
+    # The second and the third capture of the process.
+    generate, replay = token_seconds(decoder.compiled, prompt, options.new)
+    turn = decoder.take_turn(options.batch, length + options.new // 2, min(48, options.new // 2))
+    return {
+        "step": turn.get("graph", turn["compiled"]),
+        "generate": generate,
+        "replay": replay,
+        "later": token_seconds(decoder.compiled, prompt, options.new)[0],
+        "uncompiled": token_seconds(model, prompt, options.new)[0],
+        **prompt_seconds(model, decoder.compiled, prompt),
+    }
+
+
+def in_own_process(*arguments: Any) -> dict[str, float]:
+    """`measure`, in a new process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments).result()
+
+
+def rows_of(name: str, length: int, found: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """The medians over rounds, a row per way."""
+    rows = []
+    for way in found[0]:
+        base = "forward" if way in ("prompt", "forward") else "step"
+        rows.append(
+            {
+                "model": name,
+                "prompt": length,
+                "way": way,
+                "ms": 1e3 * median(round[way] for round in found),
+                "ratio": median(round[base] / round[way] for round in found),
             }
-            if hf is not None:
-                found["hf"] = hf_token_seconds(hf, prompt, options.new)
-            for way, seconds in found.items():
-                ways[length].setdefault(way, []).append(seconds)
-            print(f"  {name} {length}: {found}", flush=True)
-    for length, taken in ways.items():
-        for way, times in taken.items():
-            base = taken["forward" if way in ("prompt", "forward") else "step"]
-            ratio = median(b / t for b, t in zip(base, times, strict=True))
-            seconds = median(times)
-            rows.append(
-                {"model": name, "prompt": length, "way": way, "ms": 1e3 * seconds, "ratio": ratio}
-            )
+        )
     return rows
 
 
@@ -179,15 +188,23 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not options.smoke:
         raise SystemExit("this needs a CUDA device; --smoke tests the program without one")
-    torch._dynamo.config.cache_size_limit = 64
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{where}, torch {torch.__version__}", "SMOKE: sizes mean nothing" * options.smoke)
     prompts = [int(number) for number in options.prompts.split(",")]
+    size, run = TEXT_GROUPED, in_own_process
     if options.smoke:
         prompts, options.new, options.rounds, options.hf = [5], 12, 1, False
+        size, run = TEXT_SMOKE, measure
     rows = []
     for name in chosen(options.models, MODELS):
-        rows += measure(TEXT_SMOKE if options.smoke else TEXT_GROUPED, name, prompts, options)
+        for length in prompts:
+            found = []
+            for _ in range(options.rounds):
+                found.append(run(size, name, length, options))
+                if name == "softmax" and options.hf and not options.kernels:
+                    found[-1] |= run(size, "hf", length, options)
+                print(f"  {name} {length}: {found[-1]}", flush=True)
+            rows += rows_of(name, length, found)
     if not rows:
         return
     print("\nmedians; per token, but for prompt and forward")

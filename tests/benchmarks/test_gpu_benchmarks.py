@@ -153,9 +153,10 @@ def test_generation(tmp_path):
     generation.main(["--smoke", "--models", "v1", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "generation.json").read_text())
     assert [row["way"] for row in rows] == [
-        "step", "generate", "replay", "uncompiled", "prompt", "forward",
+        "step", "generate", "replay", "later", "uncompiled", "prompt", "forward",
     ]  # fmt: skip
     assert all(row["ms"] > 0 for row in rows)
+    assert {row["ratio"] for row in rows if row["way"] in ("step", "forward")} == {1.0}
 
 
 def test_diffllama_with_all_attentions_has_the_same_loss(tmp_path, capsys, monkeypatch):
