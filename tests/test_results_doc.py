@@ -293,6 +293,17 @@ def test_recall_tuned_with_two_seeds() -> None:
     assert f"v2 has {v2.mean:.2f} and softmax {softmax.mean:.2f}, a difference of {gap}" in text
 
 
+def test_what_the_runs_took() -> None:
+    shown = table_below("What the runs took")
+    assert [row["task"] for row in shown] == list(SECTIONS)
+    for row in shown:
+        own = [run for run in ROWS if run["task"] == SECTIONS[row["task"]]]
+        assert row["runs"] == str(len(own))
+        assert row["hours"] == f"{sum(run['wall_seconds'] for run in own) / 3600:.1f}"
+        (device,) = {run["device"].removeprefix("NVIDIA ").split(",")[0] for run in own}
+        assert row["device"] == device
+
+
 def test_limits() -> None:
     text = " ".join(DOC.split())
     summary = table_below("Should I use it?")
