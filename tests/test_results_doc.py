@@ -357,3 +357,9 @@ def test_the_readme_says_what_the_tables_say() -> None:
     three = [sounds[name] for name in DIFFERENTIAL.values()]
     assert f"{min(three):.0f} to {max(three):.0f} points better than softmax" in README
     assert f"exclusive softmax is {sounds['softmax_exclusive']:.0f}" in README
+    gaps = [
+        float(row["difference"].strip("*").split()[0])
+        for row in table_below("Upcycled on text")
+        if row["difference"]
+    ]
+    assert f"ends {-max(gaps):.2f} to {-min(gaps):.2f} nats lower" in README
