@@ -14,6 +14,10 @@ import pytest
 import torch
 from torch._inductor import config as inductor
 
+# Before the Hub's client is imported, here or in the processes of tests: without a network it would
+# try for 20 seconds to download what tests name, such as a tokenizer.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 
 def pytest_configure() -> None:
     """Make tests fail if Dynamo gives up on compiling a function after too many variants, instead

@@ -54,6 +54,7 @@ SMALLER = {
     "image_text/shapes_tiny": "--data.batch_size 8",
     "multimodal/shapes_and_sounds_tiny": "--data.batch_size 8",
     "image_text/shapes_captions_tiny": "--data.batch_size 8 --model.max_new_tokens 4",
+    "text/stdlib_tiny": "--data.source.max_bytes 1000000",
     "text/finetune": "--vars.sequence_length 64 --model.model.config.backbone.depth 1",
 }
 

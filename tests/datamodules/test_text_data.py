@@ -175,7 +175,8 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> HuggingFaceText:
     for number in range(2):
         rows = [json.dumps({"text": f"<{number}{row}> and more text"}) for row in range(10)]
         (root / f"{number}.jsonl").write_text("\n".join(rows))
-    return HuggingFaceText("json", data_files=str(root / "*.jsonl"), streaming=True)
+    files = str(root / "*.jsonl")
+    return HuggingFaceText("json", data_files=files, streaming=True, shuffle_buffer=10)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")

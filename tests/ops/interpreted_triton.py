@@ -46,6 +46,38 @@ def _patched_once(monkeypatch):
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
 
 
+@pytest.fixture(autouse=True)
+def _types_made_once(monkeypatch):
+    """Triton makes a type with a new name for every intermediate result, another for its shape, and
+    a table of all numpy types at every look into it, which takes half of the time."""
+    made, make = {}, tl.block_type.__init__
+
+    def make_once(self, element_ty, shape):
+        key = str(element_ty), *(getattr(size, "value", size) for size in shape)
+        if key not in made:
+            make(self, element_ty, shape)
+            made[key] = vars(self)
+        vars(self).update(made[key])
+
+    numpy_types, numpy_type = {}, interpreter._get_np_dtype
+
+    def numpy_type_once(triton_type):
+        name = str(triton_type.scalar)
+        if name not in numpy_types:
+            numpy_types[name] = numpy_type(triton_type)
+        return numpy_types[name]
+
+    monkeypatch.setattr(tl.block_type, "__init__", make_once)
+    monkeypatch.setattr(interpreter, "_get_np_dtype", numpy_type_once)
+    # Nothing looks at the type of a tuple without names of fields.
+    type_of = tl.core._type_for_tuple_values
+    monkeypatch.setattr(
+        tl.core,
+        "_type_for_tuple_values",
+        lambda values, fields=None: type_of(values, fields) if fields else None,
+    )
+
+
 @pytest.fixture
 def wrapping(monkeypatch):
     """Do not look for overflow of integers, which takes a fifth of the time: it wraps, as on a GPU,
