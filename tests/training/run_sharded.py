@@ -310,11 +310,10 @@ def validated(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    size = GLOBAL_BATCH // (num_processes // (2 if strategy == "fsdp2_tp2" else 1))
     if isinstance(samples, StackDataset):
-        loader: Any = DataLoader(samples, size)
+        loader: Any = DataLoader(samples, GLOBAL_BATCH // 4)
     elif samples is both_media:
-        loader = both_media(GLOBAL_BATCH // size)
+        loader = both_media(4)
     else:  # whose processes have different media in each step
         loader = DataLoader([step for (step,) in samples(1)], batch_size=None)
     (metrics,) = trainer.validate(

@@ -24,7 +24,7 @@ COMPILED, TRACED, ACCUMULATED = "_compiled", "_traced", "_accumulated"
 COMPILERS = {COMPILED: "inductor", TRACED: "eager"}
 RUNS = [
     ("diff_v1", "fsdp2", 2, ""),
-    ("diff_v1", "fsdp2_tp2", 2, ""),  # traced in "pairs"
+    ("diff_v1", "fsdp2_tp2", 2, TRACED),
     ("softmax", "fsdp2_tp2", 2, ""),
     ("diff_v2", "fsdp2_tp2", 2, ACCUMULATED),
     ("diff_grouped", "fsdp2_tp2", 2, ""),
@@ -48,7 +48,7 @@ RUNS = [
     ("diff_v1", "fsdp2_tp2", 4, ""),
 ]
 SOURCES = {
-    ("diff_v1", "fsdp2_tp2", 2, ""): "fsdp2_2",
+    ("diff_v1", "fsdp2_tp2", 2, TRACED): "fsdp2_2",
     ("uniform_noise", "fsdp2", 2, ""): "ddp_2",
     ("diff_v2", "ddp", 2, ""): f"fsdp2_tp2_2{ACCUMULATED}",
     ("diff_v1", "fsdp2_tp2", 4, ""): "fsdp2_2",
