@@ -1,5 +1,6 @@
 """Programs of models, by `torch.export`."""
 
+import io
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -45,7 +46,10 @@ def trace(signature: Signature) -> ExportedProgram:
 def write_pt2(signature: Signature, file: Path, metadata: Mapping[str, Any]) -> Call:
     """Write a program for `torch.export.load`, and return the program as it is read back. The
     metadata are in the extra file `diffmm`."""
-    torch.export.save(trace(signature), file, extra_files={METADATA_KEY: json.dumps(metadata)})
+    written = io.BytesIO()  # torch ends the process if it cannot write, as on a full disk
+    torch.export.save(trace(signature), written, extra_files={METADATA_KEY: json.dumps(metadata)})
+    file.write_bytes(written.getbuffer())
+    del written
     with quiet():
         return torch.export.load(file).module()
 
