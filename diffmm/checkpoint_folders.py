@@ -9,7 +9,7 @@
 
 A checkpoint is written to a hidden folder in the same directory, flushed to the disk, and only then
 renamed. A folder `step_*` was therefore complete when it was written; its manifest shows whether it
-still is. This module needs only the standard library.
+still is. This module and what it imports need only the standard library.
 """
 
 import hashlib
@@ -20,6 +20,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeGuard
+
+from diffmm.new_folders import discard, naming
 
 RUN_CONFIG_NAME = "config.yaml"
 """Name of the recipe in a run."""
@@ -107,18 +109,19 @@ def finish(
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically and flush it to the disk."""
+    """Write a small file atomically and flush it to the disk.
+
+    Raises:
+        OSError: If it cannot be written; it names `path`.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        flush(unfinished)
-        unfinished.replace(path)
-    except OSError as error:
-        if error.filename == os.fspath(unfinished):
-            error.filename = os.fspath(path)  # the name that the user knows
-        raise
+        with naming(path):
+            unfinished.write_text(text, encoding="utf-8")
+            flush(unfinished)
+            unfinished.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        discard(unfinished)
     flush(path.parent)
 
 

@@ -1,10 +1,32 @@
 """Files and folders that appear whole or not at all. Needs only the standard library."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name `path` in each `OSError` of the `with` statement that would name no file, as on a full
+    disk, or only one with a temporary name: `.`, the name of `path`, `.` and more."""
+    try:
+        yield
+    except OSError as error:
+        is_temporary = error.filename is not None and os.path.basename(
+            os.fsdecode(error.filename)
+        ).startswith(f".{path.name}.")
+        if error.errno is not None and (error.filename is None or is_temporary):
+            error.filename = os.fspath(path)
+        raise
+
+
+def discard(file: Path) -> None:
+    """Remove an unfinished file, if there is one: on a read-only disk even asking is an error."""
+    with suppress(OSError):
+        file.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -14,12 +36,17 @@ def workspace(path: Path) -> Iterator[Path]:
 
     The folder has a name of its own, so that several threads or processes can write at the same
     time. Folders above `path` are created, and removed again if nothing came to be in them.
+
+    Raises:
+        OSError: If a file cannot be written; it names `path` (see `naming`).
     """
     new_parents = [each for each in path.parents if not each.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with naming(path):
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        yield folder
+        with naming(path):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # not empty

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from datamodules.image.sources import ArrayImages, ImageSource, LabelledImages
 from datamodules.image.transform import ImageTransform
-from datamodules.shared.files import why_no_file
+from datamodules.shared.files import MISSING, why_no_file
 from datamodules.shared.sources import Splits, hold_out
 from diffmm.checks import DataError
 
@@ -35,7 +35,7 @@ def read_idx(path: Path, num_axes: int) -> NDArray[np.uint8]:
             is truncated or too long; the message names it.
     """
     fault = why_no_file(path)
-    if fault == "does not exist":
+    if fault is not None and fault.startswith(MISSING):
         raise FileNotFoundError(f"IDX file {path} does not exist")
     if fault is not None:
         raise DataError(f"IDX file {path} {fault}")

@@ -23,6 +23,8 @@ _KINDS = {
     stat.S_IFBLK: "a device",
 }
 
+MISSING = "does not exist"
+
 _AT_ONCE = 50_000
 
 _MOST_SHOWN = 8
@@ -41,7 +43,10 @@ def why_no_file(path: str | AnyFile) -> str | None:
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        return "does not exist"
+        with_slashes = os.fspath(path).replace("\\", "/")
+        if with_slashes != os.fspath(path) and os.path.exists(with_slashes):
+            return f"{MISSING}, but it does with / in place of \\"
+        return MISSING
     except (OSError, ValueError) as error:  # a cycle of links, a name with a null character
         return f"cannot be opened: {getattr(error, 'strerror', None) or error}"
     if stat.S_ISREG(mode):
@@ -61,10 +66,9 @@ def check_file(path: str | Path, role: str) -> None:
         DataError: If it is not a regular file.
     """
     fault = why_no_file(path)
-    if fault == "does not exist":
-        raise FileNotFoundError(f"{role} {path} does not exist")
     if fault is not None:
-        raise DataError(f"{role} {path} {fault}")
+        kind = FileNotFoundError if fault.startswith(MISSING) else DataError
+        raise kind(f"{role} {path} {fault}")
 
 
 def read_text(path: str | Path, role: str) -> str:

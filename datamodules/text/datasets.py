@@ -115,9 +115,12 @@ class HuggingFaceText(TextSource):
             # The columns of streamed files are known only after the first row.
             columns = rows.column_names or list(next(iter(rows), {}))
         if self.text_column not in columns:
+            way_out = "set --data.source.text_column"
+            if self.name == "csv" and len(columns) == 1 and re.search("[;\t]", columns[0]):
+                way_out = "separate them by commas"
             raise ValueError(
                 f"dataset {self.name!r} has no column {self.text_column!r}, its columns are "
-                f"{', '.join(columns)}: set --data.source.text_column"
+                f"{', '.join(columns)}: {way_out}"
             )
         return rows.select_columns([self.text_column])
 

@@ -88,7 +88,7 @@ class TextReader(Reader):
 
         Raises:
             BadSampleError: If the file cannot be read; the message names it.
-            ValueError: If `item` has another type or the text is empty.
+            ValueError: If `item` has another type, or the text is empty or not UTF-8.
         """
         if isinstance(item, Path):
             try:
@@ -97,7 +97,13 @@ class TextReader(Reader):
                 raise BadSampleError(str(error), item) from error
         if not isinstance(item, str):
             raise ValueError(f"a prompt must be a string or a Path, got {type(item).__name__}")
-        ids = self.encoder.encode(item)
+        try:
+            ids = self.encoder.encode(item)
+        except UnicodeEncodeError as error:  # as Python reads bytes from stdin that are no text
+            raise ValueError(
+                f"the prompt is not UTF-8 text, from character {error.start} on: convert it first "
+                f"(iconv -t UTF-8)"
+            ) from error
         if not ids:
             raise ValueError("the prompt is empty: it needs at least one character")
         return {"tokens": np.array([*self.start_ids, *ids])}

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.shared.bad_samples import BadSampleError, BadSamples, Triage
-from datamodules.shared.files import why_no_file
+from datamodules.shared.files import MISSING, why_no_file
 from datamodules.text.token_documents import (
     Document,
     TokenDocuments,
@@ -186,7 +186,7 @@ class _DamageError(Exception):
 def _check_files(path: Path, name: str) -> None:
     for needed in (path, _header_path(path), _documents_path(path)):
         fault = why_no_file(needed)
-        if fault == "does not exist":
+        if fault is not None and fault.startswith(MISSING):
             raise FileNotFoundError(
                 f"token file {path} needs {needed}, which does not exist: "
                 f"write token files with datamodules.text.data.write_token_file"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from diffmm.checkpoint_folders import write_text
 from diffmm.cli.compare import check_output, text_table
+from diffmm.new_folders import naming
 from diffmm.recipes.errors import InputError, refusing, warn
 from diffmm.recipes.importing import importing
 from diffmm.recipes.trust import add_trust_option
@@ -269,7 +270,9 @@ def write_figures(
     with refusing():
         folder.mkdir(exist_ok=True)
         for figure in figures:
-            (folder / f"figure_{figure.name}.png").write_bytes(png(figure))
+            file = folder / f"figure_{figure.name}.png"
+            with naming(file):
+                file.write_bytes(png(figure))
     print(f"figures: {folder} ({len(figures)} files)")
 
 

@@ -159,15 +159,21 @@ def seed_tables(runs: Sequence["Summary"]) -> list[tuple[list[str], list[list[st
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format a table as plain text, with text aligned left and numbers right."""
-    columns = list(zip(head, *([shortened(cell) for cell in row] for row in rows), strict=True))
     padded = []
-    for column in columns:
+    for name, *cells in zip(head, *rows, strict=True):
+        column = [name, *all_shortened(cells)]
         width = max(map(len, column))
         is_number = all(cell[:1] in "+-0123456789" for cell in column[1:])
         padded.append([cell.rjust(width) if is_number else cell.ljust(width) for cell in column])
     lines = ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
     rule = "  ".join("─" * len(column[0]) for column in padded)
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def all_shortened(cells: Sequence[str]) -> list[str]:
+    """Shorten the cells of a column, unless different ones would become equal."""
+    short = list(map(shortened, cells))
+    return short if len(set(short)) == len(set(cells)) else list(cells)
 
 
 def shortened(cell: str) -> str:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffmm.new_folders import discard
 from diffmm.recipes.errors import InputError, RunFailedError, message_of
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def writing(path: Path, columns: Sequence[str]) -> Iterator[Writer]:
         with reported(path):
             unfinished.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        discard(unfinished)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffmm.cli.prediction_files import TEXT_COLUMNS, class_columns, writing
 from diffmm.hub.predictions import Caption, Prediction
+from diffmm.new_folders import discard
 from diffmm.recipes.errors import RunFailedError, message_of
 
 Batch = dict[str, Tensor]
@@ -115,4 +116,4 @@ def save(predictions: dict[str, Any], path: Path) -> None:
             f"the predictions could not be written to {path}: {message_of(cause)}"
         ) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        discard(unfinished)

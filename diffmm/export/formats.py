@@ -18,6 +18,7 @@ from diffmm.export.signature import Signature
 from diffmm.interop.conversion import FAMILIES, check_free, write_model
 from diffmm.models.description import unwrap
 from diffmm.models.job import Job
+from diffmm.models.modes import check_evaluation
 from diffmm.models.safetensors_files import WEIGHTS_NAME
 from diffmm.models.weights import save_model
 from diffmm.new_folders import workspace
@@ -79,8 +80,7 @@ def export(
             model.
     """
     check_choice("to", to, FORMATS)
-    if model.training:
-        raise ValueError("the model is in training mode: call model.eval() before exporting it")
+    check_evaluation(model, "exporting it")
     form = FORMATS[to]
     path = path_of(Path(target), to)
     if not cache and not form.has_cache:

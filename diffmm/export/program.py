@@ -1,5 +1,6 @@
 """Programs of models, by `torch.export`."""
 
+import io
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -42,10 +43,21 @@ def trace(signature: Signature) -> ExportedProgram:
     return program
 
 
+@contextmanager
+def _in_memory(file: Path) -> Iterator[io.BytesIO]:
+    """Yield a buffer, which is written to a file at the end of the `with` statement: torch ends the
+    process if it cannot write an archive itself, as on a full disk."""
+    written = io.BytesIO()
+    yield written
+    file.write_bytes(written.getbuffer())
+
+
 def write_pt2(signature: Signature, file: Path, metadata: Mapping[str, Any]) -> Call:
     """Write a program for `torch.export.load`, and return the program as it is read back. The
     metadata are in the extra file `diffmm`."""
-    torch.export.save(trace(signature), file, extra_files={METADATA_KEY: json.dumps(metadata)})
+    with _in_memory(file) as written:
+        extra_files = {METADATA_KEY: json.dumps(metadata)}
+        torch.export.save(trace(signature), written, extra_files=extra_files)
     with quiet():
         return torch.export.load(file).module()
 
@@ -71,7 +83,8 @@ def write_aoti(signature: Signature, file: Path, metadata: Mapping[str, Any]) ->
     settings = {"aot_inductor.metadata": {METADATA_KEY: json.dumps(metadata)}}
     program = trace(signature)
     with quiet():
-        aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)
+        with _in_memory(file) as written:
+            aoti_compile_and_package(program, package_path=written, inductor_configs=settings)
         return aoti_load_package(str(file))
 
 

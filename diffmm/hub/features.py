@@ -12,6 +12,7 @@ from diffmm.hub.predictions import expanded
 from diffmm.hub.zero_shot import by_tower, towers_of
 from diffmm.models.contrastive import ContrastiveModel
 from diffmm.models.encoder import Encoder
+from diffmm.models.modes import check_evaluation
 
 
 def features_of(model: Any, reader: Any, inputs: Any, batch_size: int, origin: str) -> Tensor:
@@ -25,9 +26,10 @@ def features_of(model: Any, reader: Any, inputs: Any, batch_size: int, origin: s
         origin: The name of the model in messages.
 
     Raises:
-        ValueError: If the model has no encoder, or encoders of different widths; or an input cannot
-            be read.
+        ValueError: If the model has no encoder, or encoders of different widths, or is in training
+            mode; or an input cannot be read.
     """
+    check_evaluation(model, "computing features")
     encoders: list[Any] = [getattr(model, "encoder", model)]
     if isinstance(model, ContrastiveModel):
         encoders = [model.towers[name] for name in towers_of(model, reader)]

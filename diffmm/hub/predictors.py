@@ -9,6 +9,7 @@ from diffmm.hub.zero_shot import ZeroShotPredictor
 from diffmm.models.captioning import CaptioningModel
 from diffmm.models.contrastive import ContrastiveModel, ZeroShotClassifier
 from diffmm.models.ctc import CTCModel
+from diffmm.models.modes import check_evaluation
 from diffmm.models.text import TextModel
 
 if TYPE_CHECKING:
@@ -23,9 +24,11 @@ def predictor_of(trained: "TrainedModel", top_k: int) -> Reading[Any]:
         top_k: Number of classes per prediction, if it predicts classes.
 
     Raises:
-        ValueError: If the model predicts nothing about single inputs, or its tokenizer is missing.
+        ValueError: If the model predicts nothing about single inputs, is in training mode, or its
+            tokenizer is missing.
     """
     model = trained.model
+    check_evaluation(model, "predicting")
     if isinstance(model, CaptioningModel):
         _ = trained.tokenizer  # an error before anything is read
         return Captioner(model, trained.reader)

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 from diffmm.batch import inputs_of, to_device
 from diffmm.hub.predictions import Predictor, expanded
 from diffmm.models.contrastive import ContrastiveModel
+from diffmm.models.modes import check_evaluation
 
 PLACE = "{}"
 TEMPLATES = ("a photo of a {}.",)
@@ -64,8 +65,10 @@ def embed_media(
     """Embeddings of images or sounds, and of those in folders, `[I, embed_dim]` on the CPU.
 
     Raises:
-        ValueError: If an input cannot be read; the message names it.
+        ValueError: If an input cannot be read, the message names it; or the model is in training
+            mode.
     """
+    check_evaluation(model, "embedding images or sounds")
     _ = towers_of(model, reader)  # an error before anything is read
     items, found = expanded(inputs, reader), []
     while samples := [reader.read(item) for item in islice(items, batch_size)]:
@@ -80,8 +83,10 @@ def embed_texts(
     """Embeddings of texts, `[T, embed_dim]` on the CPU.
 
     Raises:
-        ValueError: If a text is empty, not a string, or longer than the reader's `max_tokens`.
+        ValueError: If a text is empty, not a string, or longer than the reader's `max_tokens`; or
+            the model is in training mode.
     """
+    check_evaluation(model, "embedding texts")
     for text in texts:
         if isinstance(text, str) and reader.is_cut(text):
             raise ValueError(

@@ -13,6 +13,7 @@ from diffmm.models.captioning import CaptioningModel
 from diffmm.models.decoding import Choice, prepare
 from diffmm.models.description import unwrap
 from diffmm.models.host_copy import HostCopy
+from diffmm.models.modes import check_evaluation
 from diffmm.models.prompt import Prompt, text_prompt
 from diffmm.models.sampling import Sampling
 from diffmm.models.text import TextConfig, TextModel
@@ -223,8 +224,7 @@ def _check_model(model: Any, media: Tensor | None) -> tuple[TextModel, int]:
             "the model is an encoder (causal=False), which cannot generate text: "
             "use a model with causal=True"
         )
-    if model.training:
-        raise ValueError("the model is in training mode: call model.eval() before generating")
+    check_evaluation(model, "generating")
     return decoder, 0 if media is None else model.num_prefix_tokens(media)
 
 

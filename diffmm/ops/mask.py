@@ -38,8 +38,8 @@ class AttentionMask:
             same. By default, all `M`.
 
     Raises:
-        ValueError: If `window` is below 1, `prefix_lengths` is given without `causal`, or a tensor
-            has the wrong number of axes or dtype.
+        ValueError: If `window` is below 1 or a float, `prefix_lengths` is given without `causal`,
+            or a tensor has the wrong number of axes or dtype.
 
     >>> diffmm.AttentionMask(causal=True, window=2).to_bool(3, 3)[0, 0].int()
     tensor([[1, 0, 0],
@@ -55,6 +55,8 @@ class AttentionMask:
     num_keys: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.window, float):
+            raise ValueError(f"window must be an integer, the number of keys, got {self.window}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window must be at least 1 (the query itself), got {self.window}")
         if self.prefix_lengths is not None and not self.causal:

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import diffmm
+from diffmm.new_folders import discard
 from diffmm.recipes.errors import InputError
 
 FIELDS = ("Command", "Hardware", "Time", "Metric", "Measured")
@@ -100,6 +101,6 @@ def copy_recipe(name: str, target: str | None = None) -> Path:
     try:
         shutil.copyfile(source, path)
     except OSError as error:
-        path.unlink(missing_ok=True)
+        discard(path)
         raise InputError(f"{path} cannot be written: {error.strerror}") from error
     return path

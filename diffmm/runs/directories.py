@@ -174,7 +174,11 @@ def import_modules_of_run(path: Path) -> None:
 
 
 def near_run(path: Path) -> str:
-    """A hint at the run whose name is nearest to a path that does not exist; may be empty."""
+    """A hint at the run that a path is in, or whose name is nearest to a path that does not exist;
+    may be empty."""
+    for folder in path.parents:
+        if path.exists() and (folder / CONFIG_NAME).is_file():
+            return f"; it is in the run '{folder}'"
     if path.exists() or not path.parent.is_dir():
         return ""
     names = [config.parent.name for config in path.parent.glob(f"*/{CONFIG_NAME}")]

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from diffmm.analysis.lambdas import mean_lambda_curve
+from diffmm.cli.compare import text_table
 from diffmm.recipes.catalog import find_recipe
 from diffmm.recipes.errors import InputError
 from diffmm.recipes.settings import load, override
@@ -304,6 +305,14 @@ def test_maps_of_texts(run, recipe, text_changes):
     result = run("compare", "runs/recipe/a", "--output", "page.html")
     assert (result.code, result.err) == (0, "")
     assert 'class="sample text"' in Path("page.html").read_text()
+
+
+def test_cells_are_shortened_unless_different_ones_become_equal():
+    end = "learning_rate=0.002, accelerator=cpu, steps=20"
+    names = [f"attention={attention}, {end}" for attention in ("softmax", "diff_v2")]
+    assert text_table(["group"], [[name] for name in names]).splitlines()[2:] == names
+    (line,) = text_table(["group"], [names[:1]]).splitlines()[2:]
+    assert line == f"…{names[0][-39:]}"
 
 
 def test_what_cannot_be_compared_or_written(run, tmp_path):

@@ -106,6 +106,10 @@ def test_mistakes(run, trained, tmp_path):
         ((text, "a"), f"{text} names no tokenizer: give one (--tokenizer bytes)"),
         ((trained, ""), "the prompt is empty: it needs at least one character"),
         (
+            (trained, "a\udcff"),
+            "the prompt is not UTF-8 text, from character 1 on: convert it first (iconv -t UTF-8)",
+        ),
+        (
             (trained, "a", "--temperature", "-1"),
             "temperature must be finite and at least 0 (greedy)",
         ),

@@ -233,6 +233,15 @@ def test_resume_takes_no_recipe_or_name(run):
     ]
 
 
+def test_a_checkpoint_to_resume_is_answered_with_its_run(run, interrupted):
+    _, directory = interrupted
+    checkpoint = find_state(directory).parent
+    assert run("fit", "--resume", checkpoint).mistakes == [
+        f"{checkpoint} is not a run directory: there is no {checkpoint}/config.yaml; "
+        f"it is in the run '{directory}'"
+    ]
+
+
 @pytest.mark.parametrize("given", ["", "checkpoints", "checkpoints/step_00000002", "a state"])
 def test_weights_are_given_as_a_run_or_a_checkpoint(run, interrupted, given):
     path, directory = interrupted

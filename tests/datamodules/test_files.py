@@ -337,4 +337,9 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         check_file(tmp_path / "gone.csv", "table")
     assert why_no_file(write(tmp_path / "a.txt")) is None
     assert why_no_file(tmp_path / "a.txt" / "b") == "does not exist"
+    from_windows = f"{tmp_path.parent}\\{tmp_path.name}\\a.txt"
+    told = "does not exist, but it does with / in place of \\"
+    assert why_no_file(from_windows) == told
+    with pytest.raises(FileNotFoundError, match=r"in place of \\"):
+        check_file(from_windows, "table")
     assert "null" in why_no_file(f"{tmp_path}/a\0b")

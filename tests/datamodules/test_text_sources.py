@@ -262,6 +262,10 @@ def test_bad_datasets_are_named(tmp_path: Path, rows_file: dict[str, Any]) -> No
         HuggingFaceText(**{**rows_file, "text_column": "prose"}).load(BYTES)
     with pytest.raises(ValueError, match=r"no column 'prose'"):
         list(HuggingFaceText(**{**rows_file, "text_column": "prose"}, streaming=True).documents())
+    table = tmp_path / "excel.csv"
+    table.write_text("text;id\nhello;1\n")
+    with pytest.raises(ValueError, match=r"columns are text;id: separate them by commas"):
+        HuggingFaceText("csv", data_files=str(table)).load(BYTES)
     with pytest.raises(ValueError, match=r"library cannot load \S*missing.json: "):
         HuggingFaceText("json", data_files=str(tmp_path / "missing.json")).load(BYTES)
     with pytest.raises(ValueError, match="shuffle_buffer must be at least 1, got 0"):

@@ -1,5 +1,6 @@
 """Files of exported models: what is in them, and what is refused."""
 
+import errno
 import json
 import sys
 import zipfile
@@ -184,6 +185,24 @@ def test_a_program_with_other_results_is_not_written(here, monkeypatch, model, c
     )
     with pytest.raises(ValueError, match=message):
         export(model(), "new/a.pt2", "pt2")
+    assert names(here) == []
+
+
+@pytest.mark.parametrize("to", ["pt2", "aoti"])
+def test_a_full_disk_is_an_error_that_names_the_file(here, monkeypatch, to):
+    """If torch cannot write the file itself, it ends the process."""
+
+    def compile_nothing(program, *, package_path, inductor_configs):
+        package_path.write(b"program")
+
+    def onto_full_disk(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", onto_full_disk)
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", compile_nothing)
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "c++")
+    with pytest.raises(OSError, match="No space left on device: 'new/a.pt2'"):
+        export(image_model(), "new/a.pt2", to)
     assert names(here) == []
 
 

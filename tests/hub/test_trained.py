@@ -59,6 +59,13 @@ def test_predictions_of_files_one_by_one_are_those_of_validation(there, trained,
     assert 0.6 < accuracy < 1.0
 
 
+def test_a_model_in_training_mode_is_refused_because_dropout_makes_its_results_random(trained):
+    trained.model.train()
+    for compute, action in ((trained.predict, "predicting"), (trained.features, "computing")):
+        with pytest.raises(ValueError, match=rf"mode: call model.eval\(\) before {action}"):
+            compute(np.zeros((8, 8), np.uint8))
+
+
 def test_a_file_a_picture_and_an_array_are_the_same_to_it(there, trained):
     file = Path("seven.png")
     picture = Image.open(file)

@@ -94,6 +94,9 @@ def test_similarity_is_the_cosine_of_every_pair(trained):
     torch.testing.assert_close(trained.similarity(FILES[1], TEXTS[2]), found[1:2, 2:])
     assert trained.similarity([], TEXTS).shape == (0, 3)
     assert trained.similarity(FILES, []).shape == (3, 0)
+    trained.model.train()
+    with pytest.raises(ValueError, match="training mode: call model.eval.. before embedding"):
+        trained.similarity(FILES, TEXTS)
 
 
 @pytest.mark.parametrize("init_bias", [None, -3.0])

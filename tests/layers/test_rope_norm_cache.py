@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import diffmm
 from diffmm.layers import KVCache, LayerNorm, RMSNorm, RotaryEmbedding, apply_rope
 
 
@@ -36,6 +37,18 @@ def test_frequencies_are_rounded_once(base, head_dim):
     frequencies = RotaryEmbedding(head_dim, base).frequencies
     for moved in (frequencies, frequencies.half(), frequencies.double()):
         assert moved.value.float().equal(expected)
+
+
+@pytest.mark.parametrize("sound", [False, True])
+def test_models_of_the_meta_device_take_weights_by_assignment(sound):
+    """Rotations, windows and filters are in no state, and must not stay on the meta device."""
+    name = "audio/sound_events_tiny" if sound else "text/stdlib_tiny"
+    model = diffmm.create_model(name).eval()
+    inputs = torch.randn(2, 8000) if sound else torch.randint(256, (2, 9))
+    with torch.device("meta"):
+        other = type(model)(model.config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    torch.testing.assert_close(other.eval()(inputs), model(inputs), rtol=0, atol=0)
 
 
 def test_position_zero_is_no_rotation():

@@ -190,6 +190,7 @@ def test_a_given_width_is_obeyed():
         ({"attention": "diff_v3"}, "attention must be one of .* got 'diff_v3'; did you mean"),
         ({"norm": "batchnorm"}, "norm must be one of 'rmsnorm', .*, 'layernorm', got 'batchnorm'"),
         ({"feed_forward": "relu"}, "feed_forward must be one of 'swiglu', 'gelu', .* got 'relu'"),
+        ({"window": 2.5}, "window must be an integer, the number of tokens, got 2.5"),
         ({"rope": "4d"}, "rope must be one of .* got '4d'"),
         ({"rope": "3d"}, "over 3 axes needs a head_dim that is a multiple of 6"),
         ({"rope": "2d", "head_dim": 6}, "a multiple of 4, got 6"),

@@ -114,6 +114,20 @@ def test_backends_agree_in_all_gradients(lam, lengths, num_components, width, na
         torch.testing.assert_close(found[what], truth[what], msg=lambda m, w=what: f"{w}: {m}")
 
 
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("empty", ["batch", "queries", "keys"])
+@pytest.mark.parametrize("num_components", [1, 2])
+def test_no_samples_queries_or_keys(backend, empty, num_components):
+    batch, N, M = 0 if empty == "batch" else 2, 5 * (empty != "queries"), 5 * (empty != "keys")
+    q = torch.randn(batch, N, 4, 2, 8, requires_grad=True)
+    k, v = torch.randn(batch, M, 2, num_components, 8), torch.randn(batch, M, 2, 16)
+    mask = AttentionMask(causal=True)
+    out = diff_attention(q, k, v, 0.8, mask=mask, backend=backend)
+    assert out.equal(torch.zeros(batch, N, 4, 16))
+    out.sum().backward()
+    assert q.grad.equal(torch.zeros_like(q))
+
+
 def test_more_queries_than_keys():
     inputs = make_inputs(5, 3)
     mask = AttentionMask(causal=True)

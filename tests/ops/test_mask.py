@@ -127,6 +127,7 @@ def test_properties():
     ("arguments", "message"),
     [
         ({"window": 0}, "window must be at least 1 .* got 0"),
+        ({"window": 2.5}, "window must be an integer, the number of keys, got 2.5"),
         ({"prefix_lengths": torch.tensor([1])}, "prefix_lengths needs causal=True"),
         (
             {"causal": True, "prefix_lengths": torch.zeros(1, 2, dtype=torch.int64)},

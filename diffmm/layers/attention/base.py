@@ -137,6 +137,8 @@ class Attention(nn.Module):
         check_choice("qkv_bias", qkv_bias, (False, True, "qv"))
         if attention_scale is not None and attention_scale <= 0.0:
             raise ValueError(f"attention_scale must be positive, got {attention_scale}")
+        if isinstance(window, float):
+            raise ValueError(f"window must be an integer, the number of tokens, got {window}")
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1 (the token itself), got {window}")
         if num_heads < 1 or (head_dim is None and dim % num_heads):

@@ -53,7 +53,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: AttentionMask, scale: float) 
     sees_nothing = ~visible.any(dim=-1, keepdim=True)
     out = _torch_sdpa(q, k, v, attn_mask=visible | sees_nothing, scale=scale)
     out = out.masked_fill(sees_nothing, 0.0)
-    return out.reshape(out.shape[0], num_heads, num_queries, -1).transpose(1, 2)
+    return out.reshape(out.shape[0], num_heads, num_queries, out.shape[-1]).transpose(1, 2)
 
 
 def _torch_sdpa(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
