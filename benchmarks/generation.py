@@ -166,8 +166,8 @@ def rows_of(name: str, length: int, found: list[dict[str, float]]) -> list[dict[
                 "model": name,
                 "prompt": length,
                 "way": way,
-                "ms": 1e3 * median(round[way] for round in found),
-                "ratio": median(round[base] / round[way] for round in found),
+                "ms": 1e3 * median(seconds[way] for seconds in found),
+                "ratio": median(seconds[base] / seconds[way] for seconds in found),
             }
         )
     return rows
@@ -201,11 +201,13 @@ def main(arguments: list[str] | None = None) -> None:
             found = []
             for _ in range(options.rounds):
                 found.append(run(size, name, length, options))
-                if name == "softmax" and options.hf and not options.kernels:
+                if options.kernels:
+                    continue
+                if name == "softmax" and options.hf:
                     found[-1] |= run(size, "hf", length, options)
                 print(f"  {name} {length}: {found[-1]}", flush=True)
             rows += rows_of(name, length, found)
-    if not rows:
+    if options.kernels:
         return
     print("\nmedians; per token, but for prompt and forward")
     for row in rows:

@@ -363,3 +363,10 @@ def test_the_readme_says_what_the_tables_say() -> None:
         if row["difference"]
     ]
     assert f"ends {-max(gaps):.2f} to {-min(gaps):.2f} nats lower" in README
+    whole = [lines_of("text")[variant].mean_difference or 0 for variant in DIFFERENTIAL.values()]
+    shares = [100 * gap / of for gap, of in zip(gaps, whole, strict=True)]
+    assert f"The differences are {min(shares):.0f} to {max(shares):.0f} % of those" in DOC
+
+
+def test_no_runs_of_other_texts_are_added_to_those_whose_data_were_not_kept() -> None:
+    assert {row["data"] for row in ROWS if row["task"] == "text"} == {"not kept"}
