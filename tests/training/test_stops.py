@@ -220,12 +220,12 @@ def test_a_worker_that_is_born_dead_is_born_again(monkeypatch, caplog):
     torch.testing.assert_close(torch.cat(list(loader)), torch.stack(list(Numbers())))
     assert time.monotonic() - start < 20  # both were killed without waiting for them
     first, second, *_ = tries
-    assert len(tries) == 4
     for dead in (first, second):
         with pytest.raises(ProcessLookupError):
             os.kill(dead, 0)
     waits = re.findall(r"did not start within ([\d.]+) seconds", caplog.text)
-    assert waits == ["0.5", "1"]
+    assert waits[:2] == ["0.5", "1"]  # more where a large process takes long to fork
+    assert len(tries) == len(waits) + 2  # an attempt per warning and one per worker
 
 
 @pytest.mark.parametrize(("method", "is_looked_after"), [("spawn", False), ("fork", True)])
