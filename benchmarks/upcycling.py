@@ -33,12 +33,12 @@ from benchmarks.quality.engine import Data, Row, Run, append, cached_batches, re
 from benchmarks.quality.prepared import check_same_data, fingerprint, unpack
 from benchmarks.quality.tasks import BACKBONE, TASKS, Size
 from benchmarks.quality.variants import SIGNAL_PER_NOISE, softmax_backbone
-from diffmm.interop.upcycle import upcycle
+from diffmm.interop.upcycle import TARGETS, upcycle
 from diffmm.models.weights import load_model, save_model
 from diffmm.runs.seeds import half_width
 
 SOFTMAX = "softmax"
-VARIANTS = (SOFTMAX, "diff_v1", "diff_v2", "diff_grouped")
+VARIANTS = (SOFTMAX, *TARGETS)
 NAIVE = {"naive_v1": "diff_v1", "naive_v2": "diff_v2"}
 RATES = {"text": 2e-3, "fashion_mnist": 2e-3, "letters": 2e-3, "speech": 2e-3, "digits": 4e-3}
 """Learning rates of the first training."""

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 DESCRIPTION = """Write a differential model that computes the same outputs as a trained softmax
-model, to be trained further: both maps of a head start as the softmax map, lambda as 1/2. The
-outputs of both models on random inputs are compared before the file is written."""
+model, to be trained further: both maps of a head start as the softmax map, lambda as 1/2. With dex,
+softmax attention keeps its one map and subtracts a learned map of every head from the head; --to
+softmax makes a plain softmax model of such a model again. The outputs of both models on random
+inputs are compared before the file is written."""
 
 TOLERANCE = 1e-4
 """Largest difference of outputs, relative to the largest output."""
@@ -46,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--to",
         required=True,
-        choices=("diff_v1", "diff_v2", "diff_grouped"),
+        choices=("diff_v1", "diff_v2", "diff_grouped", "dex", "softmax"),
         help="the attention of the new model",
     )
     parser.add_argument(
@@ -71,7 +73,7 @@ def upcycle(options: argparse.Namespace) -> None:
     """
     with importing():
         from diffmm.hub.loading import load
-        from diffmm.interop import upcycle as interop
+        from diffmm.interop import upcycle as upcycling
         from diffmm.models.contents import weights_file
         from diffmm.models.weights import save_model
 
@@ -83,9 +85,12 @@ def upcycle(options: argparse.Namespace) -> None:
     if options.trust:
         import_modules_of_run(state)
     model = load(state).model
-    twin = interop.upcycle(
-        model, options.to, signal_per_noise=options.signal_per_noise, seed=options.seed
-    )
+    if options.to == "softmax":
+        twin = upcycling.merged(model)
+    else:
+        twin = upcycling.upcycle(
+            model, options.to, signal_per_noise=options.signal_per_noise, seed=options.seed
+        )
     difference = largest_difference(model, twin)
     if not difference <= TOLERANCE:  # also for NaN
         raise InputError(

@@ -1,6 +1,7 @@
 """Differential models from softmax models, with the same outputs at the start.
 
-Both maps start as the map of the softmax model, and lambda as 1/2, so that
+In the differential attentions both maps start as the map of the softmax model, and lambda as 1/2,
+so that
 
     (A - lambda A) V = A V / 2,
 
@@ -19,6 +20,14 @@ A head of `diff_v1` has values of twice the width, which a softmax head does not
 head therefore becomes one differential head, with the values `[V + E, V - E]` for random `E`, whose
 halves add up to `2 V` in the output projection. Its headwise norm would change the outputs, so that
 the differential model has none.
+
+`dex` keeps one map and subtracts a learned map of every head, `F`, from its output `o` (see
+`diffmm.layers.attention.HeadMaps`). `F` starts as the identity and lambda as 1/2, so that
+
+    o - lambda F o = o / 2,
+
+and the output projection is doubled here, too. `F` is linear, so that the output projection can
+take it over after training: `merged` makes a plain softmax model of one with `dex`.
 """
 
 import dataclasses
@@ -30,15 +39,22 @@ from torch import Tensor, nn
 
 from diffmm.checks import check_choice
 from diffmm.layers import Attention, DiffAttentionV1, SoftmaxAttention
+from diffmm.layers.attention import HeadMaps
 from diffmm.layers.norm import CosineNorm
 from diffmm.models.backbone import BackboneConfig
 from diffmm.models.description import describe, unwrap
 
-TARGETS = ("diff_v1", "diff_v2", "diff_grouped")
-"""The attentions that a softmax model can become."""
+DIFFERENTIAL = ("diff_v1", "diff_v2", "diff_grouped")
+"""The differential attentions that softmax attention can become."""
+
+TARGETS = (*DIFFERENTIAL, "dex")
+"""What a softmax model can become."""
 
 LAMBDA = 0.5
 """Lambda at the start: that of `sigmoid(0)`."""
+
+
+Weights = dict[str, Tensor]
 
 
 def upcycle(
@@ -47,12 +63,12 @@ def upcycle(
     """Create a differential model with the outputs of a softmax model.
 
     The new model has the softmax model's weights except in its attention layers (see
-    `diffmm.interop.upcycle`), and more parameters: the queries of the noise maps, and in `diff_v1`
-    also their keys and twice as many values.
+    `diffmm.interop.upcycle`), and more parameters: the queries of the noise maps, in `diff_v1` also
+    their keys and twice as many values; with `dex`, a matrix and a number per head.
 
     Args:
         model: A model of `diffmm.models` with softmax attention; it is not changed.
-        attention: `"diff_v1"`, `"diff_v2"` or `"diff_grouped"`.
+        attention: `"diff_v1"`, `"diff_v2"`, `"diff_grouped"` or `"dex"`.
         signal_per_noise: Number of signal heads per noise head, for `diff_grouped`.
         seed: Seed of the new random numbers, which `diff_v1` needs.
 
@@ -70,20 +86,55 @@ def upcycle(
     True
     """
     check_choice("attention", attention, TARGETS)
+
+    def converted(name: str, layer: Attention, own: Weights) -> Weights:
+        _check(name, layer, attention, signal_per_noise)
+        return _LAYERS[attention](layer, own, signal_per_noise, random)
+
+    random = torch.Generator().manual_seed(seed)
+    return _rebuilt(model, converted, lambda config: _backbone(config, attention, signal_per_noise))
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """Create a plain softmax model with the outputs of one with `dex`: the output projection of
+    each layer takes over the maps of its heads.
+
+    Args:
+        model: A model of `diffmm.models` whose softmax attention has `dex`; it is not changed.
+
+    Returns:
+        The softmax model, in evaluation mode, with the same job.
+
+    Raises:
+        ValueError: If a layer has no `dex`, or gates the elements of the heads after their maps.
+
+    >>> model = diffmm.create_model("text/stdlib_tiny", attention="softmax").eval()
+    >>> again = diffmm.interop.upcycle.merged(diffmm.interop.upcycle.upcycle(model, "dex"))
+    >>> all(torch.equal(one, model.get_parameter(name)) for name, one in again.named_parameters())
+    True
+    """
+    return _rebuilt(model, _without_maps, lambda config: dataclasses.replace(config, dex=False))
+
+
+def _rebuilt(
+    model: nn.Module,
+    converted: Callable[[str, Attention, Weights], Weights],
+    backbone: Callable[[BackboneConfig], BackboneConfig],
+) -> nn.Module:
+    """A model whose attention layers and backbone configs are converted; all else is the same."""
     model = unwrap(model)
     describe(model)  # checks its class
-    layers = {n: part for n, part in model.named_modules() if isinstance(part, Attention)}
-    for name, layer in layers.items():
-        _check(name, layer, attention, signal_per_noise)
-    random = torch.Generator().manual_seed(seed)
     state = model.state_dict()
-    for name, layer in layers.items():
-        prefix = f"{name}."
-        own = {n.removeprefix(prefix): state.pop(n) for n in list(state) if n.startswith(prefix)}
-        new = _LAYERS[attention](layer, own, signal_per_noise, random)
-        state |= {f"{prefix}{n}": tensor.to(layer.q_proj.weight.dtype) for n, tensor in new.items()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Attention):
+            prefix = f"{name}."
+            names = [each for each in state if each.startswith(prefix)]
+            own = {each.removeprefix(prefix): state.pop(each) for each in names}
+            new = converted(name, layer, own)
+            dtype = layer.q_proj.weight.dtype
+            state |= {f"{prefix}{each}": tensor.to(dtype) for each, tensor in new.items()}
     config: Any = model.config
-    twin: nn.Module = type(model)(_converted(config, attention, signal_per_noise))
+    twin: nn.Module = type(model)(_converted(config, backbone))
     twin.load_state_dict(state)
     twin.job = getattr(model, "job", None)  # type: ignore[assignment]
     return twin.eval()
@@ -96,17 +147,22 @@ def _check(name: str, layer: Attention, attention: str, signal_per_noise: int) -
             f"{name} is {type(layer).__name__}: only models with softmax attention can become "
             f"differential"
         )
+    if layer.head_maps is not None:
+        raise ValueError(
+            f"{name} already has dex: make it plain softmax first, with --to softmax or "
+            f"diffmm.interop.upcycle.merged"
+        )
     for setting, is_set, targets in (
-        ("cosine_logits", isinstance(layer.q_norm, CosineNorm), TARGETS),
-        ("attention_softcap", layer.softcap is not None, TARGETS),
+        ("cosine_logits", isinstance(layer.q_norm, CosineNorm), DIFFERENTIAL),
+        ("attention_softcap", layer.softcap is not None, DIFFERENTIAL),
         ("exclusive", layer.exclusive, ("diff_v1",)),
         ("output_gate", layer.gate_proj is not None and signal_per_noise > 1, ("diff_grouped",)),
     ):
         if is_set and attention in targets:
             raise ValueError(
                 f"{name} has {setting}, with which {attention} cannot have the same outputs: "
-                f"upcycle {'' if targets == TARGETS else 'to another attention, or '}"
-                f"a model without it"
+                f"upcycle to {'dex' if targets == DIFFERENTIAL else 'another attention'}, or a "
+                f"model without it"
             )
     per_group = layer.num_heads // layer.num_kv_heads
     if attention == "diff_grouped" and (signal_per_noise < 1 or per_group % signal_per_noise):
@@ -117,27 +173,23 @@ def _check(name: str, layer: Attention, attention: str, signal_per_noise: int) -
         )
 
 
-def _converted(config: Any, attention: str, signal_per_noise: int) -> Any:
+def _converted(config: Any, backbone: Callable[[BackboneConfig], BackboneConfig]) -> Any:
     """A model's config with every backbone converted."""
     if isinstance(config, BackboneConfig):
-        return _converted_backbone(config, attention, signal_per_noise)
+        return backbone(config)
     changes = {
-        field.name: _converted(value, attention, signal_per_noise)
+        field.name: _converted(value, backbone)
         for field in dataclasses.fields(config)
         if dataclasses.is_dataclass(value := getattr(config, field.name))
     }
     return dataclasses.replace(config, **changes)
 
 
-def _converted_backbone(
-    config: BackboneConfig, attention: str, signal_per_noise: int
-) -> BackboneConfig:
-    """The config of the differential backbone; its feed-forward layers keep their width."""
+def _backbone(config: BackboneConfig, attention: str, signal_per_noise: int) -> BackboneConfig:
+    """The config of the upcycled backbone; its feed-forward layers keep their width."""
     kept: dict[str, Any] = {
-        "attention": attention,
         "head_dim": config.resolved_head_dim,
         "feed_forward_width": config.resolved_feed_forward_width,
-        "cosine_logits": False,
     }
     num_kv_heads = config.num_kv_heads or config.num_heads
     changes: dict[str, dict[str, Any]] = {
@@ -149,11 +201,9 @@ def _converted_backbone(
         },
         "diff_v2": {},
         "diff_grouped": {"signal_per_noise": signal_per_noise},
+        "dex": {"attention": "softmax", "dex": True},
     }
-    return dataclasses.replace(config, **kept, **changes[attention])
-
-
-Weights = dict[str, Tensor]
+    return dataclasses.replace(config, **{"attention": attention, **kept, **changes[attention]})
 
 
 def _v1(layer: Attention, own: Weights, signal_per_noise: int, random: torch.Generator) -> Weights:
@@ -205,8 +255,32 @@ def _v2(layer: Attention, own: Weights, signal_per_noise: int, random: torch.Gen
     return _grouped(layer, own, 1, random)
 
 
+def _dex(layer: Attention, own: Weights, signal_per_noise: int, random: torch.Generator) -> Weights:
+    """The weights with `dex`: those of softmax, and maps that halve every head."""
+    maps = HeadMaps(layer.num_heads, layer.head_dim).to(own["out_proj.weight"].device)
+    new = {f"head_maps.{name}": tensor for name, tensor in maps.state_dict().items()}
+    return own | new | {"out_proj.weight": own["out_proj.weight"] / (1.0 - LAMBDA)}
+
+
+def _without_maps(name: str, layer: Attention, own: Weights) -> Weights:
+    """The weights of softmax attention whose output projection includes the maps of `dex`."""
+    maps = getattr(layer, "head_maps", None)
+    if maps is None:
+        raise ValueError(f"{name} has no dex that its output projection could take over")
+    if layer.gate_width > 1:
+        raise ValueError(
+            f"{name} has output_gate='element', which follows the maps of dex: its output "
+            f"projection cannot take them over"
+        )
+    columns = own["out_proj.weight"].unflatten(1, (-1, layer.head_dim))
+    new = {each: tensor for each, tensor in own.items() if not each.startswith("head_maps.")}
+    wide = torch.einsum("dhf,hfe->dhe", columns.double(), maps.matrices().detach().double())
+    return new | {"out_proj.weight": wide.flatten(1)}
+
+
 _LAYERS: dict[str, Callable[[Attention, Weights, int, torch.Generator], Weights]] = {
     "diff_v1": _v1,
     "diff_v2": _v2,
     "diff_grouped": _grouped,
+    "dex": _dex,
 }

@@ -207,6 +207,7 @@ def test_encoders_of_text_have_no_token_that_asks(run, tmp_path):
     ("settings", "label"),
     [
         ({"attention": "diff_v1"}, "diff_v1"),
+        ({"attention": "softmax", "dex": True}, "softmax (dex)"),
         ({"attention": "diff_v2", "output_gate": "head"}, "diff_v2 (gate per head)"),
         (
             {"attention": "softmax", "output_gate": "element", "exclusive": True},

@@ -44,6 +44,24 @@ def test_an_upcycled_model_is_fine_tuned_under_its_own_architecture(run, recipe)
     assert tuned.config.backbone.lambda_init == 0.5
 
 
+def test_dex_and_back(run, recipe):
+    softmax_weights()
+    assert run("upcycle", "softmax", "dex", "--to", "dex").code == 0
+    path = recipe("image/digits_tiny")
+    result = run("finetune", "--config", path, "--weights", "dex", "--run_dir", "tuned")
+    assert result.code == 0, result.err
+    assert "architecture of the weights: " in result.out
+    assert ", dex True" in result.out
+    result = run("upcycle", "tuned", "plain", "--to", "softmax")
+    assert result.code == 0, result.err
+    images = torch.rand(2, 1, 8, 8)
+    plain, tuned = load_model("plain"), diffmm.load("tuned").model
+    assert not plain.config.backbone.dex
+    assert torch.allclose(plain(images), tuned(images), atol=1e-5)
+    (first, second) = (load_model(path).backbone.attentions[0] for path in ("softmax", "plain"))
+    assert not torch.allclose(first.out_proj.weight, second.out_proj.weight, atol=1e-3)
+
+
 def test_what_the_recipe_already_has_is_not_mentioned(run, recipe):
     softmax_weights()
     path = recipe("image/digits_tiny", **{"vars.attention": "softmax"})
@@ -91,6 +109,7 @@ def test_what_cannot_be_upcycled(run):
         (("softmax", "v2", "--to", "diff_v1"), "v2/model.safetensors exists"),
         (("v2", "w", "--to", "diff_v1"), "is DiffAttentionV2: only models with softmax"),
         (("softmax", "w", "--to", "diff_grouped"), "signal_per_noise must divide the 1 query"),
+        (("softmax", "w", "--to", "softmax"), "has no dex that its output projection could"),
         (("softmax", "w.pt", "--to", "diff_v2"), "w.pt ends in .pt"),
         (("nowhere", "w", "--to", "diff_v2"), "there is no file of weights at nowhere"),
     ):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import diffmm
-from diffmm.interop.upcycle import upcycle
+from diffmm.interop.upcycle import merged, upcycle
 from diffmm.models import TextConfig, TextModel
 from diffmm.models.job import Job
 
@@ -17,9 +17,11 @@ SHAPES = {
     "wide heads": {"head_dim": 12, "num_kv_heads": 1},
     "other options": {"qk_norm": "layernorm", "attention_scale": 0.4, "window": 5, "norm_eps": 0.1},
     "gates": {"output_gate": "element", "num_kv_heads": 4},
+    "softcap": {"attention_softcap": 5.0, "exclusive": True},
+    "cosine": {"cosine_logits": True, "output_gate": "head"},
 }
 TARGETS = [("diff_v1", 1), ("diff_v2", 1), ("diff_grouped", 1), ("diff_grouped", 2)]
-TARGETS += [("diff_grouped", 4)]
+TARGETS += [("diff_grouped", 4), ("dex", 1)]
 
 
 def softmax_model(**settings):
@@ -38,6 +40,7 @@ CASES = [
     for target in TARGETS
     if 8 // settings.get("num_kv_heads", 8) % target[1] == 0  # see below for the others
     and (shape != "gates" or target[1] == 1)
+    and (shape not in ("softcap", "cosine") or target[0] == "dex")
 ]
 
 
@@ -47,7 +50,8 @@ def test_the_outputs_are_the_same_and_everything_learns(shape, attention, signal
     model = softmax_model(**settings)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     twin = upcycle(model, attention, signal_per_noise=signal_per_noise)
-    assert {layer.label for layer in twin.backbone.attentions} != {"softmax"}
+    labels = {layer.label for layer in twin.backbone.attentions}
+    assert (labels == {"softmax"}) == twin.config.backbone.dex == (attention == "dex")
     expected, found = model(TOKENS), twin(TOKENS)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     found.square().mean().backward()
@@ -96,6 +100,28 @@ def test_captions(attention, media):
     assert torch.allclose(twin(*inputs), model(*inputs), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "shape", ["plain", "grouped keys", "biases, norms", "wide heads", "cosine"]
+)
+def test_the_output_projection_takes_over_what_dex_has_learned(shape):
+    twin = upcycle(softmax_model(**SHAPES[shape]), "dex")
+    for layer in twin.backbone.attentions:
+        nn.init.normal_(layer.head_maps.weight)
+        nn.init.normal_(layer.head_maps.lambda_per_head)
+    plain = merged(twin)
+    assert not plain.config.backbone.dex
+    assert not any("head_maps" in name for name in plain.state_dict())
+    expected = twin(TOKENS)
+    assert (plain(TOKENS) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_what_cannot_be_merged():
+    with pytest.raises(ValueError, match=r"^backbone\.blocks\.0\.attention has no dex that"):
+        merged(softmax_model())
+    with pytest.raises(ValueError, match="has output_gate='element', which follows the maps"):
+        merged(upcycle(softmax_model(**SHAPES["gates"]), "dex"))
+
+
 def test_seeds():
     model = softmax_model()
     first, again, other = (upcycle(model, "diff_v1", seed=seed) for seed in (0, 0, 1))
@@ -123,5 +149,10 @@ def test_what_cannot_be_the_same(settings, attention, message):
 def test_other_models():
     with pytest.raises(ValueError, match="is DiffAttentionV2: only models with softmax"):
         upcycle(upcycle(softmax_model(), "diff_v2"), "diff_v1")
+    for attention in ("dex", "diff_v2"):
+        with pytest.raises(ValueError, match="already has dex: make it plain softmax first, with"):
+            upcycle(upcycle(softmax_model(), "dex"), attention)
+    with pytest.raises(ValueError, match="has no dex"):
+        merged(upcycle(softmax_model(), "diff_v2"))
     with pytest.raises(ValueError, match="Linear has no description"):
         upcycle(nn.Linear(2, 2), "diff_v1")

@@ -175,6 +175,26 @@ def test_addition_flips_lambda(attention):
     assert not torch.allclose(add(x, mask=CAUSAL), subtract(x, mask=CAUSAL))
 
 
+def test_dex_subtracts_a_map_of_every_head():
+    """Against the loop over heads of the paper's figure 9."""
+    layer = Softmax(DIM, num_heads=4, dex=True)
+    maps = layer.head_maps
+    torch.nn.init.normal_(maps.weight)
+    torch.nn.init.normal_(maps.lambda_per_head)
+    plain = Softmax(DIM, num_heads=4)
+    plain.load_state_dict({n: w for n, w in layer.state_dict().items() if "head_maps" not in n})
+    heads = []
+    plain.out_proj.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0]))
+    x = torch.randn(2, 7, DIM)
+    plain(x, mask=CAUSAL)
+    changed = []
+    for head, output in enumerate(heads[0].split(16, dim=-1)):
+        mapped = output + output @ maps.weight[head].T
+        changed.append(output - maps.lambda_per_head[head] * mapped)
+    expected = plain.out_proj(torch.cat(changed, dim=-1))
+    torch.testing.assert_close(layer(x, mask=CAUSAL), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_cosine_logits_ignore_the_length_of_queries_and_keys():
     layer = Softmax(DIM, num_heads=4, cosine_logits=True)
     x = torch.randn(2, 6, DIM)

@@ -50,7 +50,7 @@ def text():
 
 
 def untied_text():
-    softmax = backbone("1d", attention="softmax", qk_norm=False, cosine_logits=True)
+    softmax = backbone("1d", attention="softmax", qk_norm=False, cosine_logits=True, dex=True)
     config = TextConfig(vocab_size=50, max_length=20, backbone=softmax, tie_embeddings=False)
     return TextModel(config), torch.randint(50, (2, 9))
 

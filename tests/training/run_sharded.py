@@ -172,6 +172,8 @@ def task_and_data(
     batch = {"tokens": tokens[:, :-1], "targets": targets, "num_bytes": num_bytes}
     if case == "diff_grouped":
         shared |= {"signal_per_noise": 2, "output_gate": "element", "exclusive": True}
+    if case == "softmax":
+        shared["dex"] = True
     backbone = BackboneConfig(dim, 2, 8, attention=case, rope="1d", **shared)
     model = TextModel(TextConfig(24, 16, backbone))
     return CausalLM(model, **settings), StackDataset(**batch, index=index)

@@ -47,12 +47,12 @@ def test_matrices_decay_and_nothing_else(kind, attention, make):
         assert groups[name]["lr"] == 1e-3
 
 
-def test_cosine_scales_do_not_decay(make):
-    model = make.image("softmax", cosine_logits=True)
+def test_scales_of_cosines_and_maps_of_heads_do_not_decay(make):
+    model = make.image("softmax", cosine_logits=True, dex=True)
     groups = by_name(model, OptimizerConfig(1e-3, weight_decay=0.3))
-    scales = [name for name in groups if name.endswith("logit_scale")]
-    assert len(scales) == 2
-    assert all(groups[name]["weight_decay"] == 0.0 for name in scales)
+    exempt = [name for name in groups if name.endswith("logit_scale") or "head_maps" in name]
+    assert len(exempt) == 6
+    assert all(groups[name]["weight_decay"] == 0.0 for name in exempt)
 
 
 @pytest.mark.parametrize("attention", ["diff_v1", "diff_v2"])

@@ -1,10 +1,11 @@
 """Softmax attention."""
 
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 from torch import Tensor
 
-from diffmm.layers.attention.base import Attention, AttentionArgs, HeadShapes
+from diffmm.layers.attention.base import Attention, AttentionArgs, HeadShapes, Split
+from diffmm.layers.attention.head_maps import HeadMaps
 from diffmm.layers.norm import CosineNorm
 from diffmm.ops import AttentionMask, softmax_attention
 
@@ -19,6 +20,8 @@ class SoftmaxAttention(Attention):
         attention_softcap: Bounds the logits smoothly to `(-attention_softcap, attention_softcap)`
             (Gemma 2); None means no bound. Only the backend `"reference"` supports it, which
             `"auto"` then selects.
+        dex: Whether to subtract a learned map of every head from its output (DEX, see
+            `diffmm.layers.attention.HeadMaps`), for models trained further from softmax weights.
 
     >>> layer = diffmm.SoftmaxAttention(dim=64, num_heads=4)
     >>> layer(torch.randn(2, 10, 64), mask=diffmm.AttentionMask(causal=True)).shape
@@ -27,6 +30,7 @@ class SoftmaxAttention(Attention):
 
     label = "softmax"
     equation = "<i>A V</i>, where <i>A</i> = softmax(<i>Q K</i>ᵀ / √<i>d</i>)"
+    split: ClassVar[dict[str, Split]] = {**Attention.split, "head_maps": "heads"}
 
     def __init__(
         self,
@@ -34,6 +38,7 @@ class SoftmaxAttention(Attention):
         *,
         cosine_logits: bool = False,
         attention_softcap: float | None = None,
+        dex: bool = False,
         **shared: Unpack[AttentionArgs],
     ) -> None:
         super().__init__(dim, **shared)
@@ -58,6 +63,7 @@ class SoftmaxAttention(Attention):
         if cosine_logits:
             self.scale = 1.0
             self.q_norm, self.k_norm = CosineNorm(self.num_heads), CosineNorm()
+        self.head_maps = HeadMaps(self.num_heads, self.head_dim) if dex else None
 
     def head_shapes(self) -> HeadShapes:
         key = (self.num_kv_heads, self.head_dim)
@@ -67,6 +73,9 @@ class SoftmaxAttention(Attention):
         return softmax_attention(
             q, k, v, mask=mask, scale=self.scale, softcap=self.softcap, backend=self.backend
         )
+
+    def finish(self, heads: Tensor) -> Tensor:
+        return heads if self.head_maps is None else self.head_maps(heads)
 
     def components(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return q.unsqueeze(3), k.unsqueeze(3)
