@@ -11,13 +11,13 @@ from pathlib import Path
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Name `path` in each `OSError` of the `with` statement that would name no file, as on a full
-    disk, or only one with a temporary name: `.`, the name of `path`, `.` and more."""
+    disk, or only one with a temporary name or in a folder with one: `.`, the name of `path`, `.`
+    and more."""
     try:
         yield
     except OSError as error:
-        is_temporary = error.filename is not None and os.path.basename(
-            os.fsdecode(error.filename)
-        ).startswith(f".{path.name}.")
+        named = () if error.filename is None else Path(os.fsdecode(error.filename)).parts
+        is_temporary = any(part.startswith(f".{path.name}.") for part in named)
         if error.errno is not None and (error.filename is None or is_temporary):
             error.filename = os.fspath(path)
         raise

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from diffmm.checkpoint_folders import write_text
 from diffmm.cli.compare import check_output, text_table
-from diffmm.new_folders import naming
+from diffmm.new_folders import appearing
 from diffmm.recipes.errors import InputError, refusing, warn
 from diffmm.recipes.importing import importing
 from diffmm.recipes.trust import add_trust_option
@@ -250,12 +250,11 @@ def write_tables(
     from diffmm.analysis.sections import tables_of
 
     tables = tables_of(sections) + [(f"figure_{figure.name}", figure.table()) for figure in maps]
-    with refusing():
-        folder.mkdir(exist_ok=True)
+    with refusing(), appearing(folder) as unfinished:
         for name, rows in tables:
             text = io.StringIO(newline="")
             csv.writer(text, lineterminator="\n").writerows(rows)
-            write_text(folder / f"{name}.csv", text.getvalue())
+            (unfinished / f"{name}.csv").write_text(text.getvalue(), encoding="utf-8")
     print(f"tables: {folder} ({len(tables)} files)")
 
 
@@ -267,12 +266,9 @@ def write_figures(
     from diffmm.analysis.sections import figures_of
 
     figures: list[Figure] = [*figures_of(sections), *maps]
-    with refusing():
-        folder.mkdir(exist_ok=True)
+    with refusing(), appearing(folder) as unfinished:
         for figure in figures:
-            file = folder / f"figure_{figure.name}.png"
-            with naming(file):
-                file.write_bytes(png(figure))
+            (unfinished / f"figure_{figure.name}.png").write_bytes(png(figure))
     print(f"figures: {folder} ({len(figures)} files)")
 
 

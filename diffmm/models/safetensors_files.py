@@ -8,6 +8,7 @@ A path of weights is that of the one file or that of the index.
 """
 
 import json
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -219,4 +220,7 @@ def _write(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> 
     try:
         save_file(tensors, file, metadata=metadata)
     except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is not None:  # such as a full disk: the caller names the file (new_folders.naming)
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
         raise OSError(f"{file.name} cannot be written: {error}") from error
