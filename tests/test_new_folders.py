@@ -48,6 +48,14 @@ def test_a_file_on_a_read_only_disk_is_named(tmp_path, monkeypatch):
     discard(file)
 
 
+@pytest.mark.parametrize("file", [None, ".page.html.x1", "a/.page.html.x1/new/model.safetensors"])
+def test_a_full_disk_is_said_of_the_file_that_was_to_appear(file):
+    named = () if file is None else (file,)
+    with pytest.raises(OSError, match=".") as raised, naming(Path("a/page.html")):
+        raise OSError(errno.ENOSPC, "No space left on device", *named)
+    assert message_of(raised.value) == "a/page.html: No space left on device"
+
+
 @pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "no", "other"), OSError("why")])
 def test_errors_that_say_enough_are_kept(error):
     expected = message_of(error)

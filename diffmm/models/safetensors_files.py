@@ -221,6 +221,6 @@ def _write(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> 
         save_file(tensors, file, metadata=metadata)
     except SafetensorError as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is not None:  # such as a full disk: the caller names the file (new_folders.naming)
+        if number is not None:  # of the system, such as a full disk: `naming` adds the file
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
         raise OSError(f"{file.name} cannot be written: {error}") from error

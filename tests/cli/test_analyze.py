@@ -1,6 +1,7 @@
 """`diffmm analyze`: tables, page and files; what cannot be measured is said."""
 
 import csv
+import errno
 import re
 import shutil
 import subprocess
@@ -201,6 +202,23 @@ def test_encoders_of_text_have_no_token_that_asks(run, tmp_path):
     assert result.code == 0
     assert "softmax (exclusive)" in result.out
     assert any("they need a causal model" in line for line in warnings_of(result)), result.err
+
+
+def test_a_full_disk_leaves_no_folder(run, runs, tmp_path, monkeypatch):
+    writer, tables = csv.writer, []
+
+    def on_a_full_disk(*args, **settings):
+        tables.append(args)
+        if len(tables) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return writer(*args, **settings)
+
+    monkeypatch.setattr("diffmm.cli.analyze.csv.writer", on_a_full_disk)
+    folder = tmp_path / "csv"
+    result = run("analyze", runs / "text", "--samples", "2", "--csv", folder)
+    assert result.code == 2
+    assert result.mistakes == [f"{folder}: No space left on device"]
+    assert [path.name for path in tmp_path.iterdir()] == ["work"]  # where the command ran
 
 
 @pytest.mark.parametrize(

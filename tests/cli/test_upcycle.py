@@ -58,8 +58,6 @@ def test_dex_and_back(run, recipe):
     plain, tuned = load_model("plain"), diffmm.load("tuned").model
     assert not plain.config.backbone.dex
     assert torch.allclose(plain(images), tuned(images), atol=1e-5)
-    (first, second) = (load_model(path).backbone.attentions[0] for path in ("softmax", "plain"))
-    assert not torch.allclose(first.out_proj.weight, second.out_proj.weight, atol=1e-3)
 
 
 def test_what_the_recipe_already_has_is_not_mentioned(run, recipe):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,20 @@ MAKERS = {
     ),
     "all shared": lambda: ContrastiveModel(contrastive_config(shared_blocks=2)),
 }
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    """Under a limit of the size of files, as on a full disk."""
+    file = tmp_path / "folder/model.safetensors"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            save_model(text_model(), file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.filename == str(file)
+    assert not list(tmp_path.iterdir())
 
 
 def test_captioning_models_described_before_cross_attention_are_the_same():
