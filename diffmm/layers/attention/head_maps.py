@@ -31,11 +31,11 @@ class HeadMaps(nn.Module):
 
     def matrices(self) -> Tensor:
         """Compute `I - λ F` of each head, `[H, E, E]`."""
-        identity = torch.eye(
-            self.weight.shape[-1], dtype=self.weight.dtype, device=self.weight.device
-        )
+        identity = torch.eye(self.weight.shape[-1]).to(self.weight)
         return identity - self.lambda_per_head[:, None, None] * (identity + self.weight)
 
     def forward(self, heads: Tensor) -> Tensor:
         """Map `[B, N, H, E]` to the same shape."""
-        return torch.einsum("hfe,bnhe->bnhf", self.matrices().to(heads.dtype), heads)
+        # Not by `matrices`, because weights can be distributed tensors, and an identity is not.
+        mapped = heads + torch.einsum("hfe,bnhe->bnhf", self.weight.to(heads.dtype), heads)
+        return (heads - self.lambda_per_head[:, None] * mapped).to(heads.dtype)
