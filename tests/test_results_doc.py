@@ -161,20 +161,23 @@ def test_tables_of_upcycled_models_are_those_of_the_runs(heading: str) -> None:
     def shown(value: float) -> str:
         return f"{value:.{spec.num_shown}f}"
 
-    for row in table_below(heading):
+    rows = table_below(heading)
+    (column,) = (name for name in rows[0] if "seeds" in name)
+    seeds = range(int(column.removeprefix("after, seeds 0 to ")) + 1)
+    for row in rows:
         name = row["attention"]
         factor = best_factor(UPCYCLING_ROWS, task, name, 0)
         own = {
             run["seed"]: run
-            for seed in range(3)
+            for seed in seeds
             for run in rows_of(UPCYCLING_ROWS, task, name, seed)
             if run["factor"] == factor
         }
-        values[name] = [spec.unit * own[seed]["metric"] for seed in range(3)]
+        values[name] = [spec.unit * own[seed]["metric"] for seed in seeds]
         assert row["parameters"] == f"{own[0]['parameters']:,}"
-        before = statistics.fmean(spec.unit * own[seed]["before"] for seed in range(3))
+        before = statistics.fmean(spec.unit * own[seed]["before"] for seed in seeds)
         assert row["before"] == shown(before)
-        assert row["after, seeds 0 to 2"] == " ".join(shown(value) for value in values[name])
+        assert row[column] == " ".join(shown(value) for value in values[name])
         assert row["mean"] == shown(statistics.fmean(values[name]))
         if name == "softmax":
             continue
@@ -185,7 +188,7 @@ def test_tables_of_upcycled_models_are_those_of_the_runs(heading: str) -> None:
         is_clear = abs(mean) > half
         assert row["difference"] == as_shown(mean, half, row["difference"], is_clear=is_clear)
         assert is_clear == (task == "text" or (task, name) == ("fashion_mnist", "diff_grouped"))
-        assert mean * spec.sign > 0 or task == "speech"
+        assert mean * spec.sign >= 0 or task == "speech"
 
 
 def test_the_table_of_cancellation_is_that_of_the_runs() -> None:
