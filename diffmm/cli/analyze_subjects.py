@@ -194,7 +194,7 @@ def label_of(layer: Attention) -> str:
     """The name of an attention, with what is added to its heads."""
     names = [name for name, kind in ATTENTIONS.items() if kind is type(layer)]
     added = ["exclusive"] if layer.exclusive else []
-    if getattr(layer, "head_maps", None) is not None:
+    if getattr(layer, "head_projections", None) is not None:
         added.append("dex")
     if layer.gate_proj is not None:
         added.append("gate per head" if layer.gate_width == 1 else "gate per element")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Write a differential model that computes the same outputs as a trained softmax
 model, to be trained further: both maps of a head start as the softmax map, lambda as 1/2. With dex,
-softmax attention keeps its one map and subtracts a learned map of every head from the head; --to
+softmax attention keeps its one map and subtracts a learned projection of every head from it; --to
 softmax makes a plain softmax model of such a model again. The outputs of both models on random
 inputs are compared before the file is written."""
 

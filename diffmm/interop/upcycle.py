@@ -21,8 +21,8 @@ head therefore becomes one differential head, with the values `[V + E, V - E]` f
 halves add up to `2 V` in the output projection. Its headwise norm would change the outputs, so that
 the differential model has none.
 
-`dex` keeps one map and subtracts a learned map of every head, `F`, from its output `o` (see
-`diffmm.layers.attention.HeadMaps`). `F` starts as the identity and lambda as 1/2, so that
+`dex` keeps one map and subtracts from the output `o` of every head a learned projection of it (see
+`diffmm.layers.attention.HeadProjections`). `F` starts as the identity and lambda as 1/2, so that
 
     o - lambda F o = o / 2,
 
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from diffmm.checks import check_choice
 from diffmm.layers import Attention, DiffAttentionV1, SoftmaxAttention
-from diffmm.layers.attention import HeadMaps
+from diffmm.layers.attention import HeadProjections
 from diffmm.layers.norm import CosineNorm
 from diffmm.models.backbone import BackboneConfig
 from diffmm.models.description import describe, unwrap
@@ -97,7 +97,7 @@ def upcycle(
 
 def merged(model: nn.Module) -> nn.Module:
     """Create a plain softmax model with the outputs of one with `dex`: the output projection of
-    each layer takes over the maps of its heads.
+    each layer takes over the projections of its heads.
 
     Args:
         model: A model of `diffmm.models` whose softmax attention has `dex`; it is not changed.
@@ -106,14 +106,14 @@ def merged(model: nn.Module) -> nn.Module:
         The softmax model, in evaluation mode, with the same job.
 
     Raises:
-        ValueError: If a layer has no `dex`, or gates the elements of the heads after their maps.
+        ValueError: If a layer has no `dex`, or gates the elements of the projected heads.
 
     >>> model = diffmm.create_model("text/stdlib_tiny", attention="softmax").eval()
     >>> again = diffmm.interop.upcycle.merged(diffmm.interop.upcycle.upcycle(model, "dex"))
     >>> all(torch.equal(one, model.get_parameter(name)) for name, one in again.named_parameters())
     True
     """
-    return _rebuilt(model, _without_maps, lambda config: dataclasses.replace(config, dex=False))
+    return _rebuilt(model, _merged_layer, lambda config: dataclasses.replace(config, dex=False))
 
 
 def _rebuilt(
@@ -147,7 +147,7 @@ def _check(name: str, layer: Attention, attention: str, signal_per_noise: int) -
             f"{name} is {type(layer).__name__}: only models with softmax attention can become "
             f"differential"
         )
-    if layer.head_maps is not None:
+    if layer.head_projections is not None:
         raise ValueError(
             f"{name} already has dex: make it plain softmax first, with --to softmax or "
             f"diffmm.interop.upcycle.merged"
@@ -256,26 +256,27 @@ def _v2(layer: Attention, own: Weights, signal_per_noise: int, random: torch.Gen
 
 
 def _dex(layer: Attention, own: Weights, signal_per_noise: int, random: torch.Generator) -> Weights:
-    """The weights with `dex`: those of softmax, and maps that halve every head."""
-    maps = HeadMaps(layer.num_heads, layer.head_dim).to(own["out_proj.weight"].device)
-    new = {f"head_maps.{name}": tensor for name, tensor in maps.state_dict().items()}
+    """The weights with `dex`: those of softmax, and projections that halve every head."""
+    projections = HeadProjections(layer.num_heads, layer.head_dim).to(own["out_proj.weight"].device)
+    new = {f"head_projections.{name}": tensor for name, tensor in projections.state_dict().items()}
     return own | new | {"out_proj.weight": own["out_proj.weight"] / (1.0 - LAMBDA)}
 
 
-def _without_maps(name: str, layer: Attention, own: Weights) -> Weights:
-    """The weights of softmax attention whose output projection includes the maps of `dex`."""
-    maps = getattr(layer, "head_maps", None)
-    if maps is None:
+def _merged_layer(name: str, layer: Attention, own: Weights) -> Weights:
+    """The weights of softmax attention whose output projection includes those of `dex`."""
+    projections = getattr(layer, "head_projections", None)
+    if projections is None:
         raise ValueError(f"{name} has no dex that its output projection could take over")
     if layer.gate_width > 1:
         raise ValueError(
-            f"{name} has output_gate='element', which follows the maps of dex: its output "
-            f"projection cannot take them over"
+            f"{name} has output_gate='element', which follows the projections of dex: its "
+            f"output projection cannot take them over"
         )
     columns = own["out_proj.weight"].unflatten(1, (-1, layer.head_dim))
-    new = {each: tensor for each, tensor in own.items() if not each.startswith("head_maps.")}
-    wide = torch.einsum("dhf,hfe->dhe", columns.double(), maps.matrices().detach().double())
-    return new | {"out_proj.weight": wide.flatten(1)}
+    new = {each: tensor for each, tensor in own.items() if not each.startswith("head_projections.")}
+    matrices = projections.matrices().detach()
+    product = torch.einsum("dhf,hfe->dhe", columns.double(), matrices.double())
+    return new | {"out_proj.weight": product.flatten(1)}
 
 
 _LAYERS: dict[str, Callable[[Attention, Weights, int, torch.Generator], Weights]] = {

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from diffmm.checks import Settings, check_choice
-from diffmm.layers.attention import ATTENTIONS, Attention, HeadMaps, SoftmaxAttention
+from diffmm.layers.attention import ATTENTIONS, Attention, HeadProjections, SoftmaxAttention
 from diffmm.layers.block import Block
 from diffmm.layers.feed_forward import FEED_FORWARDS
 from diffmm.layers.linear import INIT_STD, PROJECTIONS
@@ -78,8 +78,8 @@ class BackboneConfig(Settings):
         exclusive: Whether to use exclusive self-attention (see `diffmm.layers.Attention`).
         cosine_logits: Whether to use cosine-normalized attention logits; softmax only.
         attention_softcap: Smooth bound of the attention logits; softmax only.
-        dex: Whether a learned map of every head is subtracted from its output, for models trained
-            further from softmax weights (DEX, Kong et al. 2025); softmax only.
+        dex: Whether a learned projection of every head is subtracted from its output (DEX, Kong et
+            al. 2025), for models trained further from softmax weights; softmax only.
         share: Whether both components share one query (`"q"`) or one key (`"k"`); v1 only.
         lambda_init: Initial lambda of every layer, instead of the paper's schedule; v1 only.
         lambda_layer_offset: Added to the index of a block for its initial lambda; v1 only.
@@ -217,7 +217,7 @@ class BackboneConfig(Settings):
             sum(
                 parameter.numel()
                 for module in layer.modules()
-                if isinstance(module, (*PROJECTIONS, HeadMaps))
+                if isinstance(module, (*PROJECTIONS, HeadProjections))
                 for parameter in module.parameters()
             )
             for layer in layers

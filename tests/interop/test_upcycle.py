@@ -106,11 +106,11 @@ def test_captions(attention, media):
 def test_the_output_projection_takes_over_what_dex_has_learned(shape):
     twin = upcycle(softmax_model(**SHAPES[shape]), "dex")
     for layer in twin.backbone.attentions:
-        nn.init.normal_(layer.head_maps.weight)
-        nn.init.normal_(layer.head_maps.lambda_per_head)
+        nn.init.normal_(layer.head_projections.weight)
+        nn.init.normal_(layer.head_projections.lambda_per_head)
     plain = merged(twin)
     assert not plain.config.backbone.dex
-    assert not any("head_maps" in name for name in plain.state_dict())
+    assert not any("head_projections" in name for name in plain.state_dict())
     expected = twin(TOKENS)
     assert (plain(TOKENS) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -118,7 +118,9 @@ def test_the_output_projection_takes_over_what_dex_has_learned(shape):
 def test_what_cannot_be_merged():
     with pytest.raises(ValueError, match=r"^backbone\.blocks\.0\.attention has no dex that"):
         merged(softmax_model())
-    with pytest.raises(ValueError, match="has output_gate='element', which follows the maps"):
+    with pytest.raises(
+        ValueError, match="has output_gate='element', which follows the projections"
+    ):
         merged(upcycle(softmax_model(**SHAPES["gates"]), "dex"))
 
 

@@ -175,22 +175,24 @@ def test_addition_flips_lambda(attention):
     assert not torch.allclose(add(x, mask=CAUSAL), subtract(x, mask=CAUSAL))
 
 
-def test_dex_subtracts_a_map_of_every_head():
+def test_dex_subtracts_a_projection_of_every_head():
     """Against the loop over heads of the paper's figure 9."""
     layer = Softmax(DIM, num_heads=4, dex=True)
-    maps = layer.head_maps
-    torch.nn.init.normal_(maps.weight)
-    torch.nn.init.normal_(maps.lambda_per_head)
+    own = layer.head_projections
+    torch.nn.init.normal_(own.weight)
+    torch.nn.init.normal_(own.lambda_per_head)
     plain = Softmax(DIM, num_heads=4)
-    plain.load_state_dict({n: w for n, w in layer.state_dict().items() if "head_maps" not in n})
+    plain.load_state_dict(
+        {n: w for n, w in layer.state_dict().items() if "head_projections" not in n}
+    )
     heads = []
     plain.out_proj.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0]))
     x = torch.randn(2, 7, DIM)
     plain(x, mask=CAUSAL)
     changed = []
     for head, output in enumerate(heads[0].split(16, dim=-1)):
-        mapped = output + output @ maps.weight[head].T
-        changed.append(output - maps.lambda_per_head[head] * mapped)
+        mapped = output + output @ own.weight[head].T
+        changed.append(output - own.lambda_per_head[head] * mapped)
     expected = plain.out_proj(torch.cat(changed, dim=-1))
     torch.testing.assert_close(layer(x, mask=CAUSAL), expected, atol=1e-5, rtol=1e-5)
 

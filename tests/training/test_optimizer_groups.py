@@ -47,10 +47,10 @@ def test_matrices_decay_and_nothing_else(kind, attention, make):
         assert groups[name]["lr"] == 1e-3
 
 
-def test_scales_of_cosines_and_maps_of_heads_do_not_decay(make):
+def test_scales_of_cosines_and_projections_of_heads_do_not_decay(make):
     model = make.image("softmax", cosine_logits=True, dex=True)
     groups = by_name(model, OptimizerConfig(1e-3, weight_decay=0.3))
-    exempt = [name for name in groups if name.endswith("logit_scale") or "head_maps" in name]
+    exempt = [name for name in groups if name.endswith("logit_scale") or "head_projections" in name]
     assert len(exempt) == 6
     assert all(groups[name]["weight_decay"] == 0.0 for name in exempt)
 

@@ -6,7 +6,7 @@ from diffmm.layers.attention.base import Attention, AttentionArgs, HeadShapes, s
 from diffmm.layers.attention.diff_grouped import GroupedDiffAttention
 from diffmm.layers.attention.diff_v1 import DiffAttentionV1, lambda_init_at
 from diffmm.layers.attention.diff_v2 import DiffAttentionV2
-from diffmm.layers.attention.head_maps import HeadMaps
+from diffmm.layers.attention.head_projections import HeadProjections
 from diffmm.layers.attention.softmax import SoftmaxAttention
 from diffmm.layers.registry import Layer, registration
 
@@ -35,7 +35,7 @@ __all__ = [
     "DiffAttentionV1",
     "DiffAttentionV2",
     "GroupedDiffAttention",
-    "HeadMaps",
+    "HeadProjections",
     "HeadShapes",
     "SoftmaxAttention",
     "lambda_init_at",

@@ -5,7 +5,7 @@ from typing import ClassVar, Unpack
 from torch import Tensor
 
 from diffmm.layers.attention.base import Attention, AttentionArgs, HeadShapes, Split
-from diffmm.layers.attention.head_maps import HeadMaps
+from diffmm.layers.attention.head_projections import HeadProjections
 from diffmm.layers.norm import CosineNorm
 from diffmm.ops import AttentionMask, softmax_attention
 
@@ -20,8 +20,9 @@ class SoftmaxAttention(Attention):
         attention_softcap: Bounds the logits smoothly to `(-attention_softcap, attention_softcap)`
             (Gemma 2); None means no bound. Only the backend `"reference"` supports it, which
             `"auto"` then selects.
-        dex: Whether to subtract a learned map of every head from its output (DEX, see
-            `diffmm.layers.attention.HeadMaps`), for models trained further from softmax weights.
+        dex: Whether to subtract a learned projection of every head from its output (DEX, see
+            `diffmm.layers.attention.HeadProjections`), for models trained further from softmax
+            weights.
 
     >>> layer = diffmm.SoftmaxAttention(dim=64, num_heads=4)
     >>> layer(torch.randn(2, 10, 64), mask=diffmm.AttentionMask(causal=True)).shape
@@ -30,7 +31,7 @@ class SoftmaxAttention(Attention):
 
     label = "softmax"
     equation = "<i>A V</i>, where <i>A</i> = softmax(<i>Q K</i>ᵀ / √<i>d</i>)"
-    split: ClassVar[dict[str, Split]] = {**Attention.split, "head_maps": "heads"}
+    split: ClassVar[dict[str, Split]] = {**Attention.split, "head_projections": "heads"}
 
     def __init__(
         self,
@@ -63,7 +64,7 @@ class SoftmaxAttention(Attention):
         if cosine_logits:
             self.scale = 1.0
             self.q_norm, self.k_norm = CosineNorm(self.num_heads), CosineNorm()
-        self.head_maps = HeadMaps(self.num_heads, self.head_dim) if dex else None
+        self.head_projections = HeadProjections(self.num_heads, self.head_dim) if dex else None
 
     def head_shapes(self) -> HeadShapes:
         key = (self.num_kv_heads, self.head_dim)
@@ -75,7 +76,7 @@ class SoftmaxAttention(Attention):
         )
 
     def finish(self, heads: Tensor) -> Tensor:
-        return heads if self.head_maps is None else self.head_maps(heads)
+        return heads if self.head_projections is None else self.head_projections(heads)
 
     def components(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return q.unsqueeze(3), k.unsqueeze(3)

@@ -1,17 +1,17 @@
-"""A learned map of every head, subtracted from its output."""
+"""A learned projection of every head, subtracted from its output."""
 
 import torch
 from torch import Tensor, nn
 
 
-class HeadMaps(nn.Module):
+class HeadProjections(nn.Module):
     """`o - λ F o` for the output `o` of each head, with a learned `F = I + weight` and `λ` per
     head: the differential extension (DEX) of softmax attention (Kong et al. 2025, arXiv 2505.16333,
     figure 9).
 
     `F` starts as the identity and `λ` as 1/2, so that the outputs are halved and both parameters
-    have gradients. The paper changes a subset of the heads of a layer and increases `λ` from 0
-    during training ("annealing"); here all heads are changed, and nothing is annealed.
+    have gradients. The paper changes a subset of the heads of each layer and anneals `λ` during
+    training; here all heads are changed, and nothing is annealed.
 
     Args:
         num_heads: Number of heads.
@@ -37,5 +37,5 @@ class HeadMaps(nn.Module):
     def forward(self, heads: Tensor) -> Tensor:
         """Map `[B, N, H, E]` to the same shape."""
         # Not by `matrices`, because weights can be distributed tensors, and an identity is not.
-        mapped = heads + torch.einsum("hfe,bnhe->bnhf", self.weight.to(heads.dtype), heads)
-        return (heads - self.lambda_per_head[:, None] * mapped).to(heads.dtype)
+        projected = heads + torch.einsum("hfe,bnhe->bnhf", self.weight.to(heads.dtype), heads)
+        return (heads - self.lambda_per_head[:, None] * projected).to(heads.dtype)
