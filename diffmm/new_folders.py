@@ -70,19 +70,24 @@ def appearing(
         removed: Patterns of names of files that are removed from `folder` unless there is a new
             one of the same name.
     """
-    folder = folder.resolve()  # "." has no name
-    with workspace(folder) as beside:
-        unfinished = beside / "new"  # with the permissions of other new folders
-        unfinished.mkdir()
-        yield unfinished
-        if not folder.exists():
-            try:
-                unfinished.rename(folder)
-                return
-            except OSError:
-                if not folder.is_dir():  # another process was faster
-                    raise
-        _move(unfinished, folder, kept, removed)
+    given, folder = folder, folder.resolve()  # "." has no name
+    try:
+        with workspace(folder) as beside:
+            unfinished = beside / "new"  # with the permissions of other new folders
+            unfinished.mkdir()
+            yield unfinished
+            if not folder.exists():
+                try:
+                    unfinished.rename(folder)
+                    return
+                except OSError:
+                    if not folder.is_dir():  # another process was faster
+                        raise
+            _move(unfinished, folder, kept, removed)
+    except OSError as error:
+        if error.filename == os.fspath(folder):
+            error.filename = os.fspath(given)
+        raise
 
 
 def _move(source: Path, folder: Path, kept: Collection[str], removed: Collection[str]) -> None:
