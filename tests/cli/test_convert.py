@@ -310,9 +310,7 @@ def full_disk():
 def test_a_full_disk_leaves_nothing_behind(run, llama, full_disk, target, to):
     result = run("convert", llama, target, "--to", to)
     assert result.code == 2
-    is_whole = to == "llama" or target.endswith(
-        ".safetensors"
-    )  # or a folder that appears
+    is_whole = to == "llama" or target.endswith(".safetensors")  # or a folder that appears
     written = target if is_whole else f"{target}/model.safetensors"
     assert result.mistakes == [f"{written}: File too large"]
     assert sorted(path.name for path in Path().iterdir()) == ["llama"]
