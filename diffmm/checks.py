@@ -1,6 +1,7 @@
 """Checks of values, and their error messages."""
 
 import difflib
+import json
 import math
 import numbers
 from collections.abc import Iterable
@@ -50,6 +51,13 @@ def reason_of(error: BaseException) -> str:
     """The first line of an error's message; the name of its class if there is no message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def shown_name(name: str) -> str:
+    """The name of a class for a list or a table: in double quotes, as in JSON, if a separator, a
+    line break or another character that cannot be seen would make it look like something else."""
+    is_plain = name.isprintable() and name == name.strip() and not set(name) & set(',;"')
+    return name if is_plain and name else json.dumps(name, ensure_ascii=not name.isprintable())
 
 
 def article(noun: str) -> str:

@@ -19,7 +19,7 @@ from datamodules.pairs import ImageAudioTextReader
 from datamodules.pairs.image_text import ImageTextReader
 from datamodules.shared.bad_samples import BadSamples
 from datamodules.text.retrieval.sources import AssociativeRecall, ManyShot, Needles
-from diffmm.checks import Settings, check_count, number_fault, reason_of
+from diffmm.checks import Settings, check_count, number_fault, reason_of, shown_name
 from diffmm.layers.rope_scaling import RopeScaling
 from diffmm.models import (
     AudioConfig,
@@ -145,3 +145,24 @@ def test_a_count_is_an_integer_of_at_least_1(value):
         check_count("top_k", valid)
     with pytest.raises(ValueError, match=f"top_k must be an integer of at least 1, got {value!r}"):
         check_count("top_k", value)
+
+
+@pytest.mark.parametrize("name", ["cat", "été", "big dog", "7", "it's", "a/b"])
+def test_plain_names_are_shown_as_they_are(name):
+    assert shown_name(name) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("cat, big", '"cat, big"'),
+        ("a;b", '"a;b"'),
+        ('dog "rex"', r'"dog \"rex\""'),
+        ("line\nbreak", r'"line\nbreak"'),
+        ("a\u2028b", r'"a\u2028b"'),
+        (" a", '" a"'),
+        ("", '""'),
+    ],
+)
+def test_names_that_look_like_several_are_quoted(name, shown):
+    assert shown_name(name) == shown

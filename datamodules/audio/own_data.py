@@ -77,5 +77,6 @@ def inspect_sounds(clips: AudioClips) -> tuple[set[int], str]:
         raise fault
     rates = {info.sample_rate_hz for info in infos}
     seconds = sorted(info.num_samples / info.sample_rate_hz for info in infos)
-    listed = " and ".join(f"{rate:,}" for rate in sorted(rates))
+    *others, highest = [f"{rate:,}" for rate in sorted(rates)]
+    listed = f"{'; '.join(others)} and {highest}" if others else highest
     return rates, f"; {listed} Hz, {seconds[0]:.2g} to {seconds[-1]:.2g} s"

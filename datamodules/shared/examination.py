@@ -11,6 +11,7 @@ from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.files import why_no_file
 from datamodules.shared.own_data import looked_at
 from datamodules.shared.sources import Labelled, Splits
+from diffmm.checks import shown_name
 
 MANY_CLASSES = 12
 """With this many classes or more, only the largest and the smallest one are named."""
@@ -99,15 +100,17 @@ def _some(faults: Sequence[str], noun: str) -> list[str]:
 
 def _by_class(counts: Counter[int], names: Sequence[str]) -> str:
     if len(names) < MANY_CLASSES:
-        return "; ".join(f"{counts[number]:,} {name}" for number, name in enumerate(names))
+        return "; ".join(
+            f"{counts[number]:,} {shown_name(name)}" for number, name in enumerate(names)
+        )
     ordered = sorted(range(len(names)), key=lambda number: counts[number])
     least, most = ordered[0], ordered[-1]
     return (
-        f"{len(names):,} classes, from {counts[least]:,} ({names[least]}) to {counts[most]:,} "
-        f"({names[most]})"
+        f"{len(names):,} classes, from {counts[least]:,} ({shown_name(names[least])}) to "
+        f"{counts[most]:,} ({shown_name(names[most])})"
     )
 
 
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - SHOWN:,} more classes" if len(names) > SHOWN else ""
-    return f"{', '.join(names[:SHOWN])}{more}"
+    return f"{', '.join(map(shown_name, names[:SHOWN]))}{more}"

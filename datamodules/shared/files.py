@@ -91,7 +91,16 @@ def read_text(path: str | Path, role: str) -> str:
 
 def read_lines(path: str | Path, role: str) -> list[str]:
     """Read the lines of a small UTF-8 file. Arguments and errors as in `read_text`."""
-    return read_text(path, role).splitlines()
+    return lines_of(read_text(path, role))
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a file's text.
+
+    Unlike `str.splitlines`, only line feeds separate lines: U+2028, form feeds and others are
+    characters of a text.
+    """
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def is_hidden(path: Path) -> bool:

@@ -14,7 +14,7 @@ from datamodules.shared.files import check_file, list_files, list_folders, loose
 from datamodules.shared.sources import EmptyClassesError, Labelled, Samples, Source, Splits
 from datamodules.shared.table_files import TABLES, header_of
 from datamodules.shared.tables import SPLIT_NAMES
-from diffmm.checks import did_you_mean
+from diffmm.checks import did_you_mean, shown_name
 
 FILE_COLUMNS = ("file", "path", "filename", "file_name", "filepath", "image", "audio", "sound")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target")
@@ -244,7 +244,9 @@ def looked_at_numbers(total: int, count: int) -> list[int]:
 def describe_splits(path: str, noun: str, settings: Mapping[str, Any], splits: Splits[Any]) -> str:
     """A one-line summary of the splits."""
     names = list(splits.class_names)
-    listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    listed = ", ".join(map(shown_name, names[:5])) + (
+        f" and {len(names) - 5} more" if len(names) > 5 else ""
+    )
     train, val = len(splits.train.labels), len(splits.val.labels)
     total = train + val + (len(splits.test.labels) if splits.test is not splits.val else 0)
     is_held_out = not {"val", "split_column"} & settings.keys()

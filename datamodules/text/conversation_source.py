@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.shared.bad_samples import BadSampleError
+from datamodules.shared.files import lines_of
 
 ENDINGS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 """Extensions of files of conversations, and their formats in the datasets library."""
@@ -117,7 +118,7 @@ def _rows(file: Path) -> list[tuple[str, Any]]:
     else:
         rows = [
             (f"line {number} of {file}", _parsed(line, f"line {number} of {file}"))
-            for number, line in enumerate(text.splitlines(), 1)
+            for number, line in enumerate(lines_of(text), 1)
             if line.strip()
         ]
     if not rows:

@@ -7,6 +7,7 @@ from typing import Any
 
 from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.folders import shown
+from datamodules.text.json_lines import first_fault
 from datamodules.text.sources import TextSource, without_mark
 from datamodules.text.token_documents import Document
 from diffmm.checks import DataError
@@ -159,8 +160,10 @@ class HuggingFaceText(TextSource):
             yield
         except Exception as error:  # of the hub, the network or a parser
             cause = error.__cause__ or error  # the library wraps errors of parsers
+            files = [self.data_files] if isinstance(self.data_files, str) else self.data_files or []
+            reason = first_fault(files, self.text_column) or f"{type(cause).__name__}: {cause}"
             raise BadSampleError(
-                f"the datasets library cannot load {self.place()}: {type(cause).__name__}: {cause}"
+                f"the datasets library cannot load {self.place()}: {reason}"
             ) from error
 
     def _documents(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Document]:
@@ -171,13 +174,27 @@ class HuggingFaceText(TextSource):
             yield Document(text, text)
 
     def _texts(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-        for number, row in enumerate(rows):
+        for number, row in enumerate(self._decoded(rows)):
             self.triage.num_read += 1
             try:
                 yield text_of(row[self.text_column], self.text_column)
             except DataError as error:
                 bad = BadSampleError(f"row {number} of dataset {self.name!r} {error}")
                 self.triage.note(bad, instead="skipping it")
+
+    def _decoded(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+        """The rows; the library decodes each of them when it is read, and cannot continue after one
+        that is not UTF-8."""
+        number = 0
+        try:
+            for row in rows:
+                yield row
+                number += 1
+        except UnicodeDecodeError as error:
+            raise BadSampleError(
+                f"row {number} of {self.place()} is not UTF-8 text ({error}): save the file as "
+                f"UTF-8"
+            ) from error
 
 
 def text_of(value: object, column: str) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from diffmm.checks import shown_name
+
 MAX_MATRIX = 12
 """With more classes, only the worst ones are shown."""
 NUM_SHOWN = 10
@@ -124,6 +126,7 @@ class ClassReport:
 
 
 def _short(name: str) -> str:
+    name = shown_name(name)
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 1]}…"
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset, get_worker_info
 
 from diffmm.batch import inputs_of, to_device
+from diffmm.checks import shown_name
 from diffmm.workers import WorkerLoader, ignore_stop_signals
 
 OnError = Callable[[Any, Exception], None]
@@ -48,7 +49,8 @@ class Prediction:
 
     def __str__(self) -> str:
         ranked = ", ".join(
-            f"{label} {score:.3f}" for label, score in zip(self.labels, self.scores, strict=True)
+            f"{shown_name(label)} {score:.3f}"
+            for label, score in zip(self.labels, self.scores, strict=True)
         )
         return f"{self.file}: {ranked}" if self.file is not None else ranked
 

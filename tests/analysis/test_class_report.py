@@ -21,6 +21,13 @@ def test_few_classes_are_shown_whole():
     assert len({len(line) for line in lines}) == 1
 
 
+def test_a_name_with_a_line_break_takes_one_line():
+    report = ClassReport.of_confusion(torch.eye(2, dtype=torch.long), ["line\nbreak", "cat, big"])
+    first, second = report.text().splitlines()[1:]
+    assert first.startswith('"line\\nbreak" ')
+    assert second.startswith('"cat, big" ')
+
+
 def test_of_many_classes_the_worst_and_the_most_frequent_confusions_are_shown():
     matrix = torch.eye(50, dtype=torch.long) * 10
     matrix[7, 3], matrix[7, 7] = 6, 4

@@ -271,6 +271,17 @@ def texts_of(data, split):
     return {bytes(each.ids[each.ids < 256].tolist()) for each in data._conversations[split]}
 
 
+def test_only_line_feeds_separate_rows(tmp_path):
+    said = "two\u2028lines\x85and\x1cmore"
+    rows = write_rows(tmp_path / "plain.jsonl")
+    for row in rows:
+        row["messages"][0]["content"] = said
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    found = list(Conversations(data_files=[str(tmp_path / "chats.jsonl")]).load())
+    assert len(found) == len(rows)
+
+
 def test_splits_do_not_depend_on_the_order(tmp_path):
     rows = write_rows(tmp_path / "chats.jsonl", 60)
     data = data_of(tmp_path / "chats.jsonl", validation_fraction=0.3)

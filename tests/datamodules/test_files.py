@@ -20,6 +20,7 @@ from datamodules.image.files import read_image
 from datamodules.image.reader import ImageReader
 from datamodules.image.sources import FileImages, ImageFolder
 from datamodules.shared.bad_samples import BadSampleError, BadSamples, Triage
+from datamodules.shared.examination import examine_labelled
 from datamodules.shared.files import (
     check_file,
     glob_files,
@@ -343,3 +344,26 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"in place of \\"):
         check_file(from_windows, "table")
     assert "null" in why_no_file(f"{tmp_path}/a\0b")
+
+
+def test_several_sample_rates_are_listed_as_a_sentence(tmp_path):
+    for number, rate in enumerate((8000, 16000, 44100) * 2):
+        for name in "ab":
+            (tmp_path / name).mkdir(exist_ok=True)
+            soundfile.write(tmp_path / name / f"{number}.wav", np.zeros(rate), rate)
+    summary = own_sounds(str(tmp_path), {}, inputs_may_change=True).summary
+    assert summary.endswith("; 8,000; 16,000 and 44,100 Hz, 1 to 1 s")
+
+
+def test_class_names_with_commas_are_quoted_where_classes_are_listed(tmp_path):
+    for name in ("cat, big", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            soundfile.write(tmp_path / name / f"{number}.wav", np.zeros(80), 8000)
+    assert (
+        '2 classes ("cat, big", dog)'
+        in own_sounds(str(tmp_path), {}, inputs_may_change=True).summary
+    )
+    splits = SoundFolder(str(tmp_path), val_fraction=0.5).splits()
+    lines = examine_labelled(splits, lambda clips, index: None, limit=1, tolerates=False).lines
+    assert lines["train"] == '2 samples: 1 "cat, big"; 1 dog'

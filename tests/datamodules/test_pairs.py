@@ -273,6 +273,12 @@ def test_a_folder_has_text_files_or_speaking_names(tmp_path):
             for f in [*splits.val.media.paths, *splits.train.media.paths]
         )
     ]
+    picture(tmp_path / "odd" / "1.png")
+    picture(tmp_path / "odd" / "2.png")
+    for name in "12":
+        (tmp_path / "odd" / f"{name}.txt").write_bytes("a\u2028b\r\nc\x85d\r\n".encode())
+    (texts,) = PairFolder(str(tmp_path / "odd"), val_fraction=0.5).splits(Images()).train.texts
+    assert texts == ["a\u2028b", "c\x85d"]
     for name in ("flying_goose-01", "flying_goose-02", "Red__car", "007"):
         picture(tmp_path / "clips" / f"{name}.png")
     with pytest.raises(ValueError, match="4 of the 4 images in .*clips have no text file, such as"):

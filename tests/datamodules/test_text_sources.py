@@ -1,5 +1,6 @@
 """Every source yields its documents, and names files that it cannot read."""
 
+import gzip
 import json
 import os
 import pickle
@@ -274,6 +275,42 @@ def test_bad_datasets_are_named(tmp_path: Path, rows_file: dict[str, Any]) -> No
         HuggingFaceText("json", document_start="(")
     with pytest.raises(ValueError, match="document_start needs rows in order"):
         HuggingFaceText("json", document_start="x", streaming=True)
+
+
+BAD_LINES: dict[str, tuple[bytes, str]] = {
+    "cut": (b'{"text": "a"}\n{"text": "b"\n', r"line 2 of \S*rows.jsonl is not JSON \(Expecting"),
+    "number": (
+        b'{"text": "a"}\n\n{"text": 5}\n\n{"text": "b"}',
+        r"line 3 of \S*rows.jsonl has a int in column 'text' instead of text: correct or remove",
+    ),
+    "no object": (b'{"text": "a"}\n"b"\n', r"line 2 of \S*rows.jsonl is str, not an object"),
+    "latin-1": (
+        b'{"text": "a"}\n{"text": "caf\xe9"}\n',
+        r"row 1 of \S*rows.jsonl is not UTF-8 text \(.*\): save the file as UTF-8",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_bad_lines_of_json_are_named_with_the_way_out(tmp_path: Path, name: str) -> None:
+    content, message = BAD_LINES[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(BadSampleError, match=message):
+        list(HuggingFaceText("json", data_files=str(path)).documents())
+    if name == "cut":
+        path.with_suffix(".jsonl.gz").write_bytes(gzip.compress(content))
+        source = HuggingFaceText("json", data_files=f"{tmp_path}/*.gz")
+        with pytest.raises(BadSampleError, match=r"line 2 of \S*rows.jsonl.gz is not JSON"):
+            list(source.documents())
+
+
+def test_a_missing_file_of_rows_says_so(tmp_path: Path) -> None:
+    source = HuggingFaceText("json", data_files=str(tmp_path / "gone.jsonl"))
+    with pytest.raises(
+        BadSampleError, match=r"gone.jsonl does not exist: restore it, or set --data"
+    ):
+        list(source.documents())
 
 
 # ------------------------------------------------------------------ token files

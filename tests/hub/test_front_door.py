@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import diffmm
+from diffmm.hub.predictions import Prediction
 
 EXAMPLES = [name for name in diffmm.__all__ if name != "__version__"]
 
@@ -76,3 +77,9 @@ def test_the_example_of_every_public_name(name, there):
     told: list[str] = []
     doctest.DocTestRunner(verbose=False).run(examples, out=told.append)
     assert not told, "".join(told)
+
+
+def test_a_printed_prediction_separates_its_classes():
+    prediction = Prediction(("cat, big", "dog"), (0.75, 0.25), "a.png")
+    assert str(prediction) == 'a.png: "cat, big" 0.750, dog 0.250'
+    assert prediction.label == "cat, big"
