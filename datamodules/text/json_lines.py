@@ -7,6 +7,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from glob import glob
 
+from diffmm.checks import article
+
 JSON_LINES = (".jsonl", ".jsonl.gz")
 
 
@@ -63,6 +65,5 @@ def _reason(line: bytes, column: str) -> str | None:
     value = row.get(column)
     if value is None or isinstance(value, str):
         return None
-    return (
-        f"has a {type(value).__name__} in column {column!r} instead of text: correct or remove it"
-    )
+    kind = article(type(value).__name__)
+    return f"has {kind} in column {column!r} instead of text: correct or remove it"

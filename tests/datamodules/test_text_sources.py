@@ -281,7 +281,7 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "cut": (b'{"text": "a"}\n{"text": "b"\n', r"line 2 of \S*rows.jsonl is not JSON \(Expecting"),
     "number": (
         b'{"text": "a"}\n\n{"text": 5}\n\n{"text": "b"}',
-        r"line 3 of \S*rows.jsonl has a int in column 'text' instead of text: correct or remove",
+        r"line 3 of \S*rows.jsonl has an int in column 'text' instead of text: correct or remove",
     ),
     "no object": (b'{"text": "a"}\n"b"\n', r"line 2 of \S*rows.jsonl is str, not an object"),
     "latin-1": (
