@@ -10,7 +10,7 @@ from datamodules.shared.folders import shown
 from datamodules.text.json_lines import first_fault
 from datamodules.text.sources import TextSource, without_mark
 from datamodules.text.token_documents import Document
-from diffmm.checks import DataError
+from diffmm.checks import DataError, article
 
 
 class HuggingFaceText(TextSource):
@@ -207,7 +207,7 @@ def text_of(value: object, column: str) -> str:
         return ""
     if not isinstance(value, str):
         raise DataError(
-            f"has a {type(value).__name__} in column {column!r} instead of text: set "
+            f"has {article(type(value).__name__)} in column {column!r} instead of text: set "
             f"--data.source.text_column to a column of text"
         )
     return without_mark(value)

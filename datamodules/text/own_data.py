@@ -198,6 +198,7 @@ def _source(path: str, place: Path, pattern: str | list[str] | None) -> _Texts:
     for file in chosen:
         num_texts += _num_rows(file, ending, FEW - num_texts) if num_texts < FEW else 0
     count = f"{num_texts:,}" if num_texts < FEW else f"at least {FEW:,}"
+    count += " row" if num_texts == 1 else " rows"
     return _Texts(
         node,
         _summary(path, count, files, chosen, advises=False),
@@ -219,7 +220,8 @@ def _plain(
     arguments = {"root": str(folder), "pattern": pattern}
     node = {"class_path": "datamodules.text.TextFolder", "init_args": arguments}
     size = sum(file.stat().st_size for file in chosen)
-    summary = _summary(path, f"{len(chosen):,}", files, chosen, advises=not is_given)
+    count = f"{len(chosen):,} {'text' if len(chosen) == 1 else 'texts'}"
+    summary = _summary(path, count, files, chosen, advises=not is_given)
     return _Texts(node, summary, len(chosen), size)
 
 
@@ -229,7 +231,7 @@ def _summary(
     """Which files are read, and which are not."""
     endings = extensions_in_words(Counter(map(extension_of, chosen)))
     size = _in_words(sum(file.stat().st_size for file in chosen))
-    text = f"{path} has {count} {'text' if count == '1' else 'texts'} ({endings}, {size})"
+    text = f"{path} has {count} ({endings}, {size})"
     read = set(chosen)
     others = Counter(extension_of(file) for file in files if file not in read)
     if others:

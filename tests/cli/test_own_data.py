@@ -340,13 +340,13 @@ def test_the_few_texts_of_a_table_are_split_by_position(run, tmp_path, name):
     result = run("check", "text/finetune", "--data", file)
     assert result.code == 0, result.err
     ending = name.partition(".")[2]
-    assert f"data: {file} has 3 texts (.{ending}, " in result.out
+    assert f"data: {file} has 3 rows (.{ending}, " in result.out
     assert "validation and test use the end of them" in result.out
     assert "validation   1 documents" in result.out
     write_rows(file, [f"Text {number}." for number in range(120)])
     values, (first, *_) = own("text/finetune", file)
     assert "split_by" not in values["data"]["init_args"]
-    assert "has at least 100 texts" in first
+    assert "has at least 100 rows" in first
 
 
 def test_few_texts_can_be_streamed_if_that_is_asked_for(tmp_path):

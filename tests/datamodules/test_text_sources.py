@@ -216,10 +216,10 @@ def test_hidden_files_and_pipes_are_no_part_of_a_dataset(tmp_path: Path, streami
 
 
 NO_TEXT: dict[str, tuple[list[Any], str]] = {
-    "lists": ([["a", "b"]] * 3, "list"),
-    "numbers": ([1, 2, 3], "int"),
-    "bytes": ([b"a", b"b", b"c"], "bytes"),
-    "some lists": (["a", ["b"], "c"], "list"),
+    "lists": ([["a", "b"]] * 3, "a list"),
+    "numbers": ([1, 2, 3], "an int"),
+    "bytes": ([b"a", b"b", b"c"], "a bytes"),
+    "some lists": (["a", ["b"], "c"], "a list"),
 }
 
 
@@ -235,7 +235,7 @@ def test_columns_of_something_else_are_named(tmp_path: Path, name: str, streamin
         path.write_text("".join(json.dumps({"text": value}) + "\n" for value in values))
     source = HuggingFaceText(path.suffix[1:], data_files=str(path), streaming=streaming)
     number = 1 if name == "some lists" else 0
-    message = f"has a {kind} in column 'text' instead of text: set --data.source.text_column"
+    message = f"has {kind} in column 'text' instead of text: set --data.source.text_column"
     with pytest.raises(BadSampleError, match=f"row {number} of dataset '.*' {message}"):
         list(source.documents())
     source.triage = Triage(BadSamples("substitute", max_bad_fraction=1.0))
