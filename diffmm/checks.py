@@ -65,6 +65,11 @@ def article(noun: str) -> str:
     return f"{'an' if noun[:1] in 'AEIOUaeiou' else 'a'} {noun}"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and a noun, in the singular or with an s: `1 sample`, `1,200 samples`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def did_you_mean(value: object, choices: Iterable[object]) -> str:
     """A hint at the nearest choice, or an empty string."""
     near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)

@@ -19,7 +19,7 @@ from datamodules.pairs import ImageAudioTextReader
 from datamodules.pairs.image_text import ImageTextReader
 from datamodules.shared.bad_samples import BadSamples
 from datamodules.text.retrieval.sources import AssociativeRecall, ManyShot, Needles
-from diffmm.checks import Settings, check_count, number_fault, reason_of, shown_name
+from diffmm.checks import Settings, check_count, counted, number_fault, reason_of, shown_name
 from diffmm.layers.rope_scaling import RopeScaling
 from diffmm.models import (
     AudioConfig,
@@ -166,3 +166,11 @@ def test_plain_names_are_shown_as_they_are(name):
 )
 def test_names_that_look_like_several_are_quoted(name, shown):
     assert shown_name(name) == shown
+
+
+def test_one_is_in_the_singular():
+    assert [counted(n, "sample") for n in (0, 1, 1200)] == [
+        "0 samples",
+        "1 sample",
+        "1,200 samples",
+    ]

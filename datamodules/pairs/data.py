@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from datamodules.pairs.own_data import counted, pairs_to_evaluate
+from datamodules.pairs.own_data import pairs_in_words, pairs_to_evaluate
 from datamodules.pairs.packing import packing
 from datamodules.pairs.reader import ReadsTexts
 from datamodules.pairs.sources import NUM_LOOKED_AT, Media, Medium, Pairs, PairSource, PairSplits
@@ -20,6 +20,7 @@ from datamodules.shared.loading import Collate, SeededDataModule
 from datamodules.shared.reader import Reader
 from datamodules.shared.sampling import SeededDataset, sample_rng
 from diffmm.batch import PairBatch
+from diffmm.checks import counted
 
 Inputs = Callable[[int, int], dict[str, Any]]
 """The input of an image or sound, as a function of the epoch and its index."""
@@ -235,7 +236,7 @@ class PairData(SeededDataModule, Generic[Media]):
         doubts: list[str] = []
         num_read = 0
         for split, pairs in parts.items():
-            lines[split] = counted(pairs, self.medium.noun)
+            lines[split] = pairs_in_words(pairs, self.medium.noun)
             inputs = self.inputs(pairs.media, training=False)
 
             def read(media: Any, index: int, pairs: Any = pairs, inputs: Inputs = inputs) -> None:
@@ -247,7 +248,8 @@ class PairData(SeededDataModule, Generic[Media]):
             num_read += count
             tolerates = self.bad_samples.policy != "raise"
             (doubts if tolerates else faults).extend(f"{split}: {message}" for message in bad)
-        lines["read"] = f"{num_read:,} samples, including the first and the last of each split"
+        total = counted(num_read, "sample")
+        lines["read"] = f"{total}, including the first and the last of each split"
         if cut := self.cut_texts(self.splits.train, NUM_LOOKED_AT):
             doubts.append(f"train: {cut}")
         return Examined(lines, faults, doubts)

@@ -126,7 +126,7 @@ def pairs_to_evaluate(
         raise ValueError(
             f"--data {path} has other splits, but no {split}: give the folder or table to evaluate"
         )
-    return pairs, f"{path} has {counted(pairs, medium.noun)}{note}"
+    return pairs, f"{path} has {pairs_in_words(pairs, medium.noun)}{note}"
 
 
 def locate_pairs(path: str, arguments: Mapping[str, Any], medium: Medium[Media]) -> LocatedPairs:
@@ -257,13 +257,13 @@ def _summary(path: str, noun: str, settings: Mapping[str, Any], splits: PairSpli
     total = len(train) + len(val) + (len(test) if test is not val else 0)
     is_held_out = not {"val", "split_column"} & settings.keys()
     text = (
-        f"{path} has {counted(train, noun, total)}: {len(train):,} for training, "
+        f"{path} has {pairs_in_words(train, noun, total)}: {len(train):,} for training, "
         f"{len(val):,} {'held out ' if is_held_out else ''}for validation"
     )
     return text if test is val else f"{text}, {len(test):,} for testing"
 
 
-def counted(pairs: Pairs[Any], noun: str, total: int | None = None) -> str:
+def pairs_in_words(pairs: Pairs[Any], noun: str, total: int | None = None) -> str:
     """How many images or sounds there are, and how many texts some of these have, in words.
 
     Args:

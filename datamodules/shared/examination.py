@@ -11,7 +11,7 @@ from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.files import why_no_file
 from datamodules.shared.own_data import looked_at
 from datamodules.shared.sources import Labelled, Splits
-from diffmm.checks import shown_name
+from diffmm.checks import counted, shown_name
 
 MANY_CLASSES = 12
 """With this many classes or more, only the largest and the smallest one are named."""
@@ -60,14 +60,14 @@ def examine_labelled(
     num_read = 0
     for split, samples in parts.items():
         counts = Counter(label for labels in samples.labels for label in labels)
-        lines[split] = f"{len(samples.labels):,} samples: {_by_class(counts, names)}"
+        lines[split] = f"{counted(len(samples.labels), 'sample')}: {_by_class(counts, names)}"
         if missing := [name for number, name in enumerate(names) if not counts[number]]:
             message = f"the {split} split has no samples of {_listed(missing)}"
             (faults if split == "train" else doubts).append(message)
         bad, count = read_some(samples, read, limit)
         num_read += count
         (doubts if tolerates else faults).extend(f"{split}: {message}" for message in bad)
-    lines["read"] = f"{num_read:,} samples, including the first and the last of each split"
+    lines["read"] = f"{counted(num_read, 'sample')}, including the first and the last of each split"
     return Examined(lines, faults, doubts, len(names), splits.multi_label)
 
 

@@ -38,7 +38,7 @@ from datamodules.text.stream_loader import (
 from datamodules.text.token_documents import TokenDocuments
 from datamodules.text.token_files import read_token_files, write_token_file
 from datamodules.text.windows import Objective, Packing, TextWindows, WindowTask
-from diffmm.checks import check_choice
+from diffmm.checks import check_choice, counted
 from diffmm.tokenizers import Tokenizer
 
 __all__ = [
@@ -269,8 +269,9 @@ class TextData(SeededDataModule):
                 for index in looked_at_numbers(len(dataset), limit):
                     dataset.sample(0, index)
                 lines[split] = (
-                    f"{len(documents):,} documents, {int(documents.lengths.sum()):,} tokens, "
-                    f"{len(dataset):,} windows"
+                    f"{counted(len(documents), 'document')}, "
+                    f"{counted(int(documents.lengths.sum()), 'token')}, "
+                    f"{counted(len(dataset), 'window')}"
                 )
                 if split == "training":
                     faults += self.why_no_batch(len(dataset))
@@ -331,7 +332,11 @@ class TextData(SeededDataModule):
         if not len(windows):
             by_key = self.split_by == "key"
             way_out = "split_by: position, " if by_key else ""
-            count = documents.in_words() if by_key else f"{len(documents)} documents with text"
+            count = (
+                documents.in_words()
+                if by_key
+                else f"{counted(len(documents), 'document')} with text"
+            )
             raise ValueError(
                 f"the {split} split is empty: {corpus.place()} has {count}; "
                 f"use more documents (a separator splits files into several), {way_out}"

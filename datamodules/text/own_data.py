@@ -24,6 +24,7 @@ from datamodules.shared.own_data import (
     named_splits,
 )
 from datamodules.text.conversation_source import ENDINGS
+from diffmm.checks import counted
 
 PLAIN = (".txt", ".md", ".rst", ".tex", ".html", ".py", ".c", ".cpp", ".java", ".js", ".rs", ".go")
 """Extensions of plain text files. All of those in a folder are read."""
@@ -197,8 +198,7 @@ def _source(path: str, place: Path, pattern: str | list[str] | None) -> _Texts:
     num_texts = 0
     for file in chosen:
         num_texts += _num_rows(file, ending, FEW - num_texts) if num_texts < FEW else 0
-    count = f"{num_texts:,}" if num_texts < FEW else f"at least {FEW:,}"
-    count += " row" if num_texts == 1 else " rows"
+    count = f"{'at least ' if num_texts >= FEW else ''}{counted(min(num_texts, FEW), 'row')}"
     return _Texts(
         node,
         _summary(path, count, files, chosen, advises=False),
@@ -220,8 +220,7 @@ def _plain(
     arguments = {"root": str(folder), "pattern": pattern}
     node = {"class_path": "datamodules.text.TextFolder", "init_args": arguments}
     size = sum(file.stat().st_size for file in chosen)
-    count = f"{len(chosen):,} {'text' if len(chosen) == 1 else 'texts'}"
-    summary = _summary(path, count, files, chosen, advises=not is_given)
+    summary = _summary(path, counted(len(chosen), "text"), files, chosen, advises=not is_given)
     return _Texts(node, summary, len(chosen), size)
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from datamodules.shared.bad_samples import BadSampleError
 from datamodules.shared.fingerprints import Fingerprint, digest, spread
+from diffmm.checks import counted
 from diffmm.tokenizers import Tokenizer
 
 ENCODED_AT_ONCE = 64  # documents per call of a tokenizer
@@ -100,9 +101,9 @@ class TokenDocuments:
         """How many documents there are, and how many keys if several have the same."""
         num_different = len(np.unique(self.keys))
         if num_different == len(self):
-            return f"{len(self)} documents with text"
+            return f"{counted(len(self), 'document')} with text"
         return (
-            f"{len(self)} documents with text, of which only {num_different} differ (equal ones "
+            f"{len(self):,} documents with text, of which only {num_different:,} differ (equal ones "
             f"are in the same split)"
         )
 

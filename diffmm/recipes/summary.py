@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from diffmm.checks import reason_of
+from diffmm.checks import counted, reason_of
 from diffmm.recipes.errors import InputError
 from diffmm.recipes.memory import Memory, estimate_memory, fake_shapes
 from diffmm.recipes.references import resolve
@@ -69,7 +69,7 @@ def step_size(trainer: dict[str, Any], data: Any, shapes: dict[str, Any]) -> str
     accumulated, split = trainer.get("accumulate_grad_batches") or 1, tensor_parallel_size(trainer)
     known = num_devices(trainer) // split
     samples = data.batch_size * accumulated * known
-    text = f"{samples:,} {'sample' if samples == 1 else 'samples'}"
+    text = counted(samples, "sample")
     if "tokens" in shapes:
         text += f", {samples * shapes['tokens'][0][1]:,} tokens"
     detail = f"{data.batch_size} per batch"

@@ -293,7 +293,7 @@ def test_all_kinds_of_plain_text_in_a_folder_are_read_and_a_pattern_chooses_othe
     assert f"{tmp_path} has 1 text (.py, 960 bytes), and 4 other files that are skipped" in first
     result = run("check", "text/finetune", "--data", tmp_path, *chosen)
     assert result.code == 0, result.err
-    assert "training     1 documents, 865 tokens" in result.out
+    assert "training     1 document, 865 tokens" in result.out
 
 
 def test_a_folder_of_unknown_extensions_gets_advice_that_can_be_copied(tmp_path):
@@ -342,7 +342,7 @@ def test_the_few_texts_of_a_table_are_split_by_position(run, tmp_path, name):
     ending = name.partition(".")[2]
     assert f"data: {file} has 3 rows (.{ending}, " in result.out
     assert "validation and test use the end of them" in result.out
-    assert "validation   1 documents" in result.out
+    assert "validation   1 document" in result.out
     write_rows(file, [f"Text {number}." for number in range(120)])
     values, (first, *_) = own("text/finetune", file)
     assert "split_by" not in values["data"]["init_args"]

@@ -249,7 +249,7 @@ def test_arguments_out_of_range(folder: Path, changes: dict[str, Any], message: 
 def test_a_split_without_documents(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("alone")
     with pytest.raises(
-        ValueError, match=r"one\.txt.* has 1 documents.*separator.*split_by: position.*_source"
+        ValueError, match=r"one\.txt.* has 1 document.*separator.*split_by: position.*_source"
     ):
         data(TextFolder(str(tmp_path), "one.txt"), validation_fraction=0.0001)
     (tmp_path / "one.txt").write_text("")
@@ -318,7 +318,7 @@ def test_few_files_are_split_by_position(tmp_path: Path, packing: Any) -> None:
 
 def test_what_cannot_be_split_by_position_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("x" * 9)
-    with pytest.raises(ValueError, match="the validation split is empty: .*has 1 documents"):
+    with pytest.raises(ValueError, match="the validation split is empty: .*has 1 document"):
         data(
             TextFolder(str(tmp_path)),
             split_by="position",
