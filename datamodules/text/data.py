@@ -332,11 +332,7 @@ class TextData(SeededDataModule):
         if not len(windows):
             by_key = self.split_by == "key"
             way_out = "split_by: position, " if by_key else ""
-            count = (
-                documents.in_words()
-                if by_key
-                else f"{counted(len(documents), 'document')} with text"
-            )
+            count = documents.in_words(with_keys=by_key)
             raise ValueError(
                 f"the {split} split is empty: {corpus.place()} has {count}; "
                 f"use more documents (a separator splits files into several), {way_out}"

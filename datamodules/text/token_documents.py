@@ -97,15 +97,14 @@ class TokenDocuments:
     def _offsets(self) -> NDArray[np.int64]:
         return starts_of(np.array([len(array) for array in self.arrays], np.int64))
 
-    def in_words(self) -> str:
-        """How many documents there are, and how many keys if several have the same."""
-        num_different = len(np.unique(self.keys))
+    def in_words(self, *, with_keys: bool) -> str:
+        """How many documents there are; `with_keys`, also how many keys if several have the
+        same."""
+        text = f"{counted(len(self), 'document')} with text"
+        num_different = len(np.unique(self.keys)) if with_keys else len(self)
         if num_different == len(self):
-            return f"{counted(len(self), 'document')} with text"
-        return (
-            f"{len(self):,} documents with text, of which only {num_different:,} differ (equal ones "
-            f"are in the same split)"
-        )
+            return text
+        return f"{text}, of which only {num_different:,} differ (equal ones are in the same split)"
 
     def read(self, document: int, start: int, stop: int) -> NDArray[np.int64]:
         """Read the tokens `start` to `stop` of a document."""
