@@ -3,6 +3,7 @@
 import csv
 import re
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality.cells import read_cells
-from benchmarks.quality.engine import read
-from benchmarks.quality.plan import Settings
+from benchmarks.quality.engine import Row, read
+from benchmarks.quality.plan import Settings, steps_in_time
 from benchmarks.quality.table import Line, lines
 from benchmarks.quality.tasks import TASKS
 from benchmarks.upcycling import best_factor, rows_of
@@ -21,9 +22,12 @@ ROOT = Path(__file__).parents[1]
 DOC = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 ROWS = read_cells(ROOT / "docs" / "results")
+LONGER, LONGER_STEPS = "text, 80 M tokens", 1221
+LONGER_ROWS = read_cells(ROOT / "docs" / "results" / "longer")
 
 SECTIONS = {
     "Text": "text",
+    "Text with 80 M tokens": LONGER,
     "Needles in a text": "needles",
     "Associative recall": "recall",
     "Many-shot classification": "many_shot",
@@ -51,6 +55,10 @@ LABELS = {
     "softmax, exclusive": "softmax_exclusive",
     "softmax with a gate": "softmax_gate",
     "softmax, one key head": "softmax_fewer_keys",
+    "clipped softmax": "clipped_softmax",
+    "cosFormer": "cosformer",
+    "strided sparse": "strided_sparse",
+    "routed": "routed",
     "diff_grouped with a gate": "diff_grouped_gate",
     "v1, exclusive": "v1_exclusive",
     "v2, exclusive": "v2_exclusive",
@@ -80,13 +88,22 @@ def variant_of(label: str) -> str:
     )
 
 
+def runs_of(task: str) -> list[Row]:
+    return LONGER_ROWS if task == LONGER else [row for row in ROWS if row["task"] == task]
+
+
 @cache
 def lines_of(
     task: str, num_seeds: int = 4, budget: str = "tokens", tuning_seeds: tuple[int, ...] = (0,)
 ) -> dict[str, Line]:
     """The lines of a task, by variant."""
-    own = [row for row in ROWS if row["task"] == task]
-    found = lines(own, Settings(range(num_seeds), tuning_seeds, compiled=task == "text"))
+    settings = Settings(
+        range(num_seeds),
+        tuning_seeds,
+        compiled=task in ("text", LONGER),
+        steps=LONGER_STEPS if task == LONGER else None,
+    )
+    found = lines(runs_of(task), settings)
     return {line.variant: line for line in found if line.budget == budget}
 
 
@@ -260,6 +277,66 @@ def test_comparisons_of_text_models_with_each_other() -> None:
     assert f"with every seed, by {-smallest:.2f} nats or more" in text
 
 
+def test_the_gains_on_text_become_smaller() -> None:
+    (section,) = re.findall(r"^### Text with 80 M tokens\n(.*?)^### ", DOC, re.M | re.S)
+    (header, _, *shown) = re.findall(r"^\|.*\n", section.split("training:\n")[1], re.M)
+    runs = {
+        (row["variant"], row["seed"]): row
+        for row in LONGER_ROWS
+        if row["rate"] == lines_of(LONGER)[row["variant"]].rate
+    }
+    steps = [point["step"] for point in runs["softmax", 0]["points"]]
+    assert header.split(" | ")[1:-1] == [f"{step:,}" for step in steps]
+
+    def gap(variant: str, value: Callable[[Row], float]) -> float:
+        return statistics.fmean(
+            value(runs[variant, seed]) - value(runs["softmax", seed]) for seed in range(4)
+        )
+
+    for variant, text in zip(DIFFERENTIAL.values(), shown, strict=True):
+        gaps = [gap(variant, lambda run, i=i: run["points"][i]["loss"]) for i in range(len(steps))]
+        trained = gap(variant, lambda run: run["train_loss"])
+        cells = " | ".join(f"{value:.3f}" for value in [*gaps, trained])
+        assert text == f"| {variant} | {cells} |\n"
+        assert gaps[2:] == sorted(gaps[2:])
+        assert (trained < gaps[-1] - 0.03) == (variant != "diff_v1")
+    before, after = lines_of("text"), lines_of(LONGER)
+    left = [
+        (after[name].mean_difference or 0) / (before[name].mean_difference or 1)
+        for name in DIFFERENTIAL.values()
+    ]
+    assert left == pytest.approx([1 / 2, 1 / 3, 1 / 3], abs=0.05)
+    in_time = {
+        name: steps_in_time(LONGER_ROWS, Settings(steps=LONGER_STEPS, compiled=True), "text", name)
+        for name in DIFFERENTIAL.values()
+    }
+    assert in_time["diff_v1"] == LONGER_STEPS
+    words = (
+        f"v2 would complete {in_time['diff_v2']:,} steps and grouped {in_time['diff_grouped']:,}"
+    )
+    assert words in " ".join(section.split())
+    shared = {(row["variant"], row["seed"]) for row in LONGER_ROWS if not row["timed"]}
+    every = {("softmax", seed) for seed in (2, 3)}
+    every |= {(name, seed) for name in DIFFERENTIAL.values() for seed in (2, 3)}
+    assert shared == every | {("diff_v2", 1), ("diff_grouped", 1)}
+
+
+def test_what_the_alternatives_answer_at_the_end() -> None:
+    text = " ".join(DOC.split())
+
+    def answered(variant: str) -> list[str]:
+        rate = lines_of("needles")[variant].rate
+        own = [r for r in runs_of("needles") if (r["variant"], r["rate"]) == (variant, rate)]
+        assert len(own) == 4
+        return sorted({f"{100 * row['accuracy']:.0f}" for row in own}, key=int)
+
+    routed, cosformer = answered("routed"), answered("cosformer")
+    assert answered("strided_sparse") == ["96"]
+    assert f"{routed[0]} to {routed[-1]} % and {cosformer[0]} to {cosformer[-1]} %" in text
+    clipped = lines_of("needles")["clipped_softmax"]
+    assert min(clipped.differences.values()) > 0
+
+
 def gaps_to(one: Line, other: Line) -> str:
     """The mean and the interval of a difference without its sign, as the text has it."""
     gaps = [one.values[seed] - other.values[seed] for seed in range(4)]
@@ -302,7 +379,7 @@ def test_what_the_runs_took() -> None:
     shown = table_below("What the runs took")
     assert [row["task"] for row in shown] == list(SECTIONS)
     for row in shown:
-        own = [run for run in ROWS if run["task"] == SECTIONS[row["task"]]]
+        own = runs_of(SECTIONS[row["task"]])
         assert row["runs"] == str(len(own))
         assert row["hours"] == f"{sum(run['wall_seconds'] for run in own) / 3600:.1f}"
         (device,) = {run["device"].removeprefix("NVIDIA ").split(",")[0] for run in own}
@@ -313,9 +390,9 @@ def test_limits() -> None:
     text = " ".join(DOC.split())
     summary = table_below("Should I use it?")
     assert f"these {len(summary) * len(DIFFERENTIAL)} intervals" in text
-    assert sum(row["v2"].startswith("**") for row in summary) == 4
+    assert sum(row["v2"].startswith("**") for row in summary) == 5
     assert {row["clear"] for row in summary if "worse" in row["clear"]} == {"grouped worse"}
-    assert "clearly better in four lines of the table and clearly worse in none" in text
+    assert "clearly better in five lines of the table and clearly worse in none" in text
 
     def is_clear(task: str, variant: str) -> bool:
         """Without seed 0, which chooses the rate."""
@@ -358,6 +435,9 @@ def test_the_readme_says_what_the_tables_say() -> None:
     )
     assert f"end {v1} (v1), {grouped} (grouped) and {v2} nats (v2) below softmax" in README
     assert f"ends {exclusive} below" in README
+    longer = {name: line.mean_difference for name, line in lines_of(LONGER).items()}
+    v1, v2, grouped = (f"{-(longer[name] or 0):.2f}" for name in DIFFERENTIAL.values())
+    assert f"After twice the tokens, {v1}, {grouped} and {v2} nats are left." in README
     sounds = {name: line.mean_difference or 0 for name, line in lines_of("sound_events").items()}
     three = [sounds[name] for name in DIFFERENTIAL.values()]
     assert f"{min(three):.0f} to {max(three):.0f} points better than softmax" in README

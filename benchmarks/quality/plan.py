@@ -7,8 +7,8 @@ For each task and variant:
 2. *Equal tokens.* All seeds at the best rate.
 3. *Equal time.* All seeds at the best rate, with as many steps as take the training time of the
    softmax model; the schedule has that length, too. A variant whose number of steps would differ by
-   less than `SAME_TIME` uses its cells of equal tokens. Cells that shared the device with others
-   have no comparable times.
+   less than `SAME_TIME` uses its cells of equal tokens. The times
+   of cells that shared the device with others are not used.
 """
 
 import math
@@ -178,13 +178,14 @@ def results(
 
 def steps_in_time(rows: Sequence[Row], settings: Settings, task: str, variant: str) -> int | None:
     """Number of steps of a variant in the training time of softmax, from the median times of their
-    steps; `None` before all seeds of both have been run, or if some shared the device."""
+    steps; `None` before all seeds of both have been run, or if all of one shared the device."""
     pace = []
     for each in (SOFTMAX, variant):
         own = results(rows, settings, task, each)
-        if set(own) != set(settings.seeds) or not all(row["timed"] for row in own.values()):
+        timed = [row["seconds_per_step"] for row in own.values() if row["timed"]]
+        if set(own) != set(settings.seeds) or not timed:
             return None
-        pace.append(statistics.median(row["seconds_per_step"] for row in own.values()))
+        pace.append(statistics.median(timed))
     steps = settings.num_steps(task)
     if variant == SOFTMAX or not all(pace) or abs(pace[0] / pace[1] - 1) < SAME_TIME:
         return steps

@@ -28,7 +28,8 @@ class Line:
         differences: Those of the seeds that softmax has, too, minus those of softmax.
         parameters: Number of parameters.
         steps: Number of steps.
-        seconds: Median training time.
+        seconds: Median training time, of the runs that had the device to themselves if there are
+            any.
         parts: Means over seeds of the metrics of the modalities alone, if any, in percent.
     """
 
@@ -91,9 +92,8 @@ def lines(rows: Sequence[Row], settings: Settings) -> list[Line]:
                     if seed in softmax
                 }
                 some = next(iter(own.values()))
-                seconds = statistics.median(
-                    row["seconds_per_step"] * row["steps"] for row in own.values()
-                )
+                timed = [row for row in own.values() if row["timed"]] or list(own.values())
+                seconds = statistics.median(row["seconds_per_step"] * row["steps"] for row in timed)
                 parts = {
                     name: statistics.fmean(unit * row[name] for row in own.values())
                     for name in spec.parts

@@ -134,7 +134,14 @@ def test_times_of_cells_that_shared_the_device_are_not_compared():
     rows = fill(bowl(2e-3), paces={"diff_v1": 0.2})
     assert steps_in_time(rows, SETTINGS, "text", "diff_v1") == 50
     assert results(rows, SETTINGS, "text", "diff_v1", "time")
-    shared = [{**row, "timed": row["seed"] != 1} for row in rows if row["budget"] == "tokens"]
+    own = [row for row in rows if row["budget"] == "tokens"]
+    some = [
+        row if row["seed"] == 0 else {**row, "timed": False, "seconds_per_step": 9.0} for row in own
+    ]
+    assert steps_in_time(some, SETTINGS, "text", "diff_v1") == 50
+    (softmax, v1) = lines(some, SETTINGS)[:2]
+    assert (softmax.seconds, v1.seconds) == (pytest.approx(10), pytest.approx(20))
+    shared = [{**row, "timed": row["variant"] != "diff_v1"} for row in own]
     assert steps_in_time(shared, SETTINGS, "text", "diff_v1") is None
     assert not results(shared, SETTINGS, "text", "diff_v1", "time")
     assert pending(shared, SETTINGS, "text", "diff_v1") == []
