@@ -6,6 +6,7 @@ In SVG, colors are CSS variables, so that a page shows them in its light and its
 import io
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -133,7 +134,10 @@ class Chart(Figure):
         axes.set_axisbelow(True)
         if len(self.series) > 1:
             assert axes.figure is not None
+            # Given one by one: a legend leaves out labels that start with "_".
             axes.figure.legend(
+                axes.lines,
+                [series.label for series in self.series],
                 loc="outside lower left",
                 frameon=False,
                 fontsize=8,
@@ -219,6 +223,7 @@ def _drawn(figure: Figure, form: str, **settings: Any) -> bytes:
         "svg.hashsalt": figure.name,
         "font.family": "sans-serif",
         "font.size": 9,
+        "text.parse_math": False,  # names of runs are no formulas
         "text.color": INK,
         "axes.labelcolor": INK,
         "axes.edgecolor": INK,
@@ -240,7 +245,10 @@ def _drawn(figure: Figure, form: str, **settings: Any) -> bytes:
         axes.set_ylabel(figure.y_label)
         figure.draw(axes)
         buffer = io.BytesIO()
-        canvas.savefig(buffer, format=form, **settings)
+        with warnings.catch_warnings():
+            # A page has the fonts of its browser; in a PNG, such a character is a box.
+            warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+            canvas.savefig(buffer, format=form, **settings)
     return buffer.getvalue()
 
 

@@ -166,9 +166,11 @@ def analyze(
     from diffmm.cli.analyze_subjects import find_subjects
 
     subjects = find_subjects(paths, request)
-    # Curves of lambda over training need neither weights nor data.
+    # Curves of lambda over training need neither weights nor data; only files show them.
+    has_files = page is not None or csv_dir is not None or png_dir is not None
     is_own = request.text is None and request.data is None
-    if all(s.problem and not (is_own and s.analyzed.curves) for s in subjects):
+    has_curves = is_own and has_files
+    if all(s.problem and not (has_curves and s.analyzed.curves) for s in subjects):
         raise InputError(*(subject.problem for subject in subjects))
     head, rows = table_of(subjects)
     print(text_table(head, rows))
@@ -182,9 +184,9 @@ def analyze(
             print(text_table(section.summary.head, section.summary.texts()))
         for problem in section.problems:
             warn(f"{section.title.lower()}: {problem}")
-    if csv_dir is not None or png_dir is not None or page is not None:
+    if has_files:
         _write_files(paths, request, subjects, sections, page, csv_dir, png_dir)
-    if not any(section.summary or section.figures for section in sections):
+    if not any(section.summary or (has_curves and section.figures) for section in sections):
         raise InputError("nothing was measured, for the reasons above")
 
 

@@ -1,5 +1,6 @@
 """Texts that trained models write: continuations, answers, and descriptions of media."""
 
+import numbers
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +36,14 @@ def written(
 ) -> Iterator[str]:
     """See `TrainedModel.write`."""
     model, tokenizer = trained.model, trained.tokenizer
-    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must be a 64-bit integer, got {seed}")
+    if not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be a 64-bit integer, got {seed!r}")
     device = next(model.parameters()).device
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "top_k": top_k,
         "top_p": top_p,
-        "generator": torch.Generator(device).manual_seed(seed),
+        "generator": torch.Generator(device).manual_seed(int(seed)),
         "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
     }
     if isinstance(model, CaptioningModel):

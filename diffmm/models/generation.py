@@ -13,6 +13,7 @@ from diffmm.models.captioning import CaptioningModel
 from diffmm.models.decoding import Choice, prepare
 from diffmm.models.description import unwrap
 from diffmm.models.host_copy import HostCopy
+from diffmm.models.ids import as_ids, check_ids
 from diffmm.models.modes import check_evaluation
 from diffmm.models.prompt import Prompt, text_prompt
 from diffmm.models.sampling import Sampling
@@ -115,9 +116,10 @@ def stream(
 
     Raises:
         ValueError: If the model is an encoder or in training mode, an argument is out of range,
-            prompts are padded on the right, prompt and new tokens (and media) exceed `max_length`,
-            `cuda_graph` is set without a CUDA device, prompt lookup is combined with it or with
-            several prompts, or media are missing or not wanted.
+            `tokens` are not ids of the model, prompts are padded on the right, prompt and new
+            tokens (and media) exceed `max_length`, `cuda_graph` is set without a CUDA device,
+            prompt lookup is combined with it or with several prompts, or media are missing or not
+            wanted.
     """
     inner: Any = unwrap(model)
     decoder, num_prefix = _check_model(inner, media)
@@ -128,8 +130,9 @@ def stream(
     before = "" if media is None else f" after {inner.prefix_name(num_prefix)}"
     _check_prompt(decoder.config, tokens, key_padding, max_new_tokens, num_prefix, before)
     sampling = Sampling(temperature, top_k, top_p)
+    stops = as_ids("stop_ids", stop_ids)
     if pad_id is None:
-        pad_id = next(iter(stop_ids), 0)
+        pad_id = next(iter(stops), 0)
     if key_padding is not None and bool(key_padding.all()):
         key_padding = None
 
@@ -154,7 +157,7 @@ def stream(
     steps_of: Any = model if media is None else inner.decoder
     features_of = compiled_features(steps_of)
     is_compiled = features_of != decoder.forward_features
-    choice = Choice(sampling, tuple(stop_ids), pad_id, generator, compile=is_cuda and is_compiled)
+    choice = Choice(sampling, stops, pad_id, generator, compile=is_cuda and is_compiled)
     if media is None:
         prompt = text_prompt(features_of, tokens, key_padding)
     else:
@@ -180,7 +183,7 @@ def stream(
         )
         new = steps.first
         for number in range(1, max_new_tokens + 1):
-            has_stopped = HostCopy(steps.stopped.all()) if stop_ids else None
+            has_stopped = HostCopy(steps.stopped.all()) if stops else None
             # On a GPU, the next step is launched before the host waits for this one.
             follows = number < max_new_tokens
             ahead = steps.next() if follows and is_cuda else None
@@ -240,8 +243,15 @@ def _check_prompt(
         raise ValueError(
             f"prompts must be [B, N] with at least one token, got shape {tuple(tokens.shape)}"
         )
+    check_ids(tokens, config.vocab_size)
     check_count("max_new_tokens", max_new_tokens)
-    if num_prefix + tokens.shape[1] + max_new_tokens > config.max_length:
+    room = config.max_length - num_prefix - tokens.shape[1]
+    if room < 1:
+        raise ValueError(
+            f"a prompt of {tokens.shape[1]} tokens{before} leaves no room for new tokens in the "
+            f"model's max_length={config.max_length}: shorten the prompt"
+        )
+    if max_new_tokens > room:
         raise ValueError(
             f"a prompt of {tokens.shape[1]} tokens{before} plus max_new_tokens={max_new_tokens} "
             f"exceeds the model's max_length={config.max_length}: shorten the prompt or reduce "

@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -61,6 +62,18 @@ def test_svg_has_no_colors_of_its_own_nor_addresses():
     assert len(identifiers) == len(set(identifiers)) > 10
     assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(identifiers)
     assert svg(CHART) == text
+
+
+@pytest.mark.parametrize("name", ["_base", "$x$", r"$\frac{$", "日", "é"])
+@pytest.mark.parametrize("draw", [svg, png])
+def test_names_appear_as_they_are(name, draw):
+    lines = [Series(label, [(0, 1.0), (1, 2.0)], color=0) for label in (name, "second")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = draw(Chart("chart", f"title {name}", "layer", "value", lines))
+    if draw is svg:
+        texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
+        assert {f"title {name}", name, "second"} <= set(texts)
 
 
 def test_the_axis_is_logarithmic_for_wide_ranges_alone():

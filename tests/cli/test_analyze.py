@@ -273,6 +273,15 @@ def test_a_run_without_a_checkpoint_shows_its_curves(run, runs, tmp_path):
     assert names == ["figure_lambda_over_training_of_run_1"]
 
 
+def test_it_fails_if_only_files_would_show_the_curves(run, runs, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(runs / "image", copy, ignore=shutil.ignore_patterns("checkpoints"))
+    result = run("analyze", copy)
+    assert result.code == 2
+    assert result.out == ""
+    assert "has no checkpoint yet: continue the run" in result.err
+
+
 def test_weights_use_the_data_of_their_recipe_and_other_data_can_be_given(run, runs, tmp_path):
     trained = diffmm.load(runs / "image")
     file = trained.save(tmp_path / "weights")
@@ -297,7 +306,8 @@ def test_weights_use_the_data_of_their_recipe_and_other_data_can_be_given(run, r
 
 def test_a_text_longer_than_the_model_takes_is_said(run, runs):
     result = run("analyze", runs / "text", "--text", TEXT * 9, "--span", SPAN)
-    assert result.code == 0
+    assert result.code == 2
+    assert "nothing was measured, for the reasons above" in result.err
     found = [line for line in warnings_of(result) if "longer than max_length=64" in line]
     assert {line.partition(":")[0] for line in found} > {"attention scores", "concentration"}
 

@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,6 +62,7 @@ def test_a_loaded_run_writes_the_same(run, trained):
     loaded = diffmm.load(trained)
     assert f"{loaded.generate('Text ', max_new_tokens=9, seed=2)}\n" == printed
     assert "".join(loaded.write("Text ", max_new_tokens=9, seed=2)) == printed[:-1]
+    assert loaded.generate("Text ", max_new_tokens=9, seed=np.int64(2)) == printed[:-1]
     assert loaded.predict("Text ") == loaded.generate("Text ")
     assert loaded.predict(["Text ", "a"]) == [loaded.generate("Text "), loaded.generate("a")]
     maps = loaded.attention_maps("Text ")
@@ -127,6 +129,7 @@ def test_mistakes(run, trained, tmp_path):
         ((trained, "a", "--seed", str(2**64)), f"seed must be a 64-bit integer, got {2**64}"),
         ((trained, "a", "--device", "cuda:99"), "device 'cuda:99' is not available"),
         ((trained, "a", "--max-new-tokens", "999"), "a prompt of 1 tokens plus max_new_tokens=999"),
+        ((trained, "a" * 999), "a prompt of 999 tokens leaves no room for new tokens in"),
     ):
         result = run("generate", *arguments)
         assert result.code == 2

@@ -321,12 +321,36 @@ def test_a_compiled_model_writes_the_same_and_is_compiled_a_bounded_number_of_ti
             r"key_padding must be booleans of the prompts' shape \(2, 5\), .* of shape \(2, 4\)",
         ),
         ({"key_padding": torch.ones(2, 5)}, "key_padding must be booleans .* got torch.float32"),
+        ({"stop_ids": 5}, r"stop_ids must be integers, such as \[0, 5\], got 5"),
+        ({"stop_ids": [5.5]}, r"stop_ids must be integers, .* got \[5.5\]"),
+        ({"stop_ids": "end"}, "stop_ids must be integers, .* got 'end'"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_the_first_step(options, message):
     tokens = torch.randint(0, 40, (2, 5))
     with pytest.raises(ValueError, match=message):
         stream(make_model(), tokens, **({"max_new_tokens": 4} | options))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.tensor([[1, 40, 2]]), r"ids from 0 to 39 .*vocab_size is 40\), got 40"),
+        (torch.tensor([[1, -1]]), "ids from 0 to 39 .* got -1"),
+        (torch.tensor([[1.0]]), "tokens must be int64 or int32, got torch.float32"),
+        (torch.ones(1, 48, dtype=torch.int64), "48 tokens leaves no room .*max_length=48: shorten"),
+    ],
+)
+def test_prompts_that_the_model_cannot_read_are_refused(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        stream(make_model(), tokens, max_new_tokens=1)
+
+
+def test_ids_that_stop_may_be_a_tensor():
+    model, tokens = make_model(), torch.randint(0, 40, (2, 5))
+    first = generate(model, tokens, max_new_tokens=1, temperature=0.0)[:, 0]
+    stopped = generate(model, tokens, max_new_tokens=9, temperature=0.0, stop_ids=first.unique())
+    assert torch.equal(stopped, first[:, None])
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 0), (0, 5)])
