@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffmm.checks import check_count
+from diffmm.checks import check_count, counted
 from diffmm.models.captioning import CaptioningModel
 from diffmm.models.decoding import Choice, prepare
 from diffmm.models.description import unwrap
@@ -245,17 +245,17 @@ def _check_prompt(
         )
     check_ids(tokens, config.vocab_size)
     check_count("max_new_tokens", max_new_tokens)
+    prompt = f"a prompt of {counted(tokens.shape[1], 'token')}{before}"
     room = config.max_length - num_prefix - tokens.shape[1]
     if room < 1:
         raise ValueError(
-            f"a prompt of {tokens.shape[1]} tokens{before} leaves no room for new tokens in the "
-            f"model's max_length={config.max_length}: shorten the prompt"
+            f"{prompt} leaves no room for new tokens in the model's max_length={config.max_length}: "
+            f"shorten the prompt"
         )
     if max_new_tokens > room:
         raise ValueError(
-            f"a prompt of {tokens.shape[1]} tokens{before} plus max_new_tokens={max_new_tokens} "
-            f"exceeds the model's max_length={config.max_length}: shorten the prompt or reduce "
-            f"max_new_tokens"
+            f"{prompt} plus max_new_tokens={max_new_tokens} exceeds the model's "
+            f"max_length={config.max_length}: shorten the prompt or reduce max_new_tokens"
         )
     if key_padding is None:
         return

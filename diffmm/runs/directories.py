@@ -174,11 +174,18 @@ def import_modules_of_run(path: Path) -> None:
 
 
 def near_run(path: Path) -> str:
-    """A hint at the run that a path is in, or whose name is nearest to a path that does not exist;
-    may be empty."""
+    """A hint at the run that a path is in, at the first of those in it, or at the one whose name is
+    nearest to a path that does not exist; may be empty."""
     for folder in path.parents:
         if path.exists() and (folder / CONFIG_NAME).is_file():
             return f"; it is in the run '{folder}'"
+    for below in ("*", "*/*", "*/*/*"):
+        if runs := sorted(config.parent for config in path.glob(f"{below}/{CONFIG_NAME}")):
+            return (
+                f"; in it is '{runs[0]}'"
+                if len(runs) == 1
+                else (f"; in it are {len(runs):,} runs, such as '{runs[0]}'")
+            )
     if path.exists() or not path.parent.is_dir():
         return ""
     names = [config.parent.name for config in path.parent.glob(f"*/{CONFIG_NAME}")]

@@ -242,6 +242,16 @@ def test_a_checkpoint_to_resume_is_answered_with_its_run(run, interrupted):
     ]
 
 
+def test_a_folder_of_runs_is_answered_with_them(run, interrupted, tmp_path):
+    directory = Path(interrupted[1]).resolve()
+    shutil.copytree(directory, tmp_path / "all" / "text" / "one")
+    (mistake,) = run("fit", "--resume", tmp_path / "all").mistakes
+    assert mistake.endswith(f"; in it is '{tmp_path / 'all/text/one'}'")
+    shutil.copytree(directory, tmp_path / "all" / "text" / "two")
+    (mistake,) = run("fit", "--resume", tmp_path / "all").mistakes
+    assert mistake.endswith(f"; in it are 2 runs, such as '{tmp_path / 'all/text/one'}'")
+
+
 @pytest.mark.parametrize("given", ["", "checkpoints", "checkpoints/step_00000002", "a state"])
 def test_weights_are_given_as_a_run_or_a_checkpoint(run, interrupted, given):
     path, directory = interrupted
