@@ -14,8 +14,9 @@ extended where the best rate is at its end (see `benchmarks.quality.plan`). Each
 are not run again, so that the table can be filled over many sittings (`--minutes` starts no cell
 after that time) and by several processes (`--part I/N` takes every Nth pair of task and variant).
 `--together N` trains N cells of small models at the same time, step by step in turns, each in a
-CUDA stream of its own. Cells that share a device disturb each other's times: both ways need
-`--no-equal-time`.
+CUDA stream of its own. Cells that share a device disturb each other's times: this needs
+`--no-equal-time`, and processes that share one need that or `--shared`, with which cells of equal
+time have the steps that follow from times measured before.
 `--size tiny` runs a table of tiny models in minutes on a CPU.
 
 `table` prints the table and writes `OUT/quality.md`, `quality.csv` and `quality.png`. `weights`
@@ -70,7 +71,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--equal-time",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="cells of equal time, too; without, for processes that share a device",
+        help="cells of equal time, too; without, for cells that share a device",
+    )
+    run.add_argument(
+        "--shared",
+        action="store_true",
+        help="other processes use the device: the times of these cells are not compared",
     )
     run.add_argument(
         "--together",
@@ -209,7 +215,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not slash or not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
         parser.error(f"--part must be I/N with 0 <= I < N, got {options.part}")
     pairs = [(task, variant) for task in tasks for variant in variants][int(part) :: int(parts)]
-    bench = Bench(options.data, options.out, settings, equal_time=options.equal_time)
+    bench = Bench(
+        options.data,
+        options.out,
+        settings,
+        equal_time=options.equal_time,
+        shared=options.shared,
+    )
     deadline = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
     for row in fill(
         bench, pairs, deadline, equal_time=options.equal_time, together=options.together

@@ -39,15 +39,23 @@ class Bench:
         settings: What the table is made of.
         equal_time: Whether cells of equal time are run, too, which have more steps. If not, cells
             may share the device, and their times are not compared.
+        shared: Whether other processes use the device, so that times are not compared either.
     """
 
     def __init__(
-        self, data: Path, out: Path, settings: Settings, *, equal_time: bool = True
+        self,
+        data: Path,
+        out: Path,
+        settings: Settings,
+        *,
+        equal_time: bool = True,
+        shared: bool = False,
     ) -> None:
         self.data = data
         self.out = out
         self.settings = settings
         self.equal_time = equal_time
+        self.shared = shared
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._held: dict[tuple[str, int], Data] = {}
 
@@ -112,7 +120,7 @@ class Bench:
             "train_loss": tail_mean(curve.losses),
             "parameters": run.num_parameters,
             "seconds_per_step": curve.seconds_per_step,
-            "timed": self.equal_time,
+            "timed": self.equal_time and not self.shared,
             "points": curve.points,
             "wall_seconds": time.monotonic() - start,
             "device": device_name(self.device),

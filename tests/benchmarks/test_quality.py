@@ -418,11 +418,14 @@ def test_a_tiny_table_from_first_to_last(tmp_path, capsys, monkeypatch):
     run = ["--tasks", "digits", "--variants", "softmax,diff_v1", *out]
     quality.main([*run, "--minutes", "0"])
     assert "the time is over" in capsys.readouterr().out
-    quality.main([*run, "--part", "1/2"])
+    quality.main([*run, "--part", "1/2", "--shared"])
     assert {row["variant"] for row in read_cells(tmp_path / "out")} == {"diff_v1"}
     quality.main(run)
     rows = read_cells(tmp_path / "out")
-    assert {row["variant"] for row in rows} == {"softmax", "diff_v1"}
+    assert {(row["variant"], row["timed"]) for row in rows} == {
+        ("softmax", True),
+        ("diff_v1", False),
+    }
     assert len({json.dumps([row[n] for n in list(row)[:7]]) for row in rows}) == len(rows)
     for row in rows:
         assert [point["step"] for point in row["points"]][-1] == row["steps"]
