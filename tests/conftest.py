@@ -23,7 +23,9 @@ def pytest_configure() -> None:
     """Make tests fail if Dynamo gives up on compiling a function after too many variants, instead
     of running it uncompiled with a warning; and compile machine code without vector instructions,
     because torch tries those of the CPU in a process each, which takes longer than all tests of
-    machine code. Garbage is collected less often, because the tests have many objects."""
+    machine code. Garbage is collected less often, because the tests have many objects. Ctrl-C is
+    obeyed, which a shell makes the processes that it starts in the background ignore."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.set_threshold(20_000, 20, 20)
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     inductor.cpp.vec_isa_ok = False

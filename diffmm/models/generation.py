@@ -249,8 +249,8 @@ def _check_prompt(
     room = config.max_length - num_prefix - tokens.shape[1]
     if room < 1:
         raise ValueError(
-            f"{prompt} leaves no room for new tokens: the model has "
-            f"max_length={config.max_length}; shorten the prompt"
+            f"{prompt} leaves no room for new tokens in the model's "
+            f"max_length={config.max_length}: shorten the prompt"
         )
     if max_new_tokens > room:
         raise ValueError(
