@@ -220,7 +220,7 @@ def test_the_table_of_cancellation_is_that_of_the_runs() -> None:
         return [float(row[column]) for row in own]
 
     least_on_sounds = []
-    for row in table_below("Is what the second map cancels a modality's own?"):
+    for row in table_below("Does what the second map cancels depend on the modality?"):
         blocks = row["shared blocks"]
         for part, recall, cancelled in (
             ("image", "recall, images", "cancelled, images"),
